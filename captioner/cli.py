@@ -1,0 +1,98 @@
+"""What every command shares: flags from a dataclass, one-line errors, progress bars, tables."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import TimeRemainingColumn as TimeLeftColumn
+from rich.table import Table
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+Settings = TypeVar("Settings")
+
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+
+
+class UserError(Exception):
+    """Something only the user can mend. The message is one line: what happened, where, and what to do."""
+
+
+def run(main: Callable[[Settings], None], settings_class: type[Settings], *, description: str) -> None:
+    """Parse the command line into `settings_class`, call `main`, and turn failures into exit codes.
+
+    A `UserError` becomes one line on stderr and exit code 2 (as a wrong flag does); Ctrl-C becomes 130.
+    """
+    settings = tyro.cli(settings_class, description=description)
+    try:
+        main(settings)
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def fail(message: str) -> NoReturn:
+    """Print `message` as one line on stderr and leave with exit code 2."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
+
+
+class Bar:
+    """One running progress bar: items done, and a free text at its end (rates, failures, losses)."""
+
+    def __init__(self, progress: Progress, *, description: str, total: int | None, unit: str, done: int) -> None:
+        self._progress = progress
+        self._unit = unit
+        self._task = progress.add_task(description, total=total, completed=done, note="")
+        self._done_before = done
+
+    def advance(self, num_items: int = 1, *, note: str = "") -> None:
+        """Count `num_items` more as done and show `note` behind the rate."""
+        self._progress.update(self._task, advance=num_items)
+        task = self._progress.tasks[self._task]
+        rate = (task.completed - self._done_before) / task.elapsed if task.elapsed else 0.0
+        self._progress.update(self._task, note=f"{rate:,.1f} {self._unit}/s {note}".rstrip())
+
+
+@contextmanager
+def progress_bar(
+    description: str, *, total: int | None, unit: str, quiet: bool = False, done: int = 0
+) -> Iterator[Bar]:
+    """A progress bar with count, share, rate and time left; silent when `quiet` or not on a terminal.
+
+    `done` items of an earlier run count as completed, but not for the rate.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TaskProgressColumn(),
+        TimeLeftColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
+        yield Bar(progress, description=description, total=total, unit=unit, done=done)
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print `rows` under `header`; numbers are right-aligned, and nothing is cut off."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column, name in enumerate(header):
+        numeric = bool(rows) and all(isinstance(row[column], int | float) for row in rows)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    console.print(table)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.3f}" if abs(value) < 10 else f"{value:,.1f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

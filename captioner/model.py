@@ -1,0 +1,282 @@
+"""The captioning model: a torchvision CNN encoder and an LSTM decoder over packed captions.
+
+Shapes: B images, N captions (all captions of all B images), M target tokens of the N captions together,
+T tokens of the longest caption, F pooled features, E embedding width, H hidden width, V vocabulary.
+A suffix says a tensor's shape: `logits_MV`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Literal
+
+import safetensors
+import torch
+import torchvision.models
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torchvision.models import get_model, get_model_weights, list_models
+
+from captioner.cli import UserError
+from captioner.vocabulary import END, START
+
+ImageInput = Literal["first", "every-step"]
+LSTMState = tuple[Tensor, Tensor]
+HEADS = ("fc", "classifier", "heads", "head")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """What must be known to build the model that a `model.safetensors` fits."""
+
+    encoder: str
+    vocabulary_size: int
+    embedding_size: int = 256
+    hidden_size: int = 512
+    image_input: ImageInput = "first"
+
+
+@dataclass(frozen=True, slots=True)
+class PackedCaptions:
+    """N captions, the longest first, packed time-major: all first tokens, then all second ones, and so on.
+
+    `inputs_M` starts with `<start>` and ends before `<end>`; `targets_M` is one token ahead, so `<start>` is no
+    target. `batch_sizes_T` (on the CPU, as PyTorch wants it) counts the captions that reach each step, and
+    `image_of_caption_N` names each caption's row among the B images.
+    """
+
+    inputs_M: Tensor
+    targets_M: Tensor
+    batch_sizes_T: Tensor
+    image_of_caption_N: Tensor
+
+    @classmethod
+    def pack(cls, captions_of_images: Sequence[Sequence[Sequence[int]]], *, max_tokens: int) -> "PackedCaptions":
+        """Pack the captions (token ids without `<start>` and `<end>`) of B images; there is at least one caption.
+
+        A caption of more than `max_tokens` is cut there, and has no `<end>` among its targets: it does not end.
+        """
+        captions = [
+            (image, [*tokens, END] if len(tokens) <= max_tokens else list(tokens[:max_tokens]))
+            for image, captions in enumerate(captions_of_images)
+            for tokens in captions
+        ]
+        captions.sort(key=lambda pair: -len(pair[1]))
+        lengths_N = torch.tensor([len(targets) for _, targets in captions])
+        alive_TN = torch.arange(int(lengths_N[0]))[:, None] < lengths_N
+        targets_TN = torch.zeros_like(alive_TN, dtype=torch.long)
+        targets_TN.T[alive_TN.T] = torch.tensor([token for _, targets in captions for token in targets])
+        inputs_TN = torch.cat((torch.full_like(targets_TN[:1], START), targets_TN[:-1]))
+        return cls(
+            inputs_M=inputs_TN[alive_TN],
+            targets_M=targets_TN[alive_TN],
+            batch_sizes_T=alive_TN.sum(dim=1),
+            image_of_caption_N=torch.tensor([image for image, _ in captions]),
+        )
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "PackedCaptions":
+        """The same captions with `change` applied to all but `batch_sizes_T`."""
+        return PackedCaptions(
+            change(self.inputs_M), change(self.targets_M), self.batch_sizes_T, change(self.image_of_caption_N)
+        )
+
+
+class Encoder(nn.Module):
+    """A torchvision classifier without its last layer: images (B, 3, height, width) to features (B, F).
+
+    Trainable or not is decided once. A frozen encoder stays in eval mode whatever `train()` says, computes no
+    gradient, and its batch-norm statistics never drift.
+    """
+
+    def __init__(self, name: str, *, trainable: bool) -> None:
+        super().__init__()
+        self.trainable = trainable
+        self.backbone = _build_backbone(name)
+        self.num_features = _remove_classifier(self.backbone, name=name)
+        self.backbone.requires_grad_(trainable)
+        self.to(memory_format=torch.channels_last)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """As `nn.Module.train`, but a frozen backbone stays in eval mode."""
+        super().train(mode)
+        if not self.trainable:
+            self.backbone.eval()
+        return self
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        """Pooled features (B, F)."""
+        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
+            return self.backbone(images_B3HW).flatten(1)
+
+
+class CaptionModel(nn.Module):
+    """Encoder, Linear and BatchNorm to an image embedding, and an LSTM over it and the words.
+
+    With `image_input="first"` the image embedding is the LSTM's first input; its output there is no prediction.
+    With `"every-step"` it stands beside each word's embedding instead.
+    """
+
+    def __init__(self, config: ModelConfig, *, encoder_trainable: bool = False) -> None:
+        super().__init__()
+        every_step = config.image_input == "every-step"
+        self.config = config
+        self.encoder = Encoder(config.encoder, trainable=encoder_trainable)
+        self.project = nn.Linear(self.encoder.num_features, config.embedding_size)
+        self.norm = nn.BatchNorm1d(config.embedding_size, momentum=0.01)
+        self.embed = nn.Embedding(config.vocabulary_size, config.embedding_size)
+        self.lstm = nn.LSTM(config.embedding_size * (1 + every_step), config.hidden_size)
+        self.predict = nn.Linear(config.hidden_size, config.vocabulary_size)
+
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """Image embeddings (B, E) of normalised images. One image alone is normalised by running statistics."""
+        with frozen_statistics(self, when=self.training and len(images_B3HW) < 2):
+            return self.norm(self.project(self.encoder(images_B3HW)))
+
+    def forward(self, images_B3HW: Tensor, captions: PackedCaptions) -> Tensor:
+        """Logits (M, V) for `captions.targets_M`; each image is encoded once for all its captions."""
+        image_BE = self.encode(images_B3HW)
+        state = self.start(image_BE, rows_N=captions.image_of_caption_N)
+        words_ME = self.embed(captions.inputs_M)
+        if state is None:
+            words_ME = torch.cat((words_ME, image_BE[captions.image_of_caption_N][_caption_of_token(captions)]), dim=1)
+        hidden_MH, _ = self.lstm(PackedSequence(words_ME, captions.batch_sizes_T), state)
+        return self.predict(hidden_MH.data)
+
+    def start(self, image_BE: Tensor, *, rows_N: Tensor) -> LSTMState | None:
+        """The LSTM state (1, N, H) after it has seen the images; None when it sees them at every step.
+
+        The LSTM runs over the B images once, and each of the N captions takes its image's row.
+        """
+        if self.config.image_input == "every-step":
+            return None
+        _, (hidden_1BH, cell_1BH) = self.lstm(image_BE[None])
+        return hidden_1BH[:, rows_N], cell_1BH[:, rows_N]
+
+    def advance(self, tokens_N: Tensor, state: LSTMState | None, image_NE: Tensor) -> tuple[Tensor, LSTMState]:
+        """One decoding step: logits (N, V) of the next token, and the new state."""
+        words_NE = self.embed(tokens_N)
+        if self.config.image_input == "every-step":
+            words_NE = torch.cat((words_NE, image_NE), dim=1)
+        hidden_1NH, state = self.lstm(words_NE[None], state)
+        return self.predict(hidden_1NH[0]), state
+
+
+def _caption_of_token(captions: PackedCaptions) -> Tensor:
+    """For each of the M packed tokens the index of its caption among the N."""
+    steps = [torch.arange(size) for size in captions.batch_sizes_T.tolist()]
+    return torch.cat(steps).to(captions.inputs_M.device)
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module, *, when: bool = True) -> Iterator[None]:
+    """Batch norm inside uses its running statistics and leaves them alone, while `when` holds."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    if when:
+        for norm in norms:
+            norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
+
+
+def small_cnn() -> nn.Module:
+    """Seven 3x3 convolutions, pooled by their maximum: learns small pictures from scratch in minutes on a CPU.
+
+    It has no pretrained weights. torchvision's own models are far slower learners there: see docs/decisions.
+    """
+    widths_and_strides = ((32, 2), (32, 1), (64, 2), (64, 1), (128, 2), (128, 1), (256, 2))
+    layers: list[nn.Module] = []
+    width_before = 3  # red, green, blue
+    for width, stride in widths_and_strides:
+        convolution = nn.Conv2d(width_before, width, kernel_size=3, stride=stride, padding=1, bias=False)
+        layers += (convolution, nn.BatchNorm2d(width), nn.ReLU())
+        width_before = width
+    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(width_before, 1000))
+
+
+# ---- the encoder's construction and weights -----------------------------------------------------------------
+
+
+def _build_backbone(name: str) -> nn.Module:
+    """A torchvision classifier with fresh weights; auxiliary heads are left out."""
+    if name == small_cnn.__name__:
+        return small_cnn()
+    if name not in list_models(module=torchvision.models):
+        raise UserError(f"torchvision has no classification model {name!r}: take one such as resnet152 or resnet18")
+    extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    return get_model(name, weights=None, **extra)
+
+
+def _remove_classifier(backbone: nn.Module, *, name: str) -> int:
+    """Replace the layer that makes class scores by one that passes features on; returns their number F."""
+    if isinstance(backbone, nn.Sequential):
+        classifier = backbone.pop(-1)
+        return classifier.in_features
+    head_name = next((head for head in HEADS if isinstance(getattr(backbone, head, None), nn.Module)), None)
+    if head_name is None:
+        raise UserError(f"encoder {name!r} has no classifier that could be taken off: take one such as resnet152")
+    head = getattr(backbone, head_name)
+    if isinstance(head, nn.Linear):
+        setattr(backbone, head_name, nn.Identity())
+        return head.in_features
+    scoring = [key for key, layer in head.named_children() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
+    layer = head.get_submodule(scoring)
+    setattr(head, scoring, nn.Identity())
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+
+
+def load_encoder_weights(encoder: Encoder, *, name: str, weights: str) -> None:
+    """Put pretrained weights into `encoder`: `default` (torchvision's best), `none`, or a state dict's path.
+
+    A path holds a torchvision state dict (`.pth`, read without unpickling objects, or `.safetensors`); weights
+    of the classifier that was taken off are ignored. Raises UserError for anything missing or misshapen.
+    """
+    if weights == "none":
+        return
+    state = _download_weights(name) if weights == "default" else _read_state(Path(weights))
+    wanted = encoder.backbone.state_dict()
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    misshapen = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    if missing or misshapen:
+        raise UserError(
+            f"the weights {weights} do not fit encoder {name}: {len(missing)} tensors are missing and {len(misshapen)} "
+            f"have another shape, such as {(missing + misshapen)[0]}: give the encoder's own weights with --weights"
+        )
+    encoder.backbone.load_state_dict({key: state[key] for key in wanted if key in state}, strict=False)
+
+
+def _download_weights(name: str) -> dict[str, Tensor]:
+    """torchvision's default weights, from its cache or downloaded, checked against the hash in their name."""
+    url = get_model_weights(name).DEFAULT.url
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"cannot get the pretrained weights of {name} from {url} ({error}): download that file elsewhere and give "
+            "its path with --weights, or train from scratch with --weights none --train-encoder"
+        ) from error
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"there is no weights file {path}: --weights takes default, none, or the path of a state dict")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        safetensors.SafetensorError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        OSError,
+        UnpicklingError,
+    ) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is not a readable state dict ({reason}): download it again") from error

@@ -1,0 +1,232 @@
+"""The dataset folder's contract: keys, samples, tar members, index and manifest. Imports no torch.
+
+A sample is one image with all its captions: adjacent members `KEY.jpg` and `KEY.json` of a plain USTAR file. Beside
+`train-000000.tar` stands `train-000000.index`, and beside all shards `train.manifest.json`, which is written last.
+"""
+
+import json
+import tarfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import safetensors
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+
+from captioner import storage
+from captioner.cli import UserError
+
+FORMAT_VERSION = 1
+BLOCK_BYTES = 512
+NUM_LANES = 64
+SPLITS = ("train", "val", "test")
+PACK_AGAIN = "pack the split again with sharding/make_shards.py"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """The content of `KEY.json`; `width` and `height` are the original picture's, in pixels, upright.
+
+    `tokens` holds each caption's token strings, `annotation_ids` the source's id of each caption (or None).
+    """
+
+    image_id: int | str
+    file_name: str
+    width: int
+    height: int
+    captions: list[str]
+    tokens: list[list[str]]
+    annotation_ids: list[int | str | None]
+
+    def to_json(self) -> bytes:
+        """The member's bytes; equal samples give equal bytes."""
+        return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def sample_key(split: str, position: int) -> str:
+    """The key of a split's sample: `[0-9a-z_-]+`, zero-padded, unique in the dataset."""
+    return f"{split}-{position:09d}"
+
+
+def shard_name(split: str, number: int) -> str:
+    """A shard's file name without its ending."""
+    return f"{split}-{number:06d}"
+
+
+# ---- tar --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where one tar member's content lies, and its checksum."""
+
+    offset: int
+    size: int
+    crc32: int
+
+
+class TarBuilder:
+    """Collects members of a plain USTAR file whose bytes depend on names and contents alone."""
+
+    def __init__(self) -> None:
+        self._chunks: list[bytes] = []
+        self._size = 0
+
+    def add(self, name: str, content: bytes) -> Member:
+        """Append a member and say where its content lies."""
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = len(content), 0o644
+        padding = bytes(-len(content) % BLOCK_BYTES)
+        self._chunks += (info.tobuf(tarfile.USTAR_FORMAT), content, padding)
+        offset = self._size + BLOCK_BYTES
+        self._size = offset + len(content) + len(padding)
+        return Member(offset, len(content), zlib.crc32(content))
+
+    def to_bytes(self) -> bytes:
+        """The whole file: members, two empty blocks, and padding to tar's record size."""
+        end = 2 * BLOCK_BYTES
+        return b"".join((*self._chunks, bytes(end + -(self._size + end) % tarfile.RECORDSIZE)))
+
+
+# ---- index ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardIndex:
+    """Where each of a shard's S samples lies, in order; loads without parsing anything sample by sample.
+
+    `keys_S` holds bytes strings. The members' arrays (S, 2) have the image in column 0 and the JSON in column 1.
+    Caption lengths, in tokens, of sample s are `caption_lengths[first_caption[s]:first_caption[s + 1]]`.
+    `facts` are the shard's sha256, bytes, fingerprint and failures.
+    """
+
+    keys_S: np.ndarray
+    offsets_S2: np.ndarray
+    sizes_S2: np.ndarray
+    crc32s_S2: np.ndarray
+    first_caption: np.ndarray
+    caption_lengths: np.ndarray
+    facts: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.keys_S)
+
+    def to_bytes(self) -> bytes:
+        """The index file: the arrays in the safetensors format, with `facts` as JSON in its header."""
+        arrays = {
+            "keys": self.keys_S.view(np.uint8).reshape(len(self), self.keys_S.itemsize),
+            "offsets": self.offsets_S2,
+            "sizes": self.sizes_S2,
+            "crc32s": self.crc32s_S2,
+            "first_caption": self.first_caption,
+            "caption_lengths": self.caption_lengths,
+        }
+        facts = json.dumps({"format_version": FORMAT_VERSION, **self.facts}, sort_keys=True)
+        return save_arrays(arrays, metadata={"facts": facts})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, origin: str) -> "ShardIndex":
+        """Read `to_bytes`; `origin` names the file in errors. Raises UserError where it cannot be used."""
+        try:
+            arrays = load_arrays(data)
+            header_size = int.from_bytes(data[:8], "little")
+            facts = json.loads(json.loads(data[8 : 8 + header_size])["__metadata__"]["facts"])
+            keys = arrays["keys"]
+            index = cls(
+                keys_S=np.ascontiguousarray(keys).view(f"S{keys.shape[1]}").reshape(len(keys)),
+                offsets_S2=arrays["offsets"],
+                sizes_S2=arrays["sizes"],
+                crc32s_S2=arrays["crc32s"],
+                first_caption=arrays["first_caption"],
+                caption_lengths=arrays["caption_lengths"],
+                facts=facts,
+            )
+        except (safetensors.SafetensorError, ValueError, KeyError, IndexError) as error:
+            raise UserError(f"{origin} is not a readable shard index ({error}): {PACK_AGAIN}") from error
+        check_format(facts.pop("format_version", None), origin=origin)
+        return index
+
+
+def build_index(
+    keys: Sequence[str],
+    members: Sequence[tuple[Member, Member]],
+    caption_lengths: Sequence[Sequence[int]],
+    facts: dict[str, Any],
+) -> ShardIndex:
+    """The index of samples in order: their keys, (image, JSON) members and token counts of their captions."""
+    num_captions = [len(lengths) for lengths in caption_lengths]
+    pairs = [(image.offset, text.offset, image.size, text.size, image.crc32, text.crc32) for image, text in members]
+    table = np.array(pairs, dtype=np.int64).reshape(len(keys), 3, 2)
+    return ShardIndex(
+        keys_S=np.array([key.encode() for key in keys], dtype=f"S{max(map(len, keys), default=1)}"),
+        offsets_S2=np.ascontiguousarray(table[:, 0]),
+        sizes_S2=np.ascontiguousarray(table[:, 1]),
+        crc32s_S2=table[:, 2].astype(np.uint32),
+        first_caption=np.cumsum([0, *num_captions], dtype=np.int64),
+        caption_lengths=np.array([n for lengths in caption_lengths for n in lengths], dtype=np.uint16),
+        facts=facts,
+    )
+
+
+def check_format(found: object, *, origin: str) -> None:
+    """Raise UserError unless `found` is the version of shards, indexes and manifests that this code reads."""
+    if found != FORMAT_VERSION:
+        raise UserError(f"{origin} has format {found}, this version reads {FORMAT_VERSION}: {PACK_AGAIN}")
+
+
+# ---- manifest ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardEntry:
+    """One shard as its manifest lists it; `name` has no ending."""
+
+    name: str
+    samples: int
+    captions: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a complete split holds. `settings` and `source` say how it was made; `failures` counts by reason."""
+
+    split: str
+    shards: tuple[ShardEntry, ...]
+    settings: dict[str, Any]
+    source: dict[str, Any]
+    failures: dict[str, int]
+    fingerprint: str
+    lanes: int = NUM_LANES
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    def to_json(self) -> str:
+        """The text of `SPLIT.manifest.json`."""
+        totals = {name: sum(getattr(s, name) for s in self.shards) for name in ("samples", "captions", "bytes")}
+        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self), "totals": totals}, indent=1)
+
+
+def manifest_location(folder: str, split: str) -> str:
+    """Where a split's manifest lies."""
+    return storage.join(folder, f"{split}.manifest.json")
+
+
+def read_manifest(folder: str, split: str, *, remedy: str) -> Manifest:
+    """The manifest of a complete split. Raises UserError, with `remedy`, when the split is not there."""
+    origin = manifest_location(folder, split)
+    content = storage.read_json(origin, remedy=remedy)
+    try:
+        check_format(content.pop("format_version"), origin=origin)
+        del content["totals"]
+        shards = tuple(ShardEntry(**entry) for entry in content.pop("shards"))
+        return Manifest(shards=shards, **content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{origin} is not a manifest ({error!r}): {PACK_AGAIN}") from error

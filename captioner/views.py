@@ -1,0 +1,65 @@
+"""From RGB pictures to the model's input: crops in uint8 on the CPU, normalisation on the device.
+
+Shapes: B images, S sides of a stored picture, P sides of a crop, in pixels.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from captioner import images
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+SIDE_WORDS = frozenset({"left", "right"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewSpec:
+    """How a picture becomes the model's input: squashed to `size`, cropped to `crop`, normalised per channel."""
+
+    size: int = 256
+    crop: int = 224
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+def eval_view(pixels_SS3: np.ndarray, *, crop: int) -> np.ndarray:
+    """The middle (P, P, 3) of a picture, for validation and inference."""
+    top, left = ((side - crop) // 2 for side in pixels_SS3.shape[:2])
+    return pixels_SS3[top : top + crop, left : left + crop]
+
+
+def train_view(pixels_SS3: np.ndarray, *, crop: int, rng: np.random.Generator, may_flip: bool) -> np.ndarray:
+    """A random (P, P, 3) of a picture, mirrored every other time when its captions allow it."""
+    height, width = pixels_SS3.shape[:2]
+    top = int(rng.integers(height - crop + 1))
+    left = int(rng.integers(width - crop + 1))
+    view_PP3 = pixels_SS3[top : top + crop, left : left + crop]
+    mirrored = bool(rng.integers(2)) and may_flip
+    return view_PP3[:, ::-1] if mirrored else view_PP3
+
+
+def speaks_of_sides(tokens: list[str]) -> bool:
+    """Whether a caption would become wrong if its picture were mirrored."""
+    return not SIDE_WORDS.isdisjoint(tokens)
+
+
+def read_eval_view(data: bytes, spec: ViewSpec) -> tuple[np.ndarray, tuple[int, int]]:
+    """A file's bytes to the (P, P, 3) uint8 evaluation view, and the original (width, height). Raises ImageError."""
+    image, original_size = images.load_squashed(data, size=spec.size)
+    return eval_view(np.asarray(image), crop=spec.crop), original_size
+
+
+def normalise(views_BPP3: "Tensor", spec: ViewSpec) -> "Tensor":
+    """uint8 views to the model's float input (B, 3, P, P), channels-last in memory, on the views' device."""
+    import torch
+
+    device = views_BPP3.device
+    mean = torch.tensor(spec.mean, device=device).view(1, 3, 1, 1) * 255
+    std = torch.tensor(spec.std, device=device).view(1, 3, 1, 1) * 255
+    return (views_BPP3.permute(0, 3, 1, 2).float() - mean) / std

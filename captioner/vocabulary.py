@@ -1,0 +1,150 @@
+"""Words and their ids: the tokenizer, the vocabulary, and its JSON file. Imports no torch.
+
+The book's rule: lower-cased NLTK word tokens that the training captions hold at least `threshold` times, after
+four special words. A full stop inside a caption stays glued to its word, as NLTK does with
+`preserve_line=True`, which needs no downloaded sentence model.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from importlib.metadata import version
+
+from captioner.cli import UserError
+
+FORMAT_VERSION = 1
+TOKENIZER = "nltk-word-tokenize-lower"
+PAD, START, END, UNK = 0, 1, 2, 3
+SPECIAL_WORDS = ("<pad>", "<start>", "<end>", "<unk>")
+
+
+@lru_cache(maxsize=1)
+def _tokenizer():
+    from nltk.tokenize import NLTKWordTokenizer
+
+    return NLTKWordTokenizer()
+
+
+def tokenize(caption: str) -> list[str]:
+    """Lower-cased word tokens of a caption, in order; punctuation marks are tokens of their own."""
+    return _tokenizer().tokenize(caption.lower())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """Words in id order with their counts in the training captions; the four special words come first."""
+
+    words: tuple[str, ...]
+    counts: tuple[int, ...]
+    threshold: int
+    tokenizer: str = TOKENIZER
+    tokenizer_version: str = ""
+
+    @classmethod
+    def from_counts(cls, counts: Mapping[str, int], *, threshold: int) -> "Vocabulary":
+        """The vocabulary of words counted at least `threshold` times: the most frequent first, ties by name."""
+        kept = [word for word, count in counts.items() if count >= threshold and word not in SPECIAL_WORDS]
+        kept.sort(key=lambda word: (-counts[word], word))
+        return cls(
+            words=(*SPECIAL_WORDS, *kept),
+            counts=(0,) * len(SPECIAL_WORDS) + tuple(counts[word] for word in kept),
+            threshold=threshold,
+            tokenizer_version=version("nltk"),
+        )
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Word to id."""
+        return {word: index for index, word in enumerate(self.words)}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex sha256 of what decides ids: the words in order and the tokenizer's name."""
+        return hashlib.sha256(json.dumps([self.tokenizer, self.words]).encode()).hexdigest()
+
+    def encode(self, tokens: Iterable[str]) -> list[int]:
+        """Ids of tokens; unknown ones become `<unk>`. No `<start>` or `<end>` is added."""
+        return [self.ids.get(token, UNK) for token in tokens]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The caption that ids spell, up to the first `<end>`, without special words."""
+        return join_tokens(self.words[index] for index in _until_end(ids))
+
+    def to_json(self) -> str:
+        """The text of `vocabulary.json`."""
+        content = {
+            "format_version": FORMAT_VERSION,
+            "tokenizer": self.tokenizer,
+            "tokenizer_version": self.tokenizer_version,
+            "threshold": self.threshold,
+            "fingerprint": self.fingerprint,
+            "words": self.words,
+            "counts": self.counts,
+        }
+        return json.dumps(content, ensure_ascii=False, indent=0)
+
+    @classmethod
+    def from_json(cls, text: str, *, origin: str) -> "Vocabulary":
+        """Read `to_json`'s text; `origin` names the file in errors. Raises UserError when it cannot be trusted."""
+        try:
+            content = json.loads(text)
+            found = content["format_version"]
+            if found != FORMAT_VERSION:
+                raise UserError(
+                    f"{origin} has vocabulary format {found}, this version reads {FORMAT_VERSION}: pack the training "
+                    "split again with sharding/make_shards.py"
+                )
+            vocabulary = cls(
+                words=tuple(content["words"]),
+                counts=tuple(content["counts"]),
+                threshold=content["threshold"],
+                tokenizer=content["tokenizer"],
+                tokenizer_version=content["tokenizer_version"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{origin} is not a vocabulary file ({error!r}): pack the training split again") from error
+        _check(vocabulary, content.get("fingerprint"), origin=origin)
+        return vocabulary
+
+
+def _check(vocabulary: Vocabulary, fingerprint: str | None, *, origin: str) -> None:
+    if vocabulary.words[: len(SPECIAL_WORDS)] != SPECIAL_WORDS or len(set(vocabulary.words)) != len(vocabulary):
+        raise UserError(
+            f"{origin} does not start with {SPECIAL_WORDS} or repeats a word: pack the training split again"
+        )
+    if vocabulary.tokenizer != TOKENIZER:
+        raise UserError(f"{origin} was made with tokenizer {vocabulary.tokenizer!r}, this version has {TOKENIZER!r}")
+    if fingerprint != vocabulary.fingerprint:
+        raise UserError(
+            f"{origin} was edited by hand or damaged (its fingerprint differs): pack the training split again"
+        )
+
+
+def _until_end(ids: Iterable[int]) -> Iterable[int]:
+    for index in ids:
+        if index == END:
+            return
+        if index not in (PAD, START):
+            yield index
+
+
+def count_words(tokenized_captions: Iterable[Sequence[str]]) -> Counter[str]:
+    """How often each token occurs."""
+    counts: Counter[str] = Counter()
+    for tokens in tokenized_captions:
+        counts.update(tokens)
+    return counts
+
+
+def join_tokens(tokens: Iterable[str]) -> str:
+    """Tokens as running text: no space before punctuation, clitics and closing brackets."""
+    text = " ".join(tokens)
+    for mark in (".", ",", ";", ":", "!", "?", ")", "'s", "n't", "'re", "'ll", "'ve", "'m", "'d"):
+        text = text.replace(f" {mark}", mark)
+    return text.replace("( ", "(")

@@ -1,0 +1,190 @@
+"""The whole way on drawn scenes: draw, pack, train, evaluate, caption a folder; then one table of what came out.
+
+Runs the commands a user would type, and shows each. Whatever is complete from an earlier run is reused.
+Everything lies in data/demo and runs/demo; the figures are in runs/demo/summary.json.
+"""
+
+import json
+import random
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from awkward import write_folder
+from captioner import cli
+from captioner.cli import UserError
+from captioner.metrics import caption_scores
+from captioner.storage import read_json, write_atomic
+from scenes import UNSEEN_PAIRS, SceneSettings, named_pairs, named_shapes, share_right
+
+DATA, RUN = Path("data/demo"), Path("runs/demo")
+SCENES, SHARDS, FOLDER = DATA / "scenes", DATA / "shards", DATA / "folder"
+REPOSITORY = Path(__file__).resolve().parent.parent
+BAR = 0.9
+
+DRAW = f"python examples/scenes.py --output {SCENES}"
+PACK = (
+    f"python sharding/make_shards.py --images {SCENES} --captions {SCENES}/annotations --output {SHARDS} "
+    "--size 72 --shard-megabytes 1"
+)
+TRAIN = (
+    f"accelerate launch train/main.py --shards {SHARDS} --output {RUN} --encoder small_cnn --weights none "
+    "--train-encoder --crop 64 --embedding-size 128 --hidden-size 256 --epochs 9 --batch-size 32 --learning-rate 3e-3"
+)
+CAPTION = (
+    f"python infer/main.py --model {RUN}/model --images {FOLDER} --output {RUN}/captions.jsonl --gallery {RUN}/gallery"
+)
+
+
+def main() -> None:
+    """Run the stages in order and report."""
+    started = time.monotonic()
+    earlier = read_json(str(RUN / "summary.json"), remedy="")["stages"] if (RUN / "summary.json").exists() else {}
+    stages: dict[str, dict[str, float]] = {}
+
+    seconds, reused = run_stage(DRAW, finished=SCENES / "settings.json")
+    stages["draw"] = stage_figures(count_pictures(SCENES), seconds, earlier.get("draw") if reused else None)
+
+    seconds, reused = run_stage(PACK, finished=SHARDS / "val.manifest.json")
+    stages["pack"] = stage_figures(count_samples(), seconds, earlier.get("pack") if reused else None)
+
+    seconds, reused = run_stage(TRAIN, finished=RUN / "model" / "config.json")
+    report = read_json(str(RUN / "report.json"), remedy=f"delete {RUN} and run the demo again")
+    training_seconds = seconds - report["validation_seconds"]
+    stages["train"] = stage_figures(
+        report["training_images"], training_seconds, earlier.get("train") if reused else None
+    )
+    stages["evaluate"] = stage_figures(report["validation_images"], report["validation_seconds"], None)
+
+    write_folder(FOLDER, seed=SceneSettings().seed)
+    seconds, reused = run_stage(CAPTION, finished=RUN / "captions.jsonl")
+    rows = read_lines(RUN / "captions.jsonl")
+    stages["caption"] = stage_figures(len(rows), seconds, earlier.get("caption") if reused else None)
+
+    summary: dict[str, Any] = {**judge(read_lines(RUN / "validation.jsonl")), "folder": judge_folder(rows), "stages": stages}
+    write_atomic(str(RUN / "summary.json"), json.dumps(summary, indent=1))
+    print_summary(summary, seconds=time.monotonic() - started)
+    if min(summary["right_shape"], summary["right_colour"]) < BAR:
+        raise SystemExit(1)
+
+
+# ---- running --------------------------------------------------------------------------------------------------
+
+
+def run_stage(command: str, *, finished: Path) -> tuple[float, bool]:
+    """Run a command as a user would; its wall seconds, and whether `finished` stood there before it began."""
+    reused = finished.exists()
+    cli.console.print(f"\n[bold]$ {command}[/bold]")
+    words = shlex.split(command)
+    programs = {"python": [sys.executable], "accelerate": [str(Path(sys.executable).with_name("accelerate"))]}
+    started = time.monotonic()
+    code = subprocess.run([*programs[words[0]], *words[1:]], cwd=REPOSITORY, check=False).returncode
+    if code:
+        raise UserError(f"the command above ended with exit code {code}")
+    return time.monotonic() - started, reused
+
+
+def stage_figures(items: int, seconds: float, earlier: dict[str, float] | None) -> dict[str, float]:
+    """A stage's row of the table; that of the run which did the work, where this one only reused it."""
+    if earlier is not None:
+        return earlier
+    return {"items": items, "seconds": round(seconds, 2), "items_per_second": round(items / seconds, 2)}
+
+
+def count_pictures(folder: Path) -> int:
+    return sum(1 for _ in folder.glob("*2026/*.jpg"))
+
+
+def count_samples() -> int:
+    manifests = [read_json(str(SHARDS / f"{split}.manifest.json"), remedy="") for split in ("train", "val")]
+    return sum(manifest["totals"]["samples"] for manifest in manifests)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ---- judging --------------------------------------------------------------------------------------------------
+
+Pairs = Iterable[tuple[str, str]]
+
+
+def judge(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How right the held-out captions are, and what two ways of captioning without looking would score."""
+    facts = list(read_json(str(SCENES / "scenes_val.json"), remedy="").values())
+    shown = [{(colour, shape) for colour, shape in facts[row["image_id"] - 1]["pairs"]} for row in rows]
+    captions = [row["caption"] for row in rows]
+    references = [row["references"] for row in rows]
+    shuffled = random.Random(0).sample(captions, len(captions))
+    commonest = [commonest_training_caption()] * len(captions)
+    return {
+        **score(captions, references, shown),
+        "baselines": {
+            "commonest training caption": score(commonest, references, shown),
+            "shuffled captions": score(shuffled, references, shown),
+        },
+    }
+
+
+def score(captions: Sequence[str], references: Sequence[Sequence[str]], shown: Sequence[set]) -> dict[str, float]:
+    """Corpus scores of all scenes; right shapes and pairs of scenes without, and pairs of those with, unseen pairs."""
+    corpus = caption_scores(dict(enumerate(captions)), dict(enumerate(references)))
+    seen = [(caption, pairs) for caption, pairs in zip(captions, shown, strict=True) if not pairs & UNSEEN_PAIRS]
+    unseen = [(caption, pairs) for caption, pairs in zip(captions, shown, strict=True) if pairs & UNSEEN_PAIRS]
+    return {
+        "cider": corpus["cider"],
+        "bleu4": corpus["bleu4"],
+        "right_shape": share_right((named_shapes(text), {shape for _, shape in pairs}) for text, pairs in seen),
+        "right_colour": share_right((named_pairs(text), pairs) for text, pairs in seen),
+        "unseen_pairs_right": share_right((named_pairs(text), pairs) for text, pairs in unseen),
+    }
+
+
+def commonest_training_caption() -> str:
+    coco = read_json(str(SCENES / "annotations" / "captions_train2026.json"), remedy="")
+    return Counter(annotation["caption"] for annotation in coco["annotations"]).most_common(1)[0][0]
+
+
+def judge_folder(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Whether every file of the captioned folder has its row, and what became of it."""
+    files = sum(1 for path in FOLDER.rglob("*") if path.is_file())
+    errors = Counter(row["error"] for row in rows if "error" in row)
+    if files != len(rows):
+        raise UserError(f"{FOLDER} holds {files} files, but {RUN / 'captions.jsonl'} has {len(rows)} rows")
+    return {"files": files, "captioned": files - errors.total(), "errors": dict(sorted(errors.items()))}
+
+
+def print_summary(summary: dict[str, Any], *, seconds: float) -> None:
+    """The one table at the end: stages, scores beside what needs no look at the picture, and where all lies."""
+    stages = [(name, *figures.values()) for name, figures in summary["stages"].items()]
+    cli.print_table("stages", ("stage", "items", "seconds", "items/s"), stages)
+    names = {
+        "cider": "CIDEr",
+        "bleu4": "BLEU-4",
+        "right_shape": f"all named shapes in the scene (bar {BAR})",
+        "right_colour": f"all named colour-shape pairs in the scene (bar {BAR})",
+        "unseen_pairs_right": "the same, scenes with a pair never seen in training",
+    }
+    columns = [summary, *summary["baselines"].values()]
+    scores = [(label, *(column[key] for column in columns)) for key, label in names.items()]
+    cli.print_table("held-out scenes", ("score", "this model", *summary["baselines"]), scores)
+    errors = re.sub(r"[{}']", "", str(summary["folder"]["errors"]))
+    cli.console.print(
+        f"folder: {summary['folder']['captioned']} of {summary['folder']['files']} files captioned ({errors})"
+    )
+    for name in ("captions.jsonl", "gallery/index.html", "summary.json", "model"):
+        cli.console.print(f"  {RUN / name}")
+    cli.console.print(f"{seconds:.0f} s in all")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        cli.fail(str(error))

@@ -1,0 +1,1 @@
+"""Stage 3: a model folder and folders of photos to captions."""

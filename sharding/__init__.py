@@ -1,0 +1,1 @@
+"""Stage 1: photos and captions to tar shards."""

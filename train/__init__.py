@@ -1,0 +1,1 @@
+"""Stage 2: tar shards to a model folder."""

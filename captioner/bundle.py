@@ -142,7 +142,7 @@ def _assemble(folder: Path, config: dict[str, Any], *, device: torch.device | st
     digest = hashlib.sha256(weights).hexdigest()
     if digest != config["weights_sha256"]:
         raise UserError(f"{folder / 'model.safetensors'} is cut or changed (its sha256 differs): {MAKE_AGAIN}")
-    view = {name: tuple(value) if isinstance(value, list) else value for name, value in config["view"].items()}
+    view: dict[str, Any] = config["view"] | {name: tuple(config["view"][name]) for name in ("mean", "std")}
     model = CaptionModel(ModelConfig(**config["model"]))
     try:
         model.load_state_dict(load_tensors(weights))

@@ -4,6 +4,7 @@ Shapes: B images, K beams an image, T generated tokens, E embedding width, V voc
 as every caption has ended, never produce `<pad>`, `<start>` or `<unk>`, and never an empty caption.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -115,7 +116,7 @@ def beam_search(model: CaptionModel, image_BE: Tensor, *, beam_size: int, max_to
         ended_BK = tokens_BK == END
         if bool(ended_BK.all()):
             break
-    return _best_beams(history_BKT, scores_BKT)
+    return _best_beams(history_BKT, scores_BKT, totals_BK)
 
 
 def _only_repeat_end(steps_BKV: Tensor, ended_BK: Tensor) -> Tensor:
@@ -129,13 +130,16 @@ def _reorder(values_BKT: Tensor, origin_BK: Tensor) -> Tensor:
     return values_BKT.gather(1, origin_BK[..., None].expand(-1, -1, values_BKT.shape[2]))
 
 
-def _best_beams(history_BKT: Tensor, scores_BKT: Tensor) -> list[Caption]:
-    """Of each image the ended beam (any beam, where none ended) with the greatest mean log-probability."""
+def _best_beams(history_BKT: Tensor, scores_BKT: Tensor, totals_BK: Tensor) -> list[Caption]:
+    """Of each image the ended beam (any beam, where none ended) with the greatest mean log-probability.
+
+    Beams of total minus infinity only fill places that no possible beginning took, and are no captions.
+    """
     best = []
-    for beams, beam_scores in zip(history_BKT.tolist(), scores_BKT.tolist(), strict=True):
-        captions = [_caption(tokens, scores) for tokens, scores in zip(beams, beam_scores, strict=True)]
-        ended = [c for c, tokens in zip(captions, beams, strict=True) if END in tokens]
-        best.append(max(ended or captions, key=lambda caption: caption.score))
+    for beams, beam_scores, totals in zip(history_BKT.tolist(), scores_BKT.tolist(), totals_BK.tolist(), strict=True):
+        possible = [pair for *pair, total in zip(beams, beam_scores, totals, strict=True) if total > -math.inf]
+        captions = [(END in tokens, _caption(tokens, scores)) for tokens, scores in possible]
+        best.append(max(captions, key=lambda pair: (pair[0], pair[1].score))[1])
     return best
 
 

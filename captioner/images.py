@@ -53,6 +53,7 @@ def decode_rgb(data: bytes, *, at_least: int | None = None) -> tuple[Image.Image
         if at_least is not None:
             image.draft("RGB", (at_least, at_least))
         image.load()
+        picture = _to_rgb(image)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -61,8 +62,8 @@ def decode_rgb(data: bytes, *, at_least: int | None = None) -> tuple[Image.Image
         raise ImageError(_reason(error), f"{type(error).__name__}: {error}") from error
     turn = UPRIGHT_BY_ORIENTATION.get(_orientation(image))
     if turn is None:
-        return _to_rgb(image), size
-    return _to_rgb(image).transpose(turn), size[::-1] if turn in SWAPS_SIDES else size
+        return picture, size
+    return picture.transpose(turn), size[::-1] if turn in SWAPS_SIDES else size
 
 
 def _orientation(image: Image.Image) -> int:
@@ -81,11 +82,11 @@ def _reason(error: Exception) -> Reason:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+    if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float32)
-        scale = 256.0 if values.max(initial=0) > 255 else 1.0
+        scale = 256.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 1.0
         image = Image.fromarray(np.clip(values / scale, 0, 255).astype(np.uint8))
     if image.has_transparency_data:
         picture = image.convert("RGBA")

@@ -9,10 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Literal
+from typing import Any, Literal, cast
 
-import safetensors
 import torch
 import torchvision.models
 from safetensors.torch import load_file
@@ -130,6 +128,7 @@ class CaptionModel(nn.Module):
         self.embed = nn.Embedding(config.vocabulary_size, config.embedding_size)
         self.lstm = nn.LSTM(config.embedding_size * (1 + every_step), config.hidden_size)
         self.predict = nn.Linear(config.hidden_size, config.vocabulary_size)
+        remember(self.lstm)
 
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Image embeddings (B, E) of normalised images. One image alone is normalised by running statistics."""
@@ -163,6 +162,14 @@ class CaptionModel(nn.Module):
             words_NE = torch.cat((words_NE, image_NE), dim=1)
         hidden_1NH, state = self.lstm(words_NE[None], state)
         return self.predict(hidden_1NH[0]), state
+
+
+def remember(lstm: nn.LSTM) -> None:
+    """Start with open forget gates (their bias at 1), so that what the first input said lasts to the last word."""
+    with torch.no_grad():
+        gate_size = lstm.hidden_size
+        for bias in (lstm.bias_ih_l0, lstm.bias_hh_l0):
+            bias[gate_size : 2 * gate_size].fill_(0.5)
 
 
 def _caption_of_token(captions: PackedCaptions) -> Tensor:
@@ -216,8 +223,7 @@ def _build_backbone(name: str) -> nn.Module:
 def _remove_classifier(backbone: nn.Module, *, name: str) -> int:
     """Replace the layer that makes class scores by one that passes features on; returns their number F."""
     if isinstance(backbone, nn.Sequential):
-        classifier = backbone.pop(-1)
-        return classifier.in_features
+        return cast(nn.Linear, backbone.pop(-1)).in_features
     head_name = next((head for head in HEADS if isinstance(getattr(backbone, head, None), nn.Module)), None)
     if head_name is None:
         raise UserError(f"encoder {name!r} has no classifier that could be taken off: take one such as resnet152")
@@ -253,13 +259,16 @@ def load_encoder_weights(encoder: Encoder, *, name: str, weights: str) -> None:
 
 def _download_weights(name: str) -> dict[str, Tensor]:
     """torchvision's default weights, from its cache or downloaded, checked against the hash in their name."""
-    url = get_model_weights(name).DEFAULT.url
+    if name not in list_models(module=torchvision.models):
+        raise UserError(f"there are no pretrained weights of {name}: add --weights none --train-encoder")
+    url = cast(Any, get_model_weights(name)).DEFAULT.url
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # the network, the check of the hash and, on a damaged cache, the unpickler
         raise UserError(
-            f"cannot get the pretrained weights of {name} from {url} ({error}): download that file elsewhere and give "
-            "its path with --weights, or train from scratch with --weights none --train-encoder"
+            f"cannot get the pretrained weights of {name} from {url} ({_first_line(error)}): download that file "
+            f"elsewhere and give its path with --weights (a damaged one in {torch.hub.get_dir()} must be deleted), "
+            "or train from scratch with --weights none --train-encoder"
         ) from error
 
 
@@ -267,16 +276,17 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"there is no weights file {path}: --weights takes default, none, or the path of a state dict")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        safetensors.SafetensorError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        OSError,
-        UnpicklingError,
-    ) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a readable state dict ({reason}): download it again") from error
+        state = load_file(path) if path.suffix == ".safetensors" else _unpickle_tensors(path)
+    except Exception as error:  # the unpickler raises nearly anything on bytes that are no pickle
+        raise UserError(f"{path} is not a readable state dict ({_first_line(error)}): download it again") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is not a state dict but holds a {type(state).__name__}: give another with --weights")
+    return {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def _unpickle_tensors(path: Path) -> object:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

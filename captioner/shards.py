@@ -42,8 +42,8 @@ class Sample:
     annotation_ids: list[int | str | None]
 
     def to_json(self) -> bytes:
-        """The member's bytes; equal samples give equal bytes."""
-        return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":")).encode()
+        """The member's bytes, pure ASCII so that any text survives; equal samples give equal bytes."""
+        return json.dumps(asdict(self), separators=(",", ":")).encode()
 
 
 def sample_key(split: str, position: int) -> str:

@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from fsspec.core import url_to_fs
 
 from captioner.cli import UserError
@@ -32,12 +31,20 @@ def exists(location: str) -> bool:
     return filesystem.exists(path)
 
 
+def size_bytes(location: str) -> int:
+    """A file's size. Raises OSError (FileNotFoundError among them)."""
+    if not is_remote(location):
+        return Path(location).stat().st_size
+    filesystem, path = url_to_fs(location)
+    return filesystem.info(path)["size"]
+
+
 def read_bytes(location: str) -> bytes:
     """The whole content of a file. Raises OSError (FileNotFoundError among them)."""
     if not is_remote(location):
         return Path(location).read_bytes()
-    with fsspec.open(location, "rb") as file:
-        return file.read()
+    filesystem, path = url_to_fs(location)
+    return filesystem.cat_file(path)
 
 
 def read_json(location: str, *, remedy: str) -> Any:

@@ -19,6 +19,7 @@ FORMAT_VERSION = 1
 TOKENIZER = "nltk-word-tokenize-lower"
 PAD, START, END, UNK = 0, 1, 2, 3
 SPECIAL_WORDS = ("<pad>", "<start>", "<end>", "<unk>")
+GLUED_TOKENS = frozenset((".", ",", ";", ":", "!", "?", ")", "'s", "n't", "'re", "'ll", "'ve", "'m", "'d"))
 
 
 @lru_cache(maxsize=1)
@@ -87,7 +88,7 @@ class Vocabulary:
             "words": self.words,
             "counts": self.counts,
         }
-        return json.dumps(content, ensure_ascii=False, indent=0)
+        return json.dumps(content, indent=0)  # ASCII: a caption file may hold halves of surrogate pairs
 
     @classmethod
     def from_json(cls, text: str, *, origin: str) -> "Vocabulary":
@@ -101,7 +102,7 @@ class Vocabulary:
                     "split again with sharding/make_shards.py"
                 )
             vocabulary = cls(
-                words=tuple(content["words"]),
+                words=tuple(map(str, content["words"])),
                 counts=tuple(content["counts"]),
                 threshold=content["threshold"],
                 tokenizer=content["tokenizer"],
@@ -144,7 +145,7 @@ def count_words(tokenized_captions: Iterable[Sequence[str]]) -> Counter[str]:
 
 def join_tokens(tokens: Iterable[str]) -> str:
     """Tokens as running text: no space before punctuation, clitics and closing brackets."""
-    text = " ".join(tokens)
-    for mark in (".", ",", ";", ":", "!", "?", ")", "'s", "n't", "'re", "'ll", "'ve", "'m", "'d"):
-        text = text.replace(f" {mark}", mark)
-    return text.replace("( ", "(")
+    text = ""
+    for token in tokens:
+        text += token if not text or token in GLUED_TOKENS or text.endswith("(") else f" {token}"
+    return text

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -17,7 +18,7 @@ def write_folder(folder: Path, *, seed: int) -> dict[str, Scene]:
     scenes = [invent_scene(scene_seed(seed, "folder", i), unseen=i % 5 == 0) for i in range(NUM_PLAIN + 7)]
     shown: dict[str, Scene] = {}
 
-    def write(name: str, **options: object) -> Path:
+    def write(name: str, **options: Any) -> Path:
         return _write(folder, name, scenes[len(shown)], shown, **options)
 
     for index in range(NUM_PLAIN):

@@ -67,7 +67,11 @@ def main() -> None:
     rows = read_lines(RUN / "captions.jsonl")
     stages["caption"] = stage_figures(len(rows), seconds, earlier.get("caption") if reused else None)
 
-    summary: dict[str, Any] = {**judge(read_lines(RUN / "validation.jsonl")), "folder": judge_folder(rows), "stages": stages}
+    summary: dict[str, Any] = {
+        **judge(read_lines(RUN / "validation.jsonl")),
+        "folder": judge_folder(rows),
+        "stages": stages,
+    }
     write_atomic(str(RUN / "summary.json"), json.dumps(summary, indent=1))
     print_summary(summary, seconds=time.monotonic() - started)
     if min(summary["right_shape"], summary["right_colour"]) < BAR:

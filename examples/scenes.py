@@ -108,14 +108,14 @@ def invent_scene(seed: int, *, unseen: bool) -> Scene:
     background = rng.choice(BACKGROUNDS)
     kind = rng.choices(("one", "some", "two"), weights=(5, 2, 3))[0]
     if kind == "one":
-        radius = rng.choice((rng.uniform(17, 21), rng.uniform(30, 42)))
+        radius = rng.choice((rng.uniform(19, 23), rng.uniform(32, 44)))
         return Scene(shapes=_place([first], [radius], rng), background=background, seed=seed)
     if kind == "some":
         count = rng.choice(tuple(COUNT_WORDS))
-        radii = [rng.uniform(16, 20)] * count
+        radii = [rng.uniform(17, 22)] * count
         return Scene(shapes=_place([first] * count, radii, rng), background=background, seed=seed)
     second = rng.choice([pair for pair in SEEN_PAIRS if pair[1] != first[1] and pair[0] != first[0]])
-    radii = [rng.uniform(20, 27), rng.uniform(20, 27)]
+    radii = [rng.uniform(22, 29), rng.uniform(22, 29)]
     relation = rng.choice(tuple(OPPOSITE))
     shapes = _place([first, second], radii, rng, relation=relation)
     return Scene(shapes=shapes, background=background, seed=seed, relation=relation)
@@ -188,7 +188,7 @@ def _ground(scene: Scene) -> str:
 
 def _single_captions(scene: Scene, rng: random.Random) -> list[str]:
     shape = scene.shapes[0]
-    size = rng.choice(("small", "little")) if shape.radius < 25 else rng.choice(("big", "large"))
+    size = rng.choice(("small", "little")) if shape.radius < 27 else rng.choice(("big", "large"))
     noun = _noun(shape, rng)
     return [
         f"{_article(f'{size} {noun}')} on {_ground(scene)}.",

@@ -27,7 +27,7 @@ from captioner.images import ImageError
 from captioner.views import ViewSpec
 from infer.folders import ImageFile, list_files
 from infer.gallery import write_gallery
-from infer.results import FORMAT_VERSION, Row, RowWriter, merge, part_path, read_rows
+from infer.results import FORMAT_VERSION, Row, RowWriter, find_parts, merge, part_path, read_rows
 from infer.settings import CaptionSettings
 
 
@@ -37,7 +37,8 @@ def main(settings: CaptionSettings) -> None:
     state = PartialState()
     device = torch.device(state.device or "cpu")
     bundle = load_bundle(settings.model, device=device)
-    files = list_files(settings.images, excluded=[path for path in (settings.output, settings.gallery) if path])
+    ours = (settings.output, *find_parts(settings.output), settings.gallery)
+    files = list_files(settings.images, excluded=[path for path in ours if path])
     earlier = read_rows(settings.output)
     refuse_other_model(earlier, bundle=bundle, settings=settings)
     done = {(row["root"], row["path"]) for row in earlier}

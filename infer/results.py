@@ -1,5 +1,6 @@
 """The rows of captions.jsonl: their keys, appending them safely, reading them back, merging processes' parts."""
 
+import glob
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -40,8 +41,9 @@ def part_path(output: Path, rank: int) -> Path:
     return output.with_name(f"{output.name}.part-{rank}")
 
 
-def _parts(output: Path) -> list[Path]:
-    return sorted(output.parent.glob(f"{output.name}.part-*"))
+def find_parts(output: Path) -> list[Path]:
+    """The part files that processes of an unfinished run left beside `output`."""
+    return sorted(output.parent.glob(f"{glob.escape(output.name)}.part-*"))
 
 
 class RowWriter:
@@ -80,15 +82,15 @@ def _cut_torn_row(path: Path) -> None:
 
 def read_rows(output: Path) -> list[Row]:
     """All rows of an earlier run: those of the finished file and of the parts. Raises UserError for a foreign file."""
-    files = [path for path in (output, *_parts(output)) if path.exists()]
-    return [row for path in files for row in _read_file(path)]
+    files = [path for path in (output, *find_parts(output)) if path.exists()]
+    return [row for path in files for row in _read_file(path, may_be_torn=path != output)]
 
 
-def _read_file(path: Path) -> Iterator[Row]:
+def _read_file(path: Path, *, may_be_torn: bool) -> Iterator[Row]:
     for number, line in enumerate(
         path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), start=1
     ):
-        if not line.endswith("\n"):
+        if may_be_torn and not line.endswith("\n"):
             return  # torn by a kill: that file is captioned again
         row = _parse(line)
         if row is None or row.get("format_version") != FORMAT_VERSION:
@@ -109,6 +111,6 @@ def merge(output: Path) -> list[Row]:
     by_place = {(row["root"], row["path"]): row for row in read_rows(output)}
     rows = [by_place[place] for place in sorted(by_place)]
     write_atomic(str(output), "".join(to_line(row) for row in rows))
-    for part in _parts(output):
+    for part in find_parts(output):
         part.unlink()
     return rows

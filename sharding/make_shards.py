@@ -30,6 +30,7 @@ from sharding.sources import Failure, Source, find_sources, read_records
 def main(settings: ShardSettings) -> None:
     """Pack every wanted split, training first, since the others need its vocabulary."""
     check_settings(settings)
+    given_vocabulary = read_vocabulary(settings.vocabulary) if settings.vocabulary else None
     pixels = PixelSettings(size=settings.size, quality=settings.quality)
     sources = find_sources(images=settings.images, captions=settings.captions, split=settings.split)
     rows = []
@@ -43,7 +44,7 @@ def main(settings: ShardSettings) -> None:
         shards = pack_split(plans, settings.output, split=source.split, workers=settings.workers)
         failures += [failure for shard in shards for failure in shard.failures]
         if source.split == "train" or settings.vocabulary:
-            write_vocabulary(shards, settings)
+            write_vocabulary(given_vocabulary, shards, settings)
         manifest = finish(draft, shards, failures, settings.output)
         rows.append(summary_row(manifest, shards, seconds=time.monotonic() - started))
     header = ("split", "samples", "captions", "shards", "MB", "reused", "failures", "seconds", "images/s")
@@ -141,13 +142,20 @@ def pack_split(plans: Sequence[ShardPlan], folder: str, *, split: str, workers: 
     return [done[plan.name] for plan in plans]
 
 
-def write_vocabulary(shards: Sequence[PackedShard], settings: ShardSettings) -> None:
+def read_vocabulary(location: str) -> Vocabulary:
+    """The vocabulary that the user gives, read before anything is packed. Raises UserError."""
+    try:
+        text = storage.read_bytes(location).decode()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read --vocabulary {location} ({error}): give a packed vocabulary.json") from error
+    return Vocabulary.from_json(text, origin=location)
+
+
+def write_vocabulary(given: Vocabulary | None, shards: Sequence[PackedShard], settings: ShardSettings) -> None:
     """Write vocabulary.json: the given one, or that of the packed training captions."""
     location = storage.join(settings.output, "vocabulary.json")
-    if settings.vocabulary is not None:
-        text = storage.read_bytes(settings.vocabulary).decode()
-        vocabulary = Vocabulary.from_json(text, origin=settings.vocabulary)
-    else:
+    vocabulary = given
+    if vocabulary is None:
         tokens = (tokens for shard in shards for tokens in read_tokens(settings.output, shard.entry.name))
         vocabulary = Vocabulary.from_counts(count_words(tokens), threshold=settings.threshold)
     storage.write_atomic(location, vocabulary.to_json())

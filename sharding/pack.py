@@ -62,6 +62,8 @@ def make_sample(record: Record, *, plan: ShardPlan) -> tuple[bytes, Sample]:
         data = storage.read_bytes(record.location)
     except FileNotFoundError as error:
         raise images.ImageError("missing", f"there is no file {record.location}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise images.ImageError("unreadable", f"{record.location!r}: {error}") from error
     picture, (width, height) = images.load_squashed(data, size=plan.pixels.size)
     sample = Sample(
         image_id=record.image_id,
@@ -78,13 +80,12 @@ def make_sample(record: Record, *, plan: ShardPlan) -> tuple[bytes, Sample]:
 def _find_packed(plan: ShardPlan, folder: str) -> PackedShard | None:
     """The shard as an earlier run left it: its index is written last, so an index means a whole shard."""
     location = storage.join(folder, f"{plan.name}.index")
-    if not storage.exists(location) or not storage.exists(storage.join(folder, f"{plan.name}.tar")):
-        return None
     try:
         index = ShardIndex.from_bytes(storage.read_bytes(location), origin=location)
-    except UserError:
+        tar_bytes = storage.size_bytes(storage.join(folder, f"{plan.name}.tar"))
+    except (FileNotFoundError, UserError):
         return None
-    if index.facts["fingerprint"] != plan.fingerprint:
+    if index.facts["fingerprint"] != plan.fingerprint or index.facts["bytes"] != tar_bytes:
         return None
     return _packed(plan.name, index, seconds=0.0, reused=True)
 

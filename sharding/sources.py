@@ -88,7 +88,10 @@ def _find_in_file(path: str, *, split: str | None) -> dict[str, str]:
     content = storage.read_json(path, remedy=DOWNLOAD_FIRST)
     if not _is_karpathy(content):
         raise UserError(f"the name of {path} does not say which split it is: add --split train, val or test")
-    return dict.fromkeys(sorted({KARPATHY_SPLITS[image["split"]] for image in content["images"]}), path)
+    found = {image.get("split") for image in content["images"]}
+    if unknown := found - KARPATHY_SPLITS.keys():
+        raise UserError(f"{path} has pictures of split {unknown.pop()}: Karpathy's are {', '.join(KARPATHY_SPLITS)}")
+    return dict.fromkeys(sorted({KARPATHY_SPLITS[split] for split in found}), path)
 
 
 def _split_in_name(name: str) -> str | None:

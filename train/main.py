@@ -42,7 +42,7 @@ from train.run_folder import (
     write_report,
 )
 from train.settings import TrainSettings
-from train.step import StepLoss, average_buffers, make_optimizer, make_schedule, train_step
+from train.step import StepLoss, average_buffers, check_same_weights, make_optimizer, make_schedule, train_step
 from train.stream import Batch, Share, ViewRules, stream
 from train.validation import caption_split, score_captions, validation_loss, write_captions
 
@@ -120,6 +120,7 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
         report.training_seconds += time.monotonic() - started
         say(f"epoch {epoch + 1}: training {loss}, {time.monotonic() - started:.1f} s, {num_cut:,} captions cut")
         average_buffers(model, accelerator)
+        check_same_weights(model, accelerator)
         if val_manifest is not None:
             loss = validation_loss(wrapped, open_validation(open_stream, val_manifest, rules), view=view,
                                    accelerator=accelerator)  # fmt: skip

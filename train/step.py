@@ -1,10 +1,12 @@
 """One optimizer step: the loss over the target tokens of all ranks, its gradients, the learning rate."""
 
+import hashlib
 import math
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
@@ -92,6 +94,16 @@ def make_schedule(optimizer: Optimizer, *, total_steps: int) -> LambdaLR:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))))
 
     return LambdaLR(optimizer, share_of_peak)
+
+
+def check_same_weights(model: nn.Module, accelerator: Accelerator) -> None:
+    """Raise RuntimeError unless every rank holds bit-identical parameters and buffers. All ranks must call it."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    digests = gather_object([digest.hexdigest()])
+    if len(set(digests)) > 1:
+        raise RuntimeError(f"the ranks hold different weights: {digests}")
 
 
 def average_buffers(model: nn.Module, accelerator: Accelerator) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import webdataset as wds
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from captioner import images, storage, views
 from captioner.cli import UserError
@@ -85,7 +85,7 @@ class ViewRules:
 # ---- the pipeline's stages ----------------------------------------------------------------------------------
 
 
-class PlannedBatches:
+class PlannedBatches(IterableDataset[list[SampleRef]]):
     """The pipeline's source: this worker's batches of sample places, in order; an empty one where there is no share."""
 
     def __init__(self, plan: EpochPlan, share: Share, *, first_step: int) -> None:

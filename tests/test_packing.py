@@ -1,0 +1,356 @@
+"""Packing from pictures and caption files to a dataset folder, end to end."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from tiny import picture, write_captions, write_coco
+
+from captioner.cli import UserError
+from captioner.shards import Manifest, ShardIndex, read_manifest
+from captioner.vocabulary import Vocabulary
+from sharding import make_shards
+from sharding.settings import ShardSettings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    return write_coco(tmp_path / "coco", num_train=6, num_val=3)
+
+
+def flags(coco: Path, output: Path | str, **changed: Any) -> ShardSettings:
+    """Settings for one process and shards of 3 pictures each, as far as not `changed`."""
+    plain = {"size": 800, "shard_megabytes": 1, "threshold": 1, "workers": 1}
+    paths = {"images": str(coco), "captions": str(coco / "annotations"), "output": str(output)}
+    return ShardSettings(**(paths | plain | changed))
+
+
+def pack(coco: Path, output: Path | str, **changed: Any) -> None:
+    make_shards.main(flags(coco, output, **changed))
+
+
+def files(folder: Path, *patterns: str) -> dict[str, str]:
+    """Digests of the folder's files by name."""
+    found = {path for pattern in patterns or ("*",) for path in folder.glob(pattern)}
+    return {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(found)}
+
+
+def marks(folder: Path) -> dict[str, tuple[int, int]]:
+    """What tells a file left alone from one written again."""
+    found = {path.name: path.stat() for path in [*folder.glob("*.tar"), *folder.glob("*.index")]}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
+
+
+def manifest(folder: Path, split: str) -> Manifest:
+    return read_manifest(str(folder), split, remedy="")
+
+
+def image_ids(folder: Path, split: str) -> list[int | str]:
+    found = []
+    for entry in manifest(folder, split).shards:
+        index = ShardIndex.from_bytes((folder / f"{entry.name}.index").read_bytes(), origin=entry.name)
+        data = (folder / f"{entry.name}.tar").read_bytes()
+        places = zip(index.offsets_S2[:, 1].tolist(), index.sizes_S2[:, 1].tolist(), strict=True)
+        found += [json.loads(data[offset : offset + size])["image_id"] for offset, size in places]
+    return found
+
+
+def words(folder: Path) -> Vocabulary:
+    return Vocabulary.from_json((folder / "vocabulary.json").read_text(), origin="vocabulary.json")
+
+
+def command(*arguments: str, cwd: Path, **options: Any) -> subprocess.Popen[str]:
+    line = [sys.executable, str(ROOT / "sharding" / "make_shards.py"), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(line, cwd=cwd, **pipes, **options)
+
+
+def test_all_splits_are_packed_training_first(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pack(coco, tmp_path / "shards")
+    assert set(files(tmp_path / "shards")) == {
+        "vocabulary.json",
+        *(f"train-00000{number}.{ending}" for number in (0, 1) for ending in ("tar", "index")),
+        *("val-000000.tar", "val-000000.index"),
+        *(f"{split}.{name}" for split in ("train", "val") for name in ("manifest.json", "failures.jsonl")),
+    }
+    assert sorted(image_ids(tmp_path / "shards", "train")) == [1, 2, 3, 4, 5, 6]
+    assert image_ids(tmp_path / "shards", "val") == [1001, 1002, 1003]
+    shown = capsys.readouterr().out
+    assert shown.index("train") < shown.index("val")
+
+
+def test_the_manifest_tells_the_truth_about_every_shard(coco: Path, tmp_path: Path) -> None:
+    pack(coco, tmp_path / "shards")
+    for split in ("train", "val"):
+        found = manifest(tmp_path / "shards", split)
+        assert found.settings["size"] == 800
+        assert found.failures == {}
+        assert {shard.name: shard.sha256 for shard in found.shards} == {
+            name.removesuffix(".tar"): digest for name, digest in files(tmp_path / "shards", f"{split}-*.tar").items()
+        }
+        for shard in found.shards:
+            assert shard.bytes == (tmp_path / "shards" / f"{shard.name}.tar").stat().st_size
+
+
+def test_training_samples_are_shuffled_and_held_out_ones_are_not(tmp_path: Path) -> None:
+    """Of 12 pictures in random order, all in place is a matter of 1 in 12! = 479,001,600."""
+    pack(write_coco(tmp_path / "coco", num_train=12, num_val=12), tmp_path / "shards", size=32)
+    assert image_ids(tmp_path / "shards", "train") != list(range(1, 13))
+    assert image_ids(tmp_path / "shards", "val") == list(range(1001, 1013))
+
+
+def test_packing_again_reuses_every_shard(coco: Path, tmp_path: Path) -> None:
+    pack(coco, tmp_path / "shards")
+    before, digests = marks(tmp_path / "shards"), files(tmp_path / "shards")
+    pack(coco, tmp_path / "shards")
+    assert marks(tmp_path / "shards") == before
+    assert files(tmp_path / "shards") == digests
+
+
+@pytest.mark.parametrize("damage", ["tar gone", "index gone", "tar cut", "index cut"])
+def test_packing_again_mends_what_is_damaged_and_only_that(coco: Path, tmp_path: Path, damage: str) -> None:
+    pack(coco, tmp_path / "shards")
+    before, digests = marks(tmp_path / "shards"), files(tmp_path / "shards")
+    kind, how = damage.split()
+    broken = tmp_path / "shards" / f"train-000001.{kind}"
+    if how == "gone":
+        broken.unlink()
+    else:
+        broken.write_bytes(broken.read_bytes()[:-100])
+    pack(coco, tmp_path / "shards")
+    assert files(tmp_path / "shards") == digests
+    changed = {name for name, mark in marks(tmp_path / "shards").items() if mark != before[name]}
+    assert changed == {"train-000001.tar", "train-000001.index"}
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers(coco: Path, tmp_path: Path) -> None:
+    for workers in (1, 2):
+        pack(coco, tmp_path / f"shards{workers}", workers=workers)
+    assert files(tmp_path / "shards1") == files(tmp_path / "shards2")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"quality": 80}, "quality was 95, is 80"), ({"size": 700}, "size was 800, is 700")],
+)
+def test_a_folder_made_with_other_settings_is_refused_and_left_alone(
+    coco: Path, tmp_path: Path, changed: dict[str, int], said: str
+) -> None:
+    pack(coco, tmp_path / "shards")
+    before = files(tmp_path / "shards")
+    with pytest.raises(UserError, match=said) as caught:
+        pack(coco, tmp_path / "shards", **changed)
+    assert "--output" in str(caught.value)
+    assert files(tmp_path / "shards") == before
+
+
+def test_a_folder_made_from_other_captions_is_refused(coco: Path, tmp_path: Path) -> None:
+    pack(coco, tmp_path / "shards")
+    path = coco / "annotations" / "captions_train2014.json"
+    path.write_text(path.read_text().replace("A cat", "One cat").replace("Two dogs", "Some dogs"))
+    with pytest.raises(UserError, match="captions or names changed"):
+        pack(coco, tmp_path / "shards")
+
+
+def test_a_held_out_split_needs_the_training_vocabulary(coco: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="pack --split train first"):
+        pack(coco, tmp_path / "shards", split="val")
+    assert not (tmp_path / "shards").exists()
+    pack(coco, tmp_path / "shards", split="train")
+    pack(coco, tmp_path / "shards", split="val")
+    assert image_ids(tmp_path / "shards", "val") == [1001, 1002, 1003]
+
+
+def test_a_given_vocabulary_is_used_and_a_bad_one_refused_before_packing(coco: Path, tmp_path: Path) -> None:
+    given = tmp_path / "given.json"
+    given.write_text(Vocabulary.from_counts({"zebra": 5}, threshold=2).to_json())
+    pack(coco, tmp_path / "shards", split="val", vocabulary=str(given))
+    assert words(tmp_path / "shards").words[4:] == ("zebra",)
+    for bad in (tmp_path / "not there.json", coco / "annotations" / "captions_val2014.json", coco):
+        with pytest.raises(UserError, match=re.escape(str(bad))):
+            pack(coco, tmp_path / "other", vocabulary=str(bad))
+    assert not (tmp_path / "other").exists()
+
+
+def test_another_threshold_rewrites_the_vocabulary_and_touches_no_shard(coco: Path, tmp_path: Path) -> None:
+    pack(coco, tmp_path / "shards", threshold=1)
+    before, all_words = marks(tmp_path / "shards"), words(tmp_path / "shards")
+    pack(coco, tmp_path / "shards", threshold=5)
+    fewer = words(tmp_path / "shards")
+    assert marks(tmp_path / "shards") == before
+    assert fewer.threshold == 5
+    expected = [word for word, count in zip(all_words.words, all_words.counts, strict=True) if count >= 5]
+    assert list(fewer.words[4:]) == expected
+    assert 4 < len(fewer) < len(all_words)
+
+
+def write_bad_split(folder: Path) -> tuple[Path, dict[str, str]]:
+    """A split with every kind of bad picture and one good one; returns the reason expected for each name."""
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "a folder.jpg").mkdir()
+    picture(1).save(folder / "good.jpg")
+    good = (folder / "good.jpg").read_bytes()
+    (folder.parent / "outside.jpg").write_bytes(good)
+    for name, content in {"cut.jpg": good[:-40], "text.jpg": b"hello", "empty.jpg": b""}.items():
+        (folder / name).write_bytes(content)
+    reasons = {
+        "missing.jpg": "missing",
+        "cut.jpg": "truncated",
+        "text.jpg": "undecodable",
+        "empty.jpg": "empty",
+        "a folder.jpg": "unreadable",
+        "zero\0byte.jpg": "unreadable",
+        "half \ud83d.jpg": "unreadable",
+        "silent.jpg": "no caption",
+        "blank.jpg": "empty caption",
+        "../outside.jpg": "unsafe name",
+        str(folder / "good.jpg"): "unsafe name",
+        "again.jpg": "duplicate id",
+    }
+    images = [{"id": 1, "file_name": "good.jpg"}]
+    images += [{"id": number, "file_name": name} for number, name in enumerate(reasons, start=2)]
+    images[-1]["id"] = 1
+    texts = {image["id"]: "a cat" for image in images if image["file_name"] != "silent.jpg"}
+    annotations = [{"id": 10 * number, "image_id": number, "caption": text} for number, text in texts.items()]
+    for annotation in annotations:
+        if images[annotation["image_id"] - 1]["file_name"] == "blank.jpg":
+            annotation["caption"] = " \n"
+    annotations.append({"id": 7, "image_id": 1, "caption": "half a pair \ud83d and a \u2028 line"})
+    write_captions(folder / "annotations" / "captions_train.json", images=images, annotations=annotations)
+    return folder, reasons
+
+
+def test_bad_pictures_are_counted_by_reason_and_listed_and_never_stop_the_packing(tmp_path: Path) -> None:
+    folder, reasons = write_bad_split(tmp_path / "coco")
+    pack(folder, tmp_path / "shards", size=32)
+    found = manifest(tmp_path / "shards", "train")
+    # A picture whose only caption is blank counts twice: for the caption, and for itself.
+    assert found.failures == Counter([*reasons.values(), "no caption"])
+    assert found.num_samples == 1
+    assert image_ids(tmp_path / "shards", "train") == [1]
+    lines = (tmp_path / "shards" / "train.failures.jsonl").read_text().splitlines()
+    listed = [(failure["image"], failure["reason"]) for failure in map(json.loads, lines)]
+    assert Counter(listed) == Counter([*reasons.items(), ("blank.jpg", "no caption")])
+    assert "half" in words(tmp_path / "shards").words
+
+
+def test_a_shard_without_one_good_picture_is_an_empty_shard(tmp_path: Path) -> None:
+    data = write_coco(tmp_path / "coco", num_train=6, num_val=0)
+    for path in (data / "train2014").iterdir():
+        path.write_bytes(b"no picture")
+    pack(data, tmp_path / "shards")
+    found = manifest(tmp_path / "shards", "train")
+    assert [shard.samples for shard in found.shards] == [0, 0]
+    assert found.failures == {"undecodable": 6}
+    pack(data, tmp_path / "shards")
+
+
+def write_karpathy(folder: Path, splits: list[str]) -> Path:
+    folder.mkdir()
+    (folder / "photos").mkdir()
+    images = []
+    for number, split in enumerate(splits):
+        picture(number).save(folder / "photos" / f"{number}.jpg")
+        sentences = [{"raw": f"Picture number {number}", "sentid": 10 * number}]
+        images.append(
+            {"filepath": "photos", "filename": f"{number}.jpg", "cocoid": 100 + number, "split": split}
+            | {"sentences": sentences}
+        )
+    (folder / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    return folder
+
+
+def test_karpathys_file_gives_all_three_splits_with_restval_in_training(tmp_path: Path) -> None:
+    data = write_karpathy(tmp_path / "data", ["test", "train", "restval", "val", "restval"])
+    pack(data, tmp_path / "shards", captions=str(data / "dataset_coco.json"), size=32)
+    found = {split: sorted(image_ids(tmp_path / "shards", split)) for split in ("train", "val", "test")}
+    assert found == {"train": [101, 102, 104], "val": [103], "test": [100]}
+
+
+def test_karpathys_file_with_an_unknown_split_is_refused(tmp_path: Path) -> None:
+    data = write_karpathy(tmp_path / "data", ["train", "holdout"])
+    with pytest.raises(UserError, match="split holdout"):
+        pack(data, tmp_path / "shards", captions=str(data / "dataset_coco.json"))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"images": [{}], "annotations": []}', '{"images": 3}'])
+def test_a_caption_file_that_is_none_is_refused_in_one_line(coco: Path, tmp_path: Path, content: str) -> None:
+    path = coco / "annotations" / "captions_train2014.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=re.escape(str(path))) as caught:
+        pack(coco, tmp_path / "shards")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["quality", "size", "shard_megabytes", "threshold", "workers"])
+def test_numbers_that_make_no_sense_are_refused(coco: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} 0"):
+        pack(coco, tmp_path / "shards", **{name: 0})
+
+
+def test_without_arguments_and_data_one_line_says_how_to_get_them(tmp_path: Path) -> None:
+    process = command(cwd=tmp_path)
+    shown, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert shown == ""
+    assert error.startswith("error: there is no caption file or folder data/coco/annotations")
+    assert "download_coco.py" in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_run_is_completed_to_the_same_bytes(tmp_path: Path, workers: int) -> None:
+    """Killed at the first finished shard of 24, with no chance to clean up; none of its processes lives on."""
+    data = write_coco(tmp_path / "coco", num_train=72, num_val=0)
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    arguments = ["--images", str(data), "--captions", str(data / "annotations"), "--output", str(killed)]
+    arguments += ["--size", "800", "--shard-megabytes", "1", "--threshold", "1", "--workers", str(workers)]
+    process = command(*arguments, cwd=tmp_path, start_new_session=True)
+    wait_until(lambda: any(killed.glob("*.index")) or process.poll() is not None)
+    process.kill()
+    process.communicate(timeout=60)  # to the end of its output, which the last of its processes holds open
+    assert process.returncode == -signal.SIGKILL
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    assert 0 < len(files(killed, "*.index")) < 24
+    assert not (killed / "train.manifest.json").exists()
+    finished = files(killed, "*.index")
+    before = marks(killed)
+    pack(data, killed)
+    assert {name: mark for name, mark in marks(killed).items() if name in finished} == {
+        name: before[name] for name in finished
+    }
+    pack(data, whole)
+    assert files(killed, "*.tar", "*.index", "*.json*") == files(whole)
+
+
+def wait_until(condition: Any, *, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_the_output_can_be_a_url(coco: Path, tmp_path: Path) -> None:
+    pack(coco, "memory://packing/shards", size=64)
+    pack(coco, tmp_path / "shards", size=64)
+    filesystem = fsspec.filesystem("memory")
+    remote = {Path(name).name: sha256(filesystem.cat_file(name)).hexdigest() for name in filesystem.ls("/packing/shards", detail=False)}
+    assert remote == files(tmp_path / "shards")
+    pack(coco, "memory://packing/shards", size=64)
+    with pytest.raises(UserError, match="quality was 95, is 80"):
+        pack(coco, "memory://packing/shards", size=64, quality=80)
+    filesystem.rm("/packing", recursive=True)

@@ -1,0 +1,92 @@
+"""Rules of the repository itself: what may be imported where, what modules may be called, that documents are true."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STAGES = ("sharding", "train", "infer")
+LIGHT_MODULES = (
+    "captioner",
+    "captioner.cli",
+    "captioner.images",
+    "captioner.metrics",
+    "captioner.shards",
+    "captioner.storage",
+    "captioner.views",
+    "captioner.vocabulary",
+    "sharding.make_shards",
+    "sharding.download_coco",
+    "train.plan",
+    "infer.folders",
+    "infer.gallery",
+    "infer.results",
+)
+
+
+@pytest.mark.parametrize("module", LIGHT_MODULES)
+def test_light_modules_do_not_load_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
+
+
+def test_no_stage_module_hides_a_standard_or_third_party_one() -> None:
+    """The script's folder comes first on sys.path, so `train/queue.py` would break every `import queue`."""
+    others = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
+    others -= {*STAGES, "captioner"}
+    names = {path.stem for stage in STAGES for path in (REPOSITORY / stage).glob("*.py")} - {"__init__", "main"}
+    assert names, "no modules found"
+    assert not names & (others | set(STAGES))
+
+
+def test_main_modules_define_functions_only_in_train() -> None:
+    assert not re.search(r"^class ", (REPOSITORY / "train" / "main.py").read_text(), flags=re.MULTILINE)
+
+
+def test_constraints_are_bare_names_and_versions() -> None:
+    lines = (REPOSITORY / "constraints.txt").read_text().split()
+    assert len(lines) > 30
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+", line) for line in lines)
+
+
+def shell_blocks(document: str) -> list[str]:
+    text = (REPOSITORY / document).read_text(encoding="utf-8")
+    return re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_shell_blocks_of_the_readme_run(tmp_path: Path) -> None:
+    """In a folder of its own, that looks like the repository."""
+    for path in REPOSITORY.iterdir():
+        if path.name not in ("data", "runs", ".venv", ".git"):
+            (tmp_path / path.name).symlink_to(path)
+    blocks = shell_blocks("README.md")
+    assert blocks
+    binaries = Path(sys.executable).parent
+    for block in blocks:
+        script = f'set -eu\nexport PATH="{binaries}:$PATH"\n{block}'
+        done = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    rows = (tmp_path / "runs/small/captions.jsonl").read_text().splitlines()
+    assert len(rows) == 16
+    assert (tmp_path / "runs/small/gallery/index.html").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "script", ["sharding/make_shards.py", "sharding/download_coco.py", "train/main.py", "infer/main.py"]
+)
+def test_every_flag_is_explained_and_read(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, script, "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    flags = set(re.findall(r"--([a-z][a-z-]+)", done.stdout)) - {"help"}
+    assert len(flags) >= 4
+    stage = Path(script).parent
+    code = "".join(path.read_text() for path in (REPOSITORY / stage).glob("*.py"))
+    fields = {flag.replace("-", "_") for flag in flags if not flag.startswith("no-")}
+    unread = {name for name in fields if not re.search(rf"settings\.{name}\b", code) and f'"{name}"' not in code}
+    own = set(re.findall(r"^    (\w+): .*$", code, flags=re.MULTILINE))
+    assert not (unread & own), f"flags nothing reads: {unread & own}"

@@ -1,0 +1,256 @@
+"""The shards' format: what others read, what the index says, and what is refused."""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import captions_of, write_coco
+
+from captioner import images
+from captioner.cli import UserError
+from captioner.shards import (
+    Manifest,
+    Member,
+    Sample,
+    ShardEntry,
+    ShardIndex,
+    TarBuilder,
+    build_index,
+    manifest_location,
+    read_manifest,
+    sample_key,
+    shard_name,
+)
+from captioner.vocabulary import tokenize
+from sharding import make_shards
+from sharding.settings import ShardSettings
+
+ARRAYS = ("keys_S", "offsets_S2", "sizes_S2", "crc32s_S2", "first_caption", "caption_lengths")
+
+contents = st.binary(max_size=2_000)
+caption_lengths = st.lists(st.integers(1, 60_000), min_size=1, max_size=6)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset folder of 7 training pictures in 4 shards and 3 validation pictures in 2."""
+    folder = tmp_path_factory.mktemp("packed")
+    data = write_coco(folder / "coco", num_train=7, num_val=3)
+    output = folder / "shards"
+    make_shards.main(
+        ShardSettings(
+            images=str(data),
+            captions=str(data / "annotations"),
+            output=str(output),
+            size=900,
+            shard_megabytes=1,
+            threshold=1,
+            workers=1,
+        )
+    )
+    return output
+
+
+def indexes(folder: Path) -> dict[Path, ShardIndex]:
+    return {
+        path.with_suffix(".tar"): ShardIndex.from_bytes(path.read_bytes(), origin=path.name)
+        for path in sorted(folder.glob("*.index"))
+    }
+
+
+def small_index() -> ShardIndex:
+    members = [(Member(512, 10, 1), Member(1536, 20, 2)), (Member(2560, 30, 3), Member(3584, 40, 4))]
+    return build_index(["train-0", "train-10"], members, [[5, 6], [7]], {"bytes": 1, "fingerprint": "f"})
+
+
+def test_stock_webdataset_reads_every_sample_with_its_picture_and_captions(packed: Path) -> None:
+    for split, num_shards, ids in (("train", 4, range(1, 8)), ("val", 2, range(1001, 1004))):
+        urls = [str(path) for path in sorted(packed.glob(f"{split}-*.tar"))]
+        assert len(urls) == num_shards
+        samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
+        assert sorted(sample["json"]["image_id"] for sample in samples) == list(ids)
+        for sample in samples:
+            content = sample["json"]
+            assert content["captions"] == captions_of(content["image_id"])
+            assert content["tokens"] == [tokenize(caption) for caption in content["captions"]]
+            assert content["annotation_ids"] == [content["image_id"] * 10 + n for n in range(len(content["captions"]))]
+            assert (content["width"], content["height"]) == (
+                40 + content["image_id"] % 17,
+                32 + content["image_id"] % 5,
+            )
+            assert (sample["jpg"].size, sample["jpg"].mode) == ((900, 900), "RGB")
+
+
+def test_tarfile_and_gnu_tar_list_the_pairs_in_order(packed: Path) -> None:
+    tar = shutil.which("tar")
+    for path, index in indexes(packed).items():
+        expected = [f"{key.decode()}.{ending}" for key in index.keys_S for ending in ("jpg", "json")]
+        with tarfile.open(path) as opened:
+            assert opened.getnames() == expected
+        if tar is not None:
+            listed = subprocess.run([tar, "-tf", path], capture_output=True, text=True, check=True)
+            assert (listed.stdout.split(), listed.stderr) == (expected, "")
+
+
+def test_every_index_entry_is_what_the_tar_holds(packed: Path) -> None:
+    for path, index in indexes(packed).items():
+        data = path.read_bytes()
+        with tarfile.open(path) as opened:
+            members = opened.getmembers()
+        assert index.offsets_S2.ravel().tolist() == [member.offset_data for member in members]
+        assert index.sizes_S2.ravel().tolist() == [member.size for member in members]
+        pieces = [data[member.offset_data : member.offset_data + member.size] for member in members]
+        assert index.crc32s_S2.ravel().tolist() == [zlib.crc32(piece) for piece in pieces]
+        lengths = [[len(tokens) for tokens in json.loads(piece)["tokens"]] for piece in pieces[1::2]]
+        firsts = index.first_caption.tolist()
+        assert [
+            index.caption_lengths[start:end].tolist() for start, end in zip(firsts, firsts[1:], strict=False)
+        ] == lengths
+
+
+def test_tars_are_plain_ustar_with_fixed_metadata(packed: Path) -> None:
+    """A PAX header before each member would make reading nearly twice as slow, and a date no two packs equal."""
+    for path in packed.glob("*.tar"):
+        data = path.read_bytes()
+        assert len(data) % tarfile.RECORDSIZE == 0
+        assert data[257:265] == b"ustar\x0000"
+        with tarfile.open(path) as opened:
+            members = opened.getmembers()
+            assert opened.pax_headers == {}
+        assert all(member.type == tarfile.REGTYPE and not member.pax_headers for member in members)
+        assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {(0, 0, 0, "", "", 0o644)}
+        assert [member.offset for member in members] == [member.offset_data - 512 for member in members]
+
+
+def test_keys_are_safe_for_webdataset_and_unique_over_splits(packed: Path) -> None:
+    keys = [key.decode() for index in indexes(packed).values() for key in index.keys_S]
+    assert len(keys) == len(set(keys)) == 10
+    assert all(re.fullmatch(r"[0-9a-z_-]+", key) for key in keys)
+    assert {key.split("-")[0] for key in keys} == {"train", "val"}
+
+
+@given(first=st.integers(0, 10**9 - 1), second=st.integers(0, 10**9 - 1))
+@settings(deadline=None)
+def test_keys_and_shard_names_sort_as_their_numbers(first: int, second: int) -> None:
+    assert (sample_key("val", first) < sample_key("val", second)) == (first < second)
+    few, many = first % 10**6, second % 10**6
+    assert (shard_name("val", few) < shard_name("val", many)) == (few < many)
+
+
+@given(members=st.lists(contents, max_size=6))
+@settings(deadline=None)
+def test_a_tar_gives_back_what_was_put_in(members: list[bytes]) -> None:
+    builder = TarBuilder()
+    placed = [builder.add(f"{number}.jpg", content) for number, content in enumerate(members)]
+    data = builder.to_bytes()
+    assert [data[m.offset : m.offset + m.size] for m in placed] == members
+    with tarfile.open(fileobj=io.BytesIO(data)) as opened:
+        assert [opened.extractfile(m).read() for m in opened] == members  # type: ignore[union-attr]
+    assert len(data) % tarfile.RECORDSIZE == 0
+
+
+@given(lengths=st.lists(caption_lengths, max_size=8), start=st.integers(0, 10**12), crc=st.integers(0, 2**32 - 1))
+@settings(deadline=None)
+def test_an_index_survives_its_file(lengths: list[list[int]], start: int, crc: int) -> None:
+    keys = [sample_key("train", number * 7) for number in range(len(lengths))]
+    members = [(Member(start + n, n, crc), Member(start + 2 * n, 3 * n, crc ^ n)) for n in range(len(lengths))]
+    facts = {"bytes": 5, "sha256": "ab", "failures": [{"image": "ü\udcff"}]}
+    index = build_index(keys, members, lengths, facts)
+    read = ShardIndex.from_bytes(index.to_bytes(), origin="x.index")
+    assert len(read) == len(lengths)
+    assert read.facts == facts
+    assert [key.decode() for key in read.keys_S] == keys
+    for name in ARRAYS:
+        assert getattr(read, name).dtype == getattr(index, name).dtype
+        np.testing.assert_array_equal(getattr(read, name), getattr(index, name))
+    assert read.to_bytes() == index.to_bytes()
+    assert read.crc32s_S2.ravel().tolist() == [m.crc32 for pair in members for m in pair]
+    assert read.offsets_S2.ravel().tolist() == [m.offset for pair in members for m in pair]
+
+
+def test_keys_of_unequal_length_survive() -> None:
+    read = ShardIndex.from_bytes(small_index().to_bytes(), origin="x")
+    assert read.keys_S.tolist() == [b"train-0", b"train-10"]
+
+
+@given(kept=st.floats(0, 1, exclude_max=True))
+@settings(deadline=None)
+def test_a_cut_index_is_refused_in_one_line(kept: float) -> None:
+    data = small_index().to_bytes()
+    with pytest.raises(UserError, match=r"t\.index is not a readable shard index .*make_shards") as caught:
+        ShardIndex.from_bytes(data[: int(kept * len(data))], origin="t.index")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_index_of_another_format_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captioner.shards.FORMAT_VERSION", 99)
+    data = small_index().to_bytes()
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"t\.index has format 99, this version reads 1: .*make_shards"):
+        ShardIndex.from_bytes(data, origin="t.index")
+
+
+def test_a_sample_survives_its_json_whatever_its_text() -> None:
+    odd = "a \ud83d \u2028 ü \x00 'cat'"
+    sample = Sample(
+        image_id="x",
+        file_name="bad\udcff.jpg",
+        width=3,
+        height=2,
+        captions=[odd],
+        tokens=[[odd]],
+        annotation_ids=[None],
+    )
+    assert Sample(**json.loads(sample.to_json())) == sample
+    assert sample.to_json().isascii()
+
+
+def make_manifest() -> Manifest:
+    entries = [ShardEntry(name=shard_name("val", n), samples=n, captions=5 * n, bytes=9, sha256="s") for n in (1, 2)]
+    return Manifest(
+        split="val", shards=tuple(entries), settings={"size": 8}, source={}, failures={"empty": 1}, fingerprint="f"
+    )
+
+
+def test_a_manifest_survives_its_file_and_sums_its_shards(tmp_path: Path) -> None:
+    Path(manifest_location(str(tmp_path), "val")).write_text(make_manifest().to_json())
+    assert read_manifest(str(tmp_path), "val", remedy="r") == make_manifest()
+    assert make_manifest().num_samples == 3
+    assert json.loads(make_manifest().to_json())["totals"] == {"samples": 3, "captions": 15, "bytes": 18}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "there is no .*val.manifest.json: do this"),
+        ("not JSON", "cannot read .*val.manifest.json"),
+        ("{}", "is not a manifest"),
+        ("[]", "is not a manifest"),
+        (make_manifest().to_json().replace('"format_version": 1', '"format_version": 2'), "has format 2"),
+        (make_manifest().to_json().replace('"lanes"', '"roads"'), "is not a manifest"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path, text: str | None, said: str) -> None:
+    if text is not None:
+        (tmp_path / "val.manifest.json").write_text(text)
+    with pytest.raises(UserError, match=said) as caught:
+        read_manifest(str(tmp_path), "val", remedy="do this")
+    assert "\n" not in str(caught.value)
+
+
+def test_stored_pictures_are_the_originals_squashed(packed: Path) -> None:
+    data = packed.parent / "coco" / "train2014"
+    for sample in webdataset.WebDataset(str(packed / "train-000000.tar"), shardshuffle=False):
+        original = data / json.loads(sample["json"])["file_name"]
+        expected, _ = images.load_squashed(original.read_bytes(), size=900)
+        assert sample["jpg"] == images.encode_jpeg(expected, quality=95)

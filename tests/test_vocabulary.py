@@ -1,0 +1,145 @@
+"""Words, ids and the vocabulary file."""
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nltk import word_tokenize
+
+from captioner.cli import UserError
+from captioner.vocabulary import (
+    END,
+    PAD,
+    SPECIAL_WORDS,
+    START,
+    UNK,
+    Vocabulary,
+    count_words,
+    join_tokens,
+    tokenize,
+)
+
+REAL_CAPTIONS = Path(__file__).resolve().parents[2] / "shared" / "data" / "captions" / "captions_145k.json.gz"
+COUNTS = {"cat": 3, "a": 9, "dog": 3, "on": 2, ".": 9, "once": 1}
+
+word_counts = st.dictionaries(st.text(min_size=1), st.integers(1, 9), max_size=30)
+
+
+def vocabulary() -> Vocabulary:
+    return Vocabulary.from_counts(COUNTS, threshold=2)
+
+
+def test_special_words_come_first_then_the_most_frequent_with_ties_by_name() -> None:
+    assert (PAD, START, END, UNK) == (0, 1, 2, 3)
+    assert vocabulary().words == ("<pad>", "<start>", "<end>", "<unk>", ".", "a", "cat", "dog", "on")
+    assert vocabulary().counts == (0, 0, 0, 0, 9, 9, 3, 3, 2)
+
+
+@given(counts=word_counts, threshold=st.integers(1, 10), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=40)
+def test_a_vocabulary_holds_what_reaches_the_threshold_in_any_order_of_counting(
+    counts: dict[str, int], threshold: int, seed: int
+) -> None:
+    made = Vocabulary.from_counts(counts, threshold=threshold)
+    assert set(made.words) == {*SPECIAL_WORDS, *(word for word in counts if counts[word] >= threshold)}
+    shuffled = list(counts.items())
+    Random(seed).shuffle(shuffled)
+    assert Vocabulary.from_counts(dict(shuffled), threshold=threshold) == made
+
+
+@given(counts=word_counts, ids=st.data())
+@settings(deadline=None)
+def test_tokens_survive_encoding(counts: dict[str, int], ids: st.DataObject) -> None:
+    made = Vocabulary.from_counts(counts, threshold=1)
+    words = made.words[len(SPECIAL_WORDS) :]
+    tokens = ids.draw(st.lists(st.sampled_from(words))) if words else []
+    encoded = made.encode(tokens)
+    assert [made.words[index] for index in encoded] == tokens
+    assert made.decode([START, *encoded, END, *encoded, PAD]) == join_tokens(tokens)
+
+
+def test_a_special_word_in_the_captions_gets_no_second_id() -> None:
+    made = Vocabulary.from_counts({"<end>": 9, "cat": 9}, threshold=1)
+    assert made.words == (*SPECIAL_WORDS, "cat")
+
+
+def test_unknown_words_become_unk_and_are_shown_as_such() -> None:
+    assert vocabulary().encode(["a", "zebra", "once", "cat"]) == [5, UNK, UNK, 6]
+    assert vocabulary().decode([5, UNK, END]) == "a <unk>"
+
+
+@given(counts=word_counts, threshold=st.integers(1, 9))
+@settings(deadline=None)
+def test_a_vocabulary_survives_its_file(counts: dict[str, int], threshold: int) -> None:
+    """Through bytes, since a word may hold half of a surrogate pair, as JSON caption files can."""
+    made = Vocabulary.from_counts(counts | {"\ud83d": 9}, threshold=threshold)
+    read = Vocabulary.from_json(made.to_json().encode().decode(), origin="v.json")
+    assert read == made
+    assert read.fingerprint == made.fingerprint
+
+
+def test_the_fingerprint_depends_on_the_words_and_their_order() -> None:
+    others = [
+        Vocabulary.from_counts(COUNTS, threshold=1),
+        Vocabulary.from_counts(COUNTS | {"dog": 4}, threshold=2),
+    ]
+    assert len({made.fingerprint for made in (vocabulary(), *others)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format_version": 2}, "format 2"),
+        ({"tokenizer": "spaces"}, "'spaces'"),
+        ({"words": [*SPECIAL_WORDS, ".", "a", "cat", "cow", "on"]}, "edited"),
+        ({"words": [*SPECIAL_WORDS, "a", ".", "cat", "dog", "on"]}, "edited"),
+        ({"words": [*SPECIAL_WORDS, "a", "a"]}, "repeats"),
+        ({"words": [*SPECIAL_WORDS, ["a"]]}, "edited"),
+        ({"words": ["a", *SPECIAL_WORDS]}, "does not start"),
+        ({"words": None}, "not a vocabulary"),
+        ({"fingerprint": None}, "edited"),
+    ],
+)
+def test_a_file_that_cannot_be_trusted_is_refused_in_one_line(change: dict[str, object], said: str) -> None:
+    content = json.loads(vocabulary().to_json()) | change
+    with pytest.raises(UserError, match=said) as caught:
+        Vocabulary.from_json(json.dumps(content), origin="shards/vocabulary.json")
+    assert "\n" not in str(caught.value)
+    assert "shards/vocabulary.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "no JSON", "[1, 2]", "{}", "null", '{"format_version": 1}'])
+def test_a_file_that_is_no_vocabulary_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(UserError, match=r"v\.json is not a vocabulary file") as caught:
+        Vocabulary.from_json(text, origin="v.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_tokens_are_lower_case_words_and_marks() -> None:
+    assert tokenize("The cat, isn't (it) on St. Mary's mat.") == [
+        *("the", "cat", ",", "is", "n't", "(", "it", ")", "on", "st.", "mary", "'s", "mat", ".")
+    ]
+    assert tokenize("  ") == []
+
+
+def test_tokens_are_joined_as_people_write() -> None:
+    for text in ("the cat isn't here, is it?", "a man's dog (brown) runs.", "they've seen: one; we'd go!"):
+        assert join_tokens(tokenize(text)) == text
+    assert join_tokens(["a", "sign", "'dog", ".5", ":)"]) == "a sign 'dog .5 :)"
+
+
+def test_words_are_counted_over_all_captions() -> None:
+    assert count_words([["a", "cat"], ["a", "a"], []]) == Counter(a=3, cat=1)
+
+
+def test_tokens_are_nltks_on_real_captions() -> None:
+    if not REAL_CAPTIONS.exists():
+        pytest.skip(f"there is no {REAL_CAPTIONS}")
+    annotations = json.loads(gzip.decompress(REAL_CAPTIONS.read_bytes()))["annotations"]
+    sample = [annotation["caption"] for annotation in Random(0).sample(annotations, 2_000)]
+    assert [tokenize(text) for text in sample] == [word_tokenize(text.lower(), preserve_line=True) for text in sample]

@@ -63,7 +63,7 @@ class Bundle:
     def caption(self, data: bytes) -> str:
         """The caption of one picture file's bytes. Raises captioner.images.ImageError."""
         view_PP3, _ = read_eval_view(data, self.view)
-        return self.vocabulary.decode(self.caption_views(view_PP3[None])[0].tokens)
+        return self.vocabulary.decode(self.caption_views(np.stack([view_PP3]))[0].tokens)
 
 
 def save_bundle(
@@ -129,20 +129,23 @@ def load_bundle(folder: str | Path, *, device: torch.device | str = "cpu") -> Bu
         return _assemble(folder, config, device=device)
     except FileNotFoundError as error:
         raise UserError(f"{folder} is incomplete, there is no {error.filename}: {MAKE_AGAIN}") from error
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder / 'config.json'} is not as it was written ({error!r}): {MAKE_AGAIN}") from error
 
 
 def _assemble(folder: Path, config: dict[str, Any], *, device: torch.device | str) -> Bundle:
     origin = folder / "vocabulary.json"
-    vocabulary = Vocabulary.from_json(origin.read_text(encoding="utf-8"), origin=str(origin))
+    vocabulary = Vocabulary.from_json(origin.read_text(encoding="utf-8", errors="replace"), origin=str(origin))
     if vocabulary.fingerprint != config["vocabulary_fingerprint"]:
         raise UserError(f"{origin} is not the vocabulary that this model was trained with: {MAKE_AGAIN}")
     weights = (folder / "model.safetensors").read_bytes()
     digest = hashlib.sha256(weights).hexdigest()
     if digest != config["weights_sha256"]:
         raise UserError(f"{folder / 'model.safetensors'} is cut or changed (its sha256 differs): {MAKE_AGAIN}")
-    view: dict[str, Any] = config["view"] | {name: tuple(config["view"][name]) for name in ("mean", "std")}
+    view_fields: dict[str, Any] = config["view"] | {name: tuple(config["view"][name]) for name in ("mean", "std")}
+    view, decoding = ViewSpec(**view_fields), DecodingDefaults(**config["decoding"])
+    if not 1 <= view.crop <= view.size or min(decoding.beam_size, decoding.max_tokens) < 1:
+        raise ValueError(f"impossible {view} or {decoding}")
     model = CaptionModel(ModelConfig(**config["model"]))
     try:
         model.load_state_dict(load_tensors(weights))
@@ -153,8 +156,8 @@ def _assemble(folder: Path, config: dict[str, Any], *, device: torch.device | st
         ) from error
     return Bundle(
         model=model.eval().to(device),
-        view=ViewSpec(**view),
+        view=view,
         vocabulary=vocabulary,
-        decoding=DecodingDefaults(**config["decoding"]),
+        decoding=decoding,
         name=digest[:12],
     )

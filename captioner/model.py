@@ -168,8 +168,8 @@ def remember(lstm: nn.LSTM) -> None:
     """Start with open forget gates (their bias at 1), so that what the first input said lasts to the last word."""
     with torch.no_grad():
         gate_size = lstm.hidden_size
-        for bias in (lstm.bias_ih_l0, lstm.bias_hh_l0):
-            bias[gate_size : 2 * gate_size].fill_(0.5)
+        for name in ("bias_ih_l0", "bias_hh_l0"):
+            lstm.get_parameter(name)[gate_size : 2 * gate_size].fill_(0.5)
 
 
 def _caption_of_token(captions: PackedCaptions) -> Tensor:

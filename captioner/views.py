@@ -3,6 +3,7 @@
 Shapes: B images, S sides of a stored picture, P sides of a crop, in pixels.
 """
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-SIDE_WORDS = frozenset({"left", "right"})
+SIDE_WORDS = re.compile(r"\b(left|right)")  # also "left.", "upper-left", "right-hand", "leftmost"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +47,7 @@ def train_view(pixels_SS3: np.ndarray, *, crop: int, rng: np.random.Generator, m
 
 def speaks_of_sides(tokens: list[str]) -> bool:
     """Whether a caption would become wrong if its picture were mirrored."""
-    return not SIDE_WORDS.isdisjoint(tokens)
+    return any(SIDE_WORDS.search(token) for token in tokens)
 
 
 def read_eval_view(data: bytes, spec: ViewSpec) -> tuple[np.ndarray, tuple[int, int]]:

@@ -15,15 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import jinja2
-from PIL import Image, ImageOps
+from PIL import Image
 
 from captioner.cli import UserError, progress_bar
-
-Row = Mapping[str, Any]
+from captioner.images import ImageError, decode_rgb
+from infer.results import Row
 
 INDEX = "index.html"
 THUMBNAILS = "thumbnails"
@@ -220,29 +219,19 @@ def _is_newer(thumbnail: Path, picture: Path) -> bool:
 
 
 def _thumbnail(picture: Path) -> bytes | None:
-    """A small upright JPEG of `picture`, transparency on white; None if it is gone or cannot be decoded.
+    """A small upright JPEG of `picture`; None if it is gone or cannot be decoded (the page shows a placeholder).
 
-    Draft mode lets the JPEG decoder itself shrink a photo, which makes a large one several times cheaper.
+    A large photo is decoded at a reduced scale, which makes it several times cheaper.
     """
     side = THUMBNAIL_SIDE_PIXELS
     try:
-        with Image.open(picture) as image:
-            image.draft("RGB", (2 * side, 2 * side))
-            small = _on_white(ImageOps.exif_transpose(image))
-        small.thumbnail((side, side), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY, optimize=True)
-    except Exception:  # Pillow's readers raise nearly anything on a broken file; the page shows a placeholder
+        small, _ = decode_rgb(picture.read_bytes(), at_least=2 * side)
+    except (OSError, ImageError):
         return None
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY, optimize=True)
     return buffer.getvalue()
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
-    white = Image.new("RGBA", layer.size, "white")
-    return Image.alpha_composite(white, layer).convert("RGB")
 
 
 # ------------------------------------------------------------------------------------------------------ files

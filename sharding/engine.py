@@ -1,6 +1,8 @@
 """Runs the plan's shards on the processes of this machine."""
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
@@ -14,7 +16,7 @@ def run_local(plans: Sequence[ShardPlan], folder: str, *, workers: int) -> Itera
         yield from (pack_shard(plan, folder) for plan in plans)
         return
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(min(workers, len(plans)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(plans)), mp_context=context, initializer=_leave_with_parent) as pool:
         waiting = [pool.submit(pack_shard, plan, folder) for plan in plans]
         try:
             for future in as_completed(waiting):
@@ -22,3 +24,15 @@ def run_local(plans: Sequence[ShardPlan], folder: str, *, workers: int) -> Itera
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _leave_with_parent() -> None:
+    """End this worker when the main process was killed; it would wait for further shards for ever."""
+
+    def leave() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()

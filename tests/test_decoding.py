@@ -209,7 +209,7 @@ def test_scores_are_those_of_the_training_forward_pass(image_input: ImageInput, 
     model = make_model(image_input, seed=5, num_words=8)
     pictures = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     model.norm.momentum = 1.0  # one batch gives the statistics under which these pictures differ
-    model.norm.weight *= 4
+    model.norm.weight.mul_(4)
     model.norm.train()
     model.encode(pictures)
     model.eval()

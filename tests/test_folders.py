@@ -22,7 +22,9 @@ def names(*folders: Path, excluded: tuple[Path, ...] = ()) -> list[str]:
 
 
 def test_files_of_all_depths_and_endings_come_sorted_by_path(tmp_path: Path) -> None:
-    expected = sorted(["b.JPG", "a.jpg", "A.txt", "no ending", "a/b/c.png", "a/b.jpg", ".hidden", "z/1.webp", "a-b.jpg"])
+    expected = sorted(
+        ["b.JPG", "a.jpg", "A.txt", "no ending", "a/b/c.png", "a/b.jpg", ".hidden", "z/1.webp", "a-b.jpg"]
+    )
     shuffled = expected.copy()
     Random(3).shuffle(shuffled)
     assert names(make(tmp_path, *shuffled)) == expected
@@ -109,7 +111,7 @@ def test_a_folder_that_cannot_be_listed_is_refused_by_name(tmp_path: Path) -> No
     try:
         if os.access(tmp_path / "closed", os.R_OK):
             pytest.skip("this user may read everything")
-        with pytest.raises(UserError, match="cannot list .*closed"):
+        with pytest.raises(UserError, match=r"cannot list .*closed"):
             list_files([tmp_path])
     finally:
         (tmp_path / "closed").chmod(0o755)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from captioner.cli import UserError
 from infer.gallery import THUMBNAIL_SIDE_PIXELS, write_gallery
+from infer.results import Row
 
 ODD_NAMES = [
     "<b>\"'&.jpg",
@@ -63,12 +64,12 @@ class Page(HTMLParser):
         return self.file.parent / os.fsdecode(unquote_to_bytes(url))
 
 
-def success(root: Path, path: str, **more: Any) -> dict[str, Any]:
+def success(root: Path, path: str, **more: Any) -> Any:
     row = {"root": str(root), "path": path, "caption": f"a picture named {path}", "score": math.log(0.5)}
     return row | {"width": 64, "height": 48} | more
 
 
-def failure(root: Path, path: str, error: str = "BadImage", message: str = "it is cut off") -> dict[str, Any]:
+def failure(root: Path, path: str, error: str = "BadImage", message: str = "it is cut off") -> Any:
     return {"root": str(root), "path": path, "error": error, "message": message}
 
 
@@ -77,7 +78,7 @@ def save(file: Path, image: Image.Image | None = None, **options: Any) -> None:
     (image or Image.new("RGB", (64, 48), "teal")).save(file, **options)
 
 
-def gallery(rows: list[dict[str, Any]], tmp_path: Path, **options: Any) -> Page:
+def gallery(rows: list[Row], tmp_path: Path, **options: Any) -> Page:
     index = write_gallery(rows, tmp_path / "gallery", title="My pictures", model="the model", **options)
     assert index == tmp_path / "gallery" / "index.html"
     return Page(index)

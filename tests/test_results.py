@@ -75,7 +75,7 @@ def test_parts_are_merged_sorted_by_place_and_removed(tmp_path: Path) -> None:
         ("z", "a.jpg"),
     ]
     assert read_rows(output) == merged
-    assert os.listdir(tmp_path) == ["captions.jsonl"]
+    assert list(tmp_path.iterdir()) == [output]
 
 
 def test_a_kill_between_merging_and_removing_the_parts_doubles_nothing(tmp_path: Path) -> None:

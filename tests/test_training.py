@@ -101,13 +101,19 @@ def test_ranks_with_other_weights_are_noticed(tmp_path: Path) -> None:
     assert "the ranks hold different weights" in done.stderr
 
 
-def test_a_launch_that_gives_fewer_processes_than_announced_is_refused(shards: Path, tmp_path: Path) -> None:
-    """Plain torchrun without GPUs: both processes would believe to be alone."""
+LONELY_LAUNCH = ("accelerate", "launch", "--cpu", "--num_processes", "2")
+
+
+@pytest.mark.parametrize(("launcher", "announced"), [(TORCHRUN, "2"), (LONELY_LAUNCH, "several")])
+def test_a_launch_that_gives_fewer_processes_than_announced_is_refused(
+    shards: Path, tmp_path: Path, launcher: tuple[str, ...], announced: str
+) -> None:
+    """Without GPUs both processes of a plain torchrun would believe to be alone, and accelerate starts only one."""
     if torch.cuda.is_available():
-        pytest.skip("on a machine with GPUs torchrun gives what it announces")
-    done = train(shards, tmp_path / "run", launcher=TORCHRUN)
+        pytest.skip("on a machine with GPUs these launches give what they announce")
+    done = train(shards, tmp_path / "run", launcher=launcher)
     assert done.returncode != 0
-    assert "WORLD_SIZE=2" in done.stderr
+    assert f"error: the environment announces {announced} processes" in done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -199,13 +199,13 @@ def train_epoch(
 def start_accelerator(settings: TrainSettings) -> Accelerator:
     """Accelerate as it was launched. Raises UserError when it was not launched as the environment announced."""
     accelerator = Accelerator()
-    announced = int(os.environ.get("WORLD_SIZE", "1"))
-    if announced != accelerator.num_processes:
+    # `accelerate launch --cpu --num_processes N` sets MASTER_ADDR, announces nothing else, and starts one process
+    announced = os.environ.get("WORLD_SIZE", "several" if "MASTER_ADDR" in os.environ else "1")
+    if announced != str(accelerator.num_processes):
         raise UserError(
-            f"the environment announces WORLD_SIZE={announced} processes, but Accelerate sees "
-            f"{accelerator.num_processes}: "
-            "on a machine without GPUs start several processes with "
-            f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {announced} train/main.py"
+            f"the environment announces {announced} processes (WORLD_SIZE, MASTER_ADDR), but Accelerate sees "
+            f"{accelerator.num_processes}: on a machine without GPUs start several with ACCELERATE_USE_CPU=true "
+            "torchrun --nproc_per_node N train/main.py; unset both variables to train with one"
         )
     if settings.batch_size % accelerator.num_processes:
         raise UserError(

@@ -115,6 +115,7 @@ class ShardReader:
         self.folder = folder
         self.names = [shard.name for shard in manifest.shards]
         self.sizes = [shard.bytes for shard in manifest.shards]
+        self.num_samples = [shard.samples for shard in manifest.shards]
         self._open: dict[int, tuple[ShardIndex, mmap.mmap | bytes]] = {}
 
     def read(self, ref: SampleRef) -> dict[str, Any]:
@@ -153,6 +154,8 @@ class ShardReader:
             raise UserError(f"cannot read shard {location} ({error}): {DAMAGED}") from error
         if len(data) != self.sizes[shard]:
             raise UserError(f"{location} has {len(data):,} bytes, its manifest says {self.sizes[shard]:,}: {DAMAGED}")
+        if len(index) != self.num_samples[shard]:
+            raise UserError(f"{origin} lists {len(index)} samples, the manifest {self.num_samples[shard]}: {DAMAGED}")
         self._open[shard] = (index, data)
         return index, data
 

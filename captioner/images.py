@@ -112,7 +112,7 @@ def load_squashed(data: bytes, *, size: int) -> tuple[Image.Image, tuple[int, in
 
 
 def encode_jpeg(image: Image.Image, *, quality: int) -> bytes:
-    """Baseline JPEG bytes of an RGB picture, colour at half resolution."""
+    """Baseline JPEG bytes of an RGB picture, colour at full resolution (half of it shows in the decoded pixels)."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, subsampling=2)
+    image.save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()

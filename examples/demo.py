@@ -35,7 +35,7 @@ PACK = (
 )
 TRAIN = (
     f"accelerate launch train/main.py --shards {SHARDS} --output {RUN} --encoder small_cnn --weights none "
-    "--train-encoder --crop 64 --embedding-size 128 --hidden-size 256 --epochs 9 --batch-size 32 --learning-rate 3e-3"
+    "--train-encoder --crop 64 --embedding-size 128 --hidden-size 192 --epochs 11 --batch-size 32 --learning-rate 2.5e-3"
 )
 CAPTION = (
     f"python infer/main.py --model {RUN}/model --images {FOLDER} --output {RUN}/captions.jsonl --gallery {RUN}/gallery"

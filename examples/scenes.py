@@ -90,7 +90,7 @@ class SceneSettings:
 
     output: Path = Path("data/scenes")
     """Folder that receives the pictures and annotations."""
-    train: int = 4000
+    train: int = 5000
     """Number of training scenes."""
     val: int = 500
     """Number of validation scenes; a fifth of them hold a colour-shape pair that training never shows."""
@@ -106,7 +106,7 @@ def invent_scene(seed: int, *, unseen: bool) -> Scene:
     rng = random.Random(seed)
     first = rng.choice(sorted(UNSEEN_PAIRS) if unseen else SEEN_PAIRS)
     background = rng.choice(BACKGROUNDS)
-    kind = rng.choices(("one", "some", "two"), weights=(5, 2, 3))[0]
+    kind = rng.choices(("one", "some", "two"), weights=(5, 3, 2))[0]
     if kind == "one":
         radius = rng.choice((rng.uniform(19, 23), rng.uniform(32, 44)))
         return Scene(shapes=_place([first], [radius], rng), background=background, seed=seed)

@@ -312,7 +312,6 @@ def test_a_picture_looks_the_same_through_shards_as_through_inference(tmp_path: 
     assert max(differences(tmp_path / "packed", paths)) <= 2
 
 
-@pytest.mark.xfail(strict=True, reason="colour stored at half resolution costs 2.4 on COCO; at full resolution 1.7")
 def test_photos_look_the_same_through_shards_as_through_inference(tmp_path: Path) -> None:
     if not COCO.is_dir():
         pytest.skip(f"there is no {COCO}")

@@ -35,7 +35,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
-def train(shards: Path, output: Path, *flags: str, launcher: tuple[str, ...] = ("python",), **environment: str):  # noqa: ANN201
+def train(shards: Path, output: Path, *flags: str, launcher: tuple[str, ...] = ("python",), **environment: str):
     """Start a training command; returns the finished process."""
     command = [str(Path(sys.executable).parent / launcher[0]), *launcher[1:], str(REPOSITORY / "train/main.py")]
     arguments = ["--shards", str(shards), "--output", str(output), *MODEL, "--batch-size", str(BATCH), *flags]

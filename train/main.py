@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -190,7 +190,7 @@ def train_epoch(
             bar.advance(note=note)
             if step % checkpoint_steps == 0 and step < num_steps:
                 save_checkpoint(run, replace(progress, step=step), accelerator)
-    return StepLoss.of(total), num_cut
+    return StepLoss.of(total), sum(gather_object([num_cut]))
 
 
 # ---- preparing ------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ Everything lies in data/demo and runs/demo; the figures are in runs/demo/summary
 
 import json
 import random
-import re
 import shlex
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from awkward import write_folder
+from rich.table import Table
+
 from captioner import cli
 from captioner.cli import UserError
 from captioner.metrics import caption_scores
@@ -27,15 +28,23 @@ DATA, RUN = Path("data/demo"), Path("runs/demo")
 SCENES, SHARDS, FOLDER = DATA / "scenes", DATA / "shards", DATA / "folder"
 REPOSITORY = Path(__file__).resolve().parent.parent
 BAR = 0.9
+SCORES = {
+    "cider": "CIDEr",
+    "bleu4": "BLEU-4",
+    "right_shape": f"right_shape: all named shapes are there (bar {BAR})",
+    "right_colour": f"right_colour: all named colour-shape pairs are there (bar {BAR})",
+    "unseen_pairs_right": "unseen_pairs_right: the same, scenes with a pair never trained on",
+}
 
 DRAW = f"python examples/scenes.py --output {SCENES}"
 PACK = (
     f"python sharding/make_shards.py --images {SCENES} --captions {SCENES}/annotations --output {SHARDS} "
-    "--size 72 --shard-megabytes 1"
+    "--size 68 --shard-megabytes 1"
 )
 TRAIN = (
     f"accelerate launch train/main.py --shards {SHARDS} --output {RUN} --encoder small_cnn --weights none "
-    "--train-encoder --crop 64 --embedding-size 128 --hidden-size 192 --epochs 11 --batch-size 32 --learning-rate 2.5e-3"
+    "--train-encoder --crop 60 --embedding-size 128 --hidden-size 160 --epochs 11 --batch-size 32 "
+    "--learning-rate 2.5e-3"
 )
 CAPTION = (
     f"python infer/main.py --model {RUN}/model --images {FOLDER} --output {RUN}/captions.jsonl --gallery {RUN}/gallery"
@@ -165,23 +174,21 @@ def judge_folder(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def print_summary(summary: dict[str, Any], *, seconds: float) -> None:
-    """The one table at the end: stages, scores beside what needs no look at the picture, and where all lies."""
-    stages = [(name, *figures.values()) for name, figures in summary["stages"].items()]
-    cli.print_table("stages", ("stage", "items", "seconds", "items/s"), stages)
-    names = {
-        "cider": "CIDEr",
-        "bleu4": "BLEU-4",
-        "right_shape": f"all named shapes in the scene (bar {BAR})",
-        "right_colour": f"all named colour-shape pairs in the scene (bar {BAR})",
-        "unseen_pairs_right": "the same, scenes with a pair never seen in training",
-    }
+    """The one table at the end: stages, then scores beside what needs no look at the picture; and where all lies."""
+    table = Table(title="make demo", title_justify="left", title_style="bold")
+    for number, name in enumerate(("stage", "items", "seconds", "items/s")):
+        table.add_column(name, justify="right" if number else "left")
+    for name, figures in summary["stages"].items():
+        table.add_row(name, f"{figures['items']:,}", f"{figures['seconds']:.1f}", f"{figures['items_per_second']:,.1f}")
+    table.add_section()
+    table.add_row("held-out scenes", "this model", *summary["baselines"], style="bold")
     columns = [summary, *summary["baselines"].values()]
-    scores = [(label, *(column[key] for column in columns)) for key, label in names.items()]
-    cli.print_table("held-out scenes", ("score", "this model", *summary["baselines"]), scores)
-    errors = re.sub(r"[{}']", "", str(summary["folder"]["errors"]))
-    cli.console.print(
-        f"folder: {summary['folder']['captioned']} of {summary['folder']['files']} files captioned ({errors})"
-    )
+    for key, label in SCORES.items():
+        table.add_row(label, *(f"{column[key]:.3f}" for column in columns))
+    cli.console.print(table)
+    errors = ", ".join(f"{count} {reason}" for reason, count in summary["folder"]["errors"].items())
+    captioned, files = summary["folder"]["captioned"], summary["folder"]["files"]
+    cli.console.print(f"folder: {captioned} of {files} files captioned, the others have an error row ({errors})")
     for name in ("captions.jsonl", "gallery/index.html", "summary.json", "model"):
         cli.console.print(f"  {RUN / name}")
     cli.console.print(f"{seconds:.0f} s in all")

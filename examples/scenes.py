@@ -54,6 +54,7 @@ COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
 OPPOSITE = {"left": "right", "above": "below"}
 WIDTH_PIXELS, HEIGHT_PIXELS = 120, 108
 SUPERSAMPLING = 3
+ROWS, COLUMNS = np.mgrid[0:HEIGHT_PIXELS, 0:WIDTH_PIXELS].astype(np.float32)
 SHARE_OF_UNSEEN_SCENES = 0.2
 
 
@@ -106,7 +107,7 @@ def invent_scene(seed: int, *, unseen: bool) -> Scene:
     rng = random.Random(seed)
     first = rng.choice(sorted(UNSEEN_PAIRS) if unseen else SEEN_PAIRS)
     background = rng.choice(BACKGROUNDS)
-    kind = rng.choices(("one", "some", "two"), weights=(5, 3, 2))[0]
+    kind = rng.choices(("one", "some", "two"), weights=(10, 7, 3))[0]
     if kind == "one":
         radius = rng.choice((rng.uniform(19, 23), rng.uniform(32, 44)))
         return Scene(shapes=_place([first], [radius], rng), background=background, seed=seed)
@@ -261,27 +262,25 @@ def draw(scene: Scene) -> Image.Image:
     rng = np.random.default_rng(scene.seed)
     canvas = Image.fromarray(_background(scene.background, rng))
     for shape in scene.shapes:
-        shading = rng.uniform(-1, 1, size=(1, 1, 3)) * 10 + rng.normal(scale=6, size=(HEIGHT_PIXELS, WIDTH_PIXELS, 1))
-        paint = np.clip(np.array(COLOURS[shape.colour]) + shading, 0, 255).astype(np.uint8)
-        canvas.paste(Image.fromarray(paint), mask=_mask(shape))
+        paint = np.clip(COLOURS[shape.colour] + rng.uniform(-12, 12, size=3), 0, 255)
+        canvas.paste(tuple(int(value) for value in paint), mask=_mask(shape))
     return canvas
 
 
 def _background(kind: str, rng: np.random.Generator) -> np.ndarray:
     """A muted texture, uint8 (H, W, 3), neither as bright nor as dark nor as colourful as a shape."""
     tone = rng.uniform(95, 165) + rng.uniform(-18, 18, size=3)
-    rows, columns = np.mgrid[0:HEIGHT_PIXELS, 0:WIDTH_PIXELS]
     period, angle = rng.integers(7, 16), rng.uniform(0, math.pi)
-    slanted = rows * math.sin(angle) + columns * math.cos(angle)
-    noise = rng.normal(size=(HEIGHT_PIXELS, WIDTH_PIXELS))
+    slanted = ROWS * math.sin(angle) + COLUMNS * math.cos(angle)
+    noise = rng.standard_normal(ROWS.shape, dtype=np.float32)
     texture = {
         "plain": lambda: noise * 2,
         "striped": lambda: np.where(np.floor(slanted / period) % 2 == 0, 16, -16) + noise * 3,
-        "checkered": lambda: np.where((rows // period + columns // period) % 2 == 0, 16, -16) + noise * 3,
+        "checkered": lambda: np.where((ROWS // period + COLUMNS // period) % 2 == 0, 16, -16) + noise * 3,
         "speckled": lambda: noise * 14,
         "shaded": lambda: (slanted - slanted.mean()) * 0.35 + noise * 3,
     }[kind]()
-    return np.clip(tone + texture[..., None], 0, 255).astype(np.uint8)
+    return np.stack([np.clip(texture + value, 0, 255).astype(np.uint8) for value in tone], axis=-1)
 
 
 def _mask(shape: Shape) -> Image.Image:

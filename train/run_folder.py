@@ -1,6 +1,7 @@
 """The run folder: settings, checkpoints that are whole or absent, and where everything lies.
 
-`settings.json` · `checkpoints/step-0001-00001000/` (epoch, step) · `tensorboard/` · `validation.jsonl` · `report.json` · `model/` (last)
+`settings.json` · `checkpoints/step-0001-00001000/` (epoch, step) · `tensorboard/`
+`validation.jsonl` · `report.json` · `model/` (last)
 """
 
 import json

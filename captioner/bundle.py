@@ -126,14 +126,16 @@ def load_bundle(folder: str | Path, *, device: torch.device | str = "cpu") -> Bu
     if found != FORMAT_VERSION:
         raise UserError(f"{folder} has model format {found}, this version reads {FORMAT_VERSION}: train it again")
     try:
-        return _assemble(folder, config, device=device)
+        bundle = _assemble(folder, config)
     except FileNotFoundError as error:
         raise UserError(f"{folder} is incomplete, there is no {error.filename}: {MAKE_AGAIN}") from error
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder / 'config.json'} is not as it was written ({error!r}): {MAKE_AGAIN}") from error
+    bundle.model.to(device)
+    return bundle
 
 
-def _assemble(folder: Path, config: dict[str, Any], *, device: torch.device | str) -> Bundle:
+def _assemble(folder: Path, config: dict[str, Any]) -> Bundle:
     origin = folder / "vocabulary.json"
     vocabulary = Vocabulary.from_json(origin.read_text(encoding="utf-8", errors="replace"), origin=str(origin))
     if vocabulary.fingerprint != config["vocabulary_fingerprint"]:
@@ -155,7 +157,7 @@ def _assemble(folder: Path, config: dict[str, Any], *, device: torch.device | st
             f"{folder / 'model.safetensors'} does not fit its config.json ({reason}): {MAKE_AGAIN}"
         ) from error
     return Bundle(
-        model=model.eval().to(device),
+        model=model.eval(),
         view=view,
         vocabulary=vocabulary,
         decoding=decoding,

@@ -193,11 +193,11 @@ def frozen_statistics(module: nn.Module, *, when: bool = True) -> Iterator[None]
 
 
 def small_cnn() -> nn.Module:
-    """Six 3x3 convolutions, pooled by their maximum: learns small pictures from scratch in minutes on a CPU.
+    """Five 3x3 convolutions, pooled by their maximum: learns small pictures from scratch in minutes on a CPU.
 
     It has no pretrained weights. torchvision's own models are far slower learners there: see docs/decisions.
     """
-    widths_and_strides = ((32, 2), (64, 2), (64, 1), (128, 2), (128, 1), (256, 2))
+    widths_and_strides = ((32, 2), (64, 2), (64, 1), (128, 2), (256, 2))
     layers: list[nn.Module] = []
     width_before = 3  # red, green, blue
     for width, stride in widths_and_strides:

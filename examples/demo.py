@@ -15,9 +15,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from awkward import write_folder
 from rich.table import Table
 
+from awkward import write_folder
 from captioner import cli
 from captioner.cli import UserError
 from captioner.metrics import caption_scores
@@ -44,7 +44,7 @@ PACK = (
 )
 TRAIN = (
     f"accelerate launch train/main.py --shards {SHARDS} --output {RUN} --encoder small_cnn --weights none "
-    "--train-encoder --crop 60 --embedding-size 128 --hidden-size 160 --epochs 9 --batch-size 32 "
+    "--train-encoder --crop 60 --embedding-size 192 --hidden-size 192 --epochs 9 --batch-size 32 "
     "--learning-rate 2.5e-3"
 )
 CAPTION = (

@@ -107,7 +107,7 @@ def invent_scene(seed: int, *, unseen: bool) -> Scene:
     rng = random.Random(seed)
     first = rng.choice(sorted(UNSEEN_PAIRS) if unseen else SEEN_PAIRS)
     background = rng.choice(BACKGROUNDS)
-    kind = rng.choices(("one", "some", "two"), weights=(10, 6, 4))[0]
+    kind = rng.choices(("one", "some", "two"), weights=(10, 7, 3))[0]
     if kind == "one":
         radius = rng.choice((rng.uniform(19, 23), rng.uniform(32, 44)))
         return Scene(shapes=_place([first], [radius], rng), background=background, seed=seed)

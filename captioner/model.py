@@ -133,7 +133,8 @@ class CaptionModel(nn.Module):
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Image embeddings (B, E) of normalised images. One image alone is normalised by running statistics."""
         with frozen_statistics(self, when=self.training and len(images_B3HW) < 2):
-            return self.norm(self.project(self.encoder(images_B3HW)))
+            image_BE = self.norm(self.project(self.encoder(images_B3HW)))
+        return image_BE.to(self.embed.weight.dtype)
 
     def forward(self, images_B3HW: Tensor, captions: PackedCaptions) -> Tensor:
         """Logits (M, V) for `captions.targets_M`; each image is encoded once for all its captions."""
@@ -142,7 +143,7 @@ class CaptionModel(nn.Module):
         words_ME = self.embed(captions.inputs_M)
         if state is None:
             words_ME = torch.cat((words_ME, image_BE[captions.image_of_caption_N][_caption_of_token(captions)]), dim=1)
-        hidden_MH, _ = self.lstm(PackedSequence(words_ME, captions.batch_sizes_T), state)
+        hidden_MH, _ = self._recur(PackedSequence(words_ME, captions.batch_sizes_T), state)
         return self.predict(hidden_MH.data)
 
     def start(self, image_BE: Tensor, *, rows_N: Tensor) -> LSTMState | None:
@@ -152,7 +153,7 @@ class CaptionModel(nn.Module):
         """
         if self.config.image_input == "every-step":
             return None
-        _, (hidden_1BH, cell_1BH) = self.lstm(image_BE[None])
+        _, (hidden_1BH, cell_1BH) = self._recur(image_BE[None], None)
         return hidden_1BH[:, rows_N], cell_1BH[:, rows_N]
 
     def advance(self, tokens_N: Tensor, state: LSTMState | None, image_NE: Tensor) -> tuple[Tensor, LSTMState]:
@@ -160,8 +161,13 @@ class CaptionModel(nn.Module):
         words_NE = self.embed(tokens_N)
         if self.config.image_input == "every-step":
             words_NE = torch.cat((words_NE, image_NE), dim=1)
-        hidden_1NH, state = self.lstm(words_NE[None], state)
+        hidden_1NH, state = self._recur(words_NE[None], state)
         return self.predict(hidden_1NH[0]), state
+
+    def _recur(self, inputs: Any, state: LSTMState | None) -> tuple[Any, LSTMState]:
+        """The LSTM, in float32 under any autocast: on the CPU autocast mixes types that the LSTM refuses."""
+        with torch.autocast(self.embed.weight.device.type, enabled=False):
+            return self.lstm(inputs, state)
 
 
 def remember(lstm: nn.LSTM) -> None:

@@ -153,6 +153,9 @@ def train_two_steps(model: CaptionModel) -> None:
         optimizer.step()
 
 
+NEVER_MOVED = "project.bias"  # the batch norm behind it takes any constant away, so its gradient is rounding noise
+
+
 def test_a_frozen_encoder_stays_bit_for_bit_while_the_rest_learns() -> None:
     model = make_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -161,7 +164,8 @@ def test_a_frozen_encoder_stays_bit_for_bit_while_the_rest_learns() -> None:
     assert not any(module.training for module in model.encoder.backbone.modules())
     assert all(parameter.grad is None for parameter in model.encoder.parameters())
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]) == name.startswith("encoder."), name
+        if name != NEVER_MOVED:
+            assert torch.equal(tensor, before[name]) == name.startswith("encoder."), name
 
 
 def test_a_trainable_encoder_learns_and_its_statistics_move() -> None:
@@ -169,7 +173,7 @@ def test_a_trainable_encoder_learns_and_its_statistics_move() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     train_two_steps(model)
     for name, tensor in model.state_dict().items():
-        assert not torch.equal(tensor, before[name]), name
+        assert name == NEVER_MOVED or not torch.equal(tensor, before[name]), name
     model.eval()
     assert not any(module.training for module in model.modules())
 

@@ -33,7 +33,7 @@ def coco(tmp_path: Path) -> Path:
 
 def flags(coco: Path, output: Path | str, **changed: Any) -> ShardSettings:
     """Settings for one process and shards of 3 pictures each, as far as not `changed`."""
-    plain: dict[str, Any] = {"size": 800, "shard_megabytes": 1, "threshold": 1, "workers": 1}
+    plain: dict[str, Any] = {"size": 680, "shard_megabytes": 1, "threshold": 1, "workers": 1}
     paths: dict[str, Any] = {"images": str(coco), "captions": str(coco / "annotations"), "output": str(output)}
     return ShardSettings(**(paths | plain | changed))
 

@@ -54,7 +54,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             images=str(data),
             captions=str(data / "annotations"),
             output=str(output),
-            size=900,
+            size=766,
             shard_megabytes=1,
             threshold=1,
             workers=1,
@@ -257,5 +257,5 @@ def test_stored_pictures_are_the_originals_squashed(packed: Path) -> None:
     data = packed.parent / "coco" / "train2014"
     for sample in webdataset.WebDataset(str(packed / "train-000000.tar"), shardshuffle=False):
         original = data / json.loads(sample["json"])["file_name"]
-        expected, _ = images.load_squashed(original.read_bytes(), size=900)
+        expected, _ = images.load_squashed(original.read_bytes(), size=766)
         assert sample["jpg"] == images.encode_jpeg(expected, quality=95)

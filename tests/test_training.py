@@ -77,9 +77,10 @@ def test_two_processes_reach_the_same_weights_and_evaluate_each_image_once(shard
     assert sorted(ids) == list(range(1, NUM_VAL + 1))
 
 
-def test_bfloat16_and_the_image_at_every_step_train_and_evaluate(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("image_input", ["first", "every-step"])
+def test_bfloat16_trains_and_evaluates(shards: Path, tmp_path: Path, image_input: str) -> None:
     launcher = ("accelerate", "launch", "--mixed_precision", "bf16")
-    done = train(shards, tmp_path / "run", "--epochs", "1", "--image-input", "every-step", launcher=launcher)
+    done = train(shards, tmp_path / "run", "--epochs", "1", "--image-input", image_input, launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert len(validation_rows(tmp_path / "run")) == NUM_VAL
     assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float32, torch.int64}

@@ -96,7 +96,7 @@ def test_the_manifest_tells_the_truth_about_every_shard(coco: Path, tmp_path: Pa
     pack(coco, tmp_path / "shards")
     for split in ("train", "val"):
         found = manifest(tmp_path / "shards", split)
-        assert found.settings["size"] == 800
+        assert found.settings["size"] == 680
         assert found.failures == {}
         assert {shard.name: shard.sha256 for shard in found.shards} == {
             name.removesuffix(".tar"): digest for name, digest in files(tmp_path / "shards", f"{split}-*.tar").items()
@@ -144,7 +144,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(coco: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
-    [({"quality": 80}, "quality was 95, is 80"), ({"size": 700}, "size was 800, is 700")],
+    [({"quality": 80}, "quality was 95, is 80"), ({"size": 700}, "size was 680, is 700")],
 )
 def test_a_folder_made_with_other_settings_is_refused_and_left_alone(
     coco: Path, tmp_path: Path, changed: dict[str, int], said: str
@@ -318,7 +318,7 @@ def test_a_killed_run_is_completed_to_the_same_bytes(tmp_path: Path, workers: in
     data = write_coco(tmp_path / "coco", num_train=72, num_val=0)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     arguments = ["--images", str(data), "--captions", str(data / "annotations"), "--output", str(killed)]
-    arguments += ["--size", "800", "--shard-megabytes", "1", "--threshold", "1", "--workers", str(workers)]
+    arguments += ["--size", "680", "--shard-megabytes", "1", "--threshold", "1", "--workers", str(workers)]
     process = command(*arguments, cwd=tmp_path, start_new_session=True)
     wait_until(lambda: any(killed.glob("*.index")) or process.poll() is not None)
     process.kill()

@@ -105,7 +105,7 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     return f"""# An image captioning model
 
 Encoder `{model["encoder"]}`, LSTM decoder of width {model["hidden_size"]} over {model["vocabulary_size"]} words.
-Pictures are squashed to {view["size"]} and cropped to {view["crop"]} pixels.
+Pictures are resized to {view["size"]} ({view["resize"]}) and cropped to {view["crop"]} pixels.
 
     python infer/main.py --model THIS_FOLDER --images PHOTOS --output captions.jsonl
 

@@ -55,7 +55,11 @@ class Bar:
 
     def advance(self, num_items: int = 1, *, note: str = "") -> None:
         """Count `num_items` more as done and show `note` behind the rate."""
-        self._progress.update(self._task, advance=num_items)
+        self.set(int(self._progress.tasks[self._task].completed) + num_items, note=note)
+
+    def set(self, num_items: int, *, note: str = "") -> None:
+        """Say that `num_items` are done in all and show `note` behind the rate."""
+        self._progress.update(self._task, completed=num_items)
         task = self._progress.tasks[self._task]
         rate = (task.completed - self._done_before) / task.elapsed if task.elapsed else 0.0
         self._progress.update(self._task, note=f"{rate:,.1f} {self._unit}/s {note}".rstrip())

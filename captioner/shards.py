@@ -7,8 +7,9 @@ A sample is one image with all its captions: adjacent members `KEY.jpg` and `KEY
 import json
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,12 @@ from safetensors.numpy import save as save_arrays
 
 from captioner import storage
 from captioner.cli import UserError
+from captioner.vocabulary import count_words, tokenize
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BLOCK_BYTES = 512
 NUM_LANES = 64
+MAX_LENGTH = 65_535  # a longer caption's length, in tokens, is written as this
 SPLITS = ("train", "val", "test")
 PACK_AGAIN = "pack the split again with sharding/make_shards.py"
 
@@ -44,6 +47,37 @@ class Sample:
     def to_json(self) -> bytes:
         """The member's bytes, pure ASCII so that any text survives; equal samples give equal bytes."""
         return json.dumps(asdict(self), separators=(",", ":")).encode()
+
+
+SAMPLE_FIELDS = frozenset(field.name for field in fields(Sample))
+CAPTION_FIELDS = ("captions", "caption", "text")  # where the JSON of other people's shards has them
+
+
+def read_content(data: bytes, *, key: str) -> dict[str, Any]:
+    """A caption member's `image_id`, `captions` and `tokens`, with whatever else a `Sample` has.
+
+    Of shards made elsewhere it is a JSON object with one of CAPTION_FIELDS, or text with a caption in each line that
+    is not empty; their `image_id` is the key, and their captions are tokenized here. Raises ValueError where there is
+    no caption.
+    """
+    text = data.decode("utf-8-sig")
+    try:
+        content = json.loads(text) if text.lstrip().startswith("{") else None
+    except RecursionError as error:
+        raise ValueError("JSON that is nested too deeply") from error
+    except ValueError:
+        content = None  # a caption may well start with a bracket
+    if content is not None and content.keys() >= SAMPLE_FIELDS:
+        return content
+    found = text.splitlines() if content is None else next((content[f] for f in CAPTION_FIELDS if content.get(f)), [])
+    lines = [found] if isinstance(found, str) else found
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise ValueError(f"captions that are no text: {str(found)[:80]}")
+    captions = [line.strip() for line in lines if line.strip()]
+    if not captions:
+        raise ValueError("there is no caption")
+    "".join(captions).encode()  # halves of surrogate pairs can be neither shown nor written
+    return {"image_id": key, "captions": captions, "tokens": [tokenize(caption) for caption in captions]}
 
 
 def sample_key(split: str, position: int) -> str:
@@ -100,7 +134,8 @@ class ShardIndex:
 
     `keys_S` holds bytes strings. The members' arrays (S, 2) have the image in column 0 and the JSON in column 1.
     Caption lengths, in tokens, of sample s are `caption_lengths[first_caption[s]:first_caption[s + 1]]`.
-    `facts` are the shard's sha256, bytes, fingerprint and failures.
+    `facts` are the shard's sha256, bytes, fingerprint, backend and failures; `words_json` counts its captions' words
+    (an object, not parsed here, since only the making of a vocabulary reads it).
     """
 
     keys_S: np.ndarray
@@ -110,9 +145,18 @@ class ShardIndex:
     first_caption: np.ndarray
     caption_lengths: np.ndarray
     facts: dict[str, Any]
+    words_json: str = "{}"
 
     def __len__(self) -> int:
         return len(self.keys_S)
+
+    def key(self, place: int) -> str:
+        """A sample's key as text that can be shown; bytes of other people's keys that are no UTF-8 become `\\xNN`."""
+        return self.keys_S[place].decode(errors="backslashreplace")
+
+    def count_words(self) -> Counter[str]:
+        """How often each token occurs in the shard's captions."""
+        return Counter(json.loads(self.words_json))
 
     def to_bytes(self) -> bytes:
         """The index file: the arrays in the safetensors format, with `facts` as JSON in its header."""
@@ -124,8 +168,9 @@ class ShardIndex:
             "first_caption": self.first_caption,
             "caption_lengths": self.caption_lengths,
         }
-        facts = json.dumps({"format_version": FORMAT_VERSION, **self.facts}, sort_keys=True)
-        return save_arrays(arrays, metadata={"facts": facts})
+        # One entry only: safetensors writes several in any order, and equal indexes shall be equal bytes.
+        facts = {"format_version": FORMAT_VERSION, "words": self.words_json, **self.facts}
+        return save_arrays(arrays, metadata={"facts": json.dumps(facts, sort_keys=True)})
 
     @classmethod
     def from_bytes(cls, data: bytes, *, origin: str) -> "ShardIndex":
@@ -143,31 +188,45 @@ class ShardIndex:
                 first_caption=arrays["first_caption"],
                 caption_lengths=arrays["caption_lengths"],
                 facts=facts,
+                words_json=facts.pop("words", "{}"),
             )
-        except (safetensors.SafetensorError, ValueError, KeyError, IndexError) as error:
+            index._check_shapes()
+        except (safetensors.SafetensorError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise UserError(f"{origin} is not a readable shard index ({error}): {PACK_AGAIN}") from error
         check_format(facts.pop("format_version", None), origin=origin)
         return index
+
+    def _check_shapes(self) -> None:
+        """Raise ValueError for arrays that do not belong together."""
+        pairs = (len(self), 2)
+        if not (self.offsets_S2.shape == self.sizes_S2.shape == self.crc32s_S2.shape == pairs):
+            raise ValueError("its arrays have different lengths")
+        if self.first_caption.shape != (len(self) + 1,) or self.first_caption[-1] != len(self.caption_lengths):
+            raise ValueError("its captions do not belong to its samples")
 
 
 def build_index(
     keys: Sequence[str],
     members: Sequence[tuple[Member, Member]],
-    caption_lengths: Sequence[Sequence[int]],
+    tokens: Sequence[Sequence[Sequence[str]]],
     facts: dict[str, Any],
 ) -> ShardIndex:
-    """The index of samples in order: their keys, (image, JSON) members and token counts of their captions."""
-    num_captions = [len(lengths) for lengths in caption_lengths]
+    """The index of samples in order: their keys, (image, JSON) members and the tokens of their captions."""
+    num_captions = [len(captions) for captions in tokens]
+    lengths = [min(len(caption), MAX_LENGTH) for captions in tokens for caption in captions]
+    words = count_words(caption for captions in tokens for caption in captions)
     pairs = [(image.offset, text.offset, image.size, text.size, image.crc32, text.crc32) for image, text in members]
     table = np.array(pairs, dtype=np.int64).reshape(len(keys), 3, 2)
+    names = [key.encode(errors="surrogateescape") for key in keys]
     return ShardIndex(
-        keys_S=np.array([key.encode() for key in keys], dtype=f"S{max(map(len, keys), default=1)}"),
+        keys_S=np.array(names, dtype=f"S{max(map(len, names), default=1)}"),
         offsets_S2=np.ascontiguousarray(table[:, 0]),
         sizes_S2=np.ascontiguousarray(table[:, 1]),
         crc32s_S2=table[:, 2].astype(np.uint32),
         first_caption=np.cumsum([0, *num_captions], dtype=np.int64),
-        caption_lengths=np.array([n for lengths in caption_lengths for n in lengths], dtype=np.uint16),
+        caption_lengths=np.array(lengths, dtype=np.uint16),
         facts=facts,
+        words_json=json.dumps(words, sort_keys=True, separators=(",", ":")),
     )
 
 
@@ -182,13 +241,14 @@ def check_format(found: object, *, origin: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardEntry:
-    """One shard as its manifest lists it; `name` has no ending."""
+    """One shard as its manifest lists it; `name` has no ending, `fingerprint` is of all that the shard is made from."""
 
     name: str
     samples: int
     captions: int
     bytes: int
     sha256: str
+    fingerprint: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,9 +21,10 @@ SIDE_WORDS = re.compile(r"\b(left|right)")  # also "left.", "upper-left", "right
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewSpec:
-    """How a picture becomes the model's input: squashed to `size`, cropped to `crop`, normalised per channel."""
+    """How a picture becomes the model's input: resized to `size`, cropped to `crop`, normalised per channel."""
 
     size: int = 256
+    resize: images.Resize = "squash"
     crop: int = 224
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -52,7 +53,7 @@ def speaks_of_sides(tokens: list[str]) -> bool:
 
 def read_eval_view(data: bytes, spec: ViewSpec) -> tuple[np.ndarray, tuple[int, int]]:
     """A file's bytes to the (P, P, 3) uint8 evaluation view, and the original (width, height). Raises ImageError."""
-    image, original_size = images.load_squashed(data, size=spec.size)
+    image, original_size = images.load_resized(data, size=spec.size, resize=spec.resize)
     return eval_view(np.asarray(image), crop=spec.crop), original_size
 
 

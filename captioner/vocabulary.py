@@ -7,12 +7,14 @@ four special words. A full stop inside a caption stays glued to its word, as NLT
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 
+from captioner import storage
 from captioner.cli import UserError
 
 FORMAT_VERSION = 1
@@ -22,16 +24,54 @@ SPECIAL_WORDS = ("<pad>", "<start>", "<end>", "<unk>")
 GLUED_TOKENS = frozenset((".", ",", ";", ":", "!", "?", ")", "'s", "n't", "'re", "'ll", "'ve", "'m", "'d"))
 
 
-@lru_cache(maxsize=1)
-def _tokenizer():
-    from nltk.tokenize import NLTKWordTokenizer
-
-    return NLTKWordTokenizer()
+# Left to NLTK: its contractions, and what its substitutions, made one after the other, do to each other.
+# Every alternative starts with a literal, which keeps the search fast.
+_LEFT_TO_NLTK = re.compile(r"""`|""|,[,:]|:[,:]|'\w{,2}'|cannot|d'ye|gimme|gonna|gotta|lemme|more'n|wanna""")
+_OPENING_QUOTE = re.compile(r"""(?:^|(?<=[ (\[{<]))\"""")
+# The set of all marks stands first, and the conditions look back at the mark, which keeps the search fast.
+_MARK = re.compile(
+    r"""
+    ( [\[\](){}<>;@\#$%&?!*,:.-]
+      (?: (?<![,:.-])                     # a token wherever it stands
+        | (?<=[,:]) (?! \d )              # a comma or a colon, unless a digit follows
+        | (?<=-) -                        # a double dash
+        | (?<=\.) \.+                     # an ellipsis
+        | (?<=\.) (?= [\])}>"' ]* $ )     # the full stop that ends the caption, perhaps inside brackets or quotes
+      )
+    )""",
+    re.VERBOSE,
+)
+_APOSTROPHE = re.compile(
+    r"""
+      (?<= [^' ] ) (?: '[smd]? | 'll | 're | 've | n't ) (?= [ ] | $ )      # a clitic, or a closing quote
+    | (?<! \w ) ' (?= \w ) (?! (?: re | ve | ll | m | t | s | d | n ) \b )    # an opening quote
+    """,
+    re.VERBOSE,
+)
 
 
 def tokenize(caption: str) -> list[str]:
-    """Lower-cased word tokens of a caption, in order; punctuation marks are tokens of their own."""
-    return _tokenizer().tokenize(caption.lower())
+    """Lower-cased word tokens of a caption, in order; punctuation marks are tokens of their own.
+
+    The tokens are `NLTKWordTokenizer`'s for every string, but come many times faster where the lower-cased caption
+    is printable ASCII without certain rare combinations; other captions go to NLTK itself.
+    """
+    text = caption.lower()
+    if not (text.isascii() and text.isprintable()) or _LEFT_TO_NLTK.search(text):
+        return _nltk_tokenizer().tokenize(text)
+    if '"' in text:
+        text = _OPENING_QUOTE.sub(" `` ", text).replace('"', " '' ")
+    text = " ".join(_MARK.split(text))
+    if "'" in text:
+        text = _APOSTROPHE.sub(r" \g<0> ", text)
+    return text.split()
+
+
+@lru_cache(maxsize=1)
+def _nltk_tokenizer():
+    from nltk.tokenize import NLTKWordTokenizer
+
+    return NLTKWordTokenizer()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +152,17 @@ class Vocabulary:
             raise UserError(f"{origin} is not a vocabulary file ({error!r}): pack the training split again") from error
         _check(vocabulary, content.get("fingerprint"), origin=origin)
         return vocabulary
+
+
+def read_vocabulary(location: str, *, remedy: str) -> Vocabulary:
+    """The vocabulary in a file or behind a URL. Raises UserError, ending with `remedy` when it cannot be read."""
+    try:
+        text = storage.read_bytes(location).decode()
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {location}: {remedy}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {location} ({error}): {remedy}") from error
+    return Vocabulary.from_json(text, origin=location)
 
 
 def _check(vocabulary: Vocabulary, fingerprint: str | None, *, origin: str) -> None:

@@ -1,54 +1,70 @@
 """Pack pictures and captions into tar shards, with a vocabulary and a manifest.
 
     python sharding/make_shards.py                                   # COCO in data/coco, into data/shards
-    python sharding/make_shards.py --images photos --captions photos/captions_train.json --output shards
+    python sharding/make_shards.py --images photos --captions captions.csv --split train --output shards
+    python sharding/make_shards.py --dry-run                         # what it would do
+    python sharding/make_shards.py --images s3://bucket/photos --captions captions.jsonl --split train \\
+        --output s3://bucket/shards --engine ray                     # on a Ray cluster
 
-Pictures are turned upright, made RGB, squashed to --size and stored as JPEG with all their captions, one sample a
-picture. Running it again completes what is missing and reuses what is there. What cannot be packed is counted by
-reason and listed in SPLIT.failures.jsonl. Next: accelerate launch train/main.py
+Pictures are turned upright, made RGB, brought to --size and stored as JPEG with all their captions, one sample a
+picture. The shards' bytes depend on input and settings alone, not on workers, engine or luck. Running it again
+completes what is missing and reuses what is there; what was made differently is refused, never mixed. What cannot be
+packed is counted by reason and listed in SPLIT.failures.jsonl. sharding/check_shards.py verifies and repairs the
+result. Next: accelerate launch train/main.py
+
+Exit codes: 0 done; 2 something to mend, told in one line; 3 packed, but with more failures than --max-failures.
 """
 
 import hashlib
 import json
+import os
+import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from itertools import repeat
 
-from captioner import cli, images, storage
+from captioner import cli, storage
 from captioner.cli import UserError
-from captioner.shards import Manifest, manifest_location, read_manifest
-from captioner.vocabulary import Vocabulary, count_words
+from captioner.shards import Manifest, manifest_location
+from captioner.vocabulary import Vocabulary, read_vocabulary
+from sharding.claim import claim
 from sharding.engine import run_local
-from sharding.pack import PackedShard, read_tokens
-from sharding.plan import PixelSettings, ShardPlan, plan_shards
+from sharding.pack import PackedShard, Progress, Report, find_packed, write
+from sharding.plan import Recipe, ShardPlan, plan_shards
 from sharding.settings import ShardSettings
 from sharding.sources import Failure, Source, find_sources, read_records
+
+EXIT_TOO_MANY_FAILURES = 3
 
 
 def main(settings: ShardSettings) -> None:
     """Pack every wanted split, training first, since the others need its vocabulary."""
     check_settings(settings)
-    given_vocabulary = read_vocabulary(settings.vocabulary) if settings.vocabulary else None
-    pixels = PixelSettings(size=settings.size, quality=settings.quality)
+    vocabulary = read_vocabulary(settings.vocabulary, remedy=GIVE_VOCABULARY) if settings.vocabulary else None
     sources = find_sources(images=settings.images, captions=settings.captions, split=settings.split)
+    if settings.dry_run:
+        show_plan([(source.split, *plan_split(source, settings)) for source in sources], settings)
+        return
+    manifests = []
     rows = []
     for source in sources:
-        started = time.monotonic()
         needs_vocabulary(source.split, settings)
-        records, failures = read_records(source)
-        plans = plan_shards(source.split, records, pixels=pixels, shard_megabytes=settings.shard_megabytes)
-        draft = draft_manifest(source, plans, settings=settings)
-        refuse_mixing(draft, settings.output)
-        shards = pack_split(plans, settings.output, split=source.split, workers=settings.workers)
-        failures += [failure for shard in shards for failure in shard.failures]
-        if source.split == "train" or settings.vocabulary:
-            write_vocabulary(given_vocabulary, shards, settings)
-        manifest = finish(draft, shards, failures, settings.output)
+        with claim(settings.output, source.split):
+            started = time.monotonic()
+            plans, failures = plan_split(source, settings)
+            shards = pack_split(plans, split=source.split, settings=settings)
+            if source.split == "train" or vocabulary:
+                write_vocabulary(vocabulary, shards, settings)
+            manifest = finish(source, plans, shards, failures, settings=settings)
+        manifests.append(manifest)
         rows.append(summary_row(manifest, shards, seconds=time.monotonic() - started))
-    header = ("split", "samples", "captions", "shards", "MB", "reused", "failures", "seconds", "images/s")
-    cli.print_table(f"{settings.output} ({images.BACKEND}, {settings.workers} workers)", header, rows)
+    show_summary(rows, manifests, settings)
+
+
+GIVE_VOCABULARY = "give --vocabulary a vocabulary.json that the packing of a training split made"
 
 
 def check_settings(settings: ShardSettings) -> None:
@@ -56,8 +72,11 @@ def check_settings(settings: ShardSettings) -> None:
     if not 1 <= settings.quality <= 100:
         raise UserError(f"--quality {settings.quality} is not a JPEG quality: give 1 to 100")
     for name in ("size", "shard_megabytes", "threshold", "workers"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)} is too small: give at least 1")
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} is too small: give at least 1")
+    if settings.max_failures is not None and settings.max_failures < 0:
+        raise UserError(f"--max-failures {settings.max_failures} is negative: give a count, or a share such as 0.01")
 
 
 def needs_vocabulary(split: str, settings: ShardSettings) -> None:
@@ -70,102 +89,154 @@ def needs_vocabulary(split: str, settings: ShardSettings) -> None:
         )
 
 
-# ---- manifest ---------------------------------------------------------------------------------------------
+# ---- planning ---------------------------------------------------------------------------------------------
 
 
-def draft_manifest(source: Source, plans: Sequence[ShardPlan], *, settings: ShardSettings) -> Manifest:
-    """The manifest as far as it is known before packing."""
-    made_with = {
-        "size": settings.size,
-        "resize": "squash",
-        "quality": settings.quality,
-        "shard_megabytes": settings.shard_megabytes,
-    }
-    fingerprints = [plan.fingerprint for plan in plans]
-    return Manifest(
-        split=source.split,
-        shards=(),
-        settings=made_with,
-        source={**asdict(source), "records": sum(len(plan.records) for plan in plans)},
-        failures={},
-        fingerprint=hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest(),
+def plan_split(source: Source, settings: ShardSettings) -> tuple[list[ShardPlan], list[Failure]]:
+    """A split's shards to make, and what of its caption file cannot be packed. Raises UserError.
+
+    Refuses an output that holds shards of this split made differently.
+    """
+    records, failures = read_records(source)
+    file_bytes = storage.sizes_bytes(source.images, [record.file_name for record in records])
+    if records and not any(size is not None for size in file_bytes):
+        raise UserError(
+            f"none of the {len(records):,} pictures of split {source.split} is in {source.images} "
+            f"(the first: {records[0].file_name!r}): give --images the folder that their names start from"
+        )
+    plans = plan_shards(
+        source.split,
+        records,
+        images=source.images,
+        file_bytes=file_bytes,
+        recipe=recipe(settings),
+    )
+    return plans, failures
+
+
+def recipe(settings: ShardSettings) -> Recipe:
+    """The settings that decide the shards' bytes."""
+    return Recipe(
+        size=settings.size,
+        resize=settings.resize,
+        quality=settings.quality,
+        shard_megabytes=settings.shard_megabytes,
     )
 
 
-def refuse_mixing(draft: Manifest, folder: str) -> None:
-    """Raise UserError when `folder` holds this split complete, but made from other settings or captions."""
-    if not storage.exists(manifest_location(folder, draft.split)):
-        return
-    old = read_manifest(folder, draft.split, remedy=f"give another --output than {folder}")
-    if old.fingerprint == draft.fingerprint:
-        return
-    differing = _differences(old.settings | old.source, draft.settings | draft.source)
-    raise UserError(
-        f"{folder} already holds split {draft.split} made differently ({differing or 'captions or names changed'}): "
-        f"give another --output, or delete {storage.join(folder, draft.split)}* to pack it anew"
-    )
+def find_ready(plans: Sequence[ShardPlan], folder: str) -> list[PackedShard]:
+    """The shards that are there already. Raises UserError where one was made differently."""
+    with ThreadPoolExecutor(storage.NUM_THREADS) as threads:
+        found = list(threads.map(find_packed, plans, repeat(folder)))
+    return [shard for shard in found if shard is not None]
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    return ", ".join(f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name])
-
-
-def finish(draft: Manifest, shards: Sequence[PackedShard], failures: Sequence[Failure], folder: str) -> Manifest:
-    """Write the failures' list and, last of all, the manifest."""
-    lines = "".join(json.dumps(asdict(failure)) + "\n" for failure in failures)
-    storage.write_atomic(storage.join(folder, f"{draft.split}.failures.jsonl"), lines)
-    manifest = Manifest(
-        split=draft.split,
-        shards=tuple(shard.entry for shard in shards),
-        settings=draft.settings | {"backend": images.BACKEND},
-        source=draft.source,
-        failures=dict(sorted(Counter(failure.reason for failure in failures).items())),
-        fingerprint=draft.fingerprint,
-    )
-    storage.write_atomic(manifest_location(folder, draft.split), manifest.to_json())
-    return manifest
+def show_plan(planned: Sequence[tuple[str, list[ShardPlan], list[Failure]]], settings: ShardSettings) -> None:
+    """Print what would be packed, without writing anything."""
+    rows = []
+    for split, plans, failures in planned:
+        sizes = [size for plan in plans for size in plan.file_bytes]
+        reasons = Counter(failure.reason for failure in failures) + Counter(missing=sizes.count(None))
+        rows.append(
+            (
+                split,
+                len(sizes),
+                len(plans),
+                sum(plan.estimated_bytes for plan in plans) / 1e6,
+                sum(size for size in sizes if size is not None and size != storage.UNKNOWN) / 1e6,
+                len(find_ready(plans, settings.output)),
+                failure_text(reasons),
+            )
+        )
+    header = ("split", "pictures", "shards", "about MB", "MB to read", "shards to reuse", "cannot be packed")
+    cli.print_table(f"{settings.output}: the plan, nothing is written", header, rows)
 
 
 # ---- packing ----------------------------------------------------------------------------------------------
 
 
-def pack_split(plans: Sequence[ShardPlan], folder: str, *, split: str, workers: int) -> list[PackedShard]:
+def pack_split(plans: Sequence[ShardPlan], *, split: str, settings: ShardSettings) -> list[PackedShard]:
     """All shards of a split, in the plan's order, packed under one progress bar."""
-    done: dict[str, PackedShard] = {}
+    done = {shard.entry.name: shard for shard in find_ready(plans, settings.output)}
+    left = [plan for plan in plans if plan.name not in done]
     total = sum(len(plan.records) for plan in plans)
-    num_failures = 0
-    with cli.progress_bar(f"packing {split}", total=total, unit="images") as bar:
-        for shard in run_local(plans, folder, workers=workers):
+    reused = total - sum(len(plan.records) for plan in left)
+    with cli.progress_bar(f"packing {split}", total=total, unit="images", done=reused) as bar:
+        progress: dict[str, Progress] = {}
+        started = time.monotonic()
+
+        def report(now: Progress) -> None:
+            progress[now.shard] = now
+            pictures, num_failures, num_bytes = (
+                sum(getattr(shard, name) for shard in progress.values()) for name in ("pictures", "failures", "bytes")
+            )
+            megabytes_a_second = num_bytes / 1e6 / (time.monotonic() - started)
+            bar.set(reused + pictures, note=f"{megabytes_a_second:,.1f} MB/s, {num_failures:,} failed")
+
+        for shard in run_engine(left, settings, report):
             done[shard.entry.name] = shard
-            num_failures += len(shard.failures)
-            bar.advance(shard.entry.samples + len(shard.failures), note=f"{num_failures} failed")
     return [done[plan.name] for plan in plans]
 
 
-def read_vocabulary(location: str) -> Vocabulary:
-    """The vocabulary that the user gives, read before anything is packed. Raises UserError."""
-    try:
-        text = storage.read_bytes(location).decode()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read --vocabulary {location} ({error}): give a packed vocabulary.json") from error
-    return Vocabulary.from_json(text, origin=location)
+def run_engine(plans: Sequence[ShardPlan], settings: ShardSettings, report: Report) -> Iterator[PackedShard]:
+    """Pack the shards with the wanted engine; they come as they are finished."""
+    if not plans:
+        return iter(())
+    if settings.engine == "ray":
+        from sharding.cluster import run_ray
+
+        return run_ray(plans, settings.output, workers=settings.workers, report=report)
+    return run_local(plans, settings.output, workers=settings.workers or os.cpu_count() or 1, report=report)
 
 
 def write_vocabulary(given: Vocabulary | None, shards: Sequence[PackedShard], settings: ShardSettings) -> None:
     """Write vocabulary.json: the given one, or that of the packed training captions."""
-    location = storage.join(settings.output, "vocabulary.json")
     vocabulary = given
     if vocabulary is None:
-        tokens = (tokens for shard in shards for tokens in read_tokens(settings.output, shard.entry.name))
-        vocabulary = Vocabulary.from_counts(count_words(tokens), threshold=settings.threshold)
-    storage.write_atomic(location, vocabulary.to_json())
+        counts: Counter[str] = Counter()
+        for shard in shards:
+            counts.update(shard.words)
+        vocabulary = Vocabulary.from_counts(counts, threshold=settings.threshold)
+    write(storage.join(settings.output, "vocabulary.json"), vocabulary.to_json())
     cli.console.print(f"vocabulary: {len(vocabulary):,} words, 4 of them special")
+
+
+def finish(
+    source: Source,
+    plans: Sequence[ShardPlan],
+    shards: Sequence[PackedShard],
+    failures: Sequence[Failure],
+    *,
+    settings: ShardSettings,
+) -> Manifest:
+    """Write the failures' list and, last of all, the manifest."""
+    failures = [*failures, *(failure for shard in shards for failure in shard.failures)]
+    lines = "".join(json.dumps(asdict(failure)) + "\n" for failure in failures)
+    fingerprints = [shard.entry.fingerprint for shard in shards]
+    manifest = Manifest(
+        split=source.split,
+        shards=tuple(shard.entry for shard in shards),
+        settings=asdict(recipe(settings)) | {"backend": " and ".join(sorted({shard.backend for shard in shards}))},
+        source={**asdict(source), "records": sum(len(plan.records) for plan in plans)},
+        failures=dict(sorted(Counter(failure.reason for failure in failures).items())),
+        fingerprint=hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest(),
+    )
+    write(storage.join(settings.output, f"{source.split}.failures.jsonl"), lines)
+    write(manifest_location(settings.output, source.split), manifest.to_json())
+    return manifest
+
+
+# ---- telling ----------------------------------------------------------------------------------------------
+
+
+def failure_text(reasons: Counter[str] | dict[str, int]) -> str:
+    """Failures by reason in one cell."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()) if count) or "none"
 
 
 def summary_row(manifest: Manifest, shards: Sequence[PackedShard], *, seconds: float) -> tuple[object, ...]:
     """A row of the closing table."""
     num_images = sum(shard.entry.samples for shard in shards if not shard.reused)
-    failures = ", ".join(f"{count} {reason}" for reason, count in manifest.failures.items())
     return (
         manifest.split,
         manifest.num_samples,
@@ -173,10 +244,27 @@ def summary_row(manifest: Manifest, shards: Sequence[PackedShard], *, seconds: f
         len(manifest.shards),
         sum(shard.bytes for shard in manifest.shards) / 1e6,
         sum(shard.reused for shard in shards),
-        failures or "none",
+        failure_text(manifest.failures),
+        manifest.settings["backend"],
         seconds,
         num_images / seconds,
     )
+
+
+def show_summary(rows: list[tuple[object, ...]], manifests: Sequence[Manifest], settings: ShardSettings) -> None:
+    """Print the closing table; leave with an exit code when more failed than the user allows."""
+    header = ("split", "samples", "captions", "shards", "MB", "reused", "failures", "backend", "seconds", "images/s")
+    cli.print_table(settings.output, header, rows)
+    num_failures = sum(sum(manifest.failures.values()) for manifest in manifests)
+    total = num_failures + sum(manifest.num_samples for manifest in manifests)
+    limit = settings.max_failures
+    if limit is not None and num_failures > (limit * total if limit < 1 else limit):
+        print(
+            f"error: {num_failures:,} of {total:,} could not be packed, more than --max-failures {limit:g}: see "
+            f"{storage.join(settings.output, 'SPLIT.failures.jsonl')}",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_TOO_MANY_FAILURES)
 
 
 def run() -> None:

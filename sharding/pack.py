@@ -3,6 +3,9 @@
 import hashlib
 import json
 import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from captioner import images, storage
@@ -12,59 +15,84 @@ from captioner.vocabulary import tokenize
 from sharding.plan import ShardPlan
 from sharding.sources import Failure, Record
 
+MAX_FILE_BYTES = 1 << 30
+READ_AHEAD = 16  # pictures a worker fetches at once where each costs a round trip over the network
+REPORT_SECONDS = 0.25
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedShard:
-    """A finished shard: its manifest entry, what could not be packed, and whether it was there already."""
+    """A finished shard: its manifest entry, what could not be packed, its words, and whether it was there already."""
 
     entry: ShardEntry
     failures: tuple[Failure, ...]
-    seconds: float
+    words: Counter[str]
+    backend: str
     reused: bool
 
 
-def pack_shard(plan: ShardPlan, folder: str) -> PackedShard:
-    """Write `NAME.tar` and then `NAME.index` into `folder`, unless both are there and made from this very plan."""
-    started = time.monotonic()
-    ready = _find_packed(plan, folder)
-    if ready is not None:
-        return ready
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a shard is: pictures done, those of them that failed, and bytes read."""
+
+    shard: str
+    pictures: int
+    failures: int
+    bytes: int
+
+
+Report = Callable[[Progress], None]
+
+
+def pack_shard(plan: ShardPlan, folder: str, *, report: Report = lambda progress: None) -> PackedShard:
+    """Write `NAME.tar` and then `NAME.index` into `folder`; `report` hears several times a second how far it is.
+
+    Raises UserError when the output cannot be written, or when pictures vanish or change while they are packed.
+    """
     tar = TarBuilder()
     keys: list[str] = []
     members: list[tuple[Member, Member]] = []
-    lengths: list[list[int]] = []
+    tokens: list[list[list[str]]] = []
     failures: list[Failure] = []
-    for key, record in zip(plan.keys, plan.records, strict=True):
+    bytes_read = 0
+    reported = time.monotonic()
+    for place, data in enumerate(_read_pictures(plan)):
+        record = plan.records[place]
         try:
-            jpeg, sample = make_sample(record, plan=plan)
+            if isinstance(data, images.ImageError):
+                raise data
+            bytes_read += len(data)
+            jpeg, sample = make_sample(record, data, plan=plan)
         except images.ImageError as error:
             failures.append(Failure(image=record.file_name, reason=error.reason, message=error.message))
-            continue
-        keys.append(key)
-        members.append((tar.add(f"{key}.jpg", jpeg), tar.add(f"{key}.json", sample.to_json())))
-        lengths.append([len(tokens) for tokens in sample.tokens])
+        else:
+            key = plan.keys[place]
+            keys.append(key)
+            members.append((tar.add(f"{key}.jpg", jpeg), tar.add(f"{key}.json", sample.to_json())))
+            tokens.append(sample.tokens)
+        if time.monotonic() - reported > REPORT_SECONDS:
+            reported = time.monotonic()
+            report(Progress(shard=plan.name, pictures=place + 1, failures=len(failures), bytes=bytes_read))
     data = tar.to_bytes()
     facts = {
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "fingerprint": plan.fingerprint,
+        "recipe": asdict(plan.recipe),
+        "backend": images.backend(),
         "failures": [asdict(failure) for failure in failures],
     }
-    index = build_index(keys, members, lengths, facts)
-    storage.write_atomic(storage.join(folder, f"{plan.name}.tar"), data)
-    storage.write_atomic(storage.join(folder, f"{plan.name}.index"), index.to_bytes())
-    return _packed(plan.name, index, seconds=time.monotonic() - started, reused=False)
+    index = build_index(keys, members, tokens, facts)
+    write(storage.join(folder, f"{plan.name}.tar"), data)
+    write(storage.join(folder, f"{plan.name}.index"), index.to_bytes())
+    report(Progress(shard=plan.name, pictures=len(plan.records), failures=len(failures), bytes=bytes_read))
+    return packed_shard(plan.name, index, reused=False)
 
 
-def make_sample(record: Record, *, plan: ShardPlan) -> tuple[bytes, Sample]:
+def make_sample(record: Record, data: bytes, *, plan: ShardPlan) -> tuple[bytes, Sample]:
     """A record's stored JPEG and its JSON content. Raises ImageError."""
-    try:
-        data = storage.read_bytes(record.location)
-    except FileNotFoundError as error:
-        raise images.ImageError("missing", f"there is no file {record.location}") from error
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise images.ImageError("unreadable", f"{record.location!r}: {error}") from error
-    picture, (width, height) = images.load_squashed(data, size=plan.pixels.size)
+    recipe = plan.recipe
+    jpeg, (width, height) = images.to_stored_jpeg(data, size=recipe.size, resize=recipe.resize, quality=recipe.quality)
     sample = Sample(
         image_id=record.image_id,
         file_name=record.file_name,
@@ -74,38 +102,121 @@ def make_sample(record: Record, *, plan: ShardPlan) -> tuple[bytes, Sample]:
         tokens=[tokenize(caption) for caption in record.captions],
         annotation_ids=list(record.annotation_ids),
     )
-    return images.encode_jpeg(picture, quality=plan.pixels.quality), sample
+    return jpeg, sample
 
 
-def _find_packed(plan: ShardPlan, folder: str) -> PackedShard | None:
-    """The shard as an earlier run left it: its index is written last, so an index means a whole shard."""
+def write(location: str, content: bytes | str) -> None:
+    """Write a file of the dataset folder. Raises UserError."""
+    try:
+        storage.write_atomic(location, content)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {location} ({error.strerror or error}): mend that (is the disk full, or read-only?) and run "
+            "the same command again; finished shards are kept"
+        ) from error
+
+
+# ---- reading pictures -------------------------------------------------------------------------------------
+
+
+def _read_pictures(plan: ShardPlan) -> Iterator[bytes | images.ImageError]:
+    """The content of the plan's pictures, in order, or why there is none."""
+    places = range(len(plan.records))
+    if not storage.is_remote(plan.images):
+        yield from (_read_picture(plan, place) for place in places)
+        return
+    with ThreadPoolExecutor(READ_AHEAD) as threads:
+        ahead = deque(threads.submit(_read_picture, plan, place) for place in places[:READ_AHEAD])
+        try:
+            for place in places:
+                content = ahead.popleft().result()
+                if place + READ_AHEAD < len(places):
+                    ahead.append(threads.submit(_read_picture, plan, place + READ_AHEAD))
+                yield content
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+def _read_picture(plan: ShardPlan, place: int) -> bytes | images.ImageError:
+    """One picture's content. Raises UserError when it is not what it was when the shard was planned."""
+    planned = plan.file_bytes[place]
+    location = storage.join(plan.images, plan.records[place].file_name)
+    if planned is None:
+        return images.ImageError("missing", f"there is no such file in {plan.images}")
+    if planned > MAX_FILE_BYTES:
+        return images.ImageError("too large", f"{planned:,} bytes, more than {MAX_FILE_BYTES:,}")
+    try:
+        data = storage.read_bytes(location)
+    except FileNotFoundError as error:
+        if planned == storage.UNKNOWN:
+            return images.ImageError("missing", f"there is no such file in {plan.images}")
+        raise UserError(f"{location} vanished while it was packed: bring it back and run again") from error
+    except OSError as error:
+        if not storage.exists(plan.images):
+            raise UserError(f"{plan.images} vanished while it was packed: bring it back and run again") from error
+        return images.ImageError("unreadable", f"{error.strerror or error}")
+    if planned not in (len(data), storage.UNKNOWN):
+        raise UserError(
+            f"{location} had {planned:,} bytes and has {len(data):,}: it changed while it was packed; run again when "
+            "nothing writes to the pictures"
+        )
+    return data
+
+
+# ---- what is there already --------------------------------------------------------------------------------
+
+
+def find_packed(plan: ShardPlan, folder: str) -> PackedShard | None:
+    """The shard as an earlier run left it, or None where there is none, or not a whole one.
+
+    Its index is written last, so an index means a whole tar; the tar's size is checked as well. Raises UserError when
+    the shard was made from another plan.
+    """
     location = storage.join(folder, f"{plan.name}.index")
     try:
         index = ShardIndex.from_bytes(storage.read_bytes(location), origin=location)
         tar_bytes = storage.size_bytes(storage.join(folder, f"{plan.name}.tar"))
     except (FileNotFoundError, UserError):
         return None
-    if index.facts["fingerprint"] != plan.fingerprint or index.facts["bytes"] != tar_bytes:
-        return None
-    return _packed(plan.name, index, seconds=0.0, reused=True)
+    if index.facts["fingerprint"] != plan.fingerprint:
+        raise UserError(
+            f"{folder} holds {plan.name} made differently ({_what_differs(plan, index, folder)}): give another "
+            f"--output, or delete {storage.join(folder, plan.split)}* to pack the split anew"
+        )
+    return packed_shard(plan.name, index, reused=True) if index.facts["bytes"] == tar_bytes else None
 
 
-def _packed(name: str, index: ShardIndex, *, seconds: float, reused: bool) -> PackedShard:
+def _what_differs(plan: ShardPlan, index: ShardIndex, folder: str) -> str:
+    """How the shard that is there was made, against the plan."""
+    old, new = index.facts["recipe"], asdict(plan.recipe)
+    changed = ", ".join(f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name])
+    if changed:
+        return changed
+    tar = storage.read_bytes(storage.join(folder, f"{plan.name}.tar"))
+    records = dict(zip(plan.keys, plan.records, strict=True))
+    for key, offset, size in zip(index.keys_S, index.offsets_S2[:, 1], index.sizes_S2[:, 1], strict=True):
+        stored, record = json.loads(tar[offset : offset + size]), records.get(key.decode())
+        if record is None or stored["file_name"] != record.file_name or stored["image_id"] != record.image_id:
+            return f"sample {key.decode()} was of {stored['file_name']}, is of {record and record.file_name}"
+        if stored["captions"] != list(record.captions) or stored["annotation_ids"] != list(record.annotation_ids):
+            return f"the captions of {record.file_name} have changed"
+    return "pictures were added, removed, or changed in size"
+
+
+def packed_shard(name: str, index: ShardIndex, *, reused: bool) -> PackedShard:
+    """What a shard's index says of it."""
     entry = ShardEntry(
         name=name,
         samples=len(index),
         captions=len(index.caption_lengths),
         bytes=index.facts["bytes"],
         sha256=index.facts["sha256"],
+        fingerprint=index.facts["fingerprint"],
     )
-    failures = tuple(Failure(**failure) for failure in index.facts["failures"])
-    return PackedShard(entry=entry, failures=failures, seconds=seconds, reused=reused)
-
-
-def read_tokens(folder: str, name: str) -> list[list[str]]:
-    """The token strings of all captions of a shard, read back from its tar."""
-    location = storage.join(folder, f"{name}.index")
-    index = ShardIndex.from_bytes(storage.read_bytes(location), origin=location)
-    data = storage.read_bytes(storage.join(folder, f"{name}.tar"))
-    places = zip(index.offsets_S2[:, 1].tolist(), index.sizes_S2[:, 1].tolist(), strict=True)
-    return [tokens for offset, size in places for tokens in json.loads(data[offset : offset + size])["tokens"]]
+    return PackedShard(
+        entry=entry,
+        failures=tuple(Failure(**failure) for failure in index.facts["failures"]),
+        words=index.count_words(),
+        backend=index.facts["backend"],
+        reused=reused,
+    )

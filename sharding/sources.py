@@ -1,30 +1,44 @@
-"""Caption files to records: COCO's captions (read with pycocotools) and Karpathy's split file."""
+"""What to pack: the caption files of the splits, and their records with what cannot be one.
 
-import contextlib
-import io
+A caption file is COCO's or Karpathy's JSON, CSV, TSV or JSONL, told by its ending, and lies on disk or behind a URL.
+"""
+
 import re
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+from urllib.parse import unquote
 
-from pycocotools.coco import COCO
+from fsspec.core import url_to_fs
 
 from captioner import storage
 from captioner.cli import UserError
 from captioner.shards import SPLITS
+from sharding.caption_files import (
+    ENDINGS,
+    Failure,
+    Picture,
+    is_karpathy,
+    karpathy_splits,
+    parse_json,
+    parse_pictures,
+)
 
-KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
+WEB = ("http://", "https://")
 DOWNLOAD_FIRST = "python sharding/download_coco.py brings COCO; name other data with --images and --captions"
+
+_UNSAFE = re.compile(r"^\Z|^[/~]|^[A-Za-z]:|\\|(?<![^/])\.\.(?![^/])|://|::|[\x00-\x1f\x7f-\x9f]")
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """One picture to pack: where it lies, its id and name in the source, and its captions with their ids."""
+    """One picture to pack: its id and its name (relative to the picture folder), and its captions with their ids."""
 
     image_id: int | str
     file_name: str
-    location: str
     captions: tuple[str, ...]
     annotation_ids: tuple[int | str | None, ...]
 
@@ -38,24 +52,18 @@ class Source:
     images: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Failure:
-    """A picture that is not packed, and why: `reason` is what failures are counted by."""
-
-    image: str
-    reason: str
-    message: str
+# ---- which files ------------------------------------------------------------------------------------------
 
 
 def find_sources(*, images: str, captions: str, split: str | None) -> list[Source]:
     """The splits to pack, training first. Raises UserError when there is none or it is not clear which is meant."""
-    if not storage.exists(captions):
+    if not _attempt(storage.exists, captions):
         raise UserError(f"there is no caption file or folder {captions}: {DOWNLOAD_FIRST}")
-    if not storage.exists(images):
+    if not images.startswith(WEB) and not _attempt(storage.exists, images):  # web servers seldom list folders
         raise UserError(f"there is no picture folder {images}: {DOWNLOAD_FIRST}")
-    found = _find_in_folder(captions) if Path(captions).is_dir() else _find_in_file(captions, split=split)
+    found = _find_in_folder(captions) if _is_folder(captions) else _find_in_file(captions, split=split)
     if split is not None and split not in found:
-        raise UserError(f"{captions} holds no captions of split {split} (it has: {', '.join(found) or 'none'})")
+        raise UserError(f"{captions} holds no captions of split {split} (it has: {', '.join(found)})")
     return [
         Source(split=name, captions=found[name], images=_image_folder(images, captions=found[name]))
         for name in SPLITS
@@ -63,35 +71,81 @@ def find_sources(*, images: str, captions: str, split: str | None) -> list[Sourc
     ]
 
 
+def _attempt(action: Callable[[str], Answer], location: str) -> Answer:
+    """`action(location)`, with whatever goes wrong on the way there as a UserError."""
+    try:
+        return action(location)
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {location}: {DOWNLOAD_FIRST}") from error
+    except Exception as error:  # fsspec's file systems raise their libraries' own errors
+        problem = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot read {location} ({problem}): {DOWNLOAD_FIRST}") from error
+
+
+def _is_folder(location: str) -> bool:
+    """Of a URL the ending tells: what asks a web server for a listing may get the whole file."""
+    return _ending(location) is None if storage.is_remote(location) else Path(location).is_dir()
+
+
+def _ending(location: str) -> str | None:
+    return next((ending for ending in ENDINGS if _last_part(location).lower().endswith(ending)), None)
+
+
+def _kind(location: str) -> str:
+    ending = _ending(location)
+    if ending is None:
+        raise UserError(f"{location} is no caption file: name one that ends in {', '.join(ENDINGS)} with --captions")
+    return ending
+
+
+def _last_part(location: str) -> str:
+    """The name of a file or folder; in a web address it is quoted, and a query may follow it."""
+    if location.startswith(WEB):
+        location = unquote(location.partition("?")[0])
+    return location.rstrip("/").rpartition("/")[2]
+
+
 def _find_in_folder(folder: str) -> dict[str, str]:
     found: dict[str, str] = {}
-    for path in sorted(Path(folder).glob("captions_*.json")):
-        split = _split_in_name(path.name)
+    for name in _attempt(_list_files, folder):
+        split = _split_in_name(name)
+        if split is None or _ending(name) is None:
+            continue
+        location = storage.join(folder, name)
         if split in found:
             raise UserError(
-                f"{folder} holds two caption files of split {split}, {Path(found[split]).name} and {path.name}: "
-                f"name one with --captions {path}"
+                f"{folder} holds two caption files of split {split}, {_last_part(found[split])} and {name}: "
+                f"name one with --captions {location}"
             )
-        if split is not None:
-            found[split] = str(path)
+        found[split] = location
     if not found:
         raise UserError(
-            f"{folder} holds no captions_train*.json, captions_val*.json or captions_test*.json: {DOWNLOAD_FIRST}"
+            f"{folder} holds no captions_train*, captions_val* or captions_test* that ends in {', '.join(ENDINGS)}: "
+            f"{DOWNLOAD_FIRST}"
         )
     return found
 
 
+def _list_files(folder: str) -> list[str]:
+    """The names of the files in a folder, sorted."""
+    if not storage.is_remote(folder):
+        return sorted(path.name for path in Path(folder).iterdir() if path.is_file())
+    filesystem, path = url_to_fs(folder)
+    entries = filesystem.ls(path, detail=True)
+    return sorted(_last_part(entry["name"]) for entry in entries if entry["type"] != "directory")
+
+
 def _find_in_file(path: str, *, split: str | None) -> dict[str, str]:
-    named = split or _split_in_name(Path(path).name)
+    kind = _kind(path)
+    named = split or _split_in_name(_last_part(path))
     if named is not None:
         return {named: path}
-    content = storage.read_json(path, remedy=DOWNLOAD_FIRST)
-    if not _is_karpathy(content):
+    content = parse_json(_attempt(storage.read_bytes, path), location=path) if kind == ".json" else None
+    if not is_karpathy(content):
         raise UserError(f"the name of {path} does not say which split it is: add --split train, val or test")
-    found = {image.get("split") for image in content["images"]}
-    if unknown := found - KARPATHY_SPLITS.keys():
-        raise UserError(f"{path} has pictures of split {unknown.pop()}: Karpathy's are {', '.join(KARPATHY_SPLITS)}")
-    return dict.fromkeys(sorted({KARPATHY_SPLITS[split] for split in found}), path)
+    return dict.fromkeys(sorted(karpathy_splits(content, location=path)), path)
 
 
 def _split_in_name(name: str) -> str | None:
@@ -101,79 +155,55 @@ def _split_in_name(name: str) -> str | None:
 
 def _image_folder(images: str, *, captions: str) -> str:
     """COCO's layout: `captions_train2014.json` belongs to `train2014/`, where there is such a folder."""
-    inner = storage.join(images, Path(captions).stem.removeprefix("captions_"))
-    return inner if storage.exists(inner) else images
+    name = _last_part(captions)
+    if _split_in_name(name) is None:
+        return images
+    inner = storage.join(images, Path(name).stem.removeprefix("captions_"))
+    return inner if _attempt(storage.exists, inner) else images
+
+
+# ---- what is in them --------------------------------------------------------------------------------------
 
 
 def read_records(source: Source) -> tuple[list[Record], list[Failure]]:
-    """The records of a split in the source's order, and those that cannot be packed: no caption, or a bad name.
+    """The records of a split in the source's order, and all that cannot be packed, each by its name and reason.
 
-    Empty captions are left out of their record and counted, as is a picture id that came before.
+    A picture fails for "no caption", "unsafe name" or "duplicate id" (the first one counts); a caption for "empty
+    caption" or "no picture"; either for "bad row" or "bad encoding". A picture whose captions all fail has none.
+    Captions lose the white space around them; names stay as they are. Raises UserError when the file is no caption
+    file or holds nothing of the split.
     """
-    content = storage.read_json(source.captions, remedy=DOWNLOAD_FIRST)
-    try:
-        rows = _karpathy_rows(content, source.split) if _is_karpathy(content) else _coco_rows(content)
-        return _to_records(rows, images=source.images)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{source.captions} is neither COCO captions nor Karpathy's file ({error!r} in it)") from error
-
-
-Row = tuple[int | str, str, list[tuple[int | str | None, str]]]
-"""Image id, file name, and the (annotation id, caption) pairs."""
-
-
-def _is_karpathy(content: Any) -> bool:
-    images = content.get("images") if isinstance(content, dict) else None
-    return bool(images) and "sentences" in images[0]
-
-
-def _karpathy_rows(content: dict[str, Any], split: str) -> Iterable[Row]:
-    for image in content["images"]:
-        if KARPATHY_SPLITS[image["split"]] == split:
-            name = "/".join(part for part in (image.get("filepath", ""), image["filename"]) if part)
-            sentences = [(sentence.get("sentid"), sentence["raw"]) for sentence in image["sentences"]]
-            yield image.get("cocoid", image.get("imgid", name)), name, sentences
-
-
-def _coco_rows(content: dict[str, Any]) -> Iterable[Row]:
-    coco: Any = COCO()  # its own types know of boxes only, not of captions
-    coco.dataset = content
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools announces its index
-        coco.createIndex()
-    for image in content["images"]:
-        yield (
-            image["id"],
-            image["file_name"],
-            [(a["id"], a["caption"]) for a in coco.imgToAnns.get(image["id"], [])],
-        )
-
-
-def _to_records(rows: Iterable[Row], *, images: str) -> tuple[list[Record], list[Failure]]:
+    kind, data = _kind(source.captions), _attempt(storage.read_bytes, source.captions)
     records: list[Record] = []
     failures: list[Failure] = []
     seen: set[int | str] = set()
-    for image_id, name, captions in rows:
-        kept = [(number, text.strip()) for number, text in captions if text.strip()]
-        failures += [
-            Failure(image=name, reason="empty caption", message=f"caption {n}") for n, t in captions if not t.strip()
-        ]
-        reason = _refusal(image_id, name, has_caption=bool(kept), seen=seen)
-        if reason is not None:
-            failures.append(Failure(image=name, reason=reason, message=f"image id {image_id}"))
-            continue
-        seen.add(image_id)
-        numbers, texts = zip(*kept, strict=True)
-        location = storage.join(images, name)
-        records.append(
-            Record(image_id=image_id, file_name=name, location=location, captions=texts, annotation_ids=numbers)
-        )
+    for found in parse_pictures(data, kind=kind, split=source.split, location=source.captions):
+        refused = found if isinstance(found, Failure) else _refuse(found, seen=seen)
+        if refused is None:
+            assert isinstance(found, Picture)
+            seen.add(found.image_id)
+            records.append(_to_record(found))
+        else:
+            failures.append(refused)
     return records, failures
 
 
-def _refusal(image_id: int | str, name: str, *, has_caption: bool, seen: set[int | str]) -> str | None:
-    """Why a picture cannot be a record, if so."""
-    if name.startswith("/") or "\\" in name or ".." in name.split("/"):
-        return "unsafe name"
-    if image_id in seen:
-        return "duplicate id"
-    return None if has_caption else "no caption"
+def _refuse(picture: Picture, *, seen: set[int | str]) -> Failure | None:
+    """Why a picture cannot be a record, if so; `seen` are the ids of those that are."""
+    name, place = picture.file_name, picture.place
+    if unsafe := _UNSAFE.search(name):
+        what = f"{unsafe[0]!a} in the name" if name else "the name is empty"
+        return Failure(image=name, reason="unsafe name", message=f"{place}: {what}")
+    if picture.image_id in seen:
+        return Failure(image=name, reason="duplicate id", message=place)
+    return None if picture.captions else Failure(image=name, reason="no caption", message=place)
+
+
+def _to_record(picture: Picture) -> Record:
+    numbers, captions = zip(*picture.captions, strict=True)
+    return Record(
+        image_id=picture.image_id,
+        file_name=picture.file_name,
+        captions=captions,
+        annotation_ids=numbers,
+    )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from captioner import images, views
+from captioner import images, storage, views
 from captioner.cli import UserError
 from captioner.shards import Manifest, ShardIndex, sample_key, shard_name
 from captioner.vocabulary import END, START, Vocabulary, tokenize
 from sharding.pack import pack_shard
-from sharding.plan import PixelSettings, ShardPlan
+from sharding.plan import Recipe, ShardPlan
 from sharding.sources import Record
 from train.plan import EpochPlan
 from train.stream import Batch, Share, ViewRules, stream
@@ -84,15 +85,16 @@ def pack(
     folder.mkdir()
     records = []
     for number, picture in enumerate(pictures):
-        path = picture if isinstance(picture, Path) else folder / f"{number}.png"
+        path = folder / (f"{number}{picture.suffix}" if isinstance(picture, Path) else f"{number}.png")
         if isinstance(picture, Image.Image):
             picture.save(path)
+        else:
+            shutil.copy(picture, path)
         texts = captions_of(number)
         records.append(
             Record(
                 image_id=number,
                 file_name=path.name,
-                location=str(path),
                 captions=texts,
                 annotation_ids=(None,) * len(texts),
             )
@@ -104,7 +106,10 @@ def pack(
             name=shard_name("train", shard),
             keys=tuple(next(keys) for _ in range(size)),
             records=tuple(next(waiting) for _ in range(size)),
-            pixels=PixelSettings(size=stored_size, quality=95),
+            images=str(folder),
+            file_bytes=(storage.UNKNOWN,) * size,
+            recipe=Recipe(size=stored_size, resize="squash", quality=95, shard_megabytes=64),
+            estimated_bytes=0,
         )
         for shard, size in enumerate(sizes)
     ]

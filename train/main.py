@@ -29,7 +29,7 @@ from captioner.cli import UserError
 from captioner.model import CaptionModel, ModelConfig, load_encoder_weights
 from captioner.shards import Manifest, manifest_location, read_manifest
 from captioner.views import ViewSpec
-from captioner.vocabulary import Vocabulary
+from captioner.vocabulary import read_vocabulary
 from train.plan import EpochPlan, num_steps
 from train.run_folder import (
     Progress,
@@ -59,8 +59,13 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
     # ---- data ---------------------------------------------------------------------------------------------
     train_manifest = read_manifest(settings.shards, "train", remedy=PACK_FIRST)
     val_manifest = read_validation_manifest(settings.shards)
-    vocabulary = read_vocabulary(settings.shards)
-    view = ViewSpec(size=train_manifest.settings["size"], crop=settings.crop)
+    vocabulary = read_vocabulary(storage.join(settings.shards, "vocabulary.json"), remedy=PACK_FIRST)
+    view = view_of(train_manifest, crop=settings.crop)
+    if val_manifest is not None and (found := view_of(val_manifest, crop=settings.crop)) != view:
+        raise UserError(
+            f"{settings.shards} holds training pictures of {view.size} pixels ({view.resize}) and validation pictures "
+            f"of {found.size} ({found.resize}): pack both splits with the same --size and --resize"
+        )
     steps_per_epoch = num_steps(train_manifest.num_samples, global_batch=settings.batch_size)
     if not steps_per_epoch:
         raise UserError(f"the training split in {settings.shards} holds no samples: see its train.failures.jsonl")
@@ -227,13 +232,10 @@ def read_validation_manifest(folder: str) -> Manifest | None:
     return manifest if manifest.num_samples else None
 
 
-def read_vocabulary(folder: str) -> Vocabulary:
-    """The dataset folder's vocabulary."""
-    location = storage.join(folder, "vocabulary.json")
-    try:
-        return Vocabulary.from_json(storage.read_bytes(location).decode(), origin=location)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no {location}: {PACK_FIRST}") from error
+def view_of(manifest: Manifest, *, crop: int) -> ViewSpec:
+    """How the split's pictures came to their size, and a crop; stored as they are, they are squashed on reading."""
+    size, resize = manifest.settings["size"], manifest.settings["resize"]
+    return ViewSpec(size=size, resize="squash" if resize == "none" else resize, crop=crop)
 
 
 def build_model(settings: TrainSettings, *, num_words: int, accelerator: Accelerator) -> CaptionModel:

@@ -1,0 +1,349 @@
+"""The bytes of a caption file to pictures with captions: COCO's and Karpathy's JSON, CSV, TSV, JSONL.
+
+What concerns one row is a Failure beside the pictures; a file that is another thing altogether is a UserError.
+"""
+
+import codecs
+import contextlib
+import csv
+import io
+import json
+import re
+import reprlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from pycocotools.coco import COCO
+
+from captioner.cli import UserError
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+ENDINGS = (".json", ".csv", ".tsv", ".jsonl")
+KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+Id = int | str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """A picture or caption that is not packed, and why: `reason` is what failures are counted by.
+
+    `image` is the picture's name, empty where the row does not tell it.
+    """
+
+    image: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """A picture as the file has it, at `place`; captions are (annotation id, text) pairs, stripped and not empty."""
+
+    image_id: Id
+    file_name: str
+    place: str
+    captions: list[tuple[Id | None, str]]
+
+
+def parse_pictures(data: bytes, *, kind: str, split: str, location: str) -> Iterator[Picture | Failure]:
+    """All that a file holds of `split`, pictures in its order; `kind` is one of ENDINGS, `location` for messages.
+
+    Rows of CSV, TSV and JSONL with the same picture become one. Raises UserError for what is no such file.
+    """
+    if kind == ".json":
+        content = parse_json(data, location=location)
+        if is_karpathy(content):
+            return _karpathy_pictures(content, split=split, location=location)
+        return _coco_pictures(content, location=location)
+    if kind == ".jsonl":
+        return _merge(_jsonl_rows(data, location=location))
+    return _merge(_table_rows(data, delimiter=DELIMITERS[kind], location=location))
+
+
+def parse_json(data: bytes, *, location: str) -> Any:
+    """The content of a JSON file. Raises UserError."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"{location} is no JSON ({problem}): name another file with --captions") from error
+
+
+# ---- entries of any kind ----------------------------------------------------------------------------------
+
+
+def _check_caption(value: object, *, image: str, place: str) -> str | Failure:
+    """The caption without white space around it, or why it is none."""
+    if not isinstance(value, str):
+        return Failure(image=image, reason="bad row", message=f"{place}: the caption is no text: {reprlib.repr(value)}")
+    if _has_surrogates(value):
+        return Failure(image=image, reason="bad encoding", message=f"{place}: half a surrogate pair in the caption")
+    return value.strip() or Failure(image=image, reason="empty caption", message=place)
+
+
+def _has_surrogates(text: str) -> bool:
+    return not text.isascii() and _SURROGATE.search(text) is not None
+
+
+def _is_id(value: object) -> TypeGuard[Id]:
+    return isinstance(value, int | str) and not isinstance(value, bool)
+
+
+def _first(entry: Any, *keys: str) -> Any:
+    """What an entry has under the first of `keys` that it has, None where it has none or is no object."""
+    if isinstance(entry, dict):
+        for key in keys:
+            if entry.get(key) is not None:
+                return entry[key]
+    return None
+
+
+def _text(entry: Any, *keys: str) -> str:
+    """The same where it is text, else empty."""
+    value = _first(entry, *keys)
+    return value if isinstance(value, str) else ""
+
+
+# ---- COCO -------------------------------------------------------------------------------------------------
+
+
+def _coco_pictures(content: Any, *, location: str) -> Iterator[Picture | Failure]:
+    images = []
+    for position, image in enumerate(_coco_list(content, "images", "id", "file_name", location=location)):
+        if _is_id(_first(image, "id")) and isinstance(_first(image, "file_name"), str):
+            images.append(image)
+        else:
+            message = f"images[{position}] lacks an id or a file_name: {reprlib.repr(image)}"
+            yield Failure(image=_text(image, "file_name"), reason="bad row", message=message)
+    names = {image["id"]: image["file_name"] for image in reversed(images)}  # of equal ids the first counts
+    annotations = []
+    for position, entry in enumerate(_coco_list(content, "annotations", "image_id", "caption", location=location)):
+        annotation = _check_annotation(entry, position, names)
+        if isinstance(annotation, Failure):
+            yield annotation
+        else:
+            annotations.append(annotation)
+    coco: Any = COCO()  # its own types know of boxes only, not of captions
+    coco.dataset = {"images": images, "annotations": annotations}
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools announces its index
+        coco.createIndex()
+    for image in images:
+        captions = [(found["id"], found["caption"]) for found in coco.imgToAnns.get(image["id"], [])]
+        place = f"image id {image['id']}"
+        yield Picture(image_id=image["id"], file_name=image["file_name"], place=place, captions=captions)
+
+
+def _coco_list(content: Any, name: str, *keys: str, location: str) -> list[Any]:
+    """A list of COCO's file. Raises UserError unless it is empty or has an entry with all `keys`."""
+    entries = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not (entries == [] or any(_has(entry, *keys) for entry in entries)):
+        raise UserError(
+            f"{location} is neither COCO captions nor Karpathy's file (it has no list `{name}` whose entries have "
+            f"{' and '.join(keys)}): name another file with --captions"
+        )
+    return entries
+
+
+def _has(entry: Any, *keys: str) -> bool:
+    return isinstance(entry, dict) and set(keys) <= entry.keys()
+
+
+def _check_annotation(entry: Any, position: int, names: dict[Id, str]) -> dict[str, Any] | Failure:
+    """What the index needs of an annotation, or why it is not used."""
+    number, image_id = _first(entry, "id"), _first(entry, "image_id")
+    place = f"annotation {number}" if _is_id(number) else f"annotations[{position}]"
+    if not _is_id(image_id) or not (number is None or _is_id(number)):
+        message = f"{place} lacks an image_id, or its id is no number: {reprlib.repr(entry)}"
+        return Failure(image="", reason="bad row", message=message)
+    if image_id not in names:
+        return Failure(image="", reason="no picture", message=f"{place}: there is no image of id {image_id}")
+    caption = _check_caption(entry.get("caption"), image=names[image_id], place=place)
+    return caption if isinstance(caption, Failure) else {"id": number, "image_id": image_id, "caption": caption}
+
+
+# ---- Karpathy ---------------------------------------------------------------------------------------------
+
+
+def is_karpathy(content: Any) -> bool:
+    """Whether a JSON file's content is of Karpathy's kind: pictures that hold their sentences."""
+    images = content.get("images") if isinstance(content, dict) else None
+    return isinstance(images, list) and any(_has(image, "sentences") for image in images)
+
+
+def karpathy_splits(content: Any, *, location: str) -> set[str]:
+    """The splits in Karpathy's file, at least one. Raises UserError for a split that is not his."""
+    names = {_text(image, "split") for image in content["images"]} - {""}
+    known = ", ".join(KARPATHY_SPLITS)
+    if unknown := sorted(names - KARPATHY_SPLITS.keys()):
+        shown = unknown[0].encode("unicode_escape").decode()
+        raise UserError(f"{location} has pictures of split {shown}: give each one of {known}")
+    if not names:
+        raise UserError(f"no picture in {location} says its `split`: give each one of {known}")
+    return {KARPATHY_SPLITS[name] for name in names}
+
+
+def _karpathy_pictures(content: Any, *, split: str, location: str) -> Iterator[Picture | Failure]:
+    """The pictures of a split; one that does not say its split fails in every split, since it may be of any."""
+    found = karpathy_splits(content, location=location)
+    if split not in found:
+        raise UserError(f"{location} holds no captions of split {split}: it has {', '.join(sorted(found))}")
+    for position, image in enumerate(content["images"]):
+        if KARPATHY_SPLITS.get(_text(image, "split"), split) != split:
+            continue
+        if _is_karpathy_picture(image):
+            yield from _karpathy_picture(image)
+        else:
+            message = f"images[{position}] lacks split, filename, id or sentences: {reprlib.repr(image)}"
+            yield Failure(image=_text(image, "filename"), reason="bad row", message=message)
+
+
+def _is_karpathy_picture(image: Any) -> bool:
+    return (
+        bool(_text(image, "split"))
+        and isinstance(image.get("filename"), str)
+        and isinstance(image.get("filepath"), str | None)
+        and isinstance(image.get("sentences"), list | None)
+        and _is_id(_first(image, "cocoid", "imgid", "filename"))
+    )
+
+
+def _karpathy_picture(image: dict[str, Any]) -> Iterator[Picture | Failure]:
+    name = "/".join(part for part in (image.get("filepath"), image["filename"]) if part)
+    image_id = _first(image, "cocoid", "imgid")
+    image_id = name if image_id is None else image_id
+    captions: list[tuple[Id | None, str]] = []
+    for position, sentence in enumerate(image.get("sentences") or []):
+        number = _first(sentence, "sentid")
+        place = f"sentence {number}" if _is_id(number) else f"image id {image_id}, sentences[{position}]"
+        caption = _check_caption(_first(sentence, "raw"), image=name, place=place)
+        if isinstance(caption, Failure):
+            yield caption
+        elif number is None or _is_id(number):
+            captions.append((number, caption))
+        else:
+            message = f"{place}: the sentid is no number: {reprlib.repr(number)}"
+            yield Failure(image=name, reason="bad row", message=message)
+    yield Picture(image_id=image_id, file_name=name, place=f"image id {image_id}", captions=captions)
+
+
+# ---- CSV, TSV, JSONL: one row for a caption ---------------------------------------------------------------
+
+
+def _merge(rows: Iterable[Picture | Failure]) -> Iterator[Picture | Failure]:
+    """Rows of the same picture as one, where the first of them stood; the failures before."""
+    pictures: dict[str, Picture] = {}
+    for row in rows:
+        if isinstance(row, Failure):
+            yield row
+        elif (first := pictures.setdefault(row.file_name, row)) is not row:
+            first.captions.extend(row.captions)
+    yield from pictures.values()
+
+
+def _row(name: str, captions: Iterable[object], *, place: str) -> Iterator[Picture | Failure]:
+    """A row's picture, after those of its captions that fail."""
+    texts: list[tuple[Id | None, str]] = []
+    for value in captions:
+        caption = _check_caption(value, image=name, place=place)
+        if isinstance(caption, Failure):
+            yield caption
+        else:
+            texts.append((None, caption))
+    yield Picture(image_id=name, file_name=name, place=place, captions=texts)
+
+
+def _table_rows(data: bytes, *, delimiter: str, location: str) -> Iterator[Picture | Failure]:
+    lines = _split_table(data.decode("utf-8-sig", "surrogateescape"), delimiter)  # bad bytes become surrogates
+    columns = [cell.strip() for cell in next(lines, (1, []))[1]]
+    if columns.count("image") != 1 or columns.count("caption") != 1:
+        found = ", ".join(map(reprlib.repr, columns[:20])) or "none"
+        raise UserError(
+            f"the first line of {location} names the columns {found}: give it the columns 'image' and 'caption', "
+            f"each once, with {delimiter!r} between them, in UTF-8"
+        )
+    image, caption = columns.index("image"), columns.index("caption")
+    for number, cells in lines:
+        place = f"line {number}"
+        name = cells[image] if len(cells) > image else ""
+        if any(map(_has_surrogates, cells)):
+            yield Failure(image=name, reason="bad encoding", message=f"{place}: bytes that are not UTF-8")
+        elif not cells:
+            yield Failure(
+                image="", reason="bad row", message=f"{place}: its cells cannot be told apart, look at its quotes"
+            )
+        elif len(cells) != len(columns):
+            message = (
+                f"{place}: {len(cells)} cells under {len(columns)} columns (a cell with {delimiter!r} needs quotes)"
+            )
+            yield Failure(image=name, reason="bad row", message=message)
+        else:
+            yield from _row(name, [cells[caption]], place=place)
+
+
+def _split_table(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The number of each row's first line, and its cells, none for a line where none can be told; no blank lines.
+
+    After such a line it goes on with the very next, so that a quote which does not close costs one row only.
+    """
+    lines = io.StringIO(text, newline="").readlines()
+    position = 0
+    while position < len(lines):
+        rows = csv.reader(map(lines.__getitem__, range(position, len(lines))), delimiter=delimiter, strict=True)
+        try:
+            cells, num_lines = next(rows), rows.line_num
+        except csv.Error:
+            cells, num_lines = [], 1
+        if lines[position].strip("\r\n"):
+            yield position + 1, cells
+        position += num_lines
+
+
+def _jsonl_rows(data: bytes, *, location: str) -> Iterator[Picture | Failure]:
+    num_rows = num_known = 0
+    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+        if line.strip():
+            text = line.decode(errors="surrogateescape")  # bad bytes become surrogates
+            row = _parse_row(text)
+            num_rows += 1
+            num_known += _has(row, "path") or _has(row, "image")
+            yield from _jsonl_row(row, is_utf8=not _has_surrogates(text), place=f"line {number}")
+    if num_rows and not num_known:
+        raise UserError(
+            f'{location} holds no line like {{"path": "photo.jpg", "caption": "A cat."}}: '
+            "name another file with --captions"
+        )
+
+
+def _parse_row(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _jsonl_row(row: Any, *, is_utf8: bool, place: str) -> Iterator[Picture | Failure]:
+    problem = _jsonl_problem(row, is_utf8=is_utf8)
+    if problem is not None:
+        reason, message = problem
+        yield Failure(image=_text(row, "path", "image"), reason=reason, message=f"{place}: {message}")
+        return
+    one, several = row.get("caption"), row.get("captions")
+    yield from _row(_text(row, "path", "image"), several if one is None else [one], place=place)
+
+
+def _jsonl_problem(row: Any, *, is_utf8: bool) -> tuple[str, str] | None:
+    """Why a line is of no use, as reason and message; the captions themselves are looked at later."""
+    if not is_utf8:
+        return "bad encoding", "bytes that are not UTF-8"
+    if not isinstance(_first(row, "path", "image"), str):
+        return "bad row", "no JSON object with a path or image that is text"
+    one, several = row.get("caption"), row.get("captions")
+    if not isinstance(several, list | None) or (one is not None and several):
+        return "bad row", "its captions are no list, or stand beside a caption"
+    if one is None and not several:
+        return "no caption", _text(row, "error") or "neither caption nor captions"
+    return None

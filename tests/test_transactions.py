@@ -1,0 +1,314 @@
+"""Whatever ends a packing, running it again gives the bytes of an undisturbed run and redoes no finished shard."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import picture, write_coco
+
+from captioner import images
+from captioner.cli import UserError
+from sharding import make_shards
+from sharding.settings import ShardSettings
+
+NUM_PICTURES = 60  # 3 a shard
+NUM_SHARDS = 20
+NUM_KILLS = 20
+
+context: Any = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["sharding.make_shards", "torch", "torchvision.io"])
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_coco(tmp_path_factory.mktemp("coco"), num_train=NUM_PICTURES, num_val=0)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(coco: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The digests of all files of a run that nothing disturbed."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    make_shards.main(flags(coco, output))
+    found = files(output)
+    assert len([name for name in found if name.endswith(".tar")]) == NUM_SHARDS
+    return found
+
+
+def flags(coco: Path, output: Path, **changed: Any) -> ShardSettings:
+    """Settings for one process and shards of 3 pictures each, as far as not `changed`."""
+    plain: dict[str, Any] = {"size": 680, "shard_megabytes": 1, "threshold": 1, "workers": 1}
+    paths = {"images": str(coco), "captions": str(coco / "annotations"), "output": str(output)}
+    return ShardSettings(**(paths | plain | changed))
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def finished(folder: Path) -> dict[str, tuple[int, int]]:
+    """The shards whose index stands, with what tells a file left alone from one written again."""
+    names = [path.stem for path in folder.glob("*.index")]
+    found = {name: (folder / f"{name}.tar").stat() for name in names}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
+
+
+def complete_and_compare(settings: ShardSettings, undisturbed: dict[str, str]) -> int:
+    """Run again; returns how many shards of the disturbed run were there to be left alone."""
+    output = Path(settings.output)
+    before = finished(output) if output.exists() else {}
+    make_shards.main(settings)
+    assert files(output) == undisturbed
+    after = finished(output)
+    assert {name: after[name] for name in before} == before
+    return len(before)
+
+
+@contextlib.contextmanager
+def packing(settings: ShardSettings) -> Iterator[Any]:
+    """A process of its own that packs, and is gone at the end whatever happened."""
+    process = context.Process(target=make_shards.main, args=(settings,))
+    process.start()
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGCONT)
+        process.kill()
+        process.join()
+
+
+def wait_until(condition: Callable[[], bool], *, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def stop_after(num_shards: int, process: Any, output: Path) -> None:
+    """Halt the process once so many shards are finished, and before it is."""
+    wait_until(lambda: len(list(output.glob("*.index"))) >= num_shards or not process.is_alive())
+    os.kill(process.pid, signal.SIGSTOP)
+    assert len(finished(output)) < NUM_SHARDS
+
+
+def test_killed_at_any_moment(coco: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    """20 moments spread over the length of a run, from before its first file to after its last."""
+    with packing(flags(coco, tmp_path / "timed")) as process:
+        wait_until((tmp_path / "timed").exists)
+        started = time.monotonic()
+        process.join()
+        length_seconds = time.monotonic() - started
+    rng = random.Random(1)
+    num_kept = []
+    for number in range(NUM_KILLS):
+        output = tmp_path / str(number)
+        with packing(flags(coco, output)) as process:
+            wait_until(output.exists)
+            time.sleep(length_seconds * (number + rng.random()) / NUM_KILLS)
+            process.kill()
+            process.join()
+        num_kept.append(complete_and_compare(flags(coco, output), undisturbed))
+        shutil.rmtree(output)
+    assert len({kept for kept in num_kept if 0 < kept < NUM_SHARDS}) >= 3, num_kept
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+def test_a_command_with_two_workers_ended_from_outside(
+    coco: Path, undisturbed: dict[str, str], tmp_path: Path, signal_number: int
+) -> None:
+    """The processes end at once, and Ctrl-C leaves nothing half written behind."""
+    output = tmp_path / "shards"
+    line = ["caption-shards", "--images", coco, "--captions", coco / "annotations", "--output", output, "--size", 680]
+    line += ["--shard-megabytes", 1, "--threshold", 1, "--workers", 2]
+    process = subprocess.Popen(list(map(str, line)), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_until(lambda: any(output.glob("*.index")) or process.poll() is not None)
+    if signal_number == signal.SIGINT:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    else:
+        process.kill()
+    _, error = process.communicate(timeout=30)  # to the end of its output, which the last of its processes holds open
+    if signal_number == signal.SIGINT:
+        assert (process.returncode, error.strip()) == (130, "interrupted")
+        assert not list(output.glob("*.partial"))
+    assert 0 < complete_and_compare(flags(coco, output, workers=2), undisturbed) < NUM_SHARDS
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+class TestDisks:
+    """On a disk of its own, that the test makes too small or read-only."""
+
+    @pytest.fixture
+    def disk(self, tmp_path: Path) -> Iterator[Path]:
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=False)
+        if mounted.returncode:
+            pytest.skip("this machine does not let root mount a disk")
+        yield folder
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_a_full_disk(self, coco: Path, undisturbed: dict[str, str], disk: Path, workers: int) -> None:
+        with pytest.raises(UserError, match=r"No space left on device.*run\s+the same command again"):
+            make_shards.main(flags(coco, disk / "shards", workers=workers))
+        assert not list((disk / "shards").glob("*.partial"))
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        assert complete_and_compare(flags(coco, disk / "shards"), undisturbed) > 0
+
+    def test_a_disk_that_becomes_read_only(self, coco: Path, undisturbed: dict[str, str], disk: Path) -> None:
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        with packing(flags(coco, disk / "shards")) as process:
+            stop_after(3, process, disk / "shards")
+            process.kill()
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        with pytest.raises(UserError, match="Read-only file system"):
+            make_shards.main(flags(coco, disk / "shards"))
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        assert complete_and_compare(flags(coco, disk / "shards"), undisturbed) >= 3
+
+
+def test_pictures_that_vanish_while_they_are_packed(coco: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    """A folder that is gone for a while must not become shards full of missing pictures."""
+    data = tmp_path / "coco"
+    shutil.copytree(coco, data)
+    output = tmp_path / "shards"
+    with packing(flags(data, output)) as process:
+        stop_after(2, process, output)
+        (data / "train2014").rename(data / "away")
+        os.kill(process.pid, signal.SIGCONT)
+        process.join()
+        assert process.exitcode == 1  # UserError, outside the command that would make it a line
+    assert not (output / "train.manifest.json").exists()
+    with pytest.raises(UserError, match="none of the 60 pictures of split train is in"):
+        make_shards.main(flags(data, output))
+    (data / "away").rename(data / "train2014")
+    kept = finished(output)
+    make_shards.main(flags(data, output))
+    same = {name for name in undisturbed if name != "train.manifest.json"}  # which tells another picture folder
+    assert {name: files(output)[name] for name in same} == {name: undisturbed[name] for name in same}
+    assert {name: finished(output)[name] for name in kept} == kept
+
+
+def test_a_picture_that_vanishes_or_changes_after_planning_is_told_and_no_shard_is_made_of_it(
+    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "coco"
+    shutil.copytree(coco, data)
+    some = next((data / "train2014").iterdir())
+    content = some.read_bytes()
+    planned = make_shards.plan_split
+
+    def then(action: Callable[[], object]) -> None:
+        monkeypatch.setattr(make_shards, "plan_split", lambda *given: (planned(*given), action())[0])
+
+    then(some.unlink)
+    with pytest.raises(UserError, match=f"{some.name} vanished while it was packed"):
+        make_shards.main(flags(data, tmp_path / "shards"))
+    some.write_bytes(content)
+    then(lambda: some.write_bytes(content + b"more"))
+    with pytest.raises(UserError, match="changed while it was packed"):
+        make_shards.main(flags(data, tmp_path / "shards"))
+
+
+@pytest.mark.parametrize("finish_first", [False, True])
+def test_changed_input_is_refused_with_what_differs(coco: Path, tmp_path: Path, finish_first: bool) -> None:
+    """Against a complete output, and against one that was never finished."""
+    data, output = tmp_path / "coco", tmp_path / "shards"
+    shutil.copytree(coco, data)
+    make_shards.main(flags(data, output))
+    if not finish_first:
+        (output / "train.manifest.json").unlink()
+        (output / "train-000019.index").unlink()
+    before = files(output)
+    some = sorted((data / "train2014").iterdir())[7]
+    content = some.read_bytes()
+    picture(99).save(some)
+    with pytest.raises(UserError, match=r"made differently \(pictures were added, removed, or changed in size\)"):
+        make_shards.main(flags(data, output))
+    some.unlink()
+    with pytest.raises(UserError, match="made differently"):
+        make_shards.main(flags(data, output))
+    some.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard_megabytes was 1, is 2.*another --output.*or delete .*/train\*"):
+        make_shards.main(flags(data, output, shard_megabytes=2))
+    with pytest.raises(UserError, match="resize was squash, is none"):
+        make_shards.main(flags(data, output, resize="none"))
+    assert files(output) == before
+    make_shards.main(flags(data, output))
+
+
+def test_the_same_input_at_another_place_is_the_same_input(
+    coco: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "shards"
+    make_shards.main(flags(coco, output))
+    before = finished(output)
+    moved = tmp_path / "moved"
+    shutil.copytree(coco, moved)
+    make_shards.main(flags(moved, output))
+    assert finished(output) == before
+
+
+def test_a_second_packer_on_the_same_output_says_so_and_stops(
+    coco: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "shards"
+    with packing(flags(coco, output)) as process:
+        stop_after(1, process, output)
+        with pytest.raises(UserError, match=f"process {process.pid} on .* is packing this split"):
+            make_shards.main(flags(coco, output))
+        os.kill(process.pid, signal.SIGCONT)
+        process.join()
+        assert process.exitcode == 0
+    assert files(output) == undisturbed
+
+
+def test_a_shard_whose_worker_dies_is_packed_by_another(
+    coco: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    """One of the two workers is killed, as the kernel does when memory runs out."""
+    output = tmp_path / "shards"
+    victims: list[int] = []
+
+    def kill_one() -> None:
+        wait_until(lambda: any(output.glob("*.index")))
+        victims.append(next(child.pid for child in multiprocessing.active_children() if child.pid is not None))
+        os.kill(victims[0], signal.SIGKILL)
+
+    import threading
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    make_shards.main(flags(coco, output, workers=2))
+    killer.join()
+    assert victims
+    assert files(output) == undisturbed
+
+
+def test_a_shard_that_kills_every_worker_ends_the_run_with_its_name(
+    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sharding.engine._work", _die)
+    with pytest.raises(UserError, match=r"the process that packs train-0000\d\d died 3 times"):
+        make_shards.main(flags(coco, tmp_path / "shards", workers=2))
+
+
+def _die(pipe: Any, folder: str) -> None:
+    pipe.recv()
+    os._exit(9)
+
+
+def test_the_backend_is_told_and_kept(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_shards.main(flags(coco, tmp_path / "shards"))
+    assert images.backend() in capsys.readouterr().out
+    assert f'"backend": "{images.backend()}"' in (tmp_path / "shards" / "train.manifest.json").read_text()

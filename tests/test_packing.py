@@ -1,6 +1,8 @@
 """Packing from pictures and caption files to a dataset folder, end to end."""
 
 import contextlib
+import csv
+import io
 import json
 import os
 import re
@@ -15,6 +17,8 @@ from typing import Any
 
 import fsspec
 import pytest
+import webdataset
+from PIL import Image
 from tiny import picture, write_captions, write_coco
 
 from captioner.cli import UserError
@@ -346,6 +350,86 @@ def wait_until(condition: Any, *, seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (coco / "train2014" / "COCO_train2014_000000000004.jpg").unlink()
+    pack(coco, tmp_path / "shards", dry_run=True)
+    assert not (tmp_path / "shards").exists()
+    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    header = ["split", "pictures", "shards", "about MB", "MB to read", "shards to reuse", "cannot be packed"]
+    shown = [dict(zip(header, map(str.strip, row), strict=True)) for row in rows]
+    assert [(row["split"], row["pictures"], row["shards"], row["shards to reuse"]) for row in shown] == [
+        ("train", "6", "2", "0"),
+        ("val", "3", "1", "0"),
+    ]
+    assert [row["cannot be packed"] for row in shown] == ["1 missing", "none"]
+    pack(coco, tmp_path / "shards", split="train")
+    capsys.readouterr()
+    pack(coco, tmp_path / "shards", dry_run=True)
+    assert [line.split("│")[6].strip() for line in capsys.readouterr().out.splitlines() if line[0] == "│"] == ["2", "0"]
+
+
+@pytest.mark.parametrize(("limit", "code"), [(None, 0), (2, 0), (1, 3), (0, 3), (0.34, 0), (0.33, 3)])
+def test_the_exit_code_says_whether_more_failed_than_allowed(
+    coco: Path, tmp_path: Path, limit: float | None, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """2 of 6 pictures fail; whatever the limit, what can be packed is packed and counted."""
+    for name in ("COCO_train2014_000000000004.jpg", "COCO_train2014_000000000005.jpg"):
+        (coco / "train2014" / name).write_bytes(b"no picture")
+    try:
+        pack(coco, tmp_path / "shards", split="train", max_failures=limit)
+        found = 0
+    except SystemExit as ended:
+        found = ended.code
+        assert "2 of 6 could not be packed" in capsys.readouterr().err
+    assert found == code
+    assert manifest(tmp_path / "shards", "train").num_samples == 4
+
+
+def test_pictures_that_are_all_missing_are_a_wrong_folder(coco: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none of the 6 pictures .*: give --images the folder"):
+        pack(coco, tmp_path / "shards", images=str(coco / "annotations"))
+
+
+@pytest.mark.parametrize("resize", ["center-crop", "keep-ratio", "none"])
+def test_pictures_are_stored_as_the_wanted_resize_has_them(coco: Path, tmp_path: Path, resize: Any) -> None:
+    pack(coco, tmp_path / "shards", split="train", size=30, resize=resize)
+    found = manifest(tmp_path / "shards", "train")
+    assert (found.settings["resize"], found.settings["size"]) == (resize, 30)
+    for sample in webdataset.WebDataset(str(tmp_path / "shards" / "train-000000.tar"), shardshuffle=False):
+        content, stored = json.loads(sample["json"]), Image.open(io.BytesIO(sample["jpg"])).size
+        original = (content["width"], content["height"])
+        wide = round(original[0] * 30 / original[1])
+        assert stored == {"center-crop": (30, 30), "keep-ratio": (wide, 30), "none": original}[resize]
+        if resize == "none":
+            assert sample["jpg"] == (coco / "train2014" / content["file_name"]).read_bytes()
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
+def test_other_caption_files_give_the_same_samples(coco: Path, tmp_path: Path, ending: str) -> None:
+    pack(coco, tmp_path / "coco", split="train", size=32)
+    content = json.loads((coco / "annotations" / "captions_train2014.json").read_text())
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    rows = [(names[annotation["image_id"]], annotation["caption"]) for annotation in content["annotations"]]
+    path = tmp_path / f"mine.{ending}"
+    with path.open("w", newline="") as file:
+        if ending == "jsonl":
+            file.writelines(json.dumps({"path": name, "caption": caption}) + "\n" for name, caption in rows)
+        else:
+            csv.writer(file, delimiter="\t" if ending == "tsv" else ",").writerows([("image", "caption"), *rows])
+    pack(coco, tmp_path / "mine", images=str(coco / "train2014"), captions=str(path), split="train", size=32)
+    samples = {
+        folder: sorted(
+            (json.loads(sample["json"])["captions"], sample["jpg"])
+            for sample in webdataset.WebDataset(str(tmp_path / folder / "train-000000.tar"), shardshuffle=False)
+        )
+        for folder in ("coco", "mine")
+    }
+    assert len(samples["mine"]) == 6
+    assert samples["mine"] == samples["coco"]
 
 
 def test_the_output_can_be_a_url(coco: Path, tmp_path: Path) -> None:

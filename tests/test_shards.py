@@ -106,6 +106,19 @@ def test_stock_webdataset_reads_every_sample_with_its_picture_and_captions(packe
             assert (sample["jpg"].size, sample["jpg"].mode) == ((766, 766), "RGB")
 
 
+def test_hugging_face_datasets_streams_every_sample(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(packed / "cache"))
+    datasets = pytest.importorskip("datasets", reason="Hugging Face datasets is not installed")
+    for split, num_samples in (("train", 7), ("val", 3)):
+        shards = {split: str(packed / f"{split}-*.tar")}
+        samples = list(datasets.load_dataset("webdataset", data_files=shards, split=split, streaming=True))
+        assert [sample["__key__"] for sample in samples] == [sample_key(split, n) for n in range(num_samples)]
+        for sample in samples:
+            assert sample["jpg"].size == (766, 766)
+            assert len(sample["json"]["captions"]) == len(sample["json"]["tokens"]) >= 2
+
+
 def test_tarfile_and_gnu_tar_list_the_pairs_in_order(packed: Path) -> None:
     tar = shutil.which("tar")
     for path, index in indexes(packed).items():

@@ -28,6 +28,7 @@ from captioner.shards import (
     ShardEntry,
     ShardIndex,
     TarBuilder,
+    _tar_header,
     build_index,
     manifest_location,
     read_manifest,
@@ -171,6 +172,18 @@ def test_keys_and_shard_names_sort_as_their_numbers(first: int, second: int) -> 
     assert (sample_key("val", first) < sample_key("val", second)) == (first < second)
     few, many = first % 10**6, second % 10**6
     assert (shard_name("val", few) < shard_name("val", many)) == (few < many)
+
+
+@given(name=st.text("abcz09_-./", min_size=1, max_size=100), size=st.integers(0, 8**11 - 1))
+def test_a_header_is_the_one_that_tarfile_writes(name: str, size: int) -> None:
+    info = tarfile.TarInfo(name.rstrip("/") or "a")
+    info.size, info.mode = size, 0o644
+    assert _tar_header(info.name.encode(), size) == info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_a_name_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        TarBuilder().add("a" * 101, b"")
 
 
 @given(members=st.lists(contents, max_size=6))

@@ -1,7 +1,8 @@
 """Files on disk or behind a URL, through one set of functions.
 
 A location is a string: a local path, or a URL that fsspec knows (`s3://bucket/coco`, `http://host/shards`). Remote
-operations are tried several times, with growing pauses, before they fail; every failure is an OSError.
+operations are tried several times, with growing pauses, before they fail. Every failure is an OSError: what is not
+there a FileNotFoundError, what a server does not do a StorageError.
 """
 
 import json
@@ -12,22 +13,41 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, unquote
+from uuid import uuid4
 
+import fsspec
+from fsspec.asyn import sync
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from captioner.cli import UserError
 
-NUM_TRIES = 5
+NUM_TRIES = 6
 FIRST_PAUSE_SECONDS = 0.2
+PATIENCE_SECONDS = 60.0  # after so long there are no more than two tries
+STALL_SECONDS = 15.0  # without a byte from the server a try has failed
+SLOWEST_UPLOAD = 100_000  # bytes a second; a server that takes fewer has stopped to listen
 NUM_THREADS = 32  # of questions asked at once: they wait for the network or the disk, not for the processor
+NUM_QUESTIONS = 64  # that a thread takes at once: a task of its own for each of a million files takes 2 GB
 UNKNOWN = -1
-FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+WEB = ("http://", "https://")
 OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "memory"))
+HOPELESS = (PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError)
+NO_CREDENTIALS = frozenset(("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"))  # botocore's
 
 Result = TypeVar("Result")
+
+
+class StorageError(UserError, OSError):
+    """A server that does not do what it is asked to; only the user can mend that."""
+
+
+class RefusedError(StorageError):
+    """It works, but will never do this with this file."""
 
 
 def is_remote(location: str) -> bool:
@@ -37,17 +57,24 @@ def is_remote(location: str) -> bool:
 
 def join(folder: str, *names: str) -> str:
     """`folder/name/...` for paths and URLs alike; in a web address the names are quoted."""
-    if folder.startswith(("http://", "https://")):
-        names = tuple(quote(name, errors="surrogateescape") for name in names)
-    return "/".join((folder.rstrip("/") or "/", *names))
+    if folder.startswith(WEB):
+        names = tuple(quote(name, errors="surrogatepass") for name in names)
+    start = folder if folder.endswith("://") else folder.rstrip("/") + "/"
+    return start + "/".join(names)
 
 
 def exists(location: str) -> bool:
-    """Whether there is a file or folder at `location`."""
+    """Whether there is a file or folder at `location`; of a web address, whether the server does not deny it.
+
+    Raises OSError.
+    """
     if not is_remote(location):
         return Path(location).exists()
-    filesystem, path = _filesystem(location)
-    return _patiently(lambda: filesystem.exists(path), location)
+    try:
+        size_bytes(location)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def size_bytes(location: str) -> int:
@@ -55,28 +82,49 @@ def size_bytes(location: str) -> int:
     if not is_remote(location):
         return Path(location).stat().st_size
     filesystem, path = _filesystem(location)
+    if location.startswith(WEB):
+        return _patiently(lambda: sync(filesystem.loop, _ask_web, filesystem, path), location)
     size = _patiently(lambda: filesystem.info(path), location)["size"]
     return UNKNOWN if size is None else size
+
+
+async def _ask_web(filesystem: Any, url: str) -> int:
+    """A web file's size. fsspec's own question takes any failure, of the network too, for a missing file."""
+    session = await filesystem.set_session()
+    plain = {"Accept-Encoding": "identity"}
+    async with session.head(filesystem.encode_url(url), allow_redirects=True, headers=plain) as answer:
+        if answer.status in (404, 410):
+            raise FileNotFoundError(url)
+        if _is_refusal(answer.status) or answer.status == 501:  # of the question perhaps; reading will show
+            return UNKNOWN
+        answer.raise_for_status()
+        packed = answer.headers.get("Content-Encoding", "identity") != "identity"
+        return UNKNOWN if packed else int(answer.headers.get("Content-Length", UNKNOWN))
 
 
 def sizes_bytes(folder: str, names: Sequence[str]) -> list[int | None]:
     """Sizes of the files `names` in `folder`, in order: None where there is no regular file, or UNKNOWN.
 
-    Object stores are asked with one listing, web servers and disks with a question a file, many at once.
+    Object stores are asked with one listing, web servers and disks with a question a file, many at once. Raises
+    OSError where a server fails.
     """
     if not is_remote(folder):
         return _ask_all(_local_size, [join(folder, name) for name in names])
+    if folder.startswith(WEB):
+        return _ask_all(_web_size, [join(folder, name) for name in names])
     filesystem, root = _filesystem(folder)
-    if folder.startswith(("http://", "https://")):
-        return _ask_all(_remote_size, [join(folder, name) for name in names])
     listing = _patiently(lambda: filesystem.find(root, detail=True), folder)
     sizes = {path: UNKNOWN if info["size"] is None else info["size"] for path, info in listing.items()}
     return [sizes.get(join(root, name)) for name in names]
 
 
 def _ask_all(question: Callable[[str], int | None], locations: Sequence[str]) -> list[int | None]:
-    with ThreadPoolExecutor(NUM_THREADS) as threads:
-        return list(threads.map(question, locations))
+    parts = [locations[first : first + NUM_QUESTIONS] for first in range(0, len(locations), NUM_QUESTIONS)]
+    threads = ThreadPoolExecutor(NUM_THREADS)
+    try:
+        return list(chain.from_iterable(threads.map(lambda part: [question(location) for location in part], parts)))
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def _local_size(path: str) -> int | None:
@@ -87,11 +135,24 @@ def _local_size(path: str) -> int | None:
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
-def _remote_size(location: str) -> int | None:
+def _web_size(location: str) -> int | None:
     try:
         return size_bytes(location)
     except FileNotFoundError:
         return None
+
+
+def list_files(folder: str) -> list[str]:
+    """The names of the files in a folder, sorted; of a web server, those its page for the folder links to.
+
+    Raises OSError.
+    """
+    if not is_remote(folder):
+        return sorted(path.name for path in Path(folder).iterdir() if path.is_file())
+    filesystem, path = _filesystem(folder)
+    entries = _patiently(lambda: filesystem.ls(path, detail=True), folder)
+    names = {entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"}
+    return sorted(map(unquote, names) if folder.startswith(WEB) else names)
 
 
 def read_bytes(location: str) -> bytes:
@@ -124,7 +185,7 @@ def write_atomic(location: str, content: bytes | str) -> None:
         return
     path = Path(location)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")  # two machines may write the same file
     try:
         with partial.open("wb") as file:
             file.write(data)
@@ -150,7 +211,8 @@ def _put(filesystem: Any, path: str, data: bytes) -> None:
     """Object stores show an object only when it is whole; elsewhere a rename does that."""
     protocols = filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)
     if OBJECT_STORES.intersection(protocols):
-        filesystem.pipe_file(path, data)
+        limit = {"timeout": 4 * STALL_SECONDS + len(data) / SLOWEST_UPLOAD} if filesystem.async_impl else {}
+        filesystem.pipe_file(path, data, **limit)
         return
     filesystem.makedirs(filesystem._parent(path), exist_ok=True)
     filesystem.pipe_file(f"{path}.partial", data)
@@ -167,29 +229,76 @@ def delete(location: str) -> None:
         _patiently(lambda: filesystem.rm_file(path), location)
 
 
+# ---- servers ----------------------------------------------------------------------------------------------
+
+
 def _filesystem(location: str) -> tuple[Any, str]:
-    """fsspec's filesystem and the path in it. Raises UserError where the package for such URLs is not installed."""
+    """fsspec's filesystem and the path in it. Raises StorageError where there is none for such URLs."""
     try:
-        return url_to_fs(location)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"cannot open {location} ({error}): pip install 'captioner[s3]' for s3:// addresses") from error
+        filesystem, path = url_to_fs(location, **_options(location))
+    except ImportError as error:
+        raise StorageError(
+            f"cannot open {location} ({error}): pip install 'captioner[s3]' for s3:// and http:// addresses"
+        ) from error
+    except Exception as error:  # some connect at once, and raise their libraries' own errors
+        raise StorageError(f"cannot open {location} ({error}): give a local path, or another address") from error
+    if isinstance(filesystem, LocalFileSystem):
+        raise StorageError(f"{location} is on this machine: give its path alone, {path}")
+    if location.startswith(("s3://", "s3a://")):
+        filesystem.retries = 1  # the tries are counted here
+    filesystem.invalidate_cache()  # of listings: other processes write there too
+    return filesystem, path
+
+
+def _options(location: str) -> dict[str, Any]:
+    """What fsspec's filesystem is made with, beside the user's configuration: limits for servers that stall."""
+    protocol = location.partition("://")[0]
+    if location.startswith(WEB):
+        from aiohttp import ClientTimeout
+
+        timeout = ClientTimeout(total=None, sock_connect=STALL_SECONDS, sock_read=STALL_SECONDS)
+        return {"client_kwargs": {"timeout": timeout, **_configured(protocol, "client_kwargs")}}
+    if protocol in ("s3", "s3a"):
+        limits = {"connect_timeout": STALL_SECONDS, "read_timeout": STALL_SECONDS}
+        retries = {"retries": {"total_max_attempts": 2}}  # of one request; a listing is thousands of them
+        return {
+            "config_kwargs": {**limits, **retries, **_configured(protocol, "config_kwargs")},
+            "max_concurrency": 1,  # more costs a question for the size before each read, and fills gaps with zeros
+        }
+    return {}
+
+
+def _configured(protocol: str, name: str) -> dict[str, Any]:
+    return fsspec.config.conf.get(protocol, {}).get(name, {})
 
 
 def _patiently(action: Callable[[], Result], location: str) -> Result:
-    """What `action` gives, tried again after failures that may pass. Raises OSError."""
+    """What `action` gives, tried again after failures that may pass. Raises FileNotFoundError and StorageError."""
+    started = time.monotonic()
     for attempt in range(1, NUM_TRIES + 1):
         try:
             return action()
-        except FINAL:
+        except FileNotFoundError:
             raise
         except Exception as error:  # each filesystem has its own errors: aiohttp's, botocore's, TimeoutError
-            if attempt == NUM_TRIES or _is_refusal(error):
-                raise OSError(f"{location}: {type(error).__name__}: {error}") from error
+            too_late = attempt > 1 and time.monotonic() - started > PATIENCE_SECONDS
+            kind = _kind_of_end(error)
+            if attempt == NUM_TRIES or too_late or kind is not None:
+                problem = " ".join(str(error).split())
+                raise (kind or StorageError)(f"{location}: {type(error).__name__} {problem}".rstrip()) from error
         time.sleep(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
     raise AssertionError("the last attempt returns or raises")
 
 
-def _is_refusal(error: Exception) -> bool:
-    """Whether a server answered that the question is wrong, and will answer so again."""
-    status = getattr(error, "status", None)
+def _kind_of_end(error: Exception) -> type[StorageError] | None:
+    """What a failure is that will come again whenever this is tried, or None for one that may pass."""
+    status = getattr(error, "status", None)  # of a web server's answer
+    if isinstance(error, ValueError) or (_is_refusal(status) and status != 401):
+        return RefusedError
+    final = status == 401 or isinstance(error, HOPELESS) or type(error).__name__ in NO_CREDENTIALS
+    return StorageError if final else None
+
+
+def _is_refusal(status: object) -> bool:
+    """Whether a web server's status says that it will never do this."""
     return isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)

@@ -28,7 +28,7 @@ def run_local(plans: Sequence[ShardPlan], folder: str, *, workers: int, report: 
     Raises UserError when a shard cannot be packed; the finished ones stay.
     """
     if workers == 1 or len(plans) <= 1:
-        _use_one_thread()
+        use_one_thread()
         yield from (pack_shard(plan, folder, report=report) for plan in plans)
         return
     with _Crew(folder, size=min(workers, len(plans))) as crew:
@@ -124,7 +124,7 @@ def _receive(pipe: Connection) -> Any:
 def _work(pipe: Connection, folder: str) -> None:
     """A worker's life: shards come in, progress and packed shards go out, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
-    _use_one_thread()
+    use_one_thread()
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             plan = pipe.recv()
@@ -136,7 +136,7 @@ def _work(pipe: Connection, folder: str) -> None:
                 pipe.send(RuntimeError(f"while packing {plan.name}:\n{traceback.format_exc()}"))
 
 
-def _use_one_thread() -> None:
+def use_one_thread() -> None:
     """Workers share the processors among themselves; torch's own threads would only get in their way."""
     if images.backend() == "native":
         import torch

@@ -142,15 +142,19 @@ def _read_picture(plan: ShardPlan, place: int) -> bytes | images.ImageError:
     planned = plan.file_bytes[place]
     location = storage.join(plan.images, plan.records[place].file_name)
     if planned is None:
-        return images.ImageError("missing", f"there is no such file in {plan.images}")
+        return images.ImageError("missing", "there is no such file")
     if planned > MAX_FILE_BYTES:
         return images.ImageError("too large", f"{planned:,} bytes, more than {MAX_FILE_BYTES:,}")
     try:
         data = storage.read_bytes(location)
     except FileNotFoundError as error:
         if planned == storage.UNKNOWN:
-            return images.ImageError("missing", f"there is no such file in {plan.images}")
+            return images.ImageError("missing", "there is no such file")
         raise UserError(f"{location} vanished while it was packed: bring it back and run again") from error
+    except storage.RefusedError as error:
+        return images.ImageError("unreadable", str(error))
+    except storage.StorageError:  # of a server that fails no shard shall tell
+        raise
     except OSError as error:
         if not storage.exists(plan.images):
             raise UserError(f"{plan.images} vanished while it was packed: bring it back and run again") from error
@@ -176,6 +180,8 @@ def find_packed(plan: ShardPlan, folder: str) -> PackedShard | None:
     try:
         index = ShardIndex.from_bytes(storage.read_bytes(location), origin=location)
         tar_bytes = storage.size_bytes(storage.join(folder, f"{plan.name}.tar"))
+    except storage.StorageError:
+        raise
     except (FileNotFoundError, UserError):
         return None
     if index.facts["fingerprint"] != plan.fingerprint:

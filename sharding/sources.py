@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote
 
-from fsspec.core import url_to_fs
-
 from captioner import storage
 from captioner.cli import UserError
 from captioner.shards import SPLITS
@@ -25,7 +23,6 @@ from sharding.caption_files import (
     parse_pictures,
 )
 
-WEB = ("http://", "https://")
 DOWNLOAD_FIRST = "python sharding/download_coco.py brings COCO; name other data with --images and --captions"
 
 _UNSAFE = re.compile(r"^\Z|^[/~]|^[A-Za-z]:|\\|(?<![^/])\.\.(?![^/])|://|::|[\x00-\x1f\x7f-\x9f]")
@@ -59,7 +56,7 @@ def find_sources(*, images: str, captions: str, split: str | None) -> list[Sourc
     """The splits to pack, training first. Raises UserError when there is none or it is not clear which is meant."""
     if not _attempt(storage.exists, captions):
         raise UserError(f"there is no caption file or folder {captions}: {DOWNLOAD_FIRST}")
-    if not images.startswith(WEB) and not _attempt(storage.exists, images):  # web servers seldom list folders
+    if not images.startswith(storage.WEB) and not _attempt(storage.exists, images):  # web servers seldom list folders
         raise UserError(f"there is no picture folder {images}: {DOWNLOAD_FIRST}")
     found = _find_in_folder(captions) if _is_folder(captions) else _find_in_file(captions, split=split)
     if split is not None and split not in found:
@@ -102,14 +99,14 @@ def _kind(location: str) -> str:
 
 def _last_part(location: str) -> str:
     """The name of a file or folder; in a web address it is quoted, and a query may follow it."""
-    if location.startswith(WEB):
+    if location.startswith(storage.WEB):
         location = unquote(location.partition("?")[0])
     return location.rstrip("/").rpartition("/")[2]
 
 
 def _find_in_folder(folder: str) -> dict[str, str]:
     found: dict[str, str] = {}
-    for name in _attempt(_list_files, folder):
+    for name in _attempt(storage.list_files, folder):
         split = _split_in_name(name)
         if split is None or _ending(name) is None:
             continue
@@ -126,15 +123,6 @@ def _find_in_folder(folder: str) -> dict[str, str]:
             f"{DOWNLOAD_FIRST}"
         )
     return found
-
-
-def _list_files(folder: str) -> list[str]:
-    """The names of the files in a folder, sorted."""
-    if not storage.is_remote(folder):
-        return sorted(path.name for path in Path(folder).iterdir() if path.is_file())
-    filesystem, path = url_to_fs(folder)
-    entries = filesystem.ls(path, detail=True)
-    return sorted(_last_part(entry["name"]) for entry in entries if entry["type"] != "directory")
 
 
 def _find_in_file(path: str, *, split: str | None) -> dict[str, str]:

@@ -432,7 +432,8 @@ def test_other_caption_files_give_the_same_samples(coco: Path, tmp_path: Path, e
     assert samples["mine"] == samples["coco"]
 
 
-def test_the_output_can_be_a_url(coco: Path, tmp_path: Path) -> None:
+def test_the_output_can_be_a_url(coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sharding.claim.SETTLE_SECONDS", 0.0)
     pack(coco, "memory://packing/shards", size=64)
     pack(coco, tmp_path / "shards", size=64)
     filesystem = fsspec.filesystem("memory")

@@ -1,0 +1,438 @@
+"""Files on disk and behind URLs: sizes, whole writes, patience with servers."""
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from servers import Bucket, Proxy, free_port, run_nginx, run_s3, use_s3
+
+from captioner import storage
+from captioner.cli import UserError
+from captioner.storage import RefusedError, StorageError
+
+ODD_NAMES = ["a b.txt", 'it\'s "q".txt', "50%.txt", "%20.txt", "a#b?c=d&e;f.txt", "кот é 猫.txt", "x+y~[z]{*}.txt"]
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    with run_s3() as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(s3: str, request: pytest.FixtureRequest) -> Iterator[Bucket]:
+    with use_s3(s3):
+        yield Bucket(s3, f"storage-{abs(hash(request.node.nodeid))}")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.001)
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    root = tmp_path_factory.mktemp("web")
+    with run_nginx(root, root.parent / f"{root.name}-nginx") as address:
+        yield address, root
+
+
+# ---- names ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("folder", "names", "expected"),
+    [
+        ("data/coco", ["a.jpg"], "data/coco/a.jpg"),
+        ("data/coco/", ["b", "a #1.jpg"], "data/coco/b/a #1.jpg"),
+        ("/", ["a"], "/a"),
+        ("s3://bucket/x/", ["a %20?#.jpg"], "s3://bucket/x/a %20?#.jpg"),
+        ("http://host/x/", ["a b/%#?é.jpg"], "http://host/x/a%20b/%25%23%3F%C3%A9.jpg"),
+        ("https://host", ["half \ud83d"], "https://host/half%20%ED%A0%BD"),
+    ],
+)
+def test_names_are_joined_and_quoted_for_the_web_only(folder: str, names: list[str], expected: str) -> None:
+    assert storage.join(folder, *names) == expected
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_a_web_server_reads_back_any_quoted_name(name: str) -> None:
+    import yarl
+
+    url = yarl.URL(storage.join("http://host/x", name.replace("/", "_").replace(".", "_")))
+    assert (url.parent.path, url.name) == ("/x", name.replace("/", "_").replace(".", "_"))
+
+
+@pytest.mark.parametrize("location", ["file:///tmp/x", "local:///tmp/x"])
+def test_an_address_of_this_machine_is_refused_and_the_path_named(location: str) -> None:
+    for action in (storage.read_bytes, storage.exists, storage.delete, storage.list_files):
+        with pytest.raises(UserError, match=r"give its path alone, /tmp/x"):
+            action(location)
+    with pytest.raises(UserError, match="give its path alone"):
+        storage.sizes_bytes(location, ["a"])
+
+
+def test_an_address_that_nobody_knows_is_refused_in_one_line() -> None:
+    with pytest.raises(StorageError, match="cannot open floppy://a") as caught:
+        storage.read_bytes("floppy://a")
+    assert "\n" not in str(caught.value)
+
+
+# ---- on disk ----------------------------------------------------------------------------------------------
+
+
+def test_sizes_on_disk_are_of_regular_files_only(tmp_path: Path) -> None:
+    (tmp_path / "a b.txt").write_bytes(b"12345")
+    (tmp_path / "empty").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("a b.txt")
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    names = [
+        "a b.txt",
+        "empty",
+        "folder",
+        "link",
+        "loop",
+        "pipe",
+        "nul\0",
+        "half \ud83d",
+        "a b.txt/x",
+        "none",
+        "x" * 999,
+    ]
+    found = storage.sizes_bytes(str(tmp_path), names)
+    assert found == [5, 0, None, 5, None, None, None, None, None, None, None]
+
+
+def test_sizes_come_in_order_for_many_files(tmp_path: Path) -> None:
+    for size in range(200):
+        (tmp_path / str(size)).write_bytes(bytes(size))
+    assert storage.sizes_bytes(str(tmp_path), [str(size) for size in range(199, -2, -1)]) == [*range(199, -1, -1), None]
+
+
+def test_a_file_is_written_whole_with_its_folders_or_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "file"
+    for content in (b"one", "two é"):
+        storage.write_atomic(str(path), content)
+        assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_content_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (order.append("fsync"), fsync(handle)))
+    monkeypatch.setattr(Path, "replace", lambda *paths: (order.append("rename"), replace(*paths)))
+    storage.write_atomic(str(tmp_path / "file"), b"x")
+    assert order == ["fsync", "rename", "fsync"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_leaves_what_was_there_and_nothing_else(small_disk: Path) -> None:
+    target = small_disk / "file"
+    storage.write_atomic(str(target), b"old")
+    with pytest.raises(OSError, match="No space left") as caught:
+        storage.write_atomic(str(target), bytes(100_000))
+    assert caught.value.errno == errno.ENOSPC
+    assert list(small_disk.iterdir()) == [target]
+    assert target.read_bytes() == b"old"
+
+
+def test_what_is_deleted_is_gone_and_may_be_gone_before(tmp_path: Path) -> None:
+    location = str(tmp_path / "file")
+    storage.write_atomic(location, b"x")
+    for _ in range(2):
+        storage.delete(location)
+        assert not storage.exists(location)
+
+
+# ---- in memory --------------------------------------------------------------------------------------------
+
+
+def test_memory_is_a_store_like_others() -> None:
+    for root in ("memory://", "memory://storage/x"):
+        storage.write_atomic(storage.join(root, "a.txt"), b"123")
+        storage.write_atomic(storage.join(root, "in", "b.txt"), "4")
+        assert storage.sizes_bytes(root, ["in/b.txt", "none", "a.txt", "in"]) == [1, None, 3, None]
+        assert storage.list_files(root) == ["a.txt"]
+        assert storage.exists(storage.join(root, "in"))
+        for name in ("a.txt", "a.txt", "in/b.txt"):
+            storage.delete(storage.join(root, name))
+        assert not storage.exists(storage.join(root, "a.txt"))
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_where_names_show_early_a_rename_makes_the_file_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "OBJECT_STORES", frozenset())
+    storage.write_atomic("memory://early/deep/file", b"one")
+    storage.write_atomic("memory://early/deep/file", b"two")
+    assert storage.read_bytes("memory://early/deep/file") == b"two"
+    assert storage.list_files("memory://early/deep") == ["file"]
+
+
+# ---- patience ---------------------------------------------------------------------------------------------
+
+
+class StatusError(Exception):
+    """A status, as aiohttp raises it."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"status {status}")
+        self.status = status
+
+
+def counted(errors: list[Exception]) -> tuple[Any, list[int]]:
+    calls: list[int] = []
+
+    def action() -> str:
+        calls.append(1)
+        if errors:
+            raise errors.pop(0)
+        return "done"
+
+    return action, calls
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("x"),
+        TimeoutError(),
+        ConnectionResetError(),
+        RuntimeError("two\nlines"),
+        *map(StatusError, (429, 500, 503)),
+    ],
+)
+def test_a_failure_that_may_pass_is_tried_again_until_patience_ends(error: Exception) -> None:
+    action, calls = counted([error] * (storage.NUM_TRIES - 1))
+    assert storage._patiently(action, "s3://b/x") == "done"
+    action, calls = counted([error] * storage.NUM_TRIES)
+    with pytest.raises(OSError, match="s3://b/x: ") as caught:
+        storage._patiently(action, "s3://b/x")
+    assert len(calls) == storage.NUM_TRIES
+    assert isinstance(caught.value, UserError)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (FileNotFoundError("x"), FileNotFoundError),
+        *((error, StorageError) for error in (PermissionError("x"), NotImplementedError(), StatusError(401))),
+        *((error, RefusedError) for error in (ValueError("x"), StatusError(400), StatusError(403))),
+    ],
+)
+def test_a_refusal_is_final(error: Exception, expected: type[Exception]) -> None:
+    action, calls = counted([error])
+    with pytest.raises(expected) as caught:
+        storage._patiently(action, "s3://b/x")
+    assert type(caught.value) is expected
+    assert len(calls) == 1
+
+
+def test_slow_failures_are_tried_twice_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.0)
+    action, calls = counted([OSError("x")] * 9)
+    with pytest.raises(StorageError):
+        storage._patiently(action, "s3://b/x")
+    assert len(calls) == 2
+
+
+# ---- S3 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "/deep/er"])
+def test_s3_keeps_any_name(bucket: Bucket, prefix: str) -> None:
+    root = f"s3://{bucket.name}{prefix}"
+    for size, name in enumerate(ODD_NAMES):
+        storage.write_atomic(storage.join(root, name), bytes(size))
+        storage.write_atomic(storage.join(root, "a folder", name), bytes(size + 100))
+    names = [*ODD_NAMES, *(f"a folder/{name}" for name in ODD_NAMES), "none", "a folder", "nul\0", "half \ud83d"]
+    sizes = [*range(len(ODD_NAMES)), *range(100, 100 + len(ODD_NAMES)), None, None, None, None]
+    assert storage.sizes_bytes(root, names) == sizes
+    assert storage.list_files(root) == sorted(ODD_NAMES)
+    for name, size in zip(names[:-4], sizes[:-4], strict=True):
+        location = storage.join(root, name)
+        assert (len(storage.read_bytes(location)), storage.size_bytes(location)) == (size, size)
+    assert storage.exists(root)
+    assert storage.exists(storage.join(root, "a folder"))
+    assert not storage.exists(storage.join(root, "none"))
+    location = storage.join(root, ODD_NAMES[4])
+    for _ in range(2):
+        storage.delete(location)
+    assert not storage.exists(location)
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(location)
+
+
+def test_s3_is_asked_anew_each_time(bucket: Bucket) -> None:
+    """fsspec remembers listings, and would not see what others write."""
+    root = f"s3://{bucket.name}/x"
+    bucket.put("x/a", b"1")
+    assert storage.sizes_bytes(root, ["a", "b"]) == [1, None]
+    assert storage.list_files(root) == ["a"]
+    bucket.put("x/a", b"22")
+    bucket.put("x/b", b"333")
+    assert storage.size_bytes(f"{root}/b") == 3
+    assert storage.list_files(root) == ["a", "b"]
+    assert storage.sizes_bytes(root, ["a", "b"]) == [2, 3]
+    assert storage.read_bytes(f"{root}/b") == b"333"
+
+
+def test_a_large_object_goes_up_in_parts_and_comes_back(bucket: Bucket) -> None:
+    data = os.urandom(1 << 20) * 110
+    storage.write_atomic(f"s3://{bucket.name}/large", data)
+    assert storage.read_bytes(f"s3://{bucket.name}/large") == data
+
+
+def test_no_such_bucket_is_told_in_one_line(bucket: Bucket) -> None:
+    assert not storage.exists(f"s3://{bucket.name}-none")
+    with pytest.raises(OSError, match="bucket"):
+        storage.write_atomic(f"s3://{bucket.name}-none/x", b"x")
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("mood", ["500", "503", "drop", "cut request", "cut answer"])
+def test_an_s3_server_that_fails_often_is_asked_again(bucket: Bucket, s3: str, mood: str) -> None:
+    with Proxy(s3) as proxy, use_s3(proxy.address):
+        answers = iter([mood, "ok", mood, mood, "ok", mood, *["ok"] * 99])
+        proxy.choose = lambda method, path: next(answers)
+        data = os.urandom(300_000)
+        storage.write_atomic(f"s3://{bucket.name}/x/a", data)
+        assert bucket.read_all("x") == {"a": data}
+        assert storage.read_bytes(f"s3://{bucket.name}/x/a") == data
+        assert storage.size_bytes(f"s3://{bucket.name}/x/a") == len(data)
+        assert storage.sizes_bytes(f"s3://{bucket.name}/x", ["a"]) == [len(data)]
+    assert proxy.treated.count(mood) >= 4
+
+
+def test_an_upload_cut_in_the_middle_leaves_what_was_there(bucket: Bucket, s3: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(storage, "NUM_TRIES", 1)
+    bucket.put("x/a", b"old")
+    with Proxy(s3) as proxy, use_s3(proxy.address):
+        proxy.choose = lambda method, path: "cut request"
+        with pytest.raises(StorageError):
+            storage.write_atomic(f"s3://{bucket.name}/x/a", bytes(300_000))
+        with pytest.raises(StorageError):
+            storage.write_atomic(f"s3://{bucket.name}/x/b", bytes(300_000))
+    assert bucket.read_all("x") == {"a": b"old"}
+
+
+def test_servers_that_stall_are_left_after_a_while(bucket: Bucket, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "STALL_SECONDS", 0.5)
+    with Proxy(s3) as proxy, use_s3(proxy.address):
+        answers = iter(["stall", "ok", "stall", "ok"])
+        proxy.choose = lambda method, path: next(answers)
+        storage.write_atomic(f"s3://{bucket.name}/x/a", b"123")
+        assert storage.read_bytes(f"s3://{bucket.name}/x/a") == b"123"
+
+
+def test_a_server_that_is_gone_is_told_in_one_line_soon(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "NUM_TRIES", 3)
+    started = time.monotonic()
+    with (
+        use_s3(f"http://127.0.0.1:{free_port()}"),
+        pytest.raises(StorageError, match=f"s3://{bucket.name}/x") as caught,
+    ):
+        storage.read_bytes(f"s3://{bucket.name}/x")
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - started < 15
+
+
+def test_without_credentials_nothing_is_tried_twice(s3: str, tmp_path: Path) -> None:
+    code = "from captioner import storage; storage.read_bytes('s3://bucket/x')"
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("AWS")}
+    variables |= {"AWS_ENDPOINT_URL": s3, "AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
+    assert "StorageError: s3://bucket/x: NoCredentialsError" in result.stderr.splitlines()[-1]
+
+
+# ---- the web ----------------------------------------------------------------------------------------------
+
+
+def test_the_web_is_read_under_any_name(web: tuple[str, Path]) -> None:
+    address, root = web
+    for folder in (root / "plain", root / "a folder é"):
+        folder.mkdir()
+        for size, name in enumerate(ODD_NAMES):
+            (folder / name).write_bytes(bytes(size))
+        names = [*ODD_NAMES, "none", "nul\0", "half \ud83d"]
+        place = storage.join(address, folder.name)
+        assert storage.sizes_bytes(place, names) == [*range(len(ODD_NAMES)), None, storage.UNKNOWN, None]
+        for size, name in enumerate(ODD_NAMES):
+            assert storage.read_bytes(storage.join(place, name)) == bytes(size)
+        assert storage.exists(place)  # though the server does not show it
+    assert not storage.exists(storage.join(address, "none"))
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(storage.join(address, "none"))
+    with pytest.raises(RefusedError, match="403"):
+        storage.read_bytes(storage.join(address, "plain", ""))
+
+
+def test_the_web_is_listed_where_its_server_shows_it(web: tuple[str, Path]) -> None:
+    address, root = web
+    (root / "listed" / "inner").mkdir(parents=True)
+    for name in ("captions_train.json", "captions_val é 1.csv"):
+        (root / "listed" / name).touch()
+    assert storage.list_files(f"{address}/listed/") == ["captions_train.json", "captions_val é 1.csv"]
+
+
+def test_the_web_cannot_be_written(web: tuple[str, Path]) -> None:
+    with pytest.raises(StorageError, match=f"{web[0]}/x"):
+        storage.write_atomic(f"{web[0]}/x", b"x")
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("mood", ["500", "503", "drop", "cut answer"])
+def test_a_web_server_that_fails_is_asked_again_and_no_file_is_taken_for_missing(
+    web: tuple[str, Path], mood: str
+) -> None:
+    address, root = web
+    (root / "faulty").mkdir(exist_ok=True)
+    (root / "faulty" / "a").write_bytes(data := os.urandom(50_000))
+    with Proxy(address) as proxy:
+        place, answers = f"{proxy.address}/faulty", iter([mood, mood, "ok"] * 9)
+        proxy.choose = lambda method, path: next(answers)
+        assert storage.sizes_bytes(place, ["a", "b"]) == [len(data), None]
+        assert storage.read_bytes(f"{place}/a") == data
+        assert storage.exists(f"{place}/a")
+        assert not storage.exists(f"{place}/b")
+        proxy.choose = lambda method, path: mood
+        for ask in (storage.exists, storage.read_bytes, storage.size_bytes):
+            if mood != "cut answer" or ask is storage.read_bytes:
+                with pytest.raises(StorageError):
+                    ask(f"{place}/a")
+
+
+def test_a_web_server_that_stalls_is_left_after_a_while(web: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "STALL_SECONDS", 0.5)
+    address, root = web
+    (root / "slow").write_bytes(b"123")
+    with Proxy(address) as proxy:
+        answers = iter(["stall", "ok", "stall", "ok"])
+        proxy.choose = lambda method, path: next(answers)
+        assert storage.size_bytes(f"{proxy.address}/slow") == 3
+        assert storage.read_bytes(f"{proxy.address}/slow") == b"123"

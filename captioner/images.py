@@ -2,9 +2,11 @@
 
 import io
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -31,6 +33,7 @@ UPRIGHT_BY_ORIENTATION = {
 SWAPS_SIDES = frozenset(UPRIGHT_BY_ORIENTATION[orientation] for orientation in (5, 6, 7, 8))
 HAS_SIMD = ".post" in PIL.__version__  # how pillow-simd numbers its versions
 PLAIN_JPEG_MODES = ("RGB", "L")
+RGB_MODE = 3  # torchvision.io.ImageReadMode.RGB
 DRAFT_SCALE = 2.75  # a JPEG decoded at a reduced scale is at least this much larger than wanted: 45 dB on 110 photos
 
 Image.MAX_IMAGE_PIXELS = None  # this module refuses by MAX_PIXELS itself, from the header, with its own error
@@ -215,7 +218,7 @@ def _load_resized(image: Image.Image, data: bytes, *, size: int, resize: Resize)
 def _scale(image: Image.Image, data: bytes, wanted: tuple[int, int]) -> Image.Image:
     """The RGB picture of `wanted` (width, height), still turned as it is stored."""
     full_size = image.size
-    draft = image.draft("RGB", tuple(math.ceil(DRAFT_SCALE * side) for side in wanted))
+    draft = image.draft("RGB", (math.ceil(DRAFT_SCALE * wanted[0]), math.ceil(DRAFT_SCALE * wanted[1])))
     # A reduced picture's last row and column may stand for less than a whole one: the box says where it really ends.
     box = draft[1] if draft else (0, 0, *full_size)
     if wanted == full_size or backend() != "native":
@@ -232,17 +235,29 @@ def _scale(image: Image.Image, data: bytes, wanted: tuple[int, int]) -> Image.Im
 
 def _decode_native(image: Image.Image, data: bytes) -> "Tensor | None":
     """A plain JPEG's pixels (3, H, W) without Pillow's copies; None for all else, and where Pillow must say why not."""
-    if image.format not in ("JPEG", "MPO") or image.mode not in PLAIN_JPEG_MODES:
+    decode = _jpeg_decoder() if image.format in ("JPEG", "MPO") and image.mode in PLAIN_JPEG_MODES else None
+    if decode is None:
         return None
     import torch
 
-    try:  # the operator itself: torchvision's function around it warns, at each call, that it will go one day
-        import torchvision.io
-
-        content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return torch.ops.image.decode_jpeg(content, torchvision.io.ImageReadMode.RGB.value, False)
-    except (ImportError, RuntimeError, AttributeError):
+    try:
+        return decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), RGB_MODE, False)
+    except RuntimeError:
         return None
+
+
+@lru_cache(maxsize=1)
+def _jpeg_decoder() -> "Callable[[Tensor, int, bool], Tensor] | None":
+    """torchvision's JPEG decoder, without the rest of torchvision, which takes seconds to import; None without it."""
+    import torch
+
+    package = find_spec("torchvision")
+    folders = package.submodule_search_locations if package else None
+    for library in sorted(Path(folders[0]).glob("image*.so")) if folders else []:
+        with suppress(OSError, AttributeError):
+            torch.ops.load_library(str(library))
+            return torch.ops.image.decode_jpeg
+    return None
 
 
 def _resize_native(pixels_3HW: "Tensor", wanted: tuple[int, int], *, covered: tuple[float, float]) -> "Tensor":

@@ -174,7 +174,11 @@ class ShardIndex:
         return Counter(json.loads(self.words_json))
 
     def to_bytes(self) -> bytes:
-        """The index file: the arrays in the safetensors format, with `facts` as JSON in its header."""
+        """The index file: the arrays in the safetensors format, with `facts` and a checksum as JSON in its header."""
+        facts = {"format_version": FORMAT_VERSION, "words": self.words_json, **self.facts}
+        return self._save(facts | {"crc32": zlib.crc32(self._save(facts))})
+
+    def _save(self, facts: dict[str, Any]) -> bytes:
         arrays = {
             "keys": self.keys_S.view(np.uint8).reshape(len(self), self.keys_S.itemsize),
             "offsets": self.offsets_S2,
@@ -184,7 +188,6 @@ class ShardIndex:
             "caption_lengths": self.caption_lengths,
         }
         # One entry only: safetensors writes several in any order, and equal indexes shall be equal bytes.
-        facts = {"format_version": FORMAT_VERSION, "words": self.words_json, **self.facts}
         return save_arrays(arrays, metadata={"facts": json.dumps(facts, sort_keys=True)})
 
     @classmethod
@@ -209,6 +212,9 @@ class ShardIndex:
         except (safetensors.SafetensorError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise UserError(f"{origin} is not a readable shard index ({error}): {PACK_AGAIN}") from error
         check_format(facts.pop("format_version", None), origin=origin)
+        facts.pop("crc32", None)
+        if index.to_bytes() != data:
+            raise UserError(f"{origin} is damaged (its checksum differs): {PACK_AGAIN}")
         return index
 
     def _check_shapes(self) -> None:

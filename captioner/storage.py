@@ -83,7 +83,8 @@ def size_bytes(location: str) -> int:
         return Path(location).stat().st_size
     filesystem, path = _filesystem(location)
     if location.startswith(WEB):
-        return _patiently(lambda: sync(filesystem.loop, _ask_web, filesystem, path), location)
+        ask: Any = sync  # its types say that it gives nothing
+        return _patiently(lambda: ask(filesystem.loop, _ask_web, filesystem, path), location)
     size = _patiently(lambda: filesystem.info(path), location)["size"]
     return UNKNOWN if size is None else size
 

@@ -49,7 +49,7 @@ class _Crew:
 
     def __init__(self, folder: str, *, size: int) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        native = [] if images.HAS_SIMD else ["torch", "torchvision.io"]
+        native = [] if images.HAS_SIMD else ["torch"]
         self._context.set_forkserver_preload(["sharding.engine", *native])
         self._folder = folder
         self._workers = [self._hire() for _ in range(size)]

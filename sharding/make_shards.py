@@ -28,10 +28,11 @@ from itertools import repeat
 
 from captioner import cli, storage
 from captioner.cli import UserError
-from captioner.shards import Manifest, manifest_location
+from captioner.shards import Manifest, manifest_location, read_manifest
 from captioner.vocabulary import Vocabulary, read_vocabulary
 from sharding.claim import claim
 from sharding.engine import run_local
+from sharding.foreign import is_foreign
 from sharding.pack import PackedShard, Progress, Report, find_packed, write
 from sharding.plan import Recipe, ShardPlan, plan_shards
 from sharding.settings import ShardSettings
@@ -54,6 +55,7 @@ def main(settings: ShardSettings) -> None:
         needs_vocabulary(source.split, settings)
         with claim(settings.output, source.split):
             started = time.monotonic()
+            refuse_foreign(source.split, settings.output)
             plans, failures = plan_split(source, settings)
             shards = pack_split(plans, split=source.split, settings=settings)
             if source.split == "train" or vocabulary:
@@ -86,6 +88,16 @@ def needs_vocabulary(split: str, settings: ShardSettings) -> None:
         raise UserError(
             f"split {split} needs the training vocabulary, and there is no {location}: "
             "pack --split train first, or give --vocabulary FILE"
+        )
+
+
+def refuse_foreign(split: str, folder: str) -> None:
+    """Raise UserError when the split's shards were made by another program, and only indexed here."""
+    location = manifest_location(folder, split)
+    if storage.exists(location) and is_foreign(read_manifest(folder, split, remedy=f"delete {location}")):
+        raise UserError(
+            f"{folder} holds tars of another program, indexed as split {split}: give another --output, or delete "
+            f"{location} and their .index files"
         )
 
 
@@ -217,13 +229,22 @@ def finish(
         split=source.split,
         shards=tuple(shard.entry for shard in shards),
         settings=asdict(recipe(settings)) | {"backend": " and ".join(sorted({shard.backend for shard in shards}))},
-        source={**asdict(source), "records": sum(len(plan.records) for plan in plans)},
+        source={
+            **asdict(source),
+            "captions": without_query(source.captions),
+            "records": sum(len(plan.records) for plan in plans),
+        },
         failures=dict(sorted(Counter(failure.reason for failure in failures).items())),
         fingerprint=hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest(),
     )
     write(storage.join(settings.output, f"{source.split}.failures.jsonl"), lines)
     write(manifest_location(settings.output, source.split), manifest.to_json())
     return manifest
+
+
+def without_query(location: str) -> str:
+    """A web address without what may stand behind it to let a person in."""
+    return location.partition("?")[0] if location.startswith(storage.WEB) else location
 
 
 # ---- telling ----------------------------------------------------------------------------------------------

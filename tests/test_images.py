@@ -352,7 +352,8 @@ def _verdict(data: bytes) -> str:
 
 
 def stored(data: bytes, **changed: Any) -> bytes:
-    return images.to_stored_jpeg(data, **({"size": 64, "resize": "squash", "quality": 95} | changed))[0]
+    plain: dict[str, Any] = {"size": 64, "resize": "squash", "quality": 95}
+    return images.to_stored_jpeg(data, **(plain | changed))[0]
 
 
 @pytest.mark.parametrize("resize", get_args(images.Resize))

@@ -169,6 +169,20 @@ def test_a_folder_made_from_other_captions_is_refused(coco: Path, tmp_path: Path
         pack(coco, tmp_path / "shards")
 
 
+def test_tars_of_another_program_are_not_overwritten(coco: Path, tmp_path: Path) -> None:
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    with webdataset.TarWriter(str(tars / "mine-0.tar")) as writer:
+        writer.write({"__key__": "a", "jpg": (coco / "train2014" / "COCO_train2014_000000000001.jpg").read_bytes()}
+                     | {"txt": "a cat"})  # fmt: skip
+    command = [sys.executable, str(ROOT / "sharding/check_shards.py"), "index", str(tars), "--split", "train"]
+    subprocess.run(command, check=True, capture_output=True)
+    before = files(tars)
+    with pytest.raises(UserError, match="tars of another program"):
+        pack(coco, tars, split="train")
+    assert files(tars) == before
+
+
 def test_a_held_out_split_needs_the_training_vocabulary(coco: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="pack --split train first"):
         pack(coco, tmp_path / "shards", split="val")

@@ -20,6 +20,8 @@ LIGHT_MODULES = (
     "captioner.views",
     "captioner.vocabulary",
     "sharding.make_shards",
+    "sharding.check_shards",
+    "sharding.engine",
     "sharding.download_coco",
     "train.plan",
     "infer.folders",

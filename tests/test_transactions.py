@@ -26,7 +26,7 @@ NUM_SHARDS = 20
 NUM_KILLS = 20
 
 context: Any = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["sharding.make_shards", "torch", "torchvision.io"])
+context.set_forkserver_preload(["sharding.make_shards", "torch"])
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def undisturbed(coco: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def flags(coco: Path, output: Path, **changed: Any) -> ShardSettings:
     """Settings for one process and shards of 3 pictures each, as far as not `changed`."""
     plain: dict[str, Any] = {"size": 680, "shard_megabytes": 1, "threshold": 1, "workers": 1}
-    paths = {"images": str(coco), "captions": str(coco / "annotations"), "output": str(output)}
+    paths: dict[str, Any] = {"images": str(coco), "captions": str(coco / "annotations"), "output": str(output)}
     return ShardSettings(**(paths | plain | changed))
 
 

@@ -60,12 +60,7 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
     train_manifest = read_manifest(settings.shards, "train", remedy=PACK_FIRST)
     val_manifest = read_validation_manifest(settings.shards)
     vocabulary = read_vocabulary(storage.join(settings.shards, "vocabulary.json"), remedy=PACK_FIRST)
-    view = view_of(train_manifest, crop=settings.crop)
-    if val_manifest is not None and (found := view_of(val_manifest, crop=settings.crop)) != view:
-        raise UserError(
-            f"{settings.shards} holds training pictures of {view.size} pixels ({view.resize}) and validation pictures "
-            f"of {found.size} ({found.resize}): pack both splits with the same --size and --resize"
-        )
+    view = read_view(train_manifest, val_manifest, crop=settings.crop)
     steps_per_epoch = num_steps(train_manifest.num_samples, global_batch=settings.batch_size)
     if not steps_per_epoch:
         raise UserError(f"the training split in {settings.shards} holds no samples: see its train.failures.jsonl")
@@ -232,10 +227,23 @@ def read_validation_manifest(folder: str) -> Manifest | None:
     return manifest if manifest.num_samples else None
 
 
-def view_of(manifest: Manifest, *, crop: int) -> ViewSpec:
-    """How the split's pictures came to their size, and a crop; stored as they are, they are squashed on reading."""
-    size, resize = manifest.settings["size"], manifest.settings["resize"]
-    return ViewSpec(size=size, resize="squash" if resize == "none" else resize, crop=crop)
+def read_view(train: Manifest, val: Manifest | None, *, crop: int) -> ViewSpec:
+    """How the pictures came to their size, and a crop; those stored as they are (`none`) are squashed on reading.
+
+    Raises UserError where the two splits' pictures came to their size in different ways.
+    """
+    ways = {}
+    for manifest in (train, val or train):
+        size, resize = manifest.settings["size"], manifest.settings["resize"]
+        ways[manifest.split] = ViewSpec(size=size, resize="squash" if resize == "none" else resize, crop=crop)
+    view, *others = ways.values()
+    for other in others:
+        if other != view:
+            raise UserError(
+                f"the training pictures have size {view.size} ({view.resize}), the validation pictures {other.size} "
+                f"({other.resize}): pack both splits with the same --size and --resize"
+            )
+    return view
 
 
 def build_model(settings: TrainSettings, *, num_words: int, accelerator: Accelerator) -> CaptionModel:
@@ -256,9 +264,10 @@ def build_model(settings: TrainSettings, *, num_words: int, accelerator: Acceler
 
 
 def data_fingerprint(manifest: Manifest, settings: TrainSettings) -> str:
-    """Hex sha256 of what decides which samples a step of an epoch holds."""
+    """Hex sha256 of what decides which samples a step of an epoch holds, and at which size."""
     content = [
         [shard.sha256 for shard in manifest.shards],
+        manifest.settings["size"],
         manifest.lanes,
         settings.seed,
         settings.batch_size,

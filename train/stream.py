@@ -4,7 +4,6 @@ Each worker process makes whole batches of its rank: worker k of K makes every K
 training loop in the plan's order. Batches leave a worker as uint8 views and packed token ids.
 """
 
-import json
 import mmap
 import zlib
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from captioner import images, storage, views
 from captioner.cli import UserError
 from captioner.model import PackedCaptions
-from captioner.shards import PACK_AGAIN, Manifest, ShardIndex
+from captioner.shards import PACK_AGAIN, Manifest, ShardIndex, read_content
 from captioner.vocabulary import Vocabulary
 from train.plan import EpochPlan, SampleRef, num_steps, rank_positions
 
@@ -116,6 +115,7 @@ class ShardReader:
         self.names = [shard.name for shard in manifest.shards]
         self.sizes = [shard.bytes for shard in manifest.shards]
         self.num_samples = [shard.samples for shard in manifest.shards]
+        self.squash_to = manifest.settings["size"] if manifest.settings.get("resize") == "none" else None
         self._open: dict[int, tuple[ShardIndex, mmap.mmap | bytes]] = {}
 
     def read(self, ref: SampleRef) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class ShardReader:
         Raises UserError for a missing or damaged shard.
         """
         index, data = self._open.get(ref.shard) or self._open_shard(ref.shard)
-        key = index.keys_S[ref.place].decode()
+        key = index.key(ref.place)
         members = []
         for column in (0, 1):
             offset, size = int(index.offsets_S2[ref.place, column]), int(index.sizes_S2[ref.place, column])
@@ -165,15 +165,24 @@ def _map_file(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
-    """The same sample with `jpg` as (S, S, 3) uint8 pixels and `json` parsed."""
+def decode_sample(sample: dict[str, Any], *, squash_to: int | None = None) -> dict[str, Any]:
+    """The same sample with `jpg` as (height, width, 3) uint8 pixels and `json` parsed.
+
+    `squash_to` is the size of pictures that were stored as they are; others have theirs already.
+    """
+    key, data = sample["__key__"], sample["jpg"]
     try:
-        image, _ = images.decode_rgb(sample["jpg"])
+        if squash_to is None:
+            image, _ = images.decode_rgb(data)
+        else:
+            image, _ = images.load_resized(data, size=squash_to, resize="squash")
     except images.ImageError as error:
-        raise UserError(
-            f"sample {sample['__key__']} in {sample['__url__']} is not a picture ({error}): {DAMAGED}"
-        ) from error
-    return sample | {"jpg": np.asarray(image), "json": json.loads(sample["json"])}
+        raise UserError(f"sample {key} in {sample['__url__']} is not a picture ({error}): {DAMAGED}") from error
+    try:
+        content = read_content(sample["json"], key=key)
+    except ValueError as error:
+        raise UserError(f"sample {key} in {sample['__url__']} has no captions ({error}): {DAMAGED}") from error
+    return sample | {"jpg": np.asarray(image), "json": content}
 
 
 def view_sample(sample: dict[str, Any], rules: ViewRules, *, seed: int, epoch: int) -> dict[str, Any]:
@@ -218,7 +227,7 @@ class MakeBatches:
     def __call__(self, batches: Iterable[list[SampleRef]]) -> Iterator[Batch | UserError]:
         try:
             for refs in batches:
-                samples = (decode_sample(self.reader.read(ref)) for ref in refs)
+                samples = (decode_sample(self.reader.read(ref), squash_to=self.reader.squash_to) for ref in refs)
                 viewed = [view_sample(s, self.rules, seed=self.seed, epoch=self.epoch) for s in samples]
                 yield collate(viewed, self.rules, self.vocabulary)
         except UserError as error:  # raised in a worker it would reach the user wrapped in a traceback

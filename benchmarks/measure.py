@@ -1,0 +1,158 @@
+"""What every benchmark shares: costs, contenders that take turns, bars, the machine in words, tables and JSON."""
+
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from captioner import cli
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """What one turn took; `cpu_seconds` is None where the processor time of all processes is not known."""
+
+    items: int
+    wall_seconds: float
+    cpu_seconds: float | None = None
+
+    @property
+    def wall_ms(self) -> float:
+        """Milliseconds an item on the clock."""
+        return 1000 * self.wall_seconds / self.items
+
+    @property
+    def cpu_ms(self) -> float | None:
+        """Milliseconds an item of processor time."""
+        return None if self.cpu_seconds is None else 1000 * self.cpu_seconds / self.items
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bar:
+    """What must hold: `value` at least `bar` (at most, where the name says so); None where it was not measured."""
+
+    name: str
+    value: float | None
+    bar: float
+    holds: bool | None
+
+
+Contender = Callable[[int], Cost | None]
+
+
+def time_here(items: int, action: Callable[[], object]) -> Cost:
+    """What `action` costs in this process, all its threads together."""
+    gc.collect()
+    wall, cpu = time.perf_counter(), time.process_time()
+    action()
+    return Cost(items=items, cpu_seconds=time.process_time() - cpu, wall_seconds=time.perf_counter() - wall)
+
+
+def take_turns(contenders: Mapping[str, Contender], *, rounds: int) -> dict[str, list[Cost | None]]:
+    """Each contender's cost in each round; in every round all have a turn, and another one begins."""
+    names = list(contenders)
+    costs: dict[str, list[Cost | None]] = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            costs[name].append(contenders[name](number))
+        cli.console.print(f"round {number + 1} of {rounds} done", style="dim")
+    return costs
+
+
+# ---- figures ----------------------------------------------------------------------------------------------
+
+
+def median_of(costs: Sequence[Cost | None], *, figure: str) -> float | None:
+    """The median of a figure of Cost, by its name, over the rounds."""
+    return median([None if cost is None else getattr(cost, figure) for cost in costs])
+
+
+def median(values: Sequence[float | None]) -> float | None:
+    """The median of what is known, None where nothing is."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def times_as_fast(costs: Sequence[Cost | None], other: Sequence[Cost | None], *, clock: str) -> float | None:
+    """How many times as fast as `other`: the median of the rounds' ratios, by `clock` "cpu_ms" or "wall_ms"."""
+    ratios = []
+    for one, two in zip(costs, other, strict=True):
+        ours, theirs = (None if cost is None else getattr(cost, clock) for cost in (one, two))
+        ratios.append(theirs / ours if ours and theirs else None)
+    return median(ratios)
+
+
+def at_least(name: str, value: float | None, bar: float) -> Bar:
+    """A bar that holds from `bar` upwards."""
+    return Bar(name=f"{name}: at least", value=value, bar=bar, holds=None if value is None else value >= bar)
+
+
+def at_most(name: str, value: float | None, bar: float) -> Bar:
+    """A bar that holds up to `bar`."""
+    return Bar(name=f"{name}: at most", value=value, bar=bar, holds=None if value is None else value <= bar)
+
+
+# ---- telling ----------------------------------------------------------------------------------------------
+
+
+def describe_run(packages: Sequence[str], **facts: object) -> dict[str, str]:
+    """Machine, versions and date of this run, and `facts` of its own."""
+    versions = [f"{name} {found}" for name in packages if (found := version(name))]
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": f"{_processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start",
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "versions": ", ".join(versions),
+        **{name: str(fact) for name, fact in facts.items()},
+    }
+
+
+def version(package: str) -> str | None:
+    """An installed package's version."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The processor's name; Linux tells it in a file only."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of one form as a table; what was not measured is a dash."""
+    if rows:
+        cells = [["-" if value is None else value for value in row.values()] for row in rows]
+        cli.print_table(title, [name.replace("_", " ") for name in rows[0]], cells)
+
+
+def print_bars(bars: Sequence[Bar]) -> None:
+    """The bars, with a word on each."""
+    words = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}
+    rows = [("-" if bar.value is None else f"{bar.value:.2f}", bar.bar, words[bar.holds]) for bar in bars]
+    cells = [(bar.name, *row) for bar, row in zip(bars, rows, strict=True)]
+    cli.print_table("bars", ("what", "value", "bar", ""), cells)
+
+
+def write_json(path: Path, *, run: Mapping[str, str], rows: Sequence[Mapping[str, Any]], bars: Sequence[Bar]) -> None:
+    """Write `{"run": {...}, "rows": [...], "bars": [{"name", "value", "bar", "holds"}]}`. Raises UserError."""
+    content = {"run": dict(run), "rows": [dict(row) for row in rows], "bars": [asdict(bar) for bar in bars]}
+    try:
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        remedy = "name a file in a folder that can be written"
+        raise cli.UserError(f"cannot write --json {path} ({error.strerror}): {remedy}") from error

@@ -1,0 +1,198 @@
+"""Tars that somebody else wrote, in webdataset's convention: which samples they hold, and an index of them.
+
+Members of one sample are adjacent; its key is their path up to the first dot of the file name. Nothing is unpacked
+or changed, and what cannot be used is counted by reason.
+"""
+
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from captioner import images
+from captioner.shards import Manifest, Member, ShardIndex, build_index, read_content
+from sharding.pack import MAX_FILE_BYTES
+from sharding.sources import Failure
+from sharding.tar_walk import Buffer, DamagedTarError, TarMember, walk
+
+BACKEND = "foreign"
+DUPLICATE = "duplicate key"
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "pbm", "pnm", "gif", "bmp", "tif", "tiff", "avif", "jp2")
+CAPTION_ENDINGS = ("json", "txt", "caption", "captions", "text")
+MAX_CAPTION_BYTES = 1 << 24
+
+_KEY_AND_ENDING = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's `base_plus_ext`
+_META = re.compile(r"__[^/]*__($|/)")  # what webdataset skips
+
+
+class _UnusableError(Exception):
+    """Why a sample cannot be used: the reason to count by, and what was found."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(reason, message)
+        self.reason = reason
+        self.message = message
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scan:
+    """A tar's usable samples in order, with (image, captions) members and tokens, and what is of no use, and why."""
+
+    keys: list[str] = field(default_factory=list)
+    members: list[tuple[Member, Member]] = field(default_factory=list)
+    tokens: list[list[list[str]]] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+
+Group = tuple[str, list[tuple[str, TarMember]]]
+
+
+def scan_tar(data: Buffer, *, name: str) -> Scan:
+    """All samples of a tar, each with its picture decoded and its captions read once; `name` is the tar's own."""
+    scan = Scan()
+    seen: set[str] = set()
+    for key, members in _groups(data, scan.failures, name=name):
+        try:
+            if key in seen:
+                raise _UnusableError(DUPLICATE, f"{name} holds it twice")
+            picture, captions, tokens = _read_sample(data, key, members)
+        except _UnusableError as error:
+            scan.failures.append(Failure(image=key, reason=error.reason, message=error.message))
+        else:
+            seen.add(key)
+            scan.keys.append(key)
+            scan.members.append((picture, captions))
+            scan.tokens.append(tokens)
+    return scan
+
+
+def index_scan(
+    scan: Scan, *, num_bytes: int, sha256: str, recipe: dict[str, Any], taken: Mapping[str, str]
+) -> ShardIndex:
+    """The index of a scanned tar, without the samples whose keys were `taken` by other shards (key to shard)."""
+    kept = [place for place, key in enumerate(scan.keys) if key not in taken]
+    duplicates = [
+        Failure(image=key, reason=DUPLICATE, message=f"{taken[key]} has it already")
+        for key in scan.keys
+        if key in taken
+    ]
+    facts = {
+        "bytes": num_bytes,
+        "sha256": sha256,
+        "fingerprint": sha256,
+        "recipe": recipe,
+        "backend": BACKEND,
+        "failures": [asdict(failure) for failure in (*scan.failures, *duplicates)],
+    }
+    return build_index(
+        [scan.keys[place] for place in kept],
+        [scan.members[place] for place in kept],
+        [scan.tokens[place] for place in kept],
+        facts,
+    )
+
+
+def foreign_recipe(size: int) -> dict[str, Any]:
+    """What stands where make_shards.py writes its recipe: nothing was resized, encoded or cut into shards."""
+    return {"size": size, "resize": "none", "quality": 0, "shard_megabytes": 0}
+
+
+def is_foreign(manifest: Manifest) -> bool:
+    """Whether the split's tars were only indexed, not made, by this program."""
+    return manifest.settings.get("backend") == BACKEND or "pattern" in manifest.source
+
+
+# ---- samples ----------------------------------------------------------------------------------------------
+
+
+def _groups(data: Buffer, failures: list[Failure], *, name: str) -> Iterator[Group]:
+    """Adjacent members with the same key; what belongs to no sample goes to `failures`."""
+    group: Group | None = None
+    try:
+        for member in walk(data):
+            match = _KEY_AND_ENDING.fullmatch(member.name)
+            if member.kind == "folder" or _META.match(member.name):
+                continue
+            if member.kind != "file":
+                failures.append(Failure(image=member.name, reason="not a file", message=member.kind))
+            elif match is None:
+                failures.append(Failure(image=member.name, reason="no key", message="the name has no ending"))
+            else:
+                key, ending = match[1], match[2].lower()
+                if group is None or group[0] != key:
+                    if group is not None:
+                        yield group
+                    group = (key, [])
+                group[1].append((ending, member))
+    except DamagedTarError as error:
+        failures.append(Failure(image=name, reason="damaged tar", message=str(error)))
+    if group is not None:
+        yield group
+
+
+def _read_sample(
+    data: Buffer, key: str, members: Sequence[tuple[str, TarMember]]
+) -> tuple[Member, Member, list[list[str]]]:
+    """Where a sample's picture and captions lie, and its captions' tokens. Raises _UnusableError."""
+    endings = [ending for ending, _ in members]
+    if twice := sorted({ending for ending in endings if endings.count(ending) > 1}):
+        raise _UnusableError("duplicate member", f"two members .{twice[0]}")
+    pictures = _choose(members, IMAGE_ENDINGS, what="picture")
+    captions, tokens = _read_captions(data, key, _choose(members, CAPTION_ENDINGS, what="caption"))
+    picture, content = _read(data, pictures[0], limit=MAX_FILE_BYTES)
+    try:
+        images.decode_rgb(content)
+    except images.ImageError as error:
+        raise _UnusableError(error.reason, error.message) from error
+    return picture, captions, tokens
+
+
+def _choose(members: Sequence[tuple[str, TarMember]], wanted: Sequence[str], *, what: str) -> list[TarMember]:
+    """The members with a wanted ending, best first; a longer one such as `.large.jpg` serves where it is the only one.
+
+    Raises _UnusableError where there is none, or it is not clear which is meant.
+    """
+    exact = [member for ending in wanted for found, member in members if found == ending]
+    if exact:
+        return exact
+    longer = [member for found, member in members if found.rpartition(".")[2] in wanted]
+    if len(longer) > 1:
+        raise _UnusableError(f"several {what}s", ", ".join(member.name for member in longer))
+    if not longer:
+        found = ", ".join(f".{ending}" for ending, _ in members)
+        raise _UnusableError(f"no {what}", f"none of .{', .'.join(wanted)} among its members {found}")
+    return longer
+
+
+def _read_captions(data: Buffer, key: str, candidates: Sequence[TarMember]) -> tuple[Member, list[list[str]]]:
+    """The first of the members that holds captions, and their tokens. Raises _UnusableError."""
+    problems = []
+    for candidate in candidates:
+        member, content = _read(data, candidate, limit=MAX_CAPTION_BYTES)
+        try:
+            if candidate.name.lower().endswith(".json"):
+                _check_object(content)
+            return member, read_content(content, key=key)["tokens"]
+        except ValueError as error:
+            reason = "bad encoding" if isinstance(error, UnicodeError) else "no caption"
+            problems.append((reason, f"{candidate.name}: {error}"))
+    reason, message = problems[0]
+    raise _UnusableError(reason, message)
+
+
+def _check_object(content: bytes) -> None:
+    """Raise ValueError unless `content` is a JSON object: other text would be taken for a caption."""
+    try:
+        if not isinstance(json.loads(content.decode("utf-8-sig")), dict):
+            raise ValueError("no JSON object")
+    except RecursionError as error:
+        raise ValueError("JSON that is nested too deeply") from error
+
+
+def _read(data: Buffer, member: TarMember, *, limit: int) -> tuple[Member, bytes]:
+    if member.size > limit:
+        raise _UnusableError("too large", f"{member.name} has {member.size:,} bytes, more than {limit:,}")
+    content = data[member.offset : member.offset + member.size]
+    return Member(member.offset, member.size, zlib.crc32(content)), content

@@ -1,0 +1,183 @@
+"""Index files, vocabulary and manifest for a folder of tars that somebody else wrote."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+from captioner import cli, storage
+from captioner.cli import UserError
+from captioner.shards import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
+from captioner.vocabulary import Vocabulary
+from sharding.claim import claim
+from sharding.foreign import BACKEND, DUPLICATE, Scan, foreign_recipe, index_scan, is_foreign, scan_tar
+from sharding.pack import packed_shard, write
+from sharding.sources import Failure
+from sharding.tar_walk import open_tar
+from sharding.verify import MAX_THREADS, list_names
+from sharding.verify_shard import manifest_fingerprint
+
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+UNPACK = "samples are read out of the middle of a tar, so unpack it to a plain one first (gunzip, unxz, unzstd)"
+
+
+def index_split(folder: str, *, split: str, pattern: str | None, threshold: int, size: int) -> Manifest:
+    """Index the split's tars and write, last of all, its manifest. Raises UserError."""
+    for name, value in (("--threshold", threshold), ("--size", size)):
+        if value < 1:
+            raise UserError(f"{name} {value} is too small: give at least 1")
+    names, pattern = _find_tars(folder, split, pattern)
+    with claim(folder, split):
+        _refuse_others(folder, split, names)
+        indexes = _index_tars(folder, split, names, size=size)
+        if not any(len(index) for index in indexes.values()):
+            reasons = Counter(failure["reason"] for index in indexes.values() for failure in index.facts["failures"])
+            raise UserError(
+                f"no sample in the {len(names):,} tars that fit {pattern} in {folder} can be used "
+                f"({_count(reasons)}): a sample is a picture KEY.jpg beside its captions KEY.json or KEY.txt"
+            )
+        for name, index in indexes.items():
+            write(storage.join(folder, f"{name}.index"), index.to_bytes())
+        if split == "train" or not storage.exists(storage.join(folder, "vocabulary.json")):
+            _write_vocabulary(folder, indexes, threshold=threshold)
+        manifest = _write_manifest(folder, split, indexes, pattern=pattern, size=size)
+    _tell(folder, manifest)
+    return manifest
+
+
+# ---- which tars -------------------------------------------------------------------------------------------
+
+
+def _find_tars(folder: str, split: str, pattern: str | None) -> tuple[list[str], str]:
+    """Names, without ending, of the tars to index, and the pattern that they fit. Raises UserError."""
+    for tried in [pattern] if pattern else [f"{split}*.tar", "*.tar"]:
+        names = list_names(folder, tried)
+        if names:
+            break
+    else:
+        packed = [name for ending in COMPRESSED_ENDINGS for name in list_names(folder, f"*{ending}")]
+        if packed:
+            raise UserError(f"{folder} holds compressed tars such as {packed[0]}: {UNPACK}")
+        raise UserError(f"no file in {folder} fits {tried}: give --pattern, such as 'cc3m-train-*.tar'")
+    for name in names:
+        if name.endswith(COMPRESSED_ENDINGS):
+            raise UserError(f"{storage.join(folder, name)} is compressed: {UNPACK}")
+        if not name.endswith(".tar"):
+            raise UserError(f"{storage.join(folder, name)} fits {tried} and is no .tar: give --pattern '*.tar'")
+    return [name.removesuffix(".tar") for name in names], tried
+
+
+def _refuse_others(folder: str, split: str, names: Sequence[str]) -> None:
+    """Raise UserError for tars of another split, and for shards that make_shards.py made."""
+    for other in SPLITS:
+        if not storage.exists(manifest_location(folder, other)):
+            continue
+        manifest = read_manifest(folder, other, remedy="")
+        if other == split and not is_foreign(manifest):
+            raise UserError(f"{folder} holds a {split} split of sharding/make_shards.py: it needs no indexing")
+        both = {entry.name for entry in manifest.shards}.intersection(names)
+        if other != split and both:
+            raise UserError(
+                f"{min(both)}.tar belongs to split {other} already: say with --pattern which are for {split}"
+            )
+    for name in names:
+        location = storage.join(folder, f"{name}.index")
+        backend = BACKEND
+        with suppress(FileNotFoundError, UserError):
+            backend = ShardIndex.from_bytes(storage.read_bytes(location), origin=location).facts.get("backend")
+        if backend != BACKEND:
+            raise UserError(f"{name}.tar was made by sharding/make_shards.py: run that again to complete the split")
+
+
+# ---- what is in them --------------------------------------------------------------------------------------
+
+
+def _index_tars(folder: str, split: str, names: Sequence[str], *, size: int) -> dict[str, ShardIndex]:
+    """Each tar's index by name; of samples with the same key the first one counts."""
+    taken: dict[str, str] = {}
+    indexes: dict[str, ShardIndex] = {}
+    recipe = foreign_recipe(size)
+    threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
+    with cli.progress_bar(f"indexing {split}", total=len(names), unit="tars") as bar:
+        try:
+            for name, scan, facts in threads.map(lambda name: _scan(folder, name), names):
+                index = index_scan(scan, recipe=recipe, taken=taken, **facts)
+                for key in scan.keys:
+                    taken.setdefault(key, f"{name}.tar")
+                indexes[name] = index
+                num_failures = sum(len(index.facts["failures"]) for index in indexes.values())
+                bar.advance(note=f"{len(taken):,} samples, {num_failures:,} left out")
+        finally:
+            threads.shutdown(cancel_futures=True)
+    return indexes
+
+
+def _scan(folder: str, name: str) -> tuple[str, Scan, dict[str, Any]]:
+    location = storage.join(folder, f"{name}.tar")
+    try:
+        with open_tar(location) as data:
+            for magic, kind in COMPRESSED.items():
+                if data[: len(magic)] == magic:
+                    raise UserError(f"{location} is compressed ({kind}): {UNPACK}")
+            facts = {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            return name, scan_tar(data, name=f"{name}.tar"), facts
+    except OSError as error:
+        raise UserError(f"cannot read {location} ({error.strerror or error}): mend that and run again") from error
+
+
+# ---- what is written --------------------------------------------------------------------------------------
+
+
+def _write_vocabulary(folder: str, indexes: dict[str, ShardIndex], *, threshold: int) -> None:
+    counts: Counter[str] = Counter()
+    for index in indexes.values():
+        counts.update(index.count_words())
+    vocabulary = Vocabulary.from_counts(counts, threshold=threshold)
+    write(storage.join(folder, "vocabulary.json"), vocabulary.to_json())
+    cli.console.print(f"vocabulary: {len(vocabulary):,} words, 4 of them special")
+
+
+def _write_manifest(folder: str, split: str, indexes: dict[str, ShardIndex], *, pattern: str, size: int) -> Manifest:
+    """Write the failures' list and, last of all, the manifest."""
+    shards = [packed_shard(name, index, reused=False) for name, index in indexes.items()]
+    failures: list[Failure] = [failure for shard in shards for failure in shard.failures]
+    entries = tuple(shard.entry for shard in shards)
+    manifest = Manifest(
+        split=split,
+        shards=entries,
+        settings=foreign_recipe(size) | {"backend": BACKEND},
+        source={"split": split, "pattern": pattern, "records": sum(map(len, indexes.values())) + len(failures)},
+        failures=dict(sorted(Counter(failure.reason for failure in failures).items())),
+        fingerprint=manifest_fingerprint(entries),
+    )
+    lines = "".join(json.dumps(asdict(failure)) + "\n" for failure in failures)
+    write(storage.join(folder, f"{split}.failures.jsonl"), lines)
+    write(manifest_location(folder, split), manifest.to_json())
+    return manifest
+
+
+def _tell(folder: str, manifest: Manifest) -> None:
+    num_captions, num_bytes = (sum(getattr(s, name) for s in manifest.shards) for name in ("captions", "bytes"))
+    row = (
+        manifest.split,
+        manifest.num_samples,
+        num_captions,
+        len(manifest.shards),
+        num_bytes / 1e6,
+        _count(manifest.failures),
+    )
+    cli.print_table(folder, ("split", "samples", "captions", "shards", "MB", "left out"), [row])
+    if manifest.failures:
+        cli.console.print(f"what was left out is listed in {storage.join(folder, manifest.split)}.failures.jsonl")
+    if manifest.failures.get(DUPLICATE):
+        cli.console.print("samples with the same key are taken for the same picture: give each a key of its own")
+
+
+def _count(reasons: Counter[str] | dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items())) or "none"

@@ -1,0 +1,91 @@
+"""A tar file's members, read from the file itself: where each lies and what it is. Knows no index and no manifest."""
+
+import io
+import mmap
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+from captioner import storage
+from captioner.shards import BLOCK_BYTES
+
+Buffer = mmap.mmap | bytes
+
+
+class DamagedTarError(Exception):
+    """What is wrong with a tar file, and at which byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class TarMember:
+    """One member: where its headers begin, where its content lies, and what it is (`file`, `folder` or another)."""
+
+    name: str
+    kind: str
+    start: int
+    offset: int
+    size: int
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a single header stands before the content of a regular file, as in the tars that we write."""
+        return self.kind == "file" and self.offset == self.start + BLOCK_BYTES
+
+
+@contextmanager
+def open_tar(location: str) -> Iterator[Buffer]:
+    """A file's content; on disk it is mapped, behind a URL it is fetched whole. Raises OSError."""
+    if storage.is_remote(location):
+        yield storage.read_bytes(location)
+        return
+    with Path(location).open("rb") as file:
+        if not file.seek(0, io.SEEK_END):
+            yield b""
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data
+
+
+def walk(data: Buffer) -> Iterator[TarMember]:
+    """All members in order, of any uncompressed tar that Python reads (USTAR, PAX, GNU).
+
+    Raises DamagedTarError, after the whole members, where the file is cut, holds a bad header, or goes on behind its
+    end. An archive that ends without tar's closing blocks is whole.
+    """
+    if not len(data):
+        raise DamagedTarError("it is empty")
+    file = cast("IO[bytes]", io.BytesIO(data) if isinstance(data, bytes) else data)
+    file.seek(0)
+    end = 0
+    try:
+        with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
+            while (info := tar.next()) is not None:
+                tar.members = []  # type: ignore[missing-attribute]  # else all are kept while the archive is open
+                if info.offset < end or info.size < 0 or info.offset_data + info.size > len(data):
+                    raise DamagedTarError(f"{info.name} at byte {info.offset:,} goes beyond the end: the file is cut")
+                end = info.offset_data + info.size
+                yield TarMember(info.name, _kind(info), info.offset, info.offset_data, info.size)
+            stopped = tar.offset
+    except DamagedTarError:
+        raise
+    except Exception as error:  # on hostile bytes tarfile raises nearly anything
+        raise DamagedTarError(f"after byte {end:,}: {error or type(error).__name__}") from error
+    if any(data[stopped : stopped + BLOCK_BYTES]):
+        raise DamagedTarError(f"there is no tar header at byte {stopped:,}")
+    if data[stopped:].strip(b"\0"):
+        raise DamagedTarError(f"there is more behind the archive's end at byte {stopped:,} (several tars in one?)")
+
+
+def _kind(info: tarfile.TarInfo) -> str:
+    if info.issparse():
+        return "sparse file"
+    if info.isreg():
+        return "file"
+    if info.isdir():
+        return "folder"
+    if info.issym() or info.islnk():
+        return f"link to {info.linkname}"
+    return "device" if info.isdev() else f"member of type {info.type!r}"

@@ -1,0 +1,203 @@
+"""Whether one shard is what was written: its tar walked without its index, and the index built again from that.
+
+The two indexes must be equal byte for byte; what vouches for the tar is the sha256 in manifest and index.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from zlib import crc32
+
+from captioner import storage
+from captioner.cli import UserError
+from captioner.shards import Manifest, ShardEntry, ShardIndex
+from sharding.foreign import is_foreign
+from sharding.rebuild import index_from_tar
+from sharding.tar_walk import open_tar
+
+PACK_SAME = "run sharding/make_shards.py again with the same flags: whole shards are kept"
+INDEX_FIRST = "pack again, or, if another program made them, run sharding/check_shards.py index"
+INDEX_SAME = "run sharding/check_shards.py index again"
+REPAIR = "run sharding/check_shards.py repair"
+RESTORE = "bring the file back from where it came"
+PACK_ANEW = "delete the split's shards and pack it anew"
+
+Part = Literal["tar", "index", "content", "manifest", "failures", "vocabulary", "unfinished", "stray"]
+Add = Callable[[Part, str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """Something that is not as it should be: in which part, in which file, what, and what to do."""
+
+    part: Part
+    file: str
+    what: str
+    remedy: str
+
+
+@dataclass(kw_only=True, slots=True)
+class ShardCheck:
+    """What was found of one shard. `facts` and `words` are its index's, None where the index cannot be used.
+
+    `keys` are all of its keys where the shard is foreign, else the first and the last.
+    """
+
+    entry: ShardEntry
+    problems: list[Problem] = field(default_factory=list)
+    facts: dict[str, Any] | None = None
+    words: Counter[str] | None = None
+    keys: list[bytes] = field(default_factory=list)
+
+    def has(self, *parts: Part) -> bool:
+        """Whether one of these parts has a problem."""
+        return any(problem.part in parts for problem in self.problems)
+
+    @property
+    def num_records(self) -> int | None:
+        """Pictures that the shard was packed from, as far as its index can be trusted."""
+        if self.facts is None or self.has("index"):
+            return None
+        return self.entry.samples + len(self.facts["failures"])
+
+
+def manifest_fingerprint(shards: Sequence[ShardEntry]) -> str:
+    """The fingerprint that belongs to a manifest with these shards."""
+    return hashlib.sha256(json.dumps([shard.fingerprint for shard in shards]).encode()).hexdigest()
+
+
+def check_shard(folder: str, entry: ShardEntry, manifest: Manifest) -> ShardCheck:
+    """Read one shard and its index whole."""
+    check = ShardCheck(entry=entry)
+    index, raw_index = _open_index(folder, check)
+
+    def add(part: Part, what: str) -> None:
+        check.problems.append(_shard_problem(part, what, entry=entry, manifest=manifest))
+
+    found = None
+    try:
+        with open_tar(storage.join(folder, f"{entry.name}.tar")) as data:
+            digest = hashlib.sha256(data).hexdigest()
+            if _vouch(data, digest, entry, index, add):
+                facts = {} if index is None else index.facts
+                found = index_from_tar(data, facts, sha256=digest, entry=entry, manifest=manifest)
+    except FileNotFoundError:
+        add("tar", "is missing")
+    except OSError as error:
+        add("tar", f"cannot be read: {error.strerror or error}")
+    for what in found.problems if found else ():
+        add("content", what)
+    if found is not None and index is not None:
+        for what in _check_index(index, raw_index, found.index):
+            add("index", what)
+        if not check.has("index"):
+            _take_over(check, index, manifest, add)
+    return check
+
+
+def _vouch(data: Any, digest: str, entry: ShardEntry, index: ShardIndex | None, add: Add) -> bool:
+    """Whether the tar is the shard that was written: its manifest says so, or else the index that belongs to it."""
+    if digest == entry.sha256:
+        return True
+    its_own = index is not None and index.facts["fingerprint"] == entry.fingerprint
+    if index is not None and its_own and index.facts["sha256"] == digest:
+        add("manifest", f"does not fit {entry.name}: its sha256 differs from its tar's and index's")
+        return True
+    add("tar", _what_is_damaged(data, entry, index))
+    if index is not None and not its_own and index.facts["sha256"] != entry.sha256:
+        add("index", "is of another shard (sha256 and fingerprint differ from the manifest's)")
+    return False
+
+
+def _take_over(check: ShardCheck, index: ShardIndex, manifest: Manifest, add: Add) -> None:
+    """What an index that fits its tar says of the shard, compared with the manifest's entry."""
+    entry, keys = check.entry, index.keys_S.tolist()
+    check.keys = keys if is_foreign(manifest) else [*keys[:1], *keys[-1:]]
+    check.words = index.count_words()
+    if (entry.samples, entry.captions, entry.bytes) != (len(index), len(index.caption_lengths), index.facts["bytes"]):
+        add("manifest", f"does not fit {entry.name}: samples, captions or bytes are others")
+    if index.facts["fingerprint"] != entry.fingerprint:
+        fits = manifest.fingerprint == manifest_fingerprint(manifest.shards)
+        add("index" if fits else "manifest", f"the fingerprints of {entry.name} in index and manifest differ")
+
+
+def _shard_problem(part: Part, what: str, *, entry: ShardEntry, manifest: Manifest) -> Problem:
+    """A problem with the remedy for it."""
+    foreign = is_foreign(manifest)
+    remedies = {"tar": RESTORE if foreign else REPAIR, "index": REPAIR, "content": PACK_ANEW}
+    remedy = remedies.get(part, INDEX_SAME if foreign else PACK_SAME)
+    file = f"{entry.name}.{'index' if part == 'index' else 'tar'}"
+    file = f"{manifest.split}.manifest.json" if part == "manifest" else file
+    return Problem(part=part, file=file, what=what, remedy=remedy)
+
+
+def _open_index(folder: str, check: ShardCheck) -> tuple[ShardIndex | None, bytes]:
+    """The shard's index and its bytes; a problem where it is missing or not readable."""
+    name = f"{check.entry.name}.index"
+    location = storage.join(folder, name)
+    try:
+        raw = storage.read_bytes(location)
+        index = ShardIndex.from_bytes(raw, origin=name)
+        if missing := {"bytes", "sha256", "fingerprint", "recipe", "backend", "failures"} - index.facts.keys():
+            raise UserError(f"lacks {', '.join(sorted(missing))}")
+        if not isinstance(index.facts["recipe"], dict) or not isinstance(index.facts["failures"], list):
+            raise UserError("its recipe or its failures are nothing of the kind")
+        check.facts = index.facts
+        return index, raw
+    except FileNotFoundError:
+        what = "is missing"
+    except OSError as error:
+        what = f"cannot be read: {error.strerror or error}"
+    except UserError as error:
+        what = str(error)
+    check.problems.append(Problem(part="index", file=name, what=what, remedy=REPAIR))
+    return None, b""
+
+
+def _what_is_damaged(data: Any, entry: ShardEntry, index: ShardIndex | None) -> str:
+    """In which way a tar differs from what was packed, down to its samples where the index tells."""
+    if len(data) != entry.bytes:
+        what = f"has {len(data):,} bytes instead of {entry.bytes:,}"
+    else:
+        what = "is damaged (sha256 differs)"
+    if index is None or index.facts["sha256"] != entry.sha256:
+        return what
+    places = zip(index.offsets_S2.tolist(), index.sizes_S2.tolist(), index.crc32s_S2.tolist(), strict=True)
+    hurt = [
+        index.key(place)
+        for place, pairs in enumerate(places)
+        if any(crc32(data[offset : offset + size]) != crc for offset, size, crc in zip(*pairs, strict=True))
+    ]
+    if hurt:
+        return f"{what}: {len(hurt):,} of {len(index):,} samples, the first {hurt[0]}"
+    return f"{what}: no sample, only headers between them"
+
+
+def _check_index(index: ShardIndex, raw: bytes, found: ShardIndex) -> Iterator[str]:
+    """How an index differs from the one built from its tar with the same facts."""
+    if (index.facts["sha256"], index.facts["bytes"]) != (found.facts["sha256"], found.facts["bytes"]):
+        yield "is of another tar (bytes or sha256 differ)"
+        return
+    if raw == found.to_bytes():
+        return
+    names = {
+        "keys_S": "keys",
+        "offsets_S2": "offsets",
+        "sizes_S2": "sizes",
+        "crc32s_S2": "checksums",
+        "first_caption": "numbers of captions",
+        "caption_lengths": "token counts of captions",
+        "words_json": "counts of words",
+        "facts": "facts",
+    }
+    differ = [text for name, text in names.items() if _differs(getattr(index, name), getattr(found, name))]
+    yield f"{', '.join(differ) or 'its form'} differ from what its tar holds"
+
+
+def _differs(first: Any, second: Any) -> bool:
+    if hasattr(first, "dtype"):
+        return first.dtype != second.dtype or first.shape != second.shape or bool((first != second).any())
+    return first != second

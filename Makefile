@@ -5,6 +5,13 @@ VENV ?= .venv
 PEERS ?= .venv-peers
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TESTS_READY := $(VENV)/.tests-ready
+
+# pillow-simd stands in Pillow's place, with the same pixels: never both. It has no wheel and is compiled for AVX2. pip
+# would put Pillow on top of it again whenever it installs.
+PILLOW_SIMD := pillow-simd==12.1.1.post0
+KEEP_SIMD := [ ! -d $(VENV)/simd ] || { $(BIN)/python -m pip uninstall --quiet --yes pillow pillow-simd && \
+	$(BIN)/python -m pip install --quiet --no-deps --no-index --find-links $(VENV)/simd pillow-simd; }
 
 .PHONY: help setup demo test check format clean simd no-simd bench-peers
 
@@ -17,7 +24,13 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: $(PYTHON) is older than Python 3.11: name a newer one with make PYTHON=python3.x" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@$(KEEP_SIMD)
+	@touch $@
+
+$(TESTS_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(KEEP_SIMD)
 	@touch $@
 
 demo: $(READY) ## pack, train, evaluate and caption drawn scenes: about 6 minutes on 2 CPU cores
@@ -26,18 +39,15 @@ demo: $(READY) ## pack, train, evaluate and caption drawn scenes: about 6 minute
 test: check ## all checks, then all tests
 	$(BIN)/python -m pytest
 
-check: $(READY) ## format, lint, types, import contracts
+check: $(TESTS_READY) ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(BIN)/lint-imports
 
-format: $(READY) ## rewrite the code in the house format
+format: $(TESTS_READY) ## rewrite the code in the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-
-# Stands in Pillow's place, with the same pixels: never both. It has no wheel and is compiled for AVX2.
-PILLOW_SIMD := pillow-simd==12.1.1.post0
 
 simd: $(READY) ## pillow-simd in Pillow's place: resizes several times faster (a minute; needs a compiler)
 	@for header in jpeglib.h zlib.h; do \
@@ -48,11 +58,11 @@ simd: $(READY) ## pillow-simd in Pillow's place: resizes several times faster (a
 	@[ ! -r /proc/cpuinfo ] || grep -q avx2 /proc/cpuinfo \
 		|| { echo "error: this processor has no AVX2, which pillow-simd is compiled for: stay with Pillow" >&2; exit 2; }
 	CC="$${CC:-cc} -mavx2" $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(VENV)/simd $(PILLOW_SIMD)
-	$(BIN)/python -m pip uninstall --quiet --yes pillow
-	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps --no-index --find-links $(VENV)/simd pillow-simd
+	@$(KEEP_SIMD)
 	@$(BIN)/python -c 'import PIL; print("PIL is now pillow-simd", PIL.__version__, "(make no-simd: back to Pillow)")'
 
 no-simd: $(READY) ## the pinned Pillow back in pillow-simd's place
+	rm -rf $(VENV)/simd
 	$(BIN)/python -m pip uninstall --quiet --yes pillow-simd pillow
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt pillow
 	@$(BIN)/python -c 'import PIL; print("PIL is now Pillow", PIL.__version__)'
@@ -66,5 +76,5 @@ $(PEERS)/.ready: benchmarks/peers.txt
 	$(PEERS)/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers.txt
 	@touch $@
 
-clean: ## delete the environment and the demo's results
-	rm -rf $(VENV) runs/demo data/demo
+clean: ## delete the environments and the demo's results
+	rm -rf $(VENV) $(PEERS) runs/demo data/demo

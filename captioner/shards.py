@@ -262,11 +262,15 @@ def check_format(found: object, *, origin: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardEntry:
-    """One shard as its manifest lists it; `name` has no ending, `fingerprint` is of all that the shard is made from."""
+    """One shard as its manifest lists it; `name` has no ending.
+
+    `failures` is how many pictures could not be packed, `fingerprint` of all that the shard is made from.
+    """
 
     name: str
     samples: int
     captions: int
+    failures: int
     bytes: int
     sha256: str
     fingerprint: str

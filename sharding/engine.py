@@ -1,17 +1,21 @@
 """Runs the plan's shards on worker processes of this machine; a shard whose worker died is given to another.
 
+A picture at which two workers died is taken for one that crashes the decoder, and left out as a failure.
+
 Workers come from a server process that has loaded the packing code once: importing torch costs seconds.
 """
 
 import multiprocessing
 import signal
 import traceback
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 from captioner import images
@@ -19,7 +23,9 @@ from captioner.cli import UserError
 from sharding.pack import PackedShard, Progress, Report, pack_shard
 from sharding.plan import ShardPlan
 
-MAX_ATTEMPTS = 3
+BETWEEN = -1
+DEATHS_AT_ONE_PICTURE = 2
+MAX_DEATHS = 3  # of a shard's workers, beside those at pictures that are left out
 
 
 def run_local(plans: Sequence[ShardPlan], folder: str, *, workers: int, report: Report) -> Iterator[PackedShard]:
@@ -35,12 +41,22 @@ def run_local(plans: Sequence[ShardPlan], folder: str, *, workers: int, report: 
         yield from crew.run(plans, report=report)
 
 
+def prepare() -> ForkServerContext:
+    """Let the server that workers come from start to load the packing code, in the background, if it has not yet."""
+    context = multiprocessing.get_context("forkserver")
+    native = [] if images.HAS_SIMD else ["torch"]
+    context.set_forkserver_preload(["sharding.engine", *native])
+    forkserver.ensure_running()
+    return context
+
+
 @dataclass
 class _Worker:
-    """A process, this side of its pipe, and the shard it works on."""
+    """A process, this side of its pipe, the place in the shard where it is (in shared memory), and the shard."""
 
     process: ForkServerProcess
     pipe: Connection
+    place: Any
     plan: ShardPlan | None = None
 
 
@@ -48,10 +64,10 @@ class _Crew:
     """The worker processes, as long as they are needed."""
 
     def __init__(self, folder: str, *, size: int) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        native = [] if images.HAS_SIMD else ["torch"]
-        self._context.set_forkserver_preload(["sharding.engine", *native])
+        self._context = prepare()
         self._folder = folder
+        self._deaths: Counter[tuple[str, int]] = Counter()  # by shard and place in it
+        self._refused: dict[str, set[int]] = defaultdict(set)  # places of pictures to leave out, by shard
         self._workers = [self._hire() for _ in range(size)]
 
     def __enter__(self) -> "_Crew":
@@ -66,21 +82,24 @@ class _Crew:
 
     def _hire(self) -> _Worker:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(theirs, self._folder), daemon=True)
+        place = self._context.RawValue("q", BETWEEN)
+        process = self._context.Process(target=_work, args=(theirs, place, self._folder), daemon=True)
         process.start()
         theirs.close()
-        return _Worker(process, ours)
+        return _Worker(process, ours, place)
+
+    def _give(self, worker: _Worker, plan: ShardPlan) -> None:
+        worker.plan = plan
+        with suppress(OSError):  # a worker that died is met when its message is awaited
+            worker.pipe.send((plan, frozenset(self._refused[plan.name])))
 
     def run(self, plans: Sequence[ShardPlan], *, report: Report) -> Iterator[PackedShard]:
         """Give out the shards, one at a time to each worker."""
         waiting = deque(plans)
-        attempts: Counter[str] = Counter()
         while waiting or any(worker.plan for worker in self._workers):
             for worker in self._workers:
                 if worker.plan is None and waiting:
-                    worker.plan = waiting.popleft()
-                    with suppress(OSError):  # a worker that died is met below
-                        worker.pipe.send(worker.plan)
+                    self._give(worker, waiting.popleft())
             busy = {worker.pipe: worker for worker in self._workers if worker.plan}
             for pipe in wait(list(busy)):
                 worker = busy[pipe]  # type: ignore[index]
@@ -93,24 +112,26 @@ class _Crew:
                 elif isinstance(message, Exception):
                     raise message
                 else:
-                    self._replace(worker, attempts)
+                    self._replace(worker)
 
-    def _replace(self, worker: _Worker, attempts: Counter[str]) -> None:
+    def _replace(self, worker: _Worker) -> None:
         """Let a new worker begin the shard of a dead one anew."""
-        plan = worker.plan
+        plan, place = worker.plan, worker.place.value
         assert plan is not None
         worker.process.join()
-        attempts[plan.name] += 1
-        if attempts[plan.name] == MAX_ATTEMPTS:
+        self._deaths[plan.name, place] += 1
+        if place != BETWEEN and self._deaths[plan.name, place] == DEATHS_AT_ONE_PICTURE:
+            self._refused[plan.name].add(place)
+        deaths = sum(count for (name, _), count in self._deaths.items() if name == plan.name)
+        if deaths - DEATHS_AT_ONE_PICTURE * len(self._refused[plan.name]) >= MAX_DEATHS:
             raise UserError(
-                f"the process that packs {plan.name} died {MAX_ATTEMPTS} times (exit code {worker.process.exitcode}): "
-                "is there too little memory for so many --workers, or does one of its pictures crash the decoder?"
+                f"the process that packs {plan.name} died {deaths} times (exit code {worker.process.exitcode}), each "
+                "time elsewhere: is there too little memory for so many --workers?"
             )
         worker.pipe.close()
         new = self._hire()
-        worker.process, worker.pipe = new.process, new.pipe
-        with suppress(OSError):
-            worker.pipe.send(plan)
+        worker.process, worker.pipe, worker.place = new.process, new.pipe, new.place
+        self._give(worker, plan)
 
 
 def _receive(pipe: Connection) -> Any:
@@ -121,15 +142,17 @@ def _receive(pipe: Connection) -> Any:
         return None
 
 
-def _work(pipe: Connection, folder: str) -> None:
+def _work(pipe: Connection, place: Any, folder: str) -> None:
     """A worker's life: shards come in, progress and packed shards go out, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
     use_one_thread()
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            plan = pipe.recv()
+            plan, refused = pipe.recv()
             try:
-                pipe.send(pack_shard(plan, folder, report=pipe.send))
+                mark = partial(setattr, place, "value")
+                pipe.send(pack_shard(plan, folder, report=pipe.send, mark=mark, refused=refused))
+                place.value = BETWEEN
             except (UserError, BrokenPipeError, ConnectionResetError) as error:
                 pipe.send(error)
             except Exception:

@@ -7,7 +7,7 @@ or changed, and what cannot be used is counted by reason.
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,7 +18,6 @@ from sharding.sources import Failure
 from sharding.tar_walk import Buffer, DamagedTarError, TarMember, walk
 
 BACKEND = "foreign"
-DUPLICATE = "duplicate key"
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "pbm", "pnm", "gif", "bmp", "tif", "tiff", "avif", "jp2")
 CAPTION_ENDINGS = ("json", "txt", "caption", "captions", "text")
 MAX_CAPTION_BYTES = 1 << 24
@@ -50,48 +49,38 @@ Group = tuple[str, list[tuple[str, TarMember]]]
 
 
 def scan_tar(data: Buffer, *, name: str) -> Scan:
-    """All samples of a tar, each with its picture decoded and its captions read once; `name` is the tar's own."""
+    """All samples of the tar `name` (without ending), each with its picture decoded and its captions read once.
+
+    Keys are `name/KEY`: many programs number the samples of each tar from 0.
+    """
     scan = Scan()
     seen: set[str] = set()
     for key, members in _groups(data, scan.failures, name=name):
         try:
             if key in seen:
-                raise _UnusableError(DUPLICATE, f"{name} holds it twice")
+                raise _UnusableError("duplicate key", f"{name}.tar holds it twice")
             picture, captions, tokens = _read_sample(data, key, members)
         except _UnusableError as error:
             scan.failures.append(Failure(image=key, reason=error.reason, message=error.message))
         else:
             seen.add(key)
-            scan.keys.append(key)
+            scan.keys.append(f"{name}/{key}")
             scan.members.append((picture, captions))
             scan.tokens.append(tokens)
     return scan
 
 
-def index_scan(
-    scan: Scan, *, num_bytes: int, sha256: str, recipe: dict[str, Any], taken: Mapping[str, str]
-) -> ShardIndex:
-    """The index of a scanned tar, without the samples whose keys were `taken` by other shards (key to shard)."""
-    kept = [place for place, key in enumerate(scan.keys) if key not in taken]
-    duplicates = [
-        Failure(image=key, reason=DUPLICATE, message=f"{taken[key]} has it already")
-        for key in scan.keys
-        if key in taken
-    ]
+def index_scan(scan: Scan, *, num_bytes: int, sha256: str, recipe: dict[str, Any]) -> ShardIndex:
+    """The index of a scanned tar."""
     facts = {
         "bytes": num_bytes,
         "sha256": sha256,
         "fingerprint": sha256,
         "recipe": recipe,
         "backend": BACKEND,
-        "failures": [asdict(failure) for failure in (*scan.failures, *duplicates)],
+        "failures": [asdict(failure) for failure in scan.failures],
     }
-    return build_index(
-        [scan.keys[place] for place in kept],
-        [scan.members[place] for place in kept],
-        [scan.tokens[place] for place in kept],
-        facts,
-    )
+    return build_index(scan.keys, scan.members, scan.tokens, facts)
 
 
 def foreign_recipe(size: int) -> dict[str, Any]:
@@ -127,7 +116,7 @@ def _groups(data: Buffer, failures: list[Failure], *, name: str) -> Iterator[Gro
                     group = (key, [])
                 group[1].append((ending, member))
     except DamagedTarError as error:
-        failures.append(Failure(image=name, reason="damaged tar", message=str(error)))
+        failures.append(Failure(image=f"{name}.tar", reason="damaged tar", message=str(error)))
     if group is not None:
         yield group
 

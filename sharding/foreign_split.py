@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
 
 from captioner import cli, storage
 from captioner.cli import UserError
 from captioner.shards import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
 from captioner.vocabulary import Vocabulary
 from sharding.claim import claim
-from sharding.foreign import BACKEND, DUPLICATE, Scan, foreign_recipe, index_scan, is_foreign, scan_tar
+from sharding.foreign import BACKEND, foreign_recipe, index_scan, is_foreign, scan_tar
 from sharding.pack import packed_shard, write
 from sharding.sources import Failure
 from sharding.tar_walk import open_tar
@@ -99,34 +98,32 @@ def _refuse_others(folder: str, split: str, names: Sequence[str]) -> None:
 
 
 def _index_tars(folder: str, split: str, names: Sequence[str], *, size: int) -> dict[str, ShardIndex]:
-    """Each tar's index by name; of samples with the same key the first one counts."""
-    taken: dict[str, str] = {}
+    """Each tar's index by name."""
     indexes: dict[str, ShardIndex] = {}
-    recipe = foreign_recipe(size)
+    num_samples = num_failures = 0
     threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
     with cli.progress_bar(f"indexing {split}", total=len(names), unit="tars") as bar:
         try:
-            for name, scan, facts in threads.map(lambda name: _scan(folder, name), names):
-                index = index_scan(scan, recipe=recipe, taken=taken, **facts)
-                for key in scan.keys:
-                    taken.setdefault(key, f"{name}.tar")
+            for name, index in threads.map(lambda name: (name, _index_tar(folder, name, size=size)), names):
                 indexes[name] = index
-                num_failures = sum(len(index.facts["failures"]) for index in indexes.values())
-                bar.advance(note=f"{len(taken):,} samples, {num_failures:,} left out")
+                num_samples += len(index)
+                num_failures += len(index.facts["failures"])
+                bar.advance(note=f"{num_samples:,} samples, {num_failures:,} left out")
         finally:
             threads.shutdown(cancel_futures=True)
     return indexes
 
 
-def _scan(folder: str, name: str) -> tuple[str, Scan, dict[str, Any]]:
+def _index_tar(folder: str, name: str, *, size: int) -> ShardIndex:
     location = storage.join(folder, f"{name}.tar")
     try:
         with open_tar(location) as data:
             for magic, kind in COMPRESSED.items():
                 if data[: len(magic)] == magic:
                     raise UserError(f"{location} is compressed ({kind}): {UNPACK}")
-            facts = {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            return name, scan_tar(data, name=f"{name}.tar"), facts
+            scan = scan_tar(data, name=name)
+            digest = hashlib.sha256(data).hexdigest()
+            return index_scan(scan, num_bytes=len(data), sha256=digest, recipe=foreign_recipe(size))
     except OSError as error:
         raise UserError(f"cannot read {location} ({error.strerror or error}): mend that and run again") from error
 
@@ -175,8 +172,6 @@ def _tell(folder: str, manifest: Manifest) -> None:
     cli.print_table(folder, ("split", "samples", "captions", "shards", "MB", "left out"), [row])
     if manifest.failures:
         cli.console.print(f"what was left out is listed in {storage.join(folder, manifest.split)}.failures.jsonl")
-    if manifest.failures.get(DUPLICATE):
-        cli.console.print("samples with the same key are taken for the same picture: give each a key of its own")
 
 
 def _count(reasons: Counter[str] | dict[str, int]) -> str:

@@ -31,7 +31,7 @@ from captioner.cli import UserError
 from captioner.shards import Manifest, manifest_location, read_manifest
 from captioner.vocabulary import Vocabulary, read_vocabulary
 from sharding.claim import claim
-from sharding.engine import run_local
+from sharding.engine import prepare, run_local
 from sharding.foreign import is_foreign
 from sharding.pack import PackedShard, Progress, Report, find_packed, write
 from sharding.plan import Recipe, ShardPlan, plan_shards
@@ -39,6 +39,7 @@ from sharding.settings import ShardSettings
 from sharding.sources import Failure, Source, find_sources, read_records
 
 EXIT_TOO_MANY_FAILURES = 3
+SHOWN_NAMES = 5
 
 
 def main(settings: ShardSettings) -> None:
@@ -49,6 +50,8 @@ def main(settings: ShardSettings) -> None:
     if settings.dry_run:
         show_plan([(source.split, *plan_split(source, settings)) for source in sources], settings)
         return
+    if settings.engine == "local" and settings.workers != 1:
+        prepare()
     manifests = []
     rows = []
     for source in sources:
@@ -146,8 +149,11 @@ def find_ready(plans: Sequence[ShardPlan], folder: str) -> list[PackedShard]:
 def show_plan(planned: Sequence[tuple[str, list[ShardPlan], list[Failure]]], settings: ShardSettings) -> None:
     """Print what would be packed, without writing anything."""
     rows = []
+    missing = []
     for split, plans, failures in planned:
         sizes = [size for plan in plans for size in plan.file_bytes]
+        names = [record.file_name for plan in plans for record in plan.records]
+        missing += [name for name, size in zip(names, sizes, strict=True) if size is None]
         reasons = Counter(failure.reason for failure in failures) + Counter(missing=sizes.count(None))
         rows.append(
             (
@@ -162,6 +168,8 @@ def show_plan(planned: Sequence[tuple[str, list[ShardPlan], list[Failure]]], set
         )
     header = ("split", "pictures", "shards", "about MB", "MB to read", "shards to reuse", "cannot be packed")
     cli.print_table(f"{settings.output}: the plan, nothing is written", header, rows)
+    if missing:
+        cli.console.print(f"missing: {', '.join(missing[:SHOWN_NAMES])}{', ...' if missing[SHOWN_NAMES:] else ''}")
 
 
 # ---- packing ----------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -44,9 +44,17 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
-def pack_shard(plan: ShardPlan, folder: str, *, report: Report = lambda progress: None) -> PackedShard:
+def pack_shard(
+    plan: ShardPlan,
+    folder: str,
+    *,
+    report: Report = lambda progress: None,
+    mark: Callable[[int], None] = lambda place: None,
+    refused: Collection[int] = (),
+) -> PackedShard:
     """Write `NAME.tar` and then `NAME.index` into `folder`; `report` hears several times a second how far it is.
 
+    `mark` hears of each picture's place before it is decoded; those at the `refused` places are failures undecoded.
     Raises UserError when the output cannot be written, or when pictures vanish or change while they are packed.
     """
     tar = TarBuilder()
@@ -58,9 +66,12 @@ def pack_shard(plan: ShardPlan, folder: str, *, report: Report = lambda progress
     reported = time.monotonic()
     for place, data in enumerate(_read_pictures(plan)):
         record = plan.records[place]
+        mark(place)
         try:
             if isinstance(data, images.ImageError):
                 raise data
+            if place in refused:
+                raise images.ImageError("undecodable", "it crashes the decoder")
             bytes_read += len(data)
             jpeg, sample = make_sample(record, data, plan=plan)
         except images.ImageError as error:
@@ -215,6 +226,7 @@ def packed_shard(name: str, index: ShardIndex, *, reused: bool) -> PackedShard:
         name=name,
         samples=len(index),
         captions=len(index.caption_lengths),
+        failures=len(index.facts["failures"]),
         bytes=index.facts["bytes"],
         sha256=index.facts["sha256"],
         fingerprint=index.facts["fingerprint"],

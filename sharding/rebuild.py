@@ -9,10 +9,12 @@ from typing import Any, get_args
 
 from captioner import images
 from captioner.shards import SAMPLE_FIELDS, Manifest, Member, ShardEntry, ShardIndex, build_index
-from sharding.foreign import DUPLICATE, Scan, index_scan, is_foreign, scan_tar
+from sharding.foreign import Scan, index_scan, is_foreign, scan_tar
+from sharding.plan import Recipe
 from sharding.tar_walk import Buffer, DamagedTarError, TarMember, walk
 
 SHOWN_PROBLEMS = 3
+RECIPE_FIELDS = tuple(Recipe.__slots__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +30,9 @@ def index_from_tar(
 ) -> Rebuilt:
     """The index of a tar (with this `sha256`) of ours or of others, with these facts where the tar does not tell."""
     if is_foreign(manifest):
-        return _foreign_index(data, facts, sha256=sha256, entry=entry)
+        scan = scan_tar(data, name=entry.name)
+        recipe = facts.get("recipe", {})
+        return Rebuilt(index=index_scan(scan, num_bytes=len(data), sha256=sha256, recipe=recipe))
     problems: list[str] = []
     recipe = facts.get("recipe", manifest.settings)
     agreed = all(manifest.settings.get(name) == value for name, value in recipe.items())
@@ -37,18 +41,6 @@ def index_from_tar(
     more = len(problems) - SHOWN_PROBLEMS
     shown = [*problems[:SHOWN_PROBLEMS], *([f"and {more:,} more problems like these"] if more > 0 else [])]
     return Rebuilt(index=index, problems=shown)
-
-
-def _foreign_index(data: Buffer, facts: Mapping[str, Any], *, sha256: str, entry: ShardEntry) -> Rebuilt:
-    """Of keys in other shards a tar knows nothing: the index's own list of them is taken."""
-    scan = scan_tar(data, name=f"{entry.name}.tar")
-    others = facts.get("failures", [])[len(scan.failures) :]
-    taken: dict[str, str] = {}
-    for failure in others:
-        if isinstance(failure, dict) and failure.get("reason") == DUPLICATE:
-            taken[str(failure.get("image"))] = str(failure.get("message")).removesuffix(" has it already")
-    recipe = facts.get("recipe", {})
-    return Rebuilt(index=index_scan(scan, num_bytes=len(data), sha256=sha256, recipe=recipe, taken=taken))
 
 
 # ---- our own tars -----------------------------------------------------------------------------------------
@@ -156,54 +148,29 @@ def _check_picture(data: bytes, recipe: Mapping[str, Any]) -> str | None:
 # ---- without an index -------------------------------------------------------------------------------------
 
 
-def facts_of(
-    entry: ShardEntry, manifest: Manifest, *, num_records: Mapping[str, int], listed: list[Any]
-) -> dict[str, Any] | None:
-    """The facts of a packed shard whose index is lost, from the manifest and the failures' list.
+def facts_of(entry: ShardEntry, manifest: Manifest, *, listed: list[Any]) -> dict[str, Any] | None:
+    """The facts of a packed shard whose index is lost, from the manifest and the `listed` failures of the split.
 
-    `num_records` holds, for the shards whose indexes are whole, how many pictures they were packed from. None where
-    those files do not tell which failures are the shard's, or which of several backends made it.
+    The failures of the shards stand at the list's end, in the shards' order. None where list and manifest do not tell
+    which are this one's, or which of several backends made it.
     """
+    counts = [shard.failures for shard in manifest.shards]
     backend, settings = manifest.settings["backend"], manifest.settings
-    failures = _failures_of(entry, manifest, num_records=num_records, listed=listed)
-    if failures is None or backend not in get_args(images.Backend):
+    if sum(counts) > len(listed) or backend not in get_args(images.Backend):
         return None
+    place = [shard.name for shard in manifest.shards].index(entry.name)
+    first = len(listed) - sum(counts[place:])
     return {
         "bytes": entry.bytes,
         "sha256": entry.sha256,
         "fingerprint": entry.fingerprint,
-        "recipe": {name: settings[name] for name in ("size", "resize", "quality", "shard_megabytes")},
+        "recipe": {name: settings[name] for name in RECIPE_FIELDS},
         "backend": backend,
-        "failures": failures,
+        "failures": listed[first : first + entry.failures],
     }
 
 
-def _failures_of(
-    entry: ShardEntry, manifest: Manifest, *, num_records: Mapping[str, int], listed: list[Any]
-) -> list[Any] | None:
-    """All shards of a split but the last are packed from equally many pictures, and failures are listed in order."""
-    total = manifest.source["records"] - manifest.num_samples
-    if total == 0:
-        return []
-    names = [shard.name for shard in manifest.shards]
-    full = next((num_records[name] for name in names[:-1] if name in num_records), None)
-    if len(names) == 1:
-        full = manifest.source["records"]
-    elif full is None and names[-1] in num_records:
-        full = (manifest.source["records"] - num_records[names[-1]]) // (len(names) - 1)
-    if full is None:
-        return None
-    records = [full] * (len(names) - 1) + [manifest.source["records"] - full * (len(names) - 1)]
-    counts = [number - shard.samples for number, shard in zip(records, manifest.shards, strict=True)]
-    if sum(counts) != total or min(counts) < 0 or total > len(listed):
-        return None
-    place = names.index(entry.name)
-    first = len(listed) - total + sum(counts[:place])
-    return listed[first : first + counts[place]]
-
-
-def reindex_foreign(data: Buffer, entry: ShardEntry, manifest: Manifest, *, taken: dict[str, str]) -> ShardIndex:
-    """A foreign tar's index anew; `taken` are the keys of all shards before it."""
-    recipe = {name: manifest.settings[name] for name in ("size", "resize", "quality", "shard_megabytes")}
-    scan = scan_tar(data, name=f"{entry.name}.tar")
-    return index_scan(scan, num_bytes=entry.bytes, sha256=entry.sha256, recipe=recipe, taken=taken)
+def reindex_foreign(data: Buffer, entry: ShardEntry, manifest: Manifest) -> ShardIndex:
+    """A foreign tar's index anew."""
+    recipe = {name: manifest.settings[name] for name in RECIPE_FIELDS}
+    return index_scan(scan_tar(data, name=entry.name), num_bytes=entry.bytes, sha256=entry.sha256, recipe=recipe)

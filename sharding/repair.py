@@ -82,14 +82,13 @@ def _index_anew(folder: str, check: SplitCheck, manifest: Manifest, repairs: Rep
         listed = read_failures(folder, check.split)
     except (OSError, ValueError):
         listed = []
-    num_records = {shard.entry.name: n for shard in check.shards if (n := shard.num_records) is not None}
     left = []
     for shard in check.shards:
         if shard.has("tar"):
             left.append(shard)
         elif shard.has("index"):
             entry = shard.entry
-            facts = facts_of(entry, manifest, num_records=num_records, listed=listed)
+            facts = facts_of(entry, manifest, listed=listed)
             if facts is None:
                 left.append(shard)
                 continue
@@ -100,18 +99,13 @@ def _index_anew(folder: str, check: SplitCheck, manifest: Manifest, repairs: Rep
 
 
 def _reindex(folder: str, check: SplitCheck, manifest: Manifest, repairs: Repairs) -> None:
-    """Rebuild the indexes of whole foreign tars; keys that an earlier shard has stay left out."""
-    taken: dict[str, str] = {}
+    """Rebuild the indexes of whole foreign tars."""
     for shard in check.shards:
         name = shard.entry.name
         if shard.has("index") and not shard.has("tar"):
             with open_tar(storage.join(folder, f"{name}.tar")) as data:
-                index = reindex_foreign(data, shard.entry, manifest, taken=taken)
+                index = reindex_foreign(data, shard.entry, manifest)
             _write_index(folder, shard.entry, index, repairs)
-            keys = index.keys_S.tolist()
-        else:
-            keys = shard.keys
-        taken |= {key.decode(errors="surrogateescape"): f"{name}.tar" for key in keys}
 
 
 def _write_index(folder: str, entry: ShardEntry, index: ShardIndex, repairs: Repairs) -> None:

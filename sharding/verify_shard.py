@@ -43,7 +43,7 @@ class Problem:
 class ShardCheck:
     """What was found of one shard. `facts` and `words` are its index's, None where the index cannot be used.
 
-    `keys` are all of its keys where the shard is foreign, else the first and the last.
+    `keys` are its first and its last.
     """
 
     entry: ShardEntry
@@ -55,13 +55,6 @@ class ShardCheck:
     def has(self, *parts: Part) -> bool:
         """Whether one of these parts has a problem."""
         return any(problem.part in parts for problem in self.problems)
-
-    @property
-    def num_records(self) -> int | None:
-        """Pictures that the shard was packed from, as far as its index can be trusted."""
-        if self.facts is None or self.has("index"):
-            return None
-        return self.entry.samples + len(self.facts["failures"])
 
 
 def manifest_fingerprint(shards: Sequence[ShardEntry]) -> str:
@@ -115,10 +108,11 @@ def _vouch(data: Any, digest: str, entry: ShardEntry, index: ShardIndex | None, 
 def _take_over(check: ShardCheck, index: ShardIndex, manifest: Manifest, add: Add) -> None:
     """What an index that fits its tar says of the shard, compared with the manifest's entry."""
     entry, keys = check.entry, index.keys_S.tolist()
-    check.keys = keys if is_foreign(manifest) else [*keys[:1], *keys[-1:]]
+    check.keys = [*keys[:1], *keys[-1:]]
     check.words = index.count_words()
-    if (entry.samples, entry.captions, entry.bytes) != (len(index), len(index.caption_lengths), index.facts["bytes"]):
-        add("manifest", f"does not fit {entry.name}: samples, captions or bytes are others")
+    found = (len(index), len(index.caption_lengths), len(index.facts["failures"]), index.facts["bytes"])
+    if (entry.samples, entry.captions, entry.failures, entry.bytes) != found:
+        add("manifest", f"does not fit {entry.name}: samples, captions, failures or bytes are others")
     if index.facts["fingerprint"] != entry.fingerprint:
         fits = manifest.fingerprint == manifest_fingerprint(manifest.shards)
         add("index" if fits else "manifest", f"the fingerprints of {entry.name} in index and manifest differ")

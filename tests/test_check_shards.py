@@ -577,11 +577,11 @@ def test_what_cannot_be_used_is_counted_by_reason_and_left_out(tmp_path: Path) -
     write_tar(tmp_path / "some.tar", [*good, *(member for bad in BAD_SAMPLES.values() for member in bad)])
     write_tar(tmp_path / "twice.tar", good)
     manifest = index_folder(tmp_path)
-    assert manifest.num_samples == 1
-    assert manifest.failures == dict.fromkeys(BAD_SAMPLES, 1) | {"duplicate key": 2}
+    assert manifest.num_samples == 2  # the same key in two tars is two samples
+    assert manifest.failures == dict.fromkeys(BAD_SAMPLES, 1)
     lines = (tmp_path / "train.failures.jsonl").read_text().splitlines()
-    assert len(lines) == len(BAD_SAMPLES) + 1
-    assert json.loads(lines[-1]) == {"image": "good", "reason": "duplicate key", "message": "some.tar has it already"}
+    assert len(lines) == len(BAD_SAMPLES)
+    assert {"image": "good", "reason": "duplicate key", "message": "some.tar holds it twice"} in map(json.loads, lines)
     assert problems(tmp_path) == []
 
 
@@ -665,10 +665,10 @@ def test_our_own_shards_are_not_indexed_and_others_not_packed_over(whole: Path, 
 
 def test_faults_in_a_foreign_folder_are_found_and_its_indexes_mended(foreign: Path) -> None:
     with webdataset.ShardWriter(str(foreign / "train-9%03d.tar"), maxcount=5, verbose=0) as writer:
-        for number in (3, 4, 70):  # two keys for the second time
+        for number in (3, 4, 70):  # two of them are keys of other tars too
             writer.write({"__key__": f"{number:06d}"} | samples_of(number))
     index_folder(foreign)
-    assert read_manifest(str(foreign), "train", remedy="").failures == {"duplicate key": 2}
+    assert read_manifest(str(foreign), "train", remedy="").failures == {}
     before = digests(foreign)
     for name in ("train-0000.index", "train-9000.index"):
         flip_bit(foreign / name, (foreign / name).stat().st_size - 5, 2)

@@ -372,14 +372,16 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     (coco / "train2014" / "COCO_train2014_000000000004.jpg").unlink()
     pack(coco, tmp_path / "shards", dry_run=True)
     assert not (tmp_path / "shards").exists()
-    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    shown = capsys.readouterr().out
+    assert "missing: COCO_train2014_000000000004.jpg" in shown
+    rows = [line.split("│")[1:-1] for line in shown.splitlines() if line.startswith("│")]
     header = ["split", "pictures", "shards", "about MB", "MB to read", "shards to reuse", "cannot be packed"]
-    shown = [dict(zip(header, map(str.strip, row), strict=True)) for row in rows]
-    assert [(row["split"], row["pictures"], row["shards"], row["shards to reuse"]) for row in shown] == [
+    table = [dict(zip(header, map(str.strip, row), strict=True)) for row in rows]
+    assert [(row["split"], row["pictures"], row["shards"], row["shards to reuse"]) for row in table] == [
         ("train", "6", "2", "0"),
         ("val", "3", "1", "0"),
     ]
-    assert [row["cannot be packed"] for row in shown] == ["1 missing", "none"]
+    assert [row["cannot be packed"] for row in table] == ["1 missing", "none"]
     pack(coco, tmp_path / "shards", split="train")
     capsys.readouterr()
     pack(coco, tmp_path / "shards", dry_run=True)

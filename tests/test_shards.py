@@ -258,7 +258,9 @@ def test_a_sample_survives_its_json_whatever_its_text() -> None:
 
 def make_manifest() -> Manifest:
     entries = [
-        ShardEntry(name=shard_name("val", n), samples=n, captions=5 * n, bytes=9, sha256="s", fingerprint="f")
+        ShardEntry(
+            name=shard_name("val", n), samples=n, captions=5 * n, failures=0, bytes=9, sha256="s", fingerprint="f"
+        )
         for n in (1, 2)
     ]
     return Manifest(

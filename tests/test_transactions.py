@@ -1,6 +1,7 @@
 """Whatever ends a packing, running it again gives the bytes of an undisturbed run and redoes no finished shard."""
 
 import contextlib
+import json
 import multiprocessing
 import os
 import random
@@ -13,11 +14,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import crash
 import pytest
 from tiny import picture, write_coco
 
 from captioner import images
 from captioner.cli import UserError
+from captioner.shards import read_manifest
 from sharding import make_shards
 from sharding.settings import ShardSettings
 
@@ -298,14 +301,25 @@ def test_a_shard_whose_worker_dies_is_packed_by_another(
 def test_a_shard_that_kills_every_worker_ends_the_run_with_its_name(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sharding.engine._work", _die)
-    with pytest.raises(UserError, match=r"the process that packs train-0000\d\d died 3 times"):
+    monkeypatch.setattr("sharding.engine._work", crash.always)
+    with pytest.raises(UserError, match=r"the process that packs train-0000\d\d died 3 times \(exit code 9\)"):
         make_shards.main(flags(coco, tmp_path / "shards", workers=2))
 
 
-def _die(pipe: Any, folder: str) -> None:
-    pipe.recv()
-    os._exit(9)
+def test_a_picture_that_crashes_the_decoder_is_a_failure_and_costs_no_other_picture(
+    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workers' decoder is one that dies of pictures with a certain comment in them."""
+    data = tmp_path / "coco"
+    shutil.copytree(coco, data)
+    some = sorted((data / "train2014").iterdir())[7]
+    picture(7).save(some, comment=crash.DEADLY)
+    monkeypatch.setattr("sharding.engine._work", crash.at_deadly_pictures)
+    make_shards.main(flags(data, tmp_path / "shards", workers=2))
+    failures = [json.loads(line) for line in (tmp_path / "shards/train.failures.jsonl").read_text().splitlines()]
+    assert failures == [{"image": some.name, "reason": "undecodable", "message": "it crashes the decoder"}]
+    found = read_manifest(str(tmp_path / "shards"), "train", remedy="")
+    assert found.num_samples == NUM_PICTURES - 1
 
 
 def test_the_backend_is_told_and_kept(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

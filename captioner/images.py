@@ -109,8 +109,8 @@ def to_stored_jpeg(data: bytes, *, size: int, resize: Resize, quality: int) -> t
     """
     with _image_errors(data):
         image = _open(data)
-        untouched = (image.format, image.mode, image.size) == ("JPEG", "RGB", _final_size(image.size, size, resize))
-        untouched = untouched and _turn(image) is None
+        fits = (image.format, image.mode, image.size) == ("JPEG", "RGB", _final_size(image.size, size, resize))
+        untouched = fits and _turn(image) is None
         picture, original_size = _load_resized(image, data, size=size, resize=resize)
         return (data if untouched else encode_jpeg(picture, quality=quality)), original_size
 

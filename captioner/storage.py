@@ -159,7 +159,8 @@ def list_files(folder: str) -> list[str]:
 def read_bytes(location: str) -> bytes:
     """The whole content of a file. Raises OSError (FileNotFoundError among them)."""
     if not is_remote(location):
-        return Path(location).read_bytes()
+        with open(location, "rb") as file:  # noqa: PTH123 - a Path takes as long again
+            return file.read()
     filesystem, path = _filesystem(location)
     return _patiently(lambda: filesystem.cat_file(path), location)
 

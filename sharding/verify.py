@@ -227,9 +227,8 @@ def _check_keys(check: SplitCheck) -> None:
     """Keys are unique: they ascend from shard to shard, and inside, as the scan saw."""
     last = b""
     for shard in check.shards:
-        if shard.keys:
-            follows, last = shard.keys[0] > last, shard.keys[-1]
-        if shard.keys and not follows:
+        before, last = last, (shard.keys or [last])[-1]
+        if shard.keys and shard.keys[0] <= before:
             what = f"its first key {shard.keys[0].decode(errors='backslashreplace')} does not follow the last shard's"
             shard.problems.append(Problem(part="content", file=f"{shard.entry.name}.tar", what=what, remedy=PACK_ANEW))
 

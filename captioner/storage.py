@@ -240,7 +240,7 @@ def _filesystem(location: str) -> tuple[Any, str]:
         filesystem, path = url_to_fs(location, **_options(location))
     except ImportError as error:
         raise StorageError(
-            f"cannot open {location} ({error}): pip install 'captioner[s3]' for s3:// and http:// addresses"
+            f"cannot open {location} ({error}): s3:// and http:// addresses want pip install -e '.[s3]'"
         ) from error
     except Exception as error:  # some connect at once, and raise their libraries' own errors
         raise StorageError(f"cannot open {location} ({error}): give a local path, or another address") from error

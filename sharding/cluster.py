@@ -1,6 +1,6 @@
 """Runs the plan's shards as tasks of a Ray cluster; the shard of a worker or node that died is given to another.
 
-Every node needs captioner's dependencies (pip install 'captioner[ray]'), the same versions of Python and Ray, and must
+Every node needs captioner's dependencies (pip install -e '.[ray]'), the same versions of Python and Ray, and must
 see pictures and output under the same names: on a file system that all nodes share, or behind URLs.
 """
 
@@ -56,7 +56,7 @@ def _connection() -> Iterator[Any]:
     try:
         import ray
     except ImportError as error:
-        raise UserError(f"--engine ray needs Ray ({error}): pip install 'captioner[ray]'") from error
+        raise UserError(f"--engine ray needs Ray ({error}): pip install -e '.[ray]' in Captioner's folder") from error
     if ray.is_initialized():
         yield ray
         return

@@ -37,7 +37,7 @@ class ShardSettings:
     workers: int | None = None
     """Processes that pack: all processors of this machine, or of the cluster, unless told otherwise."""
     engine: Literal["local", "ray"] = "local"
-    """Where they run: on this machine, or on the Ray cluster that RAY_ADDRESS names (pip install 'captioner[ray]')."""
+    """Where they run: on this machine, or on the Ray cluster that RAY_ADDRESS names (pip install -e '.[ray]')."""
     max_failures: float | None = None
     """Leave with exit code 3 when more than this could not be packed: a count, or a share below 1 such as 0.01."""
     dry_run: bool = False

@@ -27,8 +27,8 @@ S3_KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DE
 @contextmanager
 def run_s3() -> Iterator[str]:
     """An S3 server's address; skips the test where moto or s3fs is not installed."""
-    pytest.importorskip("s3fs", reason="needs s3fs: pip install 'captioner[s3]'")
-    server_module = pytest.importorskip("moto.server", reason="needs moto: pip install 'captioner[dev]'")
+    pytest.importorskip("s3fs", reason="needs s3fs: pip install -e '.[s3]'")
+    server_module = pytest.importorskip("moto.server", reason="needs moto: pip install -e '.[dev]'")
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

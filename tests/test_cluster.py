@@ -19,7 +19,7 @@ from sharding.pack import PackedShard, Report
 from sharding.plan import ShardPlan
 from sharding.settings import ShardSettings
 
-needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'captioner[ray]'")
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[ray]'")
 
 NODE: dict[str, Any] = {"object_store_memory": 80_000_000, "include_dashboard": False}  # for a small /dev/shm
 WATCHFUL = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
@@ -171,6 +171,6 @@ def test_a_cluster_that_does_not_answer_is_refused_in_one_line(
 
 def test_without_ray_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match=r"pip install 'captioner\[ray\]'") as caught:
+    with pytest.raises(UserError, match=r"pip install -e '\.\[ray\]'") as caught:
         pack(write_coco(tmp_path / "coco", num_train=3, num_val=0), tmp_path / "shards")
     assert "\n" not in str(caught.value)

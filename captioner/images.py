@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -36,7 +37,8 @@ PLAIN_JPEG_MODES = ("RGB", "L")
 RGB_MODE = 3  # torchvision.io.ImageReadMode.RGB
 DRAFT_SCALE = 2.75  # a JPEG decoded at a reduced scale is at least this much larger than wanted: 45 dB on 110 photos
 
-Image.MAX_IMAGE_PIXELS = None  # this module refuses by MAX_PIXELS itself, from the header, with its own error
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow looks inside ICO and ICNS; all else `_open` refuses, with its own error
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 class ImageError(Exception):
@@ -68,7 +70,7 @@ def _has_native_lanczos() -> bool:
         import torch
 
         _resize_native(torch.zeros((3, 4, 4), dtype=torch.uint8), (2, 2), covered=(4, 4))
-    except (ImportError, NotImplementedError, RuntimeError):
+    except (ImportError, NotImplementedError, RuntimeError, ValueError):
         return False
     return True
 
@@ -118,7 +120,7 @@ def to_stored_jpeg(data: bytes, *, size: int, resize: Resize, quality: int) -> t
 def encode_jpeg(image: Image.Image, *, quality: int) -> bytes:
     """Baseline JPEG bytes of an RGB picture, colour at full resolution (half of it shows in the decoded pixels)."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, subsampling=0)
+    image.save(buffer, "JPEG", quality=quality, subsampling=0, comment=b"")  # none from the source's header
     return buffer.getvalue()
 
 
@@ -131,6 +133,8 @@ def _image_errors(data: bytes) -> Iterator[None]:
         raise
     except MemoryError as error:
         raise ImageError("too large", "there is not enough memory to decode it") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError("too large", str(error)) from error
     except UnidentifiedImageError as error:
         raise ImageError("undecodable", f"no known image format (starts with {data[:8]!r})") from error
     except Exception as error:
@@ -149,6 +153,8 @@ def _open(data: bytes) -> Image.Image:
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """What turns the picture upright by its EXIF orientation; None where there is none or the block is damaged."""
+    if image.format == "PNG":
+        image.load()  # getexif would, and here the error of a damaged picture is not lost
     try:
         return UPRIGHT_BY_ORIENTATION.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a damaged EXIF block raises nearly anything, and does no harm to the pixels

@@ -251,10 +251,14 @@ def build_index(
     )
 
 
+class FormatError(UserError):
+    """A file of another version of the shards' format."""
+
+
 def check_format(found: object, *, origin: str) -> None:
-    """Raise UserError unless `found` is the version of shards, indexes and manifests that this code reads."""
+    """Raise FormatError unless `found` is the version of shards, indexes and manifests that this code reads."""
     if found != FORMAT_VERSION:
-        raise UserError(f"{origin} has format {found}, this version reads {FORMAT_VERSION}: {PACK_AGAIN}")
+        raise FormatError(f"{origin} has format {found}, this version reads {FORMAT_VERSION}: {PACK_AGAIN}")
 
 
 # ---- manifest ---------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ operations are tried several times, with growing pauses, before they fail. Every
 there a FileNotFoundError, what a server does not do a StorageError.
 """
 
+import errno
 import json
 import os
 import random
@@ -131,8 +132,14 @@ def _ask_all(question: Callable[[str], int | None], locations: Sequence[str]) ->
 def _local_size(path: str) -> int | None:
     try:
         found = os.stat(path)  # noqa: PTH116 - a Path for each of a million pictures costs seconds
-    except (OSError, ValueError):  # ValueError: a name that no file can have
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file can have
         return None
+    except PermissionError:
+        return UNKNOWN  # reading will tell
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return None
+        raise StorageError(f"cannot look at {path} ({error.strerror}): mend that and run again") from error
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
@@ -156,13 +163,13 @@ def list_files(folder: str) -> list[str]:
     return sorted(map(unquote, names) if folder.startswith(WEB) else names)
 
 
-def read_bytes(location: str) -> bytes:
-    """The whole content of a file. Raises OSError (FileNotFoundError among them)."""
+def read_bytes(location: str, *, end: int | None = None) -> bytes:
+    """The content of a file, whole or up to `end`. Raises OSError (FileNotFoundError among them)."""
     if not is_remote(location):
         with open(location, "rb") as file:  # noqa: PTH123 - a Path takes as long again
-            return file.read()
+            return file.read() if end is None else file.read(end)
     filesystem, path = _filesystem(location)
-    return _patiently(lambda: filesystem.cat_file(path), location)
+    return _patiently(lambda: filesystem.cat_file(path, end=end), location)
 
 
 def read_json(location: str, *, remedy: str) -> Any:

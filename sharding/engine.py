@@ -1,6 +1,7 @@
 """Runs the plan's shards on worker processes of this machine; a shard whose worker died is given to another.
 
-A picture at which two workers died is taken for one that crashes the decoder, and left out as a failure.
+A picture at which two workers died is taken for one that crashes the decoder, and left out as a failure. (A lone worker
+is this process itself, which nothing protects.)
 
 Workers come from a server process that has loaded the packing code once: importing torch costs seconds.
 """
@@ -20,10 +21,9 @@ from typing import Any
 
 from captioner import images
 from captioner.cli import UserError
-from sharding.pack import PackedShard, Progress, Report, pack_shard
+from sharding.pack import BETWEEN, PackedShard, Progress, Report, pack_shard
 from sharding.plan import ShardPlan
 
-BETWEEN = -1
 DEATHS_AT_ONE_PICTURE = 2
 MAX_DEATHS = 3  # of a shard's workers, beside those at pictures that are left out
 
@@ -33,7 +33,7 @@ def run_local(plans: Sequence[ShardPlan], folder: str, *, workers: int, report: 
 
     Raises UserError when a shard cannot be packed; the finished ones stay.
     """
-    if workers == 1 or len(plans) <= 1:
+    if workers == 1:
         use_one_thread()
         yield from (pack_shard(plan, folder, report=report) for plan in plans)
         return
@@ -152,7 +152,6 @@ def _work(pipe: Connection, place: Any, folder: str) -> None:
             try:
                 mark = partial(setattr, place, "value")
                 pipe.send(pack_shard(plan, folder, report=pipe.send, mark=mark, refused=refused))
-                place.value = BETWEEN
             except (UserError, BrokenPipeError, ConnectionResetError) as error:
                 pipe.send(error)
             except Exception:

@@ -18,11 +18,13 @@ Exit codes: 0 done; 2 something to mend, told in one line; 3 packed, but with mo
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import repeat
 
@@ -97,7 +99,16 @@ def needs_vocabulary(split: str, settings: ShardSettings) -> None:
 def refuse_foreign(split: str, folder: str) -> None:
     """Raise UserError when the split's shards were made by another program, and only indexed here."""
     location = manifest_location(folder, split)
-    if storage.exists(location) and is_foreign(read_manifest(folder, split, remedy=f"delete {location}")):
+    if not storage.exists(location):
+        return
+    try:
+        manifest = read_manifest(folder, split, remedy="")
+    except UserError as error:
+        raise UserError(
+            f"{folder} holds a manifest that this version cannot read ({error}): give another --output, or delete "
+            f"{storage.join(folder, split)}* to pack the split anew"
+        ) from error
+    if is_foreign(manifest):
         raise UserError(
             f"{folder} holds tars of another program, indexed as split {split}: give another --output, or delete "
             f"{location} and their .index files"
@@ -108,11 +119,10 @@ def refuse_foreign(split: str, folder: str) -> None:
 
 
 def plan_split(source: Source, settings: ShardSettings) -> tuple[list[ShardPlan], list[Failure]]:
-    """A split's shards to make, and what of its caption file cannot be packed. Raises UserError.
-
-    Refuses an output that holds shards of this split made differently.
-    """
+    """A split's shards to make, and what of its caption file cannot be packed. Raises UserError."""
     records, failures = read_records(source)
+    if not records and not failures:
+        raise UserError(f"{source.captions} holds no caption of split {source.split}")
     file_bytes = storage.sizes_bytes(source.images, [record.file_name for record in records])
     if records and not any(size is not None for size in file_bytes):
         raise UserError(
@@ -139,10 +149,18 @@ def recipe(settings: ShardSettings) -> Recipe:
     )
 
 
-def find_ready(plans: Sequence[ShardPlan], folder: str) -> list[PackedShard]:
+def find_ready(plans: Sequence[ShardPlan], split: str, folder: str) -> list[PackedShard]:
     """The shards that are there already. Raises UserError where one was made differently."""
     with ThreadPoolExecutor(storage.NUM_THREADS) as threads:
         found = list(threads.map(find_packed, plans, repeat(folder)))
+    names = {f"{plan.name}.index" for plan in plans}
+    with suppress(FileNotFoundError):
+        for name in storage.list_files(folder):
+            if re.fullmatch(rf"{split}-\d{{6,}}\.index", name) and name not in names:
+                raise UserError(
+                    f"{folder} holds {name}, which this input and these settings do not make: give another --output, "
+                    f"or delete {storage.join(folder, split)}* to pack the split anew"
+                )
     return [shard for shard in found if shard is not None]
 
 
@@ -162,7 +180,7 @@ def show_plan(planned: Sequence[tuple[str, list[ShardPlan], list[Failure]]], set
                 len(plans),
                 sum(plan.estimated_bytes for plan in plans) / 1e6,
                 sum(size for size in sizes if size is not None and size != storage.UNKNOWN) / 1e6,
-                len(find_ready(plans, settings.output)),
+                len(find_ready(plans, split, settings.output)),
                 failure_text(reasons),
             )
         )
@@ -177,8 +195,10 @@ def show_plan(planned: Sequence[tuple[str, list[ShardPlan], list[Failure]]], set
 
 def pack_split(plans: Sequence[ShardPlan], *, split: str, settings: ShardSettings) -> list[PackedShard]:
     """All shards of a split, in the plan's order, packed under one progress bar."""
-    done = {shard.entry.name: shard for shard in find_ready(plans, settings.output)}
+    done = {shard.entry.name: shard for shard in find_ready(plans, split, settings.output)}
     left = [plan for plan in plans if plan.name not in done]
+    if left:
+        storage.delete(manifest_location(settings.output, split))  # where it is, the split is complete
     total = sum(len(plan.records) for plan in plans)
     reused = total - sum(len(plan.records) for plan in left)
     with cli.progress_bar(f"packing {split}", total=total, unit="images", done=reused) as bar:

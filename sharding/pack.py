@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import get_args
 
 from captioner import images, storage
 from captioner.cli import UserError
-from captioner.shards import Member, Sample, ShardEntry, ShardIndex, TarBuilder, build_index
+from captioner.shards import FormatError, Member, Sample, ShardEntry, ShardIndex, TarBuilder, build_index
 from captioner.vocabulary import tokenize
 from sharding.plan import ShardPlan
 from sharding.sources import Failure, Record
@@ -18,6 +20,7 @@ from sharding.sources import Failure, Record
 MAX_FILE_BYTES = 1 << 30
 READ_AHEAD = 16  # pictures a worker fetches at once where each costs a round trip over the network
 REPORT_SECONDS = 0.25
+BETWEEN = -1  # the place of a worker that is at no picture
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +57,8 @@ def pack_shard(
 ) -> PackedShard:
     """Write `NAME.tar` and then `NAME.index` into `folder`; `report` hears several times a second how far it is.
 
-    `mark` hears of each picture's place before it is decoded; those at the `refused` places are failures undecoded.
+    `mark` hears of each picture's place before it is decoded, and of BETWEEN after it; pictures at `refused` places are
+    failures, undecoded.
     Raises UserError when the output cannot be written, or when pictures vanish or change while they are packed.
     """
     tar = TarBuilder()
@@ -75,12 +79,17 @@ def pack_shard(
             bytes_read += len(data)
             jpeg, sample = make_sample(record, data, plan=plan)
         except images.ImageError as error:
+            if isinstance(error.__cause__, MemoryError):  # the shard's bytes shall not depend on how much there is
+                raise UserError(
+                    f"there is too little memory to decode {record.file_name}: give fewer --workers and run again"
+                ) from error
             failures.append(Failure(image=record.file_name, reason=error.reason, message=error.message))
         else:
             key = plan.keys[place]
             keys.append(key)
             members.append((tar.add(f"{key}.jpg", jpeg), tar.add(f"{key}.json", sample.to_json())))
             tokens.append(sample.tokens)
+        mark(BETWEEN)
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
             report(Progress(shard=plan.name, pictures=place + 1, failures=len(failures), bytes=bytes_read))
@@ -94,6 +103,7 @@ def pack_shard(
         "failures": [asdict(failure) for failure in failures],
     }
     index = build_index(keys, members, tokens, facts)
+    storage.delete(storage.join(folder, f"{plan.name}.index"))  # an old one must not stand beside a new tar
     write(storage.join(folder, f"{plan.name}.tar"), data)
     write(storage.join(folder, f"{plan.name}.index"), index.to_bytes())
     report(Progress(shard=plan.name, pictures=len(plan.records), failures=len(failures), bytes=bytes_read))
@@ -166,10 +176,13 @@ def _read_picture(plan: ShardPlan, place: int) -> bytes | images.ImageError:
         return images.ImageError("unreadable", str(error))
     except storage.StorageError:  # of a server that fails no shard shall tell
         raise
-    except OSError as error:
-        if not storage.exists(plan.images):
-            raise UserError(f"{plan.images} vanished while it was packed: bring it back and run again") from error
+    except PermissionError as error:
         return images.ImageError("unreadable", f"{error.strerror or error}")
+    except OSError as error:  # of a disk that fails no shard shall tell either
+        raise UserError(
+            f"cannot read {location} ({error.strerror or error}): mend that, or take the picture away, and run again; "
+            "finished shards are kept"
+        ) from error
     if planned not in (len(data), storage.UNKNOWN):
         raise UserError(
             f"{location} had {planned:,} bytes and has {len(data):,}: it changed while it was packed; run again when "
@@ -187,19 +200,25 @@ def find_packed(plan: ShardPlan, folder: str) -> PackedShard | None:
     Its index is written last, so an index means a whole tar; the tar's size is checked as well. Raises UserError when
     the shard was made from another plan.
     """
-    location = storage.join(folder, f"{plan.name}.index")
+    location, tar = (storage.join(folder, f"{plan.name}.{ending}") for ending in ("index", "tar"))
+    remedies = f"give another --output, or delete {storage.join(folder, plan.split)}* to pack the split anew"
     try:
         index = ShardIndex.from_bytes(storage.read_bytes(location), origin=location)
-        tar_bytes = storage.size_bytes(storage.join(folder, f"{plan.name}.tar"))
+        tar_bytes = storage.size_bytes(tar)
     except storage.StorageError:
         raise
+    except FormatError as error:
+        raise UserError(f"{folder} holds shards of another version of this program ({error}): {remedies}") from error
     except (FileNotFoundError, UserError):
+        _refuse_other_tar(plan, tar)
         return None
+    except OSError as error:
+        raise UserError(f"cannot read {location} ({error.strerror or error}): mend that and run again") from error
+    if index.facts["backend"] not in get_args(images.Backend):
+        raise UserError(f"{tar} was made by another program, and indexed here: give another --output")
     if index.facts["fingerprint"] != plan.fingerprint:
-        raise UserError(
-            f"{folder} holds {plan.name} made differently ({_what_differs(plan, index, folder)}): give another "
-            f"--output, or delete {storage.join(folder, plan.split)}* to pack the split anew"
-        )
+        differing = _what_differs(plan, index, folder)
+        raise UserError(f"{folder} holds {plan.name} made differently ({differing}): {remedies}")
     return packed_shard(plan.name, index, reused=True) if index.facts["bytes"] == tar_bytes else None
 
 
@@ -209,7 +228,13 @@ def _what_differs(plan: ShardPlan, index: ShardIndex, folder: str) -> str:
     changed = ", ".join(f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name])
     if changed:
         return changed
-    tar = storage.read_bytes(storage.join(folder, f"{plan.name}.tar"))
+    try:
+        return _which_sample_differs(plan, index, storage.read_bytes(storage.join(folder, f"{plan.name}.tar")))
+    except (OSError, ValueError, KeyError):  # the tar is damaged as well
+        return "its input has changed"
+
+
+def _which_sample_differs(plan: ShardPlan, index: ShardIndex, tar: bytes) -> str:
     records = dict(zip(plan.keys, plan.records, strict=True))
     for key, offset, size in zip(index.keys_S, index.offsets_S2[:, 1], index.sizes_S2[:, 1], strict=True):
         stored, record = json.loads(tar[offset : offset + size]), records.get(key.decode())
@@ -218,6 +243,16 @@ def _what_differs(plan: ShardPlan, index: ShardIndex, folder: str) -> str:
         if stored["captions"] != list(record.captions) or stored["annotation_ids"] != list(record.annotation_ids):
             return f"the captions of {record.file_name} have changed"
     return "pictures were added, removed, or changed in size"
+
+
+def _refuse_other_tar(plan: ShardPlan, tar: str) -> None:
+    """Raise UserError for a tar that has no index because another program made it."""
+    try:
+        name = storage.read_bytes(tar, end=100).rstrip(b"\0").decode(errors="replace")
+    except FileNotFoundError:
+        return
+    if name and not re.fullmatch(rf"{plan.split}-\d{{9,}}\.jpg", name):
+        raise UserError(f"{tar} was made by another program (it begins with {name!r}): give another --output")
 
 
 def packed_shard(name: str, index: ShardIndex, *, reused: bool) -> PackedShard:

@@ -348,6 +348,24 @@ def _verdict(data: bytes) -> str:
     return "fine"
 
 
+def test_no_damage_in_a_png_goes_unseen(backend: str) -> None:
+    """Its pixels have a checksum; reading the orientation first must not swallow the error."""
+    good = file_of(Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 40, 3), dtype=np.uint8)), "PNG")
+    start, end = good.index(b"IDAT") + 4, good.index(b"IEND") - 8
+    for place in range(start, end, 61):
+        damaged = good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :]
+        with pytest.raises(ImageError):
+            images.to_stored_jpeg(damaged, size=32, resize="squash", quality=95)
+
+
+def test_a_bomb_inside_an_icon_is_refused_and_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    bomb = claiming(30_000, 30_000)
+    directory = struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(bomb), 22)
+    with pytest.raises(ImageError) as caught:
+        images.load_resized(directory + bomb, size=8, resize="squash")
+    assert caught.value.reason == "too large"
+
+
 # ---- what shards store --------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
@@ -18,7 +19,7 @@ import crash
 import pytest
 from tiny import picture, write_coco
 
-from captioner import images
+from captioner import images, storage
 from captioner.cli import UserError
 from captioner.shards import read_manifest
 from sharding import make_shards
@@ -248,6 +249,78 @@ def test_changed_input_is_refused_with_what_differs(coco: Path, tmp_path: Path, 
         make_shards.main(flags(data, output, resize="none"))
     assert files(output) == before
     make_shards.main(flags(data, output))
+
+
+def test_shards_that_this_plan_does_not_make_are_refused(coco: Path, tmp_path: Path) -> None:
+    """Of a run that was killed before its first shard was done, but not before its second."""
+    output = tmp_path / "shards"
+    make_shards.main(flags(coco, output))
+    for name in ("train.manifest.json", *(f"train-0000{n:02d}.{e}" for n in range(19) for e in ("tar", "index"))):
+        (output / name).unlink()
+    before = files(output)
+    with pytest.raises(UserError, match=r"train-000019\.index, which this input and these settings do not make"):
+        make_shards.main(flags(coco, output, shard_megabytes=64))
+    assert files(output) == before
+
+
+def test_a_caption_file_without_captions_leaves_a_finished_split_alone(coco: Path, tmp_path: Path) -> None:
+    output, empty = tmp_path / "shards", tmp_path / "captions_train.csv"
+    make_shards.main(flags(coco, output))
+    before = files(output)
+    empty.write_text("image,caption\n")
+    with pytest.raises(UserError, match="holds no caption"):
+        make_shards.main(flags(coco, output, captions=str(empty)))
+    assert files(output) == before
+
+
+def test_a_tar_of_another_program_is_not_written_over(coco: Path, tmp_path: Path) -> None:
+    tar = tmp_path / "train-000000.tar"
+    with tarfile.open(tar, "w") as writer:
+        writer.addfile(tarfile.TarInfo("somebody.jpg"))
+    content = tar.read_bytes()
+    with pytest.raises(UserError, match="made by another program"):
+        make_shards.main(flags(coco, tmp_path))
+    assert tar.read_bytes() == content
+
+
+def test_shards_of_another_format_are_refused_with_the_remedies(
+    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_shards.main(flags(coco, tmp_path / "shards"))
+    before = files(tmp_path / "shards")
+    monkeypatch.setattr("captioner.shards.FORMAT_VERSION", 99)
+    with pytest.raises(UserError, match=r"another --output, or delete .*train\*"):
+        make_shards.main(flags(coco, tmp_path / "shards"))
+    (tmp_path / "shards" / "train.manifest.json").unlink()
+    with pytest.raises(UserError, match=r"another version.*another --output, or delete .*train\*"):
+        make_shards.main(flags(coco, tmp_path / "shards"))
+    assert {**files(tmp_path / "shards"), "train.manifest.json": before["train.manifest.json"]} == before
+
+
+def test_a_picture_that_the_disk_fails_to_read_stops_the_run_and_too_little_memory_does(
+    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither may become a failure of a shard that is kept."""
+
+    read = storage.read_bytes
+
+    def read_or_fail(location: str, **options: Any) -> bytes:
+        if location.endswith("05.jpg"):
+            raise OSError(5, "Input/output error")
+        return read(location, **options)
+
+    def run_out_of_memory(*_: Any, **__: Any) -> bytes:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "read_bytes", read_or_fail)
+        with pytest.raises(UserError, match=r"cannot read .*05\.jpg \(Input/output error\)"):
+            make_shards.main(flags(coco, tmp_path / "shards"))
+    with monkeypatch.context() as patched:
+        patched.setattr(images, "encode_jpeg", run_out_of_memory)
+        with pytest.raises(UserError, match="too little memory to decode"):
+            make_shards.main(flags(coco, tmp_path / "shards"))
+    assert len(list((tmp_path / "shards").glob("*.index"))) < NUM_SHARDS
 
 
 def test_the_same_input_at_another_place_is_the_same_input(

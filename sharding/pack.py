@@ -7,6 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import get_args
 
@@ -103,7 +104,8 @@ def pack_shard(
         "failures": [asdict(failure) for failure in failures],
     }
     index = build_index(keys, members, tokens, facts)
-    storage.delete(storage.join(folder, f"{plan.name}.index"))  # an old one must not stand beside a new tar
+    with _writing(storage.join(folder, f"{plan.name}.index")) as old:
+        storage.delete(old)  # it must not stand beside a new tar
     write(storage.join(folder, f"{plan.name}.tar"), data)
     write(storage.join(folder, f"{plan.name}.index"), index.to_bytes())
     report(Progress(shard=plan.name, pictures=len(plan.records), failures=len(failures), bytes=bytes_read))
@@ -128,8 +130,15 @@ def make_sample(record: Record, data: bytes, *, plan: ShardPlan) -> tuple[bytes,
 
 def write(location: str, content: bytes | str) -> None:
     """Write a file of the dataset folder. Raises UserError."""
-    try:
+    with _writing(location):
         storage.write_atomic(location, content)
+
+
+@contextmanager
+def _writing(location: str) -> Iterator[str]:
+    """What fails while a file of the dataset folder is written, as a UserError."""
+    try:
+        yield location
     except OSError as error:
         raise UserError(
             f"cannot write {location} ({error.strerror or error}): mend that (is the disk full, or read-only?) and run "
@@ -251,6 +260,8 @@ def _refuse_other_tar(plan: ShardPlan, tar: str) -> None:
         name = storage.read_bytes(tar, end=100).rstrip(b"\0").decode(errors="replace")
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise UserError(f"cannot read {tar} ({error.strerror or error}): mend that and run again") from error
     if name and not re.fullmatch(rf"{plan.split}-\d{{9,}}\.jpg", name):
         raise UserError(f"{tar} was made by another program (it begins with {name!r}): give another --output")
 

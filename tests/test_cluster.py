@@ -150,6 +150,9 @@ def test_without_an_address_a_cluster_is_started_here_and_ended_when_packing_fai
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     data = write_coco(tmp_path / "coco", num_train=6, num_val=0)
     (tmp_path / "shards" / "train-000001.tar").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"cannot read .*train-000001\.tar \(Is a directory\)"):
+        pack(data, tmp_path / "shards", workers=1)
+    monkeypatch.setattr(make_shards, "find_packed", lambda plan, folder: None)  # as if it came while shards are packed
     with pytest.raises(UserError, match=r"cannot write .*train-000001\.tar") as caught:
         pack(data, tmp_path / "shards", workers=1)
     assert "\n" not in str(caught.value)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from fnmatch import fnmatch
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -161,6 +162,19 @@ def list_files(folder: str) -> list[str]:
     entries = _patiently(lambda: filesystem.ls(path, detail=True), folder)
     names = {entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"}
     return sorted(map(unquote, names) if folder.startswith(WEB) else names)
+
+
+def find_files(folder: str, pattern: str) -> list[str]:
+    """The names of the files below a folder that fit `pattern`, sorted; its `/` reach into folders. Raises OSError."""
+    if not is_remote(folder):
+        root = Path(folder)
+        if not root.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "there is no such folder", folder)
+        return sorted(path.relative_to(root).as_posix() for path in root.glob(pattern) if path.is_file())
+    filesystem, path = _filesystem(folder)
+    found = _patiently(lambda: filesystem.find(path), folder)
+    names = (str(name).removeprefix(path).lstrip("/") for name in found)
+    return sorted(name for name in names if fnmatch(name, pattern) and name.count("/") == pattern.count("/"))
 
 
 def read_bytes(location: str, *, end: int | None = None) -> bytes:

@@ -1,25 +1,21 @@
 """Index files, vocabulary and manifest for a folder of tars that somebody else wrote."""
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
 
 from captioner import cli, storage
 from captioner.cli import UserError
 from captioner.shards import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
-from captioner.vocabulary import Vocabulary
 from sharding.claim import claim
+from sharding.finish import failure_text, write_manifest, write_vocabulary
 from sharding.foreign import BACKEND, foreign_recipe, index_scan, is_foreign, scan_tar
 from sharding.pack import packed_shard, write
-from sharding.sources import Failure
 from sharding.tar_walk import open_tar
 from sharding.verify import MAX_THREADS, list_names
-from sharding.verify_shard import manifest_fingerprint
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -39,13 +35,15 @@ def index_split(folder: str, *, split: str, pattern: str | None, threshold: int,
             reasons = Counter(failure["reason"] for index in indexes.values() for failure in index.facts["failures"])
             raise UserError(
                 f"no sample in the {len(names):,} tars that fit {pattern} in {folder} can be used "
-                f"({_count(reasons)}): a sample is a picture KEY.jpg beside its captions KEY.json or KEY.txt"
+                f"({failure_text(reasons)}): a sample is a picture KEY.jpg beside its captions KEY.json or KEY.txt"
             )
         for name, index in indexes.items():
             write(storage.join(folder, f"{name}.index"), index.to_bytes())
+        shards = [packed_shard(name, index, reused=False) for name, index in indexes.items()]
         if split == "train" or not storage.exists(storage.join(folder, "vocabulary.json")):
-            _write_vocabulary(folder, indexes, threshold=threshold)
-        manifest = _write_manifest(folder, split, indexes, pattern=pattern, size=size)
+            write_vocabulary(folder, shards, threshold=threshold)
+        source = {"split": split, "pattern": pattern}
+        manifest = write_manifest(folder, split, shards, recipe=foreign_recipe(size), source=source)
     _tell(folder, manifest)
     return manifest
 
@@ -128,37 +126,6 @@ def _index_tar(folder: str, name: str, *, size: int) -> ShardIndex:
         raise UserError(f"cannot read {location} ({error.strerror or error}): mend that and run again") from error
 
 
-# ---- what is written --------------------------------------------------------------------------------------
-
-
-def _write_vocabulary(folder: str, indexes: dict[str, ShardIndex], *, threshold: int) -> None:
-    counts: Counter[str] = Counter()
-    for index in indexes.values():
-        counts.update(index.count_words())
-    vocabulary = Vocabulary.from_counts(counts, threshold=threshold)
-    write(storage.join(folder, "vocabulary.json"), vocabulary.to_json())
-    cli.console.print(f"vocabulary: {len(vocabulary):,} words, 4 of them special")
-
-
-def _write_manifest(folder: str, split: str, indexes: dict[str, ShardIndex], *, pattern: str, size: int) -> Manifest:
-    """Write the failures' list and, last of all, the manifest."""
-    shards = [packed_shard(name, index, reused=False) for name, index in indexes.items()]
-    failures: list[Failure] = [failure for shard in shards for failure in shard.failures]
-    entries = tuple(shard.entry for shard in shards)
-    manifest = Manifest(
-        split=split,
-        shards=entries,
-        settings=foreign_recipe(size) | {"backend": BACKEND},
-        source={"split": split, "pattern": pattern, "records": sum(map(len, indexes.values())) + len(failures)},
-        failures=dict(sorted(Counter(failure.reason for failure in failures).items())),
-        fingerprint=manifest_fingerprint(entries),
-    )
-    lines = "".join(json.dumps(asdict(failure)) + "\n" for failure in failures)
-    write(storage.join(folder, f"{split}.failures.jsonl"), lines)
-    write(manifest_location(folder, split), manifest.to_json())
-    return manifest
-
-
 def _tell(folder: str, manifest: Manifest) -> None:
     num_captions, num_bytes = (sum(getattr(s, name) for s in manifest.shards) for name in ("captions", "bytes"))
     row = (
@@ -167,12 +134,8 @@ def _tell(folder: str, manifest: Manifest) -> None:
         num_captions,
         len(manifest.shards),
         num_bytes / 1e6,
-        _count(manifest.failures),
+        failure_text(manifest.failures),
     )
     cli.print_table(folder, ("split", "samples", "captions", "shards", "MB", "left out"), [row])
     if manifest.failures:
         cli.console.print(f"what was left out is listed in {storage.join(folder, manifest.split)}.failures.jsonl")
-
-
-def _count(reasons: Counter[str] | dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items())) or "none"

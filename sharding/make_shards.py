@@ -15,8 +15,6 @@ result. Next: accelerate launch train/main.py
 Exit codes: 0 done; 2 something to mend, told in one line; 3 packed, but with more failures than --max-failures.
 """
 
-import hashlib
-import json
 import os
 import re
 import sys
@@ -31,17 +29,19 @@ from itertools import repeat
 from captioner import cli, storage
 from captioner.cli import UserError
 from captioner.shards import Manifest, manifest_location, read_manifest
-from captioner.vocabulary import Vocabulary, read_vocabulary
+from captioner.vocabulary import read_vocabulary
 from sharding.claim import claim
 from sharding.engine import prepare, run_local
+from sharding.finish import failure_text, write_manifest, write_vocabulary
 from sharding.foreign import is_foreign
-from sharding.pack import PackedShard, Progress, Report, find_packed, write
+from sharding.pack import PackedShard, Progress, Report, find_packed, pack_anew
 from sharding.plan import Recipe, ShardPlan, plan_shards
 from sharding.settings import ShardSettings
 from sharding.sources import Failure, Source, find_sources, read_records
 
 EXIT_TOO_MANY_FAILURES = 3
 SHOWN_NAMES = 5
+GIVE_VOCABULARY = "give --vocabulary a vocabulary.json that the packing of a training split made"
 
 
 def main(settings: ShardSettings) -> None:
@@ -64,14 +64,18 @@ def main(settings: ShardSettings) -> None:
             plans, failures = plan_split(source, settings)
             shards = pack_split(plans, split=source.split, settings=settings)
             if source.split == "train" or vocabulary:
-                write_vocabulary(vocabulary, shards, settings)
-            manifest = finish(source, plans, shards, failures, settings=settings)
+                write_vocabulary(settings.output, shards, threshold=settings.threshold, given=vocabulary)
+            manifest = write_manifest(
+                settings.output,
+                source.split,
+                shards,
+                refused=failures,
+                recipe=asdict(recipe(settings)),
+                source=asdict(source) | {"captions": without_query(source.captions)},
+            )
         manifests.append(manifest)
         rows.append(summary_row(manifest, shards, seconds=time.monotonic() - started))
     show_summary(rows, manifests, settings)
-
-
-GIVE_VOCABULARY = "give --vocabulary a vocabulary.json that the packing of a training split made"
 
 
 def check_settings(settings: ShardSettings) -> None:
@@ -105,8 +109,7 @@ def refuse_foreign(split: str, folder: str) -> None:
         manifest = read_manifest(folder, split, remedy="")
     except UserError as error:
         raise UserError(
-            f"{folder} holds a manifest that this version cannot read ({error}): give another --output, or delete "
-            f"{storage.join(folder, split)}* to pack the split anew"
+            f"{folder} holds a manifest that this version cannot read ({error}): {pack_anew(folder, split)}"
         ) from error
     if is_foreign(manifest):
         raise UserError(
@@ -158,8 +161,8 @@ def find_ready(plans: Sequence[ShardPlan], split: str, folder: str) -> list[Pack
         for name in storage.list_files(folder):
             if re.fullmatch(rf"{split}-\d{{6,}}\.index", name) and name not in names:
                 raise UserError(
-                    f"{folder} holds {name}, which this input and these settings do not make: give another --output, "
-                    f"or delete {storage.join(folder, split)}* to pack the split anew"
+                    f"{folder} holds {name}, which this input and these settings do not make: "
+                    f"{pack_anew(folder, split)}"
                 )
     return [shard for shard in found if shard is not None]
 
@@ -229,58 +232,12 @@ def run_engine(plans: Sequence[ShardPlan], settings: ShardSettings, report: Repo
     return run_local(plans, settings.output, workers=settings.workers or os.cpu_count() or 1, report=report)
 
 
-def write_vocabulary(given: Vocabulary | None, shards: Sequence[PackedShard], settings: ShardSettings) -> None:
-    """Write vocabulary.json: the given one, or that of the packed training captions."""
-    vocabulary = given
-    if vocabulary is None:
-        counts: Counter[str] = Counter()
-        for shard in shards:
-            counts.update(shard.words)
-        vocabulary = Vocabulary.from_counts(counts, threshold=settings.threshold)
-    write(storage.join(settings.output, "vocabulary.json"), vocabulary.to_json())
-    cli.console.print(f"vocabulary: {len(vocabulary):,} words, 4 of them special")
-
-
-def finish(
-    source: Source,
-    plans: Sequence[ShardPlan],
-    shards: Sequence[PackedShard],
-    failures: Sequence[Failure],
-    *,
-    settings: ShardSettings,
-) -> Manifest:
-    """Write the failures' list and, last of all, the manifest."""
-    failures = [*failures, *(failure for shard in shards for failure in shard.failures)]
-    lines = "".join(json.dumps(asdict(failure)) + "\n" for failure in failures)
-    fingerprints = [shard.entry.fingerprint for shard in shards]
-    manifest = Manifest(
-        split=source.split,
-        shards=tuple(shard.entry for shard in shards),
-        settings=asdict(recipe(settings)) | {"backend": " and ".join(sorted({shard.backend for shard in shards}))},
-        source={
-            **asdict(source),
-            "captions": without_query(source.captions),
-            "records": sum(len(plan.records) for plan in plans),
-        },
-        failures=dict(sorted(Counter(failure.reason for failure in failures).items())),
-        fingerprint=hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest(),
-    )
-    write(storage.join(settings.output, f"{source.split}.failures.jsonl"), lines)
-    write(manifest_location(settings.output, source.split), manifest.to_json())
-    return manifest
-
-
 def without_query(location: str) -> str:
     """A web address without what may stand behind it to let a person in."""
     return location.partition("?")[0] if location.startswith(storage.WEB) else location
 
 
 # ---- telling ----------------------------------------------------------------------------------------------
-
-
-def failure_text(reasons: Counter[str] | dict[str, int]) -> str:
-    """Failures by reason in one cell."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()) if count) or "none"
 
 
 def summary_row(manifest: Manifest, shards: Sequence[PackedShard], *, seconds: float) -> tuple[object, ...]:

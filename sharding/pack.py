@@ -210,7 +210,7 @@ def find_packed(plan: ShardPlan, folder: str) -> PackedShard | None:
     the shard was made from another plan.
     """
     location, tar = (storage.join(folder, f"{plan.name}.{ending}") for ending in ("index", "tar"))
-    remedies = f"give another --output, or delete {storage.join(folder, plan.split)}* to pack the split anew"
+    remedies = pack_anew(folder, plan.split)
     try:
         index = ShardIndex.from_bytes(storage.read_bytes(location), origin=location)
         tar_bytes = storage.size_bytes(tar)
@@ -229,6 +229,11 @@ def find_packed(plan: ShardPlan, folder: str) -> PackedShard | None:
         differing = _what_differs(plan, index, folder)
         raise UserError(f"{folder} holds {plan.name} made differently ({differing}): {remedies}")
     return packed_shard(plan.name, index, reused=True) if index.facts["bytes"] == tar_bytes else None
+
+
+def pack_anew(folder: str, split: str) -> str:
+    """What to do where the folder holds something else of the split than what is to be packed."""
+    return f"give another --output, or delete {storage.join(folder, split)}* to pack the split anew"
 
 
 def _what_differs(plan: ShardPlan, index: ShardIndex, folder: str) -> str:

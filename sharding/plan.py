@@ -54,7 +54,8 @@ class ShardPlan:
         Where the pictures lie does not count, so that a moved folder is the same input. A picture that was changed
         to another of exactly as many bytes is not noticed.
         """
-        records = [asdict(record) for record in self.records]
+        # as asdict gives them, which would copy every caption
+        records = [{name: getattr(record, name) for name in Record.__slots__} for record in self.records]
         content = [FORMAT_VERSION, asdict(self.recipe), self.keys, records, self.file_bytes]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -11,16 +11,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any, get_args
-
-from fsspec.core import url_to_fs
 
 from captioner import images, storage
 from captioner.cli import Bar, UserError
 from captioner.shards import NUM_LANES, SPLITS, Manifest, manifest_location, read_manifest, shard_name
 from captioner.vocabulary import Vocabulary, read_vocabulary
+from sharding.finish import manifest_fingerprint
 from sharding.foreign import BACKEND as FOREIGN
 from sharding.foreign import is_foreign
 from sharding.verify_shard import (
@@ -33,7 +30,6 @@ from sharding.verify_shard import (
     Problem,
     ShardCheck,
     check_shard,
-    manifest_fingerprint,
 )
 
 MAX_THREADS = 8
@@ -60,24 +56,16 @@ class SplitCheck:
 def list_names(folder: str, pattern: str = "*") -> list[str]:
     """Names of the files in a folder that fit `pattern`, sorted; `/` in a pattern reaches into folders. UserError."""
     try:
-        if not storage.is_remote(folder):
-            root = Path(folder)
-            if not root.is_dir():
-                raise FileNotFoundError
-            return sorted(path.relative_to(root).as_posix() for path in root.glob(pattern) if path.is_file())
-        filesystem, root = url_to_fs(folder)
-        found = [str(path).removeprefix(root).lstrip("/") for path in filesystem.find(root)]
-        return sorted(name for name in found if fnmatch(name, pattern) and name.count("/") == pattern.count("/"))
+        return storage.find_files(folder, pattern)
     except FileNotFoundError as error:
         raise UserError(f"there is no dataset folder {folder}: sharding/make_shards.py makes one") from error
-    except Exception as error:  # fsspec's file systems raise their libraries' own errors
-        problem = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot list {folder} ({problem}): give a folder or URL whose files can be listed") from error
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise UserError(f"cannot list {folder} ({error}): give a folder or URL whose files can be listed") from error
 
 
 def find_splits(folder: str, split: str | None) -> tuple[list[str], list[str]]:
     """The splits that the folder holds something of, and the names of its files. Raises UserError for none."""
-    if folder.startswith(("http://", "https://")):  # a web server lists nothing that could be relied on
+    if folder.startswith(storage.WEB):  # a web server lists nothing that could be relied on
         names = [f"{s}.manifest.json" for s in SPLITS if storage.exists(manifest_location(folder, s))]
     else:
         names = list_names(folder)

@@ -4,9 +4,8 @@ The two indexes must be equal byte for byte; what vouches for the tar is the sha
 """
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from zlib import crc32
@@ -14,6 +13,7 @@ from zlib import crc32
 from captioner import storage
 from captioner.cli import UserError
 from captioner.shards import Manifest, ShardEntry, ShardIndex
+from sharding.finish import manifest_fingerprint
 from sharding.foreign import is_foreign
 from sharding.rebuild import index_from_tar
 from sharding.tar_walk import open_tar
@@ -55,11 +55,6 @@ class ShardCheck:
     def has(self, *parts: Part) -> bool:
         """Whether one of these parts has a problem."""
         return any(problem.part in parts for problem in self.problems)
-
-
-def manifest_fingerprint(shards: Sequence[ShardEntry]) -> str:
-    """The fingerprint that belongs to a manifest with these shards."""
-    return hashlib.sha256(json.dumps([shard.fingerprint for shard in shards]).encode()).hexdigest()
 
 
 def check_shard(folder: str, entry: ShardEntry, manifest: Manifest) -> ShardCheck:

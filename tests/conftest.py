@@ -1,5 +1,24 @@
 """Tests run beside each other on small machines: one torch thread is as fast for tiny models, and repeatable."""
 
 import os
+from collections.abc import Iterator
+from uuid import uuid4
+
+import pytest
+from servers import Bucket, run_s3, use_s3
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The address of an S3 server."""
+    with run_s3() as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(s3: str) -> Iterator[Bucket]:
+    """An empty bucket that `s3://` leads to, also in the processes that the test starts."""
+    with use_s3(s3):
+        yield Bucket(s3, f"test-{uuid4()}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import Bucket, run_s3, use_s3
+from servers import Bucket
 
 from captioner import storage
 from captioner.cli import UserError
@@ -208,18 +208,6 @@ def test_on_a_disk_without_locks_the_claim_is_a_file(tmp_path: Path, monkeypatch
 
 
 # ---- behind a URL -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    with run_s3() as address:
-        yield address
-
-
-@pytest.fixture
-def bucket(s3: str, request: pytest.FixtureRequest) -> Iterator[Bucket]:
-    with use_s3(s3):
-        yield Bucket(s3, f"claim-{abs(hash(request.node.nodeid))}")
 
 
 def put_claim(bucket: Bucket, **changed: Any) -> None:

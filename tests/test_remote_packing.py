@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import Bucket, Proxy, run_nginx, run_s3, use_s3
+from servers import Bucket, Proxy, run_nginx, use_s3
 from tiny import picture, write_captions
 
 from captioner import storage
@@ -58,21 +58,13 @@ def expected(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return comparable(found)
 
 
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    with run_s3() as address:
-        yield address
-
-
 @pytest.fixture
-def bucket(s3: str, data: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+def bucket(bucket: Bucket, data: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     """A bucket that holds the data."""
     monkeypatch.setattr(claim_module, "SETTLE_SECONDS", 0.05)
     monkeypatch.setattr(claim_module, "BEAT_SECONDS", 0.2)
-    with use_s3(s3):
-        found = Bucket(s3, f"packing-{abs(hash(request.node.nodeid))}")
-        found.put_folder(data, "data")
-        yield found
+    bucket.put_folder(data, "data")
+    return bucket
 
 
 def pack(source: str, output: str, **changed: Any) -> None:

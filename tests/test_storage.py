@@ -13,25 +13,13 @@ import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from servers import Bucket, Proxy, free_port, run_nginx, run_s3, use_s3
+from servers import Bucket, Proxy, free_port, run_nginx, use_s3
 
 from captioner import storage
 from captioner.cli import UserError
 from captioner.storage import RefusedError, StorageError
 
 ODD_NAMES = ["a b.txt", 'it\'s "q".txt', "50%.txt", "%20.txt", "a#b?c=d&e;f.txt", "кот é 猫.txt", "x+y~[z]{*}.txt"]
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    with run_s3() as address:
-        yield address
-
-
-@pytest.fixture
-def bucket(s3: str, request: pytest.FixtureRequest) -> Iterator[Bucket]:
-    with use_s3(s3):
-        yield Bucket(s3, f"storage-{abs(hash(request.node.nodeid))}")
 
 
 @pytest.fixture

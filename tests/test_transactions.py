@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -132,9 +133,11 @@ def test_a_command_with_two_workers_ended_from_outside(
 ) -> None:
     """The processes end at once, and Ctrl-C leaves nothing half written behind."""
     output = tmp_path / "shards"
-    line = ["caption-shards", "--images", coco, "--captions", coco / "annotations", "--output", output, "--size", 680]
-    line += ["--shard-megabytes", 1, "--threshold", 1, "--workers", 2]
+    line = [sys.executable, "-m", "sharding.make_shards", "--images", coco, "--captions", coco / "annotations"]
+    line += ["--output", output, "--size", 680, "--shard-megabytes", 1, "--threshold", 1, "--workers", 2]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in a shell's background ignore it
     process = subprocess.Popen(list(map(str, line)), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    signal.signal(signal.SIGINT, before)
     wait_until(lambda: any(output.glob("*.index")) or process.poll() is not None)
     if signal_number == signal.SIGINT:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does

@@ -1,0 +1,64 @@
+"""What stands beside a split's shards: the vocabulary, the list of failures and, last of all, the manifest."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from captioner import cli, storage
+from captioner.shards import Manifest, ShardEntry, manifest_location
+from captioner.vocabulary import Vocabulary
+from sharding.pack import PackedShard, write
+from sharding.sources import Failure
+
+
+def write_vocabulary(
+    folder: str, shards: Sequence[PackedShard], *, threshold: int, given: Vocabulary | None = None
+) -> None:
+    """Write vocabulary.json: the given one, or that of the shards' captions. Raises UserError."""
+    vocabulary = given
+    if vocabulary is None:
+        counts: Counter[str] = Counter()
+        for shard in shards:
+            counts.update(shard.words)
+        vocabulary = Vocabulary.from_counts(counts, threshold=threshold)
+    write(storage.join(folder, "vocabulary.json"), vocabulary.to_json())
+    cli.console.print(f"vocabulary: {len(vocabulary):,} words, 4 of them special")
+
+
+def write_manifest(
+    folder: str,
+    split: str,
+    shards: Sequence[PackedShard],
+    *,
+    refused: Sequence[Failure] = (),
+    recipe: dict[str, Any],
+    source: dict[str, Any],
+) -> Manifest:
+    """Write the failures' list (those `refused` before packing first) and, last of all, the manifest. UserError."""
+    failures = [*refused, *(failure for shard in shards for failure in shard.failures)]
+    entries = tuple(shard.entry for shard in shards)
+    manifest = Manifest(
+        split=split,
+        shards=entries,
+        settings=recipe | {"backend": " and ".join(sorted({shard.backend for shard in shards}))},
+        source=source | {"records": sum(entry.samples + entry.failures for entry in entries)},
+        failures=dict(sorted(Counter(failure.reason for failure in failures).items())),
+        fingerprint=manifest_fingerprint(entries),
+    )
+    lines = "".join(json.dumps(asdict(failure)) + "\n" for failure in failures)
+    write(storage.join(folder, f"{split}.failures.jsonl"), lines)
+    write(manifest_location(folder, split), manifest.to_json())
+    return manifest
+
+
+def manifest_fingerprint(shards: Sequence[ShardEntry]) -> str:
+    """The fingerprint that belongs to a manifest with these shards."""
+    return hashlib.sha256(json.dumps([shard.fingerprint for shard in shards]).encode()).hexdigest()
+
+
+def failure_text(reasons: Mapping[str, int]) -> str:
+    """Failures by reason in one cell of a table."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()) if count) or "none"

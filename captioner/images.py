@@ -3,12 +3,12 @@
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import PIL
@@ -34,11 +34,20 @@ UPRIGHT_BY_ORIENTATION = {
 SWAPS_SIDES = frozenset(UPRIGHT_BY_ORIENTATION[orientation] for orientation in (5, 6, 7, 8))
 HAS_SIMD = ".post" in PIL.__version__  # how pillow-simd numbers its versions
 PLAIN_JPEG_MODES = ("RGB", "L")
+JPEG_START = b"\xff\xd8\xff"
+LARGE_PIXELS = 1 << 20
 RGB_MODE = 3  # torchvision.io.ImageReadMode.RGB
 DRAFT_SCALE = 2.75  # a JPEG decoded at a reduced scale is at least this much larger than wanted: 45 dB on 110 photos
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow looks inside ICO and ICNS; all else `_open` refuses, with its own error
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+class StoredJpeg(NamedTuple):
+    """A JPEG as a shard holds it, and the (width, height) of the picture that it was made of, upright."""
+
+    data: bytes
+    original_size: tuple[int, int]
 
 
 class ImageError(Exception):
@@ -93,6 +102,22 @@ def decode_rgb(data: bytes, *, at_least: int | None = None) -> tuple[Image.Image
         return _upright(_to_rgb(image), original_size, turn=_turn(image))
 
 
+def decode_stored(data: bytes) -> np.ndarray:
+    """A shard's picture, which packing left upright and RGB, as (height, width, 3) uint8 pixels. Raises ImageError.
+
+    libjpeg-turbo's pixels whichever way they come: torchvision's operator where it is there, else Pillow.
+    """
+    decode = _jpeg_decoder() if data.startswith(JPEG_START) else None
+    if decode is not None:
+        import torch
+
+        with suppress(RuntimeError):  # Pillow must say why not
+            return (
+                decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), RGB_MODE, False).permute(1, 2, 0).numpy()
+            )
+    return np.asarray(decode_rgb(data)[0])
+
+
 def load_resized(data: bytes, *, size: int, resize: Resize) -> tuple[Image.Image, tuple[int, int]]:
     """The one way from a file's bytes to an RGB picture of the wanted size, and its original upright (width, height).
 
@@ -104,17 +129,49 @@ def load_resized(data: bytes, *, size: int, resize: Resize) -> tuple[Image.Image
         return _load_resized(_open(data), data, size=size, resize=resize)
 
 
-def to_stored_jpeg(data: bytes, *, size: int, resize: Resize, quality: int) -> tuple[bytes, tuple[int, int]]:
-    """A file's bytes as the JPEG that a shard holds, and the original upright (width, height). Raises ImageError.
+def to_stored_jpegs(
+    contents: "Sequence[bytes | ImageError]",
+    *,
+    size: int,
+    resize: Resize,
+    quality: int,
+    mark: Callable[[int], None] = lambda place: None,
+) -> "list[StoredJpeg | ImageError]":
+    """Files' bytes as the JPEGs that a shard holds, or why not; `mark` hears of a file's place before it is worked on.
+
+    An error stands for a file that could not be read, and stays where it is.
 
     An upright RGB JPEG that already has the wanted size is kept as it is, byte for byte, once it was seen to decode.
+    All are opened, then all resized, then all encoded: decoding a picture empties the processor's caches of the code
+    for the rest, which is a twentieth of the time of small ones. Large ones are encoded at once, so that few are held.
     """
-    with _image_errors(data):
-        image = _open(data)
+
+    def resized(image: Image.Image, data: bytes) -> StoredJpeg | tuple[Image.Image, tuple[int, int]]:
         fits = (image.format, image.mode, image.size) == ("JPEG", "RGB", _final_size(image.size, size, resize))
         untouched = fits and _turn(image) is None
         picture, original_size = _load_resized(image, data, size=size, resize=resize)
-        return (data if untouched else encode_jpeg(picture, quality=quality)), original_size
+        if untouched:
+            return StoredJpeg(data, original_size)
+        large = picture.width * picture.height > LARGE_PIXELS
+        return encoded((picture, original_size), data) if large else (picture, original_size)
+
+    def encoded(found: StoredJpeg | tuple[Image.Image, tuple[int, int]], _: bytes) -> StoredJpeg:
+        if isinstance(found, StoredJpeg):
+            return found
+        return StoredJpeg(encode_jpeg(found[0], quality=quality), found[1])
+
+    results: list[Any] = list(contents)
+    for work in (lambda _, data: _open(data), resized, encoded):
+        for place, data in enumerate(contents):
+            if isinstance(data, ImageError) or isinstance(results[place], ImageError):
+                continue
+            mark(place)
+            try:
+                with _image_errors(data):
+                    results[place] = work(results[place], data)
+            except ImageError as error:
+                results[place] = error
+    return results
 
 
 def encode_jpeg(image: Image.Image, *, quality: int) -> bytes:

@@ -5,11 +5,10 @@ import json
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import get_args
 
 from captioner import images, storage
@@ -20,6 +19,7 @@ from sharding.plan import ShardPlan
 from sharding.sources import Failure, Record
 
 MAX_FILE_BYTES = 1 << 30
+GROUP_PICTURES, GROUP_BYTES = 8, 2 << 20  # that are packed together
 READ_AHEAD = 16  # pictures a worker fetches at once where each costs a round trip over the network
 REPORT_SECONDS = 0.25
 BETWEEN = -1  # the place of a worker that is at no picture
@@ -59,45 +59,35 @@ def pack_shard(
 ) -> PackedShard:
     """Write `NAME.tar` and then `NAME.index` into `folder`; `report` hears several times a second how far it is.
 
-    `mark` hears of each picture's place before it is decoded, and of BETWEEN after it; pictures at `refused` places are
-    failures, undecoded.
+    `mark` hears of each picture's place before it is worked on, and of BETWEEN after that; pictures at `refused` places
+    are failures, undecoded.
     Raises UserError when the output cannot be written, or when pictures vanish or change while they are packed.
     """
-    recipe = plan.recipe
-    to_stored_jpeg = partial(images.to_stored_jpeg, size=recipe.size, resize=recipe.resize, quality=recipe.quality)
-    stored: list[tuple[int, bytes, tuple[int, int]]] = []  # place, JPEG, original size
+    stored: list[tuple[int, images.StoredJpeg]] = []
     failures: list[Failure] = []
     bytes_read = 0
     reported = time.monotonic()
-    for place, data in enumerate(_read_pictures(plan)):
-        record = plan.records[place]
-        mark(place)
-        try:
-            if isinstance(data, images.ImageError):
-                raise data
-            if place in refused:
-                raise images.ImageError("undecodable", "it crashes the decoder")
-            bytes_read += len(data)
-            stored.append((place, *to_stored_jpeg(data)))
-        except images.ImageError as error:
-            if isinstance(error.__cause__, MemoryError):  # the shard's bytes shall not depend on how much there is
-                raise UserError(
-                    f"there is too little memory to decode {record.file_name}: give fewer --workers and run again"
-                ) from error
-            failures.append(Failure(image=record.file_name, reason=error.reason, message=error.message))
+    for first, contents in _read_groups(plan, refused=refused):
+        for place, result in enumerate(_to_stored_jpegs(plan, first, contents, mark=mark), start=first):
+            if isinstance(result, images.StoredJpeg):
+                stored.append((place, result))
+            else:
+                failures.append(_failure(plan.records[place], result))
         mark(BETWEEN)
+        bytes_read += sum(len(content) for content in contents if isinstance(content, bytes))
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
-            report(Progress(shard=plan.name, pictures=place + 1, failures=len(failures), bytes=bytes_read))
+            done = first + len(contents)
+            report(Progress(shard=plan.name, pictures=done, failures=len(failures), bytes=bytes_read))
     # Text in a loop of its own: each picture empties the processor's cache of the code for it, 0.2 ms a picture.
     tar = TarBuilder()
     keys: list[str] = []
     members: list[tuple[Member, Member]] = []
     tokens: list[list[list[str]]] = []
-    for place, jpeg, original_size in stored:
-        key, sample = plan.keys[place], _make_sample(plan.records[place], original_size)
+    for place, jpeg in stored:
+        key, sample = plan.keys[place], _make_sample(plan.records[place], jpeg.original_size)
         keys.append(key)
-        members.append((tar.add(f"{key}.jpg", jpeg), tar.add(f"{key}.json", sample.to_json())))
+        members.append((tar.add(f"{key}.jpg", jpeg.data), tar.add(f"{key}.json", sample.to_json())))
         tokens.append(sample.tokens)
     data = tar.to_bytes()
     facts = {
@@ -115,6 +105,29 @@ def pack_shard(
     write(storage.join(folder, f"{plan.name}.index"), index.to_bytes())
     report(Progress(shard=plan.name, pictures=len(plan.records), failures=len(failures), bytes=bytes_read))
     return packed_shard(plan.name, index, reused=False)
+
+
+def _to_stored_jpegs(
+    plan: ShardPlan, first: int, contents: Sequence[bytes | images.ImageError], *, mark: Callable[[int], None]
+) -> list[images.StoredJpeg | images.ImageError]:
+    """The pictures from place `first` on as JPEGs, or why not."""
+    recipe = plan.recipe
+    return images.to_stored_jpegs(
+        contents,
+        size=recipe.size,
+        resize=recipe.resize,
+        quality=recipe.quality,
+        mark=lambda number: mark(first + number),
+    )
+
+
+def _failure(record: Record, error: images.ImageError) -> Failure:
+    """What the manifest says of a picture that could not be packed. Raises UserError where memory was short."""
+    if isinstance(error.__cause__, MemoryError):  # the shard's bytes shall not depend on how much there is
+        raise UserError(
+            f"there is too little memory to decode {record.file_name}: give fewer --workers and run again"
+        ) from error
+    return Failure(image=record.file_name, reason=error.reason, message=error.message)
 
 
 def _make_sample(record: Record, original_size: tuple[int, int]) -> Sample:
@@ -150,6 +163,23 @@ def _writing(location: str) -> Iterator[str]:
 
 
 # ---- reading pictures -------------------------------------------------------------------------------------
+
+
+def _read_groups(plan: ShardPlan, *, refused: Collection[int]) -> Iterator[tuple[int, list[bytes | images.ImageError]]]:
+    """The content of the plan's pictures in groups to be packed together: the first one's place, and all."""
+    group: list[bytes | images.ImageError] = []
+    group_bytes = 0
+    for place, content in enumerate(_read_pictures(plan)):
+        if isinstance(content, images.ImageError):
+            group.append(content)
+        elif place in refused:
+            group.append(images.ImageError("undecodable", "it crashes the decoder"))
+        else:
+            group.append(content)
+            group_bytes += len(content)
+        if len(group) == GROUP_PICTURES or group_bytes > GROUP_BYTES or place + 1 == len(plan.records):
+            yield place + 1 - len(group), group
+            group, group_bytes = [], 0
 
 
 def _read_pictures(plan: ShardPlan) -> Iterator[bytes | images.ImageError]:

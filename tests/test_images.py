@@ -355,7 +355,7 @@ def test_no_damage_in_a_png_goes_unseen(backend: str) -> None:
     for place in range(start, end, 61):
         damaged = good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :]
         with pytest.raises(ImageError):
-            images.to_stored_jpeg(damaged, size=32, resize="squash", quality=95)
+            to_stored_jpeg(damaged)
 
 
 def test_a_bomb_inside_an_icon_is_refused_and_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,9 +369,29 @@ def test_a_bomb_inside_an_icon_is_refused_and_not_decoded(monkeypatch: pytest.Mo
 # ---- what shards store --------------------------------------------------------------------------------------
 
 
-def stored(data: bytes, **changed: Any) -> bytes:
+def to_stored_jpeg(data: bytes, **changed: Any) -> images.StoredJpeg:
     plain: dict[str, Any] = {"size": 64, "resize": "squash", "quality": 95}
-    return images.to_stored_jpeg(data, **(plain | changed))[0]
+    (found,) = images.to_stored_jpegs([data], **(plain | changed))
+    if isinstance(found, ImageError):
+        raise found
+    return found
+
+
+def stored(data: bytes, **changed: Any) -> bytes:
+    return to_stored_jpeg(data, **changed).data
+
+
+def test_files_that_are_stored_together_are_as_alone_and_their_errors_stay_their_own() -> None:
+    unread = ImageError("missing", "there is no such file")
+    large = file_of(photo_like(1200, 900), "JPEG")
+    files = [file_of(photo_like(64, 64), "JPEG"), unread, b"", large, file_of(photo_like(90, 50), "PNG"), large[:999]]
+    marked: list[int] = []
+    found = images.to_stored_jpegs(files, size=64, resize="none", quality=95, mark=marked.append)
+    assert [isinstance(result, ImageError) for result in found] == [False, True, True, False, False, True]
+    assert found[1] is unread
+    for place in (0, 3, 4):
+        assert found[place] == to_stored_jpeg(files[place], resize="none")  # type: ignore[arg-type]
+    assert set(marked) == {0, 2, 3, 4, 5}
 
 
 @pytest.mark.parametrize("resize", get_args(images.Resize))
@@ -407,7 +427,7 @@ def test_a_damaged_jpeg_of_the_wanted_size_is_refused_and_not_passed_on() -> Non
 
 def test_without_resizing_every_size_is_kept() -> None:
     data = file_of(photo_like(90, 50), "PNG")
-    jpeg, size = images.to_stored_jpeg(data, size=64, resize="none", quality=95)
+    jpeg, size = to_stored_jpeg(data, resize="none")
     assert Image.open(io.BytesIO(jpeg)).size == size == (90, 50)
 
 

@@ -67,13 +67,18 @@ no-simd: $(READY) ## the pinned Pillow back in pillow-simd's place
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt pillow
 	@$(BIN)/python -c 'import PIL; print("PIL is now Pillow", PIL.__version__)'
 
-bench-peers: $(PEERS)/.ready ## img2dataset and plain Pillow in .venv-peers, for benchmarks/packing.py
+# Streaming's peers lie in a folder that only benchmarks/streaming.py adds to the path, with our torch: img2dataset would
+# import what it finds, and take longer to start.
+bench-peers: $(PEERS)/.ready ## what the benchmarks compare us with, and plain Pillow, in .venv-peers
 
-$(PEERS)/.ready: benchmarks/peers.txt
+$(PEERS)/.ready: benchmarks/peers.txt benchmarks/peers-streaming.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
 		|| { echo "error: img2dataset needs Python 3.11 or 3.12: name one with make PYTHON=python3.12 bench-peers" >&2; exit 2; }
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers.txt
+	rm -rf $(PEERS)/streaming
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --target $(PEERS)/streaming \
+		--requirement benchmarks/peers-streaming.txt
 	@touch $@
 
 clean: ## delete the environments and the demo's results

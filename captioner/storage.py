@@ -1,8 +1,8 @@
 """Files on disk or behind a URL, through one set of functions.
 
 A location is a string: a local path, or a URL that fsspec knows (`s3://bucket/coco`, `http://host/shards`). Remote
-operations are tried several times, with growing pauses, before they fail. Every failure is an OSError: what is not
-there a FileNotFoundError, what a server does not do a StorageError.
+operations are tried several times, with growing pauses, before they fail; those that take `patience_seconds` go on for
+so long. Every failure is an OSError: what is not there a FileNotFoundError, what a server does not do a StorageError.
 """
 
 import errno
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fnmatch import fnmatch
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
@@ -30,9 +30,12 @@ from captioner.cli import UserError
 
 NUM_TRIES = 6
 FIRST_PAUSE_SECONDS = 0.2
+LONGEST_PAUSE_SECONDS = 10.0
+NUM_DOUBLINGS = 20  # of a pause; more would be no number
 PATIENCE_SECONDS = 60.0  # after so long there are no more than two tries
 STALL_SECONDS = 15.0  # without a byte from the server a try has failed
 SLOWEST_UPLOAD = 100_000  # bytes a second; a server that takes fewer has stopped to listen
+SLOWEST_DOWNLOAD = 100_000  # bytes a second; a part that comes slower is asked for again
 NUM_THREADS = 32  # of questions asked at once: they wait for the network or the disk, not for the processor
 NUM_QUESTIONS = 64  # that a thread takes at once: a task of its own for each of a million files takes 2 GB
 UNKNOWN = -1
@@ -79,15 +82,15 @@ def exists(location: str) -> bool:
     return True
 
 
-def size_bytes(location: str) -> int:
+def size_bytes(location: str, *, patience_seconds: float | None = None) -> int:
     """A file's size, UNKNOWN where a server does not say. Raises OSError (FileNotFoundError among them)."""
     if not is_remote(location):
         return Path(location).stat().st_size
     filesystem, path = _filesystem(location)
     if location.startswith(WEB):
         ask: Any = sync  # its types say that it gives nothing
-        return _patiently(lambda: ask(filesystem.loop, _ask_web, filesystem, path), location)
-    size = _patiently(lambda: filesystem.info(path), location)["size"]
+        return _patiently(lambda: ask(filesystem.loop, _ask_web, filesystem, path), location, patience_seconds)
+    size = _patiently(lambda: filesystem.info(path), location, patience_seconds)["size"]
     return UNKNOWN if size is None else size
 
 
@@ -177,13 +180,41 @@ def find_files(folder: str, pattern: str) -> list[str]:
     return sorted(name for name in names if fnmatch(name, pattern) and name.count("/") == pattern.count("/"))
 
 
-def read_bytes(location: str, *, end: int | None = None) -> bytes:
+def read_bytes(location: str, *, end: int | None = None, patience_seconds: float | None = None) -> bytes:
     """The content of a file, whole or up to `end`. Raises OSError (FileNotFoundError among them)."""
     if not is_remote(location):
         with open(location, "rb") as file:  # noqa: PTH123 - a Path takes as long again
             return file.read() if end is None else file.read(end)
     filesystem, path = _filesystem(location)
-    return _patiently(lambda: filesystem.cat_file(path, end=end), location)
+    return _patiently(lambda: filesystem.cat_file(path, end=end), location, patience_seconds)
+
+
+def read_range(location: str, *, start: int, end: int, patience_seconds: float | None = None) -> bytes:
+    """The bytes [start, end) of a file that has so many; all from `start` on where a server sends whole files only.
+
+    Raises OSError (FileNotFoundError among them).
+    """
+    if not is_remote(location):
+        with open(location, "rb") as file:  # noqa: PTH123 - as in read_bytes
+            file.seek(start)
+            return _check_range(file.read(end - start), start, end)
+    filesystem, path = _filesystem(location)
+    options: dict[str, Any] = {"headers": {"Accept-Encoding": "identity"}} if location.startswith(WEB) else {}
+    if filesystem.async_impl:
+        options["timeout"] = 4 * STALL_SECONDS + (end - start) / SLOWEST_DOWNLOAD
+
+    def ask() -> bytes:
+        return _check_range(filesystem.cat_file(path, start=start, end=end, **options), start, end)
+
+    return _patiently(ask, location, patience_seconds)
+
+
+def _check_range(data: bytes, start: int, end: int) -> bytes:
+    if len(data) == end - start:
+        return data
+    if len(data) >= end:
+        return data[start:]
+    raise OSError(f"{len(data):,} bytes came of the {end - start:,} from {start:,} on")
 
 
 def read_json(location: str, *, remedy: str) -> Any:
@@ -295,21 +326,29 @@ def _configured(protocol: str, name: str) -> dict[str, Any]:
     return fsspec.config.conf.get(protocol, {}).get(name, {})
 
 
-def _patiently(action: Callable[[], Result], location: str) -> Result:
-    """What `action` gives, tried again after failures that may pass. Raises FileNotFoundError and StorageError."""
+def _patiently(action: Callable[[], Result], location: str, patience_seconds: float | None = None) -> Result:
+    """What `action` gives, tried again after failures that may pass. Raises FileNotFoundError and StorageError.
+
+    Without `patience_seconds` there are NUM_TRIES tries, or two where they take long.
+    """
     started = time.monotonic()
-    for attempt in range(1, NUM_TRIES + 1):
+    for attempt in count(1):
         try:
             return action()
         except FileNotFoundError:
             raise
         except Exception as error:  # each filesystem has its own errors: aiohttp's, botocore's, TimeoutError
-            too_late = attempt > 1 and time.monotonic() - started > PATIENCE_SECONDS
+            spent = time.monotonic() - started
+            if patience_seconds is None:
+                too_late = attempt == NUM_TRIES or (attempt > 1 and spent > PATIENCE_SECONDS)
+            else:
+                too_late = spent > patience_seconds
             kind = _kind_of_end(error)
-            if attempt == NUM_TRIES or too_late or kind is not None:
+            if too_late or kind is not None:
                 problem = " ".join(str(error).split())
                 raise (kind or StorageError)(f"{location}: {type(error).__name__} {problem}".rstrip()) from error
-        time.sleep(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+        pause = min(FIRST_PAUSE_SECONDS * 2 ** min(attempt - 1, NUM_DOUBLINGS), LONGEST_PAUSE_SECONDS)
+        time.sleep(pause * random.uniform(0.5, 1.5))
     raise AssertionError("the last attempt returns or raises")
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-SIDE_WORDS = re.compile(r"\b(left|right)")  # also "left.", "upper-left", "right-hand", "leftmost"
+SIDE_WORDS = re.compile(r"\b(left|right)", re.IGNORECASE)  # also "left.", "upper-left", "right-hand", "leftmost"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,19 +36,21 @@ def eval_view(pixels_SS3: np.ndarray, *, crop: int) -> np.ndarray:
     return pixels_SS3[top : top + crop, left : left + crop]
 
 
-def train_view(pixels_SS3: np.ndarray, *, crop: int, rng: np.random.Generator, may_flip: bool) -> np.ndarray:
-    """A random (P, P, 3) of a picture, mirrored every other time when its captions allow it."""
-    height, width = pixels_SS3.shape[:2]
-    top = int(rng.integers(height - crop + 1))
-    left = int(rng.integers(width - crop + 1))
-    view_PP3 = pixels_SS3[top : top + crop, left : left + crop]
-    mirrored = bool(rng.integers(2)) and may_flip
-    return view_PP3[:, ::-1] if mirrored else view_PP3
+def train_view(pixels_HW3: np.ndarray, *, crop: int, chance: int, may_flip: bool) -> np.ndarray:
+    """A (P, P, 3) of a picture at a random place, mirrored every other time when its captions allow it.
+
+    `chance` is 64 random bits.
+    """
+    height, width = pixels_HW3.shape[:2]
+    top = (chance & 0xFFFFFF) * (height - crop + 1) >> 24
+    left = (chance >> 24 & 0xFFFFFF) * (width - crop + 1) >> 24
+    view_PP3 = pixels_HW3[top : top + crop, left : left + crop]
+    return view_PP3[:, ::-1] if may_flip and chance >> 63 else view_PP3
 
 
-def speaks_of_sides(tokens: list[str]) -> bool:
+def speaks_of_sides(captions: list[str]) -> bool:
     """Whether a caption would become wrong if its picture were mirrored."""
-    return any(SIDE_WORDS.search(token) for token in tokens)
+    return SIDE_WORDS.search("\n".join(captions)) is not None
 
 
 def read_eval_view(data: bytes, spec: ViewSpec) -> tuple[np.ndarray, tuple[int, int]]:

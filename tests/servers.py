@@ -94,12 +94,12 @@ http {{
 
 
 @contextmanager
-def run_nginx(root: Path, home: Path) -> Iterator[str]:
+def run_nginx(root: Path, home: Path, *, port: int | None = None) -> Iterator[str]:
     """The address of nginx over `root`, which keeps its own files in `home`; skips the test where there is none."""
     if NGINX is None:
         pytest.skip("needs nginx on the PATH")
     home.mkdir()
-    port = free_port()
+    port = port or free_port()
     (home / "conf").write_text(NGINX_CONFIGURATION.format(home=home, port=port, root=root))
     process = subprocess.Popen([NGINX, "-p", home, "-c", home / "conf", "-e", home / "error.log"])
     try:

@@ -32,9 +32,8 @@ from sharding.check_shards import IndexSettings, RepairSettings, ShowSettings, V
 from sharding.claim import claim
 from sharding.settings import ShardSettings
 from sharding.verify_shard import Problem
-from train.main import read_view
-from train.plan import EpochPlan
-from train.stream import Batch, Share, ViewRules, stream
+from train.split import read_split, read_view
+from train.stream import Batch, BatchStream, Share, ViewRules
 
 ROOT = Path(__file__).resolve().parents[1]
 IN_PLACE = [HealthCheck.function_scoped_fixture]
@@ -700,14 +699,12 @@ def test_indexing_twice_gives_the_same_files(foreign: Path) -> None:
 
 
 def batches(folder: Path, split: str, *, crop: int, training: bool) -> list[Batch]:
-    manifest = read_manifest(str(folder), split, remedy="")
-    plan = EpochPlan(shard_sizes=[shard.samples for shard in manifest.shards], shuffled=training)
+    shards = read_split([str(folder)], split, remedy="")
     return list(
-        stream(
-            str(folder),
-            manifest,
-            plan=plan,
-            share=Share(4, rank=0, world_size=1),
+        BatchStream(
+            shards,
+            plan=shards.plan(seed=0, epoch=0) if training else shards.plain_plan(),
+            share=Share(4),
             rules=ViewRules(crop=crop, max_tokens=9, training=training),
             vocabulary=read_vocabulary(str(folder / "vocabulary.json"), remedy=""),
             workers=0,
@@ -717,7 +714,7 @@ def batches(folder: Path, split: str, *, crop: int, training: bool) -> list[Batc
 
 def test_foreign_pictures_of_any_size_and_mode_are_squashed_on_reading(foreign: Path) -> None:
     manifest = index_folder(foreign, "train", size=40)
-    spec = read_view(manifest, None, crop=32)
+    spec = read_view([read_split([str(foreign)], "train", remedy="")], crop=32)
     assert (spec.size, spec.resize) == (40, "squash")
     pictures = {key: image for key, image, _ in entries(foreign, manifest)}
     for batch in batches(foreign, "train", crop=32, training=False):
@@ -732,8 +729,7 @@ def test_pictures_of_every_way_of_resizing_train_and_validate(tmp_path: Path, re
     data = write_coco(tmp_path / "coco", num_train=6, num_val=3)
     pack(data, tmp_path / "shards", size=36, resize=resize)
     assert problems(tmp_path / "shards") == []
-    manifest = read_manifest(str(tmp_path / "shards"), "val", remedy="")
-    spec = read_view(manifest, None, crop=32)
+    spec = read_view([read_split([str(tmp_path / "shards")], "val", remedy="")], crop=32)
     assert spec.resize == ("squash" if resize == "none" else resize)
     views_BPP3 = [view for b in batches(tmp_path / "shards", "val", crop=32, training=False) for view in b.views_BPP3]
     for view, path in zip(views_BPP3, sorted((data / "val2014").iterdir()), strict=True):
@@ -744,9 +740,11 @@ def test_pictures_of_every_way_of_resizing_train_and_validate(tmp_path: Path, re
 
 
 def test_splits_of_different_sizes_are_refused(foreign: Path) -> None:
-    train, val = index_folder(foreign, "train", size=40), index_folder(foreign, "val", size=36)
-    with pytest.raises(UserError, match=r"size 40 \(squash\), the validation pictures 36 \(squash\)"):
-        read_view(train, val, crop=32)
+    index_folder(foreign, "train", size=40)
+    index_folder(foreign, "val", size=36)
+    splits = [read_split([str(foreign)], name, remedy="") for name in ("train", "val")]
+    with pytest.raises(UserError, match=r"have size 40 \(squash\), the val pictures in .* 36 \(squash\)"):
+        read_view(splits, crop=32)
 
 
 def test_a_foreign_folder_trains_and_is_evaluated(foreign: Path, tmp_path: Path) -> None:

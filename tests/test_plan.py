@@ -1,54 +1,98 @@
-"""Laws of the epoch plan."""
+"""Laws of the epoch plan, and the command that prints it."""
 
-from hypothesis import given, settings
+import json
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tiny import write_coco
 
-from train.plan import EpochPlan, num_steps, rank_positions
+from captioner.cli import UserError
+from captioner.shards import Manifest, ShardEntry
+from sharding import make_shards
+from sharding.settings import ShardSettings
+from train import plan as plan_module
+from train.plan import EpochPlan, PlanSettings, num_steps, random_bits, random_order, rank_positions, reversed_digits
 
-shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=30)
+manifests = st.lists(st.integers(0, 40), min_size=1, max_size=30)
+seeds, epochs, windows = st.integers(0, 2**64), st.integers(0, 1000), st.integers(1, 5)
 
 
-@given(sizes=shard_sizes, seed=st.integers(0, 99), epoch=st.integers(0, 9), lanes=st.integers(1, 70))
+def places(plan: EpochPlan) -> list[tuple[int, int]]:
+    """The whole order of an epoch."""
+    return [(ref.shard, ref.place) for ref in plan.refs(range(plan.num_samples))]
+
+
+def all_places(sizes: list[int]) -> list[tuple[int, int]]:
+    return [(shard, place) for shard, size in enumerate(sizes) for place in range(size)]
+
+
+# ---- laws ---------------------------------------------------------------------------------------------------
+
+
+@given(sizes=manifests, seed=seeds, epoch=epochs, lanes=st.integers(1, 70), window=windows)
 @settings(deadline=None, max_examples=100)
-def test_every_sample_comes_exactly_once_an_epoch(sizes: list[int], seed: int, epoch: int, lanes: int) -> None:
-    plan = EpochPlan(shard_sizes=sizes, seed=seed, epoch=epoch, num_lanes=lanes)
-    found = sorted((ref.shard, ref.place) for ref in plan.refs(range(sum(sizes))))
-    assert found == [(shard, place) for shard, size in enumerate(sizes) for place in range(size)]
+def test_every_sample_comes_exactly_once_an_epoch(
+    sizes: list[int], seed: int, epoch: int, lanes: int, window: int
+) -> None:
+    plan = EpochPlan(shard_sizes=sizes, seed=seed, epoch=epoch, num_lanes=lanes, window_shards=window)
+    assert sorted(places(plan)) == all_places(sizes)
+    assert [ref.position for ref in plan.refs(range(sum(sizes)))] == list(range(sum(sizes)))
 
 
-@given(
-    num_samples=st.integers(0, 300),
-    per_rank=st.integers(1, 9),
-    world_size=st.integers(1, 16),
-)
+@given(sizes=manifests, seed=seeds, per_rank=st.integers(1, 9), world_size=st.integers(1, 16), data=st.data())
 @settings(deadline=None, max_examples=100)
-def test_ranks_partition_every_global_batch_and_step_alike(num_samples: int, per_rank: int, world_size: int) -> None:
-    global_batch = per_rank * world_size
-    for step in range(num_steps(num_samples, global_batch=global_batch)):
-        shares = [
-            rank_positions(step, num_samples=num_samples, global_batch=global_batch, rank=rank, world_size=world_size)
-            for rank in range(world_size)
-        ]
-        start = step * global_batch
-        assert sorted(p for share in shares for p in share) == list(
-            range(start, min(start + global_batch, num_samples))
-        )
+def test_global_batches_are_the_same_for_any_number_of_ranks_and_workers(
+    sizes: list[int], seed: int, per_rank: int, world_size: int, data: st.DataObject
+) -> None:
+    """Ranks and workers as the stream deals them out: rank r every W-th position, worker k every K-th step."""
+    global_batch, total = per_rank * world_size, sum(sizes)
+    workers = data.draw(st.integers(0, 8))
+    order = places(EpochPlan(shard_sizes=sizes, seed=seed))
+    steps = num_steps(total, global_batch=global_batch)
+    found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for rank in range(world_size):
+        for worker in range(max(1, workers)):
+            plan = EpochPlan(shard_sizes=sizes, seed=seed)  # a process of its own
+            for step in range(worker, steps, max(1, workers)):
+                positions = rank_positions(
+                    step, num_samples=total, global_batch=global_batch, rank=rank, world_size=world_size
+                )
+                found[step, rank] = [(ref.shard, ref.place) for ref in plan.refs(positions)]
+    assert len(found) == steps * world_size  # every rank has every step
+    for step in range(steps):
+        shares = [found[step, rank] for rank in range(world_size)]
+        together = [shares[i % world_size][i // world_size] for i in range(sum(map(len, shares)))]
+        assert together == order[step * global_batch : (step + 1) * global_batch]
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_a_seek_gives_what_reading_on_would_have_given() -> None:
-    sizes = [37, 5, 80, 0, 61, 17] * 4
-    read_on = EpochPlan(shard_sizes=sizes, seed=3, epoch=2).refs(range(sum(sizes)))
-    for position in (0, 1, 63, 64, 500, sum(sizes) - 1):
-        assert EpochPlan(shard_sizes=sizes, seed=3, epoch=2).ref(position) == read_on[position]
+@given(sizes=manifests, seed=seeds, epoch=epochs)
+@settings(deadline=None, max_examples=100)
+def test_every_epoch_and_seed_has_an_order_of_its_own(sizes: list[int], seed: int, epoch: int) -> None:
+    assume(sum(sizes) >= 30 and max(sizes) < sum(sizes))
 
-
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     def order(seed: int, epoch: int) -> list[tuple[int, int]]:
-        return [(r.shard, r.place) for r in EpochPlan(shard_sizes=[50] * 6, seed=seed, epoch=epoch).refs(range(300))]
+        return places(EpochPlan(shard_sizes=sizes, seed=seed, epoch=epoch, num_lanes=4))
 
-    assert order(1, 0) == order(1, 0)
-    assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1, 2)}) == 6
+    first = order(seed, epoch)
+    assert first == order(seed, epoch)
+    assert first != order(seed, epoch + 1)
+    assert first != order(seed + 1, epoch)
+
+
+@given(sizes=manifests, seed=seeds, data=st.data())
+@settings(deadline=None, max_examples=100)
+def test_a_seek_gives_what_reading_on_would_have_given(sizes: list[int], seed: int, data: st.DataObject) -> None:
+    assume(sum(sizes))
+    position = data.draw(st.integers(0, sum(sizes) - 1))
+    read_on = EpochPlan(shard_sizes=sizes, seed=seed, epoch=2).refs(range(sum(sizes)))
+    assert EpochPlan(shard_sizes=sizes, seed=seed, epoch=2).ref(position) == read_on[position]
 
 
 def test_evaluation_reads_in_the_order_of_the_manifest() -> None:
@@ -56,9 +100,176 @@ def test_evaluation_reads_in_the_order_of_the_manifest() -> None:
     assert [(ref.shard, ref.place) for ref in refs] == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1)]
 
 
-def test_few_lanes_open_few_shards_a_rank() -> None:
-    """With 64 shards in 64 lanes each of 4 ranks needs about a quarter of the shards, not all."""
-    plan = EpochPlan(shard_sizes=[100] * 64, seed=1, epoch=1)
-    opened = {plan.ref(p).shard for step in range(10) for p in rank_positions(
-        step, num_samples=6400, global_batch=64, rank=1, world_size=4)}  # fmt: skip
-    assert len(opened) <= 32
+# ---- what a rank opens --------------------------------------------------------------------------------------
+
+
+@given(world_log=st.integers(0, 6), shards_a_rank=st.integers(10, 20), seed=seeds, epoch=epochs)
+@settings(deadline=None, max_examples=60)
+def test_a_rank_opens_little_more_than_its_part(world_log: int, shards_a_rank: int, seed: int, epoch: int) -> None:
+    world_size = 2**world_log
+    sizes = [100] * (shards_a_rank * world_size)
+    plan = EpochPlan(shard_sizes=sizes, seed=seed, epoch=epoch)
+    ranks = [plan.shards_of_rank(rank, world_size=world_size) for rank in range(world_size)]
+    assert max(map(len, ranks)) <= 1.2 * shards_a_rank
+    assert set().union(*ranks) == set(range(len(sizes)))
+
+
+@given(sizes=manifests, seed=seeds, world_log=st.integers(0, 4), lanes=st.sampled_from((16, 64)), window=windows)
+@settings(deadline=None, max_examples=100)
+def test_a_rank_opens_exactly_what_the_plan_says(
+    sizes: list[int], seed: int, world_log: int, lanes: int, window: int
+) -> None:
+    world_size, total = 2**world_log, sum(sizes)
+    plan = EpochPlan(shard_sizes=sizes, seed=seed, num_lanes=lanes, window_shards=window)
+    for rank in range(world_size):
+        opened = {ref.shard for ref in plan.refs(range(rank, total, world_size))}
+        assert opened == set(plan.shards_of_rank(rank, world_size=world_size))
+    if total:
+        assert {ref.shard for ref in plan.refs(range(total))} == set(plan.shards_of_rank(0, world_size=1))
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 12, 60, 64])
+def test_reversed_digits_are_a_permutation_whose_every_wth_are_neighbours(length: int) -> None:
+    reversed_ = reversed_digits(length)
+    assert sorted(reversed_) == list(range(length))
+    factors, rest = [], length
+    while rest > 1:
+        factors.append(next(f for f in range(2, rest + 1) if rest % f == 0))
+        rest //= factors[-1]
+    for number in range(len(factors) + 1):
+        step = prod(factors[:number])
+        for first in range(step):
+            run = sorted(reversed_[first::step])
+            assert run == list(range(run[0], run[0] + length // step))
+
+
+# ---- chance -------------------------------------------------------------------------------------------------
+
+
+def test_random_numbers_are_the_published_ones_and_will_stay() -> None:
+    """SplitMix64 from state 0, as its authors print it, begins so; orders of old runs depend on these bits."""
+    golden = 0x9E3779B97F4A7C15
+    state = np.array([golden, 2 * golden % 2**64, 3 * golden % 2**64], dtype=np.uint64)
+    assert [hex(bits) for bits in plan_module._mix(state).tolist()] == [
+        "0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4", "0x6c45d188009454f"]  # fmt: skip
+    assert random_order(10, 1, 2, 3).tolist() == [5, 7, 3, 1, 2, 4, 6, 9, 8, 0]
+
+
+def test_random_bits_are_spread_evenly_and_differ_by_key() -> None:
+    bits = random_bits(np.arange(40_000), 5, 6)
+    for shift in range(64):
+        assert abs((bits >> np.uint64(shift) & np.uint64(1)).astype(float).mean() - 0.5) < 0.015
+    assert not np.intersect1d(bits, random_bits(np.arange(40_000), 6, 5)).size
+
+
+def displacement(order: np.ndarray) -> float:
+    """Mean way from a sample's place in the source to its place in the order, in lengths of the window."""
+    return float(np.abs(order - np.arange(len(order))).mean() / len(order))
+
+
+def kept_neighbours(order: np.ndarray) -> float:
+    """How many neighbours in the source are still at most 3 apart, against a permutation drawn fresh (then 1)."""
+    place = np.argsort(order)
+    expected = 6 / len(order)
+    return float((np.abs(np.diff(place)) <= 3).mean() / expected)
+
+
+def test_inside_a_window_the_shuffle_is_as_good_as_a_full_permutation(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both figures within 10 % of a uniform permutation's: 1/3 of the window, and as many neighbours by chance."""
+    size, window, rng = 500, 4, np.random.default_rng(1)
+    ours, uniform = [], []
+    for seed in range(40):
+        plan = EpochPlan(shard_sizes=[size] * window, seed=seed, num_lanes=1, window_shards=window)
+        shards = [int(shard) for shard in plan._order]  # the window's source is the permuted shards
+        ours.append(np.array([shards.index(shard) * size + place for shard, place in places(plan)]))
+        uniform.append(rng.permutation(size * window))
+    for name, measure in (("mean displacement", displacement), ("neighbours kept", kept_neighbours)):
+        found, wanted = (float(np.mean([measure(order) for order in orders])) for orders in (ours, uniform))
+        with capsys.disabled():
+            print(f"\n{name}: {found:.4f}, of uniform permutations {wanted:.4f}")
+        assert abs(found / wanted - 1) < 0.1
+
+
+# ---- large, and printed -------------------------------------------------------------------------------------
+
+LARGE = """
+import re, sys, time
+from pathlib import Path
+started = time.monotonic()
+from train.split import read_split
+from train.plan import rank_positions
+split = read_split([sys.argv[1]], "train", remedy="")
+plan = split.plan(seed=1, epoch=3)
+step = plan.num_samples // 1024 // 2
+refs = plan.refs(rank_positions(step, num_samples=plan.num_samples, global_batch=1024, rank=0, world_size=1))
+print(len(refs), plan.num_samples, len({ref.shard for ref in refs}), "torch" in sys.modules)
+seconds = time.monotonic() - started
+print(seconds, int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1000)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells the memory of a process")
+def test_a_hundred_million_samples_are_planned_and_sought_in_two_seconds_and_200_megabytes(tmp_path: Path) -> None:
+    """Start of Python and imports included; without torch."""
+    numbers = np.random.default_rng(0).multinomial(100_000_000, [1 / 40_000] * 40_000).tolist()
+    digests = [f"{number:064x}" for number in range(40_000)]
+    shards = tuple(
+        ShardEntry(name=f"train-{d[-6:]}", samples=n, captions=5 * n, failures=0, bytes=n, sha256=d, fingerprint=d)
+        for n, d in zip(numbers, digests, strict=True)
+    )
+    manifest = Manifest(split="train", shards=shards, settings={}, source={}, failures={}, fingerprint="")
+    (tmp_path / "train.manifest.json").write_text(manifest.to_json())
+    done = subprocess.run([sys.executable, "-c", LARGE, tmp_path], capture_output=True, text=True, check=True)
+    refs, samples, opened, torch_loaded, seconds, megabytes = done.stdout.split()
+    assert (refs, samples, torch_loaded) == ("1024", "100000000", "False")
+    assert int(opened) > 64
+    assert float(megabytes) < 200
+    assert float(seconds) < 2, seconds
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    coco = write_coco(folder / "coco", num_train=23, num_val=0)
+    make_shards.main(
+        ShardSettings(
+            images=str(coco), captions=str(coco / "annotations"), output=str(folder / "shards"), size=32, workers=1
+        )
+    )
+    return folder / "shards"
+
+
+def test_the_plan_is_printed_before_any_gpu_is_taken(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    plan_module.main(PlanSettings(shards=(str(shards),), batch_size=8, processes=4))
+    text = " ".join(capsys.readouterr().out.split())
+    manifest = json.loads((shards / "train.manifest.json").read_text())
+    for fact in (
+        "samples │ 23 ",
+        "global batch │ 8 images, 2 a process",
+        "steps │ 3 ",
+        "7 images: 2 for the first 3 processes, 1 for the others",
+        "repeated, dropped │ 0, 0",
+        f"shards │ {len(manifest['shards'])}",
+    ):
+        assert fact in text, text
+
+
+def test_the_plans_rows_add_up(shards: Path) -> None:
+    sizes = [7, 9, 4, 3]
+    rows = plan_module.rank_rows(EpochPlan(shard_sizes=sizes), [100] * 4, world_size=4, global_batch=8)
+    assert sum(int(str(row[1])) for row in rows) == 23
+    assert [row[1] for row in rows] == [6, 6, 6, 5]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"processes": 3}, "must be a multiple of the 3 processes"),
+        ({"batch_size": 0}, "--batch-size 0 is too small"),
+        ({"shards": ("/nowhere",)}, "make_shards.py"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_told_in_one_line(shards: Path, changed: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_module.main(PlanSettings(**({"shards": (str(shards),), "batch_size": 8} | changed)))

@@ -23,7 +23,10 @@ LIGHT_MODULES = (
     "sharding.check_shards",
     "sharding.engine",
     "sharding.download_coco",
+    "train.cache",
     "train.plan",
+    "train.reader",
+    "train.split",
     "infer.folders",
     "infer.gallery",
     "infer.results",
@@ -77,9 +80,17 @@ def test_shell_blocks_of_the_readme_run(tmp_path: Path) -> None:
     assert (tmp_path / "runs/small/gallery/index.html").stat().st_size > 1000
 
 
-@pytest.mark.parametrize(
-    "script", ["sharding/make_shards.py", "sharding/download_coco.py", "train/main.py", "infer/main.py"]
+SCRIPTS = (
+    "sharding/make_shards.py",
+    "sharding/download_coco.py",
+    "train/plan.py",
+    "train/doctor.py",
+    "train/main.py",
+    "infer/main.py",
 )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_explained_and_read(script: str) -> None:
     done = subprocess.run(
         [sys.executable, script, "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True

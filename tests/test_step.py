@@ -14,9 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from captioner.model import CaptionModel, ModelConfig, PackedCaptions
 from captioner.views import ViewSpec, normalise
-from captioner.vocabulary import Vocabulary
 from train.step import MAX_GRADIENT_NORM, StepLoss, batch_loss, make_optimizer, make_schedule, train_step
-from train.stream import Batch, ViewRules, collate
+from train.stream import Batch
 
 VIEW = ViewSpec(size=32, crop=32)
 CAPTIONS = [[[4, 5, 6], [7]], [[9, 8, 7, 6, 5, 4]], [[5, 5], [8, 4, 9, 6, 7], [6]]]
@@ -41,12 +40,13 @@ def make_batch(captions: Sequence[list[list[int]]], *, first_image: int = 0) -> 
     ]
     names = [str(first_image + i) for i in range(len(captions))]
     packed = PackedCaptions.pack(captions, max_tokens=20)
-    return Batch(torch.stack(views), packed, names, list(names), [["words"]] * len(names), len(names), 0)
+    positions = list(range(first_image, first_image + len(names)))
+    return Batch(torch.stack(views), packed, positions, names, list(names), [["words"]] * len(names), 0, [])
 
 
 def make_filler() -> Batch:
-    rules = ViewRules(crop=32, max_tokens=20, training=True)
-    return collate([], rules, Vocabulary.from_counts({"a": 1}, threshold=1))
+    views_BPP3 = torch.zeros((1, 32, 32, 3), dtype=torch.uint8)
+    return Batch(views_BPP3, PackedCaptions.pack([[[]]], max_tokens=20), [], [], [], [], 0, [])
 
 
 def mean_gradients(model: CaptionModel, batch: Batch) -> dict[str, Tensor]:

@@ -249,6 +249,58 @@ def test_slow_failures_are_tried_twice_and_no_longer(monkeypatch: pytest.MonkeyP
     assert len(calls) == 2
 
 
+@pytest.mark.usefixtures("quick")
+def test_patience_in_seconds_is_for_as_many_tries_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "LONGEST_PAUSE_SECONDS", 0.002)
+    action, calls = counted([OSError("x")] * (5 * storage.NUM_TRIES))
+    assert storage._patiently(action, "s3://b/x", 60.0) == "done"
+    action, calls = counted([OSError("x")] * 10_000)
+    started = time.monotonic()
+    with pytest.raises(StorageError):
+        storage._patiently(action, "s3://b/x", 0.3)
+    assert 0.3 <= time.monotonic() - started < 2
+    assert len(calls) > storage.NUM_TRIES
+    action, calls = counted([StatusError(403)])
+    with pytest.raises(RefusedError):
+        storage._patiently(action, "s3://b/x", 60.0)
+
+
+# ---- parts of files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("store", ["disk", "memory", "web", "s3"])
+def test_a_part_of_a_file_is_read(store: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    data = os.urandom(1000)
+    if store == "web":
+        address, root = request.getfixturevalue("web")
+        (root / "part").write_bytes(data)
+        place = storage.join(address, "part")
+    else:
+        roots = {"disk": str(tmp_path), "memory": "memory://parts"}
+        root = roots[store] if store in roots else f"s3://{request.getfixturevalue('bucket').name}"
+        place = storage.join(root, "part")
+        storage.write_atomic(place, data)
+    for start, end in ((0, 1000), (0, 1), (999, 1000), (10, 20)):
+        assert storage.read_range(place, start=start, end=end, patience_seconds=5.0) == data[start:end]
+    with pytest.raises(FileNotFoundError):
+        storage.read_range(f"{place}-none", start=0, end=1, patience_seconds=5.0)
+    with pytest.raises(OSError, match=r"part|came|416"):
+        storage.read_range(place, start=990, end=1001, patience_seconds=0.0)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_part_that_comes_short_is_asked_again_and_a_whole_file_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = "memory://parts/short"
+    storage.write_atomic(place, data := os.urandom(100))
+    filesystem = fsspec.filesystem("memory")
+    answers = [data[10:19], b"", data[10:20]]
+    monkeypatch.setattr(filesystem, "cat_file", lambda path, **_: answers.pop(0), raising=False)
+    assert storage.read_range(place, start=10, end=20) == data[10:20]
+    assert not answers
+    answers.append(data)
+    assert storage.read_range(place, start=10, end=20) == data[10:]
+
+
 # ---- S3 ---------------------------------------------------------------------------------------------------
 
 

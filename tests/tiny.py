@@ -1,11 +1,21 @@
 """A tiny COCO layout made on the spot: small random pictures with captions, for tests of any stage."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from random import Random
 
 import numpy as np
 from PIL import Image
+
+from captioner import storage
+from captioner.shards import sample_key, shard_name
+from sharding.finish import write_manifest, write_vocabulary
+from sharding.pack import pack_shard
+from sharding.plan import Recipe, ShardPlan
+from sharding.sources import Record
 
 SUBJECTS = ("a cat", "two dogs", "the man", "a woman's bicycle", "an old red bus")
 SCENES = ("on a table.", "in the grass", "near the sea, at night", "doesn't move", "(seen from above)")
@@ -52,3 +62,41 @@ def write_split(folder: Path, split: str, image_ids: range) -> None:
 def write_captions(path: Path, *, images: list[dict], annotations: list[dict]) -> None:
     """A caption file in COCO's form."""
     path.write_text(json.dumps({"info": {}, "images": images, "annotations": annotations}))
+
+
+def write_shards(folder: Path, sizes: Sequence[int], *, split: str = "train", size: int = 32, first: int = 0) -> str:
+    """A complete split of shards with exactly these numbers of samples, in `folder`, which is returned.
+
+    Pictures and captions are those of the seeds from `first` on.
+    """
+    pictures = folder / f"{split}-pictures"
+    pictures.mkdir(parents=True)
+    numbers = iter(range(first, first + sum(sizes)))
+    recipe = Recipe(size=size, resize="squash", quality=95, shard_megabytes=64)
+    shards = []
+    for shard, num_samples in enumerate(sizes):
+        own = list(islice(numbers, num_samples))
+        for number in own:
+            picture(number).save(pictures / f"{number}.png")
+        plan = ShardPlan(
+            name=shard_name(split, shard),
+            keys=tuple(sample_key(split, number) for number in own),
+            records=tuple(
+                Record(
+                    image_id=number,
+                    file_name=f"{number}.png",
+                    captions=tuple(captions_of(number)),
+                    annotation_ids=(None,) * len(captions_of(number)),
+                )
+                for number in own
+            ),
+            images=str(pictures),
+            file_bytes=(storage.UNKNOWN,) * num_samples,
+            recipe=recipe,
+            estimated_bytes=0,
+        )
+        shards.append(pack_shard(plan, str(folder)))
+    if split == "train":
+        write_vocabulary(str(folder), shards, threshold=1)
+    write_manifest(str(folder), split, shards, recipe=asdict(recipe), source={})
+    return str(folder)

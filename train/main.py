@@ -8,32 +8,28 @@ Started again with the same flags it resumes from its newest checkpoint, on any 
 sharding/make_shards.py packs the data; after, infer/main.py captions folders with OUTPUT/model.
 """
 
-import hashlib
-import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from captioner import cli, storage
+from captioner import cli
 from captioner.bundle import DecodingDefaults, save_bundle
 from captioner.cli import UserError
 from captioner.model import CaptionModel, ModelConfig, load_encoder_weights
-from captioner.shards import Manifest, manifest_location, read_manifest
-from captioner.views import ViewSpec
-from captioner.vocabulary import read_vocabulary
-from train.plan import EpochPlan, num_steps
+from train.cache import ShardCache
+from train.plan import PACK_FIRST, num_steps
 from train.run_folder import (
-    Progress,
     RunReport,
+    append_skipped,
     model_folder,
     record_settings,
     remove_checkpoints,
@@ -42,13 +38,14 @@ from train.run_folder import (
     write_report,
 )
 from train.settings import TrainSettings
+from train.split import Split, read_merged_vocabulary, read_split, read_validation, read_view
 from train.step import StepLoss, average_buffers, check_same_weights, make_optimizer, make_schedule, train_step
-from train.stream import Batch, Share, ViewRules, stream
+from train.stream import Batch, BatchStream, Ledger, Share, StreamState, ViewRules, check_ranks, rank_facts
 from train.validation import caption_split, score_captions, validation_loss, write_captions
 
 LOG_STEPS = 10
-CHANGEABLE = ("workers", "checkpoint_steps")  # settings that may differ when a run is resumed
-PACK_FIRST = "python sharding/make_shards.py packs it (after python sharding/download_coco.py for COCO)"
+# settings that may differ when a run is resumed
+CHANGEABLE = ("workers", "checkpoint_steps", "cache", "cache_gigabytes", "tolerate_bad_samples")
 
 
 def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the order of execution)
@@ -57,15 +54,18 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
     say, run = accelerator.print, Path(settings.output)
 
     # ---- data ---------------------------------------------------------------------------------------------
-    train_manifest = read_manifest(settings.shards, "train", remedy=PACK_FIRST)
-    val_manifest = read_validation_manifest(settings.shards)
-    vocabulary = read_vocabulary(storage.join(settings.shards, "vocabulary.json"), remedy=PACK_FIRST)
-    view = read_view(train_manifest, val_manifest, crop=settings.crop)
-    steps_per_epoch = num_steps(train_manifest.num_samples, global_batch=settings.batch_size)
+    train = read_split(settings.shards, "train", remedy=PACK_FIRST)
+    val = read_validation(settings.shards, remedy=PACK_FIRST)
+    vocabulary = read_merged_vocabulary(settings.shards, remedy=PACK_FIRST)
+    view = read_view([train, val] if val else [train], crop=settings.crop)
+    steps_per_epoch = num_steps(train.num_samples, global_batch=settings.batch_size)
     if not steps_per_epoch:
-        raise UserError(f"the training split in {settings.shards} holds no samples: see its train.failures.jsonl")
-    say(f"{train_manifest.num_samples:,} training images, {len(vocabulary):,} words, {settings.epochs} epochs of "
+        raise UserError(f"the training split in {train.folders[0]} holds no samples: see its train.failures.jsonl")
+    say(f"{train.num_samples:,} training images, {len(vocabulary):,} words, {settings.epochs} epochs of "
         f"{steps_per_epoch:,} steps on {accelerator.num_processes} x {accelerator.device}")  # fmt: skip
+    share = Share(settings.batch_size, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    state = StreamState.start(train, seed=settings.seed, window_shards=settings.window_shards)
+    check_ranks(gather_object([rank_facts(state, share)]))
 
     # ---- where to start: 1. a finished run stays as it is ---------------------------------------------------
     if accelerator.is_main_process:
@@ -79,26 +79,30 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
     optimizer = make_optimizer(model, learning_rate=settings.learning_rate)
     schedule = make_schedule(optimizer, total_steps=settings.epochs * steps_per_epoch)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(schedule)
+    accelerator.register_for_checkpointing(schedule, state)
 
     # ---- where to start: 2. the newest complete checkpoint, 3. the beginning ---------------------------------
-    progress = resume(run, Progress(data=data_fingerprint(train_manifest, settings)), accelerator)
-    if progress.epoch or progress.step:
-        say(f"resuming at epoch {progress.epoch + 1}, step {progress.step + 1:,}")
+    if resume(run, accelerator):
+        say(f"resuming at epoch {state.epoch + 1}, step {state.position // settings.batch_size + 1:,}")
 
     # ---- epochs ---------------------------------------------------------------------------------------------
     writer = SummaryWriter(str(run / "tensorboard")) if accelerator.is_main_process else None
-    share = Share(settings.batch_size, rank=accelerator.process_index, world_size=accelerator.num_processes)
-    open_stream = partial(stream, settings.shards, share=share, vocabulary=vocabulary, workers=settings.workers)
+    cache = ShardCache(str(Path(settings.cache).expanduser()), max_bytes=int(settings.cache_gigabytes * 1e9))
     rules = ViewRules(crop=settings.crop, max_tokens=settings.max_tokens, training=True)
+    open_stream = partial(
+        BatchStream, share=share, vocabulary=vocabulary, workers=settings.workers, cache=cache,
+        tolerate=settings.tolerate_bad_samples,
+    )  # fmt: skip
     metrics: dict[str, float] = {}
     report = RunReport()
-    for epoch in range(progress.epoch, settings.epochs):
-        first_step = progress.step if epoch == progress.epoch else 0
-        sizes = [shard.samples for shard in train_manifest.shards]
-        plan = EpochPlan(shard_sizes=sizes, seed=settings.seed, epoch=epoch, num_lanes=train_manifest.lanes)
-        batches = open_stream(train_manifest, plan=plan, rules=rules, first_step=first_step)
-        started = time.monotonic()
+    for epoch in range(state.epoch, settings.epochs):
+        first_position, started = state.position, time.monotonic()
+        batches = open_stream(
+            train,
+            plan=train.plan(seed=settings.seed, epoch=epoch, window_shards=settings.window_shards),
+            rules=rules,
+            first_step=first_position // settings.batch_size,
+        )
         loss, num_cut = train_epoch(
             batches,
             partial(
@@ -109,32 +113,37 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
                 schedule=schedule,
                 accelerator=accelerator,
             ),
-            progress=replace(progress, epoch=epoch, step=first_step),
+            state=state,
+            global_batch=settings.batch_size,
             num_steps=steps_per_epoch,
             checkpoint_steps=settings.checkpoint_steps,
             run=run,
             writer=writer,
             accelerator=accelerator,
         )
-        report.training_images += train_manifest.num_samples - first_step * settings.batch_size
+        ledger = settle(batches, "train", state, planned=train.num_samples - first_position, run=run)
+        report.training_images += ledger.decoded
         report.training_seconds += time.monotonic() - started
         say(f"epoch {epoch + 1}: training {loss}, {time.monotonic() - started:.1f} s, {num_cut:,} captions cut")
+        say(f"epoch {epoch + 1}: {ledger}")
         average_buffers(model, accelerator)
         check_same_weights(model, accelerator)
-        if val_manifest is not None:
-            loss = validation_loss(wrapped, open_validation(open_stream, val_manifest, rules), view=view,
-                                   accelerator=accelerator)  # fmt: skip
+        if val is not None:
+            batches = open_validation(open_stream, val, rules)
+            loss = validation_loss(wrapped, batches, view=view, accelerator=accelerator)
+            ledger = settle(batches, "val", state, planned=val.num_samples, run=run)
             log(writer, "validation", loss, step=(epoch + 1) * steps_per_epoch)
             metrics = {"validation_loss": loss.per_token, "validation_perplexity": loss.perplexity}
-            say(f"epoch {epoch + 1}: validation {loss}")
-        save_checkpoint(run, replace(progress, epoch=epoch + 1, step=0), accelerator)
+            say(f"epoch {epoch + 1}: validation {loss}; {ledger}")
+        state.epoch, state.position = epoch + 1, 0
+        save_checkpoint(run, state, accelerator)
 
     # ---- evaluation and the model folder --------------------------------------------------------------------
     decoding = DecodingDefaults(beam_size=settings.beam_size, max_tokens=settings.max_tokens)
-    if val_manifest is not None:
+    if val is not None:
         started = time.monotonic()
         captions = caption_split(
-            model, open_validation(open_stream, val_manifest, rules),
+            model, open_validation(open_stream, val, rules),
             view=view, vocabulary=vocabulary, decoding=decoding, accelerator=accelerator,
         )  # fmt: skip
         metrics |= score_captions(captions)
@@ -161,10 +170,11 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
 
 
 def train_epoch(
-    batches: Iterator[Batch],
+    batches: Iterable[Batch],
     take_step: Callable[[Batch], Tensor],
     *,
-    progress: Progress,
+    state: StreamState,
+    global_batch: int,
     num_steps: int,
     checkpoint_steps: int,
     run: Path,
@@ -173,23 +183,26 @@ def train_epoch(
 ) -> tuple[StepLoss, int]:
     """One optimizer step for each batch, with progress, curves and checkpoints; the epoch's loss and cut captions.
 
+    `state` is where the epoch begins, and moves on with each checkpoint.
     The losses stay on the device and are read every LOG_STEPS steps, so that the device never waits for them.
     """
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     recent, num_cut = torch.zeros_like(total), 0
-    bar_name, quiet = f"epoch {progress.epoch + 1}", not accelerator.is_main_process
-    with cli.progress_bar(bar_name, total=num_steps, unit="steps", quiet=quiet, done=progress.step) as bar:
-        for step, batch in enumerate(batches, start=progress.step + 1):
+    bar_name, quiet = f"epoch {state.epoch + 1}", not accelerator.is_main_process
+    done = state.position // global_batch
+    with cli.progress_bar(bar_name, total=num_steps, unit="steps", quiet=quiet, done=done) as bar:
+        for step, batch in enumerate(batches, start=done + 1):
             recent += take_step(batch.to(accelerator.device))
             num_cut += batch.num_cut
             note = ""
             if step % LOG_STEPS == 0 or step == num_steps:
                 loss = StepLoss.of(recent)
-                log(writer, "train", loss, step=progress.epoch * num_steps + step)
+                log(writer, "train", loss, step=state.epoch * num_steps + step)
                 note, total, recent = str(loss), total + recent, torch.zeros_like(recent)
             bar.advance(note=note)
             if step % checkpoint_steps == 0 and step < num_steps:
-                save_checkpoint(run, replace(progress, step=step), accelerator)
+                state.position = step * global_batch
+                save_checkpoint(run, state, accelerator)
     return StepLoss.of(total), sum(gather_object([num_cut]))
 
 
@@ -219,33 +232,6 @@ def start_accelerator(settings: TrainSettings) -> Accelerator:
     return accelerator
 
 
-def read_validation_manifest(folder: str) -> Manifest | None:
-    """The val split's manifest, or None when that split was not packed."""
-    if not storage.exists(manifest_location(folder, "val")):
-        return None
-    manifest = read_manifest(folder, "val", remedy=PACK_FIRST)
-    return manifest if manifest.num_samples else None
-
-
-def read_view(train: Manifest, val: Manifest | None, *, crop: int) -> ViewSpec:
-    """How the pictures came to their size, and a crop; those stored as they are (`none`) are squashed on reading.
-
-    Raises UserError where the two splits' pictures came to their size in different ways.
-    """
-    ways = {}
-    for manifest in (train, val or train):
-        size, resize = manifest.settings["size"], manifest.settings["resize"]
-        ways[manifest.split] = ViewSpec(size=size, resize="squash" if resize == "none" else resize, crop=crop)
-    view, *others = ways.values()
-    for other in others:
-        if other != view:
-            raise UserError(
-                f"the training pictures have size {view.size} ({view.resize}), the validation pictures {other.size} "
-                f"({other.resize}): pack both splits with the same --size and --resize"
-            )
-    return view
-
-
 def build_model(settings: TrainSettings, *, num_words: int, accelerator: Accelerator) -> CaptionModel:
     """The model with its encoder's starting weights, which one process of a machine downloads for all."""
     if settings.weights == "none" and not settings.train_encoder:
@@ -263,24 +249,17 @@ def build_model(settings: TrainSettings, *, num_words: int, accelerator: Acceler
     return model
 
 
-def data_fingerprint(manifest: Manifest, settings: TrainSettings) -> str:
-    """Hex sha256 of what decides which samples a step of an epoch holds, and at which size."""
-    content = [
-        [shard.sha256 for shard in manifest.shards],
-        manifest.settings["size"],
-        manifest.lanes,
-        settings.seed,
-        settings.batch_size,
-    ]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def open_validation(open_stream: Callable[..., BatchStream], split: Split, rules: ViewRules) -> BatchStream:
+    """The validation split's batches, in the shards' own order, with middle crops."""
+    return open_stream(split, plan=split.plain_plan(), rules=replace(rules, training=False))
 
 
-def open_validation(
-    open_stream: Callable[..., Iterator[Batch]], manifest: Manifest, rules: ViewRules
-) -> Iterator[Batch]:
-    """The validation split's batches, in the manifest's order, with middle crops."""
-    plan = EpochPlan(shard_sizes=[shard.samples for shard in manifest.shards], shuffled=False)
-    return open_stream(manifest, plan=plan, rules=replace(rules, training=False))
+def settle(stream: BatchStream, split: str, state: StreamState, *, planned: int, run: Path) -> Ledger:
+    """What became of all ranks' samples; skipped ones are listed in the run folder. RuntimeError when some are lost."""
+    ledger = Ledger.of_all(gather_object([stream.ledger]), planned=planned)
+    if PartialState().is_main_process:
+        append_skipped(run, ledger, split=split, epoch=state.epoch + 1)
+    return ledger
 
 
 def log(writer: SummaryWriter | None, name: str, loss: StepLoss, *, step: int) -> None:

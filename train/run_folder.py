@@ -1,7 +1,7 @@
 """The run folder: settings, checkpoints that are whole or absent, and where everything lies.
 
-`settings.json` · `checkpoints/step-0001-00001000/` (epoch, step) · `tensorboard/`
-`validation.jsonl` · `report.json` · `model/` (last)
+`settings.json` · `checkpoints/epoch-0001-000000128000/` (epoch, position in it) · `tensorboard/`
+`skipped.jsonl` · `validation.jsonl` · `report.json` · `model/` (last)
 """
 
 import json
@@ -15,19 +15,11 @@ from accelerate import Accelerator
 
 from captioner.cli import UserError
 from captioner.storage import read_json, write_atomic
+from train.stream import Ledger, StreamState
 
 KEPT_CHECKPOINTS = 2
 COMPLETE = "complete.json"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """Where training stands; the same on every rank. `step` of `epoch` is the next one to do."""
-
-    data: str
-    """Fingerprint of what the epoch plan is a function of."""
-    epoch: int = 0
-    step: int = 0
+SKIPPED = "skipped.jsonl"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,6 +45,7 @@ def model_folder(run: Path) -> Path:
 def record_settings(run: Path, settings: Mapping[str, Any], *, ignored: tuple[str, ...]) -> None:
     """Save the run's settings; when the run exists already, refuse others than it was started with."""
     path = run / "settings.json"
+    settings = json.loads(json.dumps(settings))  # as it comes back: lists for tuples
     if path.exists():
         old = read_json(str(path), remedy=f"delete {run} or give another --output")
         changed = [name for name in settings if name not in ignored and old.get(name) != settings[name]]
@@ -63,9 +56,12 @@ def record_settings(run: Path, settings: Mapping[str, Any], *, ignored: tuple[st
         write_atomic(str(path), json.dumps(settings, indent=1))
 
 
-def save_checkpoint(run: Path, progress: Progress, accelerator: Accelerator) -> None:
-    """Write a checkpoint; its completion marker comes last, and only then the oldest ones go."""
-    folder = run / "checkpoints" / f"step-{progress.epoch:04d}-{progress.step:08d}"
+def save_checkpoint(run: Path, state: StreamState, accelerator: Accelerator) -> None:
+    """Write a checkpoint; its completion marker comes last, and only then the oldest ones go.
+
+    Accelerate stores `state`, which is registered with it, among the rest.
+    """
+    folder = run / "checkpoints" / f"epoch-{state.epoch:04d}-{state.position:012d}"
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and folder.exists():
         shutil.rmtree(folder)
@@ -73,33 +69,33 @@ def save_checkpoint(run: Path, progress: Progress, accelerator: Accelerator) -> 
     accelerator.save_state(str(folder))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_atomic(str(folder / COMPLETE), json.dumps(asdict(progress)))
+        write_atomic(str(folder / COMPLETE), json.dumps(state.state_dict()))
         for old in _complete_checkpoints(run)[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
 def _complete_checkpoints(run: Path) -> list[Path]:
-    return sorted(path.parent for path in run.glob(f"checkpoints/step-*/{COMPLETE}"))
+    return sorted(path.parent for path in run.glob(f"checkpoints/epoch-*/{COMPLETE}"))
 
 
-def resume(run: Path, fresh: Progress, accelerator: Accelerator) -> Progress:
-    """Load the newest complete checkpoint and say where it stands; `fresh` when there is none.
+def resume(run: Path, accelerator: Accelerator) -> bool:
+    """Load the newest complete checkpoint, the registered stream state in it too; whether there is one.
 
-    Raises UserError when it was made on other data than `fresh` says.
+    Raises UserError when it was made on other data.
     """
     checkpoints = _complete_checkpoints(run)
-    if not checkpoints:
-        return fresh
-    marker = checkpoints[-1] / COMPLETE
-    remedy = f"delete {marker.parent} to resume from an older checkpoint"
-    progress = Progress(**read_json(str(marker), remedy=remedy))
-    if progress.data != fresh.data:
-        raise UserError(
-            f"{marker.parent} was made on other shards, seed or batch size: give another --output, or delete {run}"
-        )
-    accelerator.load_state(str(marker.parent))
-    return progress
+    if checkpoints:
+        accelerator.load_state(str(checkpoints[-1]))
+    return bool(checkpoints)
+
+
+def append_skipped(run: Path, ledger: Ledger, *, split: str, epoch: int) -> None:
+    """Add the samples that an epoch had to leave out to `skipped.jsonl`."""
+    if ledger.skipped:
+        with (run / SKIPPED).open("a", encoding="utf-8") as file:
+            rows = ({"split": split, "epoch": epoch, **asdict(skip)} for skip in ledger.skipped)
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def remove_checkpoints(run: Path) -> None:

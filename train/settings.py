@@ -3,14 +3,15 @@
 from dataclasses import dataclass
 
 from captioner.model import ImageInput
+from train.plan import WINDOW_SHARDS
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """What to train on, which model, and for how long. Mixed precision and GPUs are `accelerate launch`'s flags."""
 
-    shards: str = "data/shards"
-    """Dataset folder (or URL) that sharding/make_shards.py wrote; `val` in it is used for evaluation."""
+    shards: tuple[str, ...] = ("data/shards",)
+    """Dataset folders (or URLs) that sharding/make_shards.py wrote, mixed into one; `val` in them is for evaluation."""
     output: str = "runs/coco"
     """Run folder: checkpoints, TensorBoard curves, validation captions, and the model in `model/`."""
     encoder: str = "resnet152"
@@ -37,6 +38,14 @@ class TrainSettings:
     """Adam's peak learning rate; it rises over the first steps and falls along a cosine."""
     beam_size: int = 3
     """Beams of the closing evaluation, and the model folder's default; 1 is greedy."""
+    window_shards: int = WINDOW_SHARDS
+    """Shards of each of the 64 lanes that are shuffled together: more mix better and are read from at once."""
+    tolerate_bad_samples: int = 0
+    """Samples of an epoch that each process may leave out as missing or damaged; they are counted and listed."""
+    cache: str = "~/.cache/captioner/shards"
+    """Folder where shards behind URLs are kept, for all processes of a machine."""
+    cache_gigabytes: float = 50.0
+    """What that folder may hold, downloads under way included; the least recently used shards go first."""
     workers: int = 2
     """Loader processes for each training process; 0 loads in the training process."""
     checkpoint_steps: int = 1000

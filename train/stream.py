@@ -1,14 +1,15 @@
 """The epoch plan to batches: a webdataset pipeline that reads planned samples, views them and packs their captions.
 
 Each worker process makes whole batches of its rank: worker k of K makes every K-th, so that batches reach the
-training loop in the plan's order. Batches leave a worker as uint8 views and packed token ids.
+training loop in the plan's order. Batches leave a worker as uint8 views and packed token ids. What arrives is compared
+with the plan: a sample that is lost, repeated or another is an error.
 """
 
-import mmap
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,27 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from captioner import images, storage, views
 from captioner.cli import UserError
 from captioner.model import PackedCaptions
-from captioner.shards import PACK_AGAIN, Manifest, ShardIndex, read_content
+from captioner.shards import read_content
 from captioner.vocabulary import Vocabulary
-from train.plan import EpochPlan, SampleRef, num_steps, rank_positions
+from train.cache import Prefetcher, ShardCache
+from train.plan import SAMPLE_CHANCE, EpochPlan, SampleRef, num_steps, random_bits, rank_positions
+from train.reader import DAMAGED, Reason, SampleError, ShardReader
+from train.ring import Ring, Slot
+from train.split import Split
 
-DAMAGED = f"restore the file or {PACK_AGAIN}"
+BATCHES_AHEAD = 3  # that each worker makes before they are asked for
+SHOWN = 5
+MAX_OPEN_SHARDS = 512  # of a process; systems allow 1,024 files
+FETCHED_SHARDS = 8  # that a process lets wait in the cache before they are needed
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A sample, by its global position, that could not be used, and why."""
+
+    position: int
+    reason: Reason
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,35 +49,34 @@ class Batch:
     """A rank's share of a global batch: B uint8 views (B, P, P, 3) with all their captions.
 
     A rank that the last, partial batch does not reach gets a filler: one black view and an empty caption, with
-    `num_samples` 0, so that it can join the step with zero loss. `references` are the raw captions.
+    `num_samples` 0, so that it can join the step with zero loss. `positions` are the samples' places in the epoch,
+    `references` their raw captions, and `skipped` tells what should have been in the batch too.
     """
 
     views_BPP3: Tensor
     captions: PackedCaptions
+    positions: list[int]
     keys: list[str]
     image_ids: list[int | str]
     references: list[list[str]]
-    num_samples: int
     num_cut: int
+    skipped: list[Skip]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the batch, none in a filler."""
+        return len(self.positions)
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The batch with its tensors in page-locked memory (the loader calls this when there is a GPU)."""
+        """The batch with its tensors in page-locked memory."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Any) -> "Batch":
-        return Batch(
-            change(self.views_BPP3),
-            self.captions.map(change),
-            self.keys,
-            self.image_ids,
-            self.references,
-            self.num_samples,
-            self.num_cut,
-        )
+        return replace(self, views_BPP3=change(self.views_BPP3), captions=self.captions.map(change))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +84,18 @@ class Share:
     """Which part of every global batch, of `global_batch` images, is this process's."""
 
     global_batch: int
-    rank: int
-    world_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def positions(self, step: int, *, num_samples: int) -> range:
+        """The global positions of a step that are this process's."""
+        return rank_positions(
+            step,
+            num_samples=num_samples,
+            global_batch=self.global_batch,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +107,7 @@ class ViewRules:
     training: bool
 
 
-# ---- the pipeline's stages ----------------------------------------------------------------------------------
+# ---- the pipeline's stages, in the workers ------------------------------------------------------------------
 
 
 class PlannedBatches(IterableDataset[list[SampleRef]]):
@@ -97,168 +123,341 @@ class PlannedBatches(IterableDataset[list[SampleRef]]):
         offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         total = num_steps(self.plan.num_samples, global_batch=self.share.global_batch)
         for step in range(self.first_step + offset, total, stride):
-            positions = rank_positions(
-                step,
-                num_samples=self.plan.num_samples,
-                global_batch=self.share.global_batch,
-                rank=self.share.rank,
-                world_size=self.share.world_size,
-            )
-            yield self.plan.refs(positions)
+            yield self.plan.refs(self.share.positions(step, num_samples=self.plan.num_samples))
+
+    def shards(self) -> Iterator[int]:
+        """The numbers of this worker's shards, in the order of their first use."""
+        known: set[int] = set()
+        for refs in PlannedBatches(replace(self.plan), self.share, first_step=self.first_step):
+            for ref in refs:
+                if ref.shard not in known:
+                    known.add(ref.shard)
+                    yield ref.shard
 
 
-class ShardReader:
-    """Reads single samples out of a split's shards, each member checked against the index's checksum."""
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A sample that was read and checked: its place, key and URL, its picture's bytes, and its parsed captions."""
 
-    def __init__(self, folder: str, manifest: Manifest) -> None:
-        self.folder = folder
-        self.names = [shard.name for shard in manifest.shards]
-        self.sizes = [shard.bytes for shard in manifest.shards]
-        self.num_samples = [shard.samples for shard in manifest.shards]
-        self.squash_to = manifest.settings["size"] if manifest.settings.get("resize") == "none" else None
-        self._open: dict[int, tuple[ShardIndex, mmap.mmap | bytes]] = {}
-
-    def read(self, ref: SampleRef) -> dict[str, Any]:
-        """A sample in webdataset's form: `__key__`, `__url__`, `jpg`, `json`, and its `position` in the epoch.
-
-        Raises UserError for a missing or damaged shard.
-        """
-        index, data = self._open.get(ref.shard) or self._open_shard(ref.shard)
-        key = index.key(ref.place)
-        members = []
-        for column in (0, 1):
-            offset, size = int(index.offsets_S2[ref.place, column]), int(index.sizes_S2[ref.place, column])
-            content = data[offset : offset + size]
-            if zlib.crc32(content) != index.crc32s_S2[ref.place, column]:
-                raise UserError(f"{self._location(ref.shard)} is damaged at sample {key} (checksum differs): {DAMAGED}")
-            members.append(content)
-        url = self._location(ref.shard)
-        return {
-            "__key__": key,
-            "__url__": url,
-            "jpg": members[0],
-            "json": members[1],
-            "position": ref.position,
-        }
-
-    def _location(self, shard: int) -> str:
-        return storage.join(self.folder, f"{self.names[shard]}.tar")
-
-    def _open_shard(self, shard: int) -> tuple[ShardIndex, mmap.mmap | bytes]:
-        location = self._location(shard)
-        origin = storage.join(self.folder, f"{self.names[shard]}.index")
-        try:
-            index = ShardIndex.from_bytes(storage.read_bytes(origin), origin=origin)
-            data = storage.read_bytes(location) if storage.is_remote(location) else _map_file(Path(location))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read shard {location} ({error}): {DAMAGED}") from error
-        if len(data) != self.sizes[shard]:
-            raise UserError(f"{location} has {len(data):,} bytes, its manifest says {self.sizes[shard]:,}: {DAMAGED}")
-        if len(index) != self.num_samples[shard]:
-            raise UserError(f"{origin} lists {len(index)} samples, the manifest {self.num_samples[shard]}: {DAMAGED}")
-        self._open[shard] = (index, data)
-        return index, data
-
-
-def _map_file(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def decode_sample(sample: dict[str, Any], *, squash_to: int | None = None) -> dict[str, Any]:
-    """The same sample with `jpg` as (height, width, 3) uint8 pixels and `json` parsed.
-
-    `squash_to` is the size of pictures that were stored as they are; others have theirs already.
-    """
-    key, data = sample["__key__"], sample["jpg"]
-    try:
-        if squash_to is None:
-            image, _ = images.decode_rgb(data)
-        else:
-            image, _ = images.load_resized(data, size=squash_to, resize="squash")
-    except images.ImageError as error:
-        raise UserError(f"sample {key} in {sample['__url__']} is not a picture ({error}): {DAMAGED}") from error
-    try:
-        content = read_content(sample["json"], key=key)
-    except ValueError as error:
-        raise UserError(f"sample {key} in {sample['__url__']} has no captions ({error}): {DAMAGED}") from error
-    return sample | {"jpg": np.asarray(image), "json": content}
-
-
-def view_sample(sample: dict[str, Any], rules: ViewRules, *, seed: int, epoch: int) -> dict[str, Any]:
-    """The same sample with `jpg` as a (P, P, 3) view; chance depends on (seed, epoch, position) alone."""
-    pixels_SS3 = sample["jpg"]
-    if min(pixels_SS3.shape[:2]) < rules.crop:
-        raise UserError(
-            f"the shards hold pictures of {pixels_SS3.shape[1]}x{pixels_SS3.shape[0]}: give a smaller --crop"
-        )
-    if not rules.training:
-        return sample | {"jpg": views.eval_view(pixels_SS3, crop=rules.crop)}
-    rng = np.random.default_rng([seed, epoch, sample["position"]])
-    may_flip = not any(views.speaks_of_sides(tokens) for tokens in sample["json"]["tokens"])
-    return sample | {"jpg": views.train_view(pixels_SS3, crop=rules.crop, rng=rng, may_flip=may_flip)}
-
-
-def collate(samples: list[dict[str, Any]], rules: ViewRules, vocabulary: Vocabulary) -> Batch:
-    """Samples to a batch; none at all to a filler."""
-    contents = [sample["json"] for sample in samples]
-    tokens = [[vocabulary.encode(caption) for caption in content["tokens"]] for content in contents]
-    pixels = [sample["jpg"] for sample in samples] or [np.zeros((rules.crop, rules.crop, 3), dtype=np.uint8)]
-    return Batch(
-        views_BPP3=torch.from_numpy(np.stack(pixels)),
-        captions=PackedCaptions.pack(tokens or [[[]]], max_tokens=rules.max_tokens),
-        keys=[sample["__key__"] for sample in samples],
-        image_ids=[content["image_id"] for content in contents],
-        references=[content["captions"] for content in contents],
-        num_samples=len(samples),
-        num_cut=sum(len(caption) > rules.max_tokens for captions in tokens for caption in captions),
-    )
+    ref: SampleRef
+    key: str
+    url: str
+    picture: bytes
+    content: dict[str, Any]
 
 
 class MakeBatches:
-    """The pipeline's last stages: places to samples to views to a batch. A UserError travels as an item."""
+    """The pipeline's last stage: places of samples to batches, or to the UserError that ends them.
 
-    def __init__(self, reader: ShardReader, rules: ViewRules, vocabulary: Vocabulary, plan: EpochPlan) -> None:
-        self.reader = reader
+    All samples of a batch are read before the first is decoded: each picture that is decoded empties the processor's
+    caches of the code and the data of everything else.
+    """
+
+    def __init__(
+        self,
+        source: PlannedBatches,
+        split: Split,
+        *,
+        rules: ViewRules,
+        vocabulary: Vocabulary,
+        ring: Ring,
+        cache: ShardCache | None,
+        tolerant: bool,
+    ) -> None:
+        self.source = source
+        self.split = split
         self.rules = rules
         self.vocabulary = vocabulary
-        self.seed, self.epoch = plan.seed, plan.epoch
+        self.ring = ring
+        self.cache = cache
+        self.tolerant = tolerant
 
     def __call__(self, batches: Iterable[list[SampleRef]]) -> Iterator[Batch | UserError]:
-        try:
-            for refs in batches:
-                samples = (decode_sample(self.reader.read(ref), squash_to=self.reader.squash_to) for ref in refs)
-                viewed = [view_sample(s, self.rules, seed=self.seed, epoch=self.epoch) for s in samples]
-                yield collate(viewed, self.rules, self.vocabulary)
-        except UserError as error:  # raised in a worker it would reach the user wrapped in a traceback
-            yield error
+        with ExitStack() as stack:
+            prefetcher = None
+            if self.cache is not None:
+                ahead = (self.split.shards[shard] for shard in self.source.shards())
+                prefetcher = Prefetcher(self.cache, ahead, ahead=FETCHED_SHARDS)
+                stack.callback(prefetcher.close)
+            plan = self.source.plan
+            max_open = min(MAX_OPEN_SHARDS, plan.num_lanes * (plan.window_shards + 1))
+            reader = ShardReader(self.split.shards, max_open=max_open, cache=self.cache, prefetcher=prefetcher)
+            stack.callback(reader.close)
+            try:
+                for refs in batches:
+                    yield self.make_batch(refs, reader)
+            except UserError as error:  # raised in a worker it would reach the user wrapped in a traceback
+                yield error
+
+    def make_batch(self, refs: Sequence[SampleRef], reader: ShardReader) -> Batch:
+        """The batch of these samples, without those that cannot be used. Raises UserError."""
+        skipped: list[Skip] = []
+        read: list[Sample] = []
+        for ref in refs:
+            try:
+                read.append(read_sample(reader, ref))
+            except SampleError as error:
+                skipped.append(self._skip(ref, error))
+        slot, buffer_BPP3 = self.ring.take()
+        plan, samples = self.source.plan, []
+        chances = random_bits(np.array([s.ref.position for s in read]), plan.seed, plan.epoch, SAMPLE_CHANCE).tolist()
+        for sample, chance in zip(read, chances, strict=True):
+            try:
+                pixels_HW3 = decode_picture(sample, squash_to=self.split.stored_sizes[sample.ref.shard])
+            except SampleError as error:
+                skipped.append(self._skip(sample.ref, error))
+                continue
+            buffer_BPP3[len(samples)] = view_sample(pixels_HW3, sample, self.rules, chance=chance)
+            samples.append(sample)
+        if not samples:
+            buffer_BPP3[0] = 0
+        return self._collate(samples, buffer_BPP3[: max(1, len(samples))], slot, skipped)
+
+    def _skip(self, ref: SampleRef, error: SampleError) -> Skip:
+        if not self.tolerant:
+            raise UserError(error.message) from error
+        return Skip(ref.position, error.reason, error.message)
+
+    def _collate(self, samples: list[Sample], views_BPP3: np.ndarray, slot: int | None, skipped: list[Skip]) -> Batch:
+        """Samples to a batch; none at all to a filler."""
+        tokens = [[self.vocabulary.encode(caption) for caption in s.content["tokens"]] for s in samples]
+        max_tokens = self.rules.max_tokens
+        rows: Any = torch.from_numpy(views_BPP3) if slot is None else Slot(slot, len(views_BPP3))
+        return Batch(
+            views_BPP3=rows,
+            captions=PackedCaptions.pack(tokens or [[[]]], max_tokens=max_tokens),
+            positions=[sample.ref.position for sample in samples],
+            keys=[sample.key for sample in samples],
+            image_ids=[sample.content["image_id"] for sample in samples],
+            references=[sample.content["captions"] for sample in samples],
+            num_cut=sum(len(caption) > max_tokens for captions in tokens for caption in captions),
+            skipped=skipped,
+        )
 
 
-def stream(
-    folder: str,
-    manifest: Manifest,
-    *,
-    plan: EpochPlan,
-    share: Share,
-    rules: ViewRules,
-    vocabulary: Vocabulary,
-    workers: int,
-    first_step: int = 0,
-) -> Iterator[Batch]:
-    """This rank's batches of one epoch, one for every global step from `first_step` on.
+def read_sample(reader: ShardReader, ref: SampleRef) -> Sample:
+    """The sample at a place. Raises SampleError, and UserError when a disk or server fails."""
+    key, picture, text = reader.read(ref)
+    url = reader.location(ref.shard)
+    try:
+        return Sample(ref, key, url, picture, read_content(text, key=key))
+    except ValueError as error:
+        raise SampleError("no captions", f"sample {key} in {url} has no captions ({error}): {DAMAGED}") from error
 
-    Raises UserError for a missing or damaged shard.
+
+def decode_picture(sample: Sample, *, squash_to: int | None) -> np.ndarray:
+    """A sample's pixels (height, width, 3), uint8. Raises SampleError.
+
+    `squash_to` is the size of pictures that were stored as they are; others have theirs already.
     """
-    stages = MakeBatches(ShardReader(folder, manifest), rules, vocabulary, plan)
-    pipeline: Any = wds.DataPipeline(PlannedBatches(plan, share, first_step=first_step), stages)
-    loader = DataLoader(
-        pipeline,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if workers else None,
-    )
-    for item in loader:
-        if isinstance(item, UserError):
-            raise item
-        yield item
+    try:
+        if squash_to is None:
+            return images.decode_stored(sample.picture)
+        return np.asarray(images.load_resized(sample.picture, size=squash_to, resize="squash")[0])
+    except images.ImageError as error:
+        message = f"sample {sample.key} in {sample.url} is not a picture ({error}): {DAMAGED}"
+        raise SampleError("undecodable", message) from error
+
+
+def view_sample(pixels_HW3: np.ndarray, sample: Sample, rules: ViewRules, *, chance: int) -> np.ndarray:
+    """A (P, P, 3) view of a sample's pixels; 64 bits of `chance` decide where and whether mirrored.
+
+    Raises UserError for a picture that is too small.
+    """
+    height, width, _ = pixels_HW3.shape
+    if min(height, width) < rules.crop:
+        raise UserError(f"the shards hold pictures of {width}x{height}: give a smaller --crop")
+    if not rules.training:
+        return views.eval_view(pixels_HW3, crop=rules.crop)
+    may_flip = not views.speaks_of_sides(sample.content["captions"])
+    return views.train_view(pixels_HW3, crop=rules.crop, chance=chance, may_flip=may_flip)
+
+
+# ---- in the training process --------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True, slots=True)
+class Ledger:
+    """What became of the planned samples; skipped ones are counted by reason and kept."""
+
+    planned: int = 0
+    read: int = 0
+    decoded: int = 0
+    skipped: list[Skip] = field(default_factory=list)
+
+    def count(self, batch: Batch, planned: Sequence[int], *, step: int) -> None:
+        """Add a batch. Raises RuntimeError unless it holds, or says why not, exactly what was planned for it."""
+        found = sorted([*batch.positions, *(skip.position for skip in batch.skipped)])
+        if found != list(planned):
+            missing, strange = sorted(set(planned) - set(found)), sorted(set(found) - set(planned))
+            raise RuntimeError(
+                f"step {step} was to bring {len(planned)} samples and brought {len(found)}: missing are positions "
+                f"{missing[:SHOWN]}, not planned were {strange[:SHOWN]}, the rest came more than once"
+            )
+        self.planned += len(planned)
+        self.decoded += batch.num_samples
+        self.read += batch.num_samples + sum(s.reason in ("undecodable", "no captions") for s in batch.skipped)
+        self.skipped += batch.skipped
+
+    @classmethod
+    def of_all(cls, ledgers: Sequence["Ledger"], *, planned: int) -> "Ledger":
+        """All ranks' ledgers as one. Raises RuntimeError when they do not add up to the epoch's samples."""
+        total = cls()
+        for ledger in ledgers:
+            total.planned += ledger.planned
+            total.read += ledger.read
+            total.decoded += ledger.decoded
+            total.skipped += ledger.skipped
+        if not planned == total.planned == total.decoded + len(total.skipped):
+            raise RuntimeError(f"{planned} samples were planned, but the processes saw others: {total}")
+        return total
+
+    def __str__(self) -> str:
+        reasons = Counter(skip.reason for skip in self.skipped)
+        details = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
+        skipped = f"{len(self.skipped):,} ({details})" if details else "0"
+        return f"planned {self.planned:,}, read {self.read:,}, decoded {self.decoded:,}, skipped {skipped}, repeated 0"
+
+
+class BatchStream(DataLoader[Batch]):
+    """This rank's batches of one epoch, one for every global step from `first_step` on; `ledger` counts them.
+
+    Shards behind URLs are read through `cache`. Up to `tolerate` samples that cannot be used are left out and counted;
+    one more, the first for 0, is a UserError that names it. It shares the samples out by itself: Accelerate must not.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        plan: EpochPlan,
+        share: Share,
+        rules: ViewRules,
+        vocabulary: Vocabulary,
+        workers: int,
+        first_step: int = 0,
+        cache: ShardCache | None = None,
+        tolerate: int = 0,
+    ) -> None:
+        self.ledger = Ledger()
+        self._plan, self._share, self._first_step, self._tolerate = plan, share, first_step, tolerate
+        self._ring = Ring(share.global_batch // share.world_size, rules.crop, workers=workers, slots=BATCHES_AHEAD + 2)
+        source = PlannedBatches(plan, share, first_step=first_step)
+        remote = any(storage.is_remote(folder) for folder in split.folders)
+        if remote and cache is None:
+            raise ValueError("shards behind URLs are read through a cache")
+        stage = MakeBatches(
+            source,
+            split,
+            rules=rules,
+            vocabulary=vocabulary,
+            ring=self._ring,
+            cache=cache if remote else None,
+            tolerant=tolerate > 0,
+        )
+        pipeline: Any = wds.DataPipeline(source, stage)
+        super().__init__(
+            pipeline,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=BATCHES_AHEAD if workers else None,
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # the ring's memory
+        )
+
+    @property
+    def _is_accelerate_prepared(self) -> bool:
+        """Accelerate asks this before it would deal out the batches once more."""
+        raise UserError("accelerator.prepare must not be given a BatchStream, which is this rank's already: iterate it")
+
+    def __len__(self) -> int:
+        total = num_steps(self._plan.num_samples, global_batch=self._share.global_batch)
+        return max(0, total - self._first_step)
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        step = self._first_step
+        for item in super().__iter__():
+            if isinstance(item, UserError):
+                raise item
+            batch = item
+            if isinstance(batch.views_BPP3, Slot):
+                batch = replace(batch, views_BPP3=self._ring.tensor(batch.views_BPP3))
+            self._count(batch, step)
+            step += 1
+            yield batch.pin_memory() if torch.cuda.is_available() else batch
+        if step < self._first_step + len(self):
+            raise RuntimeError(f"the loader ended before step {step}")
+
+    def _count(self, batch: Batch, step: int) -> None:
+        self.ledger.count(batch, self._share.positions(step, num_samples=self._plan.num_samples), step=step)
+        if len(self.ledger.skipped) > self._tolerate:
+            raise UserError(
+                f"{len(self.ledger.skipped)} samples cannot be used, more than --tolerate-bad-samples "
+                f"{self._tolerate}; the last: {self.ledger.skipped[-1].message}"
+            )
+
+
+# ---- where a stream stands, and whether all ranks agree -------------------------------------------------------
+
+
+@dataclass(kw_only=True, slots=True)
+class StreamState:
+    """The whole state of a stream, the same on every rank: what the order is a function of, and a place in it.
+
+    It holds neither processes nor workers: a run resumes with any number of them, by a seek. Accelerate stores it with
+    each checkpoint.
+    """
+
+    fingerprint: str
+    num_lanes: int
+    window_shards: int
+    seed: int
+    epoch: int = 0
+    position: int = 0
+
+    @classmethod
+    def start(cls, split: Split, *, seed: int, window_shards: int) -> "StreamState":
+        """The beginning of the first epoch."""
+        return cls(fingerprint=split.fingerprint, num_lanes=split.num_lanes, window_shards=window_shards, seed=seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as plain numbers and text."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to the stored place. Raises UserError when that is in another order than this one."""
+        own = asdict(self)
+        fixed = [name for name in own if name not in ("epoch", "position")]
+        differing = ", ".join(
+            f"{name} was {state.get(name)}, is {own[name]}" for name in fixed if state.get(name) != own[name]
+        )
+        if differing:
+            raise UserError(
+                f"the checkpoint was made on other shards or another order of them ({differing}): train with what it "
+                "was made on, or give another --output"
+            )
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+def rank_facts(state: StreamState, share: Share) -> dict[str, Any]:
+    """What a rank believes: the order, the place in it, and which positions of a global batch are its own."""
+    own = share.positions(0, num_samples=share.global_batch)
+    return {**asdict(state), "global_batch": share.global_batch, "positions": [own.start, own.stop, own.step]}
+
+
+def check_ranks(facts: Sequence[dict[str, Any]]) -> None:
+    """Raise UserError unless all ranks see the same order and their positions make up a global batch exactly."""
+    first = facts[0]
+    for rank, other in enumerate(facts):
+        differing = [name for name in first if name != "positions" and first[name] != other[name]]
+        if differing:
+            name = differing[0]
+            raise UserError(
+                f"rank {rank} sees other data than rank 0 ({name} {other[name]}, not {first[name]}): give all machines "
+                "the same shards and the same flags"
+            )
+    positions = sorted(position for each in facts for position in range(*each["positions"]))
+    if positions != list(range(first["global_batch"])):
+        raise UserError(
+            f"the {len(facts)} processes would read {len(positions)} of {first['global_batch']} samples of a batch, "
+            f"{len(set(positions))} different ones: they disagree on their ranks; launch them with one launcher"
+        )

@@ -1,7 +1,7 @@
 """The validation split: its loss, generated captions, and how they score; exact on any number of processes."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from train.stream import Batch
 class ValidationCaption:
     """One validation image: its caption, mean log-probability a token, and the references."""
 
-    key: str
+    position: int
     image_id: int | str
     caption: str
     score: float
@@ -35,7 +35,7 @@ class ValidationCaption:
 
 @torch.no_grad()
 def validation_loss(
-    model: nn.Module, batches: Iterator[Batch], *, view: ViewSpec, accelerator: Accelerator
+    model: nn.Module, batches: Iterable[Batch], *, view: ViewSpec, accelerator: Accelerator
 ) -> StepLoss:
     """Summed cross-entropy and target tokens of the whole split, the same on every rank."""
     model.eval()
@@ -50,7 +50,7 @@ def validation_loss(
 @torch.no_grad()
 def caption_split(
     model: CaptionModel,
-    batches: Iterator[Batch],
+    batches: Iterable[Batch],
     *,
     view: ViewSpec,
     vocabulary: Vocabulary,
@@ -68,23 +68,23 @@ def caption_split(
             captions = decode(model, image_BE, beam_size=decoding.beam_size, max_tokens=decoding.max_tokens)
         rows += [
             ValidationCaption(
-                key=key,
+                position=position,
                 image_id=image_id,
                 caption=vocabulary.decode(caption.tokens),
                 score=caption.score,
                 references=refs,
             )
-            for key, image_id, refs, caption in zip(
-                batch.keys, batch.image_ids, batch.references, captions, strict=True
+            for position, image_id, refs, caption in zip(
+                batch.positions, batch.image_ids, batch.references, captions, strict=True
             )
         ]
     model.train()
-    return sorted(gather_object(rows), key=lambda row: row.key)
+    return sorted(gather_object(rows), key=lambda row: row.position)
 
 
 def score_captions(rows: list[ValidationCaption]) -> dict[str, float]:
     """Corpus scores of the captions against their references, by name."""
-    return caption_scores({row.key: row.caption for row in rows}, {row.key: row.references for row in rows})
+    return caption_scores({row.position: row.caption for row in rows}, {row.position: row.references for row in rows})
 
 
 def write_captions(path: Path, rows: list[ValidationCaption]) -> None:

@@ -1,0 +1,138 @@
+"""A training loop without a model, on real ranks: it consumes the stream, writes down each step's samples, checkpoints.
+
+Processes come from a server that has loaded torch once.
+"""
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from servers import free_port
+
+GLOBAL_BATCH = 4
+CHECKPOINT_STEPS = 3
+
+context: Any = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["consumer", "accelerate", "train.main"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to consume, into which run folder; with a pause after each step, in seconds."""
+
+    shards: tuple[str, ...]
+    run: Path
+    epochs: int = 1
+    workers: int = 0
+    pause: float = 0.0
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A rank's step: its samples' positions, keys and a digest of their views."""
+
+    epoch: int
+    step: int
+    rank: int
+    world_size: int
+    positions: list[int]
+    keys: list[str]
+    views: str
+
+
+def start(job: Job, *, world_size: int) -> list[Any]:
+    """The running ranks."""
+    port = free_port()
+    keys = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}  # that the server knows not
+    ranks = [context.Process(target=_rank, args=(job, rank, world_size, port, keys)) for rank in range(world_size)]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def finish(job: Job, *, world_size: int = 1, seconds: float = 60.0) -> None:
+    """Run all ranks to their end."""
+    wait(start(job, world_size=world_size), seconds=seconds)
+
+
+def wait(ranks: Sequence[Any], *, seconds: float = 60.0) -> None:
+    """Wait for the ranks, which must end well and in time."""
+    deadline = time.monotonic() + seconds
+    for rank in ranks:
+        rank.join(max(0.1, deadline - time.monotonic()))
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    assert codes == [0] * len(ranks), codes
+
+
+def seen(run: Path) -> list[Seen]:
+    """What all processes of a run wrote down, in the order of time."""
+    lines = [line for path in run.glob("seen-*") for line in path.read_text().splitlines(keepends=True)]
+    rows = sorted(json.loads(line) for line in lines if line.endswith("\n"))
+    return [Seen(*row[1:]) for row in rows]
+
+
+def _rank(job: Job, rank: int, world_size: int, port: int, keys: dict[str, str]) -> None:
+    os.environ |= keys
+    if world_size > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_PORT": str(port)}
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    consume(job)
+
+
+def consume(job: Job) -> None:
+    """The loop of one rank."""
+    from accelerate import Accelerator
+    from accelerate.utils import gather_object
+
+    from train.cache import ShardCache
+    from train.plan import num_steps
+    from train.run_folder import resume, save_checkpoint
+    from train.split import read_merged_vocabulary, read_split
+    from train.stream import BatchStream, Ledger, Share, StreamState, ViewRules, check_ranks, rank_facts
+
+    accelerator = Accelerator()
+    split = read_split(job.shards, "train", remedy="")
+    vocabulary = read_merged_vocabulary(job.shards, remedy="")
+    state = StreamState.start(split, seed=1, window_shards=2)
+    share = Share(GLOBAL_BATCH, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    check_ranks(gather_object([rank_facts(state, share)]))
+    accelerator.register_for_checkpointing(state)
+    resume(job.run, accelerator)
+    steps = num_steps(split.num_samples, global_batch=GLOBAL_BATCH)
+    job.run.mkdir(exist_ok=True)
+    with (job.run / f"seen-{os.getpid()}").open("w") as log:
+        for epoch in range(state.epoch, job.epochs):
+            first = state.position
+            stream = BatchStream(
+                split,
+                plan=split.plan(seed=1, epoch=epoch, window_shards=2),
+                share=share,
+                rules=ViewRules(crop=28, max_tokens=20, training=True),
+                vocabulary=vocabulary,
+                workers=job.workers,
+                first_step=first // GLOBAL_BATCH,
+                cache=ShardCache(str(job.cache), max_bytes=1 << 24) if job.cache else None,
+            )
+            for step, batch in enumerate(stream, start=first // GLOBAL_BATCH):
+                digest = sha256(batch.views_BPP3[: batch.num_samples].numpy().tobytes()).hexdigest()
+                row = [time.time(), epoch, step, share.rank, share.world_size, batch.positions, batch.keys, digest]
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                time.sleep(job.pause)
+                if (step + 1) % CHECKPOINT_STEPS == 0 and step + 1 < steps:
+                    state.position = (step + 1) * GLOBAL_BATCH
+                    save_checkpoint(job.run, state, accelerator)
+            Ledger.of_all(gather_object([stream.ledger]), planned=split.num_samples - first)
+            state.epoch, state.position = epoch + 1, 0
+            save_checkpoint(job.run, state, accelerator)
+    accelerator.end_training()

@@ -1,0 +1,262 @@
+"""Real ranks consume the stream: killed and resumed with others they see exactly the rest; none hangs, none repeats."""
+
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from consumer import CHECKPOINT_STEPS, GLOBAL_BATCH, Job, Seen, finish, seen, start, wait
+from servers import Bucket, free_port, run_nginx
+from tiny import write_shards
+
+from captioner.cli import UserError
+from train.reader import ShardReader
+from train.split import read_merged_vocabulary, read_split, read_validation
+from train.stream import BatchStream, Share, StreamState, ViewRules, check_ranks, rank_facts
+
+SIZES = (5, 11, 1, 9, 14, 0, 8, 3, 12)
+EPOCHS, NUM_KILLS = 3, 10
+STEPS = -(-sum(SIZES) // GLOBAL_BATCH)
+
+Order = dict[tuple[int, int], list[tuple[int, str]]]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_shards(tmp_path_factory.mktemp("resume") / "shards", SIZES)
+
+
+def order(rows: list[Seen]) -> Order:
+    """By epoch and step the global batch's samples in order, from the rows of all its ranks, of which none may miss."""
+    found: dict[tuple[int, int], dict[int, Seen]] = {}
+    for row in rows:
+        found.setdefault((row.epoch, row.step), {})[row.rank] = row
+    together = {}
+    for place, ranks in found.items():
+        assert sorted(ranks) == list(range(ranks[0].world_size))
+        together[place] = sorted(pair for row in ranks.values() for pair in zip(row.positions, row.keys, strict=True))
+    return together
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Order:
+    run = tmp_path_factory.mktemp("undisturbed")
+    finish(Job(shards=(shards,), run=run, epochs=EPOCHS))
+    found = order(seen(run))
+    for epoch in range(EPOCHS):
+        plan = read_split([shards], "train", remedy="").plan(seed=1, epoch=epoch, window_shards=2)
+        consumed = [pair for step in range(STEPS) for pair in found[epoch, step]]
+        assert [position for position, _ in consumed] == list(range(plan.num_samples))
+        assert len({key for _, key in consumed}) == sum(SIZES)
+    assert len(found) == STEPS * EPOCHS
+    return found
+
+
+# ---- killed and resumed -------------------------------------------------------------------------------------
+
+
+def test_killed_at_random_steps_and_resumed_with_other_ranks_and_workers(
+    shards: str, undisturbed: Order, tmp_path: Path
+) -> None:
+    """Each process sees the plan's samples from its checkpoint on, and all together see the whole, over epochs."""
+    rng = random.Random(7)
+    run, kills, epochs_killed = tmp_path / "run", 0, set()
+    views: dict[str, set[str]] = {}
+    while kills < NUM_KILLS:
+        world_size, workers = (1, 2, 1)[kills % 3], (0, 2, 1)[kills % 3]
+        before = len(seen(run))
+        ranks = start(Job(shards=(shards,), run=run, epochs=EPOCHS, workers=workers, pause=0.05), world_size=world_size)
+        goal = before + world_size * rng.randint(2, 7)
+        while len(seen(run)) < goal and all(rank.is_alive() for rank in ranks):
+            time.sleep(0.01)
+        assert all(rank.is_alive() for rank in ranks), "it ended before it was killed"
+        for rank in ranks:
+            rank.kill()
+        for rank in ranks:
+            rank.join()
+        kills += 1
+        epochs_killed.add(max(row.epoch for row in seen(run)))
+    finish(Job(shards=(shards,), run=run, epochs=EPOCHS))
+    rows = seen(run)
+    found: Order = {}
+    for row in rows:
+        wanted = undisturbed[row.epoch, row.step]
+        own = [pair for pair in wanted if pair[0] % GLOBAL_BATCH % row.world_size == row.rank]
+        assert list(zip(row.positions, row.keys, strict=True)) == own
+        found.setdefault((row.epoch, row.step), [])
+        views.setdefault(f"{row.epoch} {row.positions}", set()).add(row.views)
+    assert found.keys() == undisturbed.keys()
+    assert all(len(digests) == 1 for digests in views.values())  # crops and flips too
+    assert len(epochs_killed) > 1
+    assert {row.world_size for row in rows} == {1, 2}
+
+
+def test_after_a_kill_training_goes_on_at_the_checkpoint(shards: str, tmp_path: Path) -> None:
+    job = Job(shards=(shards,), run=tmp_path / "run", pause=0.1)
+    (rank,) = start(job, world_size=1)
+    while len(seen(job.run)) < 2 * CHECKPOINT_STEPS + 2:
+        time.sleep(0.01)
+    rank.kill()
+    rank.join()
+    before = len(seen(job.run))
+    finish(Job(shards=(shards,), run=job.run))
+    steps = [row.step for row in seen(job.run)]
+    assert steps[before] == before // CHECKPOINT_STEPS * CHECKPOINT_STEPS
+    assert steps[before:] == list(range(steps[before], STEPS))
+
+
+def test_a_checkpoint_of_another_order_is_refused(shards: str) -> None:
+    split = read_split([shards], "train", remedy="")
+    state = StreamState.start(split, seed=1, window_shards=2)
+    state.epoch, state.position = 3, 24
+    other = StreamState.start(split, seed=1, window_shards=2)
+    other.load_state_dict(state.state_dict())
+    assert other == state
+    for changed in ({"seed": 2}, {"window_shards": 3}):
+        with pytest.raises(UserError, match=f"{next(iter(changed))} was"):
+            StreamState.start(split, **({"seed": 1, "window_shards": 2} | changed)).load_state_dict(state.state_dict())
+
+
+# ---- odd datasets on two ranks ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "workers"),
+    [((9, 2), 1), ((7,), 2), ((1,), 3), ((3, 3, 3), 0), ((0, 5), 0)],
+    ids=["unequal", "one shard, two workers", "one sample", "a rank without share at the end", "an empty shard"],
+)
+def test_two_ranks_neither_hang_nor_share_a_sample(tmp_path: Path, sizes: tuple[int, ...], workers: int) -> None:
+    folder = write_shards(tmp_path / "shards", sizes)
+    finish(Job(shards=(folder,), run=tmp_path / "run", epochs=2, workers=workers), world_size=2)
+    rows = seen(tmp_path / "run")
+    found = order(rows)
+    for epoch in (0, 1):
+        keys = [key for (e, _), pairs in found.items() if e == epoch for _, key in pairs]
+        assert len(keys) == len(set(keys)) == sum(sizes)
+        steps = [sorted(r.step for r in rows if (r.epoch, r.rank) == (epoch, rank)) for rank in (0, 1)]
+        assert steps[0] == steps[1] == list(range(-(-sum(sizes) // GLOBAL_BATCH)))
+
+
+def test_folders_are_mixed_into_one_epoch(tmp_path: Path) -> None:
+    """Two folders whose samples even have the same keys."""
+    folders = (write_shards(tmp_path / "a", (5, 4)), write_shards(tmp_path / "b", (7,), first=3))
+    finish(Job(shards=folders, run=tmp_path / "run"), world_size=2)
+    found = order(seen(tmp_path / "run"))
+    keys = [key for pairs in found.values() for _, key in pairs]
+    split = read_split(folders, "train", remedy="")
+    assert sorted(keys) == sorted([f"train-{n:09d}" for n in range(9)] + [f"train-{n:09d}" for n in range(3, 10)])
+    plan = split.plan(seed=1, epoch=0, window_shards=2)
+    origins = [ref.shard == 2 for ref in plan.refs(range(16))]
+    assert True in origins[:8]
+    assert True in origins[8:]
+
+
+def test_a_val_split_that_is_empty_or_absent_is_none(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", (2,))
+    assert read_validation([folder], remedy="") is None
+    write_shards(tmp_path / "shards", (0,), split="val")
+    assert read_validation([folder], remedy="") is None
+    other = write_shards(tmp_path / "other", (3,), split="val")
+    split = read_validation([folder, other], remedy="")
+    assert split is not None
+    assert split.num_samples == 3
+
+
+# ---- behind URLs --------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_stream_from_s3_through_one_cache(
+    shards: str, undisturbed: Order, bucket: Bucket, tmp_path: Path
+) -> None:
+    bucket.put_folder(Path(shards), "shards")
+    job = Job(shards=(f"s3://{bucket.name}/shards",), run=tmp_path / "run", workers=1, cache=tmp_path / "cache")
+    finish(job, world_size=2)
+    assert order(seen(job.run)) == {place: pairs for place, pairs in undisturbed.items() if place[0] == 0}
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == len([size for size in SIZES if size])
+
+
+def test_a_web_server_that_restarts_in_the_middle_of_an_epoch_loses_nothing(
+    shards: str, undisturbed: Order, tmp_path: Path
+) -> None:
+    port = free_port()
+    url, cache = f"http://127.0.0.1:{port}", tmp_path / "cache"
+    job = Job(shards=(url,), run=tmp_path / "run", epochs=2, pause=0.05, cache=cache)
+    with run_nginx(Path(shards), tmp_path / "first", port=port):
+        ranks = start(job, world_size=2)
+        while len(seen(job.run)) < 4 and all(rank.is_alive() for rank in ranks):
+            time.sleep(0.01)
+    shutil.rmtree(cache, ignore_errors=True)  # what was fetched must come once more
+    time.sleep(1)
+    with run_nginx(Path(shards), tmp_path / "second", port=port):
+        wait(ranks)
+    assert order(seen(job.run)) == {place: pairs for place, pairs in undisturbed.items() if place[0] < 2}
+
+
+# ---- mistakes -----------------------------------------------------------------------------------------------
+
+
+def facts(shards: str, ranks: list[tuple[int, int]], **changed: int) -> list[dict]:
+    split = read_split([shards], "train", remedy="")
+    state = StreamState.start(split, seed=1, window_shards=2)
+    found = [rank_facts(state, Share(8, rank=rank, world_size=world_size)) for rank, world_size in ranks]
+    found[-1] |= changed
+    return found
+
+
+def test_ranks_that_agree_make_up_a_batch(shards: str) -> None:
+    check_ranks(facts(shards, [(0, 1)]))
+    check_ranks(facts(shards, [(rank, 4) for rank in range(4)]))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changed", "message"),
+    [
+        ([(0, 1), (0, 1)], {}, "16 of 8 samples of a batch, 8 different"),  # each believes to be alone
+        ([(0, 2), (0, 2)], {}, "8 of 8 samples of a batch, 4 different"),
+        ([(0, 4), (1, 4), (3, 4)], {}, "6 of 8 samples"),
+        ([(0, 2), (1, 2)], {"seed": 2}, r"rank 1 sees other data than rank 0 \(seed 2, not 1\)"),
+        ([(0, 2), (1, 2)], {"fingerprint": 0}, "fingerprint"),
+        ([(0, 2), (1, 2)], {"position": 4}, "position"),
+    ],
+)
+def test_ranks_that_overlap_leave_gaps_or_differ_are_refused(
+    shards: str, ranks: list[tuple[int, int]], changed: dict[str, int], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        check_ranks(facts(shards, ranks, **changed))
+
+
+def make_stream(shards: str, *, first_step: int = 0, workers: int = 0) -> BatchStream:
+    split = read_split([shards], "train", remedy="")
+    vocabulary = read_merged_vocabulary([shards], remedy="")
+    return BatchStream(
+        split,
+        plan=split.plan(seed=1, epoch=0),
+        share=Share(GLOBAL_BATCH),
+        rules=ViewRules(crop=28, max_tokens=9, training=True),
+        vocabulary=vocabulary,
+        workers=workers,
+        first_step=first_step,
+    )
+
+
+def test_accelerate_is_not_given_the_stream(shards: str) -> None:
+    with pytest.raises(UserError, match="must not be given a BatchStream"):
+        Accelerator(cpu=True).prepare(make_stream(shards))
+
+
+@pytest.mark.parametrize("first_step", [0, STEPS // 2, STEPS - 2])
+def test_a_seek_reads_nothing_but_its_batch(shards: str, first_step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    plain = ShardReader.read
+    monkeypatch.setattr(ShardReader, "read", lambda self, ref: (read.append(ref.position), plain(self, ref))[1])
+    next(iter(make_stream(shards, first_step=first_step)))
+    assert read == list(range(first_step * GLOBAL_BATCH, (first_step + 1) * GLOBAL_BATCH))
+
+
+def test_a_stream_knows_how_many_batches_are_left(shards: str) -> None:
+    for first_step in (0, 1, STEPS):
+        stream = make_stream(shards, first_step=first_step)
+        assert len(stream) == len(list(stream)) == STEPS - first_step

@@ -1,0 +1,430 @@
+"""Where the loader's time goes on your own shards, which stage limits it, and how many workers it wants:
+
+    python train/doctor.py --shards data/shards --images-per-second 2000 --workers 4
+
+A part of the shards is read with the code that training reads with: stage by stage, then as whole streams, without
+workers and with real ones. Start it where you will train while nothing else runs; it leaves nothing behind.
+"""
+
+import json
+import math
+import os
+import tempfile
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+
+from captioner import cli, storage
+from captioner.cli import UserError
+from captioner.shards import ShardEntry
+from train.cache import ShardCache
+from train.plan import PACK_FIRST, SAMPLE_CHANCE, SampleRef, random_bits, random_order
+from train.reader import OpenShard, SampleError, ShardReader
+from train.settings import TrainSettings
+from train.split import Split, read_merged_vocabulary, read_split
+from train.stream import BATCHES_AHEAD, BatchStream, Sample, Share, ViewRules, decode_picture, read_sample, view_sample
+
+NUM_SHARDS, NUM_BYTES = 8, 300_000_000  # that are read at most; one shard always
+NUM_FILES = 300  # samples that are written as loose files, and read cold at least
+ALIKE, UNEXPLAINED = 0.05, 0.15  # smaller differences are a machine's own noise
+ADVICE = {
+    "read": "larger shards (--shard-megabytes at packing) are opened less often",
+    "parse": "sharding/make_shards.py tokenizes captions once; others' shards are tokenized on each reading",
+    "decode": "pack with a smaller --size or a lower --quality",
+    "transform": "give a smaller --crop",
+    "collate": "keep fewer captions an image",
+}
+STAGES = tuple(ADVICE)
+WALL, CPU = time.perf_counter, time.thread_time
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorSettings:
+    """What would be trained on, and how fast it should come."""
+
+    shards: tuple[str, ...] = ("data/shards",)
+    """Dataset folders (or URLs), as for train/main.py."""
+    split: str = "train"
+    """Which split."""
+    batch_size: int = 128
+    """Images of a batch of one training process."""
+    crop: int = 224
+    """Sides in pixels of the square that is cut from a stored picture."""
+    images_per_second: float = 1000.0
+    """What one training process should get."""
+    workers: int = 2
+    """Loader processes to measure with."""
+    seconds: float = 10.0
+    """For the stream with workers; all other measurements together take about as long again."""
+    json: Path | None = None
+    """Write the numbers and the verdict there too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """`_us` are microseconds an image, warm unless they say cold; rates are images/s. None: not measured.
+
+    `stage_us` are a worker's stages, `handoff_us` the training process's own time, `alone_` a stream without workers,
+    `warm_us` and `cold_us` reading that nothing interrupts.
+    """
+
+    stage_us: dict[str, float]
+    handoff_us: float
+    alone_rate: float
+    alone_cpu_us: float
+    workers: int
+    workers_rate: float
+    cores: int
+    image_bytes: float
+    split_bytes: int
+    memory_bytes: int
+    warm_us: float
+    cold_us: float | None = None
+    download_mbs: float | None = None
+    loose_us: float | None = None
+    loose_cold_us: float | None = None
+    loose_folder: str = ""
+
+    @property
+    def worker_us(self) -> float:
+        """All stages of a worker."""
+        return sum(self.stage_us.values())
+
+    @property
+    def limit(self) -> str:
+        """Hand-off where the measured workers make more than the training process takes; else their longest stage."""
+        if 1e6 / self.handoff_us < self.alone_rate * min(self.workers, self.cores):
+            return "hand-off"
+        return max(self.stage_us, key=lambda stage: self.stage_us[stage])
+
+
+# ---- the verdict, from numbers alone ------------------------------------------------------------------------
+
+
+def verdict(m: Measured, *, wanted: float) -> list[str]:
+    """What the numbers mean for `wanted` images/s, in plain sentences."""
+    return [*limit_lines(m), *workers_lines(m, wanted), *reading_lines(m, wanted), *loose_lines(m)]
+
+
+def limit_lines(m: Measured) -> list[str]:
+    """Which stage limits, and whether the stages explain the whole."""
+    made, own_us = m.workers * m.alone_rate, m.stage_us.get(m.limit, m.handoff_us)
+    first = f"{own_us:,.0f} of a worker's {m.worker_us:,.0f} µs an image, {own_us / m.worker_us:.0%}"
+    if m.limit == "hand-off":
+        first = f"one training process takes {1e6 / own_us:,.0f} images/s, {m.workers} workers could make {made:,.0f}"
+    whole_us = 1e6 / m.alone_rate
+    whole = (
+        f"One worker makes {m.alone_rate:,.0f} images/s from end to end: {whole_us:,.0f} µs an image, "
+        f"{m.alone_cpu_us:,.0f} of them in the processor; the stages add up to {m.worker_us:,.0f}"
+    )
+    if whole_us - m.alone_cpu_us > UNEXPLAINED * whole_us:
+        whole += ". It waits for the disk or for other programs: measure while nothing else runs"
+    elif abs(whole_us - m.worker_us) > UNEXPLAINED * whole_us:
+        whole += ", which is another number: the machine's speed changed, measure again"
+    return [f"{m.limit.capitalize()} limits: {first}.", f"{whole}."]
+
+
+def workers_lines(m: Measured, wanted: float) -> list[str]:
+    """How many workers are wanted, whether there are so many cores, and what to do where there are not."""
+    times = m.workers_rate / m.alone_rate
+    lines = [f"{m.workers} workers make {m.workers_rate:,.0f} images/s, {times:.2f} times as many as one alone."]
+    kept_up = m.workers <= m.cores and m.limit != "hand-off"
+    each = m.workers_rate / m.workers if kept_up else m.alone_rate
+    needed, processes = math.ceil(wanted / each), math.ceil(wanted * m.handoff_us / 1e6)
+    wish = f"{wanted:,.0f} images/s want {needed:,} worker{'s' if needed > 1 else ''} of {each:,.0f} each"
+    if processes > 1:
+        wish += f", and {processes} training processes (GPUs), as one takes {1e6 / m.handoff_us:,.0f} at most"
+    if needed <= m.cores:
+        return [*lines, f"{wish}; that leaves {m.cores - needed} of the {m.cores} cores to training."]
+    lines.append(f"{wish}; the {m.cores} cores make about {m.cores * each:,.0f}, more workers do not help.")
+    stage, own_us = max(m.stage_us.items(), key=lambda pair: pair[1])
+    room_us = 1e6 * m.cores / wanted - (1e6 / each - own_us)
+    if room_us > 0:
+        return [*lines, f"They would do if {stage} took {room_us:,.0f} µs, not {own_us:,.0f}: {ADVICE[stage]}."]
+    return [*lines, f"Even without any {stage} they would not do: it takes {needed:,} cores."]
+
+
+def reading_lines(m: Measured, wanted: float) -> list[str]:
+    """Cold against warm, and what a server must give."""
+    first = "Cold reading was not measured: this system did not forget the shards, or does not tell"
+    if m.cold_us is not None:
+        first = (
+            f"Cold reading takes {m.cold_us:,.0f} µs an image ({m.image_bytes / m.cold_us:,.0f} MB/s), warm "
+            f"{m.warm_us:,.0f} ({m.image_bytes / m.warm_us:,.0f} MB/s): a worker makes "
+            f"{1e6 / (m.worker_us - m.stage_us['read'] + m.cold_us):,.0f} images/s cold, {1e6 / m.worker_us:,.0f} warm"
+        )
+    size, memory = (f"{num_bytes / 1e9:,.2f} GB" for num_bytes in (m.split_bytes, m.memory_bytes))
+    fits = (
+        "so later epochs are warm if nothing else fills it" if m.split_bytes < m.memory_bytes else "each epoch is cold"
+    )
+    lines = [f"{first}.", f"The split has {size}, the machine {memory} of memory: {fits}."]
+    if m.download_mbs is not None:
+        needed, enough = wanted * m.image_bytes / 1e6, 1e6 * m.download_mbs / m.image_bytes
+        lines.append(
+            f"{wanted:,.0f} images/s want {needed:,.1f} MB/s ({8 * needed:,.0f} Mbit/s) from the server until all "
+            f"{size} are in the cache; one connection gave {m.download_mbs:,.1f} MB/s, for {enough:,.0f} images/s."
+        )
+    return lines
+
+
+def loose_lines(m: Measured) -> list[str]:
+    """Whether a worker is faster with shards than with the same pictures as files."""
+    lines, other_us = [], m.worker_us - m.stage_us["read"]
+    for name, shards_us, loose_us in (("warm", m.warm_us, m.loose_us), ("cold", m.cold_us, m.loose_cold_us)):
+        if shards_us is not None and loose_us is not None:
+            times = (other_us + loose_us) / (other_us + shards_us)
+            means = "shards help" if times > 1 else "shards cost time"
+            lines.append(
+                f"Loose files in {m.loose_folder}, {name}: reading takes {loose_us:,.0f} µs an image, {shards_us:,.0f} "
+                f"from shards, with which a worker is {times:.2f} times as fast: "
+                f"{means if abs(times - 1) > ALIKE else 'that is no difference'}."
+            )
+    return lines or ["Shards were not compared with loose files: there was no folder to write some into."]
+
+
+# ---- measuring ----------------------------------------------------------------------------------------------
+
+
+class TimedReader(ShardReader):
+    """Times the reading of samples and, within it, the opening of shards; `time` does so with any stage."""
+
+    def __init__(self, split: Split, cache: ShardCache) -> None:
+        super().__init__(split.shards, max_open=len(split.shards), cache=cache)
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.runs: Counter[str] = Counter()
+
+    def time(self, stage: str, clock: Callable[[], float], work: Callable[..., Result], *arguments: Any) -> Result:
+        """What `work` gives."""
+        started = clock()
+        try:
+            return work(*arguments)
+        finally:
+            self.seconds[stage] += clock() - started
+            self.runs[stage] += 1
+
+    def read(self, ref: SampleRef) -> tuple[str, bytes, bytes]:
+        return self.time("read", WALL, self.time, "read's work", CPU, super().read, ref)
+
+    def _open_shard(self, number: int) -> OpenShard:
+        return self.time("open", WALL, super()._open_shard, number)
+
+    def read_us(self, *, opens: float) -> float:
+        """To read an image, with `opens` of shards for each."""
+        read = (self.seconds["read"] - self.seconds["open"]) / self.runs["read"]
+        return 1e6 * (read + opens * self.seconds["open"] / self.runs["open"])
+
+
+def some_shards(split: Split, cache: ShardCache, *, seconds: float) -> tuple[Split, float | None]:
+    """A part of the split, with what could be downloaded in the time, one shard at least, and the MB/s of that."""
+    filled = [pair for pair in split.shards if pair[1].samples]
+    spread = filled[:: -(-len(filled) // NUM_SHARDS)][: max(1, NUM_BYTES * len(filled) // split.bytes)]
+    chosen, num_bytes, started = set(), 0, WALL()
+    for folder, entry in spread:
+        if storage.is_remote(folder):
+            if num_bytes and WALL() - started > seconds:
+                continue
+            cache.fetch(folder, entry)
+            num_bytes += entry.bytes
+        chosen.add(entry)
+    mbs = num_bytes / 1e6 / (WALL() - started)
+    return change_shards(split, lambda shards: tuple(entry for entry in shards if entry in chosen)), mbs or None
+
+
+def change_shards(split: Split, change: Callable[[tuple[ShardEntry, ...]], tuple[ShardEntry, ...]]) -> Split:
+    """The split with other shards in its manifests."""
+    manifests = tuple(replace(manifest, shards=change(manifest.shards)) for manifest in split.manifests)
+    return replace(split, manifests=manifests)
+
+
+def read_cold(paths: Iterable[Path], reads: Iterable[bytes], *, seconds: float) -> tuple[list[bytes], float, bool]:
+    """The first things that `reads` gives after the system forgot files, the µs of each, whether the disk was read."""
+    for path in paths:
+        with suppress(OSError, AttributeError), path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before, started, kept, num_read, num_bytes = disk_bytes(), WALL(), [], 0, 0
+    for data in reads:
+        num_read, num_bytes = num_read + 1, num_bytes + len(data)
+        if num_read <= NUM_FILES:
+            kept.append(data)
+        elif WALL() - started > seconds:
+            break
+    return kept, 1e6 * (WALL() - started) / num_read, disk_bytes() - before > num_bytes / 2
+
+
+def read_shards(
+    split: Split, cache: ShardCache, refs: Iterable[SampleRef], *, forget: Iterable[Path], opens: float, seconds: float
+) -> tuple[list[bytes], float, bool, int]:
+    """As `read_cold` with samples, and how many were read; an image's µs hold `opens` of shards."""
+    with closing(TimedReader(split, cache)) as reader:
+        reads = (b"".join(reader.read(ref)[1:]) for ref in refs)
+        contents, _, from_disk = read_cold(forget, reads, seconds=seconds)
+    return contents, reader.read_us(opens=opens), from_disk, reader.runs["read"]
+
+
+def disk_bytes() -> int:
+    """What this process had the disk read so far; 0 where the system does not tell."""
+    with suppress(OSError, IndexError):
+        return int(Path("/proc/self/io").read_text().split("\nread_bytes: ")[1].split()[0])
+    return 0
+
+
+def run_stages(make: Any, reader: TimedReader, batches: Iterator[list[SampleRef]], *, seconds: float) -> None:
+    """A worker's stages on batches, one by one, in the order in which `make`, a MakeBatches, has them."""
+    (_, buffer_BPP3), started = make.ring.take(), WALL()
+
+    def fill(row: int, pixels_HW3: np.ndarray, sample: Sample, chance: int) -> None:
+        buffer_BPP3[row] = view_sample(pixels_HW3, sample, make.rules, chance=chance)
+
+    while not reader.runs["collate"] or WALL() - started < seconds:
+        samples = [reader.time("sample", CPU, read_sample, reader, ref) for ref in next(batches)]
+        chances = random_bits(np.arange(len(samples)), reader.runs["collate"], SAMPLE_CHANCE).tolist()
+        for row, sample in enumerate(samples):
+            decode = partial(decode_picture, squash_to=make.split.stored_sizes[sample.ref.shard])
+            pixels_HW3 = reader.time("decode", CPU, decode, sample)
+            reader.time("transform", CPU, fill, row, pixels_HW3, sample, chances[row])
+        reader.time("collate", CPU, make._collate, samples, buffer_BPP3, None, [])
+
+
+def run_stream(batches: BatchStream, *, skip: int, seconds: float) -> tuple[float, float]:
+    """A stream's images/s and this thread's own microseconds an image, after `skip` batches in which it starts."""
+    items: Any = iter(batches)
+    with closing(items):
+        deque(islice(items, skip), maxlen=0)
+        started, own, num_images = WALL(), CPU(), 0
+        for batch in items:
+            num_images += batch.num_samples
+            if WALL() - started > seconds:
+                break
+        return max(1, num_images) / (WALL() - started), 1e6 * (CPU() - own) / max(1, num_images)
+
+
+def read_loose(contents: Sequence[bytes], folders: Sequence[str]) -> dict[str, Any]:
+    """Write files into the first folder that takes them and read them in another order: fields of `Measured`."""
+    for folder in folders:
+        with suppress(OSError), tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as place:
+            paths = [Path(place, str(number)) for number in range(len(contents))]
+            for path, data in zip(paths, contents, strict=True):
+                with path.open("wb", buffering=0) as file:
+                    file.write(data)
+                    os.fsync(file.fileno())
+            order = [str(paths[number]) for number in random_order(len(paths), 0)]
+            _, cold_us, from_disk = read_cold(paths, map(storage.read_bytes, order), seconds=math.inf)
+            _, warm_us, _ = read_cold((), map(storage.read_bytes, order), seconds=math.inf)
+            return {"loose_us": warm_us, "loose_cold_us": cold_us if from_disk else None, "loose_folder": folder}
+    return {}
+
+
+def measure(settings: DoctorSettings, split: Split, cache: ShardCache, bar: cli.Bar) -> Measured:
+    """All of it, in the order in which a sample goes."""
+    vocabulary = read_merged_vocabulary(split.folders, remedy=PACK_FIRST)
+    rules = ViewRules(crop=settings.crop, max_tokens=TrainSettings.max_tokens, training=True)
+    part, download_mbs = some_shards(split, cache, seconds=settings.seconds / 2)
+
+    def open_stream(shards: Split, *, workers: int) -> BatchStream:
+        plan, fixed = shards.plan(seed=0, epoch=0), {"rules": rules, "vocabulary": vocabulary, "cache": cache}
+        return BatchStream(shards, plan=plan, share=Share(settings.batch_size), workers=workers, **fixed)
+
+    bar.advance(note="cold reading")
+    refs = part.plan(seed=0, epoch=0).refs(range(part.num_samples))
+    opens = settings.workers * len(part.shards) / part.num_samples  # each worker opens them all
+    kept = [cache.folder / e.sha256 if storage.is_remote(f) else Path(f, e.name) for f, e in part.shards]
+    paths = [Path(f"{stem}.{ending}") for stem in kept for ending in ("tar", "index")]
+    read = partial(read_shards, part, cache, opens=opens, seconds=settings.seconds / 4)
+    contents, cold_us, from_disk, num_read = read(refs, forget=paths)
+    _, warm_us, _, _ = read(refs[:num_read], forget=())
+    for path in paths:
+        with suppress(OSError), path.open("rb") as file:
+            deque(iter(partial(file.read, 1 << 24), b""), maxlen=0)
+
+    bar.advance(note="stage by stage")
+    make, reader = cast(Any, open_stream(part, workers=0).dataset).pipeline[1], TimedReader(part, cache)
+    again = cycle(refs[:num_read])
+    batches = iter(lambda: list(islice(again, settings.batch_size)), [])
+    run_stages(make, reader, batches, seconds=settings.seconds / 4)
+    reader.close()
+    seconds = reader.seconds | {"parse": reader.seconds["sample"] - reader.seconds["read's work"]}
+    stage_us = {stage: 1e6 * seconds[stage] / reader.runs["transform"] for stage in STAGES}
+    stage_us["read"] = reader.read_us(opens=opens)
+
+    bar.advance(note="whole streams")
+    skip = settings.workers * BATCHES_AHEAD
+    num_images = settings.batch_size * (2 + 2 * skip)
+    num_images += 2e6 / sum(stage_us.values()) * settings.seconds * settings.workers  # twice what is expected
+    longer = change_shards(part, lambda shards: shards * math.ceil(num_images / part.num_samples))
+    alone_rate, alone_cpu_us = run_stream(open_stream(longer, workers=0), skip=1, seconds=settings.seconds / 2)
+    streaming = open_stream(longer, workers=settings.workers)
+    workers_rate, handoff_us = run_stream(streaming, skip=skip, seconds=settings.seconds)
+
+    bar.advance(note="loose files")
+    places = [folder for folder in split.folders if not storage.is_remote(folder)][:1]
+    return Measured(
+        stage_us=stage_us,
+        handoff_us=handoff_us,
+        alone_rate=alone_rate,
+        alone_cpu_us=alone_cpu_us,
+        workers=settings.workers,
+        workers_rate=workers_rate,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        image_bytes=sum(map(len, contents)) / len(contents),
+        split_bytes=split.bytes,
+        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        warm_us=warm_us,
+        cold_us=cold_us if from_disk else None,
+        download_mbs=download_mbs,
+        **read_loose(contents, [*places, tempfile.gettempdir()]),
+    )
+
+
+def stage_rows(m: Measured) -> list[tuple[object, ...]]:
+    """For each stage its µs an image, its share in per cent, and what a core makes that does nothing else."""
+    all_us = m.stage_us | {"hand-off": m.handoff_us}
+    return [(stage, us, 100 * us / sum(all_us.values()), round(1e6 / us)) for stage, us in all_us.items()]
+
+
+def main(settings: DoctorSettings) -> None:
+    """Measure and tell."""
+    for name in ("batch_size", "crop", "workers", "seconds", "images_per_second"):
+        value = getattr(settings, name)
+        if value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} is too small: give at least 1")
+    split = read_split(settings.shards, settings.split, remedy=PACK_FIRST)
+    if not split.num_samples:
+        raise UserError(
+            f"the {split.name} split in {split.folders[0]} holds no samples: see its {split.name}.failures.jsonl"
+        )
+    torch.set_num_threads(1)
+    with cli.progress_bar("measuring", total=4, unit="parts") as bar, tempfile.TemporaryDirectory() as place:
+        try:
+            measured = measure(settings, split, ShardCache(place, max_bytes=1 << 60), bar)
+        except SampleError as error:
+            raise UserError(error.message) from error
+    rows, lines = stage_rows(measured), verdict(measured, wanted=settings.images_per_second)
+    title = f"{split.name} of {', '.join(split.folders)}"
+    cli.print_table(title, ("stage", "µs an image", "share %", "images/s a core"), rows)
+    for line in lines:
+        cli.console.print(line, markup=False)
+    if settings.json:
+        text = json.dumps({**asdict(measured), "wanted": settings.images_per_second, "verdict": lines}, indent=1)
+        try:
+            storage.write_atomic(str(settings.json), text)
+        except OSError as error:
+            raise UserError(f"cannot write {settings.json} ({error.strerror}): give another --json") from error
+
+
+def run() -> None:
+    """The console entry."""
+    cli.run(main, DoctorSettings, description=__doc__ or "")
+
+
+if __name__ == "__main__":
+    run()

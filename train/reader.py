@@ -1,0 +1,162 @@
+"""Single samples out of shards, each byte of them checked. Imports no torch."""
+
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from captioner import storage
+from captioner.cli import UserError
+from captioner.shards import PACK_AGAIN, ShardEntry, ShardIndex
+from train.cache import DamagedShardError, MissingShardError, Prefetcher, ShardCache
+from train.plan import SampleRef
+
+DAMAGED = f"restore the file or {PACK_AGAIN}"
+Reason = Literal["shard missing", "shard damaged", "checksum", "undecodable", "no captions"]
+
+
+class SampleError(Exception):
+    """A sample that cannot be used: a reason to count by, and one line with the place and the remedy."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(reason, message)
+        self.reason: Reason = reason
+        self.message = message
+
+
+@dataclass(frozen=True, slots=True)
+class OpenShard:
+    """A shard's index, and its tar open for reading."""
+
+    index: ShardIndex
+    file: int
+    offsets: list[list[int]]
+    sizes: list[list[int]]
+    crc32s: list[list[int]]
+
+    @classmethod
+    def of(cls, index: ShardIndex, file: int) -> "OpenShard":
+        """With the index's arrays as lists, which are faster to take single numbers from."""
+        return cls(index, file, index.offsets_S2.tolist(), index.sizes_S2.tolist(), index.crc32s_S2.tolist())
+
+
+class ShardReader:
+    """Reads samples of a split's shards; at most `max_open` of these, the last used, are kept open.
+
+    Shards behind URLs come through `cache`, and those that `prefetcher` brings are told to it when they are opened.
+    Close it after use.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[tuple[str, ShardEntry]],
+        *,
+        max_open: int,
+        cache: ShardCache | None = None,
+        prefetcher: Prefetcher | None = None,
+    ) -> None:
+        self._shards = shards
+        self._max_open = max_open
+        self._cache = cache
+        self._prefetcher = prefetcher
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._failed: dict[int, SampleError] = {}
+
+    def close(self) -> None:
+        """Close all shards."""
+        while self._open:
+            os.close(self._open.popitem()[1].file)
+
+    def location(self, shard: int) -> str:
+        """Where a shard's tar lies."""
+        folder, entry = self._shards[shard]
+        return storage.join(folder, f"{entry.name}.tar")
+
+    def read(self, ref: SampleRef) -> tuple[str, bytes, bytes]:
+        """A sample's key, and the content of its picture and of its captions.
+
+        Raises SampleError for a missing or damaged shard or member, and UserError when a server or disk fails.
+        """
+        shard = self._open.get(ref.shard)
+        if shard is None:
+            shard = self._open_shard(ref.shard)
+        else:
+            self._open.move_to_end(ref.shard)
+        picture, text = (self._read_member(shard, ref, column) for column in (0, 1))
+        return shard.index.key(ref.place), picture, text
+
+    def _read_member(self, shard: OpenShard, ref: SampleRef, column: int) -> bytes:
+        try:
+            data = os.pread(shard.file, shard.sizes[ref.place][column], shard.offsets[ref.place][column])
+        except OSError as error:
+            raise UserError(f"cannot read {self.location(ref.shard)} ({error.strerror or error}): mend that") from error
+        if zlib.crc32(data) != shard.crc32s[ref.place][column]:
+            raise SampleError(
+                "checksum",
+                f"{self.location(ref.shard)} is damaged at sample {shard.index.key(ref.place)} (checksum differs): "
+                f"{DAMAGED}",
+            )
+        return data
+
+    def _open_shard(self, number: int) -> OpenShard:
+        if number in self._failed:
+            raise self._failed[number]
+        folder, entry = self._shards[number]
+        try:
+            while len(self._open) >= self._max_open:
+                os.close(self._open.popitem(last=False)[1].file)
+            found = open_cached(self._cache, folder, entry) if self._cache is not None else open_local(folder, entry)
+        except SampleError as error:
+            self._failed[number] = error
+            raise
+        shard = OpenShard.of(*found)
+        if self._prefetcher is not None:
+            self._prefetcher.opened(entry)
+        self._open[number] = shard
+        return shard
+
+
+def open_cached(cache: ShardCache, folder: str, entry: ShardEntry) -> tuple[ShardIndex, int]:
+    """As `open_local` for a folder behind a URL, through the cache. Raises SampleError, and UserError as it does."""
+    if not storage.is_remote(folder):
+        return open_local(folder, entry)
+    try:
+        index, file = cache.open(folder, entry)
+    except MissingShardError as error:
+        raise SampleError("shard missing", str(error)) from error
+    except DamagedShardError as error:
+        raise SampleError("shard damaged", str(error)) from error
+    return check_shard(index, file, entry, location=storage.join(folder, f"{entry.name}.tar"))
+
+
+def open_local(folder: str, entry: ShardEntry) -> tuple[ShardIndex, int]:
+    """A shard's index, and its tar open for reading, both seen to be what the manifest says. Raises SampleError."""
+    location, origin = (storage.join(folder, f"{entry.name}.{ending}") for ending in ("tar", "index"))
+    try:
+        index = ShardIndex.from_bytes(Path(origin).read_bytes(), origin=origin)
+        file = os.open(location, os.O_RDONLY)
+    except FileNotFoundError as error:
+        raise SampleError("shard missing", f"there is no {error.filename}: {DAMAGED}") from error
+    except UserError as error:
+        raise SampleError("shard damaged", str(error)) from error
+    except OSError as error:
+        raise SampleError("shard damaged", f"cannot read shard {location} ({error}): {DAMAGED}") from error
+    return check_shard(index, file, entry, location=location)
+
+
+def check_shard(index: ShardIndex, file: int, entry: ShardEntry, *, location: str) -> tuple[ShardIndex, int]:
+    """The index and the open tar, if both are what the manifest lists; else closes it and raises SampleError."""
+    num_bytes = os.fstat(file).st_size
+    if num_bytes != entry.bytes:
+        problem = f"{location} has {num_bytes:,} bytes, its manifest says {entry.bytes:,}"
+    elif len(index) != entry.samples:
+        problem = f"the index of {location} lists {len(index):,} samples, its manifest {entry.samples:,}"
+    elif index.facts["sha256"] != entry.sha256:
+        problem = f"the index of {location} is of another shard than its manifest says"
+    else:
+        return index, file
+    os.close(file)
+    raise SampleError("shard damaged", f"{problem}: {DAMAGED}")

@@ -1,0 +1,119 @@
+"""A split of one or several dataset folders as one sequence of shards. Imports no torch."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from captioner import storage
+from captioner.cli import UserError
+from captioner.shards import Manifest, ShardEntry, manifest_location, read_manifest
+from captioner.views import ViewSpec
+from captioner.vocabulary import Vocabulary, read_vocabulary
+from train.plan import WINDOW_SHARDS, EpochPlan
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of the folders' manifests, one manifest after the other."""
+
+    name: str
+    folders: tuple[str, ...]
+    manifests: tuple[Manifest, ...]
+
+    @cached_property
+    def shards(self) -> list[tuple[str, ShardEntry]]:
+        """Each shard's folder and manifest entry."""
+        pairs = zip(self.folders, self.manifests, strict=True)
+        return [(folder, entry) for folder, manifest in pairs for entry in manifest.shards]
+
+    @cached_property
+    def stored_sizes(self) -> list[int | None]:
+        """For each shard the size to squash its pictures to on reading; None where packing has done so."""
+        return [
+            manifest.settings["size"] if manifest.settings.get("resize") == "none" else None
+            for manifest in self.manifests
+            for _ in manifest.shards
+        ]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all shards."""
+        return sum(manifest.num_samples for manifest in self.manifests)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(entry.bytes for _, entry in self.shards)
+
+    @property
+    def num_lanes(self) -> int:
+        """The first manifest's."""
+        return self.manifests[0].lanes
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex sha256 of what decides which sample stands where."""
+        content = [[entry.sha256, entry.samples] for _, entry in self.shards]
+        return hashlib.sha256(json.dumps([self.num_lanes, content]).encode()).hexdigest()
+
+    def plan(self, *, seed: int, epoch: int, window_shards: int = WINDOW_SHARDS) -> EpochPlan:
+        """An epoch's order."""
+        sizes = [entry.samples for _, entry in self.shards]
+        return EpochPlan(
+            shard_sizes=sizes, seed=seed, epoch=epoch, num_lanes=self.num_lanes, window_shards=window_shards
+        )
+
+    def plain_plan(self) -> EpochPlan:
+        """The shards' own order, for evaluation."""
+        return EpochPlan(shard_sizes=[entry.samples for _, entry in self.shards], shuffled=False)
+
+
+def read_split(folders: Sequence[str], name: str, *, remedy: str) -> Split:
+    """The split of all `folders`. Raises UserError, with `remedy`, where one of them does not hold it."""
+    if len(set(folders)) < len(folders):
+        raise UserError(f"--shards names a folder twice ({', '.join(folders)}): name each once")
+    if not folders:
+        raise UserError("--shards names no folder: give at least one")
+    return Split(name, tuple(folders), tuple(read_manifest(folder, name, remedy=remedy) for folder in folders))
+
+
+def read_validation(folders: Sequence[str], *, remedy: str) -> Split | None:
+    """The val split of those folders that hold one; None where none does, or where it is empty."""
+    found = [folder for folder in folders if storage.exists(manifest_location(folder, "val"))]
+    split = read_split(found, "val", remedy=remedy) if found else None
+    return split if split and split.num_samples else None
+
+
+def read_merged_vocabulary(folders: Sequence[str], *, remedy: str) -> Vocabulary:
+    """The folders' vocabulary; of several, the words of all, their counts added up."""
+    found = [read_vocabulary(storage.join(folder, "vocabulary.json"), remedy=remedy) for folder in folders]
+    if all(vocabulary.fingerprint == found[0].fingerprint for vocabulary in found):
+        return found[0]
+    counts: Counter[str] = Counter()
+    for vocabulary in found:
+        counts.update(dict(zip(vocabulary.words, vocabulary.counts, strict=True)))
+    return Vocabulary.from_counts(counts, threshold=min(vocabulary.threshold for vocabulary in found))
+
+
+def read_view(splits: Sequence[Split], *, crop: int) -> ViewSpec:
+    """How the pictures came to their size, and a crop; those stored as they are are squashed on reading.
+
+    Raises UserError where pictures came to their size in different ways.
+    """
+    first = None
+    for split in splits:
+        for folder, manifest in zip(split.folders, split.manifests, strict=True):
+            size, resize = manifest.settings["size"], manifest.settings["resize"]
+            view = ViewSpec(size=size, resize="squash" if resize == "none" else resize, crop=crop)
+            first = first or (view, folder, split.name)
+            if view != first[0]:
+                raise UserError(
+                    f"the {first[2]} pictures in {first[1]} have size {first[0].size} ({first[0].resize}), the "
+                    f"{split.name} pictures in {folder} {size} ({view.resize}): pack all with the same --size and "
+                    "--resize"
+                )
+    assert first is not None
+    return first[0]

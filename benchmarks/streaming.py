@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from captioner import cli, images
 from captioner.cli import UserError
 from measure import (
@@ -64,7 +66,7 @@ class StreamingSettings:
     images: Path | None = None
     """Folder of photos such as COCO's; without it pictures in COCO's sizes are drawn, which compress like photos."""
     rounds: int | None = None
-    """Turns of each contender: 5, with --quick 2."""
+    """Turns of each contender: 5, with --quick 1."""
     batches: int | None = None
     """Batches that are timed in a turn: 24, with --quick 4."""
     peers: Path | None = None
@@ -79,7 +81,7 @@ def main(settings: StreamingSettings) -> None:
     """Make the samples in every format, measure, and tell."""
     check_settings(settings)
     peers = find_peers(settings.peers)
-    rounds = settings.rounds or (2 if settings.quick else 5)
+    rounds = settings.rounds or (1 if settings.quick else 5)
     batches = settings.batches or (4 if settings.quick else 24)
     warm_up = 2 if settings.quick else 16
     num_samples = BATCH * (warm_up + batches + (LEFT_OVER // 3 if settings.quick else LEFT_OVER))
@@ -128,7 +130,7 @@ def pack(originals: Sequence[Path], scratch: Path, *, num_samples: int) -> None:
     small = scratch / "small"
     small.mkdir()
     for number, path in enumerate(originals[:num_samples]):
-        picture, _ = images.load_resized(path.read_bytes(), size=SIZE, resize="squash")
+        picture = Image.open(path).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
         (small / f"{number:06d}.jpg").write_bytes(images.encode_jpeg(picture, quality=QUALITY))
     paths = repeat_photos(scratch / "repeated", sorted(small.iterdir()), count=num_samples)
     flags = {
@@ -136,7 +138,7 @@ def pack(originals: Sequence[Path], scratch: Path, *, num_samples: int) -> None:
         "captions": write_captions(paths, scratch / "captions.jsonl"),
         "split": "train",
         "output": scratch / "shards",
-        "workers": 2,
+        "workers": 1,
         "shard-megabytes": shard_megabytes(num_samples, shards=NUM_SHARDS),
     }
     given = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]

@@ -115,7 +115,7 @@ def decode_stored(data: bytes) -> np.ndarray:
             return (
                 decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), RGB_MODE, False).permute(1, 2, 0).numpy()
             )
-    return np.asarray(decode_rgb(data)[0])
+    return np.array(decode_rgb(data)[0])
 
 
 def load_resized(data: bytes, *, size: int, resize: Resize) -> tuple[Image.Image, tuple[int, int]]:

@@ -36,16 +36,15 @@ def eval_view(pixels_SS3: np.ndarray, *, crop: int) -> np.ndarray:
     return pixels_SS3[top : top + crop, left : left + crop]
 
 
-def train_view(pixels_HW3: np.ndarray, *, crop: int, chance: int, may_flip: bool) -> np.ndarray:
-    """A (P, P, 3) of a picture at a random place, mirrored every other time when its captions allow it.
+def train_view(pixels_HW3: np.ndarray, *, crop: int, chance: int, may_flip: bool) -> tuple[np.ndarray, bool]:
+    """A (P, P, 3) of a picture at a random place, and whether to mirror it: every other time, if its captions allow it.
 
     `chance` is 64 random bits.
     """
     height, width = pixels_HW3.shape[:2]
     top = (chance & 0xFFFFFF) * (height - crop + 1) >> 24
     left = (chance >> 24 & 0xFFFFFF) * (width - crop + 1) >> 24
-    view_PP3 = pixels_HW3[top : top + crop, left : left + crop]
-    return view_PP3[:, ::-1] if may_flip and chance >> 63 else view_PP3
+    return pixels_HW3[top : top + crop, left : left + crop], may_flip and bool(chance >> 63)
 
 
 def speaks_of_sides(captions: list[str]) -> bool:

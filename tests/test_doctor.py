@@ -10,8 +10,9 @@ from servers import run_nginx
 from tiny import write_shards
 
 from captioner.cli import UserError
-from train import doctor
-from train.doctor import DoctorSettings, Measured, main, stage_rows, verdict
+from train import diagnosis, doctor
+from train.diagnosis import Measured, verdict
+from train.doctor import DoctorSettings, main, stage_rows
 
 MADE = Measured(
     stage_us={"read": 20.0, "parse": 20.0, "decode": 300.0, "transform": 40.0, "collate": 20.0},
@@ -69,7 +70,7 @@ def test_any_stage_may_limit(stage: str) -> None:
     slow = replace(MADE, stage_us=MADE.stage_us | {stage: 900.0}, workers=4, workers_rate=3000.0, alone_rate=800.0)
     text = told(slow, wanted=10_000)
     assert text.startswith(f"{stage.capitalize()} limits: 900 of a worker's ")
-    assert doctor.ADVICE[stage] in text
+    assert diagnosis.ADVICE[stage] in text
 
 
 def test_stages_that_do_not_add_up_are_told() -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -272,4 +273,4 @@ def test_the_plans_rows_add_up(shards: Path) -> None:
 )
 def test_a_plan_that_cannot_be_is_told_in_one_line(shards: Path, changed: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        plan_module.main(PlanSettings(**({"shards": (str(shards),), "batch_size": 8} | changed)))
+        plan_module.main(replace(PlanSettings(shards=(str(shards),), batch_size=8), **changed))

@@ -68,10 +68,10 @@ class Dataset:
         )
 
     def stream(
-        self, *, plan: EpochPlan | None = None, share: Share = WHOLE, rules: ViewRules = RULES, **options: Any
+        self, *, plan: EpochPlan | None = None, share: Share = WHOLE, rules: ViewRules = RULES, **changed: Any
     ) -> BatchStream:
         split = Split("train", (str(self.folder),), (self.manifest,))
-        options = {"workers": 0, "vocabulary": self.vocabulary} | options
+        options: dict[str, Any] = {"workers": 0, "vocabulary": self.vocabulary} | changed
         return BatchStream(split, plan=plan or self.plan(), share=share, rules=rules, **options)
 
 

@@ -54,7 +54,7 @@ class Ring:
         assert self._views is not None
         views = self._views[slot.number]
         owner = np.frombuffer(views, dtype=np.uint8).reshape(self._shape)  # an object that lives as long as its tensor
-        weakref.finalize(owner, self._taken.__setitem__, slot.number, 0).atexit = False
+        weakref.finalize(owner, self._taken.__setitem__, slot.number, 0)
         return torch.from_numpy(owner)[: slot.rows]
 
 

@@ -10,7 +10,8 @@ own where they have one, shuffled, and crop at random. All but the book's loader
 pictures with all captions of each; the book's gives floats and one caption a sample. Each batch is copied into a
 buffer, as for an upload to a device. Only steady iteration is timed. Without workers CPU time is compared, which other
 programs disturb little; with 2 workers time on the clock: measure on a machine that does nothing else. Peers live in
-an environment of their own: make bench-peers.
+an environment of their own: make bench-peers. FFCV has no turns: its package wants OpenCV's C++ headers to install, so
+its bars are listed as not measured.
 
 Exit codes: 0 measured, whether or not the bars hold; 2 something to mend, told in one line.
 """

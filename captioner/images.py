@@ -102,7 +102,7 @@ def decode_rgb(data: bytes, *, at_least: int | None = None) -> tuple[Image.Image
         return _upright(_to_rgb(image), original_size, turn=_turn(image))
 
 
-def decode_stored(data: bytes) -> np.ndarray:
+def decode_stored(data: bytes | bytearray) -> np.ndarray:
     """A shard's picture, which packing left upright and RGB, as (height, width, 3) uint8 pixels. Raises ImageError.
 
     libjpeg-turbo's pixels whichever way they come: torchvision's operator where it is there, else Pillow.
@@ -111,11 +111,10 @@ def decode_stored(data: bytes) -> np.ndarray:
     if decode is not None:
         import torch
 
+        content = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
         with suppress(RuntimeError):  # Pillow must say why not
-            return (
-                decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), RGB_MODE, False).permute(1, 2, 0).numpy()
-            )
-    return np.array(decode_rgb(data)[0])
+            return decode(content, RGB_MODE, False).permute(1, 2, 0).numpy()
+    return np.array(decode_rgb(bytes(data))[0])
 
 
 def load_resized(data: bytes, *, size: int, resize: Resize) -> tuple[Image.Image, tuple[int, int]]:

@@ -8,9 +8,11 @@ A suffix says a tensor's shape: `logits_MV`.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 import torchvision.models
 from safetensors.torch import load_file
@@ -57,22 +59,21 @@ class PackedCaptions:
 
         A caption of more than `max_tokens` is cut there, and has no `<end>` among its targets: it does not end.
         """
-        captions = [
-            (image, [*tokens, END] if len(tokens) <= max_tokens else list(tokens[:max_tokens]))
-            for image, captions in enumerate(captions_of_images)
-            for tokens in captions
-        ]
-        captions.sort(key=lambda pair: -len(pair[1]))
-        lengths_N = torch.tensor([len(targets) for _, targets in captions])
-        alive_TN = torch.arange(int(lengths_N[0]))[:, None] < lengths_N
-        targets_TN = torch.zeros_like(alive_TN, dtype=torch.long)
-        targets_TN.T[alive_TN.T] = torch.tensor([token for _, targets in captions for token in targets])
-        inputs_TN = torch.cat((torch.full_like(targets_TN[:1], START), targets_TN[:-1]))
+        captions = list(chain.from_iterable(captions_of_images))
+        full_N = np.fromiter(map(len, captions), dtype=np.int64)
+        tokens_NW = np.full((len(captions), full_N.max() + 1), END)
+        tokens_NW[np.arange(full_N.max() + 1) < full_N[:, None]] = np.fromiter(chain.from_iterable(captions), np.int64)
+        lengths_N = np.where(full_N <= max_tokens, full_N + 1, max_tokens)
+        longest_first_N = np.argsort(-lengths_N, kind="stable")
+        targets_TN = tokens_NW[longest_first_N, : lengths_N.max()].T
+        alive_TN = np.arange(len(targets_TN))[:, None] < lengths_N[longest_first_N]
+        inputs_TN = np.concatenate((np.full_like(targets_TN[:1], START), targets_TN[:-1]))
+        image_of_caption_N = np.repeat(np.arange(len(captions_of_images)), list(map(len, captions_of_images)))
         return cls(
-            inputs_M=inputs_TN[alive_TN],
-            targets_M=targets_TN[alive_TN],
-            batch_sizes_T=alive_TN.sum(dim=1),
-            image_of_caption_N=torch.tensor([image for image, _ in captions]),
+            inputs_M=torch.from_numpy(inputs_TN[alive_TN]),
+            targets_M=torch.from_numpy(targets_TN[alive_TN]),
+            batch_sizes_T=torch.from_numpy(alive_TN.sum(axis=1)),
+            image_of_caption_N=torch.from_numpy(image_of_caption_N[longest_first_N]),
         )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "PackedCaptions":

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-SIDE_WORDS = re.compile(r"\b(left|right)", re.IGNORECASE)  # also "left.", "upper-left", "right-hand", "leftmost"
+SIDE_WORDS = re.compile(r"\b(left|right)")  # also "left.", "upper-left", "right-hand", "leftmost"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,20 +36,21 @@ def eval_view(pixels_SS3: np.ndarray, *, crop: int) -> np.ndarray:
     return pixels_SS3[top : top + crop, left : left + crop]
 
 
-def train_view(pixels_HW3: np.ndarray, *, crop: int, chance: int, may_flip: bool) -> tuple[np.ndarray, bool]:
-    """A (P, P, 3) of a picture at a random place, and whether to mirror it: every other time, if its captions allow it.
+def train_view(pixels_HW3: np.ndarray, *, crop: int, chance: int) -> tuple[np.ndarray, bool]:
+    """A (P, P, 3) of a picture at a random place, and whether to mirror it, every other time, if its captions allow it.
 
     `chance` is 64 random bits.
     """
     height, width = pixels_HW3.shape[:2]
     top = (chance & 0xFFFFFF) * (height - crop + 1) >> 24
     left = (chance >> 24 & 0xFFFFFF) * (width - crop + 1) >> 24
-    return pixels_HW3[top : top + crop, left : left + crop], may_flip and bool(chance >> 63)
+    return pixels_HW3[top : top + crop, left : left + crop], bool(chance >> 63)
 
 
 def speaks_of_sides(captions: list[str]) -> bool:
     """Whether a caption would become wrong if its picture were mirrored."""
-    return SIDE_WORDS.search("\n".join(captions)) is not None
+    text = "\n".join(captions).lower()
+    return ("left" in text or "right" in text) and SIDE_WORDS.search(text) is not None
 
 
 def read_eval_view(data: bytes, spec: ViewSpec) -> tuple[np.ndarray, tuple[int, int]]:

@@ -111,7 +111,8 @@ class Vocabulary:
 
     def encode(self, tokens: Iterable[str]) -> list[int]:
         """Ids of tokens; unknown ones become `<unk>`. No `<start>` or `<end>` is added."""
-        return [self.ids.get(token, UNK) for token in tokens]
+        get = self.ids.get
+        return [get(token, UNK) for token in tokens]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The caption that ids spell, up to the first `<end>`, without special words."""

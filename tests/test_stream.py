@@ -543,7 +543,7 @@ def test_kept_batches_stay_as_they_are_and_dropped_ones_give_their_buffers_back(
     ring = Ring(2, 3, workers=1, slots=2)
 
     def in_worker(value: int) -> Slot | np.ndarray:
-        number, buffer = ring.take_for(0)
+        number, buffer = ring.take()
         buffer[:] = value
         return buffer if number is None else Slot(number, 2)
 

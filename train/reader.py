@@ -75,8 +75,8 @@ class ShardReader:
         folder, entry = self._shards[shard]
         return storage.join(folder, f"{entry.name}.tar")
 
-    def read(self, ref: SampleRef) -> tuple[str, bytes, bytes]:
-        """A sample's key, and the content of its picture and of its captions.
+    def read(self, ref: SampleRef) -> tuple[str, bytearray, bytearray]:
+        """A sample's key, and the content of its picture and of its captions, which torch takes without a copy.
 
         Raises SampleError for a missing or damaged shard or member, and UserError when a server or disk fails.
         """
@@ -88,12 +88,13 @@ class ShardReader:
         picture, text = (self._read_member(shard, ref, column) for column in (0, 1))
         return shard.index.key(ref.place), picture, text
 
-    def _read_member(self, shard: OpenShard, ref: SampleRef, column: int) -> bytes:
+    def _read_member(self, shard: OpenShard, ref: SampleRef, column: int) -> bytearray:
+        data = bytearray(shard.sizes[ref.place][column])
         try:
-            data = os.pread(shard.file, shard.sizes[ref.place][column], shard.offsets[ref.place][column])
+            num_bytes = os.preadv(shard.file, [data], shard.offsets[ref.place][column])
         except OSError as error:
             raise UserError(f"cannot read {self.location(ref.shard)} ({error.strerror or error}): mend that") from error
-        if zlib.crc32(data) != shard.crc32s[ref.place][column]:
+        if num_bytes < len(data) or zlib.crc32(data) != shard.crc32s[ref.place][column]:
             raise SampleError(
                 "checksum",
                 f"{self.location(ref.shard)} is damaged at sample {shard.index.key(ref.place)} (checksum differs): "

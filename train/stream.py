@@ -142,7 +142,7 @@ class Sample:
     ref: SampleRef
     key: str
     url: str
-    picture: bytes
+    picture: bytearray
     content: dict[str, Any]
 
 
@@ -270,9 +270,8 @@ def fill_view(view_PP3: np.ndarray, pixels_HW3: np.ndarray, sample: Sample, rule
     if not rules.training:
         view_PP3[:] = views.eval_view(pixels_HW3, crop=rules.crop)
         return
-    may_flip = not views.speaks_of_sides(sample.content["captions"])
-    cut_PP3, mirrored = views.train_view(pixels_HW3, crop=rules.crop, chance=chance, may_flip=may_flip)
-    if mirrored:  # NumPy takes nine times as long
+    cut_PP3, mirrored = views.train_view(pixels_HW3, crop=rules.crop, chance=chance)
+    if mirrored and not views.speaks_of_sides(sample.content["captions"]):  # NumPy would take many times as long
         torch.from_numpy(view_PP3).copy_(torch.from_numpy(cut_PP3).flip(1))
     else:
         view_PP3[:] = cut_PP3

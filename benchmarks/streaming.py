@@ -7,8 +7,8 @@
 Contenders take turns: in each round every one makes as many batches of 128 samples as the others, and another one
 begins. All read the same JPEGs of 256 x 256 pixels with five captions each, from a warm cache, in a format of their
 own where they have one, shuffled, and crop at random. All but the book's loader decode natively and give uint8
-pictures with all captions of each; the book's gives floats and one caption a sample. Each batch is copied into a
-buffer, as for an upload to a device. Only steady iteration is timed. Without workers CPU time is compared, which other
+pictures with all captions of each; the book's gives floats and one caption a sample. A byte of each page of a batch is
+read, so that it is really there. Only steady iteration is timed. Without workers CPU time is compared, which other
 programs disturb little; with 2 workers time on the clock: measure on a machine that does nothing else. Peers live in
 an environment of their own: make bench-peers. FFCV has no turns: its package wants OpenCV's C++ headers to install, so
 its bars are listed as not measured.

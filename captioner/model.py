@@ -60,15 +60,25 @@ class PackedCaptions:
         A caption of more than `max_tokens` is cut there, and has no `<end>` among its targets: it does not end.
         """
         captions = list(chain.from_iterable(captions_of_images))
-        full_N = np.fromiter(map(len, captions), dtype=np.int64)
-        tokens_NW = np.full((len(captions), full_N.max() + 1), END)
-        tokens_NW[np.arange(full_N.max() + 1) < full_N[:, None]] = np.fromiter(chain.from_iterable(captions), np.int64)
+        tokens = list(chain.from_iterable(captions))
+        return cls.pack_flat(
+            tokens, list(map(len, captions)), list(map(len, captions_of_images)), max_tokens=max_tokens
+        )
+
+    @classmethod
+    def pack_flat(
+        cls, tokens: Sequence[int], lengths: Sequence[int], num_captions: Sequence[int], *, max_tokens: int
+    ) -> "PackedCaptions":
+        """`pack` of all captions' tokens in a row, with each caption's length and each image's number of captions."""
+        full_N = np.array(lengths)
+        tokens_NW = np.full((len(lengths), full_N.max() + 1), END)
+        tokens_NW[np.arange(full_N.max() + 1) < full_N[:, None]] = tokens
         lengths_N = np.where(full_N <= max_tokens, full_N + 1, max_tokens)
         longest_first_N = np.argsort(-lengths_N, kind="stable")
         targets_TN = tokens_NW[longest_first_N, : lengths_N.max()].T
         alive_TN = np.arange(len(targets_TN))[:, None] < lengths_N[longest_first_N]
         inputs_TN = np.concatenate((np.full_like(targets_TN[:1], START), targets_TN[:-1]))
-        image_of_caption_N = np.repeat(np.arange(len(captions_of_images)), list(map(len, captions_of_images)))
+        image_of_caption_N = np.repeat(np.arange(len(num_captions)), num_captions)
         return cls(
             inputs_M=torch.from_numpy(inputs_TN[alive_TN]),
             targets_M=torch.from_numpy(targets_TN[alive_TN]),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,8 +74,28 @@ def test_two_processes_reach_the_same_weights_and_evaluate_each_image_once(shard
     done = train(shards, tmp_path / "run", "--epochs", "2", launcher=TORCHRUN, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stdout
+    for epoch in (1, 2):
+        assert f"epoch {epoch}: planned 33, read 33, decoded 33, skipped 0, repeated 0" in done.stdout
     ids = [row["image_id"] for row in validation_rows(tmp_path / "run")]
     assert sorted(ids) == list(range(1, NUM_VAL + 1))
+
+
+def test_a_damaged_sample_stops_training_unless_it_is_tolerated(shards: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "shards"
+    shutil.copytree(shards, damaged)
+    tar = damaged / "train-000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[1000] ^= 1  # in the first picture
+    tar.write_bytes(data)
+    refused = train(damaged, tmp_path / "refused", "--epochs", "1")
+    assert refused.returncode == 2
+    assert f"{tar} is damaged at sample train-000000000 (checksum differs)" in refused.stderr
+    done = train(damaged, tmp_path / "run", "--epochs", "1", "--tolerate-bad-samples", "1")
+    assert done.returncode == 0, done.stderr
+    assert "epoch 1: planned 33, read 32, decoded 32, skipped 1 (1 checksum), repeated 0" in done.stdout
+    (row,) = map(json.loads, (tmp_path / "run/skipped.jsonl").read_text().splitlines())
+    assert (row["split"], row["epoch"], row["reason"]) == ("train", 1, "checksum")
+    assert str(tar) in row["message"]
 
 
 @pytest.mark.parametrize("image_input", ["first", "every-step"])

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -220,17 +221,19 @@ class MakeBatches:
 
     def collate(self, samples: list[Sample], views_BPP3: np.ndarray, slot: int | None, skipped: list[Skip]) -> Batch:
         """Samples to a batch; none at all to a filler."""
-        tokens = [[self.vocabulary.encode(caption) for caption in s.content["tokens"]] for s in samples]
+        captions = [caption for sample in samples for caption in sample.content["tokens"]] or [[]]
+        num_captions = [len(sample.content["tokens"]) for sample in samples] or [1]
+        tokens, lengths = self.vocabulary.encode(chain.from_iterable(captions)), list(map(len, captions))
         max_tokens = self.rules.max_tokens
         rows: Any = torch.from_numpy(views_BPP3) if slot is None else Slot(slot, len(views_BPP3))
         return Batch(
             views_BPP3=rows,
-            captions=PackedCaptions.pack(tokens or [[[]]], max_tokens=max_tokens),
+            captions=PackedCaptions.pack_flat(tokens, lengths, num_captions, max_tokens=max_tokens),
             positions=[sample.ref.position for sample in samples],
             keys=[sample.key for sample in samples],
             image_ids=[sample.content["image_id"] for sample in samples],
             references=[sample.content["captions"] for sample in samples],
-            num_cut=sum(len(caption) > max_tokens for captions in tokens for caption in captions),
+            num_cut=sum(length > max_tokens for length in lengths),
             skipped=skipped,
         )
 

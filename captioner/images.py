@@ -318,7 +318,7 @@ def _jpeg_decoder() -> "Callable[[Tensor, int, bool], Tensor] | None":
     for library in sorted(Path(folders[0]).glob("image*.so")) if folders else []:
         with suppress(OSError, AttributeError):
             torch.ops.load_library(str(library))
-            return torch.ops.image.decode_jpeg
+            return torch.ops.image.decode_jpeg.default
     return None
 
 

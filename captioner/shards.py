@@ -59,7 +59,7 @@ SAMPLE_FIELDS = frozenset(field.name for field in fields(Sample))
 CAPTION_FIELDS = ("captions", "caption", "text")  # where the JSON of other people's shards has them
 
 
-def read_content(data: bytes, *, key: str) -> dict[str, Any]:
+def read_content(data: bytes | bytearray, *, key: str) -> dict[str, Any]:
     """A caption member's `image_id`, `captions` and `tokens`, with whatever else a `Sample` has.
 
     Of shards made elsewhere it is a JSON object with one of CAPTION_FIELDS, or text with a caption in each line that

@@ -91,7 +91,7 @@ class TimedReader(ShardReader):
             self.seconds[stage] += clock() - started
             self.runs[stage] += 1
 
-    def read(self, ref: SampleRef) -> tuple[str, bytes, bytes]:
+    def read(self, ref: SampleRef) -> tuple[str, bytearray, bytearray]:
         return self.time("read", WALL, self.time, "read's work", CPU, super().read, ref)
 
     def _open_shard(self, number: int) -> OpenShard:

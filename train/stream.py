@@ -256,7 +256,7 @@ def decode_picture(sample: Sample, *, squash_to: int | None) -> np.ndarray:
     try:
         if squash_to is None:
             return images.decode_stored(sample.picture)
-        return np.array(images.load_resized(sample.picture, size=squash_to, resize="squash")[0])
+        return np.array(images.load_resized(bytes(sample.picture), size=squash_to, resize="squash")[0])
     except images.ImageError as error:
         message = f"sample {sample.key} in {sample.url} is not a picture ({error}): {DAMAGED}"
         raise SampleError("undecodable", message) from error

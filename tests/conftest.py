@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from servers import Bucket, run_s3, use_s3
+from servers import Bucket, run_nginx, run_s3, use_s3
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -22,3 +23,11 @@ def bucket(s3: str) -> Iterator[Bucket]:
     """An empty bucket that `s3://` leads to, also in the processes that the test starts."""
     with use_s3(s3):
         yield Bucket(s3, f"test-{uuid4()}")
+
+
+@pytest.fixture(scope="module")
+def nginx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The address of a web server and the folder that it serves, empty at first."""
+    root = tmp_path_factory.mktemp("web")
+    with run_nginx(root, root.parent / f"{root.name}-nginx") as address:
+        yield address, root

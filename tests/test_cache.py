@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import NGINX, NGINX_CONFIGURATION, Bucket, Proxy, _Handler, free_port, run_nginx, use_s3, wait_for_port
+from servers import NGINX, NGINX_CONFIGURATION, Bucket, Proxy, _Handler, free_port, use_s3, wait_for_port
 
 from captioner import shards, storage
 from captioner.cli import UserError
@@ -94,13 +94,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(cache_module, "RETRY_SECONDS", 0.02)
     monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.001)
-
-
-@pytest.fixture(scope="module")
-def nginx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    root = tmp_path_factory.mktemp("web")
-    with run_nginx(root, root.parent / f"{root.name}-nginx") as address:
-        yield address, root
 
 
 @pytest.fixture

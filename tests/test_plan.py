@@ -93,7 +93,7 @@ def test_a_seek_gives_what_reading_on_would_have_given(sizes: list[int], seed: i
     assume(sum(sizes))
     position = data.draw(st.integers(0, sum(sizes) - 1))
     read_on = EpochPlan(shard_sizes=sizes, seed=seed, epoch=2).refs(range(sum(sizes)))
-    assert EpochPlan(shard_sizes=sizes, seed=seed, epoch=2).ref(position) == read_on[position]
+    assert EpochPlan(shard_sizes=sizes, seed=seed, epoch=2).refs([position]) == [read_on[position]]
 
 
 def test_evaluation_reads_in_the_order_of_the_manifest() -> None:

@@ -13,7 +13,7 @@ import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from servers import Bucket, Proxy, free_port, run_nginx, use_s3
+from servers import Bucket, Proxy, free_port, use_s3
 
 from captioner import storage
 from captioner.cli import UserError
@@ -25,13 +25,6 @@ ODD_NAMES = ["a b.txt", 'it\'s "q".txt', "50%.txt", "%20.txt", "a#b?c=d&e;f.txt"
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.001)
-
-
-@pytest.fixture(scope="module")
-def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    root = tmp_path_factory.mktemp("web")
-    with run_nginx(root, root.parent / f"{root.name}-nginx") as address:
-        yield address, root
 
 
 # ---- names ------------------------------------------------------------------------------------------------
@@ -272,7 +265,7 @@ def test_patience_in_seconds_is_for_as_many_tries_as_it_takes(monkeypatch: pytes
 def test_a_part_of_a_file_is_read(store: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     data = os.urandom(1000)
     if store == "web":
-        address, root = request.getfixturevalue("web")
+        address, root = request.getfixturevalue("nginx")
         (root / "part").write_bytes(data)
         place = storage.join(address, "part")
     else:
@@ -413,8 +406,8 @@ def test_without_credentials_nothing_is_tried_twice(s3: str, tmp_path: Path) -> 
 # ---- the web ----------------------------------------------------------------------------------------------
 
 
-def test_the_web_is_read_under_any_name(web: tuple[str, Path]) -> None:
-    address, root = web
+def test_the_web_is_read_under_any_name(nginx: tuple[str, Path]) -> None:
+    address, root = nginx
     for folder in (root / "plain", root / "a folder é"):
         folder.mkdir()
         for size, name in enumerate(ODD_NAMES):
@@ -432,25 +425,25 @@ def test_the_web_is_read_under_any_name(web: tuple[str, Path]) -> None:
         storage.read_bytes(storage.join(address, "plain", ""))
 
 
-def test_the_web_is_listed_where_its_server_shows_it(web: tuple[str, Path]) -> None:
-    address, root = web
+def test_the_web_is_listed_where_its_server_shows_it(nginx: tuple[str, Path]) -> None:
+    address, root = nginx
     (root / "listed" / "inner").mkdir(parents=True)
     for name in ("captions_train.json", "captions_val é 1.csv"):
         (root / "listed" / name).touch()
     assert storage.list_files(f"{address}/listed/") == ["captions_train.json", "captions_val é 1.csv"]
 
 
-def test_the_web_cannot_be_written(web: tuple[str, Path]) -> None:
-    with pytest.raises(StorageError, match=f"{web[0]}/x"):
-        storage.write_atomic(f"{web[0]}/x", b"x")
+def test_the_web_cannot_be_written(nginx: tuple[str, Path]) -> None:
+    with pytest.raises(StorageError, match=f"{nginx[0]}/x"):
+        storage.write_atomic(f"{nginx[0]}/x", b"x")
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("mood", ["500", "503", "drop", "cut answer"])
 def test_a_web_server_that_fails_is_asked_again_and_no_file_is_taken_for_missing(
-    web: tuple[str, Path], mood: str
+    nginx: tuple[str, Path], mood: str
 ) -> None:
-    address, root = web
+    address, root = nginx
     (root / "faulty").mkdir(exist_ok=True)
     (root / "faulty" / "a").write_bytes(data := os.urandom(50_000))
     with Proxy(address) as proxy:
@@ -467,9 +460,11 @@ def test_a_web_server_that_fails_is_asked_again_and_no_file_is_taken_for_missing
                     ask(f"{place}/a")
 
 
-def test_a_web_server_that_stalls_is_left_after_a_while(web: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_web_server_that_stalls_is_left_after_a_while(
+    nginx: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(storage, "STALL_SECONDS", 0.5)
-    address, root = web
+    address, root = nginx
     (root / "slow").write_bytes(b"123")
     with Proxy(address) as proxy:
         answers = iter(["stall", "ok", "stall", "ok"])

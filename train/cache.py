@@ -86,7 +86,7 @@ class ShardCache:
         Waits while another process brings the shard. Raises MissingShardError, DamagedShardError, and UserError where
         the server or the disk fails or the cache is too small.
         """
-        location = _location(folder, entry)
+        location = tar_location(folder, entry)
         if entry.bytes > self.max_bytes:
             raise self._too_small(location, entry.bytes)
         seen, since = None, time.monotonic()
@@ -257,7 +257,7 @@ class ShardCache:
             return None
         data = _fetch_index(folder, entry)
         if entry.bytes + len(data) > self.max_bytes:
-            raise self._too_small(_location(folder, entry), entry.bytes + len(data))
+            raise self._too_small(tar_location(folder, entry), entry.bytes + len(data))
         with self._guard():
             path.unlink(missing_ok=True)
             obstacle = self._make_room(len(data), keep)
@@ -274,7 +274,7 @@ class ShardCache:
 
     def _download(self, folder: str, entry: ShardEntry, file: int, stop: threading.Event | None) -> _Obstacle | None:
         """Complete a partial file and check it, anew from the start where it is wrong."""
-        location = _location(folder, entry)
+        location = tar_location(folder, entry)
         size = _ask(lambda: storage.size_bytes(location, patience_seconds=PATIENCE_SECONDS), location)
         if size not in (storage.UNKNOWN, entry.bytes):
             raise DamagedShardError(f"{location} has {size:,} bytes, its manifest says {entry.bytes:,}: {RESTORE}")
@@ -432,7 +432,8 @@ def _write(file: int, data: bytes, start: int) -> None:
 # ---- from the store ---------------------------------------------------------------------------------------
 
 
-def _location(folder: str, entry: ShardEntry) -> str:
+def tar_location(folder: str, entry: ShardEntry) -> str:
+    """Where a shard's tar lies."""
     return storage.join(folder, f"{entry.name}.tar")
 
 

@@ -70,10 +70,6 @@ class EpochPlan:
         lane_sizes[self._lane_of_slot] = base + (np.arange(self.num_lanes) < longer)
         self._lane_starts = np.concatenate(([0], np.cumsum(lane_sizes)))
 
-    def ref(self, position: int) -> SampleRef:
-        """The sample at a global position."""
-        return self.refs([position])[0]
-
     def refs(self, positions: Iterable[int]) -> list[SampleRef]:
         """The samples at the given global positions, in their order."""
         positions = list(positions)

@@ -10,12 +10,11 @@ from typing import Literal
 
 from captioner import storage
 from captioner.cli import UserError
-from captioner.shards import PACK_AGAIN, ShardEntry, ShardIndex
-from train.cache import DamagedShardError, MissingShardError, Prefetcher, ShardCache
+from captioner.shards import ShardEntry, ShardIndex
+from train.cache import RESTORE, DamagedShardError, MissingShardError, Prefetcher, ShardCache, tar_location
 from train.plan import SampleRef
 
 NEAR_BYTES = 4096
-DAMAGED = f"restore the file or {PACK_AGAIN}"
 Reason = Literal["shard missing", "shard damaged", "checksum", "undecodable", "no captions"]
 
 
@@ -73,8 +72,7 @@ class ShardReader:
 
     def location(self, shard: int) -> str:
         """Where a shard's tar lies."""
-        folder, entry = self._shards[shard]
-        return storage.join(folder, f"{entry.name}.tar")
+        return tar_location(*self._shards[shard])
 
     def read(self, ref: SampleRef) -> tuple[str, bytearray, bytearray]:
         """A sample's key, and the content of its picture and of its captions, which torch takes without a copy.
@@ -105,7 +103,7 @@ class ShardReader:
             raise SampleError(
                 "checksum",
                 f"{self.location(ref.shard)} is damaged at sample {shard.index.key(ref.place)} (checksum differs): "
-                f"{DAMAGED}",
+                f"{RESTORE}",
             )
         return picture, text
 
@@ -137,21 +135,21 @@ def open_cached(cache: ShardCache, folder: str, entry: ShardEntry) -> tuple[Shar
         raise SampleError("shard missing", str(error)) from error
     except DamagedShardError as error:
         raise SampleError("shard damaged", str(error)) from error
-    return check_shard(index, file, entry, location=storage.join(folder, f"{entry.name}.tar"))
+    return check_shard(index, file, entry, location=tar_location(folder, entry))
 
 
 def open_local(folder: str, entry: ShardEntry) -> tuple[ShardIndex, int]:
     """A shard's index, and its tar open for reading, both seen to be what the manifest says. Raises SampleError."""
-    location, origin = (storage.join(folder, f"{entry.name}.{ending}") for ending in ("tar", "index"))
+    location, origin = tar_location(folder, entry), storage.join(folder, f"{entry.name}.index")
     try:
         index = ShardIndex.from_bytes(Path(origin).read_bytes(), origin=origin)
         file = os.open(location, os.O_RDONLY)
     except FileNotFoundError as error:
-        raise SampleError("shard missing", f"there is no {error.filename}: {DAMAGED}") from error
+        raise SampleError("shard missing", f"there is no {error.filename}: {RESTORE}") from error
     except UserError as error:
         raise SampleError("shard damaged", str(error)) from error
     except OSError as error:
-        raise SampleError("shard damaged", f"cannot read shard {location} ({error}): {DAMAGED}") from error
+        raise SampleError("shard damaged", f"cannot read shard {location} ({error}): {RESTORE}") from error
     return check_shard(index, file, entry, location=location)
 
 
@@ -167,4 +165,4 @@ def check_shard(index: ShardIndex, file: int, entry: ShardEntry, *, location: st
     else:
         return index, file
     os.close(file)
-    raise SampleError("shard damaged", f"{problem}: {DAMAGED}")
+    raise SampleError("shard damaged", f"{problem}: {RESTORE}")

@@ -24,9 +24,9 @@ from captioner.cli import UserError
 from captioner.model import PackedCaptions
 from captioner.shards import read_content
 from captioner.vocabulary import Vocabulary
-from train.cache import Prefetcher, ShardCache
+from train.cache import RESTORE, Prefetcher, ShardCache
 from train.plan import SAMPLE_CHANCE, EpochPlan, SampleRef, num_steps, random_bits, rank_positions
-from train.reader import DAMAGED, Reason, SampleError, ShardReader
+from train.reader import Reason, SampleError, ShardReader
 from train.ring import Ring, Slot
 from train.split import Split
 
@@ -245,7 +245,7 @@ def read_sample(reader: ShardReader, ref: SampleRef) -> Sample:
     try:
         return Sample(ref, key, url, picture, read_content(text, key=key))
     except ValueError as error:
-        raise SampleError("no captions", f"sample {key} in {url} has no captions ({error}): {DAMAGED}") from error
+        raise SampleError("no captions", f"sample {key} in {url} has no captions ({error}): {RESTORE}") from error
 
 
 def decode_picture(sample: Sample, *, squash_to: int | None) -> np.ndarray:
@@ -258,7 +258,7 @@ def decode_picture(sample: Sample, *, squash_to: int | None) -> np.ndarray:
             return images.decode_stored(sample.picture)
         return np.array(images.load_resized(bytes(sample.picture), size=squash_to, resize="squash")[0])
     except images.ImageError as error:
-        message = f"sample {sample.key} in {sample.url} is not a picture ({error}): {DAMAGED}"
+        message = f"sample {sample.key} in {sample.url} is not a picture ({error}): {RESTORE}"
         raise SampleError("undecodable", message) from error
 
 

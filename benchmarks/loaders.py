@@ -139,7 +139,7 @@ def ours(folder: Path, *, workers: int, epoch: int) -> Iterator[Any]:
         workers=workers,
     )
     for batch in stream:
-        yield batch.views_BPP3
+        yield batch.inputs
 
 
 def plain_webdataset(folder: Path, *, workers: int, epoch: int) -> Iterator[Any]:

@@ -5,9 +5,10 @@
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class DecodingDefaults:
 
     beam_size: int = 3
     max_tokens: int = 20
+    length_penalty: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,8 @@ class Bundle:
         """A caption for each evaluation view (B, P, P, 3), uint8; `beam_size` None takes the folder's default."""
         images_B3PP = normalise(torch.from_numpy(views_BPP3).to(self.device), self.view)
         beams = self.decoding.beam_size if beam_size is None else beam_size
-        return decode(self.model, self.model.encode(images_B3PP), beam_size=beams, max_tokens=self.decoding.max_tokens)
+        decoding = replace(self.decoding, beam_size=beams)
+        return decode(self.model, self.model.encode(images_B3PP), **asdict(decoding))
 
     def caption(self, data: bytes) -> str:
         """The caption of one picture file's bytes. Raises captioner.images.ImageError."""
@@ -146,7 +149,8 @@ def _assemble(folder: Path, config: dict[str, Any]) -> Bundle:
         raise UserError(f"{folder / 'model.safetensors'} is cut or changed (its sha256 differs): {MAKE_AGAIN}")
     view_fields: dict[str, Any] = config["view"] | {name: tuple(config["view"][name]) for name in ("mean", "std")}
     view, decoding = ViewSpec(**view_fields), DecodingDefaults(**config["decoding"])
-    if not 1 <= view.crop <= view.size or min(decoding.beam_size, decoding.max_tokens) < 1:
+    possible = min(decoding.beam_size, decoding.max_tokens) >= 1 and math.isfinite(decoding.length_penalty)
+    if not 1 <= view.crop <= view.size or not possible:
         raise ValueError(f"impossible {view} or {decoding}")
     model = CaptionModel(ModelConfig(**config["model"]))
     try:

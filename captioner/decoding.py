@@ -1,7 +1,8 @@
 """Captions from image embeddings: batched greedy and beam search.
 
-Shapes: B images, K beams an image, T generated tokens, E embedding width, V vocabulary. Both searches stop as soon
-as every caption has ended, never produce `<pad>`, `<start>` or `<unk>`, and never an empty caption.
+Shapes: B images, K beams an image, N captions under way, S ways to go on, T generated tokens, E embedding width,
+V vocabulary. Both searches stop as soon as every caption has ended, never produce `<pad>`, `<start>` or `<unk>`, and
+never an empty caption.
 """
 
 import math
@@ -33,7 +34,9 @@ class Caption:
 
 
 @torch.no_grad()
-def decode(model: CaptionModel, image_BE: Tensor, *, beam_size: int, max_tokens: int) -> list[Caption]:
+def decode(
+    model: CaptionModel, image_BE: Tensor, *, beam_size: int, max_tokens: int, length_penalty: float = 1.0
+) -> list[Caption]:
     """The best caption of each image: greedy when `beam_size` is 1, beam search otherwise."""
     if beam_size < 1 or max_tokens < 1:
         raise ValueError(f"beam_size {beam_size} and max_tokens {max_tokens} must be at least 1")
@@ -41,16 +44,19 @@ def decode(model: CaptionModel, image_BE: Tensor, *, beam_size: int, max_tokens:
         return []
     if beam_size == 1:
         return greedy(model, image_BE, max_tokens=max_tokens)
-    return beam_search(model, image_BE, beam_size=beam_size, max_tokens=max_tokens)
+    return beam_search(model, image_BE, beam_size=beam_size, max_tokens=max_tokens, length_penalty=length_penalty)
 
 
-def _log_probabilities(logits_NV: Tensor, *, first: bool) -> Tensor:
-    """Log-probabilities with the words that are never said, and an end before any word, at minus infinity."""
-    log_probabilities_NV = logits_NV.float().log_softmax(dim=1)
-    log_probabilities_NV[:, NEVER_SAID] = -torch.inf
-    if first:
-        log_probabilities_NV[:, END] = -torch.inf
-    return log_probabilities_NV
+def _likeliest(logits_NV: Tensor, *, num_tokens: int, first: bool) -> tuple[Tensor, Tensor]:
+    """The tokens that may be said next and are likeliest: log-probabilities (N, S), the best first, and tokens (N, S).
+
+    Words that are never said, and an end before any word, come last and at minus infinity.
+    """
+    logits_NV = logits_NV.float()
+    log_sum_N1 = logits_NV.logsumexp(dim=1, keepdim=True)
+    logits_NV[:, [*NEVER_SAID, END] if first else NEVER_SAID] = -torch.inf
+    best_NS, tokens_NS = logits_NV.topk(num_tokens)
+    return best_NS - log_sum_N1, tokens_NS
 
 
 def greedy(model: CaptionModel, image_BE: Tensor, *, max_tokens: int) -> list[Caption]:
@@ -61,7 +67,7 @@ def greedy(model: CaptionModel, image_BE: Tensor, *, max_tokens: int) -> list[Ca
     steps: list[tuple[Tensor, Tensor, Tensor]] = []
     for step in range(max_tokens):
         logits_NV, state = model.advance(tokens_N, state, image_BE[rows])
-        scores_N, tokens_N = _log_probabilities(logits_NV, first=step == 0).max(dim=1)
+        scores_N, tokens_N = (best[:, 0] for best in _likeliest(logits_NV, num_tokens=1, first=step == 0))
         steps.append((rows, tokens_N, scores_N))
         alive = (tokens_N != END).nonzero()[:, 0]
         if not len(alive):
@@ -86,52 +92,62 @@ def _select(state: LSTMState, rows: Tensor) -> LSTMState:
     return state[0][:, rows], state[1][:, rows]
 
 
-def beam_search(model: CaptionModel, image_BE: Tensor, *, beam_size: int, max_tokens: int) -> list[Caption]:
-    """Keep the `beam_size` likeliest beginnings of each image; the caption with the best mean step wins.
+def beam_search(
+    model: CaptionModel, image_BE: Tensor, *, beam_size: int, max_tokens: int, length_penalty: float = 1.0
+) -> list[Caption]:
+    """Keep the `beam_size` likeliest beginnings of each image; of those that ended, the best score wins.
 
-    All beams of all images advance in one batch. An ended beam keeps its place and its score, so an image is done
-    when its K best are all ended; where none has ended at `max_tokens`, the best unended one is the caption.
+    The score is the total log-probability over the number of steps to the power of `length_penalty`: 1 is the mean
+    step, 0 the plain sum, which favours short captions. An ended beam keeps its place and its total, so an image is
+    done when its K best are all ended; where none has ended at `max_tokens`, the best unended one is the caption.
+    The beams under way of all images advance in one batch, which ended ones leave.
     """
-    num_images, device = len(image_BE), image_BE.device
-    image_of_beam = torch.arange(num_images, device=device).repeat_interleave(beam_size)
-    state = model.start(image_BE, rows_N=image_of_beam)
-    image_NE = image_BE[image_of_beam]
-    tokens_BK = torch.full((num_images, beam_size), START, device=device)
+    num_images, num_words, device = len(image_BE), model.config.vocabulary_size, image_BE.device
+    first_beam_B = torch.arange(num_images, device=device) * beam_size
     totals_BK = torch.full((num_images, beam_size), -torch.inf, device=device)
-    totals_BK[:, 0] = 0.0
-    ended_BK = torch.zeros_like(tokens_BK, dtype=torch.bool)
-    history_BKT = torch.empty((num_images, beam_size, 0), dtype=torch.long, device=device)
-    scores_BKT = torch.empty((num_images, beam_size, 0), device=device)
+    totals_BK[:, 0] = 0.0  # the others only fill places, as if they had ended at no probability
+    tokens_BK = torch.full((num_images, beam_size), END, device=device)
+    tokens_BK[:, 0] = START
+    history_BKT = tokens_BK.new_empty((num_images, beam_size, 0))
+    scores_BKT = totals_BK.new_empty((num_images, beam_size, 0))
+    alive_N = first_beam_B  # beams under way, numbered through all images
+    state = model.start(image_BE, rows_N=torch.arange(num_images, device=device))
     for step in range(max_tokens):
-        logits_NV, state = model.advance(tokens_BK.flatten(), state, image_NE)
-        steps_BKV = _log_probabilities(logits_NV, first=step == 0).view(num_images, beam_size, -1)
-        steps_BKV = _only_repeat_end(steps_BKV, ended_BK)
-        totals_BK, chosen_BK = (totals_BK[..., None] + steps_BKV).flatten(1).topk(beam_size)
-        origin_BK, tokens_BK = chosen_BK // steps_BKV.shape[2], chosen_BK % steps_BKV.shape[2]
-        step_scores_BK = steps_BKV.flatten(1).gather(1, chosen_BK)
+        logits_NV, state = model.advance(tokens_BK.flatten()[alive_N], state, image_BE[alive_N // beam_size])
+        best_NS, words_NS = _likeliest(logits_NV, num_tokens=min(beam_size, num_words), first=step == 0)
+        steps_BKS, words_BKS = _ways_on(best_NS, words_NS, alive_N, num_images=num_images, beam_size=beam_size)
+        totals_BK, chosen_BK = (totals_BK[..., None] + steps_BKS).flatten(1).topk(beam_size)
+        origin_BK = chosen_BK // steps_BKS.shape[2]
+        tokens_BK = words_BKS.flatten(1).gather(1, chosen_BK)
+        step_scores_BK = steps_BKS.flatten(1).gather(1, chosen_BK)
         history_BKT = torch.cat((_reorder(history_BKT, origin_BK), tokens_BK[..., None]), dim=2)
         scores_BKT = torch.cat((_reorder(scores_BKT, origin_BK), step_scores_BK[..., None]), dim=2)
-        flat = (origin_BK + torch.arange(num_images, device=device)[:, None] * beam_size).flatten()
-        state = _select(state, flat)
-        ended_BK = tokens_BK == END
-        if bool(ended_BK.all()):
+        still_alive_N = (tokens_BK != END).flatten().nonzero()[:, 0]
+        if not len(still_alive_N):
             break
-    return _best_beams(history_BKT, scores_BKT, totals_BK)
+        origin_N = (origin_BK + first_beam_B[:, None]).flatten()[still_alive_N]
+        state, alive_N = _select(state, torch.searchsorted(alive_N, origin_N)), still_alive_N
+    return _best_beams(history_BKT, scores_BKT, totals_BK, length_penalty=length_penalty)
 
 
-def _only_repeat_end(steps_BKV: Tensor, ended_BK: Tensor) -> Tensor:
-    """An ended beam continues with `<end>` for nothing, and with no other word."""
-    closed_V = torch.full_like(steps_BKV[0, 0], -torch.inf)
-    closed_V[END] = 0.0
-    return torch.where(ended_BK[..., None], closed_V, steps_BKV)
+def _ways_on(
+    best_NS: Tensor, words_NS: Tensor, alive_N: Tensor, *, num_images: int, beam_size: int
+) -> tuple[Tensor, Tensor]:
+    """For every beam (B, K, S) log-probabilities and tokens: an ended one has only `<end>` to repeat, for nothing."""
+    steps_BKS = best_NS.new_full((num_images, beam_size, best_NS.shape[1]), -torch.inf)
+    steps_BKS[..., 0] = 0.0
+    words_BKS = torch.full_like(steps_BKS, END, dtype=torch.long)
+    steps_BKS.view(-1, best_NS.shape[1])[alive_N] = best_NS
+    words_BKS.view(-1, best_NS.shape[1])[alive_N] = words_NS
+    return steps_BKS, words_BKS
 
 
 def _reorder(values_BKT: Tensor, origin_BK: Tensor) -> Tensor:
     return values_BKT.gather(1, origin_BK[..., None].expand(-1, -1, values_BKT.shape[2]))
 
 
-def _best_beams(history_BKT: Tensor, scores_BKT: Tensor, totals_BK: Tensor) -> list[Caption]:
-    """Of each image the ended beam (any beam, where none ended) with the greatest mean log-probability.
+def _best_beams(history_BKT: Tensor, scores_BKT: Tensor, totals_BK: Tensor, *, length_penalty: float) -> list[Caption]:
+    """Of each image the ended beam (any beam, where none ended) with the best score: see `beam_search`.
 
     Beams of total minus infinity only fill places that no possible beginning took, and are no captions.
     """
@@ -139,10 +155,14 @@ def _best_beams(history_BKT: Tensor, scores_BKT: Tensor, totals_BK: Tensor) -> l
     for beams, beam_scores, totals in zip(history_BKT.tolist(), scores_BKT.tolist(), totals_BK.tolist(), strict=True):
         possible = [pair for *pair, total in zip(beams, beam_scores, totals, strict=True) if total > -math.inf]
         captions = [(END in tokens, _caption(tokens, scores)) for tokens, scores in possible]
-        best.append(max(captions, key=lambda pair: (pair[0], pair[1].score))[1])
+        best.append(max(captions, key=lambda pair: (pair[0], _beam_score(pair[1], length_penalty)))[1])
     return best
 
 
 def _caption(tokens: list[int], scores: list[float]) -> Caption:
     length = tokens.index(END) if END in tokens else len(tokens)
     return Caption(tokens=tokens[:length], token_scores=scores[: length + 1])
+
+
+def _beam_score(caption: Caption, length_penalty: float) -> float:
+    return sum(caption.token_scores) / len(caption.token_scores) ** length_penalty

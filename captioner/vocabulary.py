@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 
@@ -95,6 +95,17 @@ class Vocabulary:
             threshold=threshold,
             tokenizer_version=version("nltk"),
         )
+
+    def extended(self, other: "Vocabulary") -> "Vocabulary":
+        """This vocabulary with its ids kept, followed by the words only `other` has as `from_counts` orders them.
+
+        Counts of both are added up. The threshold stays this vocabulary's.
+        """
+        counts = Counter(dict(zip(self.words, self.counts, strict=True)))
+        counts.update(dict(zip(other.words, other.counts, strict=True)))
+        new = sorted(set(other.words) - set(self.words), key=lambda word: (-counts[word], word))
+        words = (*self.words, *new)
+        return replace(self, words=words, counts=tuple(counts[word] for word in words))
 
     def __len__(self) -> int:
         return len(self.words)

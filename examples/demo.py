@@ -44,7 +44,7 @@ PACK = (
 )
 TRAIN = (
     f"accelerate launch train/main.py --shards {SHARDS} --output {RUN} --encoder small_cnn --weights none "
-    "--train-encoder --crop 60 --embedding-size 192 --hidden-size 192 --epochs 9 --batch-size 32 "
+    "--finetune-encoder-from-step 0 --crop 60 --embedding-size 192 --hidden-size 192 --epochs 9 --batch-size 32 "
     "--learning-rate 2.5e-3"
 )
 CAPTION = (

@@ -96,7 +96,7 @@ def consume(job: Job) -> None:
 
     from train.cache import ShardCache
     from train.plan import num_steps
-    from train.run_folder import resume, save_checkpoint
+    from train.run_folder import Progress, resume, save_checkpoint
     from train.split import read_merged_vocabulary, read_split
     from train.stream import BatchStream, Ledger, Share, StreamState, ViewRules, check_ranks, rank_facts
 
@@ -124,15 +124,15 @@ def consume(job: Job) -> None:
                 cache=ShardCache(str(job.cache), max_bytes=1 << 24) if job.cache else None,
             )
             for step, batch in enumerate(stream, start=first // GLOBAL_BATCH):
-                digest = sha256(batch.views_BPP3[: batch.num_samples].numpy().tobytes()).hexdigest()
+                digest = sha256(batch.inputs[: batch.num_samples].numpy().tobytes()).hexdigest()
                 row = [time.time(), epoch, step, share.rank, share.world_size, batch.positions, batch.keys, digest]
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 time.sleep(job.pause)
                 if (step + 1) % CHECKPOINT_STEPS == 0 and step + 1 < steps:
                     state.position = (step + 1) * GLOBAL_BATCH
-                    save_checkpoint(job.run, state, accelerator)
+                    save_checkpoint(job.run, state, Progress(), accelerator)
             Ledger.of_all(gather_object([stream.ledger]), planned=split.num_samples - first)
             state.epoch, state.position = epoch + 1, 0
-            save_checkpoint(job.run, state, accelerator)
+            save_checkpoint(job.run, state, Progress(), accelerator)
     accelerator.end_training()

@@ -718,7 +718,7 @@ def test_foreign_pictures_of_any_size_and_mode_are_squashed_on_reading(foreign: 
     assert (spec.size, spec.resize) == (40, "squash")
     pictures = {key: image for key, image, _ in entries(foreign, manifest)}
     for batch in batches(foreign, "train", crop=32, training=False):
-        for key, view in zip(batch.keys, batch.views_BPP3.numpy(), strict=True):
+        for key, view in zip(batch.keys, batch.inputs.numpy(), strict=True):
             np.testing.assert_array_equal(view, views.read_eval_view(pictures[key.partition("/")[2]], spec)[0])
     assert len([key for batch in batches(foreign, "train", crop=40, training=True) for key in batch.keys]) == 13
 
@@ -731,12 +731,12 @@ def test_pictures_of_every_way_of_resizing_train_and_validate(tmp_path: Path, re
     assert problems(tmp_path / "shards") == []
     spec = read_view([read_split([str(tmp_path / "shards")], "val", remedy="")], crop=32)
     assert spec.resize == ("squash" if resize == "none" else resize)
-    views_BPP3 = [view for b in batches(tmp_path / "shards", "val", crop=32, training=False) for view in b.views_BPP3]
+    views_BPP3 = [view for b in batches(tmp_path / "shards", "val", crop=32, training=False) for view in b.inputs]
     for view, path in zip(views_BPP3, sorted((data / "val2014").iterdir()), strict=True):
         wanted, _ = views.read_eval_view(path.read_bytes(), spec)
         assert abs(view.numpy().astype(int) - wanted).mean() < 4
     for batch in batches(tmp_path / "shards", "train", crop=32, training=True):
-        assert batch.views_BPP3.shape[1:] == (32, 32, 3)
+        assert batch.inputs.shape[1:] == (32, 32, 3)
 
 
 def test_splits_of_different_sizes_are_refused(foreign: Path) -> None:
@@ -753,7 +753,18 @@ def test_a_foreign_folder_trains_and_is_evaluated(foreign: Path, tmp_path: Path)
     index_folder(foreign, "val", size=36)
     assert (foreign / "vocabulary.json").read_bytes() == words
     flags = ["--shards", str(foreign), "--output", str(tmp_path / "run"), "--encoder", "small_cnn", "--weights", "none"]
-    flags += ["--train-encoder", "--crop", "32", "--batch-size", "8", "--epochs", "1", "--workers", "0"]
+    flags += [
+        "--finetune-encoder-from-step",
+        "0",
+        "--crop",
+        "32",
+        "--batch-size",
+        "8",
+        "--epochs",
+        "1",
+        "--workers",
+        "0",
+    ]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     done = subprocess.run(
         [sys.executable, str(ROOT / "train" / "main.py"), *flags],

@@ -1,8 +1,8 @@
 """Both searches against slow references written from their definitions: no batch, no state kept, no tensor tricks.
 
 A caption is words, then `<end>`, at most `max_tokens` steps in all; the search keeps beams by their total
-log-probability and ranks ended ones by the mean of a step. A beam that is wide enough prunes nothing, so it finds
-what trying every caption finds.
+log-probability and ranks ended ones by it over a power of their steps. A beam that is wide enough prunes nothing, so
+it finds what trying every caption finds.
 """
 
 import itertools
@@ -72,7 +72,9 @@ def naive_greedy(model: CaptionModel, image_E: Tensor, *, max_tokens: int) -> Ca
     return Caption(tokens=words, token_scores=scores)
 
 
-def naive_beam_search(model: CaptionModel, image_E: Tensor, *, beam_size: int, max_tokens: int) -> Caption:
+def naive_beam_search(
+    model: CaptionModel, image_E: Tensor, *, beam_size: int, max_tokens: int, length_penalty: float = 1.0
+) -> Caption:
     beams: list[tuple[list[int], list[float]]] = [([], [])]
     for _ in range(max_tokens):
         longer = []
@@ -88,7 +90,7 @@ def naive_beam_search(model: CaptionModel, image_E: Tensor, *, beam_size: int, m
             ]
         beams = sorted(longer, key=lambda beam: -sum(beam[1]))[:beam_size]
     ended = [beam for beam in beams if END in beam[0]] or beams
-    tokens, scores = max(ended, key=lambda beam: sum(beam[1]) / len(beam[1]))
+    tokens, scores = max(ended, key=lambda beam: sum(beam[1]) / len(beam[1]) ** length_penalty)
     return Caption(tokens=[t for t in tokens if t != END], token_scores=scores)
 
 
@@ -134,6 +136,21 @@ def test_beam_search_keeps_the_likeliest_beams(image_input: ImageInput, beam_siz
             assert_same(caption, naive_beam_search(model, image_E, beam_size=beam_size, max_tokens=5))
         differs_from_greedy += found != greedy(model, image_BE, max_tokens=5)
     assert differs_from_greedy
+
+
+@pytest.mark.parametrize("image_input", FORMS)
+def test_a_smaller_length_penalty_favours_shorter_captions(image_input: ImageInput) -> None:
+    lengths: dict[float, int] = {}
+    for length_penalty in (0.0, 1.0, 3.0):
+        found = []
+        for seed in range(6):
+            model, image_BE = make_model(image_input, seed=seed, num_words=5), make_images(4, seed=seed)
+            options = {"beam_size": 4, "max_tokens": 6, "length_penalty": length_penalty}
+            found += decode(model, image_BE, **options)
+            for caption, image_E in zip(found[-4:], image_BE, strict=True):
+                assert_same(caption, naive_beam_search(model, image_E, **options))
+        lengths[length_penalty] = sum(len(caption.token_scores) for caption in found)
+    assert lengths[0.0] < lengths[1.0] < lengths[3.0]
 
 
 @pytest.mark.parametrize("image_input", FORMS)

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captioner.metrics import BleuCounts, bleu, bleu_counts, caption_scores, cider, ptb_tokenize, rouge_l
+from captioner import metrics
+from captioner.metrics import (
+    BleuCounts,
+    References,
+    bleu,
+    bleu_counts,
+    caption_scores,
+    cider,
+    ptb_tokenize,
+    rouge_l,
+)
 
 OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "metrics"
 DROPPED = {"''", "'", "``", "`", "(", ")", "{", "}", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
@@ -233,6 +243,28 @@ def test_a_caption_equal_to_its_reference_scores_full():
     references = {key: [caption.upper()] for key, caption in CANDIDATES.items()}
     expected = {"bleu1": 1, "bleu2": 1, "bleu3": 1, "bleu4": 1, "rouge_l": 1, "cider": 10}
     assert caption_scores(CANDIDATES, references) == pytest.approx(expected, abs=1e-6)
+
+
+@settings(deadline=None)
+@given(corpora, st.data())
+def test_candidates_scored_before_leave_no_trace(corpus, data):
+    candidates, references = split_corpus(corpus)
+    counted = References(references)
+    counted.scores({key: data.draw(captions) for key in corpus})
+    assert counted.scores(candidates) == caption_scores(candidates, references)
+
+
+def test_references_are_tokenized_once(monkeypatch):
+    tokenized = []
+    monkeypatch.setattr(metrics, "ptb_tokenize", lambda text: tokenized.append(text) or ptb_tokenize(text))
+    counted = References(REFERENCES)
+    assert sorted(tokenized) == sorted(caption for captions in REFERENCES.values() for caption in captions)
+    tokenized.clear()
+    assert counted.scores(CANDIDATES) == caption_scores(CANDIDATES, REFERENCES)
+    assert tokenized[: len(CANDIDATES)] == list(CANDIDATES.values())
+    tokenized.clear()
+    counted.scores(CANDIDATES)
+    assert tokenized == list(CANDIDATES.values())
 
 
 @settings(deadline=None)

@@ -1,51 +1,20 @@
-"""The model against a plain reference, what freezing promises, and the encoder's weights from every source."""
+"""The model against a plain reference, and what freezing promises."""
 
-import hashlib
-import io
-import pickle
-import threading
-from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torchvision.models import get_model_weights
 
-from captioner.cli import UserError
-from captioner.model import CaptionModel, Encoder, ImageInput, ModelConfig, PackedCaptions, load_encoder_weights
+from captioner.model import CaptionModel, ImageInput, ModelConfig, PackedCaptions
 from captioner.vocabulary import END, START
+from train.batch_norm import synchronise_batch_norm
 
-SQUEEZENET = Path(__file__).parents[2] / "shared/data/weights/squeezenet1_1.pth"
 FORMS: tuple[ImageInput, ...] = ("first", "every-step")
 CAPTIONS = [[[4, 5, 6], [7], [9, 8, 7, 6, 5, 4]], [[5, 5]], [[6, 4, 9, 8], [8, 4, 9, 6, 7]]]
 """Of three images; with at most 4 tokens two are cut, and one is exactly as long as allowed."""
 MAX_TOKENS = 4
-FAMILIES = (
-    "alexnet",
-    "convnext_tiny",
-    "densenet121",
-    "efficientnet_b0",
-    "googlenet",
-    "inception_v3",
-    "maxvit_t",
-    "mnasnet0_5",
-    "mobilenet_v2",
-    "mobilenet_v3_small",
-    "resnet18",
-    "resnet152",
-    "shufflenet_v2_x0_5",
-    "squeezenet1_1",
-    "swin_t",
-    "vgg11",
-    "vit_b_16",
-    "small_cnn",
-)
 
 
 def make_model(image_input: ImageInput = "first", *, trainable: bool = False, seed: int = 0) -> CaptionModel:
@@ -58,12 +27,6 @@ def make_model(image_input: ImageInput = "first", *, trainable: bool = False, se
 
 def make_images(num_images: int, *, seed: int = 0, sides: int = 32) -> Tensor:
     return torch.randn(num_images, 3, sides, sides, generator=torch.Generator().manual_seed(seed))
-
-
-def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
-    message = str(error.value)
-    assert "\n" not in message
-    return message
 
 
 # ---- loss and gradients -------------------------------------------------------------------------------------
@@ -188,9 +151,9 @@ def test_each_image_is_encoded_once_however_many_captions_it_has() -> None:
     assert logits_MV.shape == (3 * 12, 10)
 
 
-@pytest.mark.parametrize("trainable", [False, True])
-def test_one_image_alone_trains_and_leaves_statistics_alone(trainable: bool) -> None:
-    model = make_model(trainable=trainable)
+def test_one_image_alone_trains_and_leaves_statistics_alone() -> None:
+    model = make_model()
+    synchronise_batch_norm(model)
     train_two_steps(model)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.zero_grad()
@@ -205,253 +168,3 @@ def test_one_image_alone_trains_and_leaves_statistics_alone(trainable: bool) -> 
     model.train()
     model(make_images(2), PackedCaptions.pack([[[4]], [[5]]], max_tokens=9))
     assert not torch.equal(cast(Tensor, model.norm.running_mean), buffers["norm.running_mean"])
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_gives_pooled_features(name: str) -> None:
-    """On the meta device: shapes are computed, numbers are not."""
-    with torch.device("meta"):
-        encoder = Encoder(name, trainable=False).eval()
-        features_BF = encoder(torch.empty(2, 3, 224, 224))
-    assert features_BF.shape == (2, encoder.num_features)
-    assert encoder.num_features not in (1, 1000)
-
-
-@pytest.mark.parametrize("name", ["squeezenet1_1", "resnet18", "shufflenet_v2_x0_5", "regnet_y_400mf", "small_cnn"])
-def test_features_tell_pictures_apart(name: str) -> None:
-    torch.manual_seed(0)
-    encoder = Encoder(name, trainable=False)
-    features_BF = encoder(make_images(3, sides=64) * torch.tensor([0.1, 1.0, 3.0]).view(3, 1, 1, 1))
-    assert features_BF.shape == (3, encoder.num_features)
-    assert features_BF.isfinite().all()
-    assert (features_BF[0] - features_BF[1]).abs().max() > 1e-5
-    assert (features_BF[1] - features_BF[2]).abs().max() > 1e-5
-
-
-@pytest.mark.parametrize("name", ["resnet19", "", "fasterrcnn_resnet50_fpn"])
-def test_an_unknown_encoder_is_named(name: str) -> None:
-    with pytest.raises(UserError, match="resnet152") as error:
-        Encoder(name, trainable=False)
-    assert repr(name) in one_line(error)
-
-
-# ---- the encoder's weights ----------------------------------------------------------------------------------
-
-
-def load(weights: str | Path, name: str = "small_cnn") -> Encoder:
-    encoder = Encoder(name, trainable=False)
-    load_encoder_weights(encoder, name=name, weights=str(weights))
-    return encoder
-
-
-def full_state(name: str = "small_cnn", *, seed: int = 5) -> dict[str, Tensor]:
-    """A state dict as torchvision saves it, with the classifier that captioning takes off."""
-    torch.manual_seed(seed)
-    state = Encoder(name, trainable=False).backbone.state_dict() | {"classifier.1.weight": torch.randn(10, 4)}
-    return {key: tensor.contiguous() for key, tensor in state.items()}
-
-
-def assert_holds(encoder: Encoder, state: dict[str, Tensor]) -> None:
-    held = encoder.backbone.state_dict()
-    assert len(held) > 10
-    for name, tensor in held.items():
-        assert torch.equal(tensor, state[name]), name
-
-
-def test_a_real_state_dict_is_loaded_by_path() -> None:
-    if not SQUEEZENET.exists():
-        pytest.skip(f"there is no {SQUEEZENET}")
-    state = torch.load(SQUEEZENET, weights_only=True)
-    assert_holds(load(SQUEEZENET, "squeezenet1_1"), state)
-
-
-@pytest.mark.parametrize("ending", [".pth", ".pt", ".safetensors"])
-def test_saved_weights_come_back(tmp_path: Path, ending: str) -> None:
-    path, state = tmp_path / f"weights{ending}", full_state()
-    if ending == ".safetensors":
-        save_file(state, path)
-    else:
-        torch.save(state, path)
-    assert_holds(load(path), state)
-
-
-def test_no_weights_leave_the_encoder_as_it_was() -> None:
-    encoder = Encoder("small_cnn", trainable=False)
-    before = {name: tensor.clone() for name, tensor in encoder.backbone.state_dict().items()}
-    load_encoder_weights(encoder, name="small_cnn", weights="none")
-    assert_holds(encoder, before)
-
-
-def test_weights_of_another_architecture_are_refused_and_change_nothing(tmp_path: Path) -> None:
-    encoder = Encoder("small_cnn", trainable=False)
-    before = {name: tensor.clone() for name, tensor in encoder.backbone.state_dict().items()}
-    state = full_state()
-    first = next(iter(state))
-    for number, wrong in enumerate((full_state("squeezenet1_1"), state | {first: torch.zeros(1)}, {"epoch": 3}, {})):
-        path = tmp_path / f"{number}.pth"
-        torch.save(wrong, path)
-        with pytest.raises(UserError, match="--weights") as error:
-            load_encoder_weights(encoder, name="small_cnn", weights=str(path))
-        assert "small_cnn" in one_line(error)
-        assert str(path) in str(error.value)
-    assert_holds(encoder, before)
-
-
-@pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], "text", 7, {"features.0.weight": 3}])
-def test_what_is_no_state_dict_is_refused(tmp_path: Path, content: Any) -> None:
-    path = tmp_path / "weights.pth"
-    torch.save(content, path)
-    with pytest.raises(UserError, match=r"weights\.pth") as error:
-        load(path)
-    one_line(error)
-
-
-@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
-@pytest.mark.parametrize(
-    "content", [b"", b"\n", b"<html>\nnot found\n</html>\n", b"a\nb\nc\n", b"\x80\x02garbage", b"ccc"]
-)
-def test_a_file_of_something_else_is_refused(tmp_path: Path, ending: str, content: bytes) -> None:
-    path = tmp_path / f"weights{ending}"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="not a readable state dict") as error:
-        load(path)
-    assert str(path) in one_line(error)
-
-
-@pytest.mark.parametrize("name", ["absent.pth", "absent.safetensors", ""])
-def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="--weights") as error:
-        load(tmp_path / name)
-    assert str(tmp_path / name) in one_line(error)
-
-
-@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
-@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.99, 0.9999])
-def test_truncated_weights_are_refused(tmp_path: Path, ending: str, share: float) -> None:
-    path, state = tmp_path / f"weights{ending}", full_state()
-    if ending == ".safetensors":
-        save_file(state, path)
-    else:
-        torch.save(state, path)
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(UserError, match="not a readable state dict") as error:
-        load(path)
-    one_line(error)
-
-
-class Intruder:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, victim: Path) -> None:
-        self.victim = victim
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.victim,)
-
-
-@pytest.mark.parametrize("old_format", [False, True])
-def test_objects_in_a_pickle_are_refused_and_never_run(tmp_path: Path, old_format: bool) -> None:
-    victim, path = tmp_path / "touched", tmp_path / "weights.pth"
-    pickle.loads(pickle.dumps(Intruder(victim)))
-    assert victim.exists()  # it would do harm
-    victim.unlink()
-    torch.save(full_state() | {"x": Intruder(victim)}, path, _use_new_zipfile_serialization=not old_format)
-    with pytest.raises(UserError, match="not a readable state dict") as error:
-        load(path)
-    one_line(error)
-    path.write_bytes(pickle.dumps(Intruder(victim), protocol=2))
-    with pytest.raises(UserError, match="not a readable state dict"):
-        load(path)
-    assert not victim.exists()
-
-
-# ---- the default weights ------------------------------------------------------------------------------------
-
-NAME = "squeezenet1_1"
-
-
-class QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class's name)
-        """Say nothing."""
-
-
-@pytest.fixture
-def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, str]]:
-    """An empty folder, and the address that serves it; torch.hub caches in a folder of this test's own."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    folder = tmp_path / "served"
-    folder.mkdir()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield folder, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-def publish(folder: Path, state: dict[str, Tensor], *, damaged: bool = False) -> str:
-    """Write weights under a name that holds the beginning of their sha256, as torchvision's do."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    data = buffer.getvalue()
-    name = f"{NAME}-{hashlib.sha256(data).hexdigest()[:8]}.pth"
-    (folder / name).write_bytes(data[:-1] if damaged else data)
-    return name
-
-
-def set_url(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    monkeypatch.setattr(cast(Any, get_model_weights(NAME)).DEFAULT.value, "url", url)
-
-
-def test_default_weights_are_downloaded_once(served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, address = served
-    state = full_state(NAME)
-    name = publish(folder, state)
-    set_url(monkeypatch, f"{address}/{name}")
-    assert_holds(load("default", NAME), state)
-    (folder / name).unlink()
-    assert_holds(load("default", NAME), state)
-
-
-def test_a_failed_download_says_what_else_to_do(served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, address = served
-    damaged = publish(folder, full_state(NAME), damaged=True)
-    for url in (f"{address}/absent-01234567.pth", f"{address}/{damaged}", "http://127.0.0.1:1/away-01234567.pth"):
-        set_url(monkeypatch, url)
-        with pytest.raises(UserError, match="--weights none") as error:
-            load("default", NAME)
-        assert url in one_line(error)
-
-
-def test_a_damaged_file_in_the_cache_is_named(served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.hub checks hashes when it downloads, and trusts its cache after that."""
-    folder, address = served
-    name = publish(folder, full_state(NAME))
-    set_url(monkeypatch, f"{address}/{name}")
-    load("default", NAME)
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / name
-    for content in (b"", b"text\n", cached.read_bytes()[:5000]):
-        cached.write_bytes(content)
-        with pytest.raises(UserError, match="--weights") as error:
-            load("default", NAME)
-        one_line(error)
-
-
-def test_an_encoder_without_default_weights_says_so() -> None:
-    with pytest.raises(UserError, match="--weights none") as error:
-        load("default", "small_cnn")
-    assert "small_cnn" in one_line(error)
-
-
-def test_nothing_else_of_the_model_is_touched_by_weights(tmp_path: Path) -> None:
-    model = make_model()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    path = tmp_path / "weights.pth"
-    torch.save(full_state(), path)
-    load_encoder_weights(model.encoder, name="small_cnn", weights=str(path))
-    assert isinstance(model.encoder.backbone, nn.Sequential)
-    for name, tensor in model.state_dict().items():
-        if not name.startswith("encoder."):
-            assert torch.equal(tensor, before[name]), name
-    assert not torch.equal(model.state_dict()["encoder.backbone.0.weight"], before["encoder.backbone.0.weight"])

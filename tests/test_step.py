@@ -1,9 +1,8 @@
-"""The step's gradient is that of the mean over target tokens, on one rank and on several; fillers weigh nothing."""
+"""The step's gradient is that of the mean over target tokens, in one part and several; fillers weigh nothing."""
 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import cast
 
 import pytest
 import torch
@@ -12,9 +11,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
+from captioner.cli import UserError
 from captioner.model import CaptionModel, ModelConfig, PackedCaptions
 from captioner.views import ViewSpec, normalise
-from train.step import MAX_GRADIENT_NORM, StepLoss, batch_loss, make_optimizer, make_schedule, train_step
+from captioner.vocabulary import START
+from train.epoch import grouped
+from train.schedule import make_optimizer, make_schedule
+from train.settings import Schedule
+from train.step import MAX_GRADIENT_NORM, CaptionLoss, StepLoss, check_finite, train_step, with_guesses
 from train.stream import Batch
 
 VIEW = ViewSpec(size=32, crop=32)
@@ -49,22 +53,25 @@ def make_filler() -> Batch:
     return Batch(views_BPP3, PackedCaptions.pack([[[]]], max_tokens=20), [], [], [], [], 0, [])
 
 
-def mean_gradients(model: CaptionModel, batch: Batch) -> dict[str, Tensor]:
+def mean_gradients(model: CaptionModel, batch: Batch, *, smoothing: float = 0.0) -> dict[str, Tensor]:
     """Gradients of the mean cross-entropy of all target tokens, by PyTorch alone."""
-    logits_MV = model(normalise(batch.views_BPP3, VIEW), batch.captions)
+    logits_MV = model(normalise(batch.inputs, VIEW), batch.captions)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    loss = cross_entropy(logits_MV, batch.captions.targets_M)
+    loss = cross_entropy(logits_MV, batch.captions.targets_M, label_smoothing=smoothing)
     return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 
 
-def take_step(model: CaptionModel, batch: Batch, accelerator: Accelerator) -> tuple[dict[str, Tensor], Tensor]:
-    """Each parameter's change in a step of plain SGD at rate 1, with its sign turned: its gradient; and the totals."""
+def take_step(
+    model: CaptionModel, parts: Sequence[Batch], accelerator: Accelerator, *, smoothing: float = 0.0
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Each parameter's change in a step of plain SGD at rate 1, with its sign turned: its gradient; and the record."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0)
     schedule = LambdaLR(optimizer, lambda _step: 1.0)
-    totals = train_step(model, batch, view=VIEW, optimizer=optimizer, schedule=schedule, accelerator=accelerator)
+    loss_model = CaptionLoss(model, view=VIEW, label_smoothing=smoothing).train()
+    record = train_step(loss_model, parts, optimizer=optimizer, schedule=schedule, accelerator=accelerator)
     changes = {name: before[name] - p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return changes, totals
+    return changes, record
 
 
 def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -73,79 +80,60 @@ def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("trainable", [False, True])
-def test_a_step_follows_the_gradient_of_the_mean_over_tokens(accelerator: Accelerator, trainable: bool) -> None:
+def test_a_step_follows_the_gradient_of_the_mean_over_tokens(
+    accelerator: Accelerator, trainable: bool, smoothing: float
+) -> None:
     batch = make_batch(CAPTIONS)
-    wanted = mean_gradients(make_model(trainable=trainable), batch)
+    wanted = mean_gradients(make_model(trainable=trainable), batch, smoothing=smoothing)
     norm = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
     assert 0.01 < norm < MAX_GRADIENT_NORM  # nothing is clipped here
-    found, totals = take_step(make_model(trainable=trainable), batch, accelerator)
+    found, record = take_step(make_model(trainable=trainable), [batch], accelerator, smoothing=smoothing)
     assert_equal(found, wanted)
-    assert totals[1] == sum(len(caption) + 1 for captions in CAPTIONS for caption in captions)
+    assert record[1] == sum(len(caption) + 1 for captions in CAPTIONS for caption in captions)
+    assert record[2].item() == pytest.approx(norm.item(), rel=1e-4)
 
 
-def test_the_totals_are_the_loss_before_the_step(accelerator: Accelerator) -> None:
+def test_the_record_is_the_plain_loss_before_the_step(accelerator: Accelerator) -> None:
     batch, model = make_batch(CAPTIONS), make_model()
-    logits_MV = model(normalise(batch.views_BPP3, VIEW), batch.captions)
+    logits_MV = model(normalise(batch.inputs, VIEW), batch.captions)
     wanted = cross_entropy(logits_MV, batch.captions.targets_M, reduction="sum").item()
-    _, totals = take_step(make_model(), batch, accelerator)
-    assert totals[0].item() == pytest.approx(wanted, rel=1e-5)
+    for smoothing in (0.0, 0.2):
+        _, record = take_step(make_model(), [batch], accelerator, smoothing=smoothing)
+        assert record[0].item() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_wild_gradient_is_clipped(accelerator: Accelerator) -> None:
+def test_a_wild_gradient_is_clipped_and_told_as_it_was(accelerator: Accelerator) -> None:
     model = make_model()
     with torch.no_grad():
         model.predict.weight *= 300
-    found, _ = take_step(model, make_batch(CAPTIONS), accelerator)
+    found, record = take_step(model, [make_batch(CAPTIONS)], accelerator)
     norm = torch.stack([gradient.norm() for gradient in found.values()]).norm().item()
     assert norm == pytest.approx(MAX_GRADIENT_NORM, rel=1e-3)
+    assert record[2] > 2 * MAX_GRADIENT_NORM
 
 
 def test_a_second_step_starts_from_zero_gradients(accelerator: Accelerator) -> None:
     model = make_model()
-    take_step(model, make_batch(CAPTIONS), accelerator)
+    take_step(model, [make_batch(CAPTIONS)], accelerator)
     other = make_batch([[[4]], [[5, 6]]], first_image=9)
     wanted = mean_gradients(model, other)
-    found, _ = take_step(model, other, accelerator)
+    found, _ = take_step(model, [other], accelerator)
     assert_equal(found, wanted)
 
 
-# ---- several ranks ------------------------------------------------------------------------------------------
-
-
-class OneOfTwo:
-    """An honest stand-in for Accelerate on one of two ranks: its `reduce` adds what the other rank would bring."""
-
-    num_processes = 2
-
-    def __init__(self, real: Accelerator, other_totals: Tensor) -> None:
-        self.autocast = real.autocast
-        self.backward = real.backward
-        self.clip_grad_norm_ = real.clip_grad_norm_
-        self.other_totals = other_totals
-
-    def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
-        assert reduction == "sum"
-        return tensor + self.other_totals
-
-
-@pytest.mark.parametrize("num_first", [1, 2, 3])
-def test_two_ranks_average_to_the_gradient_of_the_whole_batch(accelerator: Accelerator, num_first: int) -> None:
-    """Shares of unequal size, the last of them a filler. Batch norm is in eval mode: its batches are the ranks' own."""
+@pytest.mark.parametrize("num_first", [1, 2])
+def test_parts_of_unequal_length_add_up_to_the_whole_batch(accelerator: Accelerator, num_first: int) -> None:
+    """Batch norm is in eval mode: its batches are the parts'."""
     whole = make_batch(CAPTIONS)
     wanted = mean_gradients(eval_norm(make_model()), whole)
-    rest = make_batch(CAPTIONS[num_first:], first_image=num_first) if num_first < len(CAPTIONS) else make_filler()
-    shares = [make_batch(CAPTIONS[:num_first]), rest]
-    totals = [
-        batch_loss(eval_norm(make_model()), share, view=VIEW, accelerator=accelerator)[1].detach() for share in shares
-    ]
-    found = []
-    for rank, share in enumerate(shares):
-        stand_in = cast(Accelerator, OneOfTwo(accelerator, totals[1 - rank]))
-        gradients, summed = take_step(eval_norm(make_model()), share, stand_in)
-        assert summed[1] == len(whole.captions.targets_M)
-        found.append(gradients)
-    assert_equal({name: (found[0][name] + found[1][name]) / 2 for name in wanted}, wanted)
+    parts = [make_batch(CAPTIONS[:num_first]), make_batch(CAPTIONS[num_first:], first_image=num_first), make_filler()]
+    model = eval_norm(make_model())
+    model.train = lambda _mode=True: model  # type: ignore[method-assign]
+    found, record = take_step(model, parts, accelerator)
+    assert_equal(found, wanted)
+    assert record[1] == len(whole.captions.targets_M)
 
 
 def eval_norm(model: CaptionModel) -> CaptionModel:
@@ -157,36 +145,94 @@ def eval_norm(model: CaptionModel) -> CaptionModel:
 def test_a_filler_gives_zero_gradients_and_leaves_statistics_alone(accelerator: Accelerator, trainable: bool) -> None:
     model = make_model(trainable=trainable)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    loss, totals = batch_loss(model, make_filler(), view=VIEW, accelerator=accelerator)
-    accelerator.backward(loss)
-    assert totals.tolist() == [0.0, 0.0]
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:  # each has a gradient, as data-parallel training waits for all of them
-            assert parameter.grad is not None, name
-            assert not parameter.grad.any(), name
+    found, record = take_step(model, [make_filler()], accelerator)
+    assert record.tolist() == [0.0, 0.0, 0.0]
+    assert not any(gradient.any() for gradient in found.values())
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, buffers[name]), name
-    loss, totals = batch_loss(model, make_batch(CAPTIONS), view=VIEW, accelerator=accelerator)
-    assert loss > 0
-    assert totals[1] > 0
+    _, record = take_step(model, [make_batch(CAPTIONS)], accelerator)
+    assert record[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("column", "scaled", "named"), [(0, False, "loss"), (0, True, "loss"), (2, False, "gradient"), (2, True, "")]
+)
+def test_what_is_not_a_number_ends_the_run_at_its_step(column: int, scaled: bool, named: str) -> None:
+    records_S3 = torch.ones((4, 3))
+    check_finite(records_S3, last_step=20, scaled=scaled)
+    records_S3[2, column] = math.nan if column == 0 else math.inf
+    if not named:  # a scaled gradient that overflows is left out, by the scaler
+        check_finite(records_S3, last_step=20, scaled=scaled)
+        return
+    with pytest.raises(UserError, match=f"the {named} of step 19 is"):
+        check_finite(records_S3, last_step=20, scaled=scaled)
+
+
+# ---- scheduled sampling -------------------------------------------------------------------------------------
+
+
+def test_guesses_replace_words_but_no_start_and_no_target() -> None:
+    """A model that is sure of word 3 everywhere."""
+    model, captions = make_model(), make_batch(CAPTIONS).captions
+    with torch.no_grad():
+        model.predict.bias[3] = 100
+    image_BE = torch.zeros((3, 6))
+    found = with_guesses(model, image_BE, captions, share=1.0)
+    first = int(captions.batch_sizes_T[0])
+    assert (found.inputs_M[:first] == START).all()
+    assert (found.inputs_M[first:] == 3).all()
+    assert found.targets_M is captions.targets_M
+    assert torch.equal(with_guesses(model, image_BE, captions, share=0.0).inputs_M, captions.inputs_M)
+
+
+def test_a_guess_stands_where_the_word_it_foretells_stood() -> None:
+    """A model that is sure of the true next word gives back the captions themselves."""
+    model, captions = make_model(), PackedCaptions.pack([[[4, 5, 6], [7, 8]], [[9, 8, 4, 6, 5]]], max_tokens=20)
+    torch.manual_seed(1)
+    hidden_MH = 10 * torch.nn.functional.one_hot(captions.targets_M, 10).float()
+    model.hidden = lambda _image_BE, _captions: hidden_MH  # type: ignore[method-assign]
+    model.predict = torch.nn.Linear(10, 10)
+    with torch.no_grad():
+        model.predict.weight.copy_(10 * torch.eye(10))
+    found = with_guesses(model, torch.zeros((2, 6)), captions, share=1.0)
+    assert torch.equal(found.inputs_M, captions.inputs_M)
+
+
+def test_about_the_given_share_is_replaced() -> None:
+    captions = PackedCaptions.pack([[[4] * 18] * 50] * 4, max_tokens=20)
+    model = make_model()
+    with torch.no_grad():
+        model.predict.bias[3] = 100
+    torch.manual_seed(0)
+    found = with_guesses(model, torch.zeros((4, 6)), captions, share=0.25)
+    share = (found.inputs_M == 3).float().mean() * 19 / 18  # the first of 19 inputs is never replaced
+    assert 0.23 < share < 0.27
+
+
+def test_batches_are_grouped_to_the_last() -> None:
+    batches = [make_filler() for _ in range(5)]
+    assert [len(group) for group in grouped(batches, 2)] == [2, 2, 1]
+    assert [batch for group in grouped(batches, 3) for batch in group] == batches
 
 
 # ---- learning rate and losses -------------------------------------------------------------------------------
 
 
-def rates(total_steps: int) -> list[float]:
-    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-    schedule = make_schedule(optimizer, total_steps=total_steps)
+def rates(total_steps: int, *, kind: Schedule = "cosine", encoder_from_step: int | None = None) -> list[list[float]]:
+    """Each group's learning rate at each step."""
+    model = make_model(trainable=encoder_from_step is not None)
+    optimizer = make_optimizer(model, 0.5, encoder_learning_rate=0.25)
+    schedule = make_schedule(optimizer, kind, total_steps=total_steps, encoder_from_step=encoder_from_step or 0)
     found = []
     for _ in range(total_steps):
-        found.append(optimizer.param_groups[0]["lr"])
+        found.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
         schedule.step()
-    return found
+    return [list(column) for column in zip(*found, strict=True)]
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero() -> None:
-    found = rates(200)
+    (found,) = rates(200)
     peak = found.index(max(found))
     assert peak in (9, 10)  # 5 % of the steps
     assert max(found) == pytest.approx(0.5)
@@ -195,9 +241,22 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero() -> None:
     assert 0 < found[-1] < 0.001
 
 
+def test_a_constant_rate_stays_after_its_rise() -> None:
+    (found,) = rates(100, kind="constant")
+    assert found[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert set(found[5:]) == {0.5}
+
+
+def test_the_encoder_starts_later_with_a_rise_of_its_own() -> None:
+    decoder, encoder = rates(200, encoder_from_step=100)
+    assert decoder == rates(200)[0]
+    assert encoder[:100] == [0.0] * 100
+    assert encoder[100:] == [rate / 2 for rate in rates(100)[0]]
+
+
 @pytest.mark.parametrize("total_steps", [1, 2, 3, 21])
 def test_short_runs_learn_at_every_step(total_steps: int) -> None:
-    found = rates(total_steps)
+    (found,) = rates(total_steps)
     assert found[0] == pytest.approx(0.5)
     assert min(found) > 0
 
@@ -205,16 +264,31 @@ def test_short_runs_learn_at_every_step(total_steps: int) -> None:
 def test_only_what_is_to_be_trained_is_optimized() -> None:
     for trainable in (False, True):
         model = make_model(trainable=trainable)
-        optimizer = make_optimizer(model, learning_rate=0.25)
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        assert held == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-        assert (id(next(model.encoder.parameters())) in held) == trainable
-        assert optimizer.param_groups[0]["lr"] == 0.25
+        groups = make_optimizer(model, 0.25, encoder_learning_rate=0.125).param_groups
+        held = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+        assert held.keys() == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        assert held[id(model.embed.weight)] == 0.25
+        assert held.get(id(next(model.encoder.parameters()))) == (0.125 if trainable else None)
+
+
+def test_an_encoder_that_learns_later_is_a_frozen_one_until_then(accelerator: Accelerator) -> None:
+    model = make_model(trainable=True)
+    before = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
+    optimizer = make_optimizer(model, 0.1, encoder_learning_rate=0.1)
+    schedule = LambdaLR(optimizer, lambda _step: 1.0)
+    loss_model = CaptionLoss(model, view=VIEW, thaw_step=2).train()
+
+    def changes(step: int) -> bool:
+        """Whether a step changes any of the encoder's parameters and statistics."""
+        batch = make_batch(CAPTIONS)
+        train_step(loss_model, [batch], step, optimizer=optimizer, schedule=schedule, accelerator=accelerator)
+        return any(not torch.equal(tensor, before[name]) for name, tensor in model.encoder.state_dict().items())
+
+    assert [changes(step) for step in (1, 2, 3)] == [False, False, True]
 
 
 def test_losses_are_told_a_token() -> None:
-    loss = StepLoss.of(torch.tensor([6.0, 4.0]))
-    assert loss == StepLoss(6.0, 4)
+    loss = StepLoss(6.0, 4)
     assert loss.per_token == 1.5
     assert loss.perplexity == pytest.approx(math.exp(1.5))
     assert str(loss) == "loss 1.500, perplexity 4.48"

@@ -195,8 +195,8 @@ def test_a_rank_that_the_last_batch_does_not_reach_gets_a_filler(shared_dataset:
     full, filler = shared_dataset.read(rank=5, world_size=6)[2:]
     assert (full.num_samples, filler.num_samples) == (1, 0)
     assert filler.keys == filler.image_ids == filler.references == []
-    assert filler.views_BPP3.shape == full.views_BPP3.shape == (1, CROP, CROP, 3)
-    assert not filler.views_BPP3.any()
+    assert filler.inputs.shape == full.inputs.shape == (1, CROP, CROP, 3)
+    assert not filler.inputs.any()
     assert filler.captions.inputs_M.tolist() == [START]
     assert filler.captions.targets_M.tolist() == [END]
 
@@ -208,7 +208,7 @@ def test_a_seek_gives_the_tail_of_a_full_pass(shared_dataset: Dataset, first_ste
     assert len(tail) == 4 - first_step
     for batch, wanted in zip(tail, whole[first_step:], strict=True):
         assert batch.keys == wanted.keys
-        assert torch.equal(batch.views_BPP3, wanted.views_BPP3)
+        assert torch.equal(batch.inputs, wanted.inputs)
         assert torch.equal(batch.captions.targets_M, wanted.captions.targets_M)
 
 
@@ -243,7 +243,7 @@ def ramps(batches: list[Batch]) -> dict[str, float]:
     return {
         key: float(view[:, -1].float().mean() - view[:, 0].float().mean())
         for batch in batches
-        for key, view in zip(batch.keys, batch.views_BPP3, strict=True)
+        for key, view in zip(batch.keys, batch.inputs, strict=True)
     }
 
 
@@ -278,7 +278,7 @@ def test_words_of_sides(caption: str, sided: bool) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_crops_do_not_depend_on_workers_or_ranks(shared_dataset: Dataset, workers: int) -> None:
     def by_key(batches: list[Batch]) -> dict[str, bytes]:
-        return {k: v.numpy().tobytes() for b in batches for k, v in zip(b.keys, b.views_BPP3, strict=False)}
+        return {k: v.numpy().tobytes() for b in batches for k, v in zip(b.keys, b.inputs, strict=False)}
 
     wanted = by_key(shared_dataset.read())
     assert by_key(shared_dataset.read(workers=workers)) == wanted
@@ -292,7 +292,7 @@ def test_evaluation_takes_the_middle_in_the_manifests_order(shared_dataset: Data
     plan = shared_dataset.plan(shuffled=False)
     batches = shared_dataset.read(plan=plan, rules=replace(RULES, training=False))
     assert keys_of(batches) == [key for keys in shared_dataset.keys for key in keys]
-    for number, view in enumerate(torch.cat([batch.views_BPP3 for batch in batches]).float()):
+    for number, view in enumerate(torch.cat([batch.inputs for batch in batches]).float()):
         wanted = np.asarray(brightening(number)).astype(float)[4:36, 4:36]
         assert abs(view.numpy() - wanted).mean() < 2
 
@@ -308,7 +308,7 @@ def differences(folder: Path, photos: list[Path]) -> list[float]:
     dataset = pack(folder, list(photos), sizes=(len(photos) - 1, 1), stored_size=spec.size)
     rules = ViewRules(crop=spec.crop, max_tokens=6, training=False)
     batches = dataset.read(plan=dataset.plan(shuffled=False), rules=rules)
-    found = torch.cat([batch.views_BPP3 for batch in batches]).numpy().astype(int)
+    found = torch.cat([batch.inputs for batch in batches]).numpy().astype(int)
     wanted = [views.read_eval_view(photo.read_bytes(), spec)[0].astype(int) for photo in photos]
     for view, other in zip(found, wanted[1:], strict=False):
         assert abs(view - other).mean() > 10  # other photos are far away
@@ -434,9 +434,9 @@ def test_tolerated_damage_costs_only_its_samples_and_is_counted(dataset: Dataset
     ranks = [dataset.stream(share=Share(GLOBAL_BATCH, rank=r, world_size=2), tolerate=23, workers=r) for r in (0, 1)]
     batches = [list(rank) for rank in ranks]
     assert [len(each) for each in batches] == [4, 4]
-    whole = {k: v.numpy().tobytes() for b in wanted for k, v in zip(b.keys, b.views_BPP3, strict=True)}
+    whole = {k: v.numpy().tobytes() for b in wanted for k, v in zip(b.keys, b.inputs, strict=True)}
     both = batches[0] + batches[1]
-    found = {k: v.numpy().tobytes() for b in both for k, v in zip(b.keys, b.views_BPP3, strict=False)}
+    found = {k: v.numpy().tobytes() for b in both for k, v in zip(b.keys, b.inputs, strict=False)}
     assert found.items() <= whole.items()
     total = Ledger.of_all([rank.ledger for rank in ranks], planned=23)
     lost = {skip.position for skip in total.skipped}
@@ -476,12 +476,12 @@ def test_a_shard_that_is_cut_while_it_is_read_is_noticed(dataset: Dataset) -> No
 def test_bits_flipped_anywhere_are_told_or_do_no_harm(dataset: Dataset) -> None:
     """Between the members lie headers and padding that nobody reads."""
     path = dataset.folder / f"{BROKEN}.tar"
-    data, wanted = path.read_bytes(), [b.views_BPP3 for b in dataset.read()]
+    data, wanted = path.read_bytes(), [b.inputs for b in dataset.read()]
     told = 0
     for place in random.Random(4).sample(range(len(data)), 40):
         flip_bit(path, place)
         try:
-            assert all(map(torch.equal, [b.views_BPP3 for b in dataset.read()], wanted))
+            assert all(map(torch.equal, [b.inputs for b in dataset.read()], wanted))
         except UserError:
             told += 1
         path.write_bytes(data)
@@ -540,7 +540,7 @@ def test_samples_that_are_lost_or_repeated_on_the_way_are_an_error(shared_datase
 
 
 def test_kept_batches_stay_as_they_are_and_dropped_ones_give_their_buffers_back() -> None:
-    ring = Ring(2, 3, workers=1, slots=2)
+    ring = Ring((2, 3, 3, 3), np.dtype(np.uint8), workers=1, slots=2)
 
     def in_worker(value: int) -> Slot | np.ndarray:
         number, buffer = ring.take()
@@ -562,4 +562,4 @@ def test_kept_batches_stay_as_they_are_and_dropped_ones_give_their_buffers_back(
 def test_a_loop_that_keeps_all_batches_of_workers_has_them_unchanged(shared_dataset: Dataset) -> None:
     wanted = shared_dataset.read()
     for found, batch in zip(shared_dataset.read(workers=2), wanted, strict=True):
-        assert torch.equal(found.views_BPP3, batch.views_BPP3)
+        assert torch.equal(found.inputs, batch.inputs)

@@ -135,6 +135,30 @@ def test_the_fingerprint_depends_on_the_words_and_their_order() -> None:
     assert len({made.fingerprint for made in (vocabulary(), *others)}) == 3
 
 
+@given(own=word_counts, others=word_counts, threshold=st.integers(1, 4))
+@settings(deadline=None)
+def test_more_words_leave_ids_and_lose_nothing(own: dict[str, int], others: dict[str, int], threshold: int) -> None:
+    known = Vocabulary.from_counts(own, threshold=threshold)
+    other = Vocabulary.from_counts(others, threshold=1)
+    made = known.extended(other)
+    assert made.words[: len(known)] == known.words
+    assert sorted(made.words) == sorted({*known.words, *other.words})
+    assert sum(made.counts) == sum(known.counts) + sum(other.counts)
+    new = made.words[len(known) :]
+    assert list(new) == sorted(new, key=lambda word: (-others[word], word))
+    assert all(made.counts[made.ids[word]] >= count for word, count in others.items())
+    assert (made.fingerprint == known.fingerprint) == (not new)
+    assert made.extended(Vocabulary.from_counts({}, threshold=1)) == made
+    assert Vocabulary.from_json(made.to_json(), origin="v.json") == made
+
+
+def test_new_words_follow_by_count_then_name_and_counts_are_added() -> None:
+    made = vocabulary().extended(Vocabulary.from_counts({"zebra": 2, "cat": 5, "emu": 2, "once": 9}, threshold=2))
+    assert made.words == (*vocabulary().words, "once", "emu", "zebra")
+    assert made.counts == (0, 0, 0, 0, 9, 9, 8, 3, 2, 9, 2, 2)
+    assert made.threshold == 2
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

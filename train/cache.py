@@ -76,7 +76,7 @@ class ShardCache:
     """
 
     def __init__(self, folder: str, *, max_bytes: int) -> None:
-        self.folder = Path(folder).absolute()
+        self.folder = Path(folder).expanduser().absolute()
         self.max_bytes = max_bytes
 
     def open(self, folder: str, entry: ShardEntry) -> tuple[ShardIndex, int]:

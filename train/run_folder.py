@@ -1,25 +1,38 @@
 """The run folder: settings, checkpoints that are whole or absent, and where everything lies.
 
-`settings.json` · `checkpoints/epoch-0001-000000128000/` (epoch, position in it) · `tensorboard/`
-`skipped.jsonl` · `validation.jsonl` · `report.json` · `model/` (last)
+`settings.json` · `encoder.safetensors` (a frozen one, once) · `checkpoints/epoch-0001-000000128000/` (epoch, position)
+`history.jsonl` · `samples.jsonl` and `samples/` · `tensorboard/` · `skipped.jsonl` · `validation.jsonl` (of the best
+epoch) · `metrics.json` · `report.json` · `report.html` · `model/` (last)
 """
 
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
 
+from captioner.bundle import DecodingDefaults, save_bundle
 from captioner.cli import UserError
 from captioner.storage import read_json, write_atomic
+from captioner.vocabulary import Vocabulary
+from train.epoch import Reading
+from train.schedule import is_frozen
+from train.step import CaptionLoss
 from train.stream import Ledger, StreamState
+from train.validation import Evaluation, write_captions
 
-KEPT_CHECKPOINTS = 2
 COMPLETE = "complete.json"
 SKIPPED = "skipped.jsonl"
+WEIGHTS = "model.safetensors"  # Accelerate's name
+ENCODER = "encoder.safetensors"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,10 +44,51 @@ class RunReport:
     validation_images: int = 0
     validation_seconds: float = 0.0
 
+    def add_training(self, reading: Reading) -> None:
+        """Count an epoch's steps."""
+        self.training_images += reading.num_images
+        self.training_seconds += reading.seconds
 
-def write_report(run: Path, report: RunReport) -> None:
-    """Write `report.json`."""
+    def add_validation(self, found: Evaluation) -> None:
+        """Count an evaluation."""
+        self.validation_images += len(found.captions)
+        self.validation_seconds += found.seconds
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """How good the run has been: the best epoch's metrics, and its checkpoint. Accelerate stores it."""
+
+    best: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    epochs_since_best: int = 0
+
+    def is_stuck(self, *, patience_epochs: int | None) -> bool:
+        """Whether the CIDEr has not become better for so many epochs; None is endless patience."""
+        return patience_epochs is not None and self.epochs_since_best >= patience_epochs
+
+    def note(self, run: Path, found: Evaluation, state: StreamState) -> None:
+        """Take an epoch's evaluation, before its checkpoint is written; the best captions go to the run folder."""
+        self.epochs_since_best += 1
+        if not self.best or found.metrics["cider"] > self.metrics["cider"]:
+            self.best, self.metrics, self.epochs_since_best = checkpoint_name(state), found.metrics, 0
+            if PartialState().is_main_process:
+                write_captions(run / "validation.jsonl", found.captions)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take another's place."""
+        self.best, self.metrics = state["best"], state["metrics"]
+        self.epochs_since_best = state["epochs_since_best"]
+
+
+def write_figures(run: Path, report: RunReport, metrics: Mapping[str, float]) -> None:
+    """Write `report.json` and `metrics.json`."""
     write_atomic(str(run / "report.json"), json.dumps(asdict(report), indent=1))
+    write_atomic(str(run / "metrics.json"), json.dumps(dict(metrics), indent=1))
 
 
 def model_folder(run: Path) -> Path:
@@ -42,41 +96,80 @@ def model_folder(run: Path) -> Path:
     return run / "model"
 
 
-def record_settings(run: Path, settings: Mapping[str, Any], *, ignored: tuple[str, ...]) -> None:
-    """Save the run's settings; when the run exists already, refuse others than it was started with."""
+def record_settings(run: Path, settings: Mapping[str, Any], *, ignored: tuple[str, ...], resume: bool) -> None:
+    """Save the run's settings, in the main process. Raises UserError where an unfinished run is not to be resumed, or
+    one stands that was started with others than these, the `ignored` ones apart.
+    """
     path = run / "settings.json"
     settings = json.loads(json.dumps(settings))  # as it comes back: lists for tuples
-    if path.exists():
-        old = read_json(str(path), remedy=f"delete {run} or give another --output")
-        changed = [name for name in settings if name not in ignored and old.get(name) != settings[name]]
-        if changed:
-            what = ", ".join(f"{name} was {old.get(name)}, is {settings[name]}" for name in changed)
-            raise UserError(f"{run} was started with other settings ({what}): give another --output, or delete {run}")
-    else:
-        write_atomic(str(path), json.dumps(settings, indent=1))
+    if not path.exists():
+        if PartialState().is_main_process:
+            write_atomic(str(path), json.dumps(settings, indent=1))
+        PartialState().wait_for_everyone()
+        return
+    old = read_json(str(path), remedy=f"delete {run} or give another --output")
+    changed = [name for name in settings if name not in ignored and old.get(name) != settings[name]]
+    if changed:
+        what = ", ".join(f"{name} was {old.get(name)}, is {settings[name]}" for name in changed)
+        raise UserError(f"{run} was started with other settings ({what}): give another --output, or delete {run}")
+    PartialState().wait_for_everyone()
+    if complete_checkpoints(run) and not resume and not model_folder(run).exists():
+        raise UserError(f"{run} holds an unfinished run: go on with --resume, give another --output, or delete {run}")
 
 
-def save_checkpoint(run: Path, state: StreamState, accelerator: Accelerator) -> None:
-    """Write a checkpoint; its completion marker comes last, and only then the oldest ones go.
+# ---- checkpoints --------------------------------------------------------------------------------------------
 
-    Accelerate stores `state`, which is registered with it, among the rest.
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints that are whole, the newest last."""
+    return sorted(path.parent for path in run.glob(f"checkpoints/epoch-*/{COMPLETE}"))
+
+
+def checkpoint_name(state: StreamState) -> str:
+    """The name of the checkpoint at a place."""
+    return f"epoch-{state.epoch:04d}-{state.position:012d}"
+
+
+def save_checkpoint(
+    run: Path, state: StreamState, progress: Progress, accelerator: Accelerator, *, keep: int = 2
+) -> None:
+    """Write a checkpoint; its completion marker comes last, and only then go all but the `keep` newest and the best.
+
+    Accelerate stores `state` and `progress`, which are registered with it, among the rest. Raises UserError where it
+    cannot be written; the checkpoints before it stay.
     """
-    folder = run / "checkpoints" / f"epoch-{state.epoch:04d}-{state.position:012d}"
+    folder = run / "checkpoints" / checkpoint_name(state)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and folder.exists():
         shutil.rmtree(folder)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(folder))
-    accelerator.wait_for_everyone()
+    failure = None
+    try:
+        accelerator.save_state(str(folder))
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch and safetensors have their own words for a full disk
+        failure = next(iter(str(error).splitlines()), type(error).__name__)
+    failures = [text for text in gather_object([failure]) if text]
+    if accelerator.is_main_process and not failures:
+        try:
+            write_atomic(str(folder / COMPLETE), json.dumps(state.state_dict()))
+        except OSError as error:
+            failure = str(error)
+    failures += [text for text in gather_object([failure]) if text]
+    if failures:
+        if accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+        newest = next(iter(complete_checkpoints(run)[::-1]), None)
+        left = f"{newest} is whole" if newest else "there is none before it"
+        raise UserError(f"cannot write {folder} ({failures[0]}); {left}: make room, then go on with --resume")
     if accelerator.is_main_process:
-        write_atomic(str(folder / COMPLETE), json.dumps(state.state_dict()))
-        for old in _complete_checkpoints(run)[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
+        for old in complete_checkpoints(run)[:-keep]:
+            if old.name != progress.best:
+                shutil.rmtree(old)
     accelerator.wait_for_everyone()
-
-
-def _complete_checkpoints(run: Path) -> list[Path]:
-    return sorted(path.parent for path in run.glob(f"checkpoints/epoch-*/{COMPLETE}"))
 
 
 def resume(run: Path, accelerator: Accelerator) -> bool:
@@ -84,10 +177,65 @@ def resume(run: Path, accelerator: Accelerator) -> bool:
 
     Raises UserError when it was made on other data.
     """
-    checkpoints = _complete_checkpoints(run)
+    checkpoints = complete_checkpoints(run)
     if checkpoints:
         accelerator.load_state(str(checkpoints[-1]))
     return bool(checkpoints)
+
+
+def checkpoint_trained_weights(run: Path, loss_model: CaptionLoss, accelerator: Accelerator) -> None:
+    """Have checkpoints hold the weights that training changes, under names that are the same for all world sizes.
+
+    A frozen encoder's are stored in the run folder once.
+    """
+    encoder = loss_model.model.encoder
+    if is_frozen(encoder) and accelerator.is_main_process and not kept_encoder(run):
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in encoder.backbone.state_dict().items()}
+        write_atomic(str(run / ENCODER), save_tensors(tensors))
+
+    def save(_models: list[nn.Module], states: list[dict[str, Tensor]], _folder: str) -> None:
+        states[:] = [{name: tensor.contiguous() for name, tensor in _trained_weights(loss_model).items()}]
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        models.clear()
+        load_weights(Path(folder), loss_model)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def load_weights(checkpoint: Path, loss_model: CaptionLoss) -> None:
+    """Put a checkpoint's weights into the model. Raises UserError where they are of another one."""
+    found, wanted = load_file(checkpoint / WEIGHTS), _trained_weights(loss_model)
+    if {name: tensor.shape for name, tensor in found.items()} != {name: w.shape for name, w in wanted.items()}:
+        raise UserError(f"{checkpoint} is of another model: give another --output, or the settings it was made with")
+    loss_model.load_state_dict(found, strict=False)
+
+
+def _trained_weights(loss_model: CaptionLoss) -> dict[str, Tensor]:
+    """All of the state that is not a frozen encoder's."""
+    frozen = is_frozen(loss_model.model.encoder)
+    state = loss_model.state_dict()
+    return {name: tensor for name, tensor in state.items() if not (frozen and name.startswith("model.encoder."))}
+
+
+def load_best(run: Path, progress: Progress, loss_model: CaptionLoss) -> None:
+    """Put the best epoch's weights into the model; without a validation split it keeps the last ones."""
+    if progress.best:
+        load_weights(run / "checkpoints" / progress.best, loss_model)
+
+
+def kept_encoder(run: Path) -> str | None:
+    """The weights of the frozen encoder that a run was started with."""
+    return str(run / ENCODER) if (run / ENCODER).exists() else None
+
+
+def settle(run: Path, ledger: Ledger, split: str, *, epoch: int, planned: int) -> Ledger:
+    """What became of all ranks' samples; skipped ones are listed in the run folder. RuntimeError when some are lost."""
+    total = Ledger.of_all(gather_object([ledger]), planned=planned)
+    if PartialState().is_main_process:
+        append_skipped(run, total, split=split, epoch=epoch)
+    return total
 
 
 def append_skipped(run: Path, ledger: Ledger, *, split: str, epoch: int) -> None:
@@ -98,6 +246,23 @@ def append_skipped(run: Path, ledger: Ledger, *, split: str, epoch: int) -> None
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def remove_checkpoints(run: Path) -> None:
-    """Delete the checkpoints of a finished run: its model folder holds what they were for."""
+def write_model(
+    run: Path,
+    loss_model: CaptionLoss,
+    vocabulary: Vocabulary,
+    decoding: DecodingDefaults,
+    metrics: Mapping[str, float],
+) -> None:
+    """Write the model folder, which ends the run, and delete the checkpoints, of which it holds what they were for.
+
+    Raises UserError where it cannot be written; the checkpoints stay then.
+    """
+    model, view = loss_model.model, loss_model.view
+    try:
+        save_bundle(
+            model_folder(run), model=model, view=view, vocabulary=vocabulary, decoding=decoding, metrics=metrics
+        )
+    except OSError as error:
+        raise UserError(f"cannot write {model_folder(run)} ({error}): make room, then go on with --resume") from error
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    (run / ENCODER).unlink(missing_ok=True)

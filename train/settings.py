@@ -1,9 +1,26 @@
 """The training command's flags."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from captioner.model import ImageInput
+from captioner.bundle import DecodingDefaults
+from captioner.cli import UserError
+from captioner.model import ImageInput, ModelConfig
 from train.plan import WINDOW_SHARDS
+
+Schedule = Literal["cosine", "constant"]
+# settings that may differ when a run is resumed
+CHANGEABLE = (
+    "resume",
+    "workers",
+    "checkpoint_steps",
+    "keep_checkpoints",
+    "cache",
+    "cache_gigabytes",
+    "tolerate_bad_samples",
+    "patience_epochs",
+    "wandb",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,31 +30,63 @@ class TrainSettings:
     shards: tuple[str, ...] = ("data/shards",)
     """Dataset folders (or URLs) that sharding/make_shards.py wrote, mixed into one; `val` in them is for evaluation."""
     output: str = "runs/coco"
-    """Run folder: checkpoints, TensorBoard curves, validation captions, and the model in `model/`."""
+    """Run folder: checkpoints, curves, report.html, and the model in `model/`."""
+    resume: bool = False
+    """Go on from the newest complete checkpoint in the run folder; where there is none, start."""
+    init: str | None = None
+    """Start from this trained model folder: encoder, decoder and words, to which the shards' new words are added."""
+
+    # ---- the model ------------------------------------------------------------------------------------------
     encoder: str = "resnet152"
     """Any torchvision classification model by name; its pooled features are what the decoder sees."""
     weights: str = "default"
     """Encoder weights: `default` (torchvision's best, downloaded once), `none`, or the path of a state dict."""
-    train_encoder: bool = False
-    """Train the encoder too. Otherwise it is frozen, its batch-norm statistics included."""
+    finetune_encoder_from_step: int | None = None
+    """Train the encoder too, from this optimizer step on (0: from the first). None: it stays frozen, batch norm too."""
     image_input: ImageInput = "first"
     """Feed the image embedding as the LSTM's first input, or beside each word."""
     embedding_size: int = 256
     """Width of word and image embeddings."""
     hidden_size: int = 512
     """Width of the LSTM."""
-    crop: int = 224
-    """Sides in pixels of the square that is cut from a stored picture, at random in training."""
+    dropout: float = 0.5
+    """Share of the LSTM's inputs and outputs that are dropped in training."""
+    crop: int | None = None
+    """Sides in pixels of the square cut from a stored picture, at random in training. None: the encoder's own."""
     max_tokens: int = 20
     """Longer captions are cut here (and counted); generated ones are never longer."""
-    epochs: int = 5
+
+    # ---- the optimizer --------------------------------------------------------------------------------------
+    epochs: int = 20
     """Passes over the training split; each picture comes once an epoch with all its captions."""
+    patience_epochs: int | None = None
+    """Stop after this many epochs without a better CIDEr."""
     batch_size: int = 128
-    """Images of a *global* batch, over all processes."""
+    """Images of a *global* batch, over all processes and accumulated parts."""
+    accumulation_steps: int = 1
+    """Parts that each process's share of a global batch is computed in, one after the other, to save memory."""
     learning_rate: float = 1e-3
-    """Adam's peak learning rate; it rises over the first steps and falls along a cosine."""
+    """Adam's peak learning rate."""
+    encoder_learning_rate: float = 1e-4
+    """The encoder's peak learning rate, where it is trained."""
+    schedule: Schedule = "cosine"
+    """After a rise over the first steps: a cosine down to zero, or the same rate to the end."""
+    label_smoothing: float = 0.0
+    """Share of each target's probability that is spread over all words."""
+    scheduled_sampling: float = 0.0
+    """Share of input words, rising from 0 to this over the run, that are replaced by the model's own guesses."""
+    cache_features: bool = False
+    """Encode each picture once, keep the features beside the shards, and train from them: without crops and flips."""
+    seed: int = 0
+    """Decides initial weights, dropout, the order of samples, crops and flips."""
+
+    # ---- evaluation, every epoch ------------------------------------------------------------------------------
     beam_size: int = 3
-    """Beams of the closing evaluation, and the model folder's default; 1 is greedy."""
+    """Beams of the evaluation, and the model folder's default; 1 is greedy."""
+    length_penalty: float = 1.0
+    """A beam's score is its log-probability over its length to this power: 0 favours short captions."""
+
+    # ---- data and machine -----------------------------------------------------------------------------------
     window_shards: int = WINDOW_SHARDS
     """Shards of each of the 64 lanes that are shuffled together: more mix better and are read from at once."""
     tolerate_bad_samples: int = 0
@@ -50,5 +99,40 @@ class TrainSettings:
     """Loader processes for each training process; 0 loads in the training process."""
     checkpoint_steps: int = 1000
     """Optimizer steps between checkpoints; one is also written after each epoch."""
-    seed: int = 0
-    """Decides initial weights, the order of samples, crops and flips."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept: the newest ones, and besides the one of the best CIDEr."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project (pip install wandb)."""
+
+    def model_config(self, num_words: int) -> ModelConfig:
+        """The model that is asked for."""
+        return ModelConfig(
+            encoder=self.encoder,
+            vocabulary_size=num_words,
+            embedding_size=self.embedding_size,
+            hidden_size=self.hidden_size,
+            image_input=self.image_input,
+            dropout=self.dropout,
+        )
+
+    def decoding(self) -> DecodingDefaults:
+        """How captions are generated."""
+        return DecodingDefaults(
+            beam_size=self.beam_size, max_tokens=self.max_tokens, length_penalty=self.length_penalty
+        )
+
+
+def check_settings(settings: TrainSettings) -> None:
+    """Raise UserError for settings that cannot be, or not together."""
+    for name in ("epochs", "batch_size", "accumulation_steps", "beam_size", "max_tokens", "embedding_size",
+                 "hidden_size", "checkpoint_steps", "keep_checkpoints"):  # fmt: skip
+        if getattr(settings, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}: give at least 1")
+    for name in ("dropout", "label_smoothing", "scheduled_sampling"):
+        if not 0 <= getattr(settings, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}: give a share of 0 up to 1")
+    if settings.cache_features and settings.finetune_encoder_from_step is not None:
+        raise UserError(
+            "--cache-features keeps what a frozen encoder sees, and --finetune-encoder-from-step changes the encoder: "
+            "leave out one of them"
+        )

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from captioner import storage
@@ -37,6 +37,13 @@ class Split:
             for manifest in self.manifests
             for _ in manifest.shards
         ]
+
+    def only(self, numbers: Sequence[int]) -> "Split":
+        """The split of some of the shards, given by their numbers, in the order of these."""
+        pairs = [self.shards[number] for number in numbers]
+        manifest_of = dict(zip(self.folders, self.manifests, strict=True))
+        manifests = tuple(replace(manifest_of[folder], shards=(entry,)) for folder, entry in pairs)
+        return Split(self.name, tuple(folder for folder, _ in pairs), manifests)
 
     @property
     def num_samples(self) -> int:

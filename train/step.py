@@ -1,27 +1,36 @@
-"""One optimizer step: the loss over the target tokens of all ranks, its gradients, the learning rate."""
+"""One optimizer step: the loss over the target tokens of all ranks and parts, its gradients, the update.
+
+Shapes: B images, M target tokens, H hidden width, V vocabulary.
+"""
 
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
 
+from captioner.cli import UserError
+from captioner.model import CaptionModel, PackedCaptions
 from captioner.views import ViewSpec, normalise
+from train.batch_norm import counting_rows, synchronise_batch_norm
+from train.loss import linear_cross_entropy
+from train.schedule import is_frozen, let_encoder_learn
 from train.stream import Batch
 
 MAX_GRADIENT_NORM = 5.0
-WARMUP_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class StepLoss:
-    """A global step's summed cross-entropy (natural log) and number of target tokens, over all ranks."""
+    """Summed cross-entropy (natural log) and number of target tokens, over all ranks."""
 
     loss_sum: float
     num_targets: int
@@ -36,64 +45,126 @@ class StepLoss:
         """exp of the mean cross-entropy; infinite where that is beyond a float."""
         return math.exp(self.per_token) if self.per_token < 700 else math.inf
 
-    @classmethod
-    def of(cls, totals: Tensor) -> "StepLoss":
-        """From the pair (loss sum, target tokens) on a device."""
-        loss_sum, num_targets = totals.tolist()
-        return cls(loss_sum, int(num_targets))
-
     def __str__(self) -> str:
         return f"loss {self.per_token:.3f}, perplexity {self.perplexity:.2f}"
 
 
-def batch_loss(model: nn.Module, batch: Batch, *, view: ViewSpec, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-    """This rank's summed cross-entropy, and (sum, target tokens) over all ranks; a filler counts for nothing."""
-    weight = float(batch.num_samples > 0)
-    with accelerator.autocast():
-        logits_MV = model(normalise(batch.views_BPP3, view), batch.captions)
-    loss_sum = cross_entropy(logits_MV.float(), batch.captions.targets_M, reduction="sum") * weight
-    num_targets = torch.tensor(len(logits_MV) * weight, device=loss_sum.device)
-    return loss_sum, accelerator.reduce(torch.stack((loss_sum.detach(), num_targets)), reduction="sum")
+class CaptionLoss(nn.Module):
+    """The model with its loss: what data-parallel training wraps, so that the logits need never be held whole.
+
+    The model's batch norm becomes that of the global batch.
+    """
+
+    def __init__(
+        self,
+        model: CaptionModel,
+        *,
+        view: ViewSpec,
+        label_smoothing: float = 0.0,
+        scheduled_sampling: float = 0.0,
+        total_steps: int = 1,
+        thaw_step: int = 0,
+    ) -> None:
+        super().__init__()
+        synchronise_batch_norm(model)
+        self.model = model
+        self.view = view
+        self.label_smoothing = label_smoothing
+        self.scheduled_sampling = scheduled_sampling
+        self.total_steps = total_steps
+        self.thaw_step = thaw_step
+        self.guessed_share = 0.0
+        self._learns = not is_frozen(model.encoder)
+
+    def enter_step(self, step: int) -> None:
+        """Before step `step` (from 1): an encoder to be trained learns from `thaw_step` on, guesses grow more."""
+        self.guessed_share = self.scheduled_sampling * step / self.total_steps
+        if self._learns:
+            let_encoder_learn(self.model, learning=step > self.thaw_step)
+
+    def forward(self, inputs: Tensor, captions: PackedCaptions) -> tuple[Tensor, Tensor]:
+        """(what is minimised, plain cross-entropy), each summed over the tokens, of uint8 views or cached features.
+
+        In training labels are smoothed, and some input words replaced by the model's own guesses.
+        """
+        model = self.model
+        image_BE = model.encode(inputs if inputs.dim() == 2 else normalise(inputs, self.view))
+        if self.training and self.guessed_share:
+            captions = with_guesses(model, image_BE, captions, share=self.guessed_share)
+        hidden_MH = model.hidden(image_BE, captions)
+        smoothing = self.label_smoothing if self.training else 0.0
+        weight_VH, bias_V = model.predict.weight, model.predict.bias
+        return linear_cross_entropy(hidden_MH, weight_VH, bias_V, captions.targets_M, label_smoothing=smoothing)
+
+
+@torch.no_grad()
+def with_guesses(model: CaptionModel, image_BE: Tensor, captions: PackedCaptions, *, share: float) -> PackedCaptions:
+    """The captions with a share of their input words drawn from what the model, reading the true ones, predicts.
+
+    Scheduled sampling (Bengio et al., NeurIPS 2015) in two passes over all words at once, as Mihaylova and Martins (ACL
+    2019) and Duckworth et al. (2019) run it in parallel.
+    """
+    sizes_T = captions.batch_sizes_T
+    first, num_inputs = int(sizes_T[0]), len(captions.inputs_M)
+    # Rows are time-major, so the word before row m is that of row m - (captions alive one step earlier).
+    before_M = torch.arange(first, num_inputs) - sizes_T[:-1].repeat_interleave(sizes_T[1:])
+    replaced = (torch.rand(num_inputs - first) < share).nonzero()[:, 0]
+    if not len(replaced):
+        return captions
+    before = before_M[replaced].to(image_BE.device)
+    logits_RV = model.predict(model.hidden(image_BE, captions)[before]).float()
+    inputs_M = captions.inputs_M.clone()
+    inputs_M[(replaced + first).to(image_BE.device)] = logits_RV.softmax(dim=1).multinomial(1)[:, 0]
+    return replace(captions, inputs_M=inputs_M)
 
 
 def train_step(
-    model: nn.Module,
-    batch: Batch,
+    loss_model: nn.Module,
+    parts: Sequence[Batch],
+    step: int = 1,
     *,
-    view: ViewSpec,
     optimizer: Optimizer,
-    schedule: LambdaLR,
+    schedule: LRScheduler,
     accelerator: Accelerator,
 ) -> Tensor:
-    """Forward, backward, update. Returns (loss sum, target tokens) of the global batch, on the device.
+    """Forward and backward of this rank's parts of a global batch, then the update; the run's `step`-th, from 1.
 
-    Gradients are those of the mean over the target tokens of *all* ranks: each rank divides its own sum by the
-    global count, and by 1/W, since data-parallel training averages gradients over the W ranks.
+    Gradients are those of the mean over the target tokens of *all* parts of *all* ranks: each divides its own sum by
+    the global count, and multiplies by W, since data-parallel training averages gradients over the W ranks. Returns,
+    on the device, this rank's (cross-entropy sum, target tokens) and the norm of the whole gradient.
     """
-    loss_sum, totals = batch_loss(model, batch, view=view, accelerator=accelerator)
-    accelerator.backward(loss_sum * accelerator.num_processes / totals[1])
-    accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+    cast(CaptionLoss, getattr(loss_model, "module", loss_model)).enter_step(step)
+    num_own = torch.tensor(float(sum(part.num_targets for part in parts)), device=accelerator.device)
+    num_targets = accelerator.reduce(num_own.clone(), reduction="sum")
+    total = torch.zeros_like(num_own)
+    for place, part in enumerate(parts, start=1):
+        sync = nullcontext() if place == len(parts) else accelerator.no_sync(loss_model)
+        with sync, counting_rows(loss_model, part.num_samples):
+            batch = part.to(accelerator.device)
+            objective, cross_entropy = loss_model(batch.inputs, batch.captions)
+            counts = float(part.num_samples > 0)
+            accelerator.backward(objective * (counts * accelerator.num_processes) / num_targets.clamp(min=1))
+            total += cross_entropy.detach() * counts
+    norm = accelerator.clip_grad_norm_(loss_model.parameters(), MAX_GRADIENT_NORM)
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
-    return totals
+    return torch.stack((total, num_own, cast(Tensor, norm)))
 
 
-def make_optimizer(model: nn.Module, *, learning_rate: float) -> Optimizer:
-    """Adam over the parameters that are to be trained."""
-    return torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=learning_rate, fused=True)
+def check_finite(records_S3: Tensor, *, last_step: int, scaled: bool) -> None:
+    """Raise UserError naming the first step whose loss, or gradient unless it is `scaled` (fp16), is not a number.
 
-
-def make_schedule(optimizer: Optimizer, *, total_steps: int) -> LambdaLR:
-    """A linear rise over the first 5 % of the steps, then a cosine down to zero."""
-    warmup_steps = max(1, round(WARMUP_SHARE * total_steps))
-
-    def share_of_peak(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))))
-
-    return LambdaLR(optimizer, share_of_peak)
+    `records_S3` are `train_step`'s results of the S steps up to `last_step`, on the CPU.
+    """
+    what = {0: "loss", 2: "gradient"} if not scaled else {0: "loss"}
+    for step, record in enumerate(records_S3.tolist(), start=last_step - len(records_S3) + 1):
+        for column, name in what.items():
+            if not math.isfinite(record[column]):
+                raise UserError(
+                    f"the {name} of step {step:,} is {record[column]}: lower --learning-rate or look at the samples of "
+                    "that step, then start again with --resume from the last checkpoint"
+                )
 
 
 def check_same_weights(model: nn.Module, accelerator: Accelerator) -> None:
@@ -106,11 +177,3 @@ def check_same_weights(model: nn.Module, accelerator: Accelerator) -> None:
     digests = gather_object([digest.hexdigest()])
     if len(set(digests)) > 1:
         raise RuntimeError(f"the ranks hold different weights: {digests}")
-
-
-def average_buffers(model: nn.Module, accelerator: Accelerator) -> None:
-    """Give every rank the mean of all ranks' batch-norm statistics, so that all hold the same model."""
-    if accelerator.num_processes > 1:
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(accelerator.reduce(buffer, reduction="mean"))

@@ -5,17 +5,20 @@ training loop in the plan's order. Batches leave a worker as uint8 views and pac
 with the plan: a sample that is lost, repeated or another is an error.
 """
 
+import signal
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 import webdataset as wds
+from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -25,6 +28,7 @@ from captioner.model import PackedCaptions
 from captioner.shards import read_content
 from captioner.vocabulary import Vocabulary
 from train.cache import RESTORE, Prefetcher, ShardCache
+from train.features import ROW_DTYPE, FeatureFiles, FeatureReader
 from train.plan import SAMPLE_CHANCE, EpochPlan, SampleRef, num_steps, random_bits, rank_positions
 from train.reader import Reason, SampleError, ShardReader
 from train.ring import Ring, Slot
@@ -32,7 +36,8 @@ from train.split import Split
 
 BATCHES_AHEAD = 3  # that each worker makes before they are asked for
 SHOWN = 5
-MAX_OPEN_SHARDS = 512  # of a process; systems allow 1,024 files
+GRACE_SECONDS = 60
+MAX_OPEN_FILES = 800  # of a process, half of them features; systems allow 1,024
 FETCHED_SHARDS = 8  # that a process lets wait in the cache before they are needed
 
 
@@ -47,14 +52,14 @@ class Skip:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A rank's share of a global batch: B uint8 views (B, P, P, 3) with all their captions.
+    """A rank's share of a global batch: B uint8 views (B, P, P, 3), or cached features (B, F), with all their captions.
 
-    A rank that the last, partial batch does not reach gets a filler: one black view and an empty caption, with
+    A rank that the last, partial batch does not reach gets a filler: one row of zeros and an empty caption, with
     `num_samples` 0, so that it can join the step with zero loss. `positions` are the samples' places in the epoch,
     `references` their raw captions, and `skipped` tells what should have been in the batch too.
     """
 
-    views_BPP3: Tensor
+    inputs: Tensor
     captions: PackedCaptions
     positions: list[int]
     keys: list[str]
@@ -68,6 +73,11 @@ class Batch:
         """Samples in the batch, none in a filler."""
         return len(self.positions)
 
+    @property
+    def num_targets(self) -> int:
+        """Tokens to be predicted, none in a filler."""
+        return len(self.captions.targets_M) if self.positions else 0
+
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -77,7 +87,7 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Any) -> "Batch":
-        return replace(self, views_BPP3=change(self.views_BPP3), captions=self.captions.map(change))
+        return replace(self, inputs=change(self.inputs), captions=self.captions.map(change))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +97,17 @@ class Share:
     global_batch: int
     rank: int = 0
     world_size: int = 1
+
+    @classmethod
+    def of(cls, accelerator: Accelerator, batch_size: int, *, accumulation_steps: int = 1) -> "Share":
+        """This process's, of the parts that global batches of `batch_size` are computed in. Raises UserError."""
+        world_size = accelerator.num_processes
+        if batch_size % (world_size * accumulation_steps):
+            raise UserError(
+                f"--batch-size {batch_size} is the global batch and must be a multiple of the {world_size} processes "
+                f"times --accumulation-steps {accumulation_steps}"
+            )
+        return cls(batch_size // accumulation_steps, rank=accelerator.process_index, world_size=world_size)
 
     def positions(self, step: int, *, num_samples: int) -> range:
         """The global positions of a step that are this process's."""
@@ -164,6 +185,7 @@ class MakeBatches:
         ring: Ring,
         cache: ShardCache | None,
         tolerant: bool,
+        features: FeatureFiles | None,
     ) -> None:
         self.source = source
         self.split = split
@@ -172,6 +194,7 @@ class MakeBatches:
         self.ring = ring
         self.cache = cache
         self.tolerant = tolerant
+        self.features = features
 
     def __call__(self, batches: Iterable[list[SampleRef]]) -> Iterator[Batch | UserError]:
         with ExitStack() as stack:
@@ -181,16 +204,27 @@ class MakeBatches:
                 prefetcher = Prefetcher(self.cache, ahead, ahead=FETCHED_SHARDS)
                 stack.callback(prefetcher.close)
             plan = self.source.plan
-            max_open = min(MAX_OPEN_SHARDS, plan.num_lanes * (plan.window_shards + 1))
-            reader = ShardReader(self.split.shards, max_open=max_open, cache=self.cache, prefetcher=prefetcher)
+            max_open = min(MAX_OPEN_FILES // 2, plan.num_lanes * (plan.window_shards + 1))
+            reader = ShardReader(
+                self.split.shards,
+                max_open=max_open,
+                cache=self.cache,
+                prefetcher=prefetcher,
+                pictures=self.features is None,
+            )
             stack.callback(reader.close)
+            fill: FillRow = self.fill_with_view
+            if self.features is not None:
+                features = FeatureReader(self.features, max_open=max_open)
+                stack.callback(features.close)
+                fill = partial(fill_with_features, features)
             try:
                 for refs in batches:
-                    yield self.make_batch(refs, reader)
+                    yield self.make_batch(refs, reader, fill)
             except UserError as error:  # raised in a worker it would reach the user wrapped in a traceback
                 yield error
 
-    def make_batch(self, refs: Sequence[SampleRef], reader: ShardReader) -> Batch:
+    def make_batch(self, refs: Sequence[SampleRef], reader: ShardReader, fill: "FillRow") -> Batch:
         """The batch of these samples, without those that cannot be used. Raises UserError."""
         skipped: list[Skip] = []
         read: list[Sample] = []
@@ -199,35 +233,39 @@ class MakeBatches:
                 read.append(read_sample(reader, ref))
             except SampleError as error:
                 skipped.append(self._skip(ref, error))
-        slot, buffer_BPP3 = self.ring.take()
+        slot, rows = self.ring.take()
         plan, samples = self.source.plan, []
         chances = random_bits(np.array([s.ref.position for s in read]), plan.seed, plan.epoch, SAMPLE_CHANCE).tolist()
         for sample, chance in zip(read, chances, strict=True):
             try:
-                pixels_HW3 = decode_picture(sample, squash_to=self.split.stored_sizes[sample.ref.shard])
+                fill(rows[len(samples)], sample, chance)
             except SampleError as error:
                 skipped.append(self._skip(sample.ref, error))
                 continue
-            fill_view(buffer_BPP3[len(samples)], pixels_HW3, sample, self.rules, chance=chance)
             samples.append(sample)
         if not samples:
-            buffer_BPP3[0] = 0
-        return self.collate(samples, buffer_BPP3[: max(1, len(samples))], slot, skipped)
+            rows[0] = 0
+        return self.collate(samples, rows[: max(1, len(samples))], slot, skipped)
+
+    def fill_with_view(self, view_PP3: np.ndarray, sample: Sample, chance: int) -> None:
+        """Decode a sample's picture and write a view of it. Raises SampleError, and UserError where it is too small."""
+        pixels_HW3 = decode_picture(sample, squash_to=self.split.stored_sizes[sample.ref.shard])
+        fill_view(view_PP3, pixels_HW3, sample, self.rules, chance=chance)
 
     def _skip(self, ref: SampleRef, error: SampleError) -> Skip:
         if not self.tolerant:
             raise UserError(error.message) from error
         return Skip(ref.position, error.reason, error.message)
 
-    def collate(self, samples: list[Sample], views_BPP3: np.ndarray, slot: int | None, skipped: list[Skip]) -> Batch:
+    def collate(self, samples: list[Sample], filled: np.ndarray, slot: int | None, skipped: list[Skip]) -> Batch:
         """Samples to a batch; none at all to a filler."""
         captions = [caption for sample in samples for caption in sample.content["tokens"]] or [[]]
         num_captions = [len(sample.content["tokens"]) for sample in samples] or [1]
         tokens, lengths = self.vocabulary.encode(chain.from_iterable(captions)), list(map(len, captions))
         max_tokens = self.rules.max_tokens
-        rows: Any = torch.from_numpy(views_BPP3) if slot is None else Slot(slot, len(views_BPP3))
+        rows: Any = torch.from_numpy(filled) if slot is None else Slot(slot, len(filled))
         return Batch(
-            views_BPP3=rows,
+            inputs=rows,
             captions=PackedCaptions.pack_flat(tokens, lengths, num_captions, max_tokens=max_tokens),
             positions=[sample.ref.position for sample in samples],
             keys=[sample.key for sample in samples],
@@ -236,6 +274,14 @@ class MakeBatches:
             num_cut=sum(length > max_tokens for length in lengths),
             skipped=skipped,
         )
+
+
+FillRow = Callable[[np.ndarray, Sample, int], None]
+
+
+def fill_with_features(features: FeatureReader, row_F: np.ndarray, sample: Sample, _chance: int) -> None:
+    """Write a sample's cached features. Raises SampleError."""
+    features.read_into(row_F, sample.ref)
 
 
 def read_sample(reader: ShardReader, ref: SampleRef) -> Sample:
@@ -303,7 +349,9 @@ class Ledger:
             )
         self.planned += len(planned)
         self.decoded += batch.num_samples
-        self.read += batch.num_samples + sum(s.reason in ("undecodable", "no captions") for s in batch.skipped)
+        self.read += batch.num_samples + sum(
+            s.reason in ("undecodable", "no captions", "no features") for s in batch.skipped
+        )
         self.skipped += batch.skipped
 
     @classmethod
@@ -329,8 +377,9 @@ class Ledger:
 class BatchStream(DataLoader[Batch]):
     """This rank's batches of one epoch, one for every global step from `first_step` on; `ledger` counts them.
 
-    Shards behind URLs are read through `cache`. Up to `tolerate` samples that cannot be used are left out and counted;
-    one more, the first for 0, is a UserError that names it. It shares the samples out by itself: Accelerate must not.
+    Shards behind URLs are read through `cache`. With `features` the pictures stay unread. Up to `tolerate` samples that
+    cannot be used are left out and counted; one more, the first for 0, is a UserError that names it. It shares the
+    samples out by itself: Accelerate must not.
     """
 
     def __init__(
@@ -345,10 +394,16 @@ class BatchStream(DataLoader[Batch]):
         first_step: int = 0,
         cache: ShardCache | None = None,
         tolerate: int = 0,
+        features: FeatureFiles | None = None,
     ) -> None:
         self.ledger = Ledger()
+        self.cache = cache
         self._plan, self._share, self._first_step, self._tolerate = plan, share, first_step, tolerate
-        self._ring = Ring(share.global_batch // share.world_size, rules.crop, workers=workers, slots=BATCHES_AHEAD + 2)
+        row: tuple[tuple[int, ...], np.dtype] = ((rules.crop, rules.crop, 3), np.dtype(np.uint8))
+        if features is not None:
+            row = (features.num_features,), ROW_DTYPE
+        rows = share.global_batch // share.world_size
+        self._ring = Ring((rows, *row[0]), row[1], workers=workers, slots=BATCHES_AHEAD + 2)
         source = PlannedBatches(plan, share, first_step=first_step)
         remote = any(storage.is_remote(folder) for folder in split.folders)
         if remote and cache is None:
@@ -361,6 +416,7 @@ class BatchStream(DataLoader[Batch]):
             ring=self._ring,
             cache=cache if remote else None,
             tolerant=tolerate > 0,
+            features=features,
         )
         pipeline: Any = wds.DataPipeline(source, self.stage)
         super().__init__(
@@ -368,6 +424,8 @@ class BatchStream(DataLoader[Batch]):
             batch_size=None,
             num_workers=workers,
             prefetch_factor=BATCHES_AHEAD if workers else None,
+            generator=torch.Generator(),  # what it draws must not move the model's random numbers
+            worker_init_fn=outlive_sigterm if workers else None,
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # the ring's memory
         )
 
@@ -386,8 +444,8 @@ class BatchStream(DataLoader[Batch]):
             if isinstance(item, UserError):
                 raise item
             batch = item
-            if isinstance(batch.views_BPP3, Slot):
-                batch = replace(batch, views_BPP3=self._ring.tensor(batch.views_BPP3))
+            if isinstance(batch.inputs, Slot):
+                batch = replace(batch, inputs=self._ring.tensor(batch.inputs))
             self._count(batch, step)
             step += 1
             yield batch.pin_memory() if torch.cuda.is_available() else batch
@@ -401,6 +459,14 @@ class BatchStream(DataLoader[Batch]):
                 f"{len(self.ledger.skipped)} samples cannot be used, more than --tolerate-bad-samples "
                 f"{self._tolerate}; the last: {self.ledger.skipped[-1].message}"
             )
+
+
+def outlive_sigterm(_worker: int) -> None:
+    """Let a worker live on for a while after SIGTERM, which some schedulers send to all processes of a job at once.
+
+    The training process saves meanwhile, and needs its batches until then.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
 
 
 # ---- where a stream stands, and whether all ranks agree -------------------------------------------------------

@@ -1,25 +1,27 @@
 """The validation split: its loss, generated captions, and how they score; exact on any number of processes."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch import nn
+from accelerate.utils import broadcast_object_list, gather_object
 
 from captioner.bundle import DecodingDefaults
 from captioner.decoding import decode
-from captioner.metrics import caption_scores
-from captioner.model import CaptionModel
+from captioner.metrics import References
 from captioner.storage import write_atomic
-from captioner.views import ViewSpec, normalise
+from captioner.views import normalise
 from captioner.vocabulary import Vocabulary
-from train.step import StepLoss, batch_loss
-from train.stream import Batch
+from train.split import Split
+from train.step import CaptionLoss, StepLoss
+from train.stream import Batch, BatchStream, Ledger, Share
+
+NUM_SAMPLES = 8  # pictures whose captions are shown as they change
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,38 +36,34 @@ class ValidationCaption:
 
 
 @torch.no_grad()
-def validation_loss(
-    model: nn.Module, batches: Iterable[Batch], *, view: ViewSpec, accelerator: Accelerator
-) -> StepLoss:
-    """Summed cross-entropy and target tokens of the whole split, the same on every rank."""
-    model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    for batch in batches:
-        _, totals = batch_loss(model, batch.to(accelerator.device), view=view, accelerator=accelerator)
-        total += totals
-    model.train()
-    return StepLoss.of(total)
-
-
-@torch.no_grad()
-def caption_split(
-    model: CaptionModel,
+def evaluate_split(
+    loss_model: CaptionLoss,
     batches: Iterable[Batch],
     *,
-    view: ViewSpec,
     vocabulary: Vocabulary,
     decoding: DecodingDefaults,
     accelerator: Accelerator,
-) -> list[ValidationCaption]:
-    """A caption for each image of the split, in the split's order, gathered on every rank."""
-    model.eval()
+) -> tuple[StepLoss, list[ValidationCaption]]:
+    """The split's loss, and a caption for each of its images in the split's order, the same on every rank.
+
+    Each picture is decoded and encoded once for both.
+    """
+    model, was_training = loss_model.model, loss_model.training
+    loss_model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     rows: list[ValidationCaption] = []
     for batch in batches:
         if not batch.num_samples:
             continue
+        on_device = batch.to(accelerator.device)
         with accelerator.autocast():
-            image_BE = model.encode(normalise(batch.to(accelerator.device).views_BPP3, view))
-            captions = decode(model, image_BE, beam_size=decoding.beam_size, max_tokens=decoding.max_tokens)
+            features_BF = on_device.inputs
+            if features_BF.dim() > 2:
+                features_BF = model.encoder(normalise(features_BF, loss_model.view))
+            _, cross_entropy = loss_model(features_BF, on_device.captions)
+            captions = decode(model, model.encode(features_BF), **asdict(decoding))
+        total += torch.stack((cross_entropy.double(), torch.tensor(float(batch.num_targets), device=total.device)))
+        columns = zip(batch.positions, batch.image_ids, batch.references, captions, strict=True)
         rows += [
             ValidationCaption(
                 position=position,
@@ -74,23 +72,100 @@ def caption_split(
                 score=caption.score,
                 references=refs,
             )
-            for position, image_id, refs, caption in zip(
-                batch.positions, batch.image_ids, batch.references, captions, strict=True
-            )
+            for position, image_id, refs, caption in columns
         ]
-    model.train()
-    return sorted(gather_object(rows), key=lambda row: row.position)
+    loss_model.train(was_training)
+    loss_sum, num_targets = accelerator.reduce(total, reduction="sum").tolist()
+    return StepLoss(loss_sum, int(num_targets)), sorted(gather_object(rows), key=lambda row: row.position)
 
 
-def score_captions(rows: list[ValidationCaption]) -> dict[str, float]:
-    """Corpus scores of the captions against their references, by name."""
-    return caption_scores({row.position: row.caption for row in rows}, {row.position: row.references for row in rows})
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """What an evaluation found; `metrics` are corpus scores, and the loss, by name."""
+
+    captions: list[ValidationCaption]
+    metrics: dict[str, float]
+    ledger: Ledger
+    seconds: float
+
+    def curves(self) -> dict[str, float]:
+        """The metrics by the names of the curves."""
+        return {f"validation/{name.removeprefix('validation_')}": value for name, value in self.metrics.items()}
+
+    def __str__(self) -> str:
+        scores = ", ".join(f"{name} {self.metrics[name]:.4f}" for name in ("cider", "bleu4"))
+        return f"loss {self.metrics['validation_loss']:.3f}, {scores}, {self.seconds:.1f} s"
+
+
+class Evaluator:
+    """Evaluates a model on one split again and again; its references are tokenized once.
+
+    `open_stream` opens the split's batches, with middle crops or cached features.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        loss_model: CaptionLoss,
+        open_stream: Callable[..., BatchStream],
+        decoding: DecodingDefaults,
+        accelerator: Accelerator,
+    ) -> None:
+        self._split = split
+        self._loss_model = loss_model
+        self._open_stream = open_stream
+        self._decoding = decoding
+        self._accelerator = accelerator
+        self._references: References | None = None
+        self._positions: list[int] = []
+        self._samples: dict[int, np.ndarray] | None = None
+
+    @property
+    def num_images(self) -> int:
+        """Images of the split."""
+        return self._split.num_samples
+
+    def evaluate(self) -> Evaluation:
+        """Loss, captions and scores of the whole split, the same on every rank; all must call it."""
+        started = time.monotonic()
+        batches = self._open_stream(self._split, plan=self._split.plain_plan())
+        loss, rows = evaluate_split(
+            self._loss_model,
+            batches,
+            vocabulary=batches.stage.vocabulary,
+            decoding=self._decoding,
+            accelerator=self._accelerator,
+        )
+        metrics = {"validation_loss": loss.per_token, "validation_perplexity": loss.perplexity, **self._score(rows)}
+        return Evaluation(captions=rows, metrics=metrics, ledger=batches.ledger, seconds=time.monotonic() - started)
+
+    def _score(self, rows: list[ValidationCaption]) -> dict[str, float]:
+        """Corpus scores by name, computed by the main process for all."""
+        scores: list[dict[str, float]] = [{}]
+        if self._accelerator.is_main_process:
+            positions = [row.position for row in rows]
+            if self._references is None or positions != self._positions:  # other bad samples were left out before
+                self._references = References({row.position: row.references for row in rows})
+                self._positions = positions
+            scores = [self._references.scores({row.position: row.caption for row in rows})]
+        broadcast_object_list(scores)
+        return scores[0]
+
+    def samples(self, found: Evaluation) -> tuple[list[np.ndarray], list[str]]:
+        """The split's first pictures, uint8 (P, P, 3), and what was said of them. In this process alone."""
+        if self._samples is None:
+            share = Share(min(NUM_SAMPLES, self._split.num_samples))
+            stream = self._open_stream(
+                self._split, plan=self._split.plain_plan(), share=share, workers=0, features=None
+            )
+            batch = next(iter(stream))
+            self._samples = dict(zip(batch.positions, batch.inputs.numpy().copy(), strict=False))
+        captions = {row.position: row.caption for row in found.captions}
+        shown = [position for position in self._samples if position in captions]
+        return [self._samples[position] for position in shown], [captions[position] for position in shown]
 
 
 def write_captions(path: Path, rows: list[ValidationCaption]) -> None:
     """Write the captions as JSONL: `image_id`, `caption`, `score`, `references`."""
-    fields: list[dict[str, Any]] = [
-        {"image_id": row.image_id, "caption": row.caption, "score": row.score, "references": row.references}
-        for row in rows
-    ]
+    fields = [{name: value for name, value in asdict(row).items() if name != "position"} for row in rows]
     write_atomic(str(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in fields))

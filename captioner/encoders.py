@@ -1,0 +1,214 @@
+"""Image encoders: torchvision's classification models by name, without their classifier, and their weights.
+
+Shapes: B images, F pooled features. A suffix says a tensor's shape: `images_B3HW`.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torchvision.models
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.models import get_model, get_model_weights, list_models
+
+from captioner.cli import UserError
+from captioner.views import IMAGENET_MEAN, IMAGENET_STD
+
+HEADS = ("fc", "classifier", "heads", "head")
+INCEPTIONS = ("googlenet", "inception_v3")
+ONE_SIZE = ("vit_", "maxvit_")
+OLD_NAMES = {  # torchvision's own files have names from before its models changed, and its builders translate them
+    r"(\.denselayer\d+\.(?:norm|conv))\.(?=[12]\.)": r"\1",
+    r"\.mlp\.linear_1\.": ".mlp.0.",
+    r"\.mlp\.linear_2\.": ".mlp.3.",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preprocessing:
+    """What an encoder's weights want: a square crop of so many pixels a side, and RGB in 0..1 normalised so."""
+
+    crop: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class Encoder(nn.Module):
+    """A torchvision classifier without its last layer: images (B, 3, height, width) to features (B, F).
+
+    Trainable or not is decided once. A frozen encoder stays in eval mode whatever `train()` says, computes no
+    gradient, and its batch-norm statistics never drift.
+    """
+
+    def __init__(self, name: str, *, trainable: bool) -> None:
+        super().__init__()
+        self.trainable = trainable
+        self.backbone = _build_backbone(name)
+        self.num_features = _remove_classifier(self.backbone, name=name)
+        self.backbone.requires_grad_(trainable)
+        self.to(memory_format=torch.channels_last)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """As `nn.Module.train`, but a frozen backbone stays in eval mode."""
+        super().train(mode)
+        if not self.trainable:
+            self.backbone.eval()
+        return self
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        """Pooled features (B, F)."""
+        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
+            return self.backbone(images_B3HW).flatten(1)
+
+
+def small_cnn() -> nn.Module:
+    """Five 3x3 convolutions, pooled by their maximum: learns small pictures from scratch in minutes on a CPU.
+
+    It has no pretrained weights. torchvision's own models are far slower learners there: see docs/decisions.
+    """
+    widths_and_strides = ((32, 2), (64, 2), (64, 1), (128, 2), (256, 2))
+    layers: list[nn.Module] = []
+    width_before = 3  # red, green, blue
+    for width, stride in widths_and_strides:
+        convolution = nn.Conv2d(width_before, width, kernel_size=3, stride=stride, padding=1, bias=False)
+        layers += (convolution, nn.BatchNorm2d(width), nn.ReLU())
+        width_before = width
+    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(width_before, 1000))
+
+
+def preprocessing(name: str) -> Preprocessing:
+    """The preprocessing of torchvision's best weights of an encoder, which are not read. Raises UserError."""
+    if name == small_cnn.__name__:
+        return Preprocessing(crop=224, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    _check_name(name)
+    wanted = cast(Any, get_model_weights(name)).DEFAULT.transforms()
+    return Preprocessing(crop=wanted.crop_size[0], mean=tuple(wanted.mean), std=tuple(wanted.std))
+
+
+def check_crop(name: str, *, crop: int, size: int) -> None:
+    """Raise UserError where encoder `name` cannot see crops of `crop` pixels of pictures stored at `size`."""
+    native = preprocessing(name).crop
+    if name.startswith(ONE_SIZE) and crop != native:
+        raise UserError(
+            f"encoder {name} takes pictures of {native} pixels only, not of {crop}: give --crop {native}, with shards "
+            f"packed with --size {_packed_size(native)} or so"
+        )
+    if crop > size:
+        smaller = "" if name.startswith(ONE_SIZE) else f", or train with --crop {size} or less"
+        raise UserError(
+            f"the shards hold pictures of {size} pixels, and encoder {name} is to see {crop}: pack them with "
+            f"sharding/make_shards.py --size {_packed_size(crop)}{smaller}"
+        )
+
+
+def _packed_size(crop: int) -> int:
+    """A size that leaves room for crops at random places: 256 for 224."""
+    return -(-crop * 8 // 7)
+
+
+def _check_name(name: str) -> None:
+    if name not in list_models(module=torchvision.models):
+        raise UserError(f"torchvision has no classification model {name!r}: take one such as resnet152 or resnet18")
+
+
+def _build_backbone(name: str) -> nn.Module:
+    """A torchvision classifier with fresh weights, otherwise as torchvision builds it for its best weights.
+
+    Auxiliary heads are left out.
+    """
+    if name == small_cnn.__name__:
+        return small_cnn()
+    _check_name(name)
+    options: dict[str, Any] = {}
+    if name in INCEPTIONS:  # their weights come from elsewhere and want another normalisation, done inside
+        options = {"transform_input": True, "aux_logits": False, "init_weights": True}
+    elif name.startswith("vit_"):
+        options = {"image_size": preprocessing(name).crop}
+    return get_model(name, weights=None, **options)
+
+
+def _remove_classifier(backbone: nn.Module, *, name: str) -> int:
+    """Replace the layer that makes class scores by one that passes features on; returns their number F."""
+    if isinstance(backbone, nn.Sequential):
+        return cast(nn.Linear, backbone.pop(-1)).in_features
+    head_name = next((head for head in HEADS if isinstance(getattr(backbone, head, None), nn.Module)), None)
+    if head_name is None:
+        raise UserError(f"encoder {name!r} has no classifier that could be taken off: take one such as resnet152")
+    head = getattr(backbone, head_name)
+    if isinstance(head, nn.Linear):
+        setattr(backbone, head_name, nn.Identity())
+        return head.in_features
+    scoring = [key for key, layer in head.named_children() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
+    layer = head.get_submodule(scoring)
+    setattr(head, scoring, nn.Identity())
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+
+
+# ---- pretrained weights ---------------------------------------------------------------------------------------
+
+
+def load_encoder_weights(encoder: Encoder, *, name: str, weights: str) -> None:
+    """Put pretrained weights into `encoder`: `default` (torchvision's best), `none`, or a state dict's path.
+
+    A path holds a torchvision state dict (`.pth`, read without unpickling objects, or `.safetensors`); weights
+    of the classifier that was taken off are ignored. Raises UserError for anything missing or misshapen.
+    """
+    if weights == "none":
+        return
+    state = _download_weights(name) if weights == "default" else _read_state(Path(weights))
+    state = {_new_name(key): tensor for key, tensor in state.items()}
+    wanted = encoder.backbone.state_dict()
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    misshapen = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    if missing or misshapen:
+        raise UserError(
+            f"the weights {weights} do not fit encoder {name}: {len(missing)} tensors are missing and {len(misshapen)} "
+            f"have another shape, such as {(missing + misshapen)[0]}: give the encoder's own weights with --weights"
+        )
+    for key in wanted.keys() & state.keys():
+        wanted[key].copy_(state[key])
+
+
+def _new_name(key: str) -> str:
+    for old, new in OLD_NAMES.items():
+        key = re.sub(old, new, key)
+    return key
+
+
+def _download_weights(name: str) -> dict[str, Tensor]:
+    """torchvision's default weights, from its cache or downloaded, checked against the hash in their name."""
+    if name == small_cnn.__name__:
+        raise UserError(f"there are no pretrained weights of {name}: add --weights none --finetune-encoder-from-step 0")
+    url = cast(Any, get_model_weights(name)).DEFAULT.url
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except Exception as error:  # the network, the check of the hash and, on a damaged cache, the unpickler
+        raise UserError(
+            f"cannot get the pretrained weights of {name} from {url} ({_first_line(error)}): download that file "
+            f"elsewhere and give its path with --weights (a damaged one in {torch.hub.get_dir()} must be deleted), "
+            "or train from scratch with --weights none --finetune-encoder-from-step 0"
+        ) from error
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"there is no weights file {path}: --weights takes default, none, or the path of a state dict")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else _unpickle_tensors(path)
+    except Exception as error:  # the unpickler raises nearly anything on bytes that are no pickle
+        raise UserError(f"{path} is not a readable state dict ({_first_line(error)}): download it again") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is not a state dict but holds a {type(state).__name__}: give another with --weights")
+    return {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def _unpickle_tensors(path: Path) -> object:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

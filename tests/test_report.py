@@ -1,0 +1,327 @@
+"""The report: what the page tells, that nothing in it breaks it, and that its drawings are right."""
+
+import base64
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from train.report import MAX_CURVE_POINTS, step_axis, thin, value_axis, write_report
+
+VOID = {"meta", "img"}
+SVG = "{http://www.w3.org/2000/svg}"
+FINITE = st.floats(-1e9, 1e9).filter(lambda value: value == 0 or abs(value) > 1e-9)
+
+
+class Page(HTMLParser):
+    """The elements of a page as (tag, attributes) in order, and the text of each; unbalanced tags fail."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__()
+        self.source = (run / "report.html").read_text(encoding="utf-8")
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.texts: list[str] = []
+        self._open: list[int] = []
+        self.feed(self.source)
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        self.texts.append("")
+        if tag not in VOID:
+            self._open.append(len(self.elements) - 1)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        self.texts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.elements[self._open.pop()][0] == tag
+
+    def handle_data(self, data: str) -> None:
+        for index in self._open:
+            self.texts[index] += data
+
+    def attributes(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def text(self, tag: str) -> list[str]:
+        return [
+            " ".join(text.split()) for (name, _), text in zip(self.elements, self.texts, strict=True) if name == tag
+        ]
+
+    def rows(self) -> list[list[str]]:
+        """The cells of all tables' rows."""
+        found = re.findall(r"<tr>(.*?)</tr>", self.source, re.DOTALL)
+        return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in found]
+
+    def charts(self) -> dict[str, ElementTree.Element]:
+        """The drawings, which must be XML too, by their titles."""
+        drawings = re.findall(r"<svg xmlns.*?\n</svg>", self.source, re.DOTALL)
+        return dict(zip(self.text("h3"), map(ElementTree.fromstring, drawings), strict=True))
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def training_row(step: int, **more: Any) -> dict[str, Any]:
+    values = {"loss": 3.0 - step / 100, "learning_rate": 0.001, "images_per_second": 200.0, "waiting_share": 0.25}
+    return {"step": step, **{f"train/{name}": value for name, value in (values | more).items()}}
+
+
+def evaluation_row(step: int, *, epoch: int, cider: float) -> dict[str, Any]:
+    return {"step": step, "epoch": epoch, "validation/loss": 2.5, "validation/bleu4": 0.3, "validation/cider": cider}
+
+
+def report(run: Path, *, history: list[dict[str, Any]] | None = None, **files: Any) -> Page:
+    if history is not None:
+        write_rows(run / "history.jsonl", history)
+    for name, content in files.items():
+        (run / f"{name}.json").write_text(json.dumps(content))
+    write_report(run)
+    return Page(run)
+
+
+def save_samples(run: Path, captions: list[list[str]], *, steps: list[int]) -> None:
+    write_rows(run / "samples.jsonl", [{"step": s, "captions": c} for s, c in zip(steps, captions, strict=True)])
+    (run / "samples").mkdir()
+    for number in range(len(captions[0])):
+        Image.new("RGB", (32, 32), (60 * number, 0, 0)).save(run / "samples" / f"{number:02d}.jpg")
+
+
+EVALUATIONS = [evaluation_row(10 * epoch, epoch=epoch, cider=cider) for epoch, cider in ((1, 0.5), (2, 0.9), (3, 0.8))]
+
+
+def test_the_headline_has_the_encoder_the_best_cider_and_the_speed(tmp_path: Path) -> None:
+    page = report(
+        tmp_path,
+        history=EVALUATIONS,
+        settings={"encoder": "resnet18"},
+        report={
+            "training_images": 7200,
+            "training_seconds": 3600.0,
+            "validation_images": 50,
+            "validation_seconds": 10.0,
+        },
+    )
+    facts = dict(zip(page.text("dt"), page.text("dd"), strict=True))
+    assert facts == {
+        "Encoder": "resnet18",
+        "Best CIDEr": "0.900 epoch 2, step 20",
+        "Training speed": "2 images/s the session that finished the run",
+        "Training time": "1.00 hours the session that finished the run",
+    }
+    assert ["Validation, the session that finished the run", "50 images in 10.0 s, 5.0 images/s"] in page.rows()
+
+
+def test_metrics_evaluations_and_settings_are_in_tables(tmp_path: Path) -> None:
+    page = report(
+        tmp_path,
+        history=[*EVALUATIONS, {"step": 40, "epoch": 4, "validation/cider": None}],
+        metrics={"cider": 0.9, "validation_perplexity": 1234.5, "bleu1": math.nan, "own_score": 1},
+        settings={"shards": ["a", "b"], "crop": None, "resume": True, "dropout": 0.5},
+    )
+    rows = page.rows()
+    assert ["CIDEr", "0.900"] in rows
+    assert ["Perplexity", "1,234"] in rows
+    assert ["BLEU-1", "not finite"] in rows
+    assert ["Own score", "1.000"] in rows
+    assert ["Evaluation", "Loss", "BLEU-4", "CIDEr"] in rows
+    assert ["epoch 2, step 20", "2.500", "0.300", "0.900"] in rows
+    assert ["epoch 4, step 40", "", "", "not finite"] in rows
+    assert rows[-4:] == [["shards", "a, b"], ["crop", "not set"], ["resume", "yes"], ["dropout", "0.5"]]
+
+
+def test_rates_are_summed_up_over_the_run(tmp_path: Path) -> None:
+    shares, speeds, memory = (0.1, 0.2, 0.6), (100.0, 300.0, 200.0), (5.0, 8.0, 7.0)
+    history = [
+        training_row(step, waiting_share=share, images_per_second=speed, gpu_gigabytes=gigabytes)
+        for step, share, speed, gigabytes in zip((1, 2, 3), shares, speeds, memory, strict=True)
+    ]
+    rows = report(tmp_path, history=history).rows()
+    assert ["Images/s, median of the run", "200.0"] in rows
+    assert ["Share of time waiting for data, mean of the run", "30.0%"] in rows
+    assert ["GPU memory, most of the run", "8.0 GB"] in rows
+
+
+def test_a_chart_for_all_that_was_logged_and_no_other(tmp_path: Path) -> None:
+    page = report(tmp_path, history=[*(training_row(step) for step in (10, 20)), *EVALUATIONS])
+    assert list(page.charts()) == [
+        "Loss",
+        "CIDEr and BLEU-4",
+        "Learning rate",
+        "Images per second",
+        "Time waiting for data (%)",
+    ]
+    assert list(report(tmp_path, history=[training_row(1)]).charts()) == [
+        "Loss",
+        "Learning rate",
+        "Images per second",
+        "Time waiting for data (%)",
+    ]
+
+
+def test_points_lie_where_the_axes_say_and_tell_their_values(tmp_path: Path) -> None:
+    chart = report(tmp_path, history=EVALUATIONS).charts()["CIDEr and BLEU-4"]
+    labels = {text.text: text.attrib for text in chart.iter(f"{SVG}text")}
+    circles = [
+        circle for circle in chart.iter(f"{SVG}circle") if (circle.findtext(f"{SVG}title") or "").startswith("CIDEr")
+    ]
+    assert [circle.findtext(f"{SVG}title") for circle in circles] == [
+        "CIDEr: 0.5, epoch 1, step 10",
+        "CIDEr: 0.9, epoch 2, step 20",
+        "CIDEr: 0.8, epoch 3, step 30",
+    ]
+    assert [circle.attrib["cx"] for circle in circles] == [labels[step]["x"] for step in ("10", "20", "30")]
+    assert circles[2].attrib["cy"] == labels["0.8"]["y"]
+    below, above = float(labels["0.2"]["y"]), float(labels["0.8"]["y"])
+    assert float(circles[0].attrib["cy"]) == pytest.approx((below + above) / 2, abs=0.11)
+    assert below > above
+    line = next(chart.iter(f"{SVG}polyline")).attrib["points"]
+    assert line.split() == [f"{circle.attrib['cx']},{circle.attrib['cy']}" for circle in circles]
+
+
+def test_shares_are_drawn_in_percent(tmp_path: Path) -> None:
+    chart = report(tmp_path, history=[training_row(1), training_row(2)]).charts()["Time waiting for data (%)"]
+    assert "waiting (%): 25, step 1" in [title.text for title in chart.iter(f"{SVG}title")]
+
+
+def test_values_that_are_not_finite_are_told_and_not_drawn(tmp_path: Path) -> None:
+    page = report(tmp_path, history=[training_row(1), training_row(2, loss=None), training_row(3)])
+    assert len(list(page.charts()["Loss"].iter(f"{SVG}circle"))) == 2
+    assert "training: 1 value was not finite and cannot be drawn." in page.text("p")
+    page = report(tmp_path, history=[training_row(1, loss=None), training_row(2, loss=None)])
+    assert not list(page.charts()["Loss"].iter(f"{SVG}circle"))
+    assert "training: 2 values were not finite and cannot be drawn." in page.text("p")
+
+
+def test_a_high_first_loss_does_not_press_the_curve_to_the_ground(tmp_path: Path) -> None:
+    history = [training_row(step, loss=9.0 if step == 1 else 2.0) for step in range(1, 200)]
+    page = report(tmp_path, history=history)
+    assert "The first values, up to 9, are above the drawing." in page.text("p")
+    assert "9" not in [text.text for text in page.charts()["Loss"].iter(f"{SVG}text")]
+    assert not [text for text in report(tmp_path, history=history[1:]).text("p") if "above the drawing" in text]
+
+
+def test_thousands_of_rows_make_a_small_page(tmp_path: Path) -> None:
+    history = [training_row(step, loss=2 + math.sin(step)) for step in range(20_000)]
+    page = report(tmp_path, history=history)
+    assert len(list(page.charts()["Loss"].iter(f"{SVG}circle"))) <= MAX_CURVE_POINTS
+    assert len(page.source) < 500_000
+
+
+def test_samples_show_how_their_captions_changed(tmp_path: Path) -> None:
+    said = [[f"first at {step}", f"second at {step}"] for step in (10, 20, 30, 40, 50)]
+    save_samples(tmp_path, said, steps=[10, 20, 30, 40, 50])
+    page = report(tmp_path, history=EVALUATIONS)
+    captions = [text for text in page.text("dd") if " at " in text]
+    assert captions == [f"{which} at {step}" for which in ("first", "second") for step in (10, 30, 50)]
+    assert [text for text in page.text("dt") if "step" in text][:3] == [
+        "epoch 1, step 10",
+        "epoch 3, step 30",
+        "step 50",
+    ]
+
+
+@pytest.mark.parametrize(("num_shown", "expected"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (4, [0, 2, 3])])
+def test_a_caption_is_never_shown_twice(tmp_path: Path, num_shown: int, expected: list[int]) -> None:
+    save_samples(tmp_path, [[f"at {step}"] for step in range(num_shown)], steps=list(range(num_shown)))
+    assert report(tmp_path).text("dd") == [f"at {step}" for step in expected]
+
+
+def test_the_page_needs_no_other_file_and_no_script(tmp_path: Path) -> None:
+    save_samples(tmp_path, [["a dog", "a cat"]], steps=[10])
+    (tmp_path / "samples" / "01.jpg").unlink()
+    page = report(tmp_path, history=EVALUATIONS)
+    (image,) = page.attributes("img")
+    embedded = base64.b64decode(image["src"].removeprefix("data:image/jpeg;base64,"), validate=True)
+    assert embedded == (tmp_path / "samples" / "00.jpg").read_bytes()
+    assert image["alt"] == "Validation picture 1"
+    assert "The picture is gone." in page.text("p")
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.elements}
+    addresses = re.findall(r"https?://[^\s\"']+", page.source)
+    assert set(addresses) <= {"http://www.w3.org/2000/svg"}
+    assert "url(" not in page.source
+
+
+def test_markup_anywhere_stays_text(tmp_path: Path) -> None:
+    bad = "<script>alert('\"&</script></dd>\ud83d"
+    shown = bad.replace("\ud83d", "?")
+    run = tmp_path / "a <b>run</b>".replace("/", "")
+    run.mkdir()
+    save_samples(run, [[bad]], steps=[10])
+    page = report(run, history=[training_row(1)], settings={bad: bad, "encoder": bad}, metrics={bad: 1.0})
+    assert not page.attributes("script")
+    assert not page.attributes("b")
+    assert page.text("dd") == [shown, shown]
+    assert page.text("td").count(shown) == 2
+    assert page.text("h1") == ["Training report of a <b>run<b>"]
+
+
+def test_what_is_missing_is_left_out_with_a_sentence(tmp_path: Path) -> None:
+    page = report(tmp_path, history=[])
+    assert not {"svg", "table", "img", "dl"} & {tag for tag, _ in page.elements}
+    assert page.text("p")[1:] == [
+        "The run logged no values, so there are no curves.",
+        "The run was not evaluated: there was no validation split, or it has not come so far.",
+        "The run kept no sample captions.",
+        "The run measured no speed.",
+        "The run folder holds no settings.",
+    ]
+
+
+def test_every_table_and_drawing_says_what_it_is(tmp_path: Path) -> None:
+    page = report(tmp_path, history=[training_row(1), *EVALUATIONS], settings={"epochs": 3})
+    drawings = [svg for svg in page.attributes("svg") if svg.get("role") == "img"]
+    assert drawings[0]["aria-label"] == "Loss; training from 2.99 to 2.99; validation from 2.5 to 2.5"
+    assert all(svg["aria-label"] for svg in drawings)
+    assert {cell["scope"] for cell in page.attributes("th")} == {"col", "row"}
+    assert len(page.attributes("caption")) == len(page.attributes("table")) == 3
+
+
+@given(st.lists(FINITE, max_size=60), st.integers(1, 20).map(lambda half: 2 * half))
+def test_thinning_keeps_the_order_and_both_extremes(values: list[float], max_points: int) -> None:
+    points = [(float(step), value) for step, value in enumerate(values)]
+    thinned = thin(points, max_points)
+    assert len(thinned) <= max_points
+    assert thinned == sorted(set(thinned) & set(points))
+    if values:
+        kept = [value for _, value in thinned]
+        assert (min(kept), max(kept)) == (min(values), max(values))
+
+
+@given(st.lists(FINITE))
+def test_a_value_axis_is_short_round_and_holds_all_values(values: list[float]) -> None:
+    axis = value_axis(values)
+    assert 2 <= len(axis.ticks) <= 8
+    assert axis.low <= min([0, *values])
+    assert max([0, *values]) <= axis.high
+    assert 0 in axis.ticks
+    for tick in axis.ticks:
+        assert math.isclose(tick, float(f"{tick:.3g}"), rel_tol=1e-9)
+        assert axis.end - 0.01 <= axis.place(tick) <= axis.start + 0.01
+
+
+def test_ticks_of_steps_are_short(tmp_path: Path) -> None:
+    chart = report(tmp_path, history=[training_row(1), training_row(2_500_000)]).charts()["Loss"]
+    labels = [text.text for text in chart.iter(f"{SVG}text")]
+    assert labels[-7:] == ["0", "500k", "1M", "1.5M", "2M", "2.5M", "step"]
+
+
+@given(st.integers(0, 9) | st.integers(0, 10**9))
+def test_a_step_axis_has_whole_ticks(last_step: int) -> None:
+    axis = step_axis(last_step)
+    assert axis.ticks[0] == 0
+    assert 1 <= len(axis.ticks) <= 7
+    assert all(tick == int(tick) and 0 <= tick <= max(last_step, 1) for tick in axis.ticks)
+    assert axis.place(axis.low) == axis.start
+    assert axis.place(last_step) <= axis.end

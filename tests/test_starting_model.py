@@ -1,0 +1,146 @@
+"""Starting from a trained model: what it knew it still says, and it learns the new words."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+
+from captioner.bundle import Bundle, DecodingDefaults, load_bundle, save_bundle
+from captioner.cli import UserError
+from captioner.model import CaptionModel, ImageInput, ModelConfig, PackedCaptions
+from captioner.views import ViewSpec, normalise
+from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
+from train.starting_model import check_fits, start_from
+
+VIEW = ViewSpec(size=40, crop=32)
+WORDS = ["a", "sits", "red", "table", *(f"known-{number}" for number in range(100))]
+KNOWN = Vocabulary.from_counts(dict.fromkeys(WORDS, 9), threshold=1)
+NEW = {0: {}, 1: {"zebra": 2}, 500: {f"new-{number}": 2 for number in range(500)}}
+WORD_ROWS = ("embed.weight", "predict.weight", "predict.bias")
+FORMS: tuple[ImageInput, ...] = ("first", "every-step")
+
+
+def make_bundle(image_input: ImageInput = "first", *, seed: int = 0, sharpness: float = 20.0) -> Bundle:
+    """A random model whose captions depend on the picture: large weights, statistics of pictures like these."""
+    torch.manual_seed(seed)
+    config = ModelConfig(
+        encoder="small_cnn", vocabulary_size=len(KNOWN), embedding_size=8, hidden_size=9, image_input=image_input
+    )
+    model = CaptionModel(config)
+    with torch.no_grad():
+        model.norm.weight.mul_(8)
+        model.predict.weight.mul_(sharpness)
+        model.norm.momentum = 1.0
+        model.encode(make_images(8))
+    decoding = DecodingDefaults(beam_size=3, max_tokens=7)
+    return Bundle(model=model.eval(), view=VIEW, vocabulary=KNOWN, decoding=decoding, name="random")
+
+
+def make_views(num_views: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (num_views, 32, 32, 3), dtype=np.uint8)
+
+
+def make_images(num_images: int) -> torch.Tensor:
+    return normalise(torch.from_numpy(make_views(num_images)), VIEW)
+
+
+def extend(bundle: Bundle, num_new: int, *, trainable: bool = False) -> Bundle:
+    """The bundle with a model that was started from it, before any training."""
+    vocabulary = KNOWN.extended(Vocabulary.from_counts(NEW[num_new], threshold=1))
+    model = start_from(bundle, vocabulary=vocabulary, encoder_trainable=trainable)
+    return replace(bundle, model=model.eval(), vocabulary=vocabulary)
+
+
+@pytest.mark.parametrize("num_new", [0, 1, 500])
+@pytest.mark.parametrize("image_input", FORMS)
+def test_everything_known_is_kept(image_input: ImageInput, num_new: int) -> None:
+    bundle = make_bundle(image_input)
+    extended = extend(bundle, num_new, trainable=True)
+    assert extended.model.config == replace(bundle.model.config, vocabulary_size=len(KNOWN) + num_new)
+    before, after = bundle.model.state_dict(), extended.model.state_dict()
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        kept = tensor[: len(KNOWN)] if name in WORD_ROWS else tensor
+        assert torch.equal(kept, before[name]), name
+    packed = PackedCaptions.pack([[[4, 5, 6], [7]], [[8, 9]]], max_tokens=9)
+    logits_MV = extended.model(make_images(2), packed)
+    torch.testing.assert_close(logits_MV[:, : len(KNOWN)], bundle.model(make_images(2), packed))
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_the_encoder_is_trainable_when_it_is_to_be(trainable: bool) -> None:
+    model = extend(make_bundle(), 1, trainable=trainable).model
+    assert all(parameter.requires_grad == trainable for parameter in model.encoder.parameters())
+
+
+@pytest.mark.parametrize("num_new", [1, 500])
+@pytest.mark.parametrize("image_input", FORMS)
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_captions_are_the_same_before_training(image_input: ImageInput, num_new: int, beam_size: int) -> None:
+    bundle = make_bundle(image_input)
+    wanted = bundle.caption_views(make_views(8), beam_size=beam_size)
+    found = extend(bundle, num_new).caption_views(make_views(8), beam_size=beam_size)
+    assert len({tuple(caption.tokens) for caption in wanted}) > 3
+    assert [caption.tokens for caption in found] == [caption.tokens for caption in wanted]
+
+
+@given(seed=st.integers(0, 999), sharpness=st.sampled_from([0.0, 0.1, 1.0, 30.0]), num_new=st.sampled_from([1, 500]))
+@settings(deadline=None, max_examples=25)
+def test_new_words_are_together_no_likelier_than_an_average_known_one(
+    seed: int, sharpness: float, num_new: int
+) -> None:
+    model = extend(make_bundle(seed=seed, sharpness=sharpness), num_new).model
+    hidden_NH = torch.rand(20, 9, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    chances_NV = model.predict(hidden_NH).double().softmax(dim=1)
+    known_NK = chances_NV[:, len(SPECIAL_WORDS) : len(KNOWN)]
+    assert (chances_NV[:, len(KNOWN) :].sum(dim=1) <= known_NK.mean(dim=1) * (1 + 1e-5)).all()
+
+
+def test_new_embeddings_differ_and_lie_among_the_known_ones() -> None:
+    bundle = make_bundle()
+    with torch.no_grad():
+        bundle.model.embed.weight.mul_(0.1).add_(5)
+    new_WE = extend(bundle, 500).model.embed.weight[len(KNOWN) :]
+    known_KE = bundle.model.embed.weight[len(SPECIAL_WORDS) :]
+    torch.testing.assert_close(new_WE.mean(dim=0), known_KE.mean(dim=0), atol=0.03, rtol=0)
+    torch.testing.assert_close(new_WE.std(dim=0), known_KE.std(dim=0, correction=0), atol=0, rtol=0.2)
+    assert len(new_WE.unique(dim=0)) == 500
+
+
+def test_a_new_word_is_learned() -> None:
+    bundle = extend(make_bundle(), 1)
+    tokens = bundle.vocabulary.encode(["a", "zebra", "sits"])
+    packed = PackedCaptions.pack([[tokens], [tokens]], max_tokens=9)
+    optimizer = torch.optim.Adam((p for p in bundle.model.parameters() if p.requires_grad), lr=0.03)
+    for _ in range(60):
+        optimizer.zero_grad()
+        cross_entropy(bundle.model(make_images(2), packed), packed.targets_M).backward()
+        optimizer.step()
+    assert {bundle.vocabulary.decode(caption.tokens) for caption in bundle.caption_views(make_views(2))} == {
+        "a zebra sits"
+    }
+
+
+def test_a_started_model_is_saved_and_loaded_like_any_other(tmp_path: Path) -> None:
+    bundle = extend(make_bundle(), 500)
+    folder = tmp_path / "model"
+    save_bundle(
+        folder, model=bundle.model, view=VIEW, vocabulary=bundle.vocabulary, decoding=bundle.decoding, metrics={}
+    )
+    loaded = load_bundle(folder)
+    assert loaded.vocabulary == bundle.vocabulary
+    assert loaded.caption_views(make_views(3)) == bundle.caption_views(make_views(3))
+
+
+def test_shards_of_other_pictures_are_refused_with_the_flags_to_pack_with() -> None:
+    check_fits(VIEW, replace(VIEW, crop=20))
+    for other in (replace(VIEW, size=64), replace(VIEW, resize="keep-ratio")):
+        with pytest.raises(UserError, match="--size 40 --resize squash") as error:
+            check_fits(VIEW, other)
+        assert f"size {other.size} ({other.resize})" in str(error.value)
+        assert "\n" not in str(error.value)

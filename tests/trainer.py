@@ -1,0 +1,80 @@
+"""Real training runs in processes that come from a server which has loaded torch once: they start in a moment."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from consumer import context
+from servers import free_port
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a run ended: rank 0's exit code, and what all ranks printed."""
+
+    code: int
+    output: str
+
+
+@dataclass(frozen=True)
+class Running:
+    """The ranks of a run, and the file that they print into."""
+
+    ranks: list[Any]
+    log: Path
+
+    def wait(self, *, seconds: float = 120.0) -> Done:
+        """Wait for rank 0, and for the others as long as it takes to kill them."""
+        self.ranks[0].join(seconds)
+        code = self.ranks[0].exitcode
+        for rank in self.ranks[1:]:
+            rank.join(10)
+        self.kill()
+        assert code is not None, f"still running after {seconds} s:\n{self.log.read_text()}"
+        return Done(code, self.log.read_text())
+
+    def kill(self) -> None:
+        """kill -9 all ranks."""
+        for rank in self.ranks:
+            rank.kill()
+            rank.join()
+
+
+def start_training(flags: Sequence[object], *, log: Path, world_size: int = 1) -> Running:
+    """`train/main.py` with these flags, on so many gloo ranks."""
+    port = free_port()
+    arguments = ["train/main.py", *map(str, flags)]
+    ranks = [context.Process(target=_rank, args=(arguments, log, rank, world_size, port)) for rank in range(world_size)]
+    for rank in ranks:
+        rank.start()
+    return Running(ranks, log)
+
+
+def run_training(flags: Sequence[object], *, log: Path, world_size: int = 1) -> Done:
+    """`start_training`, to its end."""
+    return start_training(flags, log=log, world_size=world_size).wait()
+
+
+def _rank(arguments: list[str], log: Path, rank: int, world_size: int, port: int) -> None:
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    if world_size > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = arguments
+    import torch
+
+    from captioner import cli
+    from train import main
+
+    torch.set_num_threads(1)
+    torch.set_num_threads = lambda _threads: None  # type: ignore[assignment]  # tests share the machine
+    cli.console.file = sys.stdout = os.fdopen(1, "w", buffering=1)
+    main.run()

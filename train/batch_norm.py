@@ -1,0 +1,153 @@
+"""Batch norm over the global batch: the statistics are those of all ranks' rows together, on any device.
+
+Shapes: B rows of this rank, C channels, W ranks. A suffix says a tensor's shape: `mean_C`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm
+
+
+class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """`nn.BatchNorm1d` and `nn.BatchNorm2d` in one, for rows (B, C) or (B, C, H, W), with the statistics of all ranks.
+
+    Output type and memory format are the input's. The gradients of weight and bias are this rank's sums, which
+    data-parallel training then averages as it does all others. While training, all ranks must call forward and
+    backward equally often. A global batch with fewer than two values per channel is normalised by the running
+    statistics and leaves them alone. Eval mode is that of `nn.BatchNorm2d`, and so is one process.
+    """
+
+    num_counting_rows: int | None = None  # None: all; see `counting_rows`
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (PyTorch's name)
+        """The rows normalised per channel."""
+        rows = len(input) if self.num_counting_rows is None else min(len(input), self.num_counting_rows)
+        counting = input.detach()[:rows]
+        if not self.training or (_num_ranks() == 1 and rows == len(input) and _num_values(counting) > 1):
+            return super().forward(input)
+        return _Normalise.apply(input, self.weight, self.bias, *self._statistics(counting), rows, self.eps)
+
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
+        if input.dim() < 2:
+            raise ValueError(f"expected rows with channels, (B, C) or (B, C, H, W), got {input.dim()} dimension(s)")
+
+    @torch.no_grad()
+    def _statistics(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and variance to normalise with, and each value's share in them; updates the running statistics.
+
+        All is decided on the device, so that a GPU need not wait: one value alone leaves everything as it was.
+        """
+        running_mean_C, running_var_C = self.get_buffer("running_mean"), self.get_buffer("running_var")
+        num_batches = self.get_buffer("num_batches_tracked")
+        total, mean_C, squares_C = _gather_moments(rows, like=running_mean_C)
+        enough = total > 1
+        num_batches += enough
+        pace = 1 / num_batches.clamp(min=1) if self.momentum is None else self.momentum
+        mean_C = torch.where(enough, mean_C, running_mean_C)
+        var_C = torch.where(enough, squares_C / total, running_var_C)
+        unbiased_C = torch.where(enough, squares_C / (total - 1), running_var_C)
+        running_mean_C += pace * (mean_C - running_mean_C)
+        running_var_C += pace * (unbiased_C - running_var_C)
+        return mean_C, var_C, enough / total.clamp(min=1)
+
+
+class _Normalise(torch.autograd.Function):
+    """The rows normalised by given statistics, with the gradient that passes through those of the global batch."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        x, weight_C, bias_C, mean_C, var_C, share, ctx.num_counting_rows, ctx.eps = arguments
+        ctx.save_for_backward(x, weight_C, mean_C, var_C, share)
+        return batch_norm(x, mean_C, var_C, weight_C, bias_C, training=False, eps=ctx.eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        (dy,) = grad_outputs
+        x, weight_C, mean_C, var_C, share = ctx.saved_tensors
+        rows, eps = ctx.num_counting_rows, ctx.eps
+        if rows < len(dy):
+            dy = dy.clone()
+            dy[rows:] = 0
+        dx, dweight_C, dbias_C = torch.ops.aten.native_batch_norm_backward(
+            dy, x, weight_C, mean_C, var_C, None, None, False, eps, [True, True, True]
+        )
+        if ctx.needs_input_grad[0]:
+            means_2C = _sum_over_ranks(torch.stack((dweight_C, dbias_C))) * share
+            # What the statistics take back is the same normalisation with another weight and bias.
+            taken_2C = means_2C * weight_C * torch.rsqrt(var_C + eps)
+            dx[:rows] -= batch_norm(x[:rows], mean_C, var_C, taken_2C[0], taken_2C[1], training=False, eps=eps)
+        return dx, dweight_C, dbias_C, None, None, None, None, None
+
+
+def synchronise_batch_norm(model: nn.Module) -> None:
+    """Make every batch norm in `model` a `GlobalBatchNorm`, in place: parameters, buffers and their names stay.
+
+    Raises ValueError for one without weights or without running statistics.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if not (module.affine and module.track_running_stats):
+                raise ValueError(f"the batch norm {name} has no weights or no running statistics")
+            module.__class__ = GlobalBatchNorm  # the same object, so that optimizers and hooks stay attached
+
+
+@contextmanager
+def counting_rows(model: nn.Module, num_rows: int | None) -> Iterator[None]:
+    """Within, only the first `num_rows` rows (None: all) of this rank's batch count in batch norm.
+
+    The other rows are normalised like them, but neither the statistics nor any gradient hears of them.
+    """
+    norms = [module for module in model.modules() if isinstance(module, GlobalBatchNorm)]
+    for norm in norms:
+        norm.num_counting_rows = num_rows
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.num_counting_rows = None
+
+
+def _gather_moments(rows: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values per channel (0-d), mean (C) and sum of squared distances from it (C), over all ranks, in `like`'s type.
+
+    Each rank's moments are taken around its own mean and then joined (Chan et al. 1979), which no offset harms.
+    """
+    count_1 = like.new_full((1,), _num_values(rows))
+    mean_C, var_C = torch.zeros_like(like), torch.zeros_like(like)
+    if len(rows):
+        # The two last tensors are running statistics to update, which here are thrown away.
+        mean_C, var_C = torch.batch_norm_update_stats(rows, mean_C, var_C, 0.0)
+    moments_WM = _gather(torch.cat((count_1, mean_C, var_C)))
+    count_W1, mean_WC, var_WC = moments_WM.split((1, len(like), len(like)), dim=1)
+    total = count_W1.sum()
+    mean_C = (count_W1 * mean_WC).sum(0) / total.clamp(min=1)
+    return total, mean_C, (count_W1 * (var_WC + (mean_WC - mean_C) ** 2)).sum(0)
+
+
+def _num_values(rows: Tensor) -> int:
+    """Values per channel."""
+    return rows.numel() // rows.shape[1]
+
+
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    """All ranks' tensors, stacked."""
+    if _num_ranks() == 1:
+        return tensor[None]
+    tensors = [torch.empty_like(tensor) for _ in range(_num_ranks())]
+    dist.all_gather(tensors, tensor)
+    return torch.stack(tensors)
+
+
+def _sum_over_ranks(tensor: Tensor) -> Tensor:
+    if _num_ranks() > 1:
+        dist.all_reduce(tensor)
+    return tensor

@@ -1,0 +1,117 @@
+"""Encoding all pictures of a split once, by all ranks together, into its feature files.
+
+Shapes: S samples of a shard, F features of a picture, B images of a batch.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors.numpy import save as save_arrays
+from torch import nn
+
+from captioner import cli, storage
+from captioner.cli import UserError
+from captioner.views import ViewSpec, normalise
+from train.features import FORMAT_VERSION, ROW_DTYPE, FeatureFiles
+from train.split import Split
+from train.step import CaptionLoss
+from train.stream import BatchStream, Share
+
+ENCODED_TOGETHER = 64  # pictures of a batch
+
+
+def encoder_fingerprint(encoder: nn.Module, view: ViewSpec) -> str:
+    """Hex sha256 of the encoder's weights and of how pictures come to it."""
+    digest = hashlib.sha256(json.dumps(asdict(view)).encode())
+    for name, tensor in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def prepare_features(
+    split: Split, *, loss_model: CaptionLoss, open_stream: Callable[..., BatchStream], accelerator: Accelerator
+) -> FeatureFiles:
+    """The feature files of a split; those that are not there yet are made first, by the ranks together.
+
+    `open_stream` reads a split's samples with middle crops. Each file is written whole or not at all, so that a killed
+    run goes on. Raises UserError for files of another encoder, view or shard, and where they cannot be written.
+    """
+    encoder, view = loss_model.model.encoder, loss_model.view
+    stream = open_stream(split, plan=split.plain_plan())
+    assert stream.cache is not None
+    files = FeatureFiles.of(
+        split,
+        encoder=loss_model.model.config.encoder,
+        num_features=encoder.num_features,
+        fingerprint=encoder_fingerprint(encoder, view),
+        cache=stream.cache.folder,
+    )
+    missing = files.missing()
+    accelerator.wait_for_everyone()  # all have looked before the first writes
+    own = missing[accelerator.process_index :: accelerator.num_processes]
+    failure = None
+    try:
+        if own:
+            _encode_shards(files, split, own, loss_model=loss_model, open_stream=open_stream, accelerator=accelerator)
+    except OSError as error:
+        failure = f"cannot keep features beside the shards ({error}): mend that, or leave out --cache-features"
+    failures = [text for text in gather_object([failure]) if text]
+    if failures:
+        raise UserError(failures[0])
+    absent = [str(files.paths[number]) for number in missing if not files.paths[number].exists()]
+    if absent:
+        raise UserError(f"{absent[0]} was written by another machine: keep the shards where all machines see them")
+    return files
+
+
+@torch.no_grad()
+def _encode_shards(
+    files: FeatureFiles,
+    split: Split,
+    own: Sequence[int],
+    *,
+    loss_model: CaptionLoss,
+    open_stream: Callable[..., BatchStream],
+    accelerator: Accelerator,
+) -> None:
+    """Make the files of `own` shards, in this process alone."""
+    encoder, part = loss_model.model.encoder, split.only(own)
+    stream = open_stream(part, plan=part.plain_plan(), share=Share(ENCODED_TOGETHER))
+    total, quiet = part.num_samples, not accelerator.is_main_process
+    with cli.progress_bar(f"encoding {split.name}", total=total, unit="images", quiet=quiet) as bar:
+
+        def rows() -> Iterator[tuple[int, np.ndarray]]:
+            for batch in stream:
+                with accelerator.autocast():
+                    features_BF = encoder(normalise(batch.to(accelerator.device).inputs, loss_model.view))
+                bar.advance(batch.num_samples)
+                yield from zip(batch.positions, features_BF.float().cpu().numpy(), strict=False)
+
+        _write_files(files, own, rows())
+
+
+def _write_files(files: FeatureFiles, own: Sequence[int], rows: Iterator[tuple[int, np.ndarray]]) -> None:
+    """One file after the other, of (position among `own`'s samples, features) in order; others are unusable."""
+    position, first = next(rows, (-1, np.empty(0)))
+    start = 0
+    for number in own:
+        entry = files.shards[number]
+        features_SF = np.zeros((entry.samples, files.num_features), dtype=ROW_DTYPE)
+        usable_S = np.zeros(entry.samples, dtype=np.uint8)
+        while start <= position < start + entry.samples:
+            features_SF[position - start], usable_S[position - start] = first, 1
+            position, first = next(rows, (-1, first))
+        start += entry.samples
+        crc32s_S = np.array([zlib.crc32(row.data) for row in features_SF], dtype=np.uint32)
+        facts = {"fingerprint": files.fingerprint, "shard": entry.sha256, "format_version": str(FORMAT_VERSION)}
+        arrays = {"features": features_SF, "crc32s": crc32s_S, "usable": usable_S}
+        files.paths[number].parent.mkdir(parents=True, exist_ok=True)
+        storage.write_atomic(str(files.paths[number]), save_arrays(arrays, metadata=facts))

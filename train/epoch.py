@@ -1,0 +1,170 @@
+"""The steps of one epoch: progress, curves, checkpoints, and the look at losses that were left on the device.
+
+Shapes: S steps since the last look.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from captioner import cli
+from train.launch import Preemption
+from train.plan import num_steps
+from train.step import StepLoss, check_finite
+from train.stream import Batch, StreamState
+from train.tracking import Tracker
+
+LOG_STEPS = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """What all ranks' steps brought: their loss, images, cut captions, seconds, and the share of them spent waiting."""
+
+    loss: StepLoss = field(default_factory=partial(StepLoss, 0.0, 0))
+    num_images: int = 0
+    num_cut: int = 0
+    seconds: float = 0.0
+    waiting_seconds: float = 0.0
+    stop: bool = False
+
+    def __add__(self, other: "Reading") -> "Reading":
+        loss = StepLoss(self.loss.loss_sum + other.loss.loss_sum, self.loss.num_targets + other.loss.num_targets)
+        return Reading(
+            loss=loss,
+            num_images=self.num_images + other.num_images,
+            num_cut=self.num_cut + other.num_cut,
+            seconds=self.seconds + other.seconds,
+            waiting_seconds=self.waiting_seconds + other.waiting_seconds,
+            stop=self.stop or other.stop,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.loss}, {self.seconds:.1f} s, {self.num_cut:,} captions cut"
+
+    def values(self) -> dict[str, float]:
+        """By the names of the curves."""
+        found = {
+            "train/loss": self.loss.per_token,
+            "train/perplexity": self.loss.perplexity,
+            "train/tokens_per_second": self.loss.num_targets / self.seconds,
+            "train/images_per_second": self.num_images / self.seconds,
+            "train/waiting_share": self.waiting_seconds / self.seconds,
+        }
+        if torch.cuda.is_available():
+            found["train/gpu_gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
+        return found
+
+
+@dataclass(kw_only=True)
+class Meter:
+    """The steps since the last reading. Their losses stay on the device until then, so that it never waits for them."""
+
+    accelerator: Accelerator
+    records: list[Tensor] = field(default_factory=list)
+    num_images: int = 0
+    num_cut: int = 0
+    waiting_seconds: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, record: Tensor, parts: Sequence[Batch], *, waiting_seconds: float) -> None:
+        """Count a step."""
+        self.records.append(record)
+        self.num_images += sum(part.num_samples for part in parts)
+        self.num_cut += sum(part.num_cut for part in parts)
+        self.waiting_seconds += waiting_seconds
+
+    def read(self, *, last_step: int, stop: bool) -> Reading:
+        """What all ranks' steps brought; all ranks must call it. Raises UserError for a loss that is not a number."""
+        records_S3 = torch.stack(self.records)
+        own = [float(self.num_images), float(self.num_cut), self.waiting_seconds, float(stop)]
+        sums = torch.cat((records_S3[:, :2].flatten(), torch.tensor(own, device=records_S3.device)))
+        sums = self.accelerator.reduce(sums, reduction="sum").cpu()
+        records_S3 = torch.cat((sums[:-4].view(-1, 2), records_S3[:, 2:].cpu()), dim=1)
+        check_finite(records_S3, last_step=last_step, scaled=self.accelerator.scaler is not None)
+        num_images, num_cut, waiting_seconds, stops = sums[-4:].tolist()
+        loss_sum, num_targets, _ = records_S3.double().sum(dim=0).tolist()
+        return Reading(
+            loss=StepLoss(loss_sum, round(num_targets)),
+            num_images=round(num_images),
+            num_cut=round(num_cut),
+            seconds=time.monotonic() - self.started,
+            waiting_seconds=waiting_seconds / self.accelerator.num_processes,
+            stop=stops > 0,
+        )
+
+
+def train_epoch(
+    batches: Iterable[Batch],
+    take_step: Callable[[Sequence[Batch], int], Tensor],
+    *,
+    state: StreamState,
+    num_samples: int,
+    num_epochs: int,
+    global_batch: int,
+    accumulation_steps: int,
+    checkpoint_steps: int,
+    schedule: LRScheduler,
+    save: Callable[[], None],
+    tracker: Tracker,
+    stop: Preemption,
+    accelerator: Accelerator,
+) -> Reading:
+    """The optimizer steps of the epoch that `state` stands in, to its end, and what they brought.
+
+    `take_step` gets the parts of this rank's share of a global batch, and the step's number in the whole run, from 1.
+    All ranks read the losses, save and stop at the same steps; `state` moves on with each checkpoint.
+    """
+    epoch_steps = num_steps(num_samples, global_batch=global_batch)
+    before = state.epoch * epoch_steps
+    steps = range(before + num_steps(state.position, global_batch=global_batch) + 1, before + epoch_steps + 1)
+    title, total_steps = f"epoch {state.epoch + 1} of {num_epochs}", num_epochs * epoch_steps
+    meter, total = Meter(accelerator=accelerator), Reading()
+    alone, quiet = accelerator.num_processes == 1, not accelerator.is_main_process
+    with cli.progress_bar(title, total=total_steps, unit="steps", quiet=quiet, done=steps.start - 1) as bar:
+        for step, (parts, waiting_seconds) in zip(steps, timed(grouped(batches, accumulation_steps)), strict=True):
+            meter.add(take_step(parts, step), parts, waiting_seconds=waiting_seconds)
+            due = step % checkpoint_steps == 0 or step == steps[-1]
+            stopping, note = False, ""
+            if due or step % LOG_STEPS == 0 or (alone and stop.requested):
+                reading = meter.read(last_step=step, stop=stop.requested)
+                rate = {"epoch": step / epoch_steps, "train/learning_rate": float(schedule.get_last_lr()[0])}
+                tracker.log(step, rate | reading.values())
+                meter = Meter(accelerator=accelerator)
+                total, stopping, note = total + reading, reading.stop, str(reading.loss)
+            bar.advance(note=note)
+            if due or stopping:
+                state.position = min((step - before) * global_batch, num_samples)
+                save()
+            if stopping:
+                stop.leave()
+    return total
+
+
+def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """`size` neighbours at a time; the last group may be smaller."""
+    group: list[Batch] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def timed(groups: Iterable[list[Batch]]) -> Iterator[tuple[list[Batch], float]]:
+    """Each group with the seconds that it was waited for."""
+    iterator = iter(groups)
+    while True:
+        started = time.monotonic()
+        group = next(iterator, None)
+        if group is None:
+            return
+        yield group, time.monotonic() - started

@@ -1,0 +1,217 @@
+"""Score captions: a trained model's on a split of shards, or any model's from a COCO results file.
+
+    python train/evaluate.py --model runs/coco/model --shards data/shards            # also writes results.json
+    accelerate launch --config_file accelerate_config.yaml train/evaluate.py --model model --shards shards  # all GPUs
+    python train/evaluate.py --results results.json --references captions_val2014.json --json scores.json
+
+Figures are those of the evaluation inside training, and of the official program (coco-caption). METEOR and SPICE need
+Java and one more package: pip install -e '.[java]', then --java-metrics meteor spice.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from captioner import cli, storage
+from captioner.cli import UserError
+from captioner.metrics import References
+from train.coco_results import ImageId, read_references, read_results, write_results
+from train.java_metrics import JavaMetric, check_java, java_scores
+
+if TYPE_CHECKING:
+    from captioner.bundle import Bundle
+    from train.split import Split
+
+SCORING_FLAGS = ("results", "references", "java_metrics", "json")  # the others are for captioning a split
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """Either --model and --shards, or --results and --references. GPUs are `accelerate launch`'s flags."""
+
+    model: Path | None = None
+    """Model folder that train/main.py wrote."""
+    shards: tuple[str, ...] = ()
+    """Dataset folders (or URLs) that sharding/make_shards.py wrote."""
+    split: str = "val"
+    """Split of the shards that is captioned and scored."""
+    beam_size: int | None = None
+    """Beams of the search; 1 is greedy. Without it the model folder's default."""
+    length_penalty: float | None = None
+    """A beam's score is its log-probability over its length to this power. Without it the model folder's default."""
+    batch_size: int = 128
+    """Images that all processes together caption at once."""
+    workers: int = 2
+    """Loader processes for each captioning process; 0 loads in the captioning process."""
+    cache: str = "~/.cache/captioner/shards"
+    """Folder where shards behind URLs are kept, for all processes of a machine."""
+    cache_gigabytes: float = 50.0
+    """What that folder may hold, downloads under way included; the least recently used shards go first."""
+    output: Path = Path("results.json")
+    """COCO results file that receives the model's captions."""
+
+    results: Path | None = None
+    """COCO results file of any model, to be scored."""
+    references: Path | None = None
+    """COCO caption file with the references of its images."""
+
+    java_metrics: tuple[JavaMetric, ...] = ()
+    """Also METEOR or SPICE, which need Java and `pip install -e '.[java]'`."""
+    json: Path | None = None
+    """JSON file that receives the scores and what was scored."""
+
+
+def main(settings: EvaluateSettings) -> None:
+    """Score a results file, or caption a split and score that."""
+    scoring = settings.results is not None or settings.references is not None
+    check_settings(settings, scoring=scoring)
+    check_java(settings.java_metrics)
+    if scoring:
+        score_results(settings)
+    else:
+        score_model(settings)
+
+
+def check_settings(settings: EvaluateSettings, *, scoring: bool) -> None:
+    """Raise UserError for flags that are missing, that the other use takes, or that make no sense."""
+    if scoring:
+        others = [each.name for each in fields(settings) if each.name not in SCORING_FLAGS
+                  and getattr(settings, each.name) != each.default]  # fmt: skip
+        if others:
+            raise UserError(f"{_flag(others[0])} is for captioning a split, not for scoring --results: leave it out")
+        if settings.results is None or settings.references is None:
+            raise UserError("a results file is scored against references: give both --results and --references")
+    elif settings.model is None or not settings.shards:
+        raise UserError("give --model and --shards to caption a split, or --results and --references to score a file")
+    beam_size = 1 if settings.beam_size is None else settings.beam_size
+    if min(settings.batch_size, beam_size) < 1 or settings.workers < 0:
+        raise UserError("--batch-size and --beam-size must be at least 1, --workers at least 0")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+# ---- a results file -------------------------------------------------------------------------------------------
+
+
+def score_results(settings: EvaluateSettings) -> None:
+    """Score the images of a results file; like the official program, leave out images that have no result."""
+    results, references = str(settings.results), str(settings.references)
+    captions, all_captions = read_results(results), read_references(references)
+    unknown = [image_id for image_id in captions if image_id not in all_captions]
+    if unknown:
+        raise UserError(
+            f"{references} has no captions of {len(unknown):,} of the images in {results}, such as {unknown[0]!r}: "
+            "give the file with the references of these images"
+        )
+    num_left = len(all_captions) - len(captions)
+    if num_left:
+        cli.console.print(f"{num_left:,} of {len(all_captions):,} images in {references} have no result: not scored")
+    own_references = {image_id: all_captions[image_id] for image_id in captions}
+    facts = {"num_images": len(captions), "num_without_result": num_left, "results": results, "references": references}
+    report({}, captions, own_references, facts, settings=settings)
+
+
+def report(
+    metrics: Mapping[str, float],
+    captions: Mapping[ImageId, str],
+    references: Mapping[ImageId, Sequence[str]],
+    facts: Mapping[str, Any],
+    *,
+    settings: EvaluateSettings,
+) -> None:
+    """Add the scores to the metrics, print all, and write them with the facts of what was scored."""
+    corpus = References(references)
+    metrics = {
+        **metrics,
+        **corpus.scores(captions),
+        **java_scores(captions, references, metrics=settings.java_metrics),
+    }
+    cli.print_table(f"{len(captions):,} images", ("metric", "value"), list(metrics.items()))
+    if settings.json is not None:
+        content = {"metrics": metrics, "bleu_counts": corpus.bleu_counts(captions)._asdict(), **facts}
+        storage.write_atomic(str(settings.json), json.dumps(content, indent=1))
+
+
+# ---- a model ----------------------------------------------------------------------------------------------------
+
+
+def score_model(settings: EvaluateSettings) -> None:
+    """Caption a split with a model, on all processes; the main one writes the results file and scores it."""
+    from accelerate.utils import gather_object
+
+    from captioner.bundle import load_bundle
+    from train.cache import ShardCache
+    from train.launch import start_accelerator
+    from train.plan import PACK_FIRST
+    from train.split import read_split
+    from train.step import CaptionLoss
+    from train.stream import BatchStream, Ledger, Share, ViewRules
+    from train.validation import evaluate_split
+
+    accelerator = start_accelerator(seed=0)
+    bundle = load_bundle(str(settings.model), device=accelerator.device)
+    split = read_split(settings.shards, settings.split, remedy=PACK_FIRST)
+    check_fits(split, bundle)
+    given: dict[str, Any] = {"beam_size": settings.beam_size, "length_penalty": settings.length_penalty}
+    decoding = replace(bundle.decoding, **{name: value for name, value in given.items() if value is not None})
+    batches = BatchStream(
+        split,
+        plan=split.plain_plan(),
+        share=Share.of(accelerator, settings.batch_size),
+        rules=ViewRules(crop=bundle.view.crop, max_tokens=decoding.max_tokens, training=False),
+        vocabulary=bundle.vocabulary,
+        workers=settings.workers,
+        cache=ShardCache(settings.cache, max_bytes=int(settings.cache_gigabytes * 1e9)),
+    )
+    loss, rows = evaluate_split(
+        CaptionLoss(bundle.model, view=bundle.view),
+        batches,
+        vocabulary=bundle.vocabulary,
+        decoding=decoding,
+        accelerator=accelerator,
+    )
+    Ledger.of_all(gather_object([batches.ledger]), planned=split.num_samples)
+    if accelerator.is_main_process:
+        write_results(str(settings.output), [(row.image_id, row.caption) for row in rows])
+        captions = {row.image_id: row.caption for row in rows}
+        references = {row.image_id: row.references for row in rows}
+        metrics = {"validation_loss": loss.per_token, "validation_perplexity": loss.perplexity}
+        facts = {
+            "num_images": len(rows),
+            "model": bundle.name,
+            "decoding": asdict(decoding),
+            "split": settings.split,
+            "shards": list(settings.shards),
+            "results": str(settings.output),
+        }
+        report(metrics, captions, references, facts, settings=settings)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def check_fits(split: "Split", bundle: "Bundle") -> None:
+    """Raise UserError for a split that is empty, or whose pictures were not resized as the model wants them."""
+    from train.split import read_view
+
+    if not split.num_samples:
+        raise UserError(f"the {split.name} split in {split.folders[0]} holds no samples: give another --split")
+    stored, wanted = read_view([split], crop=bundle.view.crop), bundle.view
+    if (stored.size, stored.resize) != (wanted.size, wanted.resize):
+        raise UserError(
+            f"the {split.name} pictures in {split.folders[0]} have size {stored.size} ({stored.resize}), the model "
+            f"wants {wanted.size} ({wanted.resize}): pack them with sharding/make_shards.py --size {wanted.size} "
+            f"--resize {wanted.resize}"
+        )
+
+
+def run() -> None:
+    """The console entry."""
+    cli.run(main, EvaluateSettings, description=__doc__ or "")
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,194 @@
+"""What a run tells about itself while it goes: curves, sample captions, TensorBoard, Weights & Biases when asked.
+
+`tensorboard/` · `history.jsonl` (a row for each `log`) · `samples.jsonl` (captions of the same pictures, over time)
+`samples/00.jpg`, ... · `wandb.txt` (the run's id there) and `wandb/`
+"""
+
+import io
+import json
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.tensorboard import SummaryWriter
+
+from captioner.cli import UserError
+from captioner.storage import write_atomic
+
+HISTORY = "history.jsonl"
+SAMPLES = "samples.jsonl"
+PICTURES = "samples"
+WANDB_ID = "wandb.txt"
+PICTURE_QUALITY = 90
+
+GRID_COLUMNS = 4
+MIN_CELL_PIXELS = 192  # narrower, captions would be columns of single words
+GAP_PIXELS = 8
+FONT_PIXELS = 14
+LINE_PIXELS = 18
+
+
+class Tracker:
+    """Writes a run's curves and sample captions; a `quiet` one, of the other processes, does nothing.
+
+    A run that resumes after `first_step` steps forgets what it told of later ones. Raises UserError where the history
+    is damaged, and where Weights & Biases is asked for and does not start.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        first_step: int,
+        wandb_project: str | None = None,
+        settings: Mapping[str, Any],
+        quiet: bool = False,
+    ) -> None:
+        self._quiet = quiet
+        if quiet:
+            return
+        for name in (HISTORY, SAMPLES):
+            _forget(run / name, after_step=first_step)
+        self._run = run
+        self._wandb = _start_wandb(run, wandb_project, settings) if wandb_project else None
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)  # it purges this step too
+        self._pictures_saved = False
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Add the values of a step to all curves; a number that is not finite is null in the history."""
+        if self._quiet:
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        finite = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+        _append(self._run / HISTORY, {"step": step, **finite})
+        for name, number in numbers.items():
+            self._board.add_scalar(name, number, step)
+        self._board.flush()  # a run that is killed keeps the same curves in both places
+        self._log_to_wandb(step, numbers)
+
+    def show(self, step: int, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+        """Add what the model says at a step of pictures (each uint8 (P, P, 3)), the same and as many every time."""
+        if self._quiet or len(pictures) == 0:
+            return
+        if not self._pictures_saved:
+            for number, picture in enumerate(pictures):
+                write_atomic(str(self._run / PICTURES / f"{number:02d}.jpg"), _jpeg(picture))
+            self._pictures_saved = True
+        _append(self._run / SAMPLES, {"step": step, "captions": list(captions)})
+        self._board.add_image("validation/samples", _draw_grid(pictures, captions), step, dataformats="HWC")
+        self._board.flush()
+        if self._wandb is not None:
+            import wandb  # type: ignore[missing-import]  # an extra
+
+            images = [wandb.Image(picture, caption=text) for picture, text in zip(pictures, captions, strict=True)]
+            self._log_to_wandb(step, {"validation/samples": images})
+
+    def close(self) -> None:
+        """End the TensorBoard file and the Weights & Biases run."""
+        if self._quiet:
+            return
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _log_to_wandb(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add values to the run there, which never goes back: a resumed run's repeated steps stay as they were."""
+        if self._wandb is not None and step >= self._wandb.step:
+            self._wandb.log(values, step=step)
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a history, without a last one that was cut off while it was written; none where there is no file.
+
+    Raises UserError where another row is damaged.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):  # a whole row ends its line
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"line {number} of {path} is damaged ({error}): delete that line") from error
+    return rows
+
+
+def _forget(path: Path, *, after_step: int) -> None:
+    if path.exists():
+        write_atomic(str(path), "".join(_line(row) for row in read_rows(path) if row["step"] <= after_step))
+
+
+def _append(path: Path, row: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_line(row))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------
+
+
+def _jpeg(picture: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=PICTURE_QUALITY)
+    return buffer.getvalue()
+
+
+def _draw_grid(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+    """One picture, uint8 (H, W, 3), of all pictures in rows, each above its caption."""
+    font = ImageFont.load_default(FONT_PIXELS)
+    width = max(pictures[0].shape[1], MIN_CELL_PIXELS)
+    texts = [_wrap(caption, font, width=width) for caption in captions]
+    height = pictures[0].shape[0] + LINE_PIXELS * max(map(len, texts))
+    columns = min(GRID_COLUMNS, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    grid = Image.new("RGB", (columns * (width + GAP_PIXELS), rows * (height + GAP_PIXELS)), "white")
+    for place, (picture, lines) in enumerate(zip(pictures, texts, strict=True)):
+        cell = Image.new("RGB", (width, height), "white")  # its edges cut off what is too wide for its line
+        cell.paste(Image.fromarray(picture))
+        for number, line in enumerate(lines):
+            ImageDraw.Draw(cell).text((0, picture.shape[0] + number * LINE_PIXELS), line, fill="black", font=font)
+        row, column = divmod(place, columns)
+        grid.paste(cell, (column * (width + GAP_PIXELS), row * (height + GAP_PIXELS)))
+    return np.asarray(grid)
+
+
+def _wrap(caption: str, font: Any, *, width: int) -> list[str]:
+    """The caption in lines of about `width` pixels, by the mean width of its own letters."""
+    letters = len(caption) * width / max(font.getlength(caption), 1)
+    return textwrap.wrap(caption, max(int(0.95 * letters), 1))
+
+
+# ---- Weights & Biases -----------------------------------------------------------------------------------------
+
+
+def _start_wandb(run: Path, project: str, settings: Mapping[str, Any]) -> Any:
+    """The run there, the same one when this run resumes. Raises UserError when it does not start."""
+    try:
+        import wandb  # type: ignore[missing-import]
+    except ImportError as error:
+        raise UserError(
+            f"--wandb {project} needs Weights & Biases, which is not installed: pip install wandb"
+        ) from error
+    path = run / WANDB_ID
+    if not path.exists():
+        write_atomic(str(path), uuid4().hex)
+    try:
+        return wandb.init(
+            project=project, dir=str(run), id=path.read_text(), name=run.resolve().name, resume="allow",
+            config=dict(settings),
+        )  # fmt: skip
+    except wandb.Error as error:
+        raise UserError(
+            f"Weights & Biases did not start ({error}): run wandb login, set WANDB_MODE=offline, or leave out --wandb"
+        ) from error

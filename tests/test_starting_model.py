@@ -1,10 +1,13 @@
 """Starting from a trained model: what it knew it still says, and it learns the new words."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +18,9 @@ from captioner.cli import UserError
 from captioner.model import CaptionModel, ImageInput, ModelConfig, PackedCaptions
 from captioner.views import ViewSpec, normalise
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
-from train.starting_model import check_fits, start_from
+from train.settings import TrainSettings, check_settings
+from train.split import read_split
+from train.starting_model import check_fits, choose_view, start_from
 
 VIEW = ViewSpec(size=40, crop=32)
 WORDS = ["a", "sits", "red", "table", *(f"known-{number}" for number in range(100))]
@@ -144,3 +149,30 @@ def test_shards_of_other_pictures_are_refused_with_the_flags_to_pack_with() -> N
             check_fits(VIEW, other)
         assert f"size {other.size} ({other.resize})" in str(error.value)
         assert "\n" not in str(error.value)
+
+
+# ---- what a run begins with ---------------------------------------------------------------------------------
+
+
+def test_pictures_come_as_the_encoders_weights_want_them(tmp_path: Path) -> None:
+    split = read_split([tiny.write_shards(tmp_path, [2], size=480)], "train", remedy="")
+    view = choose_view([split, None], encoder="efficientnet_v2_l", crop=None, initial=None)
+    assert (view.size, view.crop, view.mean, view.std) == (480, 480, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert choose_view([split], encoder="resnet18", crop=None, initial=None).crop == 224
+    assert choose_view([split], encoder="resnet18", crop=400, initial=None).crop == 400
+    with pytest.raises(UserError, match="to see 500"):
+        choose_view([split], encoder="resnet18", crop=500, initial=None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"batch_size": 0}, "--batch-size is 0: give at least 1"),
+        ({"dropout": 1.0}, "--dropout is 1.0: give a share of 0 up to 1"),
+        ({"label_smoothing": -0.1}, "--label-smoothing is -0.1"),
+        ({"cache_features": True, "finetune_encoder_from_step": 0}, "leave out one of them"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(flags: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        check_settings(TrainSettings(**flags))

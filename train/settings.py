@@ -61,11 +61,11 @@ class TrainSettings:
     """Passes over the training split; each picture comes once an epoch with all its captions."""
     patience_epochs: int | None = None
     """Stop after this many epochs without a better CIDEr."""
-    batch_size: int = 128
-    """Images of a *global* batch, over all processes and accumulated parts."""
+    batch_size: int = 32
+    """Images of a *global* batch, over all processes and accumulated parts; each brings all its captions."""
     accumulation_steps: int = 1
     """Parts that each process's share of a global batch is computed in, one after the other, to save memory."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     """Adam's peak learning rate."""
     encoder_learning_rate: float = 1e-4
     """The encoder's peak learning rate, where it is trained."""

@@ -18,13 +18,16 @@ compared with its own encoder and decoder on a batch that lies there already, in
 Exit codes: 0 measured, whether or not the bars hold; 2 something to mend, told in one line.
 """
 
+import gc
 import gzip
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -43,27 +46,34 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
-from captioner import images
+from captioner import cli, images
 from captioner.cli import UserError
 from captioner.encoders import Encoder
 from captioner.model import CaptionModel, ModelConfig
 from captioner.views import ViewSpec, normalise
 from captioner.vocabulary import END, PAD, START, Vocabulary, count_words, read_vocabulary, tokenize
-from loaders import CAPTIONS, CROP, MEAN, SHARDS, STD, loader_options
+from loaders import CAPTIONS, CROP, MEAN, SHARDS, STD, loader_options, write_loose
 from measure import (
     Bar,
     Contender,
     Cost,
+    at_least,
+    at_most,
     describe_run,
+    median_of,
     print_bars,
     print_rows,
+    take_turns,
+    times_as_fast,
     write_json,
 )
 from packing import QUALITY, REPOSITORY, SIZE, shard_megabytes
 from photos import draw_photos, find_photos, make_captions, repeat_photos
+from streaming import clock_of
 from train.cache import ShardCache
 from train.encode import prepare_features
 from train.features import FeatureFiles
+from train.plan import num_steps
 from train.schedule import make_optimizer, make_schedule
 from train.settings import TrainSettings
 from train.split import read_split
@@ -280,19 +290,19 @@ class BookModel(nn.Module):
         return self.predict(hidden.data)
 
 
-def like_the_book(encoder: str, folder: Path, *, batch: int, steps: int, workers: int) -> Contender:
+def like_the_book(job: "Job", *, steps: int) -> Contender:
     """So many steps of the book's loop on samples drawn at random."""
-    dataset = BookCaptions(folder)
+    dataset = BookCaptions(job.folder)
 
     def turn(number: int) -> Cost:
         torch.manual_seed(number)
-        model = BookModel(encoder, num_words=len(dataset.vocabulary))
+        model = BookModel(job.encoder, num_words=len(dataset.vocabulary))
         optimizer = Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
         def learn(num_captions: int, num_workers: int) -> int:
             sampler = RandomSampler(dataset, num_samples=num_captions)
             options = loader_options(num_workers) | {"sampler": sampler, "collate_fn": collate_captions}
-            for images_B3PP, tokens_BT, lengths in DataLoader(dataset, batch_size=batch, **options):
+            for images_B3PP, tokens_BT, lengths in DataLoader(dataset, batch_size=job.batch, **options):
                 targets_M = pack_padded_sequence(tokens_BT, lengths, batch_first=True).data
                 loss = cross_entropy(model(images_B3PP, tokens_BT, lengths), targets_M)
                 optimizer.zero_grad()
@@ -301,7 +311,7 @@ def like_the_book(encoder: str, folder: Path, *, batch: int, steps: int, workers
             return num_captions
 
         learn(WARM_UP_SAMPLES, 0)
-        return time_all(lambda: learn(steps * batch, workers))
+        return time_all(lambda: learn(steps * job.batch, job.workers))
 
     return turn
 
@@ -309,32 +319,45 @@ def like_the_book(encoder: str, folder: Path, *, batch: int, steps: int, workers
 # ---- ours -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What is trained, on which samples, and how."""
+
+    folder: Path
+    encoder: str
+    batch: int
+    workers: int
+    precision: Precision
+    on_cpu: bool
+
+
 class Trainer:
     """What train/main.py puts together, with a new model of random weights, the same ones in each turn."""
 
-    def __init__(self, encoder: str, folder: Path, *, batch: int, precision: Precision, on_cpu: bool) -> None:
+    def __init__(self, job: Job) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision otherwise
-        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
-        self.split = read_split([str(folder / SHARDS)], "train", remedy="pack again")
-        vocabulary = find_vocabulary(folder)
-        config = ModelConfig(encoder=encoder, vocabulary_size=len(vocabulary), dropout=DEFAULTS.dropout)
+        self.accelerator = Accelerator(cpu=job.on_cpu, mixed_precision=job.precision)
+        self.split = read_split([str(job.folder / SHARDS)], "train", remedy="pack again")
+        self.batch = job.batch
+        vocabulary = find_vocabulary(job.folder)
+        config = ModelConfig(encoder=job.encoder, vocabulary_size=len(vocabulary), dropout=DEFAULTS.dropout)
         torch.manual_seed(0)
         self.model = CaptionModel(config)
         self.loss_model = CaptionLoss(self.model, view=ViewSpec(size=SIZE, crop=CROP))
-        self.optimizer: Any = make_optimizer(
+        optimizer = make_optimizer(
             self.model, DEFAULTS.learning_rate, encoder_learning_rate=DEFAULTS.encoder_learning_rate
         )
-        self.schedule = make_schedule(self.optimizer, DEFAULTS.schedule, total_steps=10_000)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.loss_model, self.optimizer)
+        self.schedule = make_schedule(optimizer, DEFAULTS.schedule, total_steps=10_000)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.loss_model, optimizer)
         self.wrapped.train()
         self.rules = ViewRules(crop=CROP, max_tokens=DEFAULTS.max_tokens, training=False)
         self.open_stream = partial(
             BatchStream,
-            share=Share(batch),
+            share=Share(job.batch),
             vocabulary=vocabulary,
             rules=self.rules,
-            workers=0,
-            cache=ShardCache(str(folder / "cache"), max_bytes=10**9),
+            workers=job.workers,
+            cache=ShardCache(str(job.folder / "cache"), max_bytes=10**9),
         )
 
     def features(self) -> FeatureFiles:
@@ -343,27 +366,38 @@ class Trainer:
             self.split, loss_model=self.loss_model, open_stream=self.open_stream, accelerator=self.accelerator
         )
 
-    def epoch(self, number: int, *, workers: int, features: FeatureFiles | None) -> BatchStream:
-        """An epoch's batches, of crops at random or of cached features."""
-        rules = replace(self.rules, training=features is None)
-        plan = self.split.plan(seed=0, epoch=number)
-        return self.open_stream(self.split, plan=plan, rules=rules, workers=workers, features=features)
+    def epoch(self, number: int, features: FeatureFiles | None, *, steps: int | None = None) -> BatchStream:
+        """Batches of crops at random, or of cached features: all of an epoch, or its last `steps`."""
+        total = num_steps(self.split.num_samples, global_batch=self.batch)
+        return self.open_stream(
+            self.split,
+            plan=self.split.plan(seed=0, epoch=number),
+            rules=replace(self.rules, training=features is None),
+            first_step=0 if steps is None else max(0, total - steps),
+            features=features,
+        )
 
-    def step(self, batch: Batch) -> int:
-        """A step; returns the number of its captions."""
+    def batch_of(self, num_samples: int, features: FeatureFiles | None) -> Batch:
+        """A batch that lies on the device."""
+        stream = self.open_stream(
+            self.split, plan=self.split.plain_plan(), share=Share(num_samples), workers=0, features=features
+        )
+        with closing(iter(stream)) as batches:  # type: ignore[bad-argument-type]
+            return next(batches).to(self.accelerator.device)
+
+    def step(self, batch: Batch) -> None:
+        """A step, whatever is in the batch."""
         train_step(
             self.wrapped, [batch], optimizer=self.optimizer, schedule=self.schedule, accelerator=self.accelerator
         )
-        return num_captions_of(batch)
 
-    def encode(self, batch: Batch) -> Batch:
-        """The batch with features in place of its views."""
+    def encode(self, batch: Batch) -> None:
+        """The encoder's part of a step."""
         with torch.no_grad(), self.accelerator.autocast():
-            features_BF = self.model.encoder(normalise(batch.inputs, self.loss_model.view))
-        return replace(batch, inputs=features_BF.float())
+            self.model.encoder(normalise(batch.inputs, self.loss_model.view))
 
-    def padded_step(self, batch: Batch) -> int:
-        """A step on features as it would be with padding: the LSTM and the logits go over all T places."""
+    def padded_step(self, batch: Batch) -> None:
+        """A step on features, with padding: the LSTM and the logits go over all places up to the longest caption."""
         captions, model = batch.captions, self.model
         inputs_TN, targets_TN = (
             pad_packed_sequence(PackedSequence(tokens_M, captions.batch_sizes_T), padding_value=PAD)[0]
@@ -377,7 +411,45 @@ class Trainer:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
-        return num_captions_of(batch)
+
+
+def train_epoch(job: Job, *, steps: int, cached: bool = False) -> Contender:
+    """The last steps of an epoch."""
+
+    def turn(number: int) -> Cost:
+        trainer = Trainer(job)
+        features = trainer.features() if cached else None
+        trainer.step(trainer.batch_of(WARM_UP_SAMPLES, features))
+
+        def learn() -> int:
+            num_captions = 0
+            for batch in trainer.epoch(number, features, steps=steps):
+                trainer.step(batch)
+                num_captions += num_captions_of(batch)
+            return num_captions
+
+        return time_all(learn)
+
+    return turn
+
+
+def repeat_alone(job: Job, action: Callable[[Trainer, Batch], None], *, times: int = 1, cached: bool) -> Contender:
+    """A part of a step, so many times on one batch that lies on the device."""
+
+    def turn(_number: int) -> Cost:
+        trainer = Trainer(job)
+        features = trainer.features() if cached else None
+        action(trainer, trainer.batch_of(WARM_UP_SAMPLES, features))
+        batch = trainer.batch_of(job.batch, features)
+
+        def repeat() -> int:
+            for _ in range(times):
+                action(trainer, batch)
+            return times * num_captions_of(batch)
+
+        return time_all(repeat)
+
+    return turn
 
 
 def num_captions_of(batch: Batch) -> int:
@@ -385,19 +457,252 @@ def num_captions_of(batch: Batch) -> int:
     return len(batch.captions.image_of_caption_N)
 
 
-Action = Callable[[Trainer, Batch], object]
+def time_all(action: Callable[[], int]) -> Cost:
+    """What `action`, which tells how many items it did, costs in this process and those that it started and ended."""
+    gc.collect()
+    wait_for_gpu()
+    wall, cpu = time.perf_counter(), sum(os.times()[:4])
+    items = action()
+    wait_for_gpu()
+    return Cost(items=items, cpu_seconds=sum(os.times()[:4]) - cpu, wall_seconds=time.perf_counter() - wall)
 
 
-def ours(make_trainer: Callable[[], Trainer], *, steps: int, workers: int, cached: bool = False) -> Contender:
-    """The last `steps` steps of an epoch."""
+def wait_for_gpu() -> None:
+    """Until it has done all that it was told, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# ---- on the CPU -------------------------------------------------------------------------------------------
+
+
+def measure_on_cpu(
+    settings: TrainingSettings, originals: Sequence[Path], captions: Sequence[Sequence[str]] | None, scratch: Path
+) -> tuple[list[dict[str, Any]], list[Bar]]:
+    """The book's loop, ours in each precision, and what features and packing bring."""
+    clock = clock_of(settings.workers)
+    if settings.parts == "gpu":
+        return [], cpu_bars({}, clock=clock)
+    steps = settings.steps or (1 if settings.quick else 2)
+    batch = 8 if settings.quick else BATCH
+    folder = scratch / "cpu"
+    pack(originals, captions, folder, num_samples=steps * batch)
+    write_loose(folder)
+    job = Job(folder=folder, encoder=HEAVY, batch=batch, workers=settings.workers, precision="no", on_cpu=True)
+    rounds = settings.rounds or (1 if settings.quick else 3)
+    Trainer(job).features()
+    costs = take_turns(cpu_contenders(job, steps=steps), rounds=rounds)
+    rows = cpu_rows(costs)
+    words = f"batch {batch}, {settings.workers} workers, {settings.threads} threads"
+    print_rows(f"training on the CPU, {words}: medians of {rounds} rounds", rows)
+    told = [{"encoder": HEAVY, **features_figures(costs, clock=clock)}]
+    print_rows("cached features, end to end: pictures are decoded without them", told)
+    return [{"table": "CPU", **row} for row in rows] + [{"table": "cached features", **row} for row in told], cpu_bars(
+        costs, clock=clock
+    )
+
+
+def cpu_contenders(job: Job, *, steps: int) -> dict[str, Contender]:
+    """All that can be measured here; the heavy encoder has one step where it sees pictures."""
+    light = replace(job, encoder=LIGHT)
+    found = {
+        label(LIGHT, "no", BOOK): like_the_book(light, steps=steps),
+        label(LIGHT, "no", OURS): train_epoch(light, steps=steps),
+        label(HEAVY, "no", OURS): train_epoch(job, steps=1),
+        label(HEAVY, "no", CACHED): train_epoch(job, steps=steps, cached=True),
+        label(HEAVY, "no", ENCODER): repeat_alone(job, Trainer.encode, cached=False),
+        label(HEAVY, "no", DECODER): repeat_alone(job, Trainer.step, cached=True),
+        label(HEAVY, "no", PADDED): repeat_alone(job, Trainer.padded_step, cached=True),
+    }
+    if has_bf16():
+        found[label(LIGHT, "bf16", OURS)] = train_epoch(replace(light, precision="bf16"), steps=steps)
+        found[label(HEAVY, "bf16", OURS)] = train_epoch(replace(job, precision="bf16"), steps=steps)
+        found[label(HEAVY, "no", BOOK)] = like_the_book(job, steps=1)
+    return found
+
+
+def label(encoder: str, precision: Precision, name: str) -> str:
+    """A contender's name among all."""
+    return f"{encoder}, {NAMES[precision]}: {name}"
+
+
+def ratio(costs: Costs, one: str, other: str, *, clock: str) -> float | None:
+    """How many times as fast one contender is as another; None where one of them is not there."""
+    return times_as_fast(costs[one], costs[other], clock=clock) if one in costs and other in costs else None
+
+
+def cpu_rows(costs: Costs) -> list[dict[str, Any]]:
+    """A row for each contender, also for those that this processor is no place for."""
+    rows = []
+    for encoder in (LIGHT, HEAVY):
+        for precision, name in (("no", BOOK), ("no", OURS), ("bf16", OURS), ("no", CACHED), ("no", ENCODER),
+                                ("no", DECODER), ("no", PADDED)):  # fmt: skip
+            own, book = label(encoder, precision, name), label(encoder, "no", BOOK)
+            if own not in costs and precision == "no":
+                continue
+            wall_ms = median_of(costs.get(own, ()), figure="wall_ms")
+            rows.append(
+                {
+                    "encoder": encoder,
+                    "precision": NAMES[precision],
+                    "contender": name,
+                    "cpu_ms_a_caption": median_of(costs.get(own, ()), figure="cpu_ms"),
+                    "wall_ms_a_caption": wall_ms,
+                    "captions_a_second": 1000 / wall_ms if wall_ms else None,
+                    "times_the_book_by_cpu": ratio(costs, own, book, clock="cpu_ms"),
+                    "times_the_book_by_the_clock": ratio(costs, own, book, clock="wall_ms"),
+                    "note": "" if own in costs else NO_BF16,
+                }
+            )
+    return rows
+
+
+def features_figures(costs: Costs, *, clock: str) -> dict[str, float | None]:
+    """How many times as fast cached features make an epoch, and how many times they could."""
+    encoder_ms, decoder_ms = (
+        median_of(costs.get(label(HEAVY, "no", name), ()), figure=clock) for name in (ENCODER, DECODER)
+    )
+    bound = (encoder_ms + decoder_ms) / decoder_ms if encoder_ms and decoder_ms else None
+    found = ratio(costs, label(HEAVY, "no", CACHED), label(HEAVY, "no", OURS), clock=clock)
+    return {
+        "cached_times_as_fast": found,
+        "encoder_and_decoder_over_decoder": bound,
+        "share_of_it": found / bound if found and bound else None,
+    }
+
+
+def cpu_bars(costs: Costs, *, clock: str) -> list[Bar]:
+    """What ours must reach."""
+    by = "CPU" if clock == "cpu_ms" else "wall"
+    bars: list[Bar] = []
+    for encoder, precision, bar in ((LIGHT, "no", 2.5), (LIGHT, "bf16", 4.5), (HEAVY, "bf16", 8.0)):
+        found = ratio(costs, label(encoder, precision, OURS), label(encoder, "no", BOOK), clock=clock)
+        bars.append(at_least(f"{encoder}, ours in {NAMES[precision]} / {BOOK} ({by})", found, bar))
+    share = features_figures(costs, clock=clock)["share_of_it"]
+    packed = ratio(costs, label(HEAVY, "no", DECODER), label(HEAVY, "no", PADDED), clock=clock)
+    return [
+        *bars,
+        at_least(f"{HEAVY}, cached / uncached, of (encoder + decoder) / decoder ({by})", share, 0.85),
+        at_least(f"decoder, packed / padded captions ({by})", packed, 1.3),
+    ]
+
+
+# ---- on a GPU ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuCost(Cost):
+    """A stretch of an epoch in steady state, in captions."""
+
+    waiting_seconds: float
+    peak_gigabytes: float
+
+    @property
+    def waiting_share(self) -> float:
+        """Of the time, the share in which the training process waited for a batch."""
+        return self.waiting_seconds / self.wall_seconds
+
+
+def measure_on_gpu(
+    settings: TrainingSettings, originals: Sequence[Path], captions: Sequence[Sequence[str]] | None, scratch: Path
+) -> tuple[list[dict[str, Any]], list[Bar]]:
+    """Ours, with and without cached features, against encoder and decoder on a batch that is there already."""
+    if settings.parts == "cpu" or not torch.cuda.is_available():
+        return [], gpu_bars([])
+    folder = scratch / "gpu"
+    pack(originals, captions, folder, num_samples=5120 if settings.quick else 30_720)
+    workers = (os.cpu_count() or 1) if settings.gpu_workers is None else settings.gpu_workers
+    rounds = settings.rounds or (1 if settings.quick else 3)
+    job = Job(folder=folder, encoder=LARGE, batch=BATCH, workers=workers, precision="bf16", on_cpu=False)
+    Trainer(job).features()
+    rows = []
+    for batch in GPU_BATCHES:
+        at_once = replace(job, batch=batch)
+        times = 10 if settings.quick else 50
+        costs = take_turns(
+            {
+                OURS: train_steadily(at_once, cached=False),
+                CACHED: train_steadily(at_once, cached=True),
+                ENCODER: repeat_alone(at_once, Trainer.encode, times=times, cached=False),
+                DECODER: repeat_alone(at_once, Trainer.step, times=times, cached=True),
+            },
+            rounds=rounds,
+        )
+        rows += gpu_rows(costs, batch=batch)
+    title = f"{LARGE} in bf16 on {torch.cuda.get_device_name()}, {workers} workers: medians of {rounds} rounds"
+    print_rows(title, rows)
+    return [{"table": "GPU", **row} for row in rows], gpu_bars(rows)
+
+
+def train_steadily(job: Job, *, cached: bool) -> Contender:
+    """An epoch without its first and last tenth: the device is warm, and workers fill their queues to the end."""
 
     def turn(number: int) -> Cost:
-        trainer = make_trainer()
+        gc.collect()
+        trainer = Trainer(job)
         features = trainer.features() if cached else None
-        stream = trainer.epoch(number, workers=workers, features=features)
-        first = max(0, len(stream) - steps)
-        warm_up(trainer, trainer.step, features)
-        stream = trainer.epoch(number, workers=workers, features=features)
-        return time_all(lambda: sum(map(trainer.step, islice(stream, steps))))
+        stream = trainer.epoch(number, features)
+        edge = max(1, len(stream) // 10)
+        num_captions, waiting_seconds = 0, 0.0
+        with closing(iter(stream)) as batches:  # type: ignore[bad-argument-type]
+            for batch in islice(batches, edge):
+                trainer.step(batch)
+            wait_for_gpu()
+            torch.cuda.reset_peak_memory_stats()
+            started = time.perf_counter()
+            for _ in range(len(stream) - 2 * edge):
+                asked = time.perf_counter()
+                batch = next(batches)
+                waiting_seconds += time.perf_counter() - asked
+                trainer.step(batch)
+                num_captions += num_captions_of(batch)
+            wait_for_gpu()
+            wall_seconds = time.perf_counter() - started
+        peak_gigabytes = torch.cuda.max_memory_allocated() / 1e9
+        return GpuCost(
+            items=num_captions,
+            wall_seconds=wall_seconds,
+            waiting_seconds=waiting_seconds,
+            peak_gigabytes=peak_gigabytes,
+        )
 
     return turn
+
+
+def gpu_rows(costs: Costs, *, batch: int) -> list[dict[str, Any]]:
+    """A row for each contender; ours are compared with the parts that they have to do."""
+    wall_ms = {name: median_of(turns, figure="wall_ms") or 0.0 for name, turns in costs.items()}
+    parts = {OURS: wall_ms[ENCODER] + wall_ms[DECODER], CACHED: wall_ms[DECODER]}
+    return [
+        {
+            "batch": batch,
+            "contender": name,
+            "images_a_second": 1000 / wall_ms[name] / CAPTIONS_A_PICTURE,
+            "of_its_parts_on_the_device": parts[name] / wall_ms[name] if name in parts else None,
+            "waiting_share": median_of(turns, figure="waiting_share") if name in parts else None,
+            "peak_gigabytes": median_of(turns, figure="peak_gigabytes") if name in parts else None,
+        }
+        for name, turns in costs.items()
+    ]
+
+
+def gpu_bars(rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
+    """What ours must reach on a GPU, for each batch."""
+    found = {(row["batch"], row["contender"]): row for row in rows}
+    bars = []
+    for batch in GPU_BATCHES:
+        for name in (OURS, CACHED):
+            row, words = found.get((batch, name), {}), f"GPU, {LARGE}, batch {batch}, {name}"
+            parts = "decoder" if name == CACHED else "encoder + decoder"
+            bars.append(at_least(f"{words} / {parts} on the device", row.get("of_its_parts_on_the_device"), 0.9))
+            bars.append(at_most(f"{words}, share of time waiting for data", row.get("waiting_share"), 0.03))
+    return bars
+
+
+def run() -> None:
+    """The entry."""
+    cli.run(main, TrainingSettings, description=__doc__ or "")
+
+
+if __name__ == "__main__":
+    run()

@@ -63,7 +63,7 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
     weights = run_folder.kept_encoder(run) or settings.weights
     model = make_model(
         settings.model_config(len(vocabulary)), vocabulary, initial,
-        weights=weights, trainable=thaw_step is not None, accelerator=accelerator,
+        weights=weights, trainable=thaw_step is not None, compiled=settings.compile_encoder, accelerator=accelerator,
     )  # fmt: skip
     loss_model = CaptionLoss(
         model, view=view, label_smoothing=settings.label_smoothing, scheduled_sampling=settings.scheduled_sampling,

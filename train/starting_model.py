@@ -42,6 +42,7 @@ def make_model(
     *,
     weights: str,
     trainable: bool,
+    compiled: bool,
     accelerator: Accelerator,
 ) -> CaptionModel:
     """A model that is the initial one with new words, or new behind an encoder with `weights`.
@@ -49,14 +50,26 @@ def make_model(
     One process of a machine downloads these for all. Raises UserError.
     """
     if initial is None:
-        if weights == "none" and not trainable:
-            raise UserError(
-                "--weights none leaves the frozen encoder random: add --finetune-encoder-from-step 0, or give weights"
-            )
-        model = CaptionModel(config, encoder_trainable=trainable)
-        with accelerator.local_main_process_first():
-            load_encoder_weights(model.encoder, name=config.encoder, weights=weights)
-        return model
+        model = _new_model(config, weights=weights, trainable=trainable, accelerator=accelerator)
+    else:
+        model = _grown_model(config, vocabulary, initial, trainable=trainable)
+    if compiled:
+        model.encoder.backbone.compile()  # in place: its weights keep their names
+    return model
+
+
+def _new_model(config: ModelConfig, *, weights: str, trainable: bool, accelerator: Accelerator) -> CaptionModel:
+    if weights == "none" and not trainable:
+        raise UserError(
+            "--weights none leaves the frozen encoder random: add --finetune-encoder-from-step 0, or give weights"
+        )
+    model = CaptionModel(config, encoder_trainable=trainable)
+    with accelerator.local_main_process_first():
+        load_encoder_weights(model.encoder, name=config.encoder, weights=weights)
+    return model
+
+
+def _grown_model(config: ModelConfig, vocabulary: Vocabulary, initial: Bundle, *, trainable: bool) -> CaptionModel:
     for name in ("encoder", "embedding_size", "hidden_size", "image_input"):
         wanted, own = getattr(config, name), getattr(initial.model.config, name)
         if wanted not in (own, getattr(TrainSettings, name)):

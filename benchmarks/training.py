@@ -85,7 +85,7 @@ NUM_WORDS = 9956  # COCO's, in the book
 LIGHT, HEAVY, LARGE = "squeezenet1_1", "resnet50", "resnet152"
 BATCH, GPU_BATCHES = 128, (128, 512)
 CAPTIONS_A_PICTURE = 5
-WARM_UP_SAMPLES = 8
+WARM_UP_SAMPLES = 2
 DEFAULTS = TrainSettings()
 BOOK, OURS, CACHED = "the book's loop", "ours", "ours, cached features"
 ENCODER, DECODER, PADDED = "encoder alone", "decoder alone, packed", "decoder alone, padded"
@@ -136,7 +136,7 @@ def main(settings: TrainingSettings) -> None:
             PACKAGES,
             pictures=f"{len(originals)} {f'from {settings.images}' if settings.images else 'DRAWN'}, repeated",
             captions=settings.captions or "DRAWN for want of --captions",
-            torch=f"{settings.threads} threads; {'bf16' if has_bf16() else 'no bf16'} on the CPU",
+            bf16_on_the_cpu="yes" if has_bf16() else "no",
             gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
             mode="quick: rough figures" if settings.quick else "full",
         )
@@ -493,7 +493,7 @@ def measure_on_cpu(
     Trainer(job).features()
     costs = take_turns(cpu_contenders(job, steps=steps), rounds=rounds)
     rows = cpu_rows(costs)
-    words = f"batch {batch}, {settings.workers} workers, {settings.threads} threads"
+    words = f"batch {batch}, workers: {settings.workers}, torch's threads: {settings.threads}"
     print_rows(f"training on the CPU, {words}: medians of {rounds} rounds", rows)
     told = [{"encoder": HEAVY, **features_figures(costs, clock=clock)}]
     print_rows("cached features, end to end: pictures are decoded without them", told)

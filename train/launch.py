@@ -57,6 +57,8 @@ class Preemption:
             yield
         finally:
             self._deferred = False
+        if self.requested:  # since the last step, which was saved
+            self.leave()
 
     def leave(self) -> None:
         """End the process."""

@@ -6,6 +6,7 @@ epoch) · `metrics.json` · `report.json` · `report.html` · `model/` (last)
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -141,16 +142,13 @@ def save_checkpoint(
     folder = run / "checkpoints" / checkpoint_name(state)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and folder.exists():
-        shutil.rmtree(folder)
+        _remove(folder)
     accelerator.wait_for_everyone()
     failure = None
     try:
         accelerator.save_state(str(folder))
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch and safetensors have their own words for a full disk
+        _to_disk(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
         failure = next(iter(str(error).splitlines()), type(error).__name__)
     failures = [text for text in gather_object([failure]) if text]
     if accelerator.is_main_process and not failures:
@@ -161,15 +159,32 @@ def save_checkpoint(
     failures += [text for text in gather_object([failure]) if text]
     if failures:
         if accelerator.is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         newest = next(iter(complete_checkpoints(run)[::-1]), None)
         left = f"{newest} is whole" if newest else "there is none before it"
         raise UserError(f"cannot write {folder} ({failures[0]}); {left}: make room, then go on with --resume")
     if accelerator.is_main_process:
         for old in complete_checkpoints(run)[:-keep]:
             if old.name != progress.best:
-                shutil.rmtree(old)
+                _remove(old)
     accelerator.wait_for_everyone()
+
+
+def _to_disk(folder: Path) -> None:
+    """Have all files of a folder written out, so that a completion marker never outlives them."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            file = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(file)
+            finally:
+                os.close(file)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint, its completion marker first: what a kill leaves of it is not taken for whole."""
+    (folder / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def resume(run: Path, accelerator: Accelerator) -> bool:

@@ -1,8 +1,8 @@
 """Training, end to end: the book's loop against ours, what cached features and packing bring, and a GPU's ceiling.
 
-    python benchmarks/training.py --images ../shared/data/coco/images --captions captions.json   # about 8 minutes
-    python benchmarks/training.py --quick                                                        # rough figures
-    python benchmarks/training.py --parts gpu --images photos --captions captions.json --json training.json
+    python benchmarks/training.py --images PHOTOS --captions captions.json       # about 8 minutes, COCO's JSON (or .gz)
+    python benchmarks/training.py --quick                                        # rough figures, drawn pictures
+    python benchmarks/training.py --images PHOTOS --captions captions.json --parts gpu --json training.json
 
 Contenders take turns on the same pictures, with a projection to 9,956 words; figures are medians over the rounds, and
 ratios medians of the rounds' ratios. A turn is a short epoch: reading, decoding, encoding, learning, and the start and
@@ -484,7 +484,7 @@ def measure_on_cpu(
     if settings.parts == "gpu":
         return [], cpu_bars({}, clock=clock)
     steps = settings.steps or (1 if settings.quick else 2)
-    batch = 8 if settings.quick else BATCH
+    batch = 4 if settings.quick else BATCH
     folder = scratch / "cpu"
     pack(originals, captions, folder, num_samples=steps * batch)
     write_loose(folder)
@@ -609,6 +609,7 @@ def measure_on_gpu(
     """Ours, with and without cached features, against encoder and decoder on a batch that is there already."""
     if settings.parts == "cpu" or not torch.cuda.is_available():
         return [], gpu_bars([])
+    torch.set_num_threads(os.cpu_count() or 1)  # which the training command leaves as it is beside a GPU
     folder = scratch / "gpu"
     pack(originals, captions, folder, num_samples=5120 if settings.quick else 30_720)
     workers = (os.cpu_count() or 1) if settings.gpu_workers is None else settings.gpu_workers

@@ -31,6 +31,7 @@ class ModelConfig:
     embedding_size: int = 256
     hidden_size: int = 512
     image_input: ImageInput = "first"
+    input_dropout: float = 0.0
     dropout: float = 0.0
 
 
@@ -101,8 +102,8 @@ class CaptionModel(nn.Module):
     """Encoder, Linear and BatchNorm to an image embedding, and an LSTM over it and the words.
 
     With `image_input="first"` the image embedding is the LSTM's first input; its output there is no prediction.
-    With `"every-step"` it stands beside each word's embedding instead. In training a share `dropout` of the LSTM's
-    inputs and outputs is dropped.
+    With `"every-step"` it stands beside each word's embedding instead. In training a share `input_dropout`
+    of the words' embeddings is dropped, and a share `dropout` of the LSTM's outputs.
     """
 
     def __init__(self, config: ModelConfig, *, encoder_trainable: bool = False) -> None:
@@ -115,6 +116,7 @@ class CaptionModel(nn.Module):
         self.embed = nn.Embedding(config.vocabulary_size, config.embedding_size)
         self.lstm = nn.LSTM(config.embedding_size * (1 + every_step), config.hidden_size)
         self.predict = nn.Linear(config.hidden_size, config.vocabulary_size)
+        self.drop_input = nn.Dropout(config.input_dropout)
         self.drop = nn.Dropout(config.dropout)
         remember(self.lstm)
 
@@ -130,10 +132,10 @@ class CaptionModel(nn.Module):
     def hidden(self, image_BE: Tensor, captions: PackedCaptions) -> Tensor:
         """The LSTM's outputs (M, H), which `predict` turns into logits for `captions.targets_M`."""
         state = self.start(image_BE, rows_N=captions.image_of_caption_N)
-        words_ME = self.embed(captions.inputs_M)
+        words_ME = self.drop_input(self.embed(captions.inputs_M))
         if state is None:
             words_ME = torch.cat((words_ME, image_BE[captions.image_of_caption_N][_caption_of_token(captions)]), dim=1)
-        hidden_MH, _ = self._recur(PackedSequence(self.drop(words_ME), captions.batch_sizes_T), state)
+        hidden_MH, _ = self._recur(PackedSequence(words_ME, captions.batch_sizes_T), state)
         return self.drop(hidden_MH.data)
 
     def start(self, image_BE: Tensor, *, rows_N: Tensor) -> LSTMState | None:

@@ -45,7 +45,7 @@ PACK = (
 TRAIN = (
     f"accelerate launch train/main.py --shards {SHARDS} --output {RUN} --encoder small_cnn --weights none "
     "--finetune-encoder-from-step 0 --crop 60 --embedding-size 192 --hidden-size 192 --epochs 9 --batch-size 32 "
-    "--learning-rate 2.5e-3 --encoder-learning-rate 2.5e-3 --dropout 0"
+    "--learning-rate 2.5e-3 --encoder-learning-rate 2.5e-3 --input-dropout 0 --dropout 0"
 )
 CAPTION = (
     f"python infer/main.py --model {RUN}/model --images {FOLDER} --output {RUN}/captions.jsonl --gallery {RUN}/gallery"

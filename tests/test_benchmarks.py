@@ -3,10 +3,16 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import picture
+
+import training
+from captioner.cli import UserError
+from captioner.vocabulary import START
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -61,9 +67,81 @@ def test_streaming_quickly_measured_gives_rows_and_bars(tmp_path: Path) -> None:
     assert bars[4]["value"] > 0
 
 
-@pytest.mark.parametrize("name", ["packing", "streaming"])
+@pytest.mark.parametrize("name", ["packing", "streaming", "training"])
 def test_a_folder_without_photos_is_a_user_error(name: str, tmp_path: Path) -> None:
     done = benchmark(name, "--quick", "--images", tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_training_quickly_measured_gives_rows_and_bars(tmp_path: Path) -> None:
+    """What this machine cannot measure has a row that says so, or a bar without a value."""
+    for seed in range(3):
+        picture(seed, width=640, height=480).save(tmp_path / f"{seed}.jpg", quality=96)
+    file = tmp_path / "training.json"
+    done = benchmark("training", "--quick", "--parts", "cpu", "--images", tmp_path, "--json", file)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(file.read_text())
+    rows = {(row["encoder"], row["precision"], row["contender"]): row for row in content["rows"] if "contender" in row}
+    for precision in ("fp32", "bf16"):
+        row = rows["squeezenet1_1", precision, "ours"]
+        assert (row["times_the_book_by_cpu"] is None) == row["note"].startswith("not measured")
+    assert rows["squeezenet1_1", "fp32", "the book's loop"]["captions_a_second"] > 0
+    bars = content["bars"]
+    assert len(bars) == len({bar["name"] for bar in bars}) == 13
+    for bar in bars:
+        assert set(bar) == {"name", "value", "bar", "holds"}
+        absent = bar["name"].startswith("GPU") or ("bf16" in bar["name"] and not training.has_bf16())
+        assert (bar["value"] is None) == (bar["holds"] is None) == absent
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> training.Job:
+    """Four pictures with captions shorter and longer than the cut."""
+    folder = tmp_path_factory.mktemp("training")
+    for seed in range(4):
+        picture(seed, width=640, height=480).save(folder / f"{seed}.jpg", quality=96)
+    captions = [[f"A dog, {'very ' * (5 * number + extra)}tired." for extra in range(5)] for number in range(4)]
+    training.pack(training.find_photos(folder), captions, folder / "packed", num_samples=4)
+    training.write_loose(folder / "packed")
+    return training.Job(
+        folder=folder / "packed", encoder="squeezenet1_1", batch=4, workers=0, precision="no", on_cpu=True
+    )
+
+
+def test_the_book_and_ours_learn_the_same_words(job: training.Job) -> None:
+    """Of captions at the cut and beyond it too; the book has `<start>` besides."""
+    dataset = training.BookCaptions(job.folder)
+    _, tokens_BT, lengths = training.collate_captions([dataset[number] for number in range(len(dataset))])
+    assert lengths == sorted(lengths, reverse=True)
+    theirs = [row_T[:length].tolist() for row_T, length in zip(tokens_BT, lengths, strict=True)]
+    assert {ids[0] for ids in theirs} == {START}
+    batch = training.Trainer(job).batch_of(4, None)
+    assert sorted(word for ids in theirs for word in ids[1:]) == sorted(batch.captions.targets_M.tolist())
+    assert training.num_captions_of(batch) == len(theirs) == 20
+
+
+def test_padded_and_packed_captions_teach_the_same(job: training.Job) -> None:
+    """Without dropout, by a plain gradient step, which hides no scale: weights come out alike, and have moved."""
+    weights = []
+    for action in (lambda *_: None, training.Trainer.step, training.Trainer.padded_step):
+        trainer = training.Trainer(job)
+        trainer.model.drop.p = 0.0
+        trainer.optimizer = torch.optim.SGD([p for p in trainer.model.parameters() if p.requires_grad], lr=1.0)
+        trainer.schedule = training.make_schedule(trainer.optimizer, "constant", total_steps=20)
+        batch = trainer.batch_of(4, None)
+        torch.manual_seed(1)
+        action(trainer, replace(batch, inputs=torch.rand(4, trainer.model.encoder.num_features)))
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad]))
+    before, packed, padded = weights
+    assert (packed - before).abs().max() > 1e-3
+    torch.testing.assert_close(padded, packed, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("content", ["{}", "no json", '{"annotations": []}'])
+def test_captions_that_are_not_cocos_are_a_user_error(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "captions.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match="--captions"):
+        training.read_captions(file)

@@ -148,7 +148,7 @@ def test_two_processes_train_as_one_does(shards: Path, tmp_path: Path) -> None:
     """20 steps in float32, the encoder's batch norm among them, over an epoch's last batch of one image."""
     for world_size in (1, 2):
         output = tmp_path / str(world_size)
-        printed = finished(shards, output, "--dropout", 0, "--epochs", 4, world_size=world_size)
+        printed = finished(shards, output, "--input-dropout", 0, "--dropout", 0, "--epochs", 4, world_size=world_size)
         assert f"{world_size} x cpu" in printed
         for epoch in range(1, 5):
             assert f"epoch {epoch}: training loss" in printed

@@ -49,15 +49,17 @@ class TrainSettings:
     """Width of word and image embeddings."""
     hidden_size: int = 512
     """Width of the LSTM."""
+    input_dropout: float = 0.2
+    """Share of the words' embeddings that is dropped in training."""
     dropout: float = 0.5
-    """Share of the LSTM's inputs and outputs that are dropped in training."""
+    """Share of the LSTM's outputs that is dropped in training."""
     crop: int | None = None
     """Sides in pixels of the square cut from a stored picture, at random in training. None: the encoder's own."""
     max_tokens: int = 20
     """Longer captions are cut here (and counted); generated ones are never longer."""
 
     # ---- the optimizer --------------------------------------------------------------------------------------
-    epochs: int = 20
+    epochs: int = 18
     """Passes over the training split; each picture comes once an epoch with all its captions."""
     patience_epochs: int | None = None
     """Stop after this many epochs without a better CIDEr."""
@@ -114,6 +116,7 @@ class TrainSettings:
             embedding_size=self.embedding_size,
             hidden_size=self.hidden_size,
             image_input=self.image_input,
+            input_dropout=self.input_dropout,
             dropout=self.dropout,
         )
 
@@ -130,7 +133,7 @@ def check_settings(settings: TrainSettings) -> None:
                  "hidden_size", "checkpoint_steps", "keep_checkpoints"):  # fmt: skip
         if getattr(settings, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}: give at least 1")
-    for name in ("dropout", "label_smoothing", "scheduled_sampling"):
+    for name in ("input_dropout", "dropout", "label_smoothing", "scheduled_sampling"):
         if not 0 <= getattr(settings, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}: give a share of 0 up to 1")
     if settings.cache_features and settings.finetune_encoder_from_step is not None:

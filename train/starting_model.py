@@ -76,8 +76,8 @@ def _grown_model(config: ModelConfig, vocabulary: Vocabulary, initial: Bundle, *
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is {wanted}, but the model of --init has {own}: leave out --{flag} or --init")
     model = start_from(initial, vocabulary=vocabulary, encoder_trainable=trainable)
-    model.config = replace(model.config, dropout=config.dropout)
-    model.drop.p = config.dropout
+    model.config = replace(model.config, input_dropout=config.input_dropout, dropout=config.dropout)
+    model.drop_input.p, model.drop.p = config.input_dropout, config.dropout
     return model
 
 

@@ -123,12 +123,14 @@ def test_a_second_step_starts_from_zero_gradients(accelerator: Accelerator) -> N
     assert_equal(found, wanted)
 
 
-@pytest.mark.parametrize("num_first", [1, 2])
-def test_parts_of_unequal_length_add_up_to_the_whole_batch(accelerator: Accelerator, num_first: int) -> None:
+@pytest.mark.parametrize("cuts", [(0, 1), (0, 2), (0, 1, 2)])
+def test_parts_of_unequal_length_add_up_to_the_whole_batch(accelerator: Accelerator, cuts: tuple[int, ...]) -> None:
     """Batch norm is in eval mode: its batches are the parts'."""
     whole = make_batch(CAPTIONS)
     wanted = mean_gradients(eval_norm(make_model()), whole)
-    parts = [make_batch(CAPTIONS[:num_first]), make_batch(CAPTIONS[num_first:], first_image=num_first), make_filler()]
+    ends = (*cuts[1:], len(CAPTIONS))
+    parts = [make_batch(CAPTIONS[cut:end], first_image=cut) for cut, end in zip(cuts, ends, strict=True)]
+    parts.append(make_filler())
     model = eval_norm(make_model())
     model.train = lambda _mode=True: model  # type: ignore[method-assign]
     found, record = take_step(model, parts, accelerator)

@@ -134,7 +134,8 @@ def train_step(
     on the device, this rank's (cross-entropy sum, target tokens) and the norm of the whole gradient.
     """
     cast(CaptionLoss, getattr(loss_model, "module", loss_model)).enter_step(step)
-    num_own = torch.tensor(float(sum(part.num_targets for part in parts)), device=accelerator.device)
+    count = float(sum(part.num_targets for part in parts))
+    num_own = torch.full((), count, device=accelerator.device)  # torch.tensor would wait for the device
     num_targets = accelerator.reduce(num_own.clone(), reduction="sum")
     total = torch.zeros_like(num_own)
     for place, part in enumerate(parts, start=1):

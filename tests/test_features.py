@@ -3,6 +3,7 @@
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ class Setting:
             self.split, loss_model=self.loss_model, open_stream=self.open_stream, accelerator=self.accelerator
         )
 
-    def batches(self, **options: object) -> list[Batch]:
+    def batches(self, **options: Any) -> list[Batch]:
         """An epoch, shuffled, without crops and flips."""
         return list(self.open_stream(self.split, plan=self.split.plan(seed=1, epoch=0, window_shards=2), **options))
 

@@ -33,7 +33,7 @@ $(TESTS_READY): $(READY)
 	@$(KEEP_SIMD)
 	@touch $@
 
-demo: $(READY) ## pack, train, evaluate and caption drawn scenes: about 6 minutes on 2 CPU cores
+demo: $(READY) ## pack, train, evaluate and caption drawn scenes: about 5 minutes on 2 CPU cores
 	$(BIN)/python examples/demo.py
 
 test: check ## all checks, then all tests

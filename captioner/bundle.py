@@ -6,6 +6,7 @@
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -97,6 +98,9 @@ def save_bundle(
     (partial / "vocabulary.json").write_text(vocabulary.to_json(), encoding="utf-8")
     (partial / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     (partial / "README.md").write_text(model_card(config, metrics), encoding="utf-8")
+    for path in partial.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

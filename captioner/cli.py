@@ -1,5 +1,6 @@
 """What every command shares: flags from a dataclass, one-line errors, progress bars, tables."""
 
+import errno
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from rich.progress import TimeRemainingColumn as TimeLeftColumn
 from rich.table import Table
 
 EXIT_USER_ERROR = 2
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 EXIT_INTERRUPTED = 130
 
 Settings = TypeVar("Settings")
@@ -33,6 +35,12 @@ def run(main: Callable[[Settings], None], settings_class: type[Settings], *, des
         main(settings)
     except UserError as error:
         fail(str(error))
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        fail(
+            f"cannot write {error.filename or 'a file'} ({error.strerror}): make room or give a folder you may write to"
+        )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

@@ -5,6 +5,7 @@ Shapes: B images, S sides of a stored picture, P sides of a crop, in pixels.
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from captioner import images
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -61,9 +63,14 @@ def read_eval_view(data: bytes, spec: ViewSpec) -> tuple[np.ndarray, tuple[int, 
 
 def normalise(views_BPP3: "Tensor", spec: ViewSpec) -> "Tensor":
     """uint8 views to the model's float input (B, 3, P, P), channels-last in memory, on the views' device."""
+    mean, std = _mean_and_std(spec, views_BPP3.device)
+    return (views_BPP3.permute(0, 3, 1, 2).float() - mean) / std
+
+
+@lru_cache(maxsize=8)
+def _mean_and_std(spec: ViewSpec, device: "torch.device") -> "tuple[Tensor, Tensor]":
+    """Of bytes, each (1, 3, 1, 1). Kept, since bringing numbers to a device waits for it."""
     import torch
 
-    device = views_BPP3.device
-    mean = torch.tensor(spec.mean, device=device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(spec.std, device=device).view(1, 3, 1, 1) * 255
-    return (views_BPP3.permute(0, 3, 1, 2).float() - mean) / std
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (spec.mean, spec.std))
+    return mean, std

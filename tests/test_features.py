@@ -130,7 +130,9 @@ def test_pictures_are_not_read_for_them(shards: Path) -> None:
 def test_those_of_another_encoder_or_crop_are_refused(shards: Path) -> None:
     Setting(shards).prepare()
     for other in (Setting(shards, seed=1), Setting(shards, view=ViewSpec(size=32, crop=24))):
-        with pytest.raises(UserError, match=r"another encoder, its weights or crop: delete .*features-small_cnn"):
+        with pytest.raises(
+            UserError, match=r"another encoder, its weights, crop or precision: delete .*features-small_cnn"
+        ):
             other.prepare()
 
 

@@ -18,7 +18,7 @@ from captioner.cli import UserError
 from captioner.model import CaptionModel, ImageInput, ModelConfig, PackedCaptions
 from captioner.views import ViewSpec, normalise
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
-from train.settings import TrainSettings, check_settings
+from train.settings import TrainSettings, check_settings, count_steps
 from train.split import read_split
 from train.starting_model import check_fits, choose_view, start_from
 
@@ -171,8 +171,21 @@ def test_pictures_come_as_the_encoders_weights_want_them(tmp_path: Path) -> None
         ({"dropout": 1.0}, "--dropout is 1.0: give a share of 0 up to 1"),
         ({"label_smoothing": -0.1}, "--label-smoothing is -0.1"),
         ({"cache_features": True, "finetune_encoder_from_step": 0}, "leave out one of them"),
+        ({"patience_epochs": 0}, "--patience-epochs is 0: give at least 1"),
+        ({"window_shards": 0}, "must be above 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(flags: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         check_settings(TrainSettings(**flags))
+
+
+def test_a_run_without_steps_or_with_settings_that_would_do_nothing_is_refused() -> None:
+    assert count_steps(TrainSettings(epochs=3), 5, has_val=False) == 15
+    assert count_steps(TrainSettings(epochs=3, finetune_encoder_from_step=14, patience_epochs=1), 5, has_val=True) == 15
+    with pytest.raises(UserError, match="holds no samples"):
+        count_steps(TrainSettings(), 0, has_val=True)
+    with pytest.raises(UserError, match="beyond the run's 15 steps"):
+        count_steps(TrainSettings(epochs=3, finetune_encoder_from_step=15), 5, has_val=True)
+    with pytest.raises(UserError, match="there is none"):
+        count_steps(TrainSettings(patience_epochs=2), 5, has_val=False)

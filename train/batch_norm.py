@@ -73,13 +73,14 @@ class _Normalise(torch.autograd.Function):
         if rows < len(dy):
             dy = dy.clone()
             dy[rows:] = 0
+        scale_C = torch.rsqrt(var_C + eps)  # CUDA's kernels want it, the CPU's compute it again
         dx, dweight_C, dbias_C = torch.ops.aten.native_batch_norm_backward(
-            dy, x, weight_C, mean_C, var_C, None, None, False, eps, [True, True, True]
+            dy, x, weight_C, mean_C, var_C, mean_C, scale_C, False, eps, [True, True, True]
         )
         if ctx.needs_input_grad[0]:
             means_2C = _sum_over_ranks(torch.stack((dweight_C, dbias_C))) * share
             # What the statistics take back is the same normalisation with another weight and bias.
-            taken_2C = means_2C * weight_C * torch.rsqrt(var_C + eps)
+            taken_2C = means_2C * weight_C * scale_C
             dx[:rows] -= batch_norm(x[:rows], mean_C, var_C, taken_2C[0], taken_2C[1], training=False, eps=eps)
         return dx, dweight_C, dbias_C, None, None, None, None, None
 

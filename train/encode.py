@@ -27,9 +27,9 @@ from train.stream import BatchStream, Share
 ENCODED_TOGETHER = 64  # pictures of a batch
 
 
-def encoder_fingerprint(encoder: nn.Module, view: ViewSpec) -> str:
-    """Hex sha256 of the encoder's weights and of how pictures come to it."""
-    digest = hashlib.sha256(json.dumps(asdict(view)).encode())
+def encoder_fingerprint(encoder: nn.Module, view: ViewSpec, *, precision: str = "no") -> str:
+    """Hex sha256 of the encoder's weights, of how pictures come to it, and of Accelerate's mixed precision."""
+    digest = hashlib.sha256(json.dumps([asdict(view), precision]).encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -51,7 +51,7 @@ def prepare_features(
         split,
         encoder=loss_model.model.config.encoder,
         num_features=encoder.num_features,
-        fingerprint=encoder_fingerprint(encoder, view),
+        fingerprint=encoder_fingerprint(encoder, view, precision=accelerator.mixed_precision),
         cache=stream.cache.folder,
     )
     missing = files.missing()

@@ -72,7 +72,7 @@ class FeatureFiles:
             raise UserError(f"{path} is not a whole feature file ({error!r}): {remedy}") from error
         if differing:
             os.close(file)
-            what = {"fingerprint": "another encoder, its weights or crop", "shard": "another shard"}
+            what = {"fingerprint": "another encoder, its weights, crop or precision", "shard": "another shard"}
             raise UserError(f"{path} holds features of {what.get(differing[0], 'another version')}: {remedy}")
         return found
 
@@ -131,7 +131,10 @@ class FeatureReader:
         path = self._files.paths[ref.shard]
         if not found.usable[ref.place]:
             raise SampleError("no features", f"sample {ref.place} of {path} was not readable when it was encoded")
-        num_bytes = os.preadv(found.file, [row_F.data], found.start + ref.place * row_F.nbytes)
+        try:
+            num_bytes = os.preadv(found.file, [row_F.data], found.start + ref.place * row_F.nbytes)
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error.strerror or error}): mend that") from error
         if num_bytes != row_F.nbytes or zlib.crc32(row_F.data) != found.crc32s[ref.place]:
             message = f"{path} is damaged at sample {ref.place} (checksum differs): delete it to have it made again"
             raise SampleError("checksum", message)

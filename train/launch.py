@@ -21,9 +21,7 @@ def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
 
     `thaws_later` says that parameters will begin to learn in the middle of the run.
     """
-    # batch norm's statistics are those of all ranks on each of them: there is nothing to broadcast
-    parallel = DistributedDataParallelKwargs(find_unused_parameters=thaws_later, broadcast_buffers=False)
-    accelerator = Accelerator(kwargs_handlers=[parallel])
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=thaws_later)])
     # `accelerate launch --cpu --num_processes N` sets MASTER_ADDR, announces nothing else, and starts one process
     announced = os.environ.get("WORLD_SIZE", "several" if "MASTER_ADDR" in os.environ else "1")
     if announced != str(accelerator.num_processes):

@@ -24,7 +24,7 @@ from train.launch import Preemption, start_accelerator
 from train.plan import PACK_FIRST, num_steps
 from train.report import write_report
 from train.schedule import make_optimizer, make_schedule
-from train.settings import CHANGEABLE, TrainSettings, check_settings
+from train.settings import CHANGEABLE, TrainSettings, check_settings, count_steps
 from train.split import read_merged_vocabulary, read_split, read_validation
 from train.starting_model import choose_view, make_model
 from train.step import CaptionLoss, check_same_weights, train_step
@@ -45,7 +45,7 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
     val = read_validation(settings.shards, remedy=PACK_FIRST)
     vocabulary = read_merged_vocabulary(settings.shards, remedy=PACK_FIRST)
     epoch_steps = num_steps(train.num_samples, global_batch=settings.batch_size)
-    total_steps = settings.epochs * epoch_steps
+    total_steps = count_steps(settings, epoch_steps, has_val=val is not None)
     share = Share.of(accelerator, settings.batch_size, accumulation_steps=settings.accumulation_steps)
     state = StreamState.start(train, seed=settings.seed, window_shards=settings.window_shards)
     check_ranks(gather_object([rank_facts(state, share)]))

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from accelerate import Accelerator, PartialState
@@ -147,12 +148,12 @@ def save_checkpoint(
     failure = None
     try:
         accelerator.save_state(str(folder))
-        _to_disk(folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
         failure = next(iter(str(error).splitlines()), type(error).__name__)
     failures = [text for text in gather_object([failure]) if text]
     if accelerator.is_main_process and not failures:
         try:
+            _to_disk(folder)  # all ranks have written
             write_atomic(str(folder / COMPLETE), json.dumps(state.state_dict()))
         except OSError as error:
             failure = str(error)
@@ -194,7 +195,14 @@ def resume(run: Path, accelerator: Accelerator) -> bool:
     """
     checkpoints = complete_checkpoints(run)
     if checkpoints:
-        accelerator.load_state(str(checkpoints[-1]))
+        try:
+            accelerator.load_state(str(checkpoints[-1]))
+        except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(
+                f"cannot read the checkpoint {checkpoints[-1]} ({reason}): delete it to go on from the one before, and "
+                "launch with the same --mixed_precision as before"
+            ) from error
     return bool(checkpoints)
 
 

@@ -133,6 +133,10 @@ def check_settings(settings: TrainSettings) -> None:
                  "hidden_size", "checkpoint_steps", "keep_checkpoints"):  # fmt: skip
         if getattr(settings, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}: give at least 1")
+    if settings.patience_epochs is not None and settings.patience_epochs < 1:
+        raise UserError(f"--patience-epochs is {settings.patience_epochs}: give at least 1")
+    if min(settings.window_shards, settings.crop or 1) < 1 or settings.workers < 0 or settings.learning_rate <= 0:
+        raise UserError("--window-shards, --crop and --learning-rate must be above 0, --workers not below")
     for name in ("input_dropout", "dropout", "label_smoothing", "scheduled_sampling"):
         if not 0 <= getattr(settings, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}: give a share of 0 up to 1")
@@ -141,3 +145,18 @@ def check_settings(settings: TrainSettings) -> None:
             "--cache-features keeps what a frozen encoder sees, and --finetune-encoder-from-step changes the encoder: "
             "leave out one of them"
         )
+
+
+def count_steps(settings: TrainSettings, epoch_steps: int, *, has_val: bool) -> int:
+    """The run's optimizer steps. Raises UserError where there are none, and for settings that would do nothing."""
+    total_steps = settings.epochs * epoch_steps
+    if not total_steps:
+        raise UserError(f"the training split in {settings.shards[0]} holds no samples: see its train.failures.jsonl")
+    if (settings.finetune_encoder_from_step or 0) >= total_steps:
+        raise UserError(
+            f"--finetune-encoder-from-step {settings.finetune_encoder_from_step} is beyond the run's {total_steps:,} "
+            "steps: give fewer, or more --epochs"
+        )
+    if settings.patience_epochs and not has_val:
+        raise UserError("--patience-epochs looks at the val split, and there is none: pack one, or leave it out")
+    return total_steps

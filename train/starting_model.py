@@ -53,6 +53,8 @@ def make_model(
         model = _new_model(config, weights=weights, trainable=trainable, accelerator=accelerator)
     else:
         model = _grown_model(config, vocabulary, initial, trainable=trainable)
+        if weights != "default":  # others are asked for, or a resumed run has kept its own
+            load_encoder_weights(model.encoder, name=model.config.encoder, weights=weights)
     if compiled:
         model.encoder.backbone.compile()  # in place: its weights keep their names
     return model

@@ -111,10 +111,12 @@ def with_guesses(model: CaptionModel, image_BE: Tensor, captions: PackedCaptions
     replaced = (torch.rand(num_inputs - first) < share).nonzero()[:, 0]
     if not len(replaced):
         return captions
-    before = before_M[replaced].to(image_BE.device)
+    before = before_M[replaced].to(image_BE.device, non_blocking=True)
     logits_RV = model.predict(model.hidden(image_BE, captions)[before]).float()
+    # The greatest of logits with Gumbel noise is a draw from their softmax; `multinomial` would wait, and refuse NaN.
+    guesses_R = (logits_RV - torch.empty_like(logits_RV).exponential_().log_()).argmax(dim=1)
     inputs_M = captions.inputs_M.clone()
-    inputs_M[(replaced + first).to(image_BE.device)] = logits_RV.softmax(dim=1).multinomial(1)[:, 0]
+    inputs_M[(replaced + first).to(image_BE.device, non_blocking=True)] = guesses_R
     return replace(captions, inputs_M=inputs_M)
 
 
@@ -163,8 +165,8 @@ def check_finite(records_S3: Tensor, *, last_step: int, scaled: bool) -> None:
         for column, name in what.items():
             if not math.isfinite(record[column]):
                 raise UserError(
-                    f"the {name} of step {step:,} is {record[column]}: lower --learning-rate or look at the samples of "
-                    "that step, then start again with --resume from the last checkpoint"
+                    f"the {name} of step {step:,} is {record[column]}: lower --learning-rate and give another --output "
+                    "(the checkpoints before it are whole), or look at the samples of that step"
                 )
 
 

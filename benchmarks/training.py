@@ -351,20 +351,26 @@ class Trainer:
         self.wrapped, self.optimizer = self.accelerator.prepare(self.loss_model, optimizer)
         self.wrapped.train()
         self.rules = ViewRules(crop=CROP, max_tokens=DEFAULTS.max_tokens, training=False)
+        self.cache = str(job.folder / "cache")
         self.open_stream = partial(
             BatchStream,
             share=Share(job.batch),
             vocabulary=vocabulary,
             rules=self.rules,
             workers=job.workers,
-            cache=ShardCache(str(job.folder / "cache"), max_bytes=10**9),
+            cache=ShardCache(self.cache, max_bytes=10**9),
         )
 
     def features(self) -> FeatureFiles:
         """The cached features, made where they are not there yet."""
-        return prepare_features(
-            self.split, loss_model=self.loss_model, open_stream=self.open_stream, accelerator=self.accelerator
+        found = prepare_features(
+            [self.split],
+            loss_model=self.loss_model,
+            open_stream=self.open_stream,
+            cache=self.cache,
+            accelerator=self.accelerator,
         )
+        return found[self.split.name]
 
     def epoch(self, number: int, features: FeatureFiles | None, *, steps: int | None = None) -> BatchStream:
         """Batches of crops at random, or of cached features: all of an epoch, or its last `steps`."""

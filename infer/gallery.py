@@ -17,11 +17,11 @@ from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote
 
-import jinja2
 from PIL import Image
 
 from captioner.cli import UserError, progress_bar
 from captioner.images import ImageError, decode_rgb
+from captioner.pages import load_template
 from infer.results import Row
 
 INDEX = "index.html"
@@ -80,7 +80,7 @@ def write_gallery(rows: Sequence[Row], folder: Path, *, title: str, model: str, 
     thumbnails = _make_thumbnails({_picture(row) for row in captioned}, folder / THUMBNAILS)
 
     chunks = [captioned[start : start + page_size] for start in range(0, len(captioned), page_size)] or [[]]
-    template = _template()
+    template = load_template(Path(__file__).with_name("gallery.html.j2"))
     names = [_page_name(number) for number in range(1, len(chunks) + 1)]
     shared = {
         "title": title,
@@ -166,17 +166,6 @@ def _page_links(current: int, num_pages: int) -> list[int | None]:
             links.append(None)
         links.append(number)
     return links
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("gallery.html.j2")
 
 
 # ------------------------------------------------------------------------------------------------- thumbnails

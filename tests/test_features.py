@@ -56,20 +56,26 @@ class Setting:
         torch.manual_seed(seed)
         config = ModelConfig(encoder="small_cnn", vocabulary_size=len(self.vocabulary), embedding_size=8, hidden_size=9)
         self.loss_model = CaptionLoss(CaptionModel(config), view=view)
+        self.cache = str(shards / "cache")
         self.open_stream = partial(
             BatchStream,
             share=Share(4),
             rules=ViewRules(crop=view.crop, max_tokens=9, training=False),
             vocabulary=self.vocabulary,
             workers=workers,
-            cache=ShardCache(str(shards / "cache"), max_bytes=1 << 20),
+            cache=ShardCache(self.cache, max_bytes=1 << 20),
             tolerate=tolerate,
         )
 
     def prepare(self) -> FeatureFiles:
-        return prepare_features(
-            self.split, loss_model=self.loss_model, open_stream=self.open_stream, accelerator=self.accelerator
+        found = prepare_features(
+            [self.split],
+            loss_model=self.loss_model,
+            open_stream=self.open_stream,
+            cache=self.cache,
+            accelerator=self.accelerator,
         )
+        return found["train"]
 
     def batches(self, **options: Any) -> list[Batch]:
         """An epoch, shuffled, without crops and flips."""

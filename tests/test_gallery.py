@@ -3,12 +3,12 @@
 import math
 import os
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import pytest
+from html_page import HtmlPage
 from PIL import Image
 
 from captioner.cli import UserError
@@ -22,41 +22,10 @@ ODD_NAMES = [
     os.fsdecode(b"bad\xff.jpg"),
     "sub folder/1:2.jpg",
 ]
-VOID = {"meta", "img", "input"}
 
 
-class Page(HTMLParser):
-    """The elements of a page as (tag, attributes) in order, and the text of each; unbalanced tags fail."""
-
-    def __init__(self, file: Path) -> None:
-        super().__init__()
-        self.file = file
-        self.elements: list[tuple[str, dict[str, str]]] = []
-        self.texts: list[str] = []
-        self._open: list[int] = []
-        self.feed(file.read_text(encoding="utf-8"))
-        assert not self._open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {name: value or "" for name, value in attrs}))
-        self.texts.append("")
-        if tag not in VOID:
-            self._open.append(len(self.elements) - 1)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.elements[self._open.pop()][0] == tag
-
-    def handle_data(self, data: str) -> None:
-        for index in self._open:
-            self.texts[index] += data
-
-    def attributes(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    def text(self, tag: str) -> list[str]:
-        return [
-            " ".join(text.split()) for (name, _), text in zip(self.elements, self.texts, strict=True) if name == tag
-        ]
+class Page(HtmlPage):
+    """A page of a gallery."""
 
     def linked_file(self, url: str) -> Path:
         """The file a browser would open for `url` on this page."""

@@ -4,59 +4,27 @@ import base64
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from html_page import HtmlPage
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from train.report import MAX_CURVE_POINTS, step_axis, thin, value_axis, write_report
 
-VOID = {"meta", "img"}
 SVG = "{http://www.w3.org/2000/svg}"
 FINITE = st.floats(-1e9, 1e9).filter(lambda value: value == 0 or abs(value) > 1e-9)
 
 
-class Page(HTMLParser):
-    """The elements of a page as (tag, attributes) in order, and the text of each; unbalanced tags fail."""
+class Page(HtmlPage):
+    """A run's report."""
 
     def __init__(self, run: Path) -> None:
-        super().__init__()
-        self.source = (run / "report.html").read_text(encoding="utf-8")
-        self.elements: list[tuple[str, dict[str, str]]] = []
-        self.texts: list[str] = []
-        self._open: list[int] = []
-        self.feed(self.source)
-        assert not self._open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {name: value or "" for name, value in attrs}))
-        self.texts.append("")
-        if tag not in VOID:
-            self._open.append(len(self.elements) - 1)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {name: value or "" for name, value in attrs}))
-        self.texts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.elements[self._open.pop()][0] == tag
-
-    def handle_data(self, data: str) -> None:
-        for index in self._open:
-            self.texts[index] += data
-
-    def attributes(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    def text(self, tag: str) -> list[str]:
-        return [
-            " ".join(text.split()) for (name, _), text in zip(self.elements, self.texts, strict=True) if name == tag
-        ]
+        super().__init__(run / "report.html")
 
     def rows(self) -> list[list[str]]:
         """The cells of all tables' rows."""

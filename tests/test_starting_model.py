@@ -19,8 +19,8 @@ from captioner.model import CaptionModel, ImageInput, ModelConfig, PackedCaption
 from captioner.views import ViewSpec, normalise
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
 from train.settings import TrainSettings, check_settings, count_steps
-from train.split import read_split
-from train.starting_model import check_fits, choose_view, start_from
+from train.split import check_fits, read_split
+from train.starting_model import choose_view, start_from
 
 VIEW = ViewSpec(size=40, crop=32)
 WORDS = ["a", "sits", "red", "table", *(f"known-{number}" for number in range(100))]

@@ -8,6 +8,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,23 +38,45 @@ def encoder_fingerprint(encoder: nn.Module, view: ViewSpec, *, precision: str = 
 
 
 def prepare_features(
-    split: Split, *, loss_model: CaptionLoss, open_stream: Callable[..., BatchStream], accelerator: Accelerator
-) -> FeatureFiles:
-    """The feature files of a split; those that are not there yet are made first, by the ranks together.
+    splits: Sequence[Split],
+    *,
+    loss_model: CaptionLoss,
+    open_stream: Callable[..., BatchStream],
+    cache: str,
+    accelerator: Accelerator,
+) -> dict[str, FeatureFiles]:
+    """The feature files of splits, by their names; those that are not there yet are made first, by the ranks together.
 
-    `open_stream` reads a split's samples with middle crops. Each file is written whole or not at all, so that a killed
-    run goes on. Raises UserError for files of another encoder, view or shard, and where they cannot be written.
+    `open_stream` reads a split's samples with middle crops; features of folders behind URLs go to `cache`. Each file is
+    written whole or not at all, so that a killed run goes on. Raises UserError for files of another encoder, view or
+    shard, and where they cannot be written.
     """
-    encoder, view = loss_model.model.encoder, loss_model.view
-    stream = open_stream(split, plan=split.plain_plan())
-    assert stream.cache is not None
-    files = FeatureFiles.of(
-        split,
-        encoder=loss_model.model.config.encoder,
-        num_features=encoder.num_features,
-        fingerprint=encoder_fingerprint(encoder, view, precision=accelerator.mixed_precision),
-        cache=stream.cache.folder,
-    )
+    if not splits:
+        return {}
+    encoder, name = loss_model.model.encoder, loss_model.model.config.encoder
+    fingerprint = encoder_fingerprint(encoder, loss_model.view, precision=accelerator.mixed_precision)
+    found = {}
+    for split in splits:
+        files = FeatureFiles.of(
+            split,
+            encoder=name,
+            num_features=encoder.num_features,
+            fingerprint=fingerprint,
+            cache=Path(cache).expanduser(),
+        )
+        _make_missing(files, split, loss_model=loss_model, open_stream=open_stream, accelerator=accelerator)
+        found[split.name] = files
+    return found
+
+
+def _make_missing(
+    files: FeatureFiles,
+    split: Split,
+    *,
+    loss_model: CaptionLoss,
+    open_stream: Callable[..., BatchStream],
+    accelerator: Accelerator,
+) -> None:
     missing = files.missing()
     accelerator.wait_for_everyone()  # all have looked before the first writes
     own = missing[accelerator.process_index :: accelerator.num_processes]
@@ -69,7 +92,6 @@ def prepare_features(
     absent = [str(files.paths[number]) for number in missing if not files.paths[number].exists()]
     if absent:
         raise UserError(f"{absent[0]} was written by another machine: keep the shards where all machines see them")
-    return files
 
 
 @torch.no_grad()

@@ -12,17 +12,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from captioner import cli, storage
 from captioner.cli import UserError
 from captioner.metrics import References
 from train.coco_results import ImageId, read_references, read_results, write_results
 from train.java_metrics import JavaMetric, check_java, java_scores
-
-if TYPE_CHECKING:
-    from captioner.bundle import Bundle
-    from train.split import Split
 
 SCORING_FLAGS = ("results", "references", "java_metrics", "json")  # the others are for captioning a split
 
@@ -147,7 +143,7 @@ def score_model(settings: EvaluateSettings) -> None:
     from train.cache import ShardCache
     from train.launch import start_accelerator
     from train.plan import PACK_FIRST
-    from train.split import read_split
+    from train.split import check_fits, read_split, read_view
     from train.step import CaptionLoss
     from train.stream import BatchStream, Ledger, Share, ViewRules
     from train.validation import evaluate_split
@@ -155,7 +151,9 @@ def score_model(settings: EvaluateSettings) -> None:
     accelerator = start_accelerator(seed=0)
     bundle = load_bundle(str(settings.model), device=accelerator.device)
     split = read_split(settings.shards, settings.split, remedy=PACK_FIRST)
-    check_fits(split, bundle)
+    if not split.num_samples:
+        raise UserError(f"the {split.name} split in {split.folders[0]} holds no samples: give another --split")
+    check_fits(bundle.view, read_view([split], crop=bundle.view.crop))
     given: dict[str, Any] = {"beam_size": settings.beam_size, "length_penalty": settings.length_penalty}
     decoding = replace(bundle.decoding, **{name: value for name, value in given.items() if value is not None})
     batches = BatchStream(
@@ -191,21 +189,6 @@ def score_model(settings: EvaluateSettings) -> None:
         report(metrics, captions, references, facts, settings=settings)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-
-
-def check_fits(split: "Split", bundle: "Bundle") -> None:
-    """Raise UserError for a split that is empty, or whose pictures were not resized as the model wants them."""
-    from train.split import read_view
-
-    if not split.num_samples:
-        raise UserError(f"the {split.name} split in {split.folders[0]} holds no samples: give another --split")
-    stored, wanted = read_view([split], crop=bundle.view.crop), bundle.view
-    if (stored.size, stored.resize) != (wanted.size, wanted.resize):
-        raise UserError(
-            f"the {split.name} pictures in {split.folders[0]} have size {stored.size} ({stored.resize}), the model "
-            f"wants {wanted.size} ({wanted.resize}): pack them with sharding/make_shards.py --size {wanted.size} "
-            f"--resize {wanted.resize}"
-        )
 
 
 def run() -> None:

@@ -48,12 +48,10 @@ class FeatureFiles:
 
     def missing(self) -> list[int]:
         """The numbers of shards without a file. Raises UserError for a file that is of something else."""
-        return [number for number, path in enumerate(self.paths) if not path.exists() or not self.check(number)]
-
-    def check(self, number: int) -> bool:
-        """True for a file that is what it should be. Raises UserError when it is of another encoder, view or shard."""
-        os.close(self.open(number).file)
-        return True
+        numbers = [number for number, path in enumerate(self.paths) if not path.exists()]
+        for number in set(range(len(self.paths))).difference(numbers):
+            os.close(self.open(number).file)
+        return numbers
 
     def open(self, number: int) -> "OpenFeatures":
         """A shard's file, open for reading. Raises UserError."""

@@ -89,8 +89,9 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
         cache=ShardCache(settings.cache, max_bytes=int(settings.cache_gigabytes * 1e9)),
         tolerate=settings.tolerate_bad_samples,
     )  # fmt: skip
-    prepare = partial(prepare_features, loss_model=loss_model, open_stream=open_stream, accelerator=accelerator)
-    features = {split.name: prepare(split) for split in (train, val) if split and settings.cache_features}
+    cached = [split for split in (train, val) if split and settings.cache_features]
+    features = prepare_features(cached, loss_model=loss_model, open_stream=open_stream, cache=settings.cache,
+                                accelerator=accelerator)  # fmt: skip
     open_val = partial(open_stream, features=features.get("val"))
     evaluator = Evaluator(val, loss_model, open_val, settings.decoding(), accelerator) if val is not None else None
     tracker = Tracker(

@@ -10,8 +10,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import jinja2
-
+from captioner.pages import load_template
 from captioner.storage import read_json, write_atomic
 from train.tracking import HISTORY, PICTURES, SAMPLES, read_rows
 
@@ -107,14 +106,14 @@ def write_report(run: Path) -> None:
 
     Raises UserError where one of its files is damaged.
     """
-    history, settings = read_rows(run / HISTORY), _read(run / "settings.json")
+    history, settings, report = read_rows(run / HISTORY), _read(run / "settings.json"), _read(run / "report.json")
     evaluations = [row for row in history if any(name.startswith("validation/") for name in row)]
     columns = list(dict.fromkeys(name for row in evaluations for name in row if name.startswith("validation/")))
-    page = _template().render(
+    page = load_template(Path(__file__).with_name("report.html.j2")).render(
         tick_label=_tick_label,
         title=run.resolve().name,
         now=datetime.now().astimezone(),
-        facts=_facts(settings, evaluations, _read(run / "report.json")),
+        facts=_facts(settings, evaluations, report),
         charts=_charts(history),
         metrics=[(_metric_name(name), _number(value)) for name, value in _read(run / "metrics.json").items()],
         evaluation_header=["Evaluation", *map(_metric_name, columns)],
@@ -122,7 +121,7 @@ def write_report(run: Path) -> None:
             [_moment(row), *(_number(row[name]) if name in row else "" for name in columns)] for row in evaluations
         ],
         samples=_samples(run, {row["step"]: _moment(row) for row in evaluations}),
-        speed=_speed(history, _read(run / "report.json")),
+        speed=_speed(history, report),
         settings=[(name.replace("_", " "), _setting(value)) for name, value in settings.items()],
     )
     write_atomic(str(run / REPORT), page.encode("utf-8", "replace"))  # a caption may hold half a surrogate pair
@@ -130,17 +129,6 @@ def write_report(run: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     return read_json(str(path), remedy="delete it") if path.exists() else {}
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2")
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------

@@ -188,8 +188,8 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def resume(run: Path, accelerator: Accelerator) -> bool:
-    """Load the newest complete checkpoint, the registered stream state in it too; whether there is one.
+def resume(run: Path, accelerator: Accelerator) -> None:
+    """Load the newest complete checkpoint, where there is one, the registered stream state in it too.
 
     Raises UserError when it was made on other data.
     """
@@ -203,7 +203,6 @@ def resume(run: Path, accelerator: Accelerator) -> bool:
                 f"cannot read the checkpoint {checkpoints[-1]} ({reason}): delete it to go on from the one before, and "
                 "launch with the same --mixed_precision as before"
             ) from error
-    return bool(checkpoints)
 
 
 def checkpoint_trained_weights(run: Path, loss_model: CaptionLoss, accelerator: Accelerator) -> None:

@@ -51,8 +51,9 @@ def share_of_peak(step: int, *, kind: Schedule, first_step: int, total_steps: in
 
 def let_encoder_learn(model: CaptionModel, *, learning: bool) -> None:
     """Let an encoder that is to be trained learn, or keep it as a frozen one for now, its batch norm included."""
-    model.encoder.trainable = learning
-    model.encoder.train(model.training)
+    if model.encoder.trainable != learning:  # asked at every step, and a walk through the encoder
+        model.encoder.trainable = learning
+        model.encoder.train(model.training)
 
 
 def is_frozen(module: nn.Module) -> bool:

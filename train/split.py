@@ -124,3 +124,13 @@ def read_view(splits: Sequence[Split], *, crop: int) -> ViewSpec:
                 )
     assert first is not None
     return first[0]
+
+
+def check_fits(model_view: ViewSpec, shards_view: ViewSpec) -> None:
+    """Raise UserError where the shards' pictures were not resized as a trained model is used to."""
+    if (shards_view.size, shards_view.resize) != (model_view.size, model_view.resize):
+        raise UserError(
+            f"the shards hold pictures of size {shards_view.size} ({shards_view.resize}), and the trained model sees "
+            f"size {model_view.size} ({model_view.resize}): pack them with sharding/make_shards.py --size "
+            f"{model_view.size} --resize {model_view.resize}"
+        )

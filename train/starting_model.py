@@ -18,7 +18,7 @@ from captioner.model import CaptionModel, ModelConfig
 from captioner.views import ViewSpec
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
 from train.settings import TrainSettings
-from train.split import Split, read_view
+from train.split import Split, check_fits, read_view
 
 
 def choose_view(splits: Sequence[Split | None], *, encoder: str, crop: int | None, initial: Bundle | None) -> ViewSpec:
@@ -81,16 +81,6 @@ def _grown_model(config: ModelConfig, vocabulary: Vocabulary, initial: Bundle, *
     model.config = replace(model.config, input_dropout=config.input_dropout, dropout=config.dropout)
     model.drop_input.p, model.drop.p = config.input_dropout, config.dropout
     return model
-
-
-def check_fits(model_view: ViewSpec, shards_view: ViewSpec) -> None:
-    """Raise UserError where the shards' pictures were not resized as the trained model is used to."""
-    if (shards_view.size, shards_view.resize) != (model_view.size, model_view.resize):
-        raise UserError(
-            f"the shards hold pictures of size {shards_view.size} ({shards_view.resize}), and the model of --init sees "
-            f"size {model_view.size} ({model_view.resize}): pack them with sharding/make_shards.py --size "
-            f"{model_view.size} --resize {model_view.resize}, or train without --init"
-        )
 
 
 def start_from(bundle: Bundle, *, vocabulary: Vocabulary, encoder_trainable: bool) -> CaptionModel:

@@ -397,7 +397,6 @@ class BatchStream(DataLoader[Batch]):
         features: FeatureFiles | None = None,
     ) -> None:
         self.ledger = Ledger()
-        self.cache = cache
         self._plan, self._share, self._first_step, self._tolerate = plan, share, first_step, tolerate
         row: tuple[tuple[int, ...], np.dtype] = ((rules.crop, rules.crop, 3), np.dtype(np.uint8))
         if features is not None:

@@ -1,6 +1,7 @@
 """The model folder: weights, configuration, vocabulary, metrics and card; all that inference reads.
 
-`model.safetensors` · `config.json` · `vocabulary.json` · `metrics.json` · `README.md`
+`model.safetensors` · `config.json` · `vocabulary.json` · `metrics.json` · `README.md`, and where it was calibrated
+`calibration.json` · `calibration.safetensors`
 """
 
 import hashlib
@@ -9,27 +10,31 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from captioner import storage
+from captioner.calibration import Calibration, Reliability, from_files, to_files
 from captioner.cli import UserError
-from captioner.decoding import Caption, decode
 from captioner.model import CaptionModel, ModelConfig
-from captioner.storage import read_json
-from captioner.views import ViewSpec, normalise, read_eval_view
+from captioner.views import ViewSpec
 from captioner.vocabulary import Vocabulary
 
 FORMAT_VERSION = 1
 LIBRARIES = ("captioner", "torch", "torchvision", "nltk")
 MAKE_AGAIN = "copy the whole model folder again, or write it anew with train/main.py"
+CALIBRATE_AGAIN = (
+    "copy the whole model folder again, or delete calibration.json and add --calibrate to train/evaluate.py"
+)
+CALIBRATION, CALIBRATION_ARRAYS = "calibration.json", "calibration.safetensors"
+NAME_LETTERS = 12  # of the weights' sha256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,35 +44,27 @@ class DecodingDefaults:
     beam_size: int = 3
     max_tokens: int = 20
     length_penalty: float = 1.0
+    no_repeat_trigram: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A model ready to caption; `name` identifies its weights (the beginning of their sha256)."""
+    """A model ready to caption; `name` identifies its weights (the beginning of their sha256).
+
+    `calibration` is None where the model folder holds none.
+    """
 
     model: CaptionModel
     view: ViewSpec
     vocabulary: Vocabulary
     decoding: DecodingDefaults
     name: str
+    calibration: Calibration | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the model is, and its input is brought."""
         return next(self.model.parameters()).device
-
-    @torch.inference_mode()
-    def caption_views(self, views_BPP3: np.ndarray, *, beam_size: int | None = None) -> list[Caption]:
-        """A caption for each evaluation view (B, P, P, 3), uint8; `beam_size` None takes the folder's default."""
-        images_B3PP = normalise(torch.from_numpy(views_BPP3).to(self.device), self.view)
-        beams = self.decoding.beam_size if beam_size is None else beam_size
-        decoding = replace(self.decoding, beam_size=beams)
-        return decode(self.model, self.model.encode(images_B3PP), **asdict(decoding))
-
-    def caption(self, data: bytes) -> str:
-        """The caption of one picture file's bytes. Raises captioner.images.ImageError."""
-        view_PP3, _ = read_eval_view(data, self.view)
-        return self.vocabulary.decode(self.caption_views(np.stack([view_PP3]))[0].tokens)
 
 
 def save_bundle(
@@ -78,16 +75,18 @@ def save_bundle(
     vocabulary: Vocabulary,
     decoding: DecodingDefaults,
     metrics: Mapping[str, Any],
+    calibration: Calibration | None = None,
 ) -> None:
     """Write a model folder; it stands under its name only when it is whole."""
     weights = save_tensors({name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()})
+    digest = hashlib.sha256(weights).hexdigest()
     config = {
         "format_version": FORMAT_VERSION,
         "model": asdict(model.config),
         "view": asdict(view),
         "decoding": asdict(decoding),
         "vocabulary_fingerprint": vocabulary.fingerprint,
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "weights_sha256": digest,
         "libraries": {library: version(library) for library in LIBRARIES},
     }
     partial = folder.with_name(f"{folder.name}.partial")
@@ -97,7 +96,11 @@ def save_bundle(
     (partial / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     (partial / "vocabulary.json").write_text(vocabulary.to_json(), encoding="utf-8")
     (partial / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-    (partial / "README.md").write_text(model_card(config, metrics), encoding="utf-8")
+    (partial / "README.md").write_text(model_card(config, metrics, calibration), encoding="utf-8")
+    if calibration is not None:
+        content, arrays = to_files(calibration, model=digest[:NAME_LETTERS])
+        (partial / CALIBRATION).write_bytes(content)
+        (partial / CALIBRATION_ARRAYS).write_bytes(arrays)
     for path in partial.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -105,7 +108,21 @@ def save_bundle(
     partial.rename(folder)
 
 
-def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+def save_calibration(folder: Path, calibration: Calibration, *, model: str) -> None:
+    """Add the calibration of a model, or a new one, to its folder; a kill meanwhile leaves none. `model` is its name.
+
+    Raises OSError, and UserError where the folder's own files cannot be read.
+    """
+    content, arrays = to_files(calibration, model=model)
+    config = storage.read_json(str(folder / "config.json"), remedy=MAKE_AGAIN)
+    metrics = storage.read_json(str(folder / "metrics.json"), remedy=MAKE_AGAIN)
+    (folder / CALIBRATION).unlink(missing_ok=True)  # the old one does not fit the new arrays
+    storage.write_atomic(str(folder / CALIBRATION_ARRAYS), arrays)
+    storage.write_atomic(str(folder / "README.md"), model_card(config, metrics, calibration))
+    storage.write_atomic(str(folder / CALIBRATION), content)
+
+
+def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], calibration: Calibration | None) -> str:
     """The folder's README: what the model is, how good it was, how to use it."""
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items() if isinstance(value, float))
     model, view = config["model"], config["view"]
@@ -121,36 +138,76 @@ It describes pictures like those it was trained on, and errs, sometimes confiden
 | metric on the validation split | value |
 |---|---|
 {rows or "| (none was measured) | |"}
+{_reliability_table(calibration.reliability) if calibration and calibration.reliability else ""}"""
+
+
+def _reliability_table(found: Reliability) -> str:
+    rows = "\n".join(f"| {part.confidence:.2f} | {part.good:.2f} | {part.num_captions:,} |" for part in found.bins)
+    return f"""
+A caption's confidence is the chance that it is as near to what people wrote of its picture (CIDEr-D) as half of their
+own captions are. On {found.num_captions:,} validation pictures, each fifth of them judged by the others: expected
+calibration error {found.calibration_error:.3f}, Brier score {found.brier_score:.3f}, AUROC {found.auroc:.3f}.
+
+| confidence | share that was good | captions |
+|---|---|---|
+{rows}
 """
 
 
 def load_bundle(folder: str | Path, *, device: torch.device | str = "cpu") -> Bundle:
-    """The model in `folder`, in eval mode on `device`. Raises UserError when parts are cut or do not match."""
-    folder = Path(folder)
-    remedy = f"give --model a folder that train/main.py wrote; or {MAKE_AGAIN}"
-    config = read_json(str(folder / "config.json"), remedy=remedy)
+    """The model in `folder`, a path or a URL, in eval mode on `device`.
+
+    Raises UserError when parts are cut or do not match.
+    """
+    folder = str(folder)
+    config_file = storage.join(folder, "config.json")
+    config = storage.read_json(config_file, remedy=f"give --model a folder that train/main.py wrote; or {MAKE_AGAIN}")
     found = config.get("format_version") if isinstance(config, dict) else None
     if found != FORMAT_VERSION:
         raise UserError(f"{folder} has model format {found}, this version reads {FORMAT_VERSION}: train it again")
     try:
         bundle = _assemble(folder, config)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is incomplete, there is no {error.filename}: {MAKE_AGAIN}") from error
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder / 'config.json'} is not as it was written ({error!r}): {MAKE_AGAIN}") from error
+        raise UserError(f"{config_file} is not as it was written ({error!r}): {MAKE_AGAIN}") from error
     bundle.model.to(device)
     return bundle
 
 
-def _assemble(folder: Path, config: dict[str, Any]) -> Bundle:
-    origin = folder / "vocabulary.json"
-    vocabulary = Vocabulary.from_json(origin.read_text(encoding="utf-8", errors="replace"), origin=str(origin))
+def _read(folder: str, name: str, *, remedy: str = MAKE_AGAIN) -> bytes:
+    """A file of a model folder. Raises UserError."""
+    location = storage.join(folder, name)
+    try:
+        return storage.read_bytes(location)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is incomplete, there is no {location}: {remedy}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {location} ({error}): {remedy}") from error
+
+
+def _read_calibration(folder: str, *, model: str) -> Calibration | None:
+    location = storage.join(folder, CALIBRATION)
+    try:
+        content = storage.read_bytes(location)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {location} ({error}): {CALIBRATE_AGAIN}") from error
+    try:
+        return from_files(content, _read(folder, CALIBRATION_ARRAYS, remedy=CALIBRATE_AGAIN), model=model)
+    except ValueError as error:
+        raise UserError(f"{location} does not fit this model folder ({error}): {CALIBRATE_AGAIN}") from error
+
+
+def _assemble(folder: str, config: dict[str, Any]) -> Bundle:
+    origin = storage.join(folder, "vocabulary.json")
+    text = _read(folder, "vocabulary.json").decode(errors="replace")
+    vocabulary = Vocabulary.from_json(text, origin=origin)
     if vocabulary.fingerprint != config["vocabulary_fingerprint"]:
         raise UserError(f"{origin} is not the vocabulary that this model was trained with: {MAKE_AGAIN}")
-    weights = (folder / "model.safetensors").read_bytes()
+    weights, weights_file = _read(folder, "model.safetensors"), storage.join(folder, "model.safetensors")
     digest = hashlib.sha256(weights).hexdigest()
     if digest != config["weights_sha256"]:
-        raise UserError(f"{folder / 'model.safetensors'} is cut or changed (its sha256 differs): {MAKE_AGAIN}")
+        raise UserError(f"{weights_file} is cut or changed (its sha256 differs): {MAKE_AGAIN}")
     view_fields: dict[str, Any] = config["view"] | {name: tuple(config["view"][name]) for name in ("mean", "std")}
     view, decoding = ViewSpec(**view_fields), DecodingDefaults(**config["decoding"])
     possible = min(decoding.beam_size, decoding.max_tokens) >= 1 and math.isfinite(decoding.length_penalty)
@@ -161,13 +218,13 @@ def _assemble(folder: Path, config: dict[str, Any]) -> Bundle:
         model.load_state_dict(load_tensors(weights))
     except (safetensors.SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{folder / 'model.safetensors'} does not fit its config.json ({reason}): {MAKE_AGAIN}"
-        ) from error
+        raise UserError(f"{weights_file} does not fit its config.json ({reason}): {MAKE_AGAIN}") from error
+    name = digest[:NAME_LETTERS]
     return Bundle(
         model=model.eval(),
         view=view,
         vocabulary=vocabulary,
         decoding=decoding,
-        name=digest[:12],
+        name=name,
+        calibration=_read_calibration(folder, model=name),
     )

@@ -2,6 +2,7 @@
 
 import errno
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn, TypeVar
@@ -15,6 +16,7 @@ from rich.table import Table
 EXIT_USER_ERROR = 2
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 EXIT_INTERRUPTED = 130
+SECONDS_BETWEEN_LINES = 60.0  # where a progress bar cannot be drawn
 
 Settings = TypeVar("Settings")
 
@@ -53,13 +55,20 @@ def fail(message: str) -> NoReturn:
 
 
 class Bar:
-    """One running progress bar: items done, and a free text at its end (rates, failures, losses)."""
+    """One running progress bar: items done, and a free text at its end (rates, failures, losses).
 
-    def __init__(self, progress: Progress, *, description: str, total: int | None, unit: str, done: int) -> None:
+    Where output goes to a file, it `logs`: a line now and then.
+    """
+
+    def __init__(
+        self, progress: Progress, *, description: str, total: int | None, unit: str, done: int, logs: bool
+    ) -> None:
         self._progress = progress
+        self._logs = logs
         self._unit = unit
         self._task = progress.add_task(description, total=total, completed=done, note="")
         self._done_before = done
+        self._said = time.monotonic()
 
     def advance(self, num_items: int = 1, *, note: str = "") -> None:
         """Count `num_items` more as done and show `note` behind the rate."""
@@ -71,15 +80,28 @@ class Bar:
         task = self._progress.tasks[self._task]
         rate = (task.completed - self._done_before) / task.elapsed if task.elapsed else 0.0
         self._progress.update(self._task, note=f"{rate:,.1f} {self._unit}/s {note}".rstrip())
+        if self._logs and time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            total = "" if task.total is None else f" of {task.total:,.0f}"
+            console.print(f"{task.description}: {num_items:,}{total}, {task.fields['note']}")
+
+    def skip(self, num_items: int = 1) -> None:
+        """Count items as done by an earlier run, which do not count for the rate."""
+        self._done_before += num_items
+        self.advance(num_items)
+
+    def set_total(self, total: int) -> None:
+        """Say how many items there are, once that is known."""
+        self._progress.update(self._task, total=total)
 
 
 @contextmanager
 def progress_bar(
     description: str, *, total: int | None, unit: str, quiet: bool = False, done: int = 0
 ) -> Iterator[Bar]:
-    """A progress bar with count, share, rate and time left; silent when `quiet` or not on a terminal.
+    """A progress bar with count, share, rate and time left; a line a minute where there is no terminal.
 
-    `done` items of an earlier run count as completed, but not for the rate.
+    It is silent when `quiet`. `done` items of an earlier run count as completed, but not for the rate.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -90,7 +112,8 @@ def progress_bar(
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
-        yield Bar(progress, description=description, total=total, unit=unit, done=done)
+        logs = not (quiet or console.is_terminal)
+        yield Bar(progress, description=description, total=total, unit=unit, done=done, logs=logs)
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +21,17 @@ if TYPE_CHECKING:
 MAX_PIXELS = 200_000_000
 Backend = Literal["pillow-simd", "native", "pillow"]
 Resize = Literal["squash", "center-crop", "keep-ratio", "none"]
-Reason = Literal["missing", "unreadable", "empty", "undecodable", "truncated", "too large"]
+Reason = Literal[
+    "missing",
+    "unreadable",
+    "empty",
+    "undecodable",
+    "truncated",
+    "too large",
+    "special file",
+    "crashed the decoder",
+    "timed out",
+]
 
 UPRIGHT_BY_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -35,12 +46,16 @@ SWAPS_SIDES = frozenset(UPRIGHT_BY_ORIENTATION[orientation] for orientation in (
 HAS_SIMD = ".post" in PIL.__version__  # how pillow-simd numbers its versions
 PLAIN_JPEG_MODES = ("RGB", "L")
 JPEG_START = b"\xff\xd8\xff"
+HEIC_START = re.compile(rb".{4}ftyp(?:.{4}){0,12}?(?:hei[cmsx]|hev[cmsx])", re.DOTALL)  # one of its brands
+AVIF_START = re.compile(rb".{4}ftypavi[fs]", re.DOTALL)
+NEVER_DECODED = ("EPS", "WMF", "IPTC")  # drawn by Ghostscript, drawn by Windows, and a wrapper around any other format
 LARGE_PIXELS = 1 << 20
+HUGE_PIXELS = 1 << 26  # from here on Pillow resizes: torch wants three more copies of the pixels
 RGB_MODE = 3  # torchvision.io.ImageReadMode.RGB
 DRAFT_SCALE = 2.75  # a JPEG decoded at a reduced scale is at least this much larger than wanted: 45 dB on 110 photos
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow looks inside ICO and ICNS; all else `_open` refuses, with its own error
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged or large files, which get their errors from here
 
 
 class StoredJpeg(NamedTuple):
@@ -192,19 +207,34 @@ def _image_errors(data: bytes) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise ImageError("too large", str(error)) from error
     except UnidentifiedImageError as error:
+        if AVIF_START.match(data) and find_spec("PIL._avif") is None:
+            raise ImageError("undecodable", "an AVIF picture: pip install 'pillow>=11.3' brings its reader") from error
         raise ImageError("undecodable", f"no known image format (starts with {data[:8]!r})") from error
     except Exception as error:
-        raise ImageError(_reason(error), f"{type(error).__name__}: {error}") from error
+        raise ImageError(_reason(error), f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def _open(data: bytes) -> Image.Image:
     """The picture with its header read and its size checked; no pixel is decoded yet."""
     if not data:
         raise ImageError("empty", "the file has no content")
-    image = Image.open(io.BytesIO(data))
+    image = _open_heic(data) if HEIC_START.match(data) else Image.open(io.BytesIO(data))
+    if image.format in NEVER_DECODED:
+        raise ImageError("undecodable", f"{image.format} files are refused: reading one can start other programs")
     if image.width * image.height > MAX_PIXELS:
         raise ImageError("too large", f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,} in all")
     return image
+
+
+def _open_heic(data: bytes) -> Image.Image:
+    """The reader called by hand, since Pillow would hide its errors; it turns the picture upright on its own."""
+    try:
+        import pillow_heif
+    except ImportError as error:
+        message = "a HEIC picture: pip install -c constraints.txt -e '.[heic]' brings its reader"
+        raise ImageError("undecodable", message) from error
+    pillow_heif.options.THUMBNAILS = False  # type: ignore[bad-assignment]  # `draft` would take one as the picture
+    return pillow_heif.HeifImageFile(io.BytesIO(data))
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -237,14 +267,25 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float32)
-        scale = 256.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 1.0
-        image = Image.fromarray(np.clip(values / scale, 0, 255).astype(np.uint8))
+        image = Image.fromarray(_grey_bytes(image))
     if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, picture)
-    return image.convert("RGB")
+        picture = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = Image.new("RGB", picture.size, "white")
+        image.paste(picture, mask=picture)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey_bytes(image: Image.Image) -> np.ndarray:
+    """Greys of 16 or 32 bits as (height, width) uint8; floats are taken to end at 1, 255, 65535 or their largest."""
+    values_HW = np.asarray(image)
+    if image.mode.startswith("I;16"):
+        return (values_HW >> 8).astype(np.uint8)
+    values_HW = np.nan_to_num(values_HW.astype(np.float32), posinf=0, neginf=0)
+    largest = float(values_HW.max(initial=0))
+    scale = 1.0 if largest <= 255 else 256 / max(largest + 1, 65536)
+    if image.mode == "F" and largest <= 1:
+        scale = 255.0
+    return np.clip(values_HW * scale, 0, 255).astype(np.uint8)
 
 
 # ---- resizing ---------------------------------------------------------------------------------------------
@@ -283,7 +324,7 @@ def _scale(image: Image.Image, data: bytes, wanted: tuple[int, int]) -> Image.Im
     draft = image.draft("RGB", (math.ceil(DRAFT_SCALE * wanted[0]), math.ceil(DRAFT_SCALE * wanted[1])))
     # A reduced picture's last row and column may stand for less than a whole one: the box says where it really ends.
     box = draft[1] if draft else (0, 0, *full_size)
-    if wanted == full_size or backend() != "native":
+    if wanted == full_size or backend() != "native" or image.width * image.height > HUGE_PIXELS:
         picture = _to_rgb(image)
         return picture if wanted == full_size else picture.resize(wanted, Image.Resampling.LANCZOS, box=box)
     pixels_3HW = _decode_native(image, data) if image.size == full_size else None

@@ -11,10 +11,11 @@ import os
 import random
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fnmatch import fnmatch
+from html import unescape
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -180,13 +181,71 @@ def find_files(folder: str, pattern: str) -> list[str]:
     return sorted(name for name in names if fnmatch(name, pattern) and name.count("/") == pattern.count("/"))
 
 
+def is_folder(location: str) -> bool:
+    """Whether `location` is a folder; on the web, whether its server lists something there. Raises OSError."""
+    if not is_remote(location):
+        return Path(location).is_dir()
+    try:
+        if location.startswith(WEB):
+            return any(True for _ in scan_folder(location))
+        filesystem, path = _filesystem(location)
+        return _patiently(lambda: filesystem.info(path), location)["type"] == "directory"
+    except (FileNotFoundError, RefusedError):
+        return False
+
+
+def scan_folder(folder: str) -> Iterator[tuple[str, bool]]:
+    """The names in a remote folder, each with whether it is a folder, as the server gives them.
+
+    Of S3 page by page, of others once the whole folder is known. Web names stay quoted. Raises OSError.
+    """
+    filesystem, path = _filesystem(f"{folder.rstrip('/')}/" if folder.startswith(WEB) else folder)
+    if folder.startswith(("s3://", "s3a://")) and path:
+        yield from _scan_s3(filesystem, folder)
+        return
+    for entry in _patiently(lambda: filesystem.ls(path, detail=True), folder):
+        name = entry["name"].rstrip("/")
+        if folder.startswith(WEB):  # a page may link to anything: to other orders of itself, to the folder above
+            name = unescape(name).removeprefix(path).removeprefix("./")
+            if not name.strip(".") or any(mark in name for mark in "/?#"):
+                continue
+        yield name.rpartition("/")[2], entry["type"] == "directory"
+
+
+def _scan_s3(filesystem: Any, folder: str) -> Iterator[tuple[str, bool]]:
+    """fsspec would hold all of a folder's million objects before it tells of the first."""
+    bucket, _, prefix = folder.partition("://")[2].partition("/")
+    prefix += "" if not prefix or prefix.endswith("/") else "/"
+    place = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"}
+    while True:
+        page = _patiently(lambda: filesystem.call_s3("list_objects_v2", **place), folder)
+        for entry in page.get("CommonPrefixes", []):
+            yield entry["Prefix"].removeprefix(prefix).removesuffix("/"), True
+        for entry in page.get("Contents", []):
+            if entry["Key"] != prefix:  # the folder itself, as consoles make one, is no file
+                yield entry["Key"].removeprefix(prefix), False
+        if not page.get("IsTruncated"):
+            return
+        place["ContinuationToken"] = page["NextContinuationToken"]
+
+
 def read_bytes(location: str, *, end: int | None = None, patience_seconds: float | None = None) -> bytes:
     """The content of a file, whole or up to `end`. Raises OSError (FileNotFoundError among them)."""
     if not is_remote(location):
         with open(location, "rb") as file:  # noqa: PTH123 - a Path takes as long again
             return file.read() if end is None else file.read(end)
     filesystem, path = _filesystem(location)
-    return _patiently(lambda: filesystem.cat_file(path, end=end), location, patience_seconds)
+    return _patiently(lambda: _cat(filesystem, path, end), location, patience_seconds)
+
+
+def _cat(filesystem: Any, path: str, end: int | None) -> bytes:
+    try:
+        return filesystem.cat_file(path, end=end)
+    except Exception as error:
+        no_such_range = getattr(error, "errno", None) == errno.EINVAL or getattr(error, "status", None) == 416
+        if end is None or not no_such_range:
+            raise
+        return filesystem.cat_file(path)  # an empty file has no first byte to ask for
 
 
 def read_range(location: str, *, start: int, end: int, patience_seconds: float | None = None) -> bytes:

@@ -4,205 +4,224 @@
     accelerate launch --config_file accelerate_config.yaml infer/main.py --images photos     # on all GPUs
 
 Files that are no usable picture get a row that says why. A job that was stopped goes on where it stood when it is
-started again with the same --output.
+started again with the same --output, with as many processes as you like. Exit code 0: every file has a caption; 3: some
+have none, and the table counts why.
 """
 
-import hashlib
 import os
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import timedelta
+from threading import Thread
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from accelerate import PartialState
-from torch.utils.data import DataLoader, Dataset
-
-from captioner import cli, storage, views
-from captioner.bundle import Bundle, load_bundle
-from captioner.cli import UserError
-from captioner.decoding import Caption
-from captioner.images import ImageError
-from captioner.views import ViewSpec
-from infer.folders import ImageFile, list_files
-from infer.gallery import write_gallery
-from infer.results import FORMAT_VERSION, Row, RowWriter, find_parts, merge, part_path, read_rows
+from captioner import cli
+from captioner.cli import Bar, UserError
+from infer.listing import ImageFile, Listing, Refused, list_files
+from infer.reading import Reader, prepare
+from infer.results import (
+    RowIndex,
+    Summary,
+    check_settings,
+    merge,
+    own_files,
+    part_path,
+    read_rows,
+    write_settings,
+)
 from infer.settings import CaptionSettings
+from infer.sidecars import check_ending, write_sidecars
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from captioner.describe import Captioner
+
+EXIT_SOME_FAILED = 3
+LONGEST_WAIT = timedelta(days=30)  # of the process that is through first, for the last one
+BATCH_ON_CPU, BATCH_ON_GPU = 16, 64
 
 
 def main(settings: CaptionSettings) -> None:
     """List, caption what has no row yet, merge, and draw the gallery."""
-    check_settings(settings)
-    state = PartialState()
-    device = torch.device(state.device or "cpu")
-    bundle = load_bundle(settings.model, device=device)
-    ours = (settings.output, *find_parts(settings.output), settings.gallery)
-    files = list_files(settings.images, excluded=[path for path in ours if path])
-    earlier = read_rows(settings.output)
-    refuse_other_model(earlier, bundle=bundle, settings=settings)
-    done = {(row["root"], row["path"]) for row in earlier}
-    left = [file for file in files if (file.root, file.path) not in done]
+    check_flags(settings)
+    prepare()  # while this process loads torch and the model
+    state, captioner = load(settings)
+    listing = open_listing(settings, state)
+    choices = row_settings(captioner)
+    check_settings(settings.output, choices)
+    index = RowIndex(settings.output, retry_errors=settings.retry_errors)
     state.wait_for_everyone()  # all have read the earlier rows before anyone appends
-    started = time.monotonic()
-    caption_files(left[state.process_index :: state.num_processes], bundle=bundle, settings=settings, state=state)
-    state.wait_for_everyone()
     if state.is_main_process:
-        seconds = time.monotonic() - started
-        rows = merge(settings.output)
-        if settings.gallery is not None:
-            write_gallery(rows, settings.gallery, title="Captions", model=str(settings.model))
-        report(rows, num_new=len(left), seconds=seconds, settings=settings)
+        write_settings(settings.output, choices)
+    state.wait_for_everyone()
+
+    started = time.monotonic()
+    num_new = caption_files(listing, index, captioner, settings=settings, state=state)
+    seconds = time.monotonic() - started
+    state.wait_for_everyone()
+    num_failed = 0
+    if state.is_main_process:
+        summary = merge(settings.output)
+        num_failed = summary.failures.total()
+        report(summary, listing, rate=num_new / seconds, settings=settings)
+        write_extras(settings)
     state.wait_for_everyone()
     state.destroy_process_group()
+    if num_failed:
+        raise SystemExit(EXIT_SOME_FAILED)
 
 
-def check_settings(settings: CaptionSettings) -> None:
-    """Raise UserError for numbers that make no sense, or folders that are none."""
-    if settings.batch_size < 1 or settings.workers < 0 or (settings.beam_size or 1) < 1:
-        raise UserError("--batch-size and --beam-size must be at least 1, --workers at least 0")
+# ---- before -----------------------------------------------------------------------------------------------
+
+
+def check_flags(settings: CaptionSettings) -> None:
+    """Raise UserError for numbers that make no sense, and where nothing or something impossible is asked for."""
+    if not (settings.images or settings.list or settings.shards):
+        raise UserError("nothing to caption: give --images with a folder, a file, a glob or a URL")
+    if (
+        (settings.batch_size or 1) < 1
+        or (settings.workers or 1) < 1
+        or settings.batch_size == 0
+        or settings.workers == 0
+    ):
+        raise UserError("--batch-size and --workers must be at least 1")
     if settings.output.is_dir():
         raise UserError(f"--output {settings.output} is a folder: give the name of a JSONL file")
+    if settings.sidecar is not None:
+        check_ending(settings.sidecar)
 
 
-def refuse_other_model(rows: Sequence[Row], *, bundle: Bundle, settings: CaptionSettings) -> None:
-    """Raise UserError when earlier rows in the output come from other weights."""
-    others = sorted({row["model"] for row in rows} - {bundle.name})
-    if others:
-        raise UserError(
-            f"{settings.output} holds captions of another model ({others[0]}, this is {bundle.name}): "
-            "give another --output, or delete it"
-        )
+def load(settings: CaptionSettings) -> "tuple[PartialState, Captioner]":
+    """Torch, the processes as they were launched, and the model on this process's device."""
+    import torch
+    from accelerate import PartialState
 
+    from captioner.bundle import load_bundle
+    from captioner.describe import Captioner
 
-# ---- reading --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A file that was read: its view (P, P, 3) uint8, original (width, height) and sha256; or why it has none."""
-
-    file: ImageFile
-    view_PP3: np.ndarray | None
-    size: tuple[int, int]
-    sha256: str
-    failure: ImageError | None = None
-
-
-class Pictures(Dataset[Picture]):
-    """The files' pictures; a file that cannot be used is an item that says why."""
-
-    def __init__(self, files: Sequence[ImageFile], view: ViewSpec) -> None:
-        self.files = files
-        self.view = view
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Picture:
-        file = self.files[index]
-        try:
-            data = read_file(file)
-            view_PP3, size = views.read_eval_view(data, self.view)
-            return Picture(file, view_PP3, size, hashlib.sha256(data).hexdigest())
-        except ImageError as error:
-            return Picture(file, None, (0, 0), "", error)
-
-
-def read_file(file: ImageFile) -> bytes:
-    """A file's bytes. Raises ImageError."""
-    try:
-        return storage.read_bytes(str(file.location))
-    except FileNotFoundError as error:
-        raise ImageError("missing", "the file was there when the folder was listed, and is not any more") from error
-    except OSError as error:
-        raise ImageError("unreadable", f"{error.strerror or error}") from error
-
-
-def read_pictures(files: Sequence[ImageFile], *, bundle: Bundle, settings: CaptionSettings) -> Iterator[list[Picture]]:
-    """The files' pictures in batches, in order, read by worker processes."""
-    loader = DataLoader(
-        Pictures(files, bundle.view),
-        batch_size=settings.batch_size,
-        num_workers=min(settings.workers, -(-len(files) // settings.batch_size)),
-        collate_fn=list,
+    cpu = os.environ.get("ACCELERATE_USE_CPU") == "true" or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, timeout=LONGEST_WAIT)
+    announced = os.environ.get("WORLD_SIZE", "1")
+    if announced != str(state.num_processes):
+        raise UserError(f"WORLD_SIZE announces {announced} processes, Accelerate sees {state.num_processes}: unset it")
+    device = torch.device(state.device or "cpu")
+    torch.set_num_threads(1)  # whole batches are captioned side by side instead
+    bfloat16 = settings.precision == "bfloat16" or (
+        settings.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     )
-    return iter(loader)
+    captioner = Captioner(
+        load_bundle(settings.model, device=device),
+        beam_size=settings.beam_size,
+        length_penalty=settings.length_penalty,
+        captions_per_image=settings.captions_per_image,
+        abstain_below=settings.abstain_below,
+        precision="bfloat16" if bfloat16 else "float32",
+    )
+    return state, captioner
 
 
-# ---- captioning -----------------------------------------------------------------------------------------------
+def open_listing(settings: CaptionSettings, state: "PartialState") -> Listing:
+    """This process's share of the files, without what this program wrote itself."""
+    excluded = own_files(settings.output, num_processes=state.num_processes)
+    return list_files(
+        settings.images,
+        lists=settings.list,
+        shards=settings.shards,
+        excluded=[*excluded, settings.gallery] if settings.gallery else excluded,
+        skip_endings=[settings.sidecar] if settings.sidecar else [],
+        rank=state.process_index,
+        world_size=state.num_processes,
+    )
+
+
+def row_settings(captioner: "Captioner") -> dict[str, Any]:
+    """What decides the content of a row."""
+    return {
+        "model": captioner.bundle.name,
+        **asdict(captioner.decoding),
+        "captions_per_image": captioner.captions_per_image,
+        "abstain_below": captioner.abstain_below,
+        "precision": captioner.precision,
+    }
+
+
+# ---- captioning -------------------------------------------------------------------------------------------
 
 
 def caption_files(
-    files: Sequence[ImageFile], *, bundle: Bundle, settings: CaptionSettings, state: PartialState
-) -> None:
-    """Append a row for each file to this process's part of the output, batch after batch."""
-    if not files:
-        return
-    if bundle.device.type == "cpu":  # `accelerate launch` leaves a lone CPU process one thread
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // state.num_processes))
-    writer = RowWriter(part_path(settings.output, state.process_index))
-    num_failed = 0
-    with cli.progress_bar("captioning", total=len(files), unit="images", quiet=not state.is_main_process) as bar:
-        for pictures in read_pictures(files, bundle=bundle, settings=settings):
-            rows = caption_batch(pictures, bundle=bundle, beam_size=settings.beam_size)
-            writer.write(rows)
-            num_failed += sum("error" in row for row in rows)
-            bar.advance(len(rows), note=f"{num_failed} failed")
-    writer.close()
+    listing: Listing, index: RowIndex, captioner: "Captioner", *, settings: CaptionSettings, state: "PartialState"
+) -> int:
+    """Write a row for each file without one to this process's part; returns how many."""
+    from infer.captioning import CaptionWriter
+
+    on_cpu = captioner.bundle.device.type == "cpu"
+    num_processors = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    num_threads = num_processors if on_cpu else 1
+    writer = CaptionWriter(captioner, index, part_path(settings.output, state.process_index))
+    num_failed = num_rows = 0
+    with cli.progress_bar("captioning", total=None, unit="images", quiet=not state.is_main_process) as bar:
+        if state.is_main_process and all(map(os.path.isfile, settings.list)):  # a pipe can be read once
+            Thread(target=count_files, args=(open_listing(settings, state), bar), daemon=True).start()
+        reader = Reader(
+            left_to_do(listing, index, bar),
+            captioner.bundle.view,
+            batch_size=settings.batch_size or (BATCH_ON_CPU if on_cpu else BATCH_ON_GPU),
+            num_workers=settings.workers or num_processors,
+            num_held=num_threads + 1,
+        )
+        with reader:
+            for rows in writer.write_all(reader, num_threads=num_threads):
+                num_rows += len(rows)
+                num_failed += sum("error" in row for row in rows)
+                bar.advance(len(rows), note=f"{num_failed:,} failed")
+    index.close()
+    return num_rows
 
 
-@torch.inference_mode()
-def caption_batch(pictures: Sequence[Picture], *, bundle: Bundle, beam_size: int | None) -> list[Row]:
-    """A row for each picture, in order."""
-    usable = [picture.view_PP3 for picture in pictures if picture.view_PP3 is not None]
-    captions = iter(bundle.caption_views(np.stack(usable), beam_size=beam_size) if usable else [])
-    return [
-        failure_row(picture, model=bundle.name)
-        if picture.failure
-        else success_row(picture, next(captions), bundle=bundle)
-        for picture in pictures
-    ]
+def left_to_do(listing: Listing, index: RowIndex, bar: Bar) -> Iterator[ImageFile | Refused]:
+    """The files that have no row yet."""
+    for entry in listing:
+        file = entry.file if isinstance(entry, Refused) else entry
+        if index.is_done(file.root, file.path):
+            bar.skip()
+        else:
+            yield entry
 
 
-def success_row(picture: Picture, caption: Caption, *, bundle: Bundle) -> Row:
-    """The row of a captioned picture."""
-    return {
-        "root": picture.file.root,
-        "path": picture.file.path,
-        "format_version": FORMAT_VERSION,
-        "model": bundle.name,
-        "caption": bundle.vocabulary.decode(caption.tokens),
-        "score": round(caption.score, 4),
-        "token_scores": [round(score, 4) for score in caption.token_scores],
-        "width": picture.size[0],
-        "height": picture.size[1],
-        "sha256": picture.sha256,
-    }
+def count_files(listing: Listing, bar: Bar) -> None:
+    """Tell the bar how many files there are, while they are already being captioned."""
+    with suppress(UserError):
+        bar.set_total(sum(1 for _ in listing))
 
 
-def failure_row(picture: Picture, *, model: str) -> Row:
-    """The row of a file that has no caption, and why."""
-    assert picture.failure is not None
-    return {
-        "root": picture.file.root,
-        "path": picture.file.path,
-        "format_version": FORMAT_VERSION,
-        "model": model,
-        "error": picture.failure.reason,
-        "message": picture.failure.message,
-    }
+# ---- after ------------------------------------------------------------------------------------------------
 
 
-def report(rows: Sequence[Row], *, num_new: int, seconds: float, settings: CaptionSettings) -> None:
-    """Print what was done and where it lies."""
-    failures = Counter(row["error"] for row in rows if "error" in row)
-    rate = num_new / seconds if num_new else 0.0
-    failed = ", ".join(f"{count} {reason}" for reason, count in sorted(failures.items())) or "none"
-    header = ("rows", "captioned now", "failures", "seconds", "files/s")
-    cli.print_table(str(settings.output), header, [(len(rows), num_new, failed, seconds, rate)])
+def write_extras(settings: CaptionSettings) -> None:
+    """Sidecars and gallery, where they are wanted."""
+    if settings.sidecar is not None:
+        counts = write_sidecars(read_rows(settings.output), ending=settings.sidecar)
+        cli.console.print("sidecars: " + ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(counts.items())))
     if settings.gallery is not None:
-        cli.console.print(f"look at {settings.gallery / 'index.html'}")
+        from infer.gallery import write_gallery
+
+        page = write_gallery(read_rows(settings.output), settings.gallery, title="Captions", model=str(settings.model))
+        cli.console.print(f"look at {page}")
+
+
+def report(summary: Summary, listing: Listing, *, rate: float, settings: CaptionSettings) -> None:
+    """Print what the output holds and how fast this process was."""
+    failures = ", ".join(f"{count:,} {reason}" for reason, count in sorted(summary.failures.items())) or "none"
+    header = ("rows", "duplicates", "to review", "files/s now", "failures")
+    row = (summary.num_rows, summary.num_duplicates, summary.num_review, rate, failures)
+    cli.print_table(str(settings.output), header, [row])
+    if listing.num_linked_folders:
+        cli.console.print(
+            f"{listing.num_linked_folders:,} links to folders were not followed: name these with --images"
+        )
 
 
 def run() -> None:

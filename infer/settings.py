@@ -2,25 +2,46 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
+
+Several = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionSettings:
-    """Which pictures to caption, with which model, and where the captions go."""
+    """Which pictures to caption, with which model, how, and where the captions go."""
 
-    images: tyro.conf.UseAppendAction[tuple[Path, ...]]
-    """Folder of pictures, sub-folders included; give the flag again for further folders."""
-    model: Path = Path("runs/coco/model")
-    """Model folder that train/main.py wrote."""
+    images: tuple[str, ...] = ()
+    """Folders of pictures (with all below them), single files, globs in quotes, or URLs of these."""
+    list: tuple[str, ...] = ()
+    """Text files with a path or URL in each line; - is the standard input."""
+    shards: tuple[str, ...] = ()
+    """Dataset folders that sharding/make_shards.py wrote, whose pictures are captioned."""
+    model: str = "runs/coco/model"
+    """Model folder that train/main.py wrote, or its URL."""
     output: Path = Path("captions.jsonl")
     """JSONL file that receives one row for every file; files that have a row already are not captioned again."""
+    retry_errors: bool = False
+    """Try files again whose row is an error."""
     gallery: Path | None = None
     """Folder that receives a page to look at (index.html) with all pictures and captions."""
-    batch_size: int = 64
-    """Pictures that each process captions at once."""
+    sidecar: str | None = None
+    """Ending, such as .txt, of files with the caption, written beside the pictures, never over one that is there."""
+
     beam_size: int | None = None
     """Beams of the search; 1 is greedy. Without it the model folder's default."""
-    workers: int = 2
-    """Processes that read pictures, for each captioning process; 0 reads in the captioning process."""
+    length_penalty: float | None = None
+    """Below 1 the search favours short captions, above 1 long ones. Without it the model folder's default."""
+    captions_per_image: int = 1
+    """Different captions for each picture, the best first, in the key captions."""
+    abstain_below: float | None = None
+    """Leave alt empty and flag the row for review where the confidence is lower than this."""
+
+    batch_size: int | None = None
+    """Pictures that are captioned at once. Without it 64 on a GPU, 16 on a CPU."""
+    workers: int | None = None
+    """Processes that read pictures, for each captioning process. Without it one for each of its processors."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Numbers of the encoder; auto is bfloat16 on GPUs that have it, else float32."""

@@ -6,7 +6,6 @@ is this process itself, which nothing protects.)
 Workers come from a server process that has loaded the packing code once: importing torch costs seconds.
 """
 
-import multiprocessing
 import signal
 import traceback
 from collections import Counter, defaultdict, deque
@@ -14,13 +13,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
-from captioner import images
 from captioner.cli import UserError
+from captioner.workers import receive, start_server, use_one_thread
 from sharding.pack import BETWEEN, PackedShard, Progress, Report, pack_shard
 from sharding.plan import ShardPlan
 
@@ -43,11 +41,7 @@ def run_local(plans: Sequence[ShardPlan], folder: str, *, workers: int, report: 
 
 def prepare() -> ForkServerContext:
     """Let the server that workers come from start to load the packing code, in the background, if it has not yet."""
-    context = multiprocessing.get_context("forkserver")
-    native = [] if images.HAS_SIMD else ["torch"]
-    context.set_forkserver_preload(["sharding.engine", *native])
-    forkserver.ensure_running()
-    return context
+    return start_server("sharding.engine")
 
 
 @dataclass
@@ -103,7 +97,7 @@ class _Crew:
             busy = {worker.pipe: worker for worker in self._workers if worker.plan}
             for pipe in wait(list(busy)):
                 worker = busy[pipe]  # type: ignore[index]
-                message = _receive(worker.pipe)
+                message = receive(worker.pipe)
                 if isinstance(message, Progress):
                     report(message)
                 elif isinstance(message, PackedShard):
@@ -134,14 +128,6 @@ class _Crew:
         self._give(worker, plan)
 
 
-def _receive(pipe: Connection) -> Any:
-    """A worker's message, or None when it is dead."""
-    try:
-        return pipe.recv()
-    except (EOFError, OSError):
-        return None
-
-
 def _work(pipe: Connection, place: Any, folder: str) -> None:
     """A worker's life: shards come in, progress and packed shards go out, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
@@ -156,11 +142,3 @@ def _work(pipe: Connection, place: Any, folder: str) -> None:
                 pipe.send(error)
             except Exception:
                 pipe.send(RuntimeError(f"while packing {plan.name}:\n{traceback.format_exc()}"))
-
-
-def use_one_thread() -> None:
-    """Workers share the processors among themselves; torch's own threads would only get in their way."""
-    if images.backend() == "native":
-        import torch
-
-        torch.set_num_threads(1)

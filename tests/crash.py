@@ -1,31 +1,46 @@
-"""Workers of the packing engine that die, as processes do of memory that runs out or of a decoder's fault."""
+"""Worker processes that die or hang, as they do of memory that runs out or of a decoder's fault."""
 
 import os
+import time
 from multiprocessing.connection import Connection
 from typing import Any
 
 from captioner import images
+from infer import reading
 from sharding import engine
 
 DEADLY = b"this kills"
+ENDLESS = b"this hangs"
 
-work = engine._work
+pack, read = engine._work, reading._work
 
 
-def always(pipe: Connection, place: Any, folder: str) -> None:
-    """Die of the first shard, before any picture."""
+def always(pipe: Connection, *_: Any) -> None:
+    """Die of the first task, before any picture."""
     pipe.recv()
     os._exit(9)
 
 
-def at_deadly_pictures(pipe: Connection, place: Any, folder: str) -> None:
-    """Work as always, with a decoder that dies of certain pictures."""
+def packing_deadly_pictures(pipe: Connection, place: Any, folder: str) -> None:
+    """Pack as always, with a decoder that dies of certain pictures."""
+    _spoil_decoder()
+    pack(pipe, place, folder)
+
+
+def reading_deadly_pictures(*arguments: Any) -> None:
+    """Read as always, with a decoder that dies or hangs of certain pictures."""
+    _spoil_decoder()
+    read(*arguments)
+
+
+def _spoil_decoder() -> None:
     open_picture = images._open
 
     def die_or_open(data: bytes) -> Any:
         if DEADLY in data:
             os._exit(9)
+        if ENDLESS in data:
+            time.sleep(3600)
         return open_picture(data)
 
     images._open = die_or_open
-    work(pipe, place, folder)

@@ -3,7 +3,7 @@
 from html.parser import HTMLParser
 from pathlib import Path
 
-VOID = {"meta", "img", "input"}
+VOID = {"meta", "link", "img", "input"}
 
 
 class HtmlPage(HTMLParser):

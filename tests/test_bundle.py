@@ -1,68 +1,31 @@
 """The model folder: what is saved is what is loaded, and anything else is refused in one line."""
 
-import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from servers import Bucket
+from tiny_model import DECODING, VIEW, VOCABULARY, WORDS, caption_views, make_model, make_views
 
-import captioner
-from captioner.bundle import Bundle, DecodingDefaults, load_bundle, save_bundle
+from captioner.bundle import Bundle, load_bundle, save_bundle, save_calibration
+from captioner.calibration import Calibration, fit_confidence, fit_space
 from captioner.cli import UserError
-from captioner.images import ImageError
-from captioner.model import CaptionModel, ImageInput, ModelConfig
-from captioner.views import ViewSpec, normalise
+from captioner.model import CaptionModel, ImageInput
 from captioner.vocabulary import Vocabulary
 
-VIEW = ViewSpec(size=40, crop=32)
-DECODING = DecodingDefaults(beam_size=2, max_tokens=7)
-WORDS = ["a", "man", "dog", "cat", "rides", "sits", "on", "red", "bicycle", "table", "near", "sea"]
-VOCABULARY = Vocabulary.from_counts(dict.fromkeys(WORDS, 9), threshold=1)
 
-
-def make_model(image_input: ImageInput = "first") -> CaptionModel:
-    """A random model whose captions depend on the picture: large weights, statistics of pictures like these."""
-    torch.manual_seed(3)
-    config = ModelConfig(
-        encoder="small_cnn", vocabulary_size=len(VOCABULARY), embedding_size=8, hidden_size=9, image_input=image_input
-    )
-    model = CaptionModel(config)
-    with torch.no_grad():
-        for parameter in (model.norm.weight, model.predict.weight):
-            parameter.mul_(8)
-        model.norm.momentum = 1.0
-        model.encode(normalise(torch.from_numpy(make_views(8)), VIEW))
-    return model.eval()
-
-
-def make_views(num_views: int) -> np.ndarray:
-    """Views (B, P, P, 3), uint8."""
-    return np.stack(
-        [
-            np.asarray(make_picture(seed).resize((40, 40), Image.Resampling.LANCZOS).crop((4, 4, 36, 36)))
-            for seed in range(num_views)
-        ]
-    )
-
-
-def make_picture(seed: int) -> Image.Image:
-    patches = np.random.default_rng(seed).integers(0, 256, size=(3, 4, 3), dtype=np.uint8)
-    return Image.fromarray(patches).resize((50, 44))
-
-
-def picture_bytes(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    make_picture(seed).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def save(folder: Path, model: CaptionModel | None = None, *, vocabulary: Vocabulary = VOCABULARY) -> Path:
+def save(
+    folder: Path,
+    model: CaptionModel | None = None,
+    *,
+    vocabulary: Vocabulary = VOCABULARY,
+    calibration: Calibration | None = None,
+) -> Path:
     save_bundle(
         folder,
         model=model or make_model(),
@@ -70,8 +33,18 @@ def save(folder: Path, model: CaptionModel | None = None, *, vocabulary: Vocabul
         vocabulary=vocabulary,
         decoding=DECODING,
         metrics={"CIDEr": 0.25, "images": 12},
+        calibration=calibration,
     )
     return folder
+
+
+def make_calibration(*, num_captions: int = 200) -> Calibration:
+    """Half of the captions are good, those with the better scores; pictures are of one kind."""
+    scores = [float(number) for number in range(num_captions)]
+    found = fit_confidence(scores, [score >= num_captions / 2 for score in scores])
+    assert found is not None
+    features_BF = torch.rand(num_captions, 8, generator=torch.Generator().manual_seed(0))
+    return Calibration(decoding=asdict(DECODING), curve=found[0], reliability=found[1], space=fit_space(features_BF))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +59,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "model"))
 
 
-def refusal(folder: Path) -> str:
+def refusal(folder: Path | str) -> str:
     """The one line with which `folder` is refused."""
     with pytest.raises(UserError) as error:
         load_bundle(folder)
@@ -112,35 +85,24 @@ def test_a_saved_model_captions_as_before(tmp_path: Path, image_input: ImageInpu
     assert not loaded.model.training
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, loaded.model.state_dict()[name]), name
-    wanted = before.caption_views(views)
-    assert loaded.caption_views(views) == wanted
+    wanted = caption_views(before, views)
+    assert caption_views(loaded, views) == wanted
     assert len({tuple(caption.tokens) for caption in wanted}) > 1
-    assert loaded.caption_views(views, beam_size=1) == before.caption_views(views, beam_size=1)
+    assert caption_views(loaded, views, beam_size=1) == caption_views(before, views, beam_size=1)
 
 
 def test_beams_are_the_folders_unless_others_are_asked_for(saved: Path) -> None:
     loaded, views = load_bundle(saved), make_views(8)
-    assert loaded.caption_views(views) == loaded.caption_views(views, beam_size=2)
-    assert loaded.caption_views(views) != loaded.caption_views(views, beam_size=1)
-
-
-def test_captioner_loads_it_and_captions_bytes(saved: Path) -> None:
-    loaded = captioner.load_captioner(str(saved))
-    captions = [loaded.caption(picture_bytes(seed)) for seed in range(8)]
-    assert len(set(captions)) > 1
-    assert captions == [VOCABULARY.decode(caption.tokens) for caption in loaded.caption_views(make_views(8))]
-    assert all(set(caption.split()) <= set(WORDS) for caption in captions)
-    assert all(captions)
-    with pytest.raises(ImageError):
-        loaded.caption(b"no picture")
+    assert caption_views(loaded, views) == caption_views(loaded, views, beam_size=2)
+    assert caption_views(loaded, views) != caption_views(loaded, views, beam_size=1)
 
 
 def test_the_folder_is_self_contained(tmp_path: Path) -> None:
     first = save(tmp_path / "here" / "model")
-    wanted = load_bundle(first).caption_views(make_views(8))
+    wanted = caption_views(load_bundle(first), make_views(8))
     moved = Path(shutil.copytree(first, tmp_path / "elsewhere" / "other name"))
     shutil.rmtree(tmp_path / "here")
-    assert load_bundle(moved).caption_views(make_views(8)) == wanted
+    assert caption_views(load_bundle(moved), make_views(8)) == wanted
 
 
 def test_the_name_follows_the_weights(saved: Path, tmp_path: Path) -> None:
@@ -151,6 +113,108 @@ def test_the_name_follows_the_weights(saved: Path, tmp_path: Path) -> None:
 def test_the_card_and_the_metrics_say_how_good_it_was(saved: Path) -> None:
     assert json.loads((saved / "metrics.json").read_text()) == {"CIDEr": 0.25, "images": 12}
     assert "| CIDEr | 0.2500 |" in (saved / "README.md").read_text()
+
+
+# ---- a calibration --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calibrated(folder: Path) -> Path:
+    """A model folder that got a calibration later."""
+    save_calibration(folder, make_calibration(), model=load_bundle(folder).name)
+    return folder
+
+
+def test_a_calibration_comes_with_the_model_or_later(tmp_path: Path, saved: Path, calibrated: Path) -> None:
+    assert load_bundle(saved).calibration is None
+    wanted = make_calibration()
+    at_once = save(tmp_path / "at once", calibration=wanted)
+    for folder in (at_once, calibrated):
+        found = load_bundle(folder).calibration
+        assert found is not None
+        assert (found.curve, found.reliability, found.decoding) == (wanted.curve, wanted.reliability, asdict(DECODING))
+        assert found.is_unlike(torch.eye(8)) == [True] * 8
+        assert "On 200 validation pictures" in (folder / "README.md").read_text()
+    assert {path.name: path.read_bytes() for path in at_once.iterdir()} == {
+        path.name: path.read_bytes() for path in calibrated.iterdir()
+    }
+
+
+@pytest.mark.parametrize("name", ["calibration.json", "calibration.safetensors", "README.md"])
+def test_a_kill_while_calibrating_anew_leaves_a_model_that_loads(
+    calibrated: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    replace_file = Path.replace
+
+    def replace_or_die(self: Path, target: Path) -> Path:
+        if target.name == name:
+            raise KeyboardInterrupt
+        return replace_file(self, target)
+
+    model = load_bundle(calibrated).name
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            save_calibration(calibrated, make_calibration(num_captions=300), model=model)
+    assert load_bundle(calibrated).calibration is None
+    save_calibration(calibrated, make_calibration(num_captions=300), model=model)
+    assert load_bundle(calibrated).calibration is not None
+
+
+@pytest.mark.parametrize("name", ["calibration.json", "calibration.safetensors"])
+def test_a_damaged_calibration_is_refused(calibrated: Path, name: str) -> None:
+    data = (calibrated / name).read_bytes()
+    for damaged in (b"", data[: len(data) // 2], data[:-3] + b"xyz"):
+        (calibrated / name).write_bytes(damaged)
+        assert "--calibrate" in refusal(calibrated)
+
+
+def test_a_calibration_without_its_arrays_is_refused(calibrated: Path) -> None:
+    (calibrated / "calibration.safetensors").unlink()
+    message = refusal(calibrated)
+    assert "there is no" in message
+    assert "--calibrate" in message
+
+
+def test_the_calibration_of_another_model_is_refused(calibrated: Path, tmp_path: Path) -> None:
+    other = save(tmp_path / "other", make_model("every-step"))
+    for name in ("calibration.json", "calibration.safetensors"):
+        shutil.copy(calibrated / name, other / name)
+    assert "its model is" in refusal(other)
+
+
+# ---- behind a URL ---------------------------------------------------------------------------------------------
+
+
+def check_remote(url: str, folder: Path, *, put: Callable[[str, bytes], object]) -> None:
+    """The model behind a URL is that of the folder, with and without a calibration; then it is damaged."""
+    found, wanted = load_bundle(url), load_bundle(folder)
+    assert found.name == wanted.name
+    assert found.calibration is None
+    assert caption_views(found, make_views(4)) == caption_views(wanted, make_views(4))
+    save_calibration(folder, make_calibration(), model=wanted.name)
+    for name in ("calibration.json", "calibration.safetensors"):
+        put(name, (folder / name).read_bytes())
+    calibration = load_bundle(url).calibration
+    assert calibration is not None
+    assert calibration.confidence([150.0]) == make_calibration().confidence([150.0])
+    put("calibration.safetensors", b"")
+    assert "calibration.json does not fit" in refusal(url)
+    put("model.safetensors", b"")
+    assert "model.safetensors is cut" in refusal(url)
+    assert "there is no" in refusal(f"{url}/absent")
+
+
+def test_a_model_is_read_from_a_web_server(folder: Path, nginx: tuple[str, Path]) -> None:
+    address, root = nginx
+    served = Path(shutil.copytree(folder, root / "my model"))
+    check_remote(f"{address}/my%20model", folder, put=lambda name, data: (served / name).write_bytes(data))
+
+
+def test_a_model_is_read_from_a_bucket(folder: Path, bucket: Bucket) -> None:
+    bucket.put_folder(folder, "models/best")
+    url = f"s3://{bucket.name}/models/best"
+    check_remote(url, folder, put=lambda name, data: bucket.put(f"models/best/{name}", data))
 
 
 # ---- refusals -----------------------------------------------------------------------------------------------

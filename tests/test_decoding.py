@@ -1,8 +1,8 @@
-"""Both searches against slow references written from their definitions: no batch, no state kept, no tensor tricks.
+"""The searches against slow references written from their definitions: no batch, no state kept, no tensor tricks.
 
-A caption is words, then `<end>`, at most `max_tokens` steps in all; the search keeps beams by their total
-log-probability and ranks ended ones by it over a power of their steps. A beam that is wide enough prunes nothing, so
-it finds what trying every caption finds.
+A caption is words, then `<end>`, at most `max_tokens` steps in all, and has no trigram twice; the search keeps beams
+by their total log-probability and ranks ended ones by it over a power of their steps. A beam that is wide enough
+prunes nothing, so it finds what trying every caption finds.
 """
 
 import itertools
@@ -10,9 +10,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from captioner.decoding import Caption, beam_search, decode, greedy
+from captioner.decoding import COPY_COST, DIVERSITY, Caption, beam_search, decode, diverse, greedy
 from captioner.model import CaptionModel, ImageInput, ModelConfig, PackedCaptions
 from captioner.vocabulary import END, PAD, START, UNK
 
@@ -54,17 +56,47 @@ def next_scores(model: CaptionModel, image_E: Tensor, words: list[int]) -> list[
     return model.predict(hidden_TH[-1]).log_softmax(dim=0).tolist()
 
 
-def allowed(words: list[int], vocabulary_size: int) -> list[int]:
-    """Tokens that may follow: any word, and the end except at once."""
-    return [*([END] if words else []), *range(UNK + 1, vocabulary_size)]
+def trigrams(words: list[int]) -> list[tuple[int, ...]]:
+    return list(zip(words, words[1:], words[2:], strict=False))
 
 
-def naive_greedy(model: CaptionModel, image_E: Tensor, *, max_tokens: int) -> Caption:
+def repeats(words: list[int]) -> bool:
+    return len(set(trigrams(words))) < len(trigrams(words))
+
+
+def allowed(words: list[int], vocabulary_size: int, *, no_repeat_trigram: bool = True) -> list[int]:
+    """Tokens that may follow: the end except at once, and any word, except one that makes a trigram come again."""
+    said = [token for token in range(UNK + 1, vocabulary_size) if not (no_repeat_trigram and repeats([*words, token]))]
+    return [*([END] if words else []), *said]
+
+
+def naive_cost(words: list[int], token: int, earlier: list[Caption], *, max_tokens: int) -> float:
+    """What `token` costs after `words`, since earlier captions have it as their step, too."""
+    cost = 0.0
+    for caption in earlier:
+        steps = [*caption.tokens, END][:max_tokens]
+        copied = steps[: len(words)] == words
+        if steps[len(words) : len(words) + 1] == [token]:
+            is_whole_copy = copied and len(words) + 1 == len(steps)
+            cost += COPY_COST if is_whole_copy else DIVERSITY * (1 + copied * len(words))
+    return cost
+
+
+def naive_greedy(
+    model: CaptionModel,
+    image_E: Tensor,
+    *,
+    max_tokens: int,
+    no_repeat_trigram: bool = True,
+    earlier: list[Caption] | None = None,
+) -> Caption:
     words: list[int] = []
     scores: list[float] = []
     while len(scores) < max_tokens:
         following = next_scores(model, image_E, words)
-        token = max(allowed(words, len(following)), key=lambda token: following[token])
+        costs = [naive_cost(words, token, earlier or [], max_tokens=max_tokens) for token in range(len(following))]
+        may_follow = allowed(words, len(following), no_repeat_trigram=no_repeat_trigram)
+        token = max(may_follow, key=lambda token: following[token] - costs[token])
         scores.append(following[token])
         if token == END:
             break
@@ -73,7 +105,13 @@ def naive_greedy(model: CaptionModel, image_E: Tensor, *, max_tokens: int) -> Ca
 
 
 def naive_beam_search(
-    model: CaptionModel, image_E: Tensor, *, beam_size: int, max_tokens: int, length_penalty: float = 1.0
+    model: CaptionModel,
+    image_E: Tensor,
+    *,
+    beam_size: int,
+    max_tokens: int,
+    length_penalty: float = 1.0,
+    no_repeat_trigram: bool = True,
 ) -> Caption:
     beams: list[tuple[list[int], list[float]]] = [([], [])]
     for _ in range(max_tokens):
@@ -85,7 +123,7 @@ def naive_beam_search(
             following = next_scores(model, image_E, tokens)
             longer += [
                 ([*tokens, t], [*scores, following[t]])
-                for t in allowed(tokens, len(following))
+                for t in allowed(tokens, len(following), no_repeat_trigram=no_repeat_trigram)
                 if following[t] > -math.inf
             ]
         beams = sorted(longer, key=lambda beam: -sum(beam[1]))[:beam_size]
@@ -161,15 +199,126 @@ def test_a_wide_beam_finds_the_best_of_all_captions(image_input: ImageInput, see
         assert_same(caption, best_of_all(model, image_E, max_tokens=3))
 
 
+def naive_decode(model: CaptionModel, image_E: Tensor, *, beam_size: int, **options) -> Caption:
+    if beam_size == 1:
+        return naive_greedy(model, image_E, **options)
+    return naive_beam_search(model, image_E, beam_size=beam_size, **options)
+
+
 @pytest.mark.parametrize("image_input", FORMS)
 @pytest.mark.parametrize("beam_size", [1, 3])
-def test_an_image_gets_the_same_caption_alone_and_in_a_batch(image_input: ImageInput, beam_size: int) -> None:
-    model, image_BE = make_model(image_input, seed=1, num_words=20), make_images(9)
-    together = decode(model, image_BE, beam_size=beam_size, max_tokens=8)
-    for number, caption in enumerate(together):
-        (alone,) = decode(model, image_BE[number : number + 1], beam_size=beam_size, max_tokens=8)
-        assert_same(caption, alone)
-    assert len({tuple(caption.tokens) for caption in together}) > 2
+@pytest.mark.parametrize("num_words", [30, 60, 123])
+def test_words_are_found_all_over_a_larger_vocabulary(image_input: ImageInput, beam_size: int, num_words: int) -> None:
+    said = set()
+    for seed in range(6):
+        model, image_BE = make_model(image_input, seed=seed, num_words=num_words), make_images(3, seed=seed)
+        found = decode(model, image_BE, beam_size=beam_size, max_tokens=5)
+        for caption, image_E in zip(found, image_BE, strict=True):
+            assert_same(caption, naive_decode(model, image_E, beam_size=beam_size, max_tokens=5))
+            said |= set(caption.tokens)
+    assert min(said) < 4 + num_words // 4
+    assert max(said) >= 4 + num_words - num_words // 8
+
+
+@pytest.mark.parametrize("image_input", FORMS)
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_no_trigram_comes_twice_unless_that_is_wanted(image_input: ImageInput, beam_size: int) -> None:
+    num_repeats = {True: 0, False: 0}
+    for seed, no_repeat_trigram in itertools.product(range(5), num_repeats):
+        model, image_BE = make_model(image_input, seed=seed), make_images(3, seed=seed)
+        model.predict.bias[END] -= 3
+        options = {"beam_size": beam_size, "max_tokens": 12, "no_repeat_trigram": no_repeat_trigram}
+        for caption, image_E in zip(decode(model, image_BE, **options), image_BE, strict=True):
+            assert_same(caption, naive_decode(model, image_E, **options))
+            num_repeats[no_repeat_trigram] += repeats(caption.tokens)
+    assert num_repeats[True] == 0
+    assert num_repeats[False] > 5
+
+
+def test_a_caption_ends_where_every_word_would_repeat_a_trigram() -> None:
+    model = make_model("first", seed=0, num_words=1)
+    model.predict.bias[END] -= 50
+    for beam_size in (1, 3):
+        (caption,) = decode(model, make_images(1), beam_size=beam_size, max_tokens=9)
+        assert caption.tokens == [UNK + 1] * 3
+        assert caption.token_scores[-1] < -30
+
+
+@pytest.mark.parametrize("image_input", FORMS)
+@pytest.mark.parametrize("beam_size", [1, 3])
+@pytest.mark.parametrize("num_words", [5, 130])
+def test_each_further_caption_pays_for_what_earlier_ones_say(
+    image_input: ImageInput, beam_size: int, num_words: int
+) -> None:
+    options = {"beam_size": beam_size, "max_tokens": 6}
+    for seed in range(3):
+        model, image_BE = make_model(image_input, seed=seed, num_words=num_words), make_images(3, seed=seed)
+        found = diverse(model, image_BE, num_captions=4, **options)
+        assert [captions[0] for captions in found] == decode(model, image_BE, **options)
+        for captions, image_E in zip(found, image_BE, strict=True):
+            for number, caption in enumerate(captions[1:], start=1):
+                assert_same(caption, naive_greedy(model, image_E, max_tokens=6, earlier=captions[:number]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    image_input=st.sampled_from(FORMS),
+    seed=st.integers(0, 10**6),
+    num_captions=st.integers(1, 8),
+    beam_size=st.integers(1, 3),
+    max_tokens=st.integers(1, 8),
+    end_bias=st.sampled_from([-20.0, 0.0, 20.0]),
+    data=st.data(),
+)
+def test_diverse_captions_all_differ(
+    *,
+    image_input: ImageInput,
+    seed: int,
+    num_captions: int,
+    beam_size: int,
+    max_tokens: int,
+    end_bias: float,
+    data: st.DataObject,
+) -> None:
+    """Also where the model insists on ending at once, or never ends: the drive to copy is far above `DIVERSITY`."""
+    num_words = num_captions + max_tokens + data.draw(st.integers(0, 40), label="words to spare")
+    model = make_model(image_input, seed=seed, num_words=num_words)
+    model.predict.bias[END] += end_bias
+    options = {"num_captions": num_captions, "beam_size": beam_size, "max_tokens": max_tokens}
+    for captions in diverse(model, make_images(2, seed=seed), **options):
+        assert len({tuple(caption.tokens) for caption in captions}) == len(captions) == num_captions
+        assert all(min(caption.tokens) > UNK and not repeats(caption.tokens) for caption in captions)
+
+
+def test_too_small_a_vocabulary_still_gives_every_caption_asked_for() -> None:
+    """One word makes but two captions of at most two words."""
+    (captions,) = diverse(
+        make_model("first", seed=0, num_words=1), make_images(1), num_captions=4, beam_size=1, max_tokens=2
+    )
+    assert len(captions) == 4
+    assert {tuple(caption.tokens) for caption in captions} == {(UNK + 1,), (UNK + 1, UNK + 1)}
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    image_input=st.sampled_from(FORMS),
+    seed=st.integers(0, 10**6),
+    num_words=st.integers(8, 80),
+    num_images=st.integers(2, 6),
+    num_captions=st.integers(1, 4),
+    beam_size=st.integers(1, 4),
+)
+def test_an_image_gets_the_same_captions_alone_and_in_a_batch(
+    *, image_input: ImageInput, seed: int, num_words: int, num_images: int, num_captions: int, beam_size: int
+) -> None:
+    model, image_BE = make_model(image_input, seed=seed, num_words=num_words), make_images(num_images, seed=seed)
+    options = {"num_captions": num_captions, "beam_size": beam_size, "max_tokens": 8}
+    together = diverse(model, image_BE, **options)
+    for number, captions in enumerate(together):
+        (alone,) = diverse(model, image_BE[number : number + 1], **options)
+        for caption, single in zip(captions, alone, strict=True):
+            assert_same(caption, single)
+            assert caption.score == pytest.approx(single.score, abs=1e-4)
 
 
 @pytest.mark.parametrize("image_input", FORMS)
@@ -244,6 +393,7 @@ def test_scores_are_those_of_the_training_forward_pass(image_input: ImageInput, 
 def test_no_images_give_no_captions(beam_size: int) -> None:
     model = make_model("first", seed=0)
     assert decode(model, make_images(0), beam_size=beam_size, max_tokens=5) == []
+    assert diverse(model, make_images(0), num_captions=2, beam_size=beam_size, max_tokens=5) == []
     assert len(decode(model, make_images(2), beam_size=beam_size, max_tokens=5)) == 2
 
 
@@ -251,3 +401,5 @@ def test_no_images_give_no_captions(beam_size: int) -> None:
 def test_senseless_sizes_are_refused(beam_size: int, max_tokens: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         decode(make_model("first", seed=0), make_images(1), beam_size=beam_size, max_tokens=max_tokens)
+    with pytest.raises(ValueError, match="num_captions 0 must be at least 1"):
+        diverse(make_model("first", seed=0), make_images(1), num_captions=0, beam_size=3, max_tokens=5)

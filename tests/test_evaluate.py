@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import captions_of, write_shards
+from tiny_model import caption_views
 
 from captioner.bundle import DecodingDefaults, load_bundle, save_bundle
 from captioner.cli import UserError
@@ -330,12 +331,12 @@ def test_beams_and_length_penalty_are_the_folders_unless_others_are_asked_for(
     tmp_path: Path, model: Path, shards: str, scored: Any
 ) -> None:
     found, results = scored
-    assert found["decoding"] == {"beam_size": 2, "max_tokens": 7, "length_penalty": 1.0}
+    assert found["decoding"] == {"beam_size": 2, "max_tokens": 7, "length_penalty": 1.0, "no_repeat_trigram": True}
     greedy, results_of_greedy = score_model(tmp_path, model, shards, beam_size=1)
     assert greedy["decoding"]["beam_size"] == 1
     assert results_of_greedy != results
     short, _ = score_model(tmp_path, model, shards, length_penalty=0.0)
-    assert short["decoding"] == {"beam_size": 2, "max_tokens": 7, "length_penalty": 0.0}
+    assert short["decoding"] == {"beam_size": 2, "max_tokens": 7, "length_penalty": 0.0, "no_repeat_trigram": True}
     assert short["bleu_counts"]["candidate_tokens"] < found["bleu_counts"]["candidate_tokens"]
 
 
@@ -354,8 +355,8 @@ def test_a_folder_of_before_length_penalties_takes_the_mean_step(tmp_path: Path,
 def test_a_bundle_decodes_with_its_own_length_penalty(model: Path) -> None:
     bundle = load_bundle(model)
     views = torch.randint(0, 256, (40, 4, 4, 3)).repeat_interleave(8, 1).repeat_interleave(8, 2).byte().numpy()
-    mean = bundle.caption_views(views)
-    plain = replace(bundle, decoding=replace(bundle.decoding, length_penalty=0.0)).caption_views(views)
+    mean = caption_views(bundle, views)
+    plain = caption_views(replace(bundle, decoding=replace(bundle.decoding, length_penalty=0.0)), views)
     assert sum(len(caption.tokens) for caption in plain) < sum(len(caption.tokens) for caption in mean)
 
 

@@ -1,5 +1,7 @@
-"""The gallery page: what it shows, that no name or caption breaks it, and what it leaves on disk."""
+"""The gallery folder: what its files hold, that no name breaks them, and what it leaves on disk."""
 
+import hashlib
+import json
 import math
 import os
 import re
@@ -9,11 +11,14 @@ from urllib.parse import unquote_to_bytes
 
 import pytest
 from html_page import HtmlPage
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
+from tiny import write_shards
 
 from captioner.cli import UserError
-from infer.gallery import THUMBNAIL_SIDE_PIXELS, write_gallery
-from infer.results import Row
+from infer.gallery import THUMBNAIL_SIDE_PIXELS, name_roots, write_gallery
+from infer.listing import locate
 
 ODD_NAMES = [
     "<b>\"'&.jpg",
@@ -21,25 +26,47 @@ ODD_NAMES = [
     "a%20b#c?d.jpg",
     os.fsdecode(b"bad\xff.jpg"),
     "sub folder/1:2.jpg",
+    "javascript:alert(1).jpg",
+    "line\u2028end\n</script>.jpg",
 ]
 
 
-class Page(HtmlPage):
-    """A page of a gallery."""
+class Gallery:
+    """A gallery's page and data."""
 
-    def linked_file(self, url: str) -> Path:
-        """The file a browser would open for `url` on this page."""
-        assert re.fullmatch(r"[\w./%~-]+", url, re.ASCII)
-        return self.file.parent / os.fsdecode(unquote_to_bytes(url))
+    def __init__(self, index: Path) -> None:
+        self.folder = index.parent
+        self.page = HtmlPage(index)
+        found = re.fullmatch(
+            r"const ROWS = (\[.*\]);\nconst ROOTS = (\[.*\]);\n",
+            (self.folder / "data.js").read_text("ascii"),
+            re.DOTALL,
+        )
+        assert found
+        self.rows: list[dict[str, Any]] = json.loads(found[1])
+        self.roots: list[dict[str, str]] = json.loads(found[2])
+
+    def linked_file(self, row: dict[str, Any]) -> Path:
+        """The file that a browser would open for a row's link."""
+        assert re.fullmatch(r"[\w./%~-]+", row["link"], re.ASCII)
+        return self.folder / os.fsdecode(unquote_to_bytes(row["link"]))
+
+    def thumbnail(self) -> Image.Image:
+        (file,) = (self.folder / "thumbnails").iterdir()
+        return Image.open(file)
 
 
-def success(root: Path, path: str, **more: Any) -> Any:
-    row = {"root": str(root), "path": path, "caption": f"a picture named {path}", "score": math.log(0.5)}
-    return row | {"width": 64, "height": 48} | more
+def success(root: Path | str, path: str, **more: Any) -> Any:
+    file = Path(root, path)
+    sha256 = hashlib.sha256(file.read_bytes() if file.is_file() else os.fsencode(path)).hexdigest()
+    row = {"root": str(root), "path": path, "format_version": 2, "model": "weights", "caption": f"a picture of {path}"}
+    row |= {"alt": "A picture.", "score": math.log(0.5), "token_scores": [math.log(0.5)], "confidence": None}
+    return row | {"review": None, "duplicate_of": None, "width": 64, "height": 48, "sha256": sha256} | more
 
 
-def failure(root: Path, path: str, error: str = "BadImage", message: str = "it is cut off") -> Any:
-    return {"root": str(root), "path": path, "error": error, "message": message}
+def failure(root: Path | str, path: str, error: str = "truncated", message: str = "it is cut off") -> Any:
+    row = {"root": str(root), "path": path, "format_version": 2, "model": "weights"}
+    return row | {"error": error, "message": message}
 
 
 def save(file: Path, image: Image.Image | None = None, **options: Any) -> None:
@@ -47,169 +74,129 @@ def save(file: Path, image: Image.Image | None = None, **options: Any) -> None:
     (image or Image.new("RGB", (64, 48), "teal")).save(file, **options)
 
 
-def gallery(rows: list[Row], tmp_path: Path, **options: Any) -> Page:
-    index = write_gallery(rows, tmp_path / "gallery", title="My pictures", model="the model", **options)
+def gallery(rows: list[Any], tmp_path: Path) -> Gallery:
+    index = write_gallery(iter(rows), tmp_path / "gallery", title="My pictures", model="the model")
     assert index == tmp_path / "gallery" / "index.html"
-    return Page(index)
-
-
-def only_thumbnail(tmp_path: Path) -> Image.Image:
-    (file,) = (tmp_path / "gallery" / "thumbnails").iterdir()
-    return Image.open(file)
-
-
-def shown_names(page: Page) -> list[str]:
-    return [Path(page.linked_file(link["href"])).name for link in page.attributes("a") if "frame" in link.values()]
+    return Gallery(index)
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_an_odd_name_is_shown_and_linked_and_breaks_nothing(tmp_path: Path, name: str) -> None:
+def test_an_odd_name_is_listed_and_linked(tmp_path: Path, name: str) -> None:
     save(tmp_path / "pictures" / name)
-    page = gallery([success(tmp_path / "pictures", name)], tmp_path)
-    shown = re.sub("[\ud800-\udfff]", "\ufffd", name)
-    assert f"a picture named {shown}" in page.text("p")
-    assert shown in page.text("p")
-    (image,) = page.attributes("img")
-    assert image["alt"] == f"a picture named {shown}"
-    assert page.linked_file(image["src"]).is_file()
-    (link,) = (link for link in page.attributes("a") if link.get("class") == "frame")
-    assert page.linked_file(link["href"]).samefile(tmp_path / "pictures" / name)
-    assert not page.attributes("b")
+    made = gallery([success(tmp_path / "pictures", name)], tmp_path)
+    (row,) = made.rows
+    assert row["path"] == name
+    assert made.linked_file(row).samefile(tmp_path / "pictures" / name)
+    assert (made.folder / "thumbnails" / row["thumbnail"]).is_file()
 
 
-def test_markup_in_captions_titles_and_messages_stays_text(tmp_path: Path) -> None:
+def test_the_data_tell_all_that_the_page_shows_and_no_more(tmp_path: Path) -> None:
+    more = {"confidence": 0.25, "review": "low confidence", "duplicate_of": "x/y.jpg", "captions": ["one", "two"]}
+    made = gallery([success(tmp_path, "a.jpg", **more), failure(tmp_path, "b.jpg")], tmp_path)
+    common = {"root": 0, "link": None, "thumbnail": None}
+    success_row = {"path": "a.jpg", "caption": "a picture of a.jpg", "alt": "A picture.", "score": math.log(0.5)}
+    assert made.rows == [
+        common | success_row | more,
+        common | {"path": "b.jpg", "error": "truncated", "message": "it is cut off"},
+    ]
+
+
+def test_markup_in_titles_models_roots_and_errors_stays_text(tmp_path: Path) -> None:
     bad = "<script>alert('\"&</script>\udcff"
-    rows = [success(tmp_path, "a.jpg", caption=bad), failure(tmp_path, "b.jpg", error=bad, message=bad)]
-    index = write_gallery(rows, tmp_path / "gallery", title=bad, model=bad)
-    page, shown = Page(index), bad.replace("\udcff", "\ufffd")
-    assert len(page.attributes("script")) == 1
-    assert page.text("h1") == [shown]
-    assert [cell for cell in page.text("td") if cell == shown] == [shown, shown]
-    assert shown in page.text("p")
-    assert shown in page.text("dd")
+    rows = [success(tmp_path / bad, "a.jpg", caption=bad), failure(tmp_path / bad, "b.jpg", error=bad)]
+    made = Gallery(write_gallery(rows, tmp_path / "gallery", title=bad, model=bad))
+    shown = bad.replace("\udcff", "\ufffd")
+    assert [script["src"] for script in made.page.attributes("script")] == ["data.js", "gallery.js"]
+    assert made.page.text("h1") == [shown]
+    assert {f"1: 1 {shown}", shown, f"{tmp_path}/{shown}"} <= set(made.page.text("dd"))
+    assert made.rows[0]["caption"] == bad
 
 
 def test_the_summary_counts_captions_and_failures_by_error(tmp_path: Path) -> None:
     rows = [success(tmp_path, f"{number}.jpg") for number in range(3)]
-    rows += [
-        failure(tmp_path, "x", "BadImage"),
-        failure(tmp_path, "y", "BadImage"),
-        failure(tmp_path, "z", "TooBig"),
-    ]
-    page = gallery(rows, tmp_path)
+    rows += [failure(tmp_path, name, error) for name, error in (("x", "truncated"), ("y", "truncated"), ("z", "empty"))]
+    page = gallery(rows, tmp_path).page
     summary = dict(zip(page.text("dt"), page.text("dd"), strict=True))
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", summary.pop("Date"))
     assert summary == {
         "Captioned": "3",
-        "Failed": "3: 2 BadImage, 1 TooBig",
+        "Failed": "3: 2 truncated, 1 empty",
         "Model": "the model",
         "Folder": str(tmp_path),
     }
 
 
-def test_failures_are_in_a_table_on_the_first_page_only(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(b"not a picture")
-    rows = [success(tmp_path, "c.jpg"), success(tmp_path, "d.jpg")]
-    rows += [failure(tmp_path, "b.jpg"), failure(tmp_path, "a.jpg", "Odd", "<why>")]
-    page = gallery(rows, tmp_path, page_size=1)
-    assert page.text("td") == [
-        "a.jpg",
-        "Odd",
-        "<why>",
-        "b.jpg (not readable now)",
-        "BadImage",
-        "it is cut off",
+def test_sorting_by_confidence_is_offered_where_there_is_one(tmp_path: Path) -> None:
+    def options(**more: Any) -> list[str]:
+        page = gallery([success(tmp_path, "a.jpg", **more)], tmp_path).page
+        return [option["value"] for option in page.attributes("option")][7:]
+
+    assert options() == ["score", "score-falling", "path"]
+    assert options(confidence=0.0) == ["confidence", "confidence-falling", *options()]
+
+
+# ---- corrections ----------------------------------------------------------------------------------------------
+
+
+def test_one_folder_is_named_as_it_was_given(tmp_path: Path) -> None:
+    made = gallery([success("photos/./x", "a.jpg")], tmp_path)
+    assert made.roots == [{"root": "photos/./x", "images": "photos/./x", "prefix": ""}]
+
+
+def test_several_folders_are_named_from_the_one_they_lie_in_and_urls_from_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    roots = ["../one", "s3://bucket/three", str(tmp_path / "two" / "deep")]
+    made = gallery([success(root, "a.jpg") for root in roots], tmp_path)
+    assert [(root["root"], root["images"], root["prefix"]) for root in made.roots] == [
+        ("../one", str(tmp_path), "one/"),
+        ("s3://bucket/three", "s3://bucket/three", ""),
+        (str(tmp_path / "two" / "deep"), str(tmp_path), "two/deep/"),
     ]
-    assert [link for link in page.attributes("a") if link["href"] == "../a.jpg"]
-    assert not Page(tmp_path / "gallery" / "page-002.html").attributes("table")
 
 
-def test_with_several_roots_paths_say_which(tmp_path: Path) -> None:
-    for root in ("one", "two"):
-        save(tmp_path / root / "a.jpg")
-    page = gallery([success(tmp_path / root, "a.jpg") for root in ("one", "two")], tmp_path)
-    assert {str(tmp_path / "one/a.jpg"), str(tmp_path / "two/a.jpg")} <= set(page.text("p"))
-    assert len({image["src"] for image in page.attributes("img")}) == 2
+@given(roots=st.lists(st.text("ab./", min_size=1).map(lambda path: f"/{path.strip('/')}"), min_size=1, unique=True))
+def test_a_picture_s_corrected_name_finds_the_picture(roots: list[str]) -> None:
+    named = name_roots(roots)
+    for root, place in zip(roots, named, strict=True):
+        name = f"{place['prefix']}x.jpg"
+        assert not name.startswith(("/", "./", "../"))
+        assert os.path.normpath(Path(place["images"], name)) == os.path.normpath(Path(root, "x.jpg"))
+    assert len({place["images"] for place in named}) == 1
 
 
-def test_the_least_certain_come_first_over_all_pages(tmp_path: Path) -> None:
-    scores = {"a.jpg": -0.1, "b.jpg": -3.0, "c.jpg": -1.0, "d.jpg": -2.0}
-    for name in scores:
-        save(tmp_path / name)
-    first = gallery([success(tmp_path, name, score=score) for name, score in scores.items()], tmp_path, page_size=3)
-    assert shown_names(first) == ["b.jpg", "d.jpg", "c.jpg"]
-    assert shown_names(Page(tmp_path / "gallery" / "page-002.html")) == ["a.jpg"]
+def test_a_web_address_is_unquoted_for_make_shards_which_quotes_it_again(tmp_path: Path) -> None:
+    made = gallery([failure("https://example.org/x", "a%20b/c%23.jpg")], tmp_path)
+    assert [(row["path"], row["name"], row["link"]) for row in made.rows] == [("a%20b/c%23.jpg", "a b/c#.jpg", None)]
 
 
-def test_scores_are_shown_as_probabilities(tmp_path: Path) -> None:
-    row = success(tmp_path, "a.jpg", score=math.log(0.82), token_scores=[math.log(0.9), math.log(0.25)])
-    assert "confidence per word 0.82, lowest 0.25" in gallery([row], tmp_path).text("p")
-    assert "confidence per word 0.50" in gallery([success(tmp_path, "a.jpg")], tmp_path).text("p")
+def test_a_picture_inside_a_shard_has_a_thumbnail_but_no_name_to_correct(tmp_path: Path) -> None:
+    folder, name = write_shards(tmp_path, (1,)), "train-000000.tar/train-000000000.jpg"
+    sha256 = hashlib.sha256(locate(folder, name).read(max_bytes=1 << 20)).hexdigest()
+    made = gallery([success(folder, name, sha256=sha256)], tmp_path)
+    assert made.thumbnail().size == (32, 32)
+    assert (made.rows[0]["in_shard"], made.rows[0]["link"]) == (True, None)
 
 
-def test_a_row_without_a_score_comes_last_and_claims_no_confidence(tmp_path: Path) -> None:
-    rows = [success(tmp_path, "a.jpg"), success(tmp_path, "b.jpg")]
-    del rows[0]["score"]
-    page = gallery(rows, tmp_path)
-    assert [text for text in page.text("p") if text in ("a.jpg", "b.jpg")] == ["b.jpg", "a.jpg"]
-    assert len([text for text in page.text("p") if text.startswith("confidence")]) == 1
+# ---- pictures -------------------------------------------------------------------------------------------------
 
 
-def test_pages_split_at_the_page_size_and_link_to_each_other(tmp_path: Path) -> None:
-    rows = [success(tmp_path, f"{number:02d}.jpg") for number in range(25)]
-    gallery(rows, tmp_path, page_size=2)
-    files = sorted((tmp_path / "gallery").glob("*.html"))
-    assert [file.name for file in files] == ["index.html"] + [f"page-{n:03d}.html" for n in range(2, 14)]
-    pages = [Page(file) for file in files]
-    assert [len(page.attributes("figure")) for page in pages] == [2] * 12 + [1]
-    for page, current in zip(pages, range(1, 14), strict=True):
-        links = [link for link in page.attributes("a") if link["href"].endswith(".html")]
-        assert all(page.linked_file(link["href"]).is_file() for link in links)
-        assert [link["aria-label"] for link in links if "aria-current" in link] == [f"Page {current}"] * 2
-        assert len([link for link in links if link.get("rel") == "next"]) == (2 if current < 13 else 0)
-    assert "13 to 14 of 25 by rising confidence" in pages[6].text("p")
-    assert pages[6].text("nav")[0] == "Previous 1 … 5 6 7 8 9 … 13 Next"
-
-
-def test_a_smaller_gallery_removes_what_the_larger_one_left_and_nothing_else(tmp_path: Path) -> None:
-    rows = [success(tmp_path, f"{number}.jpg") for number in range(3)]
-    for row in rows:
-        save(tmp_path / row["path"])
-    gallery(rows, tmp_path, page_size=1)
-    (tmp_path / "gallery" / "notes.html").write_text("mine")
-    (tmp_path / "gallery" / "thumbnails" / "mine.jpg").write_text("mine")
-    page = gallery(rows[:1], tmp_path, page_size=1)
-    ours = page.attributes("img")[0]["src"].removeprefix("thumbnails/")
-    assert {file.name for file in (tmp_path / "gallery").iterdir()} == {
-        "index.html",
-        "notes.html",
-        "thumbnails",
-    }
-    assert {file.name for file in (tmp_path / "gallery" / "thumbnails").iterdir()} == {ours, "mine.jpg"}
-
-
-def test_no_rows_give_a_page_that_says_so(tmp_path: Path) -> None:
-    page = gallery([], tmp_path)
-    assert "No files were found, so there is nothing to show." in page.text("p")
-    assert not page.attributes("figure")
-    assert "No file could be captioned." in gallery([failure(tmp_path, "a")], tmp_path).text("p")
-
-
-def test_a_vanished_or_broken_picture_has_a_placeholder(tmp_path: Path) -> None:
+def test_a_vanished_broken_or_changed_picture_has_no_thumbnail(tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 and no more")
-    page = gallery([success(tmp_path, "broken.jpg"), success(tmp_path, "gone.jpg")], tmp_path)
-    assert page.text("span") == ["No preview", "No preview"]
-    assert not page.attributes("img")
-    assert shown_names(page) == ["broken.jpg"]
-    assert "a picture named gone.jpg" in page.text("p")
+    save(tmp_path / "changed.jpg")
+    rows = [success(tmp_path, name) for name in ("broken.jpg", "changed.jpg", "gone.jpg")]
+    save(tmp_path / "changed.jpg", Image.new("RGB", (64, 48), "red"))
+    made = gallery(rows, tmp_path)
+    assert [row["thumbnail"] for row in made.rows] == [None, None, None]
+    assert [row["link"] for row in made.rows] == ["../broken.jpg", "../changed.jpg", None]
 
 
 def test_thumbnails_are_small_and_keep_their_shape(tmp_path: Path) -> None:
     save(tmp_path / "a.jpg", Image.new("RGB", (4000, 1000)))
-    page = gallery([success(tmp_path, "a.jpg")], tmp_path)
-    assert only_thumbnail(tmp_path).size == (THUMBNAIL_SIDE_PIXELS, THUMBNAIL_SIDE_PIXELS // 4)
-    (image,) = page.attributes("img")
-    assert (image["width"], image["height"], image["loading"]) == ("320", "80", "lazy")
+    thumbnail = gallery([success(tmp_path, "a.jpg")], tmp_path).thumbnail()
+    assert thumbnail.size == (THUMBNAIL_SIDE_PIXELS, THUMBNAIL_SIDE_PIXELS // 4)
 
 
 def test_thumbnails_stand_upright(tmp_path: Path) -> None:
@@ -218,8 +205,7 @@ def test_thumbnails_stand_upright(tmp_path: Path) -> None:
     stored = Image.new("RGB", (1200, 800), "red")
     stored.paste("blue", (0, 0, 600, 800))
     save(tmp_path / "a.jpg", stored, exif=exif)
-    gallery([success(tmp_path, "a.jpg")], tmp_path)
-    thumbnail = only_thumbnail(tmp_path)
+    thumbnail = gallery([success(tmp_path, "a.jpg")], tmp_path).thumbnail()
     assert thumbnail.size == (213, 320)
     assert thumbnail.getpixel((100, 40)) == pytest.approx((0, 0, 254), abs=6)
     assert thumbnail.getpixel((100, 280)) == pytest.approx((254, 0, 0), abs=6)
@@ -238,57 +224,80 @@ def test_thumbnails_stand_upright(tmp_path: Path) -> None:
 )
 def test_any_mode_becomes_rgb_on_white(tmp_path: Path, name: str, image: Image.Image, expected: tuple) -> None:
     save(tmp_path / name, image)
-    gallery([success(tmp_path, name)], tmp_path)
-    thumbnail = only_thumbnail(tmp_path)
+    thumbnail = gallery([success(tmp_path, name)], tmp_path).thumbnail()
     assert (thumbnail.format, thumbnail.mode) == ("JPEG", "RGB")
     assert thumbnail.getpixel((25, 25)) == pytest.approx(expected, abs=6)
 
 
-def test_a_thumbnail_is_reused_until_its_picture_changes(tmp_path: Path) -> None:
-    rows = [success(tmp_path, "a.jpg")]
+def test_a_thumbnail_is_reused_until_its_picture_is_captioned_anew(tmp_path: Path) -> None:
     save(tmp_path / "a.jpg")
+    rows = [success(tmp_path, "a.jpg")]
     gallery(rows, tmp_path)
     (file,) = (tmp_path / "gallery" / "thumbnails").iterdir()
     made = file.stat().st_mtime_ns
-    gallery(rows, tmp_path)
+    (tmp_path / "a.jpg").unlink()
+    assert gallery(rows, tmp_path).rows[0]["thumbnail"] == file.name
     assert file.stat().st_mtime_ns == made
-    save(tmp_path / "other.jpg", Image.new("RGB", (64, 48), "red"))
-    os.utime(tmp_path / "other.jpg", (0, 0))
-    (tmp_path / "other.jpg").replace(tmp_path / "a.jpg")  # an old picture, moved to the place of the first
+    save(tmp_path / "a.jpg", Image.new("RGB", (64, 48), "red"))
+    thumbnail = gallery([success(tmp_path, "a.jpg")], tmp_path).thumbnail()
+    assert thumbnail.getpixel((30, 20)) == pytest.approx((254, 0, 0), abs=6)
+
+
+def test_pictures_with_the_same_bytes_share_a_thumbnail(tmp_path: Path) -> None:
+    for name in ("a.jpg", "sub/b.jpg"):
+        save(tmp_path / name)
+    made = gallery([success(tmp_path, "a.jpg"), success(tmp_path, "sub/b.jpg")], tmp_path)
+    made.thumbnail()
+    assert made.rows[0]["thumbnail"] == made.rows[1]["thumbnail"] is not None
+
+
+def test_a_smaller_gallery_removes_what_the_larger_one_left_and_nothing_else(tmp_path: Path) -> None:
+    for number in range(3):
+        save(tmp_path / f"{number}.jpg", Image.new("RGB", (10, 10 + number)))
+    rows = [success(tmp_path, f"{number}.jpg") for number in range(3)]
     gallery(rows, tmp_path)
-    assert only_thumbnail(tmp_path).getpixel((30, 20)) == pytest.approx((254, 0, 0), abs=6)
-
-
-def test_the_same_picture_twice_has_one_thumbnail(tmp_path: Path) -> None:
-    save(tmp_path / "sub" / "a.jpg")
-    rows = [success(tmp_path, "sub/a.jpg"), success(tmp_path / "sub", "a.jpg")]
-    assert len({image["src"] for image in gallery(rows, tmp_path).attributes("img")}) == 1
+    for mine in ("notes.html", "thumbnails/mine.jpg"):
+        (tmp_path / "gallery" / mine).write_text("mine")
+    made = gallery(rows[:1], tmp_path)
+    assert {file.name for file in made.folder.iterdir()} == {
+        "data.js", "gallery.css", "gallery.js", "index.html", "notes.html", "thumbnails",
+    }  # fmt: skip
+    assert {file.name for file in (made.folder / "thumbnails").iterdir()} == {made.rows[0]["thumbnail"], "mine.jpg"}
 
 
 def test_relative_folders_are_taken_from_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save(Path("pictures/a.jpg"))
-    page = Page(write_gallery([success(Path("pictures"), "a.jpg")], Path("out"), title="t", model="m"))
-    assert shown_names(page) == ["a.jpg"]
-    assert page.linked_file(page.attributes("img")[0]["src"]).is_file()
+    made = Gallery(write_gallery([success("pictures", "a.jpg")], Path("out"), title="t", model="m"))
+    assert made.linked_file(made.rows[0]).samefile("pictures/a.jpg")
+    assert (Path("out/thumbnails") / made.rows[0]["thumbnail"]).is_file()
+
+
+# ---- the page -------------------------------------------------------------------------------------------------
 
 
 def test_the_page_needs_no_network_and_names_its_parts(tmp_path: Path) -> None:
-    page = gallery([success(tmp_path, "a.jpg"), failure(tmp_path, "b.jpg")], tmp_path)
-    assert "://" not in page.file.read_text(encoding="utf-8")
+    made = gallery([success(tmp_path, "a.jpg"), failure(tmp_path, "b.jpg")], tmp_path)
+    page = made.page
+    for name in ("index.html", "gallery.css", "gallery.js", "data.js"):
+        assert "://" not in (made.folder / name).read_text(encoding="utf-8")
     assert page.attributes("html") == [{"lang": "en"}]
     assert len(page.attributes("main")) == len(page.attributes("header")) == len(page.attributes("h1")) == 1
     identifiers = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(identifiers) == len(set(identifiers))
     labelled = {label["for"] for label in page.attributes("label")}
     assert {field["id"] for field in page.attributes("select") + page.attributes("input")} == labelled
-    targets = {link["href"][1:] for link in page.attributes("a") if link["href"].startswith("#")}
-    assert targets == {"pictures", "failures"}
-    assert targets <= set(identifiers)
+    assert {link["href"][1:] for link in page.attributes("a")} <= set(identifiers)
+
+
+def test_without_javascript_the_page_says_where_the_captions_are(tmp_path: Path) -> None:
+    page = gallery([success(tmp_path, "a.jpg")], tmp_path).page
+    (note,) = page.text("noscript")
+    assert "captions.jsonl" in note
     assert "hidden" in page.attributes("form")[0]  # JavaScript shows it; without, nothing on the page is dead
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "gallery").write_text("a file")
-    with pytest.raises(UserError, match=r"cannot write the gallery file .*index\.html: .+; choose a folder"):
+    with pytest.raises(UserError, match=r"cannot write the gallery file .*data\.js: .+; choose a folder"):
         gallery([], tmp_path)

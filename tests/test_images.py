@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import os
 import struct
-import zlib
+import sys
+import time
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,9 +13,20 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image
+from odd_pictures import (
+    EPS,
+    READS_AVIF,
+    broken_files,
+    file_of,
+    iptc_around,
+    picture,
+    png_of,
+    whole_files,
+    write_odd_pictures,
+)
+from PIL import EpsImagePlugin, ExifTags, Image
 
-from captioner import images
+from captioner import images, views
 from captioner.images import ImageError
 
 WIDTH, HEIGHT = 48, 32
@@ -29,6 +42,8 @@ def drawn() -> np.ndarray:
     return pixels
 
 
+needs_avif = pytest.mark.skipif(not READS_AVIF, reason="this Pillow has no AVIF")
+
 STORED_BY_ORIENTATION = {
     1: drawn(),
     2: drawn()[:, ::-1],
@@ -40,12 +55,6 @@ STORED_BY_ORIENTATION = {
     8: np.rot90(drawn(), -1),
 }
 """What a camera stores so that a viewer that follows the EXIF standard shows `drawn()`."""
-
-
-def file_of(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def with_orientation(orientation: int) -> Image.Exif:
@@ -62,14 +71,9 @@ def decoded(data: bytes, *, at_least: int | None = None) -> np.ndarray:
     return np.asarray(picture).astype(int)
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
 def claiming(width: int, height: int) -> bytes:
     """A PNG of a few bytes whose header, with a right checksum, promises any number of pixels."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return png_of((width, height), b"")
 
 
 def photo_like(width: int, height: int) -> Image.Image:
@@ -90,14 +94,70 @@ def psnr(first: Image.Image, second: Image.Image) -> float:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("PNG", {}), ("JPEG", {"quality": 100, "subsampling": 0}), ("WEBP", {"lossless": True}), ("TIFF", {})],
+    [
+        ("PNG", {}),
+        ("JPEG", {"quality": 100, "subsampling": 0}),
+        ("WEBP", {"lossless": True}),
+        ("TIFF", {}),
+        pytest.param("AVIF", {"quality": 100, "subsampling": "4:4:4"}, marks=needs_avif),
+    ],
 )
 def test_a_turned_photo_stands_upright(kind: str, options: dict[str, Any], orientation: int) -> None:
     stored = Image.fromarray(np.ascontiguousarray(STORED_BY_ORIENTATION[orientation]))
     data = file_of(stored, kind, exif=with_orientation(orientation), **options)
     picture, size = images.decode_rgb(data)
     assert size == picture.size == (WIDTH, HEIGHT)
-    assert np.abs(np.asarray(picture).astype(int) - drawn()).max() <= (3 if kind == "JPEG" else 0)
+    assert np.abs(np.asarray(picture).astype(int) - drawn()).max() <= (3 if kind in ("JPEG", "AVIF") else 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_heic_photo_stands_upright_and_is_not_turned_twice(orientation: int) -> None:
+    """libheif follows the turn in the container, which stands beside the same one in the EXIF block."""
+    stored = Image.fromarray(np.ascontiguousarray(STORED_BY_ORIENTATION[orientation]))
+    data = heic_of(stored, exif=with_orientation(orientation).tobytes(), quality=-1, chroma=444)
+    assert b"irot" in data or b"imir" in data or orientation == 1
+    picture, size = images.decode_rgb(data)
+    assert size == picture.size == (WIDTH, HEIGHT)
+    assert np.abs(np.asarray(picture).astype(int) - drawn()).max() <= 6
+
+
+def heic_of(image: Image.Image, **options: Any) -> bytes:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(image).save(buffer, **options)
+    return buffer.getvalue()
+
+
+def test_a_heic_photo_is_decoded_and_not_the_small_copy_inside_it() -> None:
+    data = heic_of(photo_like(256, 192), thumbnails=[64])
+    assert images.decode_rgb(data, at_least=32)[0].size == (256, 192)
+
+
+def test_a_heic_photo_without_its_reader_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImageError, match=r"undecodable: .*HEIC.*pip install .*heic") as caught:
+        images.decode_rgb(b"\0\0\0\x1cftypmif1\0\0\0\0mif1heicmiaf" + bytes(99))
+    assert caught.value.reason == "undecodable"
+
+
+def test_an_avif_picture_without_its_reader_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = b"\0\0\0\x1cftypavif\0\0\0\0avifmif1"
+    for there in (True, False):
+        monkeypatch.setattr(images, "find_spec", lambda name, there=there: there or None)
+        with pytest.raises(ImageError) as caught:
+            images.decode_rgb(start)
+        assert caught.value.reason == "undecodable"
+        assert ("pip install" in caught.value.message) is not there
+
+
+def test_a_huge_heic_is_refused_before_a_pixel_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = heic_of(photo_like(64, 64))
+    pillow_heif = pytest.importorskip("pillow_heif")
+    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 64 - 1)
+    monkeypatch.setattr(pillow_heif.HeifImageFile, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(ImageError) as caught:
+        images.load_resized(data, size=8, resize="squash")
+    assert caught.value.reason == "too large"
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -140,10 +200,21 @@ def test_damaged_exif_does_no_harm_to_the_pixels() -> None:
         ("half clear red", file_of(Image.new("RGBA", (9, 9), (255, 0, 0, 128)), "PNG"), (255, 127, 127)),
         ("clear black", file_of(Image.new("RGBA", (9, 9), (0, 0, 0, 0)), "PNG"), (255, 255, 255)),
         ("clear WebP", file_of(Image.new("RGBA", (9, 9), (0, 0, 9, 0)), "WEBP", lossless=True), (255, 255, 255)),
+        (
+            "palette half clear",
+            file_of(Image.new("RGB", (9, 9), (255, 0, 0)).quantize(), "PNG", transparency=b"\x80"),
+            (255, 127, 127),
+        ),
         ("palette", file_of(Image.new("RGB", (9, 9), (255, 0, 0)).quantize(), "PNG"), (255, 0, 0)),
         ("CMYK JPEG", file_of(Image.new("CMYK", (9, 9), (255, 0, 0, 0)), "JPEG", quality=95), (0, 255, 255)),
         ("16 bit", file_of(Image.fromarray(np.full((9, 9), 0x7F10, np.uint16)), "PNG"), (127, 127, 127)),
         ("dark 16 bit", file_of(Image.fromarray(np.full((9, 9), 200, np.uint16)), "PNG"), (0, 0, 0)),
+        ("float to 1", file_of(Image.new("F", (9, 9), 0.5), "TIFF"), (127, 127, 127)),
+        ("float to 255", file_of(Image.new("F", (9, 9), 90.0), "TIFF"), (90, 90, 90)),
+        ("float to 65535", file_of(Image.new("F", (9, 9), 25856.0), "TIFF"), (101, 101, 101)),
+        ("no numbers", file_of(Image.new("F", (9, 9), float("nan")), "TIFF"), (0, 0, 0)),
+        ("32 bit", file_of(Image.new("I", (9, 9), 0x7F10), "TIFF"), (127, 127, 127)),
+        ("32 bit, large", file_of(Image.new("I", (9, 9), 1 << 30), "TIFF"), (255, 255, 255)),
         ("WebP", file_of(Image.new("RGB", (9, 9), (10, 200, 30)), "WEBP", lossless=True), (10, 200, 30)),
         ("BMP", file_of(Image.new("RGB", (9, 9), (10, 200, 30)), "BMP"), (10, 200, 30)),
     ],
@@ -228,6 +299,65 @@ DAMAGEABLE = [
     file_of(photo_like(48, 32), "WEBP"),
     file_of(photo_like(48, 32), "TIFF"),
 ]
+
+
+# ---- odd and hostile files ----------------------------------------------------------------------------------
+
+IN_GREY = {"grey.jpg", "grey_16.png", "grey_16.tif", "grey_16_big_endian.tif", "float.tif"}
+CLEAR_IN_PARTS = {"palette_index.png", "palette_bytes.png", "grey_alpha.png", "alpha.png", "texture.dds"}
+WHOLE, BROKEN = whole_files(), broken_files()
+NOT_THE_PICTURE = {"giant_tag.tif", "one_pixel.png", "thread.png", "turned.jpg", "one_bit.png", "bits.xbm"}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("name", sorted(WHOLE))
+def test_rare_kinds_of_files_show_their_picture(name: str) -> None:
+    spec = views.ViewSpec(size=64, crop=64)
+    view, size = views.read_eval_view(WHOLE[name], spec)
+    assert view.shape == (64, 64, 3)
+    assert size == images.decode_rgb(WHOLE[name])[1]
+    if name not in CLEAR_IN_PARTS | NOT_THE_PICTURE:
+        shown = picture().convert("L") if name in IN_GREY else picture()
+        expected, _ = views.read_eval_view(file_of(shown, "PNG"), spec)
+        assert np.abs(view.astype(int) - expected).mean() <= 8
+
+
+@pytest.mark.parametrize("name", sorted(BROKEN))
+def test_broken_files_get_their_reason_soon_in_one_line(name: str) -> None:
+    data, reason = BROKEN[name]
+    start = time.thread_time()
+    with pytest.raises(ImageError) as caught:
+        images.load_resized(data, size=64, resize="squash")
+    assert (caught.value.reason, "\n" in caught.value.message) == (reason, False)
+    assert time.thread_time() - start < 2
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the program that stands for Ghostscript is a shell script")
+@pytest.mark.parametrize("data", [EPS, iptc_around(EPS)], ids=["EPS", "EPS inside IPTC"])
+def test_no_picture_starts_a_program(data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow alone would: it hands EPS to Ghostscript, for which a script stands here that leaves a trace."""
+    trace = tmp_path / "started"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch '{trace}'\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    with pytest.raises(ImageError, match="start other programs"):
+        images.decode_rgb(data)
+    assert not trace.exists()
+    with contextlib.suppress(Exception):
+        Image.open(io.BytesIO(data)).load()
+    assert trace.exists()
+
+
+def test_the_folder_of_odd_pictures_is_what_it_says(tmp_path: Path) -> None:
+    expected = write_odd_pictures(tmp_path / "odd")
+    assert {None, "special file", "missing", "empty", "truncated", "too large", "undecodable"} <= set(expected.values())
+    assert len({path for path in expected if path.startswith("names/")}) >= 8
+    for path, reason in expected.items():
+        assert os.path.lexists(tmp_path / "odd" / path)
+        assert (reason == "special file") == (
+            (tmp_path / "odd" / path).exists() and not (tmp_path / "odd" / path).is_file()
+        )
 
 
 # ---- resizing ---------------------------------------------------------------------------------------------
@@ -321,6 +451,15 @@ def test_real_photos_are_resized_like_plain_lanczos(backend: str, size: int) -> 
         data = path.read_bytes()
         found = psnr(images.load_resized(data, size=size, resize="squash")[0], plain_lanczos(data, (size, size)))
         assert found >= 45, path.name
+
+
+def test_a_huge_picture_is_resized_by_pillow_which_needs_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = file_of(photo_like(400, 300), "PNG")
+    monkeypatch.setattr(images, "HUGE_PIXELS", 400 * 300 - 1)
+    monkeypatch.setattr(images, "_resize_native", lambda *_, **__: pytest.fail("went the other way"))
+    monkeypatch.setattr(images, "backend", lambda: "native")
+    resized, _ = images.load_resized(data, size=64, resize="squash")
+    assert (np.asarray(resized) == np.asarray(plain_lanczos(data, (64, 64)))).all()
 
 
 def test_the_same_files_are_refused_whatever_resizes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 STAGES = ("sharding", "train", "infer")
 LIGHT_MODULES = (
     "captioner",
+    "captioner.alt_text",
     "captioner.cli",
     "captioner.images",
     "captioner.metrics",
@@ -27,9 +28,12 @@ LIGHT_MODULES = (
     "train.plan",
     "train.reader",
     "train.split",
-    "infer.folders",
+    "infer.listing",
+    "infer.main",
+    "infer.reading",
     "infer.gallery",
     "infer.results",
+    "infer.sidecars",
 )
 
 

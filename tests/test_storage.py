@@ -335,6 +335,38 @@ def test_s3_is_asked_anew_each_time(bucket: Bucket) -> None:
     assert storage.read_bytes(f"{root}/b") == b"333"
 
 
+def test_s3_is_scanned_page_by_page(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "2")
+    for key in ("p/", "p/a.jpg", "p/b?.jpg", "p/c/d.jpg", "p/e.jpg", "p//f.jpg", "q.jpg"):
+        bucket.put(key, b"x")
+    asked = []
+    patiently = storage._patiently
+    monkeypatch.setattr(storage, "_patiently", lambda *args: asked.append(args[1]) or patiently(*args))
+    root = f"s3://{bucket.name}/p"
+    names = storage.scan_folder(root)
+    first = next(names)
+    assert len(asked) == 1
+    expected = [("", True), ("a.jpg", False), ("b?.jpg", False), ("c", True), ("e.jpg", False)]
+    assert sorted([first, *names]) == expected
+    assert len(asked) == 3
+    assert list(storage.scan_folder(f"{root}//")) == [("f.jpg", False)]
+    assert storage.read_bytes(f"{root}//f.jpg") == b"x"
+    assert sorted(storage.scan_folder(f"s3://{bucket.name}")) == [("p", True), ("q.jpg", False)]
+    assert [storage.is_folder(place) for place in (root, f"{root}/c", f"{root}/a.jpg", f"{root}/none")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_an_empty_object_has_no_beginning_to_be_read(bucket: Bucket) -> None:
+    bucket.put("empty", b"")
+    started = time.monotonic()
+    assert storage.read_bytes(f"s3://{bucket.name}/empty", end=10) == b""
+    assert time.monotonic() - started < 3.0  # it is not tried again and again
+
+
 def test_a_large_object_goes_up_in_parts_and_comes_back(bucket: Bucket) -> None:
     data = os.urandom(1 << 20) * 110
     storage.write_atomic(f"s3://{bucket.name}/large", data)
@@ -431,6 +463,19 @@ def test_the_web_is_listed_where_its_server_shows_it(nginx: tuple[str, Path]) ->
     for name in ("captions_train.json", "captions_val é 1.csv"):
         (root / "listed" / name).touch()
     assert storage.list_files(f"{address}/listed/") == ["captions_train.json", "captions_val é 1.csv"]
+
+
+def test_a_web_page_links_to_more_than_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Web:
+        """As fsspec reads a page: every link that leads below the folder."""
+
+        def ls(self, path: str, *, detail: bool) -> list[dict[str, str]]:
+            names = ["a&amp;b.jpg", "./c.jpg", "%20.jpg", "?C=N;O=D", "sub/", "../", "other/page/x.jpg", "#top"]
+            return [{"name": path + name, "type": "directory" if name[-1] == "/" else "file"} for name in names]
+
+    monkeypatch.setattr(storage, "_filesystem", lambda location: (Web(), location))
+    found = list(storage.scan_folder("http://host/p"))
+    assert found == [("a&b.jpg", False), ("c.jpg", False), ("%20.jpg", False), ("sub", True)]
 
 
 def test_the_web_cannot_be_written(nginx: tuple[str, Path]) -> None:

@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_model import caption_views
 from trainer import Done, Running, run_training, start_training
 
 from captioner.bundle import load_bundle
@@ -136,7 +137,7 @@ def test_the_model_folder_scores_what_training_said(undisturbed: Path, shards: P
         vocabulary=bundle.vocabulary,
         workers=0,
     )
-    captions = [c for batch in stream for c in bundle.caption_views(batch.inputs.numpy())]
+    captions = [c for batch in stream for c in caption_views(bundle, batch.inputs.numpy())]
     wanted = [row["caption"] for row in validation_rows(undisturbed)]
     assert [bundle.vocabulary.decode(caption.tokens) for caption in captions] == wanted
 

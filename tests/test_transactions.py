@@ -390,7 +390,7 @@ def test_a_picture_that_crashes_the_decoder_is_a_failure_and_costs_no_other_pict
     shutil.copytree(coco, data)
     some = sorted((data / "train2014").iterdir())[7]
     picture(7).save(some, comment=crash.DEADLY)
-    monkeypatch.setattr("sharding.engine._work", crash.at_deadly_pictures)
+    monkeypatch.setattr("sharding.engine._work", crash.packing_deadly_pictures)
     make_shards.main(flags(data, tmp_path / "shards", workers=2))
     failures = [json.loads(line) for line in (tmp_path / "shards/train.failures.jsonl").read_text().splitlines()]
     assert failures == [{"image": some.name, "reason": "undecodable", "message": "it crashes the decoder"}]

@@ -1,9 +1,13 @@
-"""Real training runs in processes that come from a server which has loaded torch once: they start in a moment."""
+"""Real runs of train/main.py and infer/main.py, in processes of a server that has loaded torch: they start at once."""
 
+import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +41,27 @@ class Running:
         return Done(code, self.log.read_text())
 
     def kill(self) -> None:
-        """kill -9 all ranks."""
+        """kill -9 all ranks, and the processes that they started."""
         for rank in self.ranks:
+            with suppress(ProcessLookupError):
+                os.killpg(rank.pid, signal.SIGKILL)
             rank.kill()
             rank.join()
 
 
-def start_training(flags: Sequence[object], *, log: Path, world_size: int = 1) -> Running:
-    """`train/main.py` with these flags, on so many gloo ranks."""
+def start(script: str, flags: Sequence[object], *, log: Path, world_size: int = 1) -> Running:
+    """A stage's command (`train/main.py`) with these flags, on so many gloo ranks."""
     port = free_port()
-    arguments = ["train/main.py", *map(str, flags)]
+    arguments = [script, *map(str, flags)]
     ranks = [context.Process(target=_rank, args=(arguments, log, rank, world_size, port)) for rank in range(world_size)]
     for rank in ranks:
         rank.start()
     return Running(ranks, log)
+
+
+def start_training(flags: Sequence[object], *, log: Path, world_size: int = 1) -> Running:
+    """`train/main.py` with these flags."""
+    return start("train/main.py", flags, log=log, world_size=world_size)
 
 
 def run_training(flags: Sequence[object], *, log: Path, world_size: int = 1) -> Done:
@@ -59,6 +70,7 @@ def run_training(flags: Sequence[object], *, log: Path, world_size: int = 1) -> 
 
 
 def _rank(arguments: list[str], log: Path, rank: int, world_size: int, port: int) -> None:
+    os.setsid()
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
     if world_size > 1:
@@ -71,10 +83,10 @@ def _rank(arguments: list[str], log: Path, rank: int, world_size: int, port: int
     sys.argv = arguments
     import torch
 
-    from captioner import cli
-    from train import main
+    from captioner import cli, workers
 
     torch.set_num_threads(1)
     torch.set_num_threads = lambda _threads: None  # type: ignore[assignment]  # tests share the machine
+    workers.start_server = lambda _module: multiprocessing.get_context("fork")  # type: ignore[assignment]  # of this process, which has loaded torch
     cli.console.file = sys.stdout = os.fdopen(1, "w", buffering=1)
-    main.run()
+    import_module(arguments[0].removesuffix(".py").replace("/", ".")).run()

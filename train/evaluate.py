@@ -4,6 +4,8 @@
     accelerate launch --config_file accelerate_config.yaml train/evaluate.py --model model --shards shards  # all GPUs
     python train/evaluate.py --results results.json --references captions_val2014.json --json scores.json
 
+    python train/evaluate.py --model runs/coco/model --shards data/shards --calibrate  # and its confidence, anew
+
 Figures are those of the evaluation inside training, and of the official program (coco-caption). METEOR and SPICE need
 Java and one more package: pip install -e '.[java]', then --java-metrics meteor spice.
 """
@@ -11,14 +13,18 @@ Java and one more package: pip install -e '.[java]', then --java-metrics meteor 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from captioner import cli, storage
 from captioner.cli import UserError
 from captioner.metrics import References
 from train.coco_results import ImageId, read_references, read_results, write_results
 from train.java_metrics import JavaMetric, check_java, java_scores
+
+if TYPE_CHECKING:
+    from captioner.calibration import Calibration
 
 SCORING_FLAGS = ("results", "references", "java_metrics", "json")  # the others are for captioning a split
 
@@ -45,6 +51,8 @@ class EvaluateSettings:
     """Folder where shards behind URLs are kept, for all processes of a machine."""
     cache_gigabytes: float = 50.0
     """What that folder may hold, downloads under way included; the least recently used shards go first."""
+    calibrate: bool = False
+    """Also measure the model's confidence and what its pictures are like, and keep both in its folder."""
     output: Path = Path("results.json")
     """COCO results file that receives the model's captions."""
 
@@ -141,6 +149,7 @@ def score_model(settings: EvaluateSettings) -> None:
 
     from captioner.bundle import load_bundle
     from train.cache import ShardCache
+    from train.calibrate import calibrate
     from train.launch import start_accelerator
     from train.plan import PACK_FIRST
     from train.split import check_fits, read_split, read_view
@@ -156,17 +165,17 @@ def score_model(settings: EvaluateSettings) -> None:
     check_fits(bundle.view, read_view([split], crop=bundle.view.crop))
     given: dict[str, Any] = {"beam_size": settings.beam_size, "length_penalty": settings.length_penalty}
     decoding = replace(bundle.decoding, **{name: value for name, value in given.items() if value is not None})
-    batches = BatchStream(
-        split,
-        plan=split.plain_plan(),
-        share=Share.of(accelerator, settings.batch_size),
+    open_stream = partial(
+        BatchStream,
         rules=ViewRules(crop=bundle.view.crop, max_tokens=decoding.max_tokens, training=False),
         vocabulary=bundle.vocabulary,
         workers=settings.workers,
         cache=ShardCache(settings.cache, max_bytes=int(settings.cache_gigabytes * 1e9)),
     )
+    batches = open_stream(split, plan=split.plain_plan(), share=Share.of(accelerator, settings.batch_size))
+    loss_model = CaptionLoss(bundle.model, view=bundle.view)
     loss, rows = evaluate_split(
-        CaptionLoss(bundle.model, view=bundle.view),
+        loss_model,
         batches,
         vocabulary=bundle.vocabulary,
         decoding=decoding,
@@ -187,8 +196,25 @@ def score_model(settings: EvaluateSettings) -> None:
             "results": str(settings.output),
         }
         report(metrics, captions, references, facts, settings=settings)
+    if settings.calibrate:
+        calibration = calibrate(
+            rows, split, loss_model=loss_model, open_stream=open_stream, decoding=decoding, accelerator=accelerator
+        )
+        if settings.model is not None and calibration is not None:
+            keep_calibration(settings.model, calibration, name=bundle.name)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def keep_calibration(folder: Path, calibration: "Calibration", *, name: str) -> None:
+    """Put a calibration into the folder of the model with this name. Raises UserError."""
+    from captioner.bundle import save_calibration
+
+    try:
+        save_calibration(folder, calibration, model=name)
+    except OSError as error:
+        raise UserError(f"cannot keep the calibration in {folder} ({error}): mend that and run again") from error
+    cli.console.print(f"the calibration is in {folder}, for captions with the same beams and penalty")
 
 
 def run() -> None:

@@ -87,16 +87,14 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
     open_stream = partial(
         BatchStream, share=share, vocabulary=vocabulary, rules=replace(rules, training=False), workers=settings.workers,
         cache=ShardCache(settings.cache, max_bytes=int(settings.cache_gigabytes * 1e9)),
-        tolerate=settings.tolerate_bad_samples,
-    )  # fmt: skip
+        tolerate=settings.tolerate_bad_samples)  # fmt: skip
     cached = [split for split in (train, val) if split and settings.cache_features]
     features = prepare_features(cached, loss_model=loss_model, open_stream=open_stream, cache=settings.cache,
                                 accelerator=accelerator)  # fmt: skip
     open_val = partial(open_stream, features=features.get("val"))
     evaluator = Evaluator(val, loss_model, open_val, settings.decoding(), accelerator) if val is not None else None
-    tracker = Tracker(
-        run, first_step=done_steps, wandb_project=settings.wandb, settings=asdict(settings), quiet=not is_main
-    )
+    tracker = Tracker(run, first_step=done_steps, wandb_project=settings.wandb, settings=asdict(settings),
+                      quiet=not is_main)  # fmt: skip
     save = partial(run_folder.save_checkpoint, run, state, progress, accelerator, keep=settings.keep_checkpoints)
     take_step = partial(train_step, wrapped, optimizer=optimizer, schedule=schedule, accelerator=accelerator)
 
@@ -130,11 +128,13 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
 
     # ---- the best epoch's model, and a page to look at -----------------------------------------------------------
     run_folder.load_best(run, progress, loss_model)
+    calibration = evaluator.calibrate(run / run_folder.BEST_CAPTIONS) if evaluator else None
     tracker.close()
     if is_main:
         run_folder.write_figures(run, report, progress.metrics)
         write_report(run)
-        run_folder.write_model(run, loss_model, vocabulary, settings.decoding(), progress.metrics)
+        run_folder.write_model(run, loss_model, vocabulary, settings.decoding(), progress.metrics,
+                               calibration=calibration)  # fmt: skip
     accelerator.end_training()
     say(f"the model is in {run_folder.model_folder(run)}, its curves in {run / 'report.html'}; caption a folder with: "
         f"python infer/main.py --model {run_folder.model_folder(run)} --images PHOTOS")  # fmt: skip

@@ -22,6 +22,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from captioner.bundle import DecodingDefaults, save_bundle
+from captioner.calibration import Calibration
 from captioner.cli import UserError
 from captioner.storage import read_json, write_atomic
 from captioner.vocabulary import Vocabulary
@@ -31,6 +32,7 @@ from train.step import CaptionLoss
 from train.stream import Ledger, StreamState
 from train.validation import Evaluation, write_captions
 
+BEST_CAPTIONS = "validation.jsonl"
 COMPLETE = "complete.json"
 SKIPPED = "skipped.jsonl"
 WEIGHTS = "model.safetensors"  # Accelerate's name
@@ -75,7 +77,7 @@ class Progress:
         if not self.best or found.metrics["cider"] > self.metrics["cider"]:
             self.best, self.metrics, self.epochs_since_best = checkpoint_name(state), found.metrics, 0
             if PartialState().is_main_process:
-                write_captions(run / "validation.jsonl", found.captions)
+                write_captions(run / BEST_CAPTIONS, found.captions)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it."""
@@ -274,6 +276,8 @@ def write_model(
     vocabulary: Vocabulary,
     decoding: DecodingDefaults,
     metrics: Mapping[str, float],
+    *,
+    calibration: Calibration | None,
 ) -> None:
     """Write the model folder, which ends the run, and delete the checkpoints, of which it holds what they were for.
 
@@ -282,8 +286,9 @@ def write_model(
     model, view = loss_model.model, loss_model.view
     try:
         save_bundle(
-            model_folder(run), model=model, view=view, vocabulary=vocabulary, decoding=decoding, metrics=metrics
-        )
+            model_folder(run), model=model, view=view, vocabulary=vocabulary, decoding=decoding, metrics=metrics,
+            calibration=calibration,
+        )  # fmt: skip
     except OSError as error:
         raise UserError(f"cannot write {model_folder(run)} ({error}): make room, then go on with --resume") from error
     shutil.rmtree(run / "checkpoints", ignore_errors=True)

@@ -12,11 +12,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from captioner.bundle import DecodingDefaults
+from captioner.calibration import Calibration
+from captioner.cli import UserError
 from captioner.decoding import decode
 from captioner.metrics import References
-from captioner.storage import write_atomic
+from captioner.storage import read_bytes, write_atomic
 from captioner.views import normalise
 from captioner.vocabulary import Vocabulary
+from train.calibrate import calibrate
 from train.split import Split
 from train.step import CaptionLoss, StepLoss
 from train.stream import Batch, BatchStream, Ledger, Share
@@ -151,6 +154,20 @@ class Evaluator:
         broadcast_object_list(scores)
         return scores[0]
 
+    def calibrate(self, captions: Path) -> Calibration | None:
+        """The calibration of the model that made the captions in this file of the split's pictures.
+
+        All ranks must call it, and the main process gets it. Raises UserError.
+        """
+        return calibrate(
+            read_captions(captions) if self._accelerator.is_main_process else [],
+            self._split,
+            loss_model=self._loss_model,
+            open_stream=self._open_stream,
+            decoding=self._decoding,
+            accelerator=self._accelerator,
+        )
+
     def samples(self, found: Evaluation) -> tuple[list[np.ndarray], list[str]]:
         """The split's first pictures, uint8 (P, P, 3), and what was said of them. In this process alone."""
         if self._samples is None:
@@ -163,6 +180,18 @@ class Evaluator:
         captions = {row.position: row.caption for row in found.captions}
         shown = [position for position in self._samples if position in captions]
         return [self._samples[position] for position in shown], [captions[position] for position in shown]
+
+
+def read_captions(path: Path) -> list[ValidationCaption]:
+    """The captions that `write_captions` wrote, numbered anew. Raises UserError."""
+    try:
+        rows = read_bytes(str(path)).splitlines()
+        return [ValidationCaption(position=number, **json.loads(row)) for number, row in enumerate(rows)]
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(
+            f"cannot read {path} ({error}): put it back, or an empty one for a model without confidence, and go on "
+            "with --resume"
+        ) from error
 
 
 def write_captions(path: Path, rows: list[ValidationCaption]) -> None:

@@ -1,0 +1,149 @@
+"""Pictures to descriptions: caption, alt text, scores, confidence.
+
+Shapes: B images, P sides of a view in pixels, F pooled features, E embedding width.
+"""
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from captioner import storage
+from captioner.alt_text import alt_text
+from captioner.bundle import Bundle
+from captioner.cli import UserError
+from captioner.decoding import Caption, decode, diverse
+from captioner.images import ImageError
+from captioner.views import normalise, read_eval_view
+
+Precision = Literal["float32", "bfloat16"]
+Picture = str | Path | bytes | Image.Image
+LOW_CONFIDENCE, UNLIKE = "low confidence", "unlike training data"
+CPU_IMAGES = 4  # encoded at once: what is computed of more does not stay in a core's cache
+PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Description:
+    """What is said of a picture.
+
+    `captions` has the best one, `caption`, first. `alt` is clean alt text, empty where the model abstains. `score` is
+    the mean of `token_scores`, the log-probabilities (natural) of the caption's tokens and its end. `confidence` is the
+    chance that the caption is as good as a person's, None without calibration; `review` says why a person should look.
+    """
+
+    caption: str
+    captions: tuple[str, ...]
+    alt: str
+    score: float
+    token_scores: tuple[float, ...]
+    confidence: float | None
+    review: str | None
+
+
+class Captioner:
+    """Describes pictures with a model folder's model. May be called by several threads at once.
+
+    `beam_size` and `length_penalty` None take the model folder's. With `abstain_below`, a caption of lower confidence
+    leaves `alt` empty. Raises UserError for impossible numbers, and where confidence is wanted but not calibrated.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        beam_size: int | None = None,
+        length_penalty: float | None = None,
+        captions_per_image: int = 1,
+        abstain_below: float | None = None,
+        precision: Precision = "float32",
+    ) -> None:
+        if (beam_size is not None and beam_size < 1) or captions_per_image < 1:
+            raise UserError(
+                f"a beam of {beam_size} and {captions_per_image} captions an image: give at least 1 of each"
+            )
+        chosen: dict[str, Any] = {"beam_size": beam_size, "length_penalty": length_penalty}
+        self.bundle = bundle
+        self.decoding = replace(bundle.decoding, **{name: value for name, value in chosen.items() if value is not None})
+        self.captions_per_image = captions_per_image
+        self.abstain_below = abstain_below
+        self.precision: Precision = precision
+        calibration = bundle.calibration
+        self.has_confidence = (
+            calibration is not None and calibration.curve is not None and calibration.decoding == asdict(self.decoding)
+        )
+        if abstain_below is not None and not self.has_confidence:
+            raise UserError(
+                f"the model folder has no confidence calibrated for {self.decoding}: decode as it was trained to, or "
+                "measure it with train/evaluate.py --calibrate"
+            )
+
+    def __call__(self, pictures: Iterable[Picture]) -> list[Description]:
+        """What is said of each picture: a path, a URL, a file's bytes or a Pillow image. Raises ImageError, OSError."""
+        views = [read_eval_view(_to_bytes(picture), self.bundle.view)[0] for picture in pictures]
+        return self.describe_views(np.stack(views)) if views else []
+
+    @torch.inference_mode()
+    def describe_views(self, views_BPP3: np.ndarray) -> list[Description]:
+        """What is said of each evaluation view (B, P, P, 3), uint8."""
+        calibration = self.bundle.calibration
+        features_BF = self._encode(torch.from_numpy(views_BPP3))
+        image_BE = self.bundle.model.encode(features_BF)
+        captions_of_images = self._decode(image_BE)
+        scores = [captions[0].score for captions in captions_of_images]
+        confidences = (calibration.confidence(scores) if calibration and self.has_confidence else None) or [None] * len(
+            scores
+        )
+        unlike = (calibration.is_unlike(features_BF) if calibration else None) or [False] * len(scores)
+        return list(map(self._describe, captions_of_images, confidences, unlike))
+
+    def _encode(self, views_BPP3: Tensor) -> Tensor:
+        """Features (B, F), float32."""
+        bundle, num_images = self.bundle, len(views_BPP3)
+        parts = views_BPP3.split(CPU_IMAGES if bundle.device.type == "cpu" else num_images)
+        with torch.autocast(bundle.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            features = [bundle.model.encoder(normalise(part.to(bundle.device), bundle.view)) for part in parts]
+        return torch.cat(features).float()
+
+    def _decode(self, image_BE: Tensor) -> Sequence[Sequence[Caption]]:
+        """The captions of each image, the best first."""
+        model, decoding = self.bundle.model, asdict(self.decoding)
+        if self.captions_per_image == 1:
+            return [[caption] for caption in decode(model, image_BE, **decoding)]
+        return diverse(model, image_BE, num_captions=self.captions_per_image, **decoding)
+
+    def _describe(self, captions: Sequence[Caption], confidence: float | None, unlike: bool) -> Description:
+        texts = tuple(self.bundle.vocabulary.decode(caption.tokens) for caption in captions)
+        unsure = confidence is not None and self.abstain_below is not None and confidence < self.abstain_below
+        reasons = [reason for reason, holds in ((LOW_CONFIDENCE, unsure), (UNLIKE, unlike)) if holds]
+        return Description(
+            caption=texts[0],
+            captions=texts,
+            alt="" if unsure else alt_text(texts[0]),
+            score=captions[0].score,
+            token_scores=tuple(captions[0].token_scores),
+            confidence=confidence,
+            review=", ".join(reasons) or None,
+        )
+
+
+def _to_bytes(picture: Picture) -> bytes:
+    """A picture as a file's bytes, so that every picture goes the same way."""
+    if isinstance(picture, bytes):
+        return picture
+    if isinstance(picture, Image.Image):
+        buffer = io.BytesIO()
+        exif = picture.getexif()
+        fitting = picture if picture.mode in PNG_MODES else picture.convert("RGB")
+        fitting.save(buffer, "PNG", compress_level=0, exif=exif)
+        return buffer.getvalue()
+    try:
+        return storage.read_bytes(str(picture))
+    except FileNotFoundError as error:
+        raise ImageError("missing", f"there is no file {picture}") from error

@@ -1,0 +1,34 @@
+"""Worker processes that come from a server which has loaded their code once: importing torch costs seconds."""
+
+import multiprocessing
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from typing import Any
+
+from captioner import images
+
+
+def start_server(module: str) -> ForkServerContext:
+    """Let the server that workers come from start to load `module`, in the background, if it has not yet."""
+    context = multiprocessing.get_context("forkserver")
+    native = [] if images.HAS_SIMD else ["torch"]
+    context.set_forkserver_preload([module, *native])
+    forkserver.ensure_running()
+    return context
+
+
+def receive(pipe: Connection) -> Any:
+    """A worker's message, or None when it is dead."""
+    try:
+        return pipe.recv()
+    except (EOFError, OSError):
+        return None
+
+
+def use_one_thread() -> None:
+    """Workers share the processors among themselves; torch's own threads would only get in their way."""
+    if images.backend() == "native":
+        import torch
+
+        torch.set_num_threads(1)

@@ -1,0 +1,137 @@
+"""One process's work: pictures come in from the reader, are captioned batch by batch, and leave as rows.
+
+Files with the same bytes are captioned once. Nothing is held but the batches under way.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from captioner.cli import UserError
+from captioner.describe import Captioner, Description
+from infer.reading import Batch, Picture, Reader
+from infer.results import FORMAT_VERSION, Row, RowIndex, RowWriter, duplicate_row
+
+DECIMALS = 4  # of scores
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A batch, its pictures with bytes that are new, and what another thread finds to say of these."""
+
+    batch: Batch
+    new: list[Picture]
+    descriptions: Future[list[Description]]
+
+
+class CaptionWriter:
+    """Writes the rows of what a reader reads to this process's part, the file `path`."""
+
+    def __init__(self, captioner: Captioner, index: RowIndex, path: Path) -> None:
+        self._captioner = captioner
+        self._index = index
+        self._path = path
+        self._writer = RowWriter(path)
+        self._twins: dict[str, list[Picture]] = {}  # those with the same bytes as one that is being captioned
+
+    def write_all(self, reader: Reader, *, num_threads: int) -> Iterator[list[Row]]:
+        """Caption all batches, so many at once; yields rows that were written.
+
+        The reader must let num_threads + 1 batches be held. Raises UserError where the device has too little memory.
+        """
+        jobs: deque[_Job] = deque()
+        with ThreadPoolExecutor(num_threads) as threads:
+            while (batch := reader.next_batch()) is not None:
+                rows, places = self._sort(batch)
+                yield self._write(rows)
+                jobs.append(self._start(batch, places, threads))
+                while jobs and (len(jobs) > num_threads or jobs[0].descriptions.done()):
+                    yield self._finish(jobs.popleft(), reader)
+            while jobs:
+                yield self._finish(jobs.popleft(), reader)
+        self._writer.close()
+
+    def _sort(self, batch: Batch) -> tuple[list[Row], list[int]]:
+        """The rows of a batch that need no model, and the places, among the views, of the pictures that do."""
+        rows = [failure_row(picture, model=self._captioner.bundle.name) for picture in batch.pictures if picture.error]
+        places = []
+        for place, picture in enumerate(_usable(batch)):
+            if picture.sha256 in self._twins:
+                self._twins[picture.sha256].append(picture)
+            elif known := self._index.find_caption(picture.sha256):
+                rows.append(duplicate_row(known, root=picture.file.root, path=picture.file.path))
+            else:
+                self._twins[picture.sha256] = []
+                places.append(place)
+        return rows, places
+
+    def _start(self, batch: Batch, places: Sequence[int], threads: ThreadPoolExecutor) -> _Job:
+        usable = _usable(batch)
+        views_BPP3 = batch.views_BPP3 if len(places) == len(usable) else batch.views_BPP3[places]
+        describe = self._captioner.describe_views
+        return _Job(batch, [usable[place] for place in places], threads.submit(describe, views_BPP3))
+
+    def _finish(self, job: _Job, reader: Reader) -> list[Row]:
+        """Write the rows of a batch that was captioned, and of the files that have the same bytes."""
+        try:
+            descriptions = job.descriptions.result()
+        except torch.OutOfMemoryError as error:
+            raise UserError("the device has too little memory for so large a --batch-size: halve it") from error
+        reader.release(job.batch)
+        rows = []
+        for picture, description in zip(job.new, descriptions, strict=True):
+            row = success_row(picture, description, model=self._captioner.bundle.name)
+            rows.append(row)
+            for twin in self._twins.pop(picture.sha256):
+                rows.append(duplicate_row(row, root=twin.file.root, path=twin.file.path))
+        return self._write(rows)
+
+    def _write(self, rows: list[Row]) -> list[Row]:
+        for row, offset in zip(rows, self._writer.write(rows), strict=True):
+            if row.get("duplicate_of", "") is None:
+                self._index.add(row, self._path, offset)
+        return rows
+
+
+def _usable(batch: Batch) -> list[Picture]:
+    return [picture for picture in batch.pictures if picture.error is None]
+
+
+def success_row(picture: Picture, description: Description, *, model: str) -> Row:
+    """The row of a captioned picture."""
+    row: Row = {
+        "root": picture.file.root,
+        "path": picture.file.path,
+        "format_version": FORMAT_VERSION,
+        "model": model,
+        "caption": description.caption,
+        "alt": description.alt,
+        "score": round(description.score, DECIMALS),
+        "token_scores": [round(score, DECIMALS) for score in description.token_scores],
+        "confidence": None if description.confidence is None else round(description.confidence, DECIMALS),
+        "review": description.review,
+        "duplicate_of": None,
+        "width": picture.size[0],
+        "height": picture.size[1],
+        "sha256": picture.sha256,
+    }
+    if len(description.captions) > 1:
+        row["captions"] = list(description.captions)
+    return row
+
+
+def failure_row(picture: Picture, *, model: str) -> Row:
+    """The row of a file that has no caption, and why."""
+    assert picture.error is not None
+    return {
+        "root": picture.file.root,
+        "path": picture.file.path,
+        "format_version": FORMAT_VERSION,
+        "model": model,
+        "error": picture.error.reason,
+        "message": picture.error.message,
+    }

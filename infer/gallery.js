@@ -1,0 +1,238 @@
+"use strict";
+// Shows the rows of data.js, some at a time. ROWS has what the page shows of each row of captions.jsonl, in its order;
+// ROOTS has, for each number in a row's `root`, the folder as given, and how make_shards.py finds its pictures:
+// --images is `images`, and a picture's name in it is `prefix` with the row's `name`, or else `path`, behind.
+// Names and captions become text nodes and properties only, never HTML.
+
+const ROWS_PER_PAGE = 100;
+const STORED = `captioner ${location.pathname} `;
+
+const [controls, search, filter, sort, shown, grid, pages, previous, page, next, corrected, heading] =
+  ["controls", "search", "filter", "sort", "shown", "grid", "pages", "previous", "page", "next", "corrected", "pictures"]
+    .map(id => document.getElementById(id));
+const corrections = new Map();  // from `id(row)` to text
+let isKept = true;  // whether this browser keeps corrections for the next visit
+let isDownloaded = true;
+let pageIndex = 0;
+
+const FILTERS = {
+  all: () => true,
+  review: row => row.review !== undefined,
+  uncertain: row => (row.review ?? "").includes("low confidence"),
+  unlike: row => (row.review ?? "").includes("unlike training data"),
+  duplicate: row => row.duplicate_of !== undefined,
+  error: row => row.error !== undefined,
+  corrected: row => corrections.has(id(row)),
+};
+const confidence = row => row.confidence ?? Math.exp(row.score);
+const score = row => row.score;
+const ORDERS = {
+  "confidence": rising(confidence),
+  "confidence-falling": rising(row => -confidence(row)),
+  "score": rising(score),
+  "score-falling": rising(row => -score(row)),
+  "path": () => 0,
+};
+
+/** A comparison for sort(); rows without the measure, which are the errors, come last. */
+function rising(measure) {
+  const rank = row => row.score === undefined ? Infinity : measure(row);
+  return (a, b) => rank(a) < rank(b) ? -1 : Number(rank(a) > rank(b));
+}
+
+/** What a picture's correction is kept under. */
+function id(row) {
+  const {images, prefix} = ROOTS[row.root];
+  return JSON.stringify([images, prefix + (row.name ?? row.path)]);
+}
+
+function place(row) {
+  return ROOTS.length === 1 ? row.path : `${ROOTS[row.root].root.replace(/\/$/, "")}/${row.path}`;
+}
+
+function caption(row) {
+  return corrections.get(id(row)) ?? row.caption;
+}
+
+// ---- what is shown ------------------------------------------------------------------------------------------------
+
+function found() {
+  const words = search.value.toLowerCase().split(/\s+/);
+  return ROWS.filter(row => FILTERS[filter.value](row) && hasAll(row, words)).sort(ORDERS[sort.value]);
+}
+
+function hasAll(row, words) {
+  const parts = [row.caption, row.alt, row.review, row.error, row.message, corrections.get(id(row)), place(row)];
+  const text = parts.concat(row.captions).join(" ").toLowerCase();
+  return words.every(word => text.includes(word));
+}
+
+function show() {
+  const rows = found();
+  const numPages = Math.max(1, Math.ceil(rows.length / ROWS_PER_PAGE));
+  pageIndex = Math.min(pageIndex, numPages - 1);
+  const first = pageIndex * ROWS_PER_PAGE;
+  const cards = rows.slice(first, first + ROWS_PER_PAGE).map(card);
+  grid.replaceChildren(...cards);
+  pages.hidden = numPages === 1;
+  previous.disabled = pageIndex === 0;
+  next.disabled = pageIndex === numPages - 1;
+  page.textContent = `Page ${number(pageIndex + 1)} of ${number(numPages)}`;
+  shown.value = describe(first, cards.length, rows.length);
+}
+
+function describe(first, numShown, numFound) {
+  if (!ROWS.length) return "No files were found, so there is nothing to show.";
+  if (!numFound) return `None of ${number(ROWS.length)} files`;
+  const range = `${number(first + 1)} to ${number(first + numShown)} of ${number(numFound)}`;
+  return numFound === ROWS.length ? range : `${range} found (${number(ROWS.length)} in all)`;
+}
+
+function number(value) {
+  return value.toLocaleString("en");
+}
+
+function turn(numPages) {
+  pageIndex += numPages;
+  show();
+  heading.focus();
+}
+
+// ---- one file -----------------------------------------------------------------------------------------------------
+
+function make(tag, properties, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+function line(className, ...children) {
+  return make("p", {className, dir: "auto"}, ...children);
+}
+
+function card(row) {
+  const parts = row.error === undefined ? captionParts(row) : [line("alert", row.error), line("", row.message)];
+  return make("li", {}, make("figure", {}, frame(row), make("figcaption", {}, ...parts, line("quiet path", place(row)))));
+}
+
+function frame(row) {
+  const missing = row.error === undefined ? "No preview" : "No caption";
+  const picture = row.thumbnail
+    ? make("img", {loading: "lazy", decoding: "async", alt: row.alt || row.caption, src: `thumbnails/${row.thumbnail}`})
+    : make("span", {className: "quiet"}, missing);
+  if (!row.link) return make("div", {className: "frame"}, picture);
+  const ariaLabel = row.thumbnail ? null : `${missing} of ${place(row)}`;
+  return make("a", {className: "frame", href: row.link, ariaLabel}, picture);
+}
+
+function captionParts(row) {
+  const scores = `score ${row.score.toFixed(2)}`;
+  return [
+    ...(row.in_shard ? [line("", row.caption)] : editor(row)),  // make_shards.py reads no picture out of a shard
+    ...(row.captions ?? []).slice(1).map(other => line("quiet", `or: ${other}`)),
+    line("quiet", row.alt ? `alt: ${row.alt}` : "no alt text"),
+    ...(row.review === undefined ? [] : [line("alert", row.review)]),
+    line("quiet score", row.confidence === undefined ? scores : `confidence ${row.confidence.toFixed(2)}, ${scores}`),
+    ...(row.duplicate_of === undefined ? [] : [line("quiet", `same bytes as ${row.duplicate_of}`)]),
+  ];
+}
+
+// ---- corrections --------------------------------------------------------------------------------------------------
+
+function editor(row) {
+  const field = make("textarea", {rows: 2, dir: "auto", value: caption(row), ariaLabel: `Caption of ${place(row)}`});
+  const undo = make("button", {type: "button", ariaLabel: `Undo the correction of ${place(row)}`}, "Undo");
+  const original = line("quiet", `was: ${row.caption}`, undo);
+  original.hidden = !corrections.has(id(row));
+  field.addEventListener("input", () => {
+    correct(row, field.value.trim().replace(/\s+/g, " "));
+    original.hidden = !corrections.has(id(row));
+  });
+  field.addEventListener("change", () => { field.value = caption(row); });  // an emptied one has the model's again
+  field.addEventListener("keydown", event => {
+    if (event.key !== "Enter" || event.isComposing) return;
+    event.preventDefault();
+    const fields = [...grid.querySelectorAll("textarea")];
+    fields[fields.indexOf(field) + 1]?.focus();
+  });
+  undo.addEventListener("click", () => {
+    correct(row, "");
+    original.hidden = true;
+    field.value = row.caption;
+    field.focus();
+  });
+  return [field, original];
+}
+
+function correct(row, text) {
+  const isCorrection = text !== "" && text !== row.caption;
+  if (isCorrection) corrections.set(id(row), text);
+  else corrections.delete(id(row));
+  isDownloaded = false;
+  try {
+    if (isCorrection) localStorage.setItem(STORED + id(row), text);
+    else localStorage.removeItem(STORED + id(row));
+  } catch {
+    isKept = false;  // full, or forbidden for pages on disk
+  }
+  countCorrections();
+}
+
+function loadCorrections() {
+  try {
+    for (const row of ROWS) {
+      const text = localStorage.getItem(STORED + id(row));
+      if (text !== null) corrections.set(id(row), text);
+    }
+  } catch {
+    isKept = false;
+  }
+  countCorrections();
+}
+
+function countCorrections() {
+  corrected.value = `${number(corrections.size)} corrected`;
+  corrected.parentElement.hidden = corrections.size === 0;
+}
+
+function addDownloadButtons() {
+  const folders = new Set(ROOTS.map(root => root.images));
+  for (const images of folders) {
+    const button = make("button", {type: "button"}, "Download corrections.jsonl");
+    button.addEventListener("click", () => download(images));
+    corrected.parentElement.append(button, line("quiet", `for make_shards.py --images ${images}`));
+  }
+}
+
+function download(wanted) {
+  const lines = [...corrections]
+    .map(([id, text]) => [...JSON.parse(id), text])
+    .filter(([images]) => images === wanted)
+    .map(([, path, text]) => JSON.stringify({path, captions: [text]}) + "\n");
+  make("a", {href: URL.createObjectURL(new Blob(lines)), download: "corrections.jsonl"}).click();
+  isDownloaded = true;
+}
+
+// ---- start --------------------------------------------------------------------------------------------------------
+
+function start() {
+  loadCorrections();
+  addDownloadButtons();
+  for (const option of filter.options) {
+    if (option.value !== "corrected") option.append(` (${number(ROWS.filter(FILTERS[option.value]).length)})`);
+  }
+  for (const control of [search, filter, sort]) {
+    control.addEventListener("input", () => { pageIndex = 0; show(); });
+  }
+  controls.addEventListener("submit", event => event.preventDefault());
+  previous.addEventListener("click", () => turn(-1));
+  next.addEventListener("click", () => turn(1));
+  addEventListener("beforeunload", event => {
+    if (!isKept && !isDownloaded && corrections.size) event.preventDefault();
+  });
+  controls.hidden = ROWS.length === 0;
+  show();
+}
+
+if (typeof ROWS === "undefined") shown.value = "There is no data.js beside this page: copy the whole folder.";
+else start();

@@ -1,0 +1,250 @@
+"""Folders to rows: every file once, nothing twice, whatever is killed and however many processes go on."""
+
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from odd_pictures import write_odd_pictures
+from tiny import picture
+from tiny_model import write_model
+from trainer import Done, Running, start
+
+from captioner.bundle import load_bundle
+from captioner.describe import Captioner
+
+TOLERANCE = 1.5e-4  # of scores, which are rounded to 1e-4
+NUMBERS = ("score", "confidence")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures in folders, some with the same bytes, and files that are none."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(70):
+        place = folder / f"{number % 3}" / f"{number:03d}.png"
+        place.parent.mkdir(exist_ok=True)
+        picture(number).save(place)
+    for number in range(0, 70, 7):
+        shutil.copy(
+            folder / f"{number % 3}" / f"{number:03d}.png", folder / f"{(number + 1) % 3}" / f"twin-{number}.png"
+        )
+    (folder / "0" / "text.jpg").write_text("no picture")
+    (folder / "1" / "empty.jpg").touch()
+    os.mkfifo(folder / "2" / "pipe.jpg")
+    return folder
+
+
+NUM_FILES, NUM_PICTURES, NUM_TWINS = 83, 80, 10
+
+
+def flags(model: Path, photos: Path, output: Path, *more: object) -> list[object]:
+    return ["--model", model, "--images", photos, "--output", output, "--batch-size", 2, "--workers", 2, *more]
+
+
+def start_captioning(arguments: Sequence[object], *, log: Path, world_size: int = 1) -> Running:
+    return start("infer/main.py", arguments, log=log, world_size=world_size)
+
+
+def run_captioning(arguments: Sequence[object], *, log: Path, world_size: int = 1) -> Done:
+    return start_captioning(arguments, log=log, world_size=world_size).wait()
+
+
+def read(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def check_alike(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """The same rows in the same order; scores may differ as float32 does when batches differ."""
+    assert len(rows) == len(expected)
+    for row, other in zip(rows, expected, strict=True):
+        assert list(row) == list(other)
+        assert row.get("token_scores") == pytest.approx(other.get("token_scores"), abs=TOLERANCE)
+        for name in NUMBERS:
+            assert row.get(name) == pytest.approx(other.get(name), abs=TOLERANCE)
+        rest = {name for name in row if name not in NUMBERS and name != "token_scores"}
+        assert {name: row[name] for name in rest} == {name: other[name] for name in rest}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = run_captioning(flags(model, photos, folder / "c.jsonl", "--batch-size", 16), log=folder / "log")
+    assert done.code == 3, done.output
+    return read(folder / "c.jsonl")
+
+
+def test_every_file_has_a_row_and_the_same_bytes_the_same_caption(undisturbed: list[dict[str, Any]]) -> None:
+    assert len(undisturbed) == NUM_FILES
+    paths = [row["path"] for row in undisturbed]
+    assert paths == sorted(set(paths))
+    errors = {row["path"]: row["error"] for row in undisturbed if "error" in row}
+    assert errors == {"0/text.jpg": "undecodable", "1/empty.jpg": "empty", "2/pipe.jpg": "special file"}
+    twins = [row for row in undisturbed if row.get("duplicate_of")]
+    assert len(twins) == NUM_TWINS
+    by_location = {f"{row['root']}/{row['path']}": row for row in undisturbed}
+    for twin in twins:
+        first = by_location[twin["duplicate_of"]]
+        assert first["duplicate_of"] is None
+        assert {**first, "path": "", "duplicate_of": ""} == {**twin, "path": "", "duplicate_of": ""}
+    assert len({row.get("caption") for row in undisturbed}) > 20
+
+
+def test_rows_say_what_the_model_says(undisturbed: list[dict[str, Any]], model: Path) -> None:
+    rows = [row for row in undisturbed if "error" not in row][:9]
+    locations = [f"{row['root']}/{row['path']}" for row in rows]
+    for row, description in zip(rows, Captioner(load_bundle(model))(locations), strict=True):
+        assert row["caption"] == description.caption
+        assert row["alt"] == description.alt
+        assert row["score"] == pytest.approx(description.score, abs=TOLERANCE)
+        assert row["score"] == pytest.approx(sum(row["token_scores"]) / len(row["token_scores"]), abs=TOLERANCE)
+        assert (row["width"], row["height"]) == (48, 36)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_several_processes_write_what_one_writes(
+    model: Path, photos: Path, undisturbed: list[dict[str, Any]], tmp_path: Path, world_size: int
+) -> None:
+    done = run_captioning(flags(model, photos, tmp_path / "c.jsonl"), log=tmp_path / "log", world_size=world_size)
+    assert done.code == 3, done.output
+    check_alike(read(tmp_path / "c.jsonl"), undisturbed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "c.jsonl.settings.json", "log"]
+
+
+def test_twenty_kills_lose_and_repeat_nothing(model: Path, tmp_path: Path) -> None:
+    """Each run is killed after a few new rows, and the next one has another number of processes."""
+    photos, output, rng = tmp_path / "photos", tmp_path / "c.jsonl", random.Random(6)
+    photos.mkdir()
+    for number in range(600):
+        picture(number % 500, width=24, height=20).save(photos / f"{number:03d}.png")
+    kills = []
+    while len(kills) < 20:
+        running = start_captioning(flags(model, photos, output), log=tmp_path / "log", world_size=1 + len(kills) % 2)
+        goal = count_rows(tmp_path) + rng.randint(0, 9)
+        while count_rows(tmp_path) < goal and running.ranks[0].is_alive():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
+        running.kill()
+        kills.append(count_rows(tmp_path))
+    assert not output.exists(), "a run was quicker than its kill"
+    assert len(set(kills)) > 5, "too few runs wrote anything"
+    done = run_captioning(flags(model, photos, output), log=tmp_path / "last log", world_size=3)
+    assert done.code == 0, done.output
+    run_captioning(flags(model, photos, tmp_path / "undisturbed.jsonl"), log=tmp_path / "last log")
+    check_alike(read(output), read(tmp_path / "undisturbed.jsonl"))
+    assert len(read(output)) == 600
+
+
+def count_rows(folder: Path) -> int:
+    """Whole rows in all parts."""
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("c.jsonl.part-*"))
+
+
+def test_what_has_a_row_is_not_done_again(model: Path, photos: Path, tmp_path: Path) -> None:
+    images, output = tmp_path / "images", tmp_path / "c.jsonl"
+    shutil.copytree(photos / "1", images)
+    arguments = ["--model", model, "--images", images, "--output", output]
+    run_captioning(arguments, log=tmp_path / "log")
+    before = read(output)
+    (images / "empty.jpg").write_bytes((images / "001.png").read_bytes())
+    (images / "new.png").write_bytes((images / "001.png").read_bytes())
+    (images / "004.png").unlink()
+    assert run_captioning(arguments, log=tmp_path / "log").code == 3
+    rows = read(output)
+    assert [row for row in rows if row["path"] != "new.png"] == before
+    (new,) = (row for row in rows if row["path"] == "new.png")
+    assert new["duplicate_of"] == f"{images}/001.png"
+    assert run_captioning([*arguments, "--retry-errors"], log=tmp_path / "log").code == 0
+    (mended,) = (row for row in read(output) if row["path"] == "empty.jpg")
+    assert mended["duplicate_of"] == f"{images}/001.png"
+
+
+def test_odd_and_hostile_files_have_the_row_that_they_should(model: Path, tmp_path: Path) -> None:
+    expected = write_odd_pictures(tmp_path / "odd")
+    done = run_captioning(flags(model, tmp_path / "odd", tmp_path / "c.jsonl", "--batch-size", 8), log=tmp_path / "log")
+    assert done.code == 3, done.output
+    rows = {row["path"]: row for row in read(tmp_path / "c.jsonl")}
+    assert {path: row.get("error") for path, row in rows.items()} == expected
+    assert "1 links to folders were not followed" in done.output
+    assert all(row["caption"] and row["alt"] for row in rows.values() if "error" not in row)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [(("--beam-size", 1), "beam_size was 2 and is 1"), (("--precision", "bfloat16"), "precision was")],
+)
+def test_other_settings_are_refused_and_nothing_is_touched(
+    model: Path, photos: Path, tmp_path: Path, more: tuple[object, ...], named: str
+) -> None:
+    output = tmp_path / "c.jsonl"
+    run_captioning(flags(model, photos / "0", output), log=tmp_path / "log")
+    content = output.read_bytes()
+    done = run_captioning(flags(model, photos, output, *more), log=tmp_path / "log 2")
+    assert done.code == 2
+    assert named in done.output
+    assert "--output" in done.output
+    assert output.read_bytes() == content
+
+
+def test_sidecars_gallery_and_several_captions(model: Path, photos: Path, tmp_path: Path) -> None:
+    images, output = tmp_path / "images", tmp_path / "c.jsonl"
+    shutil.copytree(photos / "1", images)
+    (images / "001.txt").write_text("mine")
+    more = ("--sidecar", ".txt", "--gallery", tmp_path / "gallery", "--captions-per-image", 3)
+    done = run_captioning(flags(model, images, output, *more), log=tmp_path / "log")
+    assert done.code == 3, done.output
+    rows = {row["path"]: row for row in read(output)}
+    assert "001.txt" not in rows
+    assert (images / "001.txt").read_text() == "mine"
+    assert (images / "004.txt").read_text() == rows["004.png"]["caption"] + "\n"
+    for row in rows.values():
+        assert "error" in row or (len(set(row["captions"])) == 3 and row["captions"][0] == row["caption"])
+    assert (tmp_path / "gallery" / "index.html").exists()
+    again = run_captioning(flags(model, images, output, *more), log=tmp_path / "log")
+    assert again.code == 3, again.output
+    assert {row["path"]: row for row in read(output)} == rows
+
+
+def test_one_command_at_a_time_writes_an_output(model: Path, photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "c.jsonl"
+    running = start_captioning(flags(model, photos, output), log=tmp_path / "log")
+    while not count_rows(tmp_path):
+        time.sleep(0.001)
+    os.kill(running.ranks[0].pid, 19)  # SIGSTOP
+    second = run_captioning(flags(model, photos, output), log=tmp_path / "log 2")
+    assert second.code == 2
+    assert "another run is writing" in second.output
+    os.kill(running.ranks[0].pid, 18)  # SIGCONT
+    assert running.wait().code == 3
+    assert len(read(output)) == NUM_FILES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "--images"),
+        (["--images", "nowhere"], "nowhere"),
+        (["--images", ".", "--beam-size", "0"], "at least 1"),
+        (["--images", ".", "--batch-size", "0"], "at least 1"),
+        (["--images", ".", "--sidecar", "txt"], "txt"),
+        (["--images", ".", "--abstain-below", "0.5"], "--calibrate"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(
+    model: Path, tmp_path: Path, arguments: list[str], named: str
+) -> None:
+    done = run_captioning(["--model", model, "--output", tmp_path / "c.jsonl", *arguments], log=tmp_path / "log")
+    assert done.code == 2
+    (line,) = done.output.splitlines()
+    assert named in line
+    assert not (tmp_path / "c.jsonl").exists()

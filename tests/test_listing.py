@@ -1,0 +1,549 @@
+"""Every file is listed once, wherever it is named, and comes before a large folder has been read to its end."""
+
+import io
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import write_shards
+
+from captioner import storage
+from captioner.cli import UserError
+from captioner.images import ImageError, decode_rgb
+from infer import listing
+from infer.listing import ImageFile, Listing, Refused, list_files, locate
+
+MANY = 1 << 20  # bytes
+
+
+def make(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode(errors="surrogateescape"))
+    return folder
+
+
+def places(*images: str | Path, **options: Any) -> list[tuple[str, str]]:
+    """Root and path of all that can be read, sorted, with those listed twice twice."""
+    found = list(list_files([str(place) for place in images], **options))
+    return sorted((file.root, file.path) for file in found if isinstance(file, ImageFile))
+
+
+def paths(*images: str | Path, **options: Any) -> list[str]:
+    return [path for _, path in places(*images, **options)]
+
+
+def refused(*images: str | Path, **options: Any) -> dict[str, str]:
+    """The reason for each path that is refused."""
+    found = list(list_files([str(place) for place in images], **options))
+    return {item.file.path: item.error.reason for item in found if isinstance(item, Refused)}
+
+
+def counted(files: Listing) -> Listing:
+    assert not files.is_complete
+    list(files)
+    assert files.is_complete
+    return files
+
+
+# ---- folders ----------------------------------------------------------------------------------------------------
+
+
+def test_files_of_all_depths_and_endings_are_listed_once(tmp_path: Path) -> None:
+    deep = "/".join(["d"] * 300) + "/x.jpg"
+    wide = [f"d/{number}/{other}" for number in range(9) for other in ("y", "z/y")]
+    short = ["b.JPG", "a.jpg", "A.txt", "no ending", "a/b/c.png", "a/b.jpg", ".hidden", "new\nline"]
+    expected = sorted([*short, *wide, deep])
+    make(tmp_path, *expected)
+    (tmp_path / "empty").mkdir()
+    assert places(tmp_path) == [(str(tmp_path), path) for path in expected]
+
+
+def test_a_file_keeps_its_root_as_given_and_lies_below_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "one/x.jpg", "two/sub/x.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert places("two/", "one") == [("one", "x.jpg"), ("two", "sub/x.jpg")]
+    assert places(".") == [(".", "one/x.jpg"), (".", "two/sub/x.jpg")]
+    for root, path in places("two/", "one", tmp_path):
+        assert locate(root, path).read(max_bytes=MANY).decode().endswith(path.removeprefix("one/").removeprefix("two/"))
+        assert Path(locate(root, path).location).samefile(Path(root, path))
+
+
+def test_a_folder_given_twice_is_listed_once_and_one_inside_another_for_itself(tmp_path: Path) -> None:
+    make(tmp_path, "a.jpg", "sub/b.jpg")
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert paths(tmp_path, tmp_path, f"{tmp_path}/", tmp_path / "sub" / "..", tmp_path / "link") == [
+        "a.jpg",
+        "sub/b.jpg",
+    ]
+    assert paths(tmp_path, tmp_path / "sub") == ["a.jpg", "sub/b.jpg", "b.jpg"]
+
+
+def test_undecodable_names_can_be_opened_again(tmp_path: Path) -> None:
+    raw = b"bad\xff\xfe.jpg"
+    make(tmp_path, os.fsdecode(raw))
+    (file,) = list_files([str(tmp_path)], world_size=1)
+    assert isinstance(file, ImageFile)
+    assert os.fsencode(file.path) == raw
+    assert file.read(max_bytes=MANY) == raw
+    assert sum(len(paths(tmp_path, rank=rank, world_size=2)) for rank in range(2)) == 1
+
+
+def test_our_own_output_is_left_out_however_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(
+        tmp_path,
+        "a.jpg",
+        "gallery/index.html",
+        "gallery/t/t.jpg",
+        "captions.jsonl",
+        "sub/gallery/b.jpg",
+        "sub/captions.jsonl",
+    )
+    (tmp_path / "link.jsonl").symlink_to("captions.jsonl")
+    monkeypatch.chdir(tmp_path / "sub")
+    excluded = (Path("../gallery"), Path("..") / "sub" / ".." / "captions.jsonl", tmp_path / "not there")
+    assert paths(tmp_path, excluded=excluded) == ["a.jpg", "sub/captions.jsonl", "sub/gallery/b.jpg"]
+    assert paths("../captions.jsonl", "../a.jpg", excluded=excluded) == ["a.jpg"]
+    (tmp_path / "list").write_text("../captions.jsonl\n../a.jpg\n")
+    assert paths(lists=[str(tmp_path / "list")], excluded=excluded) == ["../a.jpg"]
+
+
+def test_endings_that_are_left_out_are_counted(tmp_path: Path) -> None:
+    make(tmp_path, "a.jpg", "a.txt", "b/c.txt", "txt")
+    assert paths(tmp_path, skip_endings=[".txt"]) == ["a.jpg", "txt"]
+    assert counted(list_files([str(tmp_path)], skip_endings=[".txt"], world_size=3)).num_skipped == 2
+
+
+# ---- links and what is no file ----------------------------------------------------------------------------------
+
+
+def test_links_to_files_count_and_links_to_folders_are_counted(tmp_path: Path) -> None:
+    make(tmp_path / "photos", "a.jpg", "sub/b.jpg")
+    make(tmp_path / "elsewhere", "c.jpg")
+    (tmp_path / "photos" / "link.jpg").symlink_to(tmp_path / "elsewhere" / "c.jpg")
+    (tmp_path / "photos" / "folder link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "sub" / "up").symlink_to(tmp_path / "photos")
+    assert paths(tmp_path / "photos") == ["a.jpg", "link.jpg", "sub/b.jpg"]
+    assert counted(list_files([str(tmp_path / "photos")])).num_linked_folders == 2
+
+
+def test_links_that_lead_round_or_nowhere_are_missing(tmp_path: Path) -> None:
+    make(tmp_path, "sub/a.jpg")
+    (tmp_path / "itself").symlink_to(tmp_path / "itself")
+    (tmp_path / "there").symlink_to(tmp_path / "back")
+    (tmp_path / "back").symlink_to(tmp_path / "there")
+    (tmp_path / "dead.jpg").symlink_to(tmp_path / "gone")
+    (tmp_path / "through.jpg").symlink_to(tmp_path / "sub" / "a.jpg" / "x")
+    assert refused(tmp_path) == dict.fromkeys(["itself", "there", "back", "dead.jpg", "through.jpg"], "missing")
+    assert paths(tmp_path, excluded=(tmp_path / "gallery",)) == ["sub/a.jpg"]
+
+
+def test_pipes_sockets_and_devices_are_refused_and_never_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(make(tmp_path, "a.jpg"))  # a socket's path is short
+    os.mkfifo("pipe.jpg")
+    Path("link.jpg").symlink_to("pipe.jpg")
+    Path("null.jpg").symlink_to("/dev/null")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        assert refused(".") == dict.fromkeys(["pipe.jpg", "link.jpg", "null.jpg", "socket"], "special file")
+        for name in ("pipe.jpg", "socket", "null.jpg", "."):
+            with pytest.raises(ImageError, match="special file"):
+                ImageFile(".", name).read(max_bytes=MANY)
+    assert refused("pipe.jpg", "a.jpg") == {"pipe.jpg": "special file"}
+    assert paths(".") == ["a.jpg"]
+
+
+def failing_scandir(monkeypatch: pytest.MonkeyPatch, errors: dict[str, OSError]) -> None:
+    """Root may read everything; so the system's refusal is played."""
+    real = os.scandir
+
+    def scandir(folder: str) -> Any:
+        if error := errors.get(Path(folder).name):
+            raise error
+        return real(folder)
+
+    monkeypatch.setattr(listing.os, "scandir", scandir)
+
+
+def test_folders_that_cannot_be_listed_or_vanish_are_refused_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, "a.jpg", "x/closed/b.jpg", "gone/c.jpg", "open/d.jpg")
+    failing_scandir(monkeypatch, {"closed": PermissionError(13, "no"), "gone": FileNotFoundError(2, "no")})
+    assert paths(tmp_path) == ["a.jpg", "open/d.jpg"]
+    assert refused(tmp_path) == {"x/closed": "unreadable", "gone": "missing"}
+    both = [refused(tmp_path, rank=rank, world_size=2) for rank in range(2)]
+    assert both[0] | both[1] == refused(tmp_path)
+    assert not both[0].keys() & both[1].keys()
+
+
+def test_a_folder_that_fails_in_the_middle_keeps_what_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "a.jpg", "bad/b.jpg", "bad/c.jpg")
+    real = listing._scan
+
+    def scan(folder: str) -> Iterator[Any]:
+        for number, item in enumerate(real(folder)):
+            if number and folder.endswith("bad/"):
+                raise OSError(5, "Input/output error")
+            yield item
+
+    monkeypatch.setattr(listing, "_scan", scan)
+    assert len(paths(tmp_path)) == 2
+    assert refused(tmp_path) == {"bad": "unreadable"}
+
+
+def test_a_folder_that_this_user_may_not_read_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, "a.jpg", "closed/b.jpg")
+    (tmp_path / "closed").chmod(0)
+    try:
+        if os.access(tmp_path / "closed", os.R_OK):
+            pytest.skip("this user may read everything")
+        assert refused(tmp_path) == {"closed": "unreadable"}
+    finally:
+        (tmp_path / "closed").chmod(0o755)
+
+
+# ---- what is named ----------------------------------------------------------------------------------------------
+
+
+def test_a_single_file_lies_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "p/a.jpg", "p/b.jpg", "c.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert places("p/a.jpg", "c.jpg", "p/a.jpg") == [(".", "c.jpg"), ("p", "a.jpg")]
+    assert places(tmp_path / "c.jpg") == [(str(tmp_path), "c.jpg")]
+    assert places("p/a.jpg", "p", "p/*.jpg") == [("p", "a.jpg"), ("p", "b.jpg")]
+    assert places("p/a.jpg", "p/*.jpg", "p/b*") == [("p", "a.jpg"), ("p", "b.jpg")]
+
+
+FILES = ("a.jpg", "b.png", "x/a.jpg", "x/y/a.jpg", "x/y/b.png", "x/.h.jpg", "z1/a.jpg", "z2/b.png", "[w]/a.jpg")
+GLOBS = (
+    ("*.jpg", ".", ["a.jpg"]),
+    ("?.png", ".", ["b.png"]),
+    ("x/*", "x", [".h.jpg", "a.jpg", "y/a.jpg", "y/b.png"]),
+    ("x/*.jpg", "x", [".h.jpg", "a.jpg"]),
+    ("**/*.png", ".", ["b.png", "x/y/b.png", "z2/b.png"]),
+    ("x/**/a.jpg", "x", ["a.jpg", "y/a.jpg"]),
+    ("x//**", "x", [".h.jpg", "a.jpg", "y/a.jpg", "y/b.png"]),
+    ("z[12]", ".", ["z1/a.jpg", "z2/b.png"]),
+    ("z[!1]/*", ".", ["z2/b.png"]),
+    ("**/y/**/*.png", ".", ["x/y/b.png"]),
+    ("[[]w]/a.jpg", ".", ["[w]/a.jpg"]),
+    ("[w]", "[w]", ["a.jpg"]),
+    ("[w]/a.jpg", "[w]", ["a.jpg"]),
+)
+
+
+@pytest.mark.parametrize(("pattern", "root", "expected"), GLOBS)
+def test_a_glob_gives_what_fits_below_the_folder_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, root: str, expected: list[str]
+) -> None:
+    monkeypatch.chdir(make(tmp_path, *FILES))
+    assert places(pattern) == [(root, path) for path in expected]
+    absolute = str(tmp_path / root) if root != "." else str(tmp_path)
+    if not root.startswith("["):
+        assert places(f"{tmp_path}/{pattern}") == [(absolute, path) for path in expected]
+
+
+def test_a_glob_looks_into_no_folder_that_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "a.jpg", "closed/b.jpg")
+    (tmp_path / "closed" / "up").symlink_to(tmp_path)
+    failing_scandir(monkeypatch, {"closed": PermissionError(13, "no")})
+    assert refused(f"{tmp_path}/*.jpg") == {}
+    assert refused(f"{tmp_path}/*/*.jpg", tmp_path / "a.jpg") == {"closed": "unreadable"}
+
+
+@pytest.mark.parametrize(
+    "place", ["not there", "not there/*.jpg", "*.gif", "a.jpg/", "a.jpg/*", "dead", "memory://no/"]
+)
+def test_what_is_not_there_is_refused_at_once_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.chdir(make(tmp_path, "a.jpg"))
+    (tmp_path / "dead").symlink_to("nowhere")
+    with pytest.raises(UserError) as caught:
+        list_files(["a.jpg", place])
+    assert place in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert ": " in str(caught.value)
+
+
+def test_a_root_that_cannot_be_listed_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "closed/b.jpg")
+    failing_scandir(monkeypatch, {"closed": PermissionError(13, "Permission denied")})
+    with pytest.raises(UserError, match=r"cannot list .*closed \(Permission denied\): "):
+        list_files([str(tmp_path / "closed")])
+
+
+def test_an_empty_folder_is_no_mistake(tmp_path: Path) -> None:
+    assert paths(tmp_path) == []
+
+
+# ---- lists ------------------------------------------------------------------------------------------------------
+
+
+def test_a_list_names_files_by_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(make(tmp_path, "a.jpg", "p/b c.jpg", os.fsdecode(b"\xff.jpg")))
+    lines = [
+        b"a.jpg\r",
+        b"",
+        b"  ",
+        b"./p//b c.jpg",
+        b"/x/y.jpg",
+        b"http://h/p/a%20b.jpg?u=x/y",
+        b"s3://b/k?.jpg",
+        b"\xff.jpg",
+    ]
+    Path("list").write_bytes(b"\n".join(lines))
+    files = list(list_files([], lists=["list", "list"]))
+    assert [(file.root, file.path) for file in files if isinstance(file, ImageFile)] == [
+        (".", "a.jpg"),
+        (".", "p/b c.jpg"),
+        ("/", "x/y.jpg"),
+        ("http://h/p", "a%20b.jpg?u=x/y"),
+        ("s3://b", "k?.jpg"),
+        (".", "\udcff.jpg"),
+    ]
+    assert isinstance(files[5], ImageFile)
+    assert files[5].read(max_bytes=MANY) == b"\xff.jpg"
+    assert [file.location for file in files[2:5] if isinstance(file, ImageFile)] == [
+        "/x/y.jpg",
+        "http://h/p/a%20b.jpg?u=x/y",
+        "s3://b/k?.jpg",
+    ]
+
+
+def test_a_line_that_names_a_file_again_is_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "NUM_RECENT", 4)  # so that the sorted part is reached
+    names = [f"{number}.jpg" for number in range(50)]
+    monkeypatch.chdir(make(tmp_path, *names))
+    make(tmp_path, "elsewhere/x.jpg")
+    Path("elsewhere/list").write_text("\n".join([*names, "elsewhere/x.jpg", *names, "./7.jpg"]))
+    files = list_files([], lists=["elsewhere/list"])
+    assert len(list(files)) == 51
+    assert files.num_repeated == 51
+    assert len(places(".", lists=["elsewhere/list"])) == 52
+
+
+def test_the_standard_input_is_a_list_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a.jpg\nb.jpg\n")))
+    assert places(lists=["-"]) == [(".", "a.jpg"), (".", "b.jpg")]
+    with pytest.raises(UserError, match="write it to a file"):
+        list_files([], lists=["-"], world_size=2)
+
+
+@pytest.mark.parametrize("name", ["none", "folder"])
+def test_a_list_that_cannot_be_read_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=f"cannot read the list .*{name}.*: give a text file"):
+        list_files([], lists=[str(tmp_path / name)])
+
+
+# ---- shards -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_shards(tmp_path_factory.mktemp("dataset"), (3, 2))
+
+
+@pytest.mark.parametrize("store", ["disk", "memory"])
+def test_every_sample_of_shards_is_listed_and_found_again(dataset: str, store: str) -> None:
+    folder = dataset if store == "disk" else f"memory://{uuid4()}"
+    if store == "memory":
+        for path in Path(dataset).glob("*.*"):
+            storage.write_atomic(storage.join(folder, path.name), path.read_bytes())
+    found = places(shards=[folder, folder])
+    names = [f"train-{shard:06d}.tar/train-{key:09d}.jpg" for shard, key in ((0, 0), (0, 1), (0, 2), (1, 3), (1, 4))]
+    assert found == [(folder, name) for name in names]
+    for file in list_files([], shards=[folder]):
+        assert isinstance(file, ImageFile)
+        assert locate(file.root, file.path) == file
+        data = file.read(max_bytes=MANY)
+        assert decode_rgb(data)[0].size == (32, 32)
+        with pytest.raises(ImageError, match="too large"):
+            file.read(max_bytes=len(data) - 1)
+    with pytest.raises(ImageError, match="missing"):
+        locate(folder, "train-000000.tar/none.jpg").read(max_bytes=MANY)
+
+
+def test_shards_that_are_damaged_or_gone_are_refused_one_by_one(tmp_path: Path) -> None:
+    folder = Path(write_shards(tmp_path / "d", (1, 1, 1, 1)))
+    (folder / "train-000000.index").unlink()
+    (folder / "train-000001.index").write_bytes((folder / "train-000002.index").read_bytes())
+    (folder / "train-000003.tar").unlink()
+    found = list(list_files([], shards=[str(folder)]))
+    reasons = {item.file.path: item.error.reason for item in found if isinstance(item, Refused)}
+    assert reasons == {"train-000000.tar": "missing", "train-000001.tar": "unreadable"}
+    files = [item for item in found if isinstance(item, ImageFile)]
+    assert len(files) == 2
+    with pytest.raises(ImageError, match="missing"):
+        files[1].read(max_bytes=MANY)
+
+
+def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no manifest"):
+        list_files([], shards=[str(make(tmp_path, "a.jpg"))])
+
+
+def test_a_folder_that_is_called_like_a_tar_is_a_folder(tmp_path: Path) -> None:
+    make(tmp_path, "x.tar/a.jpg")
+    (file,) = list_files([str(tmp_path)])
+    assert file == ImageFile(str(tmp_path), "x.tar/a.jpg") == locate(str(tmp_path), "x.tar/a.jpg")
+
+
+# ---- behind URLs ------------------------------------------------------------------------------------------------
+
+
+def fill(folder: str) -> dict[str, bytes]:
+    files = {name: name.encode() for name in ("a b.jpg", "sub/é?#%20.jpg", "sub/deep/c.png")} | {"empty": b""}
+    for name, data in files.items():
+        storage.write_atomic(storage.join(folder, name), data)
+    return files
+
+
+@pytest.mark.parametrize("store", ["memory", "s3"])
+def test_urls_of_folders_files_and_globs(store: str, request: pytest.FixtureRequest) -> None:
+    folder = f"s3://{request.getfixturevalue('bucket').name}/p" if store == "s3" else f"memory://{uuid4()}"
+    files = fill(folder)
+    assert places(folder) == sorted((folder, name) for name in files)
+    assert paths(folder, f"{folder}/", f"{folder}/**/*.jpg") == sorted(files)
+    assert {
+        file.path: file.read(max_bytes=100) for file in list_files([folder]) if isinstance(file, ImageFile)
+    } == files
+    with pytest.raises(ImageError, match="too large"):
+        ImageFile(folder, "a b.jpg").read(max_bytes=3)
+    with pytest.raises(ImageError, match="missing"):
+        ImageFile(folder, "none").read(max_bytes=3)
+    assert places(f"{folder}/a b.jpg") == [(folder, "a b.jpg")]
+    assert places(f"{folder}/*/*.jpg") == [(folder, "sub/é?#%20.jpg")]
+    assert places(f"{folder}/sub/**/*.png") == [(f"{folder}/sub", "deep/c.png")]
+    for place in (f"{folder}/none", f"{folder}/none/", f"{folder}/*.gif"):
+        with pytest.raises(UserError, match=place.replace("*", r"\*")):
+            list_files([place])
+
+
+def test_the_web_is_listed_where_its_server_shows_it(nginx: tuple[str, Path]) -> None:
+    address, root = nginx
+    make(root / "listed", "a b&c.jpg", "sub/50%.jpg", "sub/deep/d;é.png")
+    make(root / "hidden", "x.jpg")
+    (root / "listed" / "empty").touch()
+    folder = f"{address}/listed"
+    expected = ["a%20b%26c.jpg", "empty", "sub/50%25.jpg", "sub/deep/d%3B%C3%A9.png"]
+    assert [path.lower() for path in paths(folder)] == [path.lower() for path in expected]
+    for file in list_files([f"{folder}/"]):
+        assert isinstance(file, ImageFile)
+        data = file.read(max_bytes=100)
+        assert data == b"" if file.path == "empty" else file.path.rpartition("/")[2][-4:].encode() in data
+    assert paths(f"{folder}/sub/**/*.jpg") == ["50%25.jpg"]
+    assert places(f"{address}/hidden/x.jpg?size=3/4") == [(f"{address}/hidden", "x.jpg?size=3/4")]
+    (file,) = list_files([f"{address}/hidden/x.jpg?size=3/4"])
+    assert isinstance(file, ImageFile)
+    assert file.read(max_bytes=100) == b"x.jpg"
+    for place in (f"{address}/hidden/", f"{address}/hidden", f"{address}/none.jpg", f"{address}/listed/none/"):
+        with pytest.raises(UserError, match=place):
+            list_files([place])
+
+
+# ---- shares and size --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("tree"), *(f"{number % 7}/{number:05d}.jpg" for number in range(200)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(world_size=st.integers(1, 20))
+def test_the_shares_of_any_number_of_processes_are_a_partition(tree: Path, world_size: int) -> None:
+    shares = [places(tree, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert sorted(chain.from_iterable(shares)) == places(tree)
+    assert max(map(len, shares)) < 3 * 200 / world_size + 12
+
+
+def test_a_file_belongs_to_the_same_process_whatever_else_there_is(tmp_path: Path) -> None:
+    make(tmp_path, *(f"{number}.jpg" for number in range(40)))
+    before = [set(paths(tmp_path, rank=rank, world_size=3)) for rank in range(3)]
+    make(tmp_path, *(f"new/{number}.jpg" for number in range(40)))
+    after = [set(paths(tmp_path, f"{tmp_path}/../*/0.jpg", rank=rank, world_size=3)) for rank in range(3)]
+    assert all(early <= late for early, late in zip(before, after, strict=True))
+    assert listing._hash(ImageFile("photos", "a/\udcff.jpg")) == 1182175330911872959  # in every process and version
+
+
+def test_the_first_file_comes_before_a_folder_has_been_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, *(f"{number}.jpg" for number in range(500)))
+    real, taken = listing._scan, []
+    monkeypatch.setattr(listing, "_scan", lambda folder: (taken.append(item) or item for item in real(folder)))
+    files = list_files([str(tmp_path)])
+    next(files)
+    assert len(taken) <= 2
+    assert not files.is_complete
+    assert len(list(files)) == 499
+
+
+LIST_LARGE = """
+import os, resource, sys, tempfile
+from pathlib import Path
+from infer.listing import list_files
+kind, num_files, memory = sys.argv[1], int(sys.argv[2]), Path("/dev/shm")
+with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+    if kind == "list":
+        Path(folder, "list").write_text("".join(f"photos/{number}.jpg\\n" for number in range(num_files)))
+    else:
+        handle = os.open(folder, os.O_RDONLY)
+        for number in range(num_files):
+            os.close(os.open(str(number), os.O_CREAT | os.O_WRONLY, dir_fd=handle))
+    sources = {"lists": [f"{folder}/list"]} if kind == "list" else {"images": [folder]}
+    files = list_files(**{"images": [], **sources}, excluded=[Path("captions.jsonl")], world_size=1)
+    next(files)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert sum(1 for _ in files) == num_files - 1
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / num_files)
+"""
+
+
+@pytest.mark.parametrize(("kind", "num_files"), [("folder", 200_000), ("list", 100_000)])
+def test_memory_stays_under_32_bytes_a_file(kind: str, num_files: int) -> None:
+    line = [sys.executable, "-c", LIST_LARGE, kind, str(num_files)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 32
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_cannot_be_read_tells_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "a.jpg")
+
+    def reason(name: str, max_bytes: int = MANY) -> str:
+        with pytest.raises(ImageError) as caught:
+            ImageFile(str(tmp_path), name).read(max_bytes=max_bytes)
+        assert "\n" not in caught.value.message
+        return caught.value.reason
+
+    (tmp_path / "empty").touch()
+    assert ImageFile(str(tmp_path), "empty").read(max_bytes=0) == b""
+    assert ImageFile(str(tmp_path), "a.jpg").read(max_bytes=5) == b"a.jpg"
+    assert reason("a.jpg", 4) == "too large"
+    assert {reason(name) for name in ("none", "a.jpg/x", "nul\0", "half \ud83d")} == {"missing"}
+    assert reason("x" * 300) == "unreadable"
+    monkeypatch.setattr(listing.os, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    assert reason("a.jpg") == "unreadable"
+
+
+def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ImageError, match=r"1,099,511,627,776 bytes.* 1,048,576 are allowed: "):
+        ImageFile(str(tmp_path), "huge").read(max_bytes=MANY)

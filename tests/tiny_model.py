@@ -1,0 +1,60 @@
+"""A random model that says different things of different pictures, without training."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tiny import picture
+
+from captioner.bundle import Bundle, DecodingDefaults, save_bundle
+from captioner.decoding import Caption, decode
+from captioner.model import CaptionModel, ImageInput, ModelConfig
+from captioner.views import ViewSpec, normalise
+from captioner.vocabulary import Vocabulary
+
+VIEW = ViewSpec(size=40, crop=32)
+DECODING = DecodingDefaults(beam_size=2, max_tokens=7)
+WORDS = ["a", "man", "dog", "cat", "rides", "sits", "on", "red", "bicycle", "table", "near", "sea"]
+VOCABULARY = Vocabulary.from_counts(dict.fromkeys(WORDS, 9), threshold=1)
+
+
+def make_views(num_views: int) -> np.ndarray:
+    """Views (B, P, P, 3), uint8."""
+    return np.stack(
+        [
+            np.asarray(picture(seed).resize((40, 40), Image.Resampling.LANCZOS).crop((4, 4, 36, 36)))
+            for seed in range(num_views)
+        ]
+    )
+
+
+def make_model(image_input: ImageInput = "first") -> CaptionModel:
+    """A model with large weights, and statistics of pictures like these."""
+    torch.manual_seed(3)
+    config = ModelConfig(
+        encoder="small_cnn", vocabulary_size=len(VOCABULARY), embedding_size=8, hidden_size=9, image_input=image_input
+    )
+    model = CaptionModel(config)
+    with torch.no_grad():
+        for parameter in (model.norm.weight, model.predict.weight):
+            parameter.mul_(8)
+        model.norm.momentum = 1.0
+        model.encode(normalise(torch.from_numpy(make_views(8)), VIEW))
+    return model.eval()
+
+
+def caption_views(bundle: Bundle, views_BPP3: np.ndarray, **changed: Any) -> list[Caption]:
+    """Captions of views (B, P, P, 3), uint8, decoded as the model folder says but for what is changed."""
+    decoding = replace(bundle.decoding, **changed)
+    with torch.inference_mode():
+        image_BE = bundle.model.encode(normalise(torch.from_numpy(views_BPP3), bundle.view))
+        return decode(bundle.model, image_BE, **asdict(decoding))
+
+
+def write_model(folder: Path, **options: Any) -> Path:
+    """A model folder of it, which is returned."""
+    save_bundle(folder, model=make_model(), view=VIEW, vocabulary=VOCABULARY, decoding=DECODING, metrics={}, **options)
+    return folder

@@ -6,6 +6,7 @@ Shapes: B images, P sides of a view in pixels, F pooled features, E embedding wi
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,14 @@ class Description:
     token_scores: tuple[float, ...]
     confidence: float | None
     review: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What the model sees in B pictures: embeddings (B, E), and whether each is unlike the training data."""
+
+    image_BE: Tensor
+    unlike: list[bool]
 
 
 class Captioner:
@@ -89,27 +98,31 @@ class Captioner:
         views = [read_eval_view(_to_bytes(picture), self.bundle.view)[0] for picture in pictures]
         return self.describe_views(np.stack(views)) if views else []
 
-    @torch.inference_mode()
     def describe_views(self, views_BPP3: np.ndarray) -> list[Description]:
         """What is said of each evaluation view (B, P, P, 3), uint8."""
-        calibration = self.bundle.calibration
-        features_BF = self._encode(torch.from_numpy(views_BPP3))
-        image_BE = self.bundle.model.encode(features_BF)
-        captions_of_images = self._decode(image_BE)
-        scores = [captions[0].score for captions in captions_of_images]
-        confidences = (calibration.confidence(scores) if calibration and self.has_confidence else None) or [None] * len(
-            scores
-        )
-        unlike = (calibration.is_unlike(features_BF) if calibration else None) or [False] * len(scores)
-        return list(map(self._describe, captions_of_images, confidences, unlike))
+        return self.describe([self.encode(views_BPP3)])
 
-    def _encode(self, views_BPP3: Tensor) -> Tensor:
-        """Features (B, F), float32."""
-        bundle, num_images = self.bundle, len(views_BPP3)
-        parts = views_BPP3.split(CPU_IMAGES if bundle.device.type == "cpu" else num_images)
+    @torch.inference_mode()
+    def encode(self, views_BPP3: np.ndarray) -> Encoded:
+        """What the model sees in each evaluation view (B, P, P, 3), uint8; at least one."""
+        bundle, calibration = self.bundle, self.bundle.calibration
+        views = torch.from_numpy(views_BPP3)
+        parts = views.split(CPU_IMAGES if bundle.device.type == "cpu" else len(views))
         with torch.autocast(bundle.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             features = [bundle.model.encoder(normalise(part.to(bundle.device), bundle.view)) for part in parts]
-        return torch.cat(features).float()
+        features_BF = torch.cat(features).float()
+        unlike = calibration.is_unlike(features_BF) if calibration else None
+        return Encoded(bundle.model.encode(features_BF), unlike or [False] * len(views))
+
+    @torch.inference_mode()
+    def describe(self, encoded: Sequence[Encoded]) -> list[Description]:
+        """What is said of each picture, in order."""
+        calibration = self.bundle.calibration if self.has_confidence else None
+        captions_of_images = self._decode(torch.cat([part.image_BE for part in encoded]))
+        scores = [captions[0].score for captions in captions_of_images]
+        confidences = (calibration.confidence(scores) if calibration else None) or [None] * len(scores)
+        unlike = chain.from_iterable(part.unlike for part in encoded)
+        return list(map(self._describe, captions_of_images, confidences, unlike))
 
     def _decode(self, image_BE: Tensor) -> Sequence[Sequence[Caption]]:
         """The captions of each image, the best first."""

@@ -64,7 +64,9 @@ def read_eval_view(data: bytes, spec: ViewSpec) -> tuple[np.ndarray, tuple[int, 
 def normalise(views_BPP3: "Tensor", spec: ViewSpec) -> "Tensor":
     """uint8 views to the model's float input (B, 3, P, P), channels-last in memory, on the views' device."""
     mean, std = _mean_and_std(spec, views_BPP3.device)
-    return (views_BPP3.permute(0, 3, 1, 2).float() - mean) / std
+    return (
+        views_BPP3.permute(0, 3, 1, 2).float().sub_(mean).div_(std)
+    )  # in place: fresh memory costs more than the sums
 
 
 @lru_cache(maxsize=8)

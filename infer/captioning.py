@@ -8,22 +8,34 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from captioner.cli import UserError
-from captioner.describe import Captioner, Description
+from captioner.describe import Captioner, Description, Encoded
 from infer.reading import Batch, Picture, Reader
 from infer.results import FORMAT_VERSION, Row, RowIndex, RowWriter, duplicate_row
 
 DECIMALS = 4  # of scores
+DESCRIBED_AT_ONCE = 256  # pictures; the decoder reads all its weights for each word, be there few captions or many
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """A batch, its pictures with bytes that are new, and what another thread finds to say of these."""
+class _Encoding:
+    """A batch, its pictures with bytes that are new, and what the model will have seen in these."""
 
     batch: Batch
+    new: list[Picture]
+    encoded: Future[Encoded]
+
+
+@dataclass(frozen=True, slots=True)
+class _Describing:
+    """Pictures of several batches, and what will be said of them."""
+
     new: list[Picture]
     descriptions: Future[list[Description]]
 
@@ -37,22 +49,37 @@ class CaptionWriter:
         self._path = path
         self._writer = RowWriter(path)
         self._twins: dict[str, list[Picture]] = {}  # those with the same bytes as one that is being captioned
+        self._seen: list[tuple[list[Picture], Encoded]] = []  # to be described
 
     def write_all(self, reader: Reader, *, num_threads: int) -> Iterator[list[Row]]:
-        """Caption all batches, so many at once; yields rows that were written.
+        """Caption all batches, on so many threads; yields rows that were written.
 
         The reader must let num_threads + 1 batches be held. Raises UserError where the device has too little memory.
         """
-        jobs: deque[_Job] = deque()
+        encoding: deque[_Encoding] = deque()
+        describing: deque[_Describing] = deque()
         with ThreadPoolExecutor(num_threads) as threads:
             while (batch := reader.next_batch()) is not None:
                 rows, places = self._sort(batch)
                 yield self._write(rows)
-                jobs.append(self._start(batch, places, threads))
-                while jobs and (len(jobs) > num_threads or jobs[0].descriptions.done()):
-                    yield self._finish(jobs.popleft(), reader)
-            while jobs:
-                yield self._finish(jobs.popleft(), reader)
+                if places:
+                    encoding.append(self._encode(batch, places, threads))
+                else:
+                    reader.release(batch)
+                while encoding and (len(encoding) > num_threads or encoding[0].encoded.done()):
+                    self._gather(encoding.popleft(), reader)
+                if sum(len(new) for new, _ in self._seen) >= DESCRIBED_AT_ONCE:
+                    describing.append(self._describe(self._seen, threads))
+                    self._seen = []
+                while describing and (len(describing) > num_threads or describing[0].descriptions.done()):
+                    yield self._finish(describing.popleft())
+            for job in encoding:
+                self._gather(job, reader)
+            share = -(-len(self._seen) // num_threads) or 1
+            parts = [self._seen[first : first + share] for first in range(0, len(self._seen), share)]
+            describing += [self._describe(part, threads) for part in parts]
+            for job in describing:
+                yield self._finish(job)
         self._writer.close()
 
     def _sort(self, batch: Batch) -> tuple[list[Row], list[int]]:
@@ -69,21 +96,23 @@ class CaptionWriter:
                 places.append(place)
         return rows, places
 
-    def _start(self, batch: Batch, places: Sequence[int], threads: ThreadPoolExecutor) -> _Job:
+    def _encode(self, batch: Batch, places: Sequence[int], threads: ThreadPoolExecutor) -> _Encoding:
         usable = _usable(batch)
         views_BPP3 = batch.views_BPP3 if len(places) == len(usable) else batch.views_BPP3[places]
-        describe = self._captioner.describe_views
-        return _Job(batch, [usable[place] for place in places], threads.submit(describe, views_BPP3))
+        return _Encoding(batch, [usable[place] for place in places], threads.submit(self._captioner.encode, views_BPP3))
 
-    def _finish(self, job: _Job, reader: Reader) -> list[Row]:
-        """Write the rows of a batch that was captioned, and of the files that have the same bytes."""
-        try:
-            descriptions = job.descriptions.result()
-        except torch.OutOfMemoryError as error:
-            raise UserError("the device has too little memory for so large a --batch-size: halve it") from error
+    def _gather(self, job: _Encoding, reader: Reader) -> None:
+        self._seen.append((job.new, _result(job.encoded)))
         reader.release(job.batch)
+
+    def _describe(self, seen: Sequence[tuple[list[Picture], Encoded]], threads: ThreadPoolExecutor) -> _Describing:
+        new = [picture for pictures, _ in seen for picture in pictures]
+        return _Describing(new, threads.submit(self._captioner.describe, [encoded for _, encoded in seen]))
+
+    def _finish(self, job: _Describing) -> list[Row]:
+        """Write the rows of pictures that were described, and of the files that have the same bytes."""
         rows = []
-        for picture, description in zip(job.new, descriptions, strict=True):
+        for picture, description in zip(job.new, _result(job.descriptions), strict=True):
             row = success_row(picture, description, model=self._captioner.bundle.name)
             rows.append(row)
             for twin in self._twins.pop(picture.sha256):
@@ -95,6 +124,13 @@ class CaptionWriter:
             if row.get("duplicate_of", "") is None:
                 self._index.add(row, self._path, offset)
         return rows
+
+
+def _result(future: Future[Result]) -> Result:
+    try:
+        return future.result()
+    except torch.OutOfMemoryError as error:
+        raise UserError("the device has too little memory for so large a --batch-size: halve it") from error
 
 
 def _usable(batch: Batch) -> list[Picture]:

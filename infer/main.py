@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 EXIT_SOME_FAILED = 3
 LONGEST_WAIT = timedelta(days=30)  # of the process that is through first, for the last one
-BATCH_ON_CPU, BATCH_ON_GPU = 16, 64
+BATCH_ON_CPU, BATCH_ON_GPU = 8, 128
 
 
 def main(settings: CaptionSettings) -> None:

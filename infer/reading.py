@@ -99,8 +99,8 @@ class Reader:
         self._context = prepare()
         num_buffers = num_held + 2 * num_workers  # each worker fills one while what it filled last is waiting
         shape = (num_buffers, batch_size, view.crop, view.crop, 3)
-        self._memory: Any = self._context.RawArray(ctypes.c_uint8, int(np.prod(shape)))
-        self._buffers = np.frombuffer(self._memory, dtype=np.uint8).reshape(shape)
+        self._memory = self._context.RawArray(ctypes.c_uint8, int(np.prod(shape)))
+        self._buffers = _as_array(self._memory, shape)
         self._view = view
         self._free = deque(range(num_buffers))
         self._ready: deque[Batch] = deque()
@@ -224,7 +224,7 @@ def _work(pipe: Connection, memory: Any, shape: tuple[int, ...], view: ViewSpec)
     """A worker's life: files come in, pictures go out, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
     use_one_thread()
-    buffers = np.frombuffer(memory, dtype=np.uint8).reshape(shape)
+    buffers = _as_array(memory, shape)
     with suppress(EOFError, OSError):
         while True:
             files, buffer, row = pipe.recv()
@@ -232,6 +232,10 @@ def _work(pipe: Connection, memory: Any, shape: tuple[int, ...], view: ViewSpec)
                 picture = read_picture(file, view, out_PP3=buffers[buffer, row])
                 row += picture.error is None
                 pipe.send(picture)
+
+
+def _as_array(memory: Any, shape: tuple[int, ...]) -> np.ndarray:
+    return np.frombuffer(memory, dtype=np.uint8).reshape(shape)
 
 
 def read_picture(file: ImageFile, view: ViewSpec, *, out_PP3: np.ndarray) -> Picture:

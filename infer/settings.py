@@ -40,7 +40,7 @@ class CaptionSettings:
     """Leave alt empty and flag the row for review where the confidence is lower than this."""
 
     batch_size: int | None = None
-    """Pictures that are captioned at once. Without it 64 on a GPU, 16 on a CPU."""
+    """Pictures that are read and encoded at once. Without it 128 on a GPU, 8 on a CPU."""
     workers: int | None = None
     """Processes that read pictures, for each captioning process. Without it one for each of its processors."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

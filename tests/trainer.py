@@ -89,6 +89,6 @@ def _rank(arguments: list[str], log: Path, rank: int, world_size: int, port: int
     torch.set_num_threads(1)
     torch.set_num_threads = lambda _threads: None  # type: ignore[assignment]  # tests share the machine
     workers.start_server = lambda _module: multiprocessing.get_context("fork")  # type: ignore[assignment]  # of this process, which has loaded torch
-    captioning.DESCRIBED_AT_ONCE = 4
+    captioning.DESCRIBED_AT_ONCE = 4  # type: ignore[assignment]  # rows come now and then, of few pictures too
     cli.console.file = sys.stdout = os.fdopen(1, "w", buffering=1)
     import_module(arguments[0].removesuffix(".py").replace("/", ".")).run()

@@ -13,7 +13,7 @@ the book takes its 20.
 The book captions one picture after the other: Pillow's LANCZOS to 224 x 224, float32, greedy.
 
 The ceiling adds up what a picture costs alone, in this process with one thread and everything warm: decoding with
-resizing, the encoder, the decoder, each in the quickest of several forms and batch sizes. On a CPU it is the number of
+resizing, the encoder in the quickest of several forms and batch sizes, and the decoder. On a CPU it is the number of
 cores over that sum; on a GPU the slower of decoding with resizing on all cores, and the encoder. Cores share caches and
 memory, so each part is also measured while the other cores do the same.
 
@@ -47,7 +47,7 @@ class CaptioningSettings:
     pictures: int | None = None
     """Files of a turn of ours with the light encoder, a fourth of it with others: 1,000, with --quick 48."""
     large_pictures: int | None = None
-    """12-megapixel files of a turn: 160, with --quick 8."""
+    """12-megapixel files of a turn: 320, with --quick 8."""
     rounds: int | None = None
     """Turns of each contender: 3, with --quick 1."""
     quick: bool = False
@@ -104,7 +104,7 @@ def check_settings(settings: CaptioningSettings) -> None:
 def make_sets(originals: Sequence[Path], scratch: Path, settings: CaptioningSettings) -> dict[str, list[Path]]:
     """The files to caption, by kind; no two have the same bytes."""
     count = settings.pictures or (48 if settings.quick else 1000)
-    num_large = settings.large_pictures or (8 if settings.quick else 160)
+    num_large = settings.large_pictures or (8 if settings.quick else 320)
     large = tile_photos(scratch / "large originals", originals, count=min(num_large, 20))
     return {
         COCO: write_different(scratch / "coco", originals, count=count),

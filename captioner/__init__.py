@@ -7,20 +7,36 @@ print(found.alt, found.score)
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from captioner.describe import Captioner
+    from captioner.describe import Captioner, Precision
 
 __version__ = "0.1.0"
 
 
-def load_captioner(folder: str | Path, *, device: str = "cpu", **options: Any) -> "Captioner":
-    """The model in a model folder or behind its URL, ready to caption; `options` are those of `Captioner`.
+def load_captioner(
+    folder: str | Path,
+    *,
+    device: str = "cpu",
+    beam_size: int | None = None,
+    length_penalty: float | None = None,
+    captions_per_image: int = 1,
+    abstain_below: float | None = None,
+    precision: "Precision" = "float32",
+) -> "Captioner":
+    """The model in a model folder or behind its URL, ready to caption; the options are those of `Captioner`.
 
     Imports torch only when it is called. Raises UserError for a folder that cannot be used.
     """
     from captioner.bundle import load_bundle
     from captioner.describe import Captioner
 
-    return Captioner(load_bundle(folder, device=device), **options)
+    return Captioner(
+        load_bundle(folder, device=device),
+        beam_size=beam_size,
+        length_penalty=length_penalty,
+        captions_per_image=captions_per_image,
+        abstain_below=abstain_below,
+        precision=precision,
+    )

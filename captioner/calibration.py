@@ -128,6 +128,11 @@ class Calibration:
             f"{found.num_captions:,} captions, {pictures}"
         )
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells it from other calibrations."""
+        return hashlib.sha256(to_files(self, model="")[0]).hexdigest()[:12]
+
     def confidence(self, scores: Sequence[float]) -> list[float] | None:
         """For each caption's score the chance, 0 to 1, that it is good; None where that is not known."""
         return None if self.curve is None else self.curve(scores).tolist()
@@ -171,10 +176,10 @@ def fit_curve(scores_N: np.ndarray, good_N: np.ndarray) -> Curve:
 def fit_confidence(scores: Sequence[float], good: Sequence[bool]) -> tuple[Curve, Reliability] | None:
     """The confidence of captions with these scores, N each, and how far it can be trusted.
 
-    None for fewer than FEWEST_PICTURES captions, or where all are good or none is.
+    None for fewer than FEWEST_PICTURES captions, where all are good or none is, or where a score is no number.
     """
     scores_N, good_N = np.array(scores, dtype=float), np.array(good, dtype=float)
-    if len(scores) < FEWEST_PICTURES or len(np.unique(good_N)) < 2:
+    if len(scores) < FEWEST_PICTURES or len(np.unique(good_N)) < 2 or not np.isfinite(scores_N).all():
         return None
     fold_N, confidences_N = np.arange(len(scores_N)) % NUM_FOLDS, np.empty_like(scores_N)
     for fold in range(NUM_FOLDS):

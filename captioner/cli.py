@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
 from rich.table import Table
+from rich.text import Text
 
 EXIT_USER_ERROR = 2
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 EXIT_INTERRUPTED = 130
 SECONDS_BETWEEN_LINES = 60.0  # where a progress bar cannot be drawn
 
@@ -118,12 +119,12 @@ def progress_bar(
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print `rows` under `header`; numbers are right-aligned, and nothing is cut off."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
     for column, name in enumerate(header):
         numeric = bool(rows) and all(isinstance(row[column], int | float) for row in rows)
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(value) for value in row))
+        table.add_row(*(Text(_cell(value)) for value in row))
     console.print(table)
 
 

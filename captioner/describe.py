@@ -6,7 +6,7 @@ Shapes: B images, P sides of a view in pixels, F pooled features, E embedding wi
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,15 +19,18 @@ from captioner import storage
 from captioner.alt_text import alt_text
 from captioner.bundle import Bundle
 from captioner.cli import UserError
-from captioner.decoding import Caption, decode, diverse
+from captioner.decoding import Caption, diverse
 from captioner.images import ImageError
 from captioner.views import normalise, read_eval_view
 
 Precision = Literal["float32", "bfloat16"]
 Picture = str | Path | bytes | Image.Image
 LOW_CONFIDENCE, UNLIKE = "low confidence", "unlike training data"
+MAX_LENGTH_PENALTY = 10.0
 CPU_IMAGES = 4  # encoded at once: what is computed of more does not stay in a core's cache
 PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
+TIFF_MODES = ("CMYK", "F", "I", "LAB", "YCbCr")
+IMAGES_AT_ONCE = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,10 +76,14 @@ class Captioner:
         abstain_below: float | None = None,
         precision: Precision = "float32",
     ) -> None:
-        if (beam_size is not None and beam_size < 1) or captions_per_image < 1:
+        if min(1 if beam_size is None else beam_size, captions_per_image) < 1:
             raise UserError(
                 f"a beam of {beam_size} and {captions_per_image} captions an image: give at least 1 of each"
             )
+        if length_penalty is not None and not abs(length_penalty) <= MAX_LENGTH_PENALTY:
+            raise UserError(f"a length penalty of {length_penalty}: give a number around 1")
+        if abstain_below is not None and not 0 <= abstain_below <= 1:
+            raise UserError(f"confidence is never below {abstain_below}: give a chance between 0 and 1")
         chosen: dict[str, Any] = {"beam_size": beam_size, "length_penalty": length_penalty}
         self.bundle = bundle
         self.decoding = replace(bundle.decoding, **{name: value for name, value in chosen.items() if value is not None})
@@ -95,8 +102,13 @@ class Captioner:
 
     def __call__(self, pictures: Iterable[Picture]) -> list[Description]:
         """What is said of each picture: a path, a URL, a file's bytes or a Pillow image. Raises ImageError, OSError."""
-        views = [read_eval_view(_to_bytes(picture), self.bundle.view)[0] for picture in pictures]
-        return self.describe_views(np.stack(views)) if views else []
+        if isinstance(pictures, str | bytes):
+            raise TypeError("give a list of pictures, be it of one")
+        views = (read_eval_view(_to_bytes(picture), self.bundle.view)[0] for picture in pictures)
+        found: list[Description] = []
+        while group := list(islice(views, IMAGES_AT_ONCE)):
+            found += self.describe_views(np.stack(group))
+        return found
 
     def describe_views(self, views_BPP3: np.ndarray) -> list[Description]:
         """What is said of each evaluation view (B, P, P, 3), uint8."""
@@ -118,18 +130,16 @@ class Captioner:
     def describe(self, encoded: Sequence[Encoded]) -> list[Description]:
         """What is said of each picture, in order."""
         calibration = self.bundle.calibration if self.has_confidence else None
-        captions_of_images = self._decode(torch.cat([part.image_BE for part in encoded]))
+        captions_of_images = diverse(
+            self.bundle.model,
+            torch.cat([part.image_BE for part in encoded]),
+            num_captions=self.captions_per_image,
+            **asdict(self.decoding),
+        )
         scores = [captions[0].score for captions in captions_of_images]
         confidences = (calibration.confidence(scores) if calibration else None) or [None] * len(scores)
         unlike = chain.from_iterable(part.unlike for part in encoded)
         return list(map(self._describe, captions_of_images, confidences, unlike))
-
-    def _decode(self, image_BE: Tensor) -> Sequence[Sequence[Caption]]:
-        """The captions of each image, the best first."""
-        model, decoding = self.bundle.model, asdict(self.decoding)
-        if self.captions_per_image == 1:
-            return [[caption] for caption in decode(model, image_BE, **decoding)]
-        return diverse(model, image_BE, num_captions=self.captions_per_image, **decoding)
 
     def _describe(self, captions: Sequence[Caption], confidence: float | None, unlike: bool) -> Description:
         texts = tuple(self.bundle.vocabulary.decode(caption.tokens) for caption in captions)
@@ -151,12 +161,24 @@ def _to_bytes(picture: Picture) -> bytes:
     if isinstance(picture, bytes):
         return picture
     if isinstance(picture, Image.Image):
-        buffer = io.BytesIO()
-        exif = picture.getexif()
-        fitting = picture if picture.mode in PNG_MODES else picture.convert("RGB")
-        fitting.save(buffer, "PNG", compress_level=0, exif=exif)
-        return buffer.getvalue()
+        return _save(picture)
     try:
         return storage.read_bytes(str(picture))
     except FileNotFoundError as error:
         raise ImageError("missing", f"there is no file {picture}") from error
+
+
+def _save(picture: Image.Image) -> bytes:
+    """A file of the picture, with its orientation, in a format that keeps its mode where there is one."""
+    buffer = io.BytesIO()
+    try:
+        exif = picture.getexif()
+        if picture.mode in PNG_MODES:
+            picture.save(buffer, "PNG", compress_level=0, exif=exif)
+        elif picture.mode in TIFF_MODES:
+            picture.save(buffer, "TIFF", exif=exif)
+        else:
+            picture.convert("RGB").save(buffer, "PNG", compress_level=0, exif=exif)
+    except (OSError, ValueError) as error:
+        raise ImageError("undecodable", f"an image of mode {picture.mode} cannot be used ({error})") from error
+    return buffer.getvalue()

@@ -205,6 +205,8 @@ def scan_folder(folder: str) -> Iterator[tuple[str, bool]]:
         return
     for entry in _patiently(lambda: filesystem.ls(path, detail=True), folder):
         name = entry["name"].rstrip("/")
+        if name == path.rstrip("/"):  # the folder itself, as consoles make one, is no file
+            continue
         if folder.startswith(WEB):  # a page may link to anything: to other orders of itself, to the folder above
             name = unescape(name).removeprefix(path).removeprefix("./")
             if not name.strip(".") or any(mark in name for mark in "/?#"):
@@ -216,13 +218,13 @@ def _scan_s3(filesystem: Any, folder: str) -> Iterator[tuple[str, bool]]:
     """fsspec would hold all of a folder's million objects before it tells of the first."""
     bucket, _, prefix = folder.partition("://")[2].partition("/")
     prefix += "" if not prefix or prefix.endswith("/") else "/"
-    place = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"}
+    place = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/", **getattr(filesystem, "req_kw", {})}
     while True:
         page = _patiently(lambda: filesystem.call_s3("list_objects_v2", **place), folder)
         for entry in page.get("CommonPrefixes", []):
             yield entry["Prefix"].removeprefix(prefix).removesuffix("/"), True
         for entry in page.get("Contents", []):
-            if entry["Key"] != prefix:  # the folder itself, as consoles make one, is no file
+            if entry["Key"] != prefix:  # the folder itself, as above
                 yield entry["Key"].removeprefix(prefix), False
         if not page.get("IsTruncated"):
             return
@@ -235,7 +237,28 @@ def read_bytes(location: str, *, end: int | None = None, patience_seconds: float
         with open(location, "rb") as file:  # noqa: PTH123 - a Path takes as long again
             return file.read() if end is None else file.read(end)
     filesystem, path = _filesystem(location)
+    if end is not None and location.startswith(WEB):
+        ask: Any = sync  # as in size_bytes
+        return _patiently(lambda: ask(filesystem.loop, _cat_web, filesystem, path, end), location, patience_seconds)
     return _patiently(lambda: _cat(filesystem, path, end), location, patience_seconds)
+
+
+async def _cat_web(filesystem: Any, url: str, end: int) -> bytes:
+    """A web file up to `end`. fsspec would hold all that comes, and some servers send no parts, or send them packed."""
+    session = await filesystem.set_session()
+    headers = {**filesystem.kwargs.get("headers", {}), "Accept-Encoding": "identity", "Range": f"bytes=0-{end - 1}"}
+    async with session.get(filesystem.encode_url(url), **{**filesystem.kwargs, "headers": headers}) as answer:
+        if answer.status == 416:  # an empty file has no first byte to ask for
+            return b""
+        if answer.status in (404, 410):
+            raise FileNotFoundError(url)
+        answer.raise_for_status()
+        data = bytearray()
+        async for chunk in answer.content.iter_any():
+            data += chunk
+            if len(data) >= end:
+                break
+        return bytes(data[:end])
 
 
 def _cat(filesystem: Any, path: str, end: int | None) -> bytes:

@@ -1,6 +1,7 @@
 """Worker processes that come from a server which has loaded their code once: importing torch costs seconds."""
 
 import multiprocessing
+import os
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
@@ -24,6 +25,11 @@ def receive(pipe: Connection) -> Any:
         return pipe.recv()
     except (EOFError, OSError):
         return None
+
+
+def count_processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_one_thread() -> None:

@@ -3,11 +3,11 @@
 Files with the same bytes are captioned once. Nothing is held but the batches under way.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -19,6 +19,8 @@ from infer.results import FORMAT_VERSION, Row, RowIndex, RowWriter, duplicate_ro
 
 DECIMALS = 4  # of scores
 DESCRIBED_AT_ONCE = 256  # pictures; the decoder reads all its weights for each word, be there few captions or many
+
+MAX_SECONDS_UNTIL_DESCRIBED = 10.0  # so long a kill may cost, and a person looks at a bar that stands
 
 Result = TypeVar("Result")
 
@@ -40,19 +42,20 @@ class _Describing:
     descriptions: Future[list[Description]]
 
 
-class CaptionWriter:
-    """Writes the rows of what a reader reads to this process's part, the file `path`."""
+class Captioning:
+    """Makes rows of what a reader reads, and writes them."""
 
-    def __init__(self, captioner: Captioner, index: RowIndex, path: Path) -> None:
+    def __init__(self, captioner: Captioner, index: RowIndex, writer: RowWriter) -> None:
         self._captioner = captioner
         self._index = index
-        self._path = path
-        self._writer = RowWriter(path)
+        self._writer = writer
         self._twins: dict[str, list[Picture]] = {}  # those with the same bytes as one that is being captioned
         self._seen: list[tuple[list[Picture], Encoded]] = []  # to be described
+        self._num_waiting = 0  # files that have come since pictures were last given to be described
+        self._described = time.monotonic()
 
-    def write_all(self, reader: Reader, *, num_threads: int) -> Iterator[list[Row]]:
-        """Caption all batches, on so many threads; yields rows that were written.
+    def rows(self, reader: Reader, *, num_threads: int) -> Iterator[list[Row]]:
+        """Caption all batches, on so many threads; yields rows when they are written.
 
         The reader must let num_threads + 1 batches be held. Raises UserError where the device has too little memory.
         """
@@ -68,9 +71,9 @@ class CaptionWriter:
                     reader.release(batch)
                 while encoding and (len(encoding) > num_threads or encoding[0].encoded.done()):
                     self._gather(encoding.popleft(), reader)
-                if sum(len(new) for new, _ in self._seen) >= DESCRIBED_AT_ONCE:
+                if self._seen and self._is_time():
                     describing.append(self._describe(self._seen, threads))
-                    self._seen = []
+                    self._seen, self._num_waiting, self._described = [], 0, time.monotonic()
                 while describing and (len(describing) > num_threads or describing[0].descriptions.done()):
                     yield self._finish(describing.popleft())
             for job in encoding:
@@ -80,10 +83,16 @@ class CaptionWriter:
             describing += [self._describe(part, threads) for part in parts]
             for job in describing:
                 yield self._finish(job)
-        self._writer.close()
+
+    def _is_time(self) -> bool:
+        """Whether so many files wait for the decoder, or so long, that it should not wait for more."""
+        return (
+            self._num_waiting >= DESCRIBED_AT_ONCE or time.monotonic() - self._described > MAX_SECONDS_UNTIL_DESCRIBED
+        )
 
     def _sort(self, batch: Batch) -> tuple[list[Row], list[int]]:
         """The rows of a batch that need no model, and the places, among the views, of the pictures that do."""
+        self._num_waiting += len(batch.pictures)
         rows = [failure_row(picture, model=self._captioner.bundle.name) for picture in batch.pictures if picture.error]
         places = []
         for place, picture in enumerate(_usable(batch)):
@@ -122,7 +131,7 @@ class CaptionWriter:
     def _write(self, rows: list[Row]) -> list[Row]:
         for row, offset in zip(rows, self._writer.write(rows), strict=True):
             if row.get("duplicate_of", "") is None:
-                self._index.add(row, self._path, offset)
+                self._index.add(row, self._writer.path, offset)
         return rows
 
 
@@ -130,7 +139,9 @@ def _result(future: Future[Result]) -> Result:
     try:
         return future.result()
     except torch.OutOfMemoryError as error:
-        raise UserError("the device has too little memory for so large a --batch-size: halve it") from error
+        raise UserError(
+            "the device has too little memory: give a smaller --batch-size, --captions-per-image or --beam-size"
+        ) from error
 
 
 def _usable(batch: Batch) -> list[Picture]:

@@ -76,16 +76,24 @@ def export(bundle: Bundle, folder: Path) -> list[tuple[str, float, str]]:
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    try:
+        rows = _write_parts(bundle, partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return rows
+
+
+def _write_parts(bundle: Bundle, folder: Path) -> list[tuple[str, float, str]]:
     encoder, decoder = EncoderPart(bundle.model, bundle.view), DecoderPart(bundle.model)
     rows = [
-        _export_part(encoder, partial / "encoder.onnx", outputs=("image", "hidden", "cell"), batches=(1, 3)),
+        _export_part(encoder, folder / "encoder.onnx", outputs=("image", "hidden", "cell"), batches=(1, 3)),
         _export_part(
-            decoder, partial / "decoder.onnx", outputs=("logits", "hidden_next", "cell_next"), batches=(1, 3, 64)
+            decoder, folder / "decoder.onnx", outputs=("logits", "hidden_next", "cell_next"), batches=(1, 3, 64)
         ),
     ]
-    (partial / "vocabulary.json").write_text(bundle.vocabulary.to_json(), encoding="utf-8")
-    (partial / "README.md").write_text(_readme(bundle), encoding="utf-8")
-    partial.rename(folder)
+    (folder / "vocabulary.json").write_text(bundle.vocabulary.to_json(), encoding="utf-8")
+    (folder / "README.md").write_text(_readme(bundle), encoding="utf-8")
     return rows
 
 

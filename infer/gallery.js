@@ -12,7 +12,7 @@ const [controls, search, filter, sort, shown, grid, pages, previous, page, next,
     .map(id => document.getElementById(id));
 const corrections = new Map();  // from `id(row)` to text
 let isKept = true;  // whether this browser keeps corrections for the next visit
-let isDownloaded = true;
+const changed = new Set();  // `--images` folders with corrections since their last download
 let pageIndex = 0;
 
 const FILTERS = {
@@ -168,7 +168,7 @@ function correct(row, text) {
   const isCorrection = text !== "" && text !== row.caption;
   if (isCorrection) corrections.set(id(row), text);
   else corrections.delete(id(row));
-  isDownloaded = false;
+  changed.add(JSON.parse(id(row))[0]);
   try {
     if (isCorrection) localStorage.setItem(STORED + id(row), text);
     else localStorage.removeItem(STORED + id(row));
@@ -210,7 +210,7 @@ function download(wanted) {
     .filter(([images]) => images === wanted)
     .map(([, path, text]) => JSON.stringify({path, captions: [text]}) + "\n");
   make("a", {href: URL.createObjectURL(new Blob(lines)), download: "corrections.jsonl"}).click();
-  isDownloaded = true;
+  changed.delete(wanted);
 }
 
 // ---- start --------------------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ function start() {
   previous.addEventListener("click", () => turn(-1));
   next.addEventListener("click", () => turn(1));
   addEventListener("beforeunload", event => {
-    if (!isKept && !isDownloaded && corrections.size) event.preventDefault();
+    if (!isKept && changed.size && corrections.size) event.preventDefault();
   });
   controls.hidden = ROWS.length === 0;
   show();

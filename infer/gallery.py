@@ -27,6 +27,7 @@ from captioner.images import ImageError, decode_rgb
 from captioner.pages import load_template
 from captioner.storage import WEB, is_remote
 from infer.listing import ImageFile, locate
+from infer.reading import MAX_FILE_BYTES
 from infer.results import Row
 
 INDEX = "index.html"
@@ -35,14 +36,23 @@ STATIC = ("gallery.css", "gallery.js")
 THUMBNAILS = "thumbnails"
 THUMBNAIL_SIDE_PIXELS = 320
 THUMBNAIL_QUALITY = 82
-MAX_PICTURE_BYTES = 1 << 30  # more than is ever captioned
-MAX_THREADS = 8
+MAX_THREADS = 2  # of this process, in which large pictures take much memory
 SHOWN_KEYS = frozenset(
     ("path", "caption", "captions", "alt", "score", "confidence", "review", "duplicate_of", "error", "message")
 )
 
 _THUMBNAIL_NAME = re.compile(r"[0-9a-f]{32}\.jpg(\.tmp)?")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def check_folder(folder: Path, *, images: Sequence[str]) -> None:
+    """Raise UserError for a gallery folder that is no folder, or holds pictures to caption or files of others."""
+    if any(not is_remote(root) and Path(root).resolve().is_relative_to(folder.resolve()) for root in images):
+        raise UserError(f"--gallery {folder} holds the pictures themselves: give a folder of its own")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--gallery {folder} is a file: give a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / STATIC[0]).is_file():
+        raise UserError(f"--gallery {folder} holds files that are no gallery: give a new or an empty folder")
 
 
 def write_gallery(rows: Iterable[Row], folder: Path, *, title: str, model: str) -> Path:
@@ -60,10 +70,10 @@ def write_gallery(rows: Iterable[Row], folder: Path, *, title: str, model: str) 
         entries.append(_entry(row, file, folder=folder, root=roots.setdefault(file.root, len(roots))))
         if "sha256" in row:
             pictures.setdefault(row["sha256"], file)
+    for name in STATIC:  # first, since they tell later runs whose folder it is
+        _write(folder / name, Path(__file__).with_name(name).read_bytes())
     thumbnails = _make_thumbnails(pictures, folder / THUMBNAILS)
     _write(folder / DATA, _data(entries, roots=list(roots), thumbnails=thumbnails).encode("ascii"))
-    for name in STATIC:
-        _write(folder / name, Path(__file__).with_name(name).read_bytes())
     page = _page(entries, roots=list(roots), title=title, model=model)
     _write(folder / INDEX, _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", page).encode())
     _remove_stale(folder / THUMBNAILS, keep=set(thumbnails.values()))
@@ -164,7 +174,7 @@ def _thumbnail(sha256: str, file: ImageFile) -> bytes | None:
     """
     side = THUMBNAIL_SIDE_PIXELS
     try:
-        data = file.read(max_bytes=MAX_PICTURE_BYTES)
+        data = file.read(max_bytes=MAX_FILE_BYTES)
         if hashlib.sha256(data).hexdigest() != sha256:
             return None
         small, _ = decode_rgb(data, at_least=2 * side)

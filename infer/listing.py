@@ -1,15 +1,17 @@
 """What there is to caption: the files of folders, globs, URLs, lists and shards, found while they are being captioned.
 
-Nothing is held but the open folders, so that the first file comes at once and millions of them take no memory. With a
-list, all places are remembered, in about 20 bytes each, since its lines may name a file again.
+On disk and on S3 nothing is held but the open folders, so that the first file comes at once and millions of them take
+no memory; other stores give a folder whole. With a list, or several sources, all places are remembered, in about 20
+bytes each, since they may name a file again.
 """
 
+import codecs
 import errno
 import os
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from hashlib import blake2b
@@ -28,6 +30,7 @@ NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 NO_FILE = (errno.EISDIR, errno.ENXIO, errno.ENODEV)  # a folder, a socket, a device without a driver
 WILDCARDS = frozenset("*?[")
 NUM_OPEN = 64  # folders, each inside the one before
+MAX_DEPTH = 32  # folders on a server: some follow links in circles
 NUM_RECENT = 1 << 14  # hashes that are not sorted in yet
 
 Pattern = tuple[str, ...]  # a glob's parts
@@ -93,20 +96,24 @@ def list_files(
     rank: int = 0,
     world_size: int = 1,
 ) -> "Listing":
-    """This process's share of all that there is to caption, in no certain order, each place once.
+    """This process's share of all that there is to caption, in no certain order, each file once.
 
     `images` are folders with all below them, files, and globs, on disk or behind URLs. A glob's `**` stands for any
-    number of folders, its `*` also for names that begin with a dot; a folder that fits counts with all below it, as
-    if a shell had expanded the glob. `lists` are text files with a path or URL a line, `-` is the standard input.
-    `shards` are dataset folders. `excluded` files and folders are left out, and names that end in `skip_endings`.
-    Links to files count as files, links to folders are counted and not followed, since they may lead in circles.
+    number of folders, its `*` also for names that begin with a dot; a folder that fits counts with all below it.
+    `lists` are text files with a path or URL a line, `-` is the standard input. `shards` are dataset folders.
+    `excluded` files and folders are left out, and names that end in `skip_endings`. Links to files count as files,
+    links to folders are counted and not followed, since they may lead in circles.
 
-    A file belongs to the process that a hash of its root and path gives, so that processes lose and repeat none even
-    where their listings differ. Raises UserError for what is not there, matches nothing, or cannot be listed.
+    A file that several sources name keeps the place that comes first. Only its root is resolved for that: it has a
+    place for each link below a root that leads to it, and for each way that a list goes up, with `..`. It belongs to
+    the process that a hash of its place gives, the root as given joined with the path, so that processes lose and
+    repeat none even where their listings differ (but for files that sources spell differently and only some of the
+    processes see in the first). Raises UserError for what is not there, matches nothing, or cannot be listed.
     """
-    if "-" in lists and world_size > 1:
-        raise UserError("several processes cannot share a list on the standard input: write it to a file")
-    roots = _find_roots(images)
+    for option, names in (("--images", images), ("--list", lists), ("--shards", shards)):
+        if "" in names:
+            raise UserError(f"an empty name in {option}: name what you mean, the folder you are in is .")
+    roots = dict.fromkeys(map(_find_root, images))
     manifests = [
         (folder, manifest)
         for folder in dict.fromkeys(map(_without_slash, shards))
@@ -114,7 +121,7 @@ def list_files(
     ]
     return Listing(
         roots,
-        lists=[_open_list(name) for name in dict.fromkeys(lists)],
+        lists=[_open_list(name, world_size=world_size) for name in dict.fromkeys(lists)],
         manifests=manifests,
         excluded=excluded,
         skip_endings=skip_endings,
@@ -126,8 +133,8 @@ def list_files(
 class Listing(Iterator[ImageFile | Refused]):
     """Gives each file once, or why it cannot be read; its counts are of all processes' files, and grow meanwhile.
 
-    `num_linked_folders` were not followed, `num_skipped` files have an ending that is left out, `num_repeated` lines
-    of lists name a file again. `is_complete` tells that all has been given.
+    `num_linked_folders` were not followed, `num_skipped` files have an ending that is left out, `num_repeated` times
+    a file was named again.
     """
 
     def __init__(
@@ -144,16 +151,15 @@ class Listing(Iterator[ImageFile | Refused]):
         self.num_linked_folders = 0
         self.num_skipped = 0
         self.num_repeated = 0
-        self.is_complete = False
         self._excluded = {os.path.realpath(path) for path in excluded}
         self._excluded_names = {Path(path).name for path in (*excluded, *self._excluded)}
-        lists = list(lists)
+        roots, lists, manifests = list(roots), list(lists), list(manifests)
         found = chain(
             chain.from_iterable(chain(self._give_named(root), self._walk(root)) for root in roots),
             chain.from_iterable(map(self._read_list, lists)),
             chain.from_iterable(_list_split(folder, manifest) for folder, manifest in manifests),
         )
-        seen = _Seen() if lists else None
+        seen = _Seen() if lists or len(roots) + len({folder for folder, _ in manifests}) > 1 else None
         self._files = self._share(found, seen, endings=tuple(skip_endings), rank=rank, world_size=world_size)
 
     def __iter__(self) -> "Listing":
@@ -171,27 +177,26 @@ class Listing(Iterator[ImageFile | Refused]):
         rank: int,
         world_size: int,
     ) -> Iterator[ImageFile | Refused]:
+        real = lru_cache(maxsize=1024)(_real)
         for item in found:
             file = item.file if isinstance(item, Refused) else item
             if file.path.endswith(endings):
                 self.num_skipped += 1
                 continue
-            key = _hash(file) if seen or world_size > 1 else 0
-            if seen and not seen.add(key):
+            if seen and not seen.add(_hash(_join(real(file.root), file.path))):
                 self.num_repeated += 1
-            elif key % world_size == rank:
+            elif world_size == 1 or _hash(file.location) % world_size == rank:
                 yield item
-        self.is_complete = True
 
     def _give_named(self, root: "_Root") -> Iterator[ImageFile | Refused]:
-        for name in root.names:
-            location = _join(root.folder, name)
+        if root.name:
+            location = _join(root.folder, root.name)
             kind = "file" if storage.is_remote(location) else _kind(location)
-            if not self._is_excluded(name, location, kind):
-                yield _result(ImageFile(root.folder, name), kind)
+            if not self._is_excluded(root.name, location, kind):
+                yield _result(ImageFile(root.folder, root.name), kind)
 
     def _walk(self, root: "_Root") -> Iterator[ImageFile | Refused]:
-        """All that fits a root's patterns and is not named by itself.
+        """All that fits a root's patterns.
 
         A folder is listed as soon as it is met, so that no others wait, but no more than NUM_OPEN at once.
         """
@@ -204,9 +209,11 @@ class Listing(Iterator[ImageFile | Refused]):
                     fits = rests is EVERYTHING or () in rests
                     path = above + name
                     location = _join(root.folder, path)
-                    if not rests or path in root.names or self._is_excluded(name, location, kind):
+                    if not rests or self._is_excluded(name, location, kind):
                         continue
-                    if kind == "folder":
+                    if kind == "folder" and path.count("/") >= MAX_DEPTH and storage.is_remote(location):
+                        yield Refused(ImageFile(root.folder, path), _too_deep())
+                    elif kind == "folder":
                         below = f"{path}/", EVERYTHING if fits else rests, _scan(f"{location}/")
                         if len(folders) < NUM_OPEN:
                             folders.append(below)
@@ -224,7 +231,9 @@ class Listing(Iterator[ImageFile | Refused]):
 
     def _read_list(self, lines: BinaryIO) -> Iterator[ImageFile]:
         with lines:
-            for line in lines:
+            for number, line in enumerate(lines):
+                if not number:
+                    line = line.removeprefix(codecs.BOM_UTF8)  # noqa: PLW2901
                 if line.strip():
                     file = ImageFile(*_split_line(os.fsdecode(line.rstrip(b"\r\n"))))
                     if not self._is_excluded(file.path.rpartition("/")[2], file.location, "file"):
@@ -233,48 +242,32 @@ class Listing(Iterator[ImageFile | Refused]):
     def _is_excluded(self, name: str, location: str, kind: Kind | ImageError) -> bool:
         """Only what may be excluded by its name, and links, are resolved: that takes a question of each folder."""
         suspect = name in self._excluded_names or (kind == "linked file" and self._excluded)
-        return bool(suspect) and os.path.realpath(location) in self._excluded
+        return bool(suspect) and "\0" not in location and os.path.realpath(location) in self._excluded
 
 
 # ---- roots --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Root:
-    """A folder, and what of it is wanted: single files, and all that fits the patterns."""
+    """A folder, and what of it is wanted: a single file, or all that fits the patterns."""
 
     folder: str
-    names: dict[str, None] = field(default_factory=dict)
+    name: str = ""
     patterns: frozenset[Pattern] = frozenset()
 
 
-def _find_roots(images: Iterable[str]) -> list[_Root]:
-    """What the user named, by folder, so that a file named in several ways comes once. Raises UserError."""
-    roots: dict[str, _Root] = {}
-    for place in images:
-        folder, names, patterns = _find_root(place)
-        folder = _without_slash(folder)
-        key = folder if storage.is_remote(folder) else os.path.realpath(folder)
-        root = roots.setdefault(key, _Root(folder))
-        root.names.update(names)
-        root.patterns |= patterns
-    for root in roots.values():
-        if root.patterns >= EVERYTHING:
-            root.names, root.patterns = {}, EVERYTHING
-    return list(roots.values())
-
-
-def _find_root(place: str) -> tuple[str, dict[str, None], frozenset[Pattern]]:
-    """The folder of one of --images, with the single file or the patterns that are wanted of it."""
+def _find_root(place: str) -> _Root:
+    """The folder of one of --images, and what is wanted of it. Raises UserError."""
     try:
         if storage.is_folder(place):
-            _check_listable(_Root(place, patterns=EVERYTHING), place)
-            return place, {}, EVERYTHING
+            _check_folder(place)
+            return _Root(_without_slash(place), patterns=EVERYTHING)
         if not place.endswith("/") and storage.exists(place):
             if storage.is_remote(place) and storage.size_bytes(place) == storage.UNKNOWN:
                 storage.read_bytes(place, end=1)  # a server that does not show a folder may refuse to say so
             folder, name = _split_location(place)
-            return folder, {name: None}, frozenset()
+            return _Root(_without_slash(folder), name)
     except OSError as error:
         raise UserError(
             f"cannot look at {place} ({error.strerror or error}): mend that, or name other pictures"
@@ -284,17 +277,26 @@ def _find_root(place: str) -> tuple[str, dict[str, None], frozenset[Pattern]]:
             f"there is nothing at {place} that can be read or listed: give --images a folder, a file or a glob"
         )
     folder, pattern = _split_glob(place)
-    _check_listable(_Root(folder, patterns=frozenset({pattern})), place, must_match=True)
-    return folder, {}, frozenset({pattern})
-
-
-def _check_listable(root: _Root, place: str, *, must_match: bool = False) -> None:
-    """Raise UserError where a root cannot be listed, or has nothing where it must."""
+    root = _Root(_without_slash(folder), patterns=frozenset({pattern}))
     first = next(Listing([root]), None)
     if isinstance(first, Refused) and first.file.path == ".":
-        raise UserError(f"cannot list {place} ({first.error.message}): make it readable, or name other folders")
-    if first is None and must_match:
+        raise _not_listable(place, first.error)
+    if first is None:
         raise UserError(f"no file fits {place}: mend the pattern, or give --images a folder")
+    return root
+
+
+def _check_folder(place: str) -> None:
+    """Raise UserError where a folder on disk cannot be listed; one on a server has been asked before."""
+    try:
+        if not storage.is_remote(place):
+            next(_scan(place), None)
+    except OSError as error:
+        raise _not_listable(place, _refusal(error)) from error
+
+
+def _not_listable(place: str, error: ImageError) -> UserError:
+    return UserError(f"cannot list {place} ({error.message}): make it readable, or name other folders")
 
 
 def _without_slash(folder: str) -> str:
@@ -372,12 +374,15 @@ def _join(root: str, path: str) -> str:
 # ---- lists --------------------------------------------------------------------------------------------------------
 
 
-def _open_list(name: str) -> BinaryIO:
-    """A list that was opened once: what a pipe gave cannot be read again. Raises UserError."""
-    if name == "-":
-        return sys.stdin.buffer
+def _open_list(name: str, *, world_size: int) -> BinaryIO:
+    """A list that was opened once: what a pipe gave cannot be read again. Raises UserError.
+
+    Processes that share an input, or a pipe, would each get only what the others left.
+    """
     try:
-        return open(name, "rb")  # noqa: PTH123
+        if world_size > 1 and (name == "-" or not stat.S_ISREG(Path(name).stat().st_mode)):
+            raise UserError(f"several processes cannot share the list {name}: write it to a file, and name that")
+        return sys.stdin.buffer if name == "-" else open(name, "rb")  # noqa: PTH123
     except OSError as error:
         raise UserError(
             f"cannot read the list {name} ({error.strerror}): give a text file with a path a line"
@@ -392,10 +397,15 @@ def _split_line(line: str) -> tuple[str, str]:
     return "/" if line.startswith("/") else ".", path
 
 
-def _hash(file: ImageFile) -> int:
+def _hash(location: str) -> int:
     """64 bits of a file's place that are the same in all processes and versions."""
-    place = f"{file.root}\0{file.path}".encode("utf-8", "surrogatepass")
+    place = location.encode("utf-8", "surrogatepass")
     return int.from_bytes(blake2b(place, digest_size=8).digest(), "little")
+
+
+def _real(root: str) -> str:
+    """A root by one name only."""
+    return root if storage.is_remote(root) else os.path.realpath(root)
 
 
 class _Seen:
@@ -425,7 +435,10 @@ class _Seen:
 def _read_manifests(folder: str) -> list[Manifest]:
     """The manifests of a dataset folder's splits. Raises UserError."""
     remedy = "give --shards a folder that sharding/make_shards.py made"
-    splits = [split for split in SPLITS if storage.exists(manifest_location(folder, split))]
+    try:
+        splits = [split for split in SPLITS if storage.exists(manifest_location(folder, split))]
+    except OSError as error:
+        raise UserError(f"cannot look at {folder} ({error.strerror or error}): {remedy}") from error
     if not splits:
         raise UserError(f"there is no manifest of a split in {folder}: {remedy}")
     return [read_manifest(folder, split, remedy=remedy) for split in splits]
@@ -501,6 +514,10 @@ def _refusal(error: Exception) -> ImageError:
         return _special()
     missing = isinstance(error, FileNotFoundError | UnicodeError) or number in NOT_THERE or "null byte" in message
     return ImageError("missing" if missing else "unreadable", message)
+
+
+def _too_deep() -> ImageError:
+    return ImageError("unreadable", f"more than {MAX_DEPTH} folders deep: it may be a circle")
 
 
 def _special() -> ImageError:

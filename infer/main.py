@@ -5,13 +5,13 @@
 
 Files that are no usable picture get a row that says why. A job that was stopped goes on where it stood when it is
 started again with the same --output, with as many processes as you like. Exit code 0: every file has a caption; 3: some
-have none, and the table counts why.
+have none, and the table counts why (accelerate launch makes 1 of it); 2: something to mend, told in one line.
 """
 
 import os
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from threading import Thread
@@ -19,10 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from captioner import cli
 from captioner.cli import Bar, UserError
+from captioner.storage import is_remote
+from captioner.workers import count_processors
+from infer.gallery import check_folder, write_gallery
 from infer.listing import ImageFile, Listing, Refused, list_files
 from infer.reading import Reader, prepare
 from infer.results import (
     RowIndex,
+    RowWriter,
     Summary,
     check_settings,
     merge,
@@ -50,18 +54,18 @@ def main(settings: CaptionSettings) -> None:
     prepare()  # while this process loads torch and the model
     state, captioner = load(settings)
     listing = open_listing(settings, state)
-    choices = row_settings(captioner)
-    check_settings(settings.output, choices)
-    index = RowIndex(settings.output, retry_errors=settings.retry_errors)
-    state.wait_for_everyone()  # all have read the earlier rows before anyone appends
-    if state.is_main_process:
-        write_settings(settings.output, choices)
-    state.wait_for_everyone()
-
-    started = time.monotonic()
-    num_new = caption_files(listing, index, captioner, settings=settings, state=state)
-    seconds = time.monotonic() - started
-    state.wait_for_everyone()
+    choices = row_settings(captioner, settings)
+    with closing(RowWriter(part_path(settings.output, state.process_index))) as writer:  # which locks the part
+        check_settings(settings.output, choices)
+        index = RowIndex(settings.output, retry_errors=settings.retry_errors)
+        state.wait_for_everyone()  # all have read the earlier rows before anyone appends
+        if state.is_main_process:
+            write_settings(settings.output, choices)
+        state.wait_for_everyone()
+        started = time.monotonic()
+        num_new = caption_files(listing, index, writer, captioner, settings=settings, state=state)
+        seconds = time.monotonic() - started
+    num_new = sum(gather_numbers(num_new))  # when the last process is through
     num_failed = 0
     if state.is_main_process:
         summary = merge(settings.output)
@@ -81,17 +85,16 @@ def check_flags(settings: CaptionSettings) -> None:
     """Raise UserError for numbers that make no sense, and where nothing or something impossible is asked for."""
     if not (settings.images or settings.list or settings.shards):
         raise UserError("nothing to caption: give --images with a folder, a file, a glob or a URL")
-    if (
-        (settings.batch_size or 1) < 1
-        or (settings.workers or 1) < 1
-        or settings.batch_size == 0
-        or settings.workers == 0
-    ):
+    if any(number is not None and number < 1 for number in (settings.batch_size, settings.workers)):
         raise UserError("--batch-size and --workers must be at least 1")
+    if is_remote(str(settings.output)) or ":/" in str(settings.output):
+        raise UserError(f"--output {settings.output} is a URL: give a file on this machine")
     if settings.output.is_dir():
         raise UserError(f"--output {settings.output} is a folder: give the name of a JSONL file")
     if settings.sidecar is not None:
         check_ending(settings.sidecar)
+    if settings.gallery is not None:
+        check_folder(settings.gallery, images=settings.images)
 
 
 def load(settings: CaptionSettings) -> "tuple[PartialState, Captioner]":
@@ -102,7 +105,7 @@ def load(settings: CaptionSettings) -> "tuple[PartialState, Captioner]":
     from captioner.bundle import load_bundle
     from captioner.describe import Captioner
 
-    cpu = os.environ.get("ACCELERATE_USE_CPU") == "true" or not torch.accelerator.is_available()
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=LONGEST_WAIT)
     announced = os.environ.get("WORLD_SIZE", "1")
     if announced != str(state.num_processes):
@@ -137,14 +140,19 @@ def open_listing(settings: CaptionSettings, state: "PartialState") -> Listing:
     )
 
 
-def row_settings(captioner: "Captioner") -> dict[str, Any]:
-    """What decides the content of a row."""
+def row_settings(captioner: "Captioner", settings: CaptionSettings) -> dict[str, Any]:
+    """What decides the content of a row, and where its relative names start."""
+    calibration = captioner.bundle.calibration
+    local = [place for place in (*settings.images, *settings.shards) if not is_remote(place)]
+    is_relative = bool(settings.list) or not all(map(os.path.isabs, local))
     return {
         "model": captioner.bundle.name,
+        "calibration": None if calibration is None else calibration.fingerprint,
         **asdict(captioner.decoding),
         "captions_per_image": captioner.captions_per_image,
         "abstain_below": captioner.abstain_below,
         "precision": captioner.precision,
+        "working_folder": os.getcwd() if is_relative else None,  # noqa: PTH109
     }
 
 
@@ -152,18 +160,25 @@ def row_settings(captioner: "Captioner") -> dict[str, Any]:
 
 
 def caption_files(
-    listing: Listing, index: RowIndex, captioner: "Captioner", *, settings: CaptionSettings, state: "PartialState"
+    listing: Listing,
+    index: RowIndex,
+    writer: RowWriter,
+    captioner: "Captioner",
+    *,
+    settings: CaptionSettings,
+    state: "PartialState",
 ) -> int:
     """Write a row for each file without one to this process's part; returns how many."""
-    from infer.captioning import CaptionWriter
+    from infer.captioning import Captioning
 
     on_cpu = captioner.bundle.device.type == "cpu"
-    num_processors = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    num_processors = max(1, count_processors() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     num_threads = num_processors if on_cpu else 1
-    writer = CaptionWriter(captioner, index, part_path(settings.output, state.process_index))
+    captioning = Captioning(captioner, index, writer)
     num_failed = num_rows = 0
-    with cli.progress_bar("captioning", total=None, unit="images", quiet=not state.is_main_process) as bar:
-        if state.is_main_process and all(map(os.path.isfile, settings.list)):  # a pipe can be read once
+    share = f" (share 1 of {state.num_processes})" if state.num_processes > 1 else ""
+    with cli.progress_bar(f"captioning{share}", total=None, unit="images", quiet=not state.is_main_process) as bar:
+        if state.is_main_process and not settings.list:
             Thread(target=count_files, args=(open_listing(settings, state), bar), daemon=True).start()
         reader = Reader(
             left_to_do(listing, index, bar),
@@ -173,7 +188,7 @@ def caption_files(
             num_held=num_threads + 1,
         )
         with reader:
-            for rows in writer.write_all(reader, num_threads=num_threads):
+            for rows in captioning.rows(reader, num_threads=num_threads):
                 num_rows += len(rows)
                 num_failed += sum("error" in row for row in rows)
                 bar.advance(len(rows), note=f"{num_failed:,} failed")
@@ -197,6 +212,13 @@ def count_files(listing: Listing, bar: Bar) -> None:
         bar.set_total(sum(1 for _ in listing))
 
 
+def gather_numbers(number: int) -> list[int]:
+    """Each process's number."""
+    from accelerate.utils import gather_object
+
+    return gather_object([number])
+
+
 # ---- after ------------------------------------------------------------------------------------------------
 
 
@@ -206,22 +228,24 @@ def write_extras(settings: CaptionSettings) -> None:
         counts = write_sidecars(read_rows(settings.output), ending=settings.sidecar)
         cli.console.print("sidecars: " + ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(counts.items())))
     if settings.gallery is not None:
-        from infer.gallery import write_gallery
-
         page = write_gallery(read_rows(settings.output), settings.gallery, title="Captions", model=str(settings.model))
-        cli.console.print(f"look at {page}")
+        cli.console.print(f"look at {page}", markup=False)
 
 
 def report(summary: Summary, listing: Listing, *, rate: float, settings: CaptionSettings) -> None:
-    """Print what the output holds and how fast this process was."""
+    """Print what the output holds, how fast it went, and what was left out on purpose."""
     failures = ", ".join(f"{count:,} {reason}" for reason, count in sorted(summary.failures.items())) or "none"
     header = ("rows", "duplicates", "to review", "files/s now", "failures")
     row = (summary.num_rows, summary.num_duplicates, summary.num_review, rate, failures)
     cli.print_table(str(settings.output), header, [row])
-    if listing.num_linked_folders:
-        cli.console.print(
-            f"{listing.num_linked_folders:,} links to folders were not followed: name these with --images"
-        )
+    left_out = {
+        "links to folders were not followed: name these with --images": listing.num_linked_folders,
+        f"{settings.sidecar} files are no pictures": listing.num_skipped,
+        "files were named again": listing.num_repeated,
+    }
+    for what, count in left_out.items():
+        if count:
+            cli.console.print(f"{count:,} {what}", markup=False)
 
 
 def run() -> None:

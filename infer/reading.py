@@ -32,8 +32,10 @@ from infer.listing import ImageFile, Refused
 
 MAX_FILE_BYTES = 1 << 28
 MAX_SECONDS = 120.0  # for one picture; a server that stalls is given up before
-MAX_DEATHS_IN_A_ROW = 30  # so many pictures in a row seldom crash their decoder
+MAX_DEATHS = 30  # before the first picture was read
+MAX_SECONDS_TO_DIE = 5.0  # one that waits for a disk that is gone dies later
 LOOK_SECONDS = 1.0  # between two looks at who is silent
+MAX_SECONDS_BETWEEN_LOOKS = 10.0  # after more nobody's silence counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,9 @@ class Reader:
         self._view = view
         self._free = deque(range(num_buffers))
         self._ready: deque[Batch] = deque()
-        self._deaths_in_a_row = 0
+        self._num_deaths = 0
+        self._has_read = False
+        self._looked = time.monotonic()
         self._workers = [self._hire() for _ in range(num_workers)]
 
     def __enter__(self) -> "Reader":
@@ -115,7 +119,7 @@ class Reader:
             worker.pipe.close()
             worker.process.kill()
         for worker in self._workers:
-            worker.process.join()
+            worker.process.join(MAX_SECONDS_TO_DIE)
 
     def next_batch(self) -> Batch | None:
         """The next batch that is ready, in no fixed order; None when all files were read."""
@@ -172,10 +176,15 @@ class Reader:
             if picture is None:
                 self._replace(worker, ImageError("crashed the decoder", _how_it_ended(worker.process)), num_tries=2)
             else:
-                self._deaths_in_a_row = 0
+                self._has_read = True
                 self._note(worker, picture)
+        now = time.monotonic()
+        if now - self._looked > MAX_SECONDS_BETWEEN_LOOKS:  # this process was busy or stopped, perhaps its workers too
+            for worker in self._workers:
+                worker.heard = now
+        self._looked = now
         for worker in self._workers:
-            if worker.task and time.monotonic() - worker.heard > MAX_SECONDS and not worker.pipe.poll():
+            if worker.task and now - worker.heard > MAX_SECONDS and not worker.pipe.poll():
                 worker.process.kill()
                 self._replace(worker, ImageError("timed out", f"not decoded within {MAX_SECONDS:.0f} s"), num_tries=1)
 
@@ -193,13 +202,13 @@ class Reader:
         """Let a new worker go on with the task of a dead one, behind the picture if so many have died at it."""
         task = worker.task
         assert task is not None
-        worker.process.join()
+        worker.process.join(MAX_SECONDS_TO_DIE)
         worker.pipe.close()
-        self._deaths_in_a_row += 1
-        if self._deaths_in_a_row >= MAX_DEATHS_IN_A_ROW:
+        self._num_deaths += 1
+        if self._num_deaths >= MAX_DEATHS and not self._has_read:
             raise UserError(
-                f"{self._deaths_in_a_row} reading processes in a row died ({error.message}): is there too little "
-                "memory for so many --workers?"
+                f"{self._num_deaths} reading processes died and none has read a picture ({error.message}): is there "
+                "too little memory for so many --workers?"
             )
         new = self._hire()
         worker.process, worker.pipe = new.process, new.pipe
@@ -211,7 +220,7 @@ class Reader:
 
 
 def _how_it_ended(process: BaseProcess) -> str:
-    process.join()
+    process.join(MAX_SECONDS_TO_DIE)
     code = process.exitcode or 0
     ending = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return f"its process ended with {ending}"

@@ -137,6 +137,7 @@ class RowWriter:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
         self._file = _open_part(path)
         self._end = _cut_torn_row(self._file)
 
@@ -150,8 +151,10 @@ class RowWriter:
         return offsets
 
     def close(self) -> None:
-        """Flush to disk, give the lock back and close."""
+        """Flush to disk, give the lock back and close; a part without rows is removed."""
         os.fsync(self._file.fileno())
+        if not self._end:
+            self.path.unlink(missing_ok=True)
         with suppress(OSError):
             fcntl.flock(self._file, fcntl.LOCK_UN)  # workers forked meanwhile hold it as well, and may outlive us
         self._file.close()

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from uuid import uuid4
 
+from PIL import Image
+
 from captioner import storage
 from captioner.cli import UserError
 from infer.results import Row
@@ -16,7 +18,7 @@ NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 
 def check_ending(ending: str) -> None:
     """Raise UserError for an ending that makes no file name beside the picture's."""
-    if not ending.startswith(".") or ending == "." or "/" in ending:
+    if not ending.startswith(".") or ending == "." or "/" in ending or ending.lower() in Image.registered_extensions():
         raise UserError(f"{ending!r} is no ending of sidecar files: give one such as .txt")
 
 

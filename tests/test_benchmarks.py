@@ -145,3 +145,16 @@ def test_captions_that_are_not_cocos_are_a_user_error(content: str, tmp_path: Pa
     file.write_text(content)
     with pytest.raises(UserError, match="--captions"):
         training.read_captions(file)
+
+
+def test_captioning_quickly_measured_gives_rows_and_bars(tmp_path: Path) -> None:
+    for seed in range(3):
+        picture(seed, width=320, height=240).save(tmp_path / f"{seed}.jpg", quality=96)
+    flags = ("--quick", "--images", tmp_path, "--pictures", "4", "--large-pictures", "1", "--encoders", "squeezenet1_1")
+    done = benchmark("captioning", *flags, "--json", tmp_path / "captioning.json")
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "captioning.json").read_text())
+    assert {row["contender"] for row in content["rows"]} >= {"the book's way", "decode and resize, alone"}
+    assert all(row["wall_ms_an_image"] > 0 for row in content["rows"])
+    assert all(bar["value"] > 0 for bar in content["bars"])
+    assert len(content["bars"]) == 10

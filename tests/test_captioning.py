@@ -4,6 +4,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +13,16 @@ from typing import Any
 
 import pytest
 from odd_pictures import write_odd_pictures
-from tiny import picture
+from tiny import picture, write_shards
 from tiny_model import write_model
 from trainer import Done, Running, start
 
 from captioner.bundle import load_bundle
 from captioner.describe import Captioner
+from infer.captioning import Captioning
+from infer.listing import list_files
+from infer.reading import Reader
+from infer.results import RowIndex, RowWriter, merge, part_path
 
 TOLERANCE = 1.5e-4  # of scores, which are rounded to 1e-4
 NUMBERS = ("score", "confidence")
@@ -169,6 +175,91 @@ def test_what_has_a_row_is_not_done_again(model: Path, photos: Path, tmp_path: P
     assert mended["duplicate_of"] == f"{images}/001.png"
 
 
+def test_shards_are_captioned_by_a_model_behind_a_url(model: Path, nginx: tuple[str, Path], tmp_path: Path) -> None:
+    address, served = nginx
+    shutil.copytree(model, served / "model")
+    shards = write_shards(tmp_path / "shards", [5, 4], size=40)
+    arguments = ["--model", f"{address}/model", "--shards", shards, "--output", tmp_path / "c.jsonl"]
+    done = run_captioning([*arguments, "--gallery", tmp_path / "gallery"], log=tmp_path / "log", world_size=2)
+    assert done.code == 0, done.output
+    rows = read(tmp_path / "c.jsonl")
+    assert [row["path"] for row in rows] == [
+        f"train-{number // 5:06d}.tar/train-{number:09d}.jpg" for number in range(9)
+    ]
+    assert {(row["width"], row["height"]) for row in rows} == {(40, 40)}
+    assert len(list((tmp_path / "gallery" / "thumbnails").iterdir())) == 9
+
+
+def test_a_single_file_and_a_list_are_captioned(model: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"{photos}/1/001.png\n{photos}/1/nowhere.png\n{photos}/1/001.png\n")
+    arguments = [
+        "--images",
+        photos / "0" / "000.png",
+        "--list",
+        tmp_path / "list.txt",
+        "--output",
+        tmp_path / "c.jsonl",
+    ]
+    done = run_captioning(["--model", model, *arguments], log=tmp_path / "log")
+    assert done.code == 3, done.output
+    found = {f"{row['root'].rstrip('/')}/{row['path']}": row.get("error") for row in read(tmp_path / "c.jsonl")}
+    assert found == {
+        f"{photos}/0/000.png": None,
+        f"{photos}/1/001.png": None,
+        f"{photos}/1/nowhere.png": "missing",
+    }
+    assert "1 files were named again" in done.output
+
+
+def test_a_folder_of_copies_gets_its_rows_all_along(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few different pictures there are, rows do not wait for the end, nor files in memory."""
+    monkeypatch.setattr("infer.captioning.DESCRIBED_AT_ONCE", 8)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    picture(0).save(photos / "000.png")
+    for number in range(1, 100):
+        os.link(photos / "000.png", photos / f"{number:03d}.png")
+    captioner, output = Captioner(load_bundle(model)), tmp_path / "c.jsonl"
+    writer = RowWriter(part_path(output, 0))
+    captioning = Captioning(captioner, RowIndex(output), writer)
+    files = list_files([str(photos)])
+    with Reader(files, captioner.bundle.view, batch_size=4, num_workers=1, num_held=2) as reader:
+        sizes = [len(rows) for rows in captioning.rows(reader, num_threads=1)]
+    writer.close()
+    assert sum(sizes) == 100
+    assert max(sizes) <= 40
+    assert merge(output).num_duplicates == 99
+
+
+def test_relative_names_are_refused_from_another_folder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--images .` of two folders are different pictures with the same names."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        picture(1).save(tmp_path / name / "x.png")
+    codes = []
+    for name in ("a", "a", "b"):
+        monkeypatch.chdir(tmp_path / name)
+        arguments = ["--model", model, "--images", ".", "--output", tmp_path / "c.jsonl"]
+        command = [sys.executable, "-c", "from infer.main import run; run()", *map(str, arguments)]
+        codes.append(subprocess.run(command, capture_output=True, text=True, check=False))
+    assert [done.returncode for done in codes] == [0, 0, 2]
+    assert "working_folder was" in codes[2].stderr
+
+
+def test_a_gallery_takes_no_folder_of_others(model: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("mine")
+    for gallery in (tmp_path / "site", photos, tmp_path / "site" / "index.html"):
+        done = run_captioning(flags(model, photos, tmp_path / "c.jsonl", "--gallery", gallery), log=tmp_path / "log")
+        assert done.code == 2
+        assert "--gallery" in done.output
+    assert (tmp_path / "site" / "index.html").read_text() == "mine"
+
+
 def test_odd_and_hostile_files_have_the_row_that_they_should(model: Path, tmp_path: Path) -> None:
     expected = write_odd_pictures(tmp_path / "odd")
     done = run_captioning(flags(model, tmp_path / "odd", tmp_path / "c.jsonl", "--batch-size", 8), log=tmp_path / "log")
@@ -221,9 +312,12 @@ def test_one_command_at_a_time_writes_an_output(model: Path, photos: Path, tmp_p
     while not count_rows(tmp_path):
         time.sleep(0.001)
     os.kill(running.ranks[0].pid, 19)  # SIGSTOP
-    second = run_captioning(flags(model, photos, output), log=tmp_path / "log 2")
-    assert second.code == 2
-    assert "another run is writing" in second.output
+    made_with = (tmp_path / "c.jsonl.settings.json").read_text()
+    for more in ((), ("--beam-size", 1)):
+        second = run_captioning(flags(model, photos, output, *more), log=tmp_path / "log 2")
+        assert second.code == 2
+        assert "another run is writing" in second.output
+    assert (tmp_path / "c.jsonl.settings.json").read_text() == made_with
     os.kill(running.ranks[0].pid, 18)  # SIGCONT
     assert running.wait().code == 3
     assert len(read(output)) == NUM_FILES

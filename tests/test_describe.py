@@ -163,6 +163,8 @@ def test_confidence_is_given_only_for_the_decoding_that_it_was_measured_with(cal
 
 def test_impossible_wishes_are_refused(model: Path) -> None:
     bundle = load_bundle(model)
-    for wish in ({"beam_size": 0}, {"captions_per_image": 0}, {"abstain_below": 0.5}):
+    wishes: list[dict] = [{"beam_size": 0}, {"captions_per_image": 0}, {"abstain_below": 0.5}, {"abstain_below": 30}]
+    wishes += [{"length_penalty": penalty} for penalty in (float("nan"), float("inf"), 300.0)]
+    for wish in wishes:
         with pytest.raises(UserError):
-            Captioner(bundle, **wish)  # type: ignore[arg-type]
+            Captioner(bundle, **wish)

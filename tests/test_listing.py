@@ -49,9 +49,8 @@ def refused(*images: str | Path, **options: Any) -> dict[str, str]:
 
 
 def counted(files: Listing) -> Listing:
-    assert not files.is_complete
-    list(files)
-    assert files.is_complete
+    for _ in files:
+        pass
     return files
 
 
@@ -78,14 +77,23 @@ def test_a_file_keeps_its_root_as_given_and_lies_below_it(tmp_path: Path, monkey
         assert Path(locate(root, path).location).samefile(Path(root, path))
 
 
-def test_a_folder_given_twice_is_listed_once_and_one_inside_another_for_itself(tmp_path: Path) -> None:
+def test_a_file_that_several_sources_name_is_listed_once_where_it_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make(tmp_path, "a.jpg", "sub/b.jpg")
     (tmp_path / "link").symlink_to(tmp_path)
     assert paths(tmp_path, tmp_path, f"{tmp_path}/", tmp_path / "sub" / "..", tmp_path / "link") == [
         "a.jpg",
         "sub/b.jpg",
     ]
-    assert paths(tmp_path, tmp_path / "sub") == ["a.jpg", "sub/b.jpg", "b.jpg"]
+    assert paths(tmp_path, tmp_path / "sub") == ["a.jpg", "sub/b.jpg"]
+    monkeypatch.chdir(tmp_path)
+    Path("list").write_text("sub/b.jpg\n./a.jpg\n")
+    images, lists = ["sub", str(tmp_path / "sub"), "sub/b.jpg", "*/*.jpg"], ["list", f"{tmp_path}/list"]
+    assert places(*images, lists=lists) == [(".", "a.jpg"), ("sub", "b.jpg")]
+    assert counted(list_files(images, lists=lists)).num_repeated == 6
+    shares = [places(*images, lists=lists, rank=rank, world_size=3) for rank in range(3)]
+    assert sorted(chain.from_iterable(shares)) == places(*images, lists=lists)
 
 
 def test_undecodable_names_can_be_opened_again(tmp_path: Path) -> None:
@@ -285,6 +293,25 @@ def test_a_root_that_cannot_be_listed_is_refused_at_once(tmp_path: Path, monkeyp
         list_files([str(tmp_path / "closed")])
 
 
+def test_an_empty_name_is_refused_and_not_taken_for_the_disk() -> None:
+    with pytest.raises(UserError, match="an empty name in --images: "):
+        list_files([""])
+    with pytest.raises(UserError, match="an empty name in --list: "):
+        list_files([], lists=[""])
+    with pytest.raises(UserError, match="an empty name in --shards: "):
+        list_files([], shards=[""])
+
+
+def test_the_check_before_the_work_looks_at_no_more_than_a_first_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, *(f"{number}/{number}/x.jpg" for number in range(9)))
+    real, taken = listing._scan, []
+    monkeypatch.setattr(listing, "_scan", lambda folder: (taken.append(item) or item for item in real(folder)))
+    list_files([str(tmp_path)])
+    assert len(taken) == 1
+
+
 def test_an_empty_folder_is_no_mistake(tmp_path: Path) -> None:
     assert paths(tmp_path) == []
 
@@ -332,7 +359,21 @@ def test_a_line_that_names_a_file_again_is_dropped_and_counted(tmp_path: Path, m
     files = list_files([], lists=["elsewhere/list"])
     assert len(list(files)) == 51
     assert files.num_repeated == 51
-    assert len(places(".", lists=["elsewhere/list"])) == 52
+    assert len(places(".", lists=["elsewhere/list"])) == 52  # with the list itself
+    assert counted(list_files(["."], lists=["elsewhere/list"])).num_repeated == 102
+
+
+def test_a_byte_order_mark_belongs_to_no_name(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("a.jpg\n\ufeffb.jpg", encoding="utf-8-sig")
+    assert paths(lists=[str(tmp_path / "list")]) == ["a.jpg", "\ufeffb.jpg"]
+
+
+def test_a_line_that_no_file_can_have_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("x\0/captions.jsonl\n")
+    (file,) = list_files([], lists=[str(tmp_path / "list")], excluded=[tmp_path / "captions.jsonl"])
+    assert isinstance(file, ImageFile)
+    with pytest.raises(ImageError, match="missing"):
+        file.read(max_bytes=MANY)
 
 
 def test_the_standard_input_is_a_list_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +383,20 @@ def test_the_standard_input_is_a_list_for_one_process(monkeypatch: pytest.Monkey
         list_files([], lists=["-"], world_size=2)
 
 
-@pytest.mark.parametrize("name", ["none", "folder"])
+def test_a_list_that_is_a_pipe_is_for_one_process() -> None:
+    source, sink = os.pipe()
+    try:
+        os.write(sink, b"a.jpg\n")
+        with pytest.raises(UserError, match=f"cannot share the list /dev/fd/{source}: write it to a file"):
+            list_files([], lists=[f"/dev/fd/{source}"], world_size=2)
+        files = list_files([], lists=[f"/dev/fd/{source}"])
+    finally:
+        os.close(sink)
+        os.close(source)
+    assert [file.path for file in files if isinstance(file, ImageFile)] == ["a.jpg"]
+
+
+@pytest.mark.parametrize("name", ["none", "folder", "x" * 300])
 def test_a_list_that_cannot_be_read_is_refused_at_once(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=f"cannot read the list .*{name}.*: give a text file"):
@@ -394,6 +448,11 @@ def test_shards_that_are_damaged_or_gone_are_refused_one_by_one(tmp_path: Path) 
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no manifest"):
         list_files([], shards=[str(make(tmp_path, "a.jpg"))])
+
+
+def test_shards_that_cannot_be_looked_at_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot look at .*x .*: give --shards"):
+        list_files([], shards=[str(tmp_path / ("x" * 300))])
 
 
 def test_a_folder_that_is_called_like_a_tar_is_a_folder(tmp_path: Path) -> None:
@@ -455,6 +514,18 @@ def test_the_web_is_listed_where_its_server_shows_it(nginx: tuple[str, Path]) ->
             list_files([place])
 
 
+def test_a_server_that_leads_in_circles_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "scan_folder", lambda folder: iter([("up", True), ("a.jpg", False)]))
+    found = list(Listing([listing._Root("http://host/p", patterns=listing.EVERYTHING)]))
+    assert sum(isinstance(item, ImageFile) for item in found) == 33
+    (end,) = (item for item in found if isinstance(item, Refused))
+    assert end.file.path == "/".join(["up"] * 33)
+    assert (end.error.reason, end.error.message) == (
+        "unreadable",
+        "more than 32 folders deep: it may be a circle",
+    )
+
+
 # ---- shares and size --------------------------------------------------------------------------------------------
 
 
@@ -477,7 +548,7 @@ def test_a_file_belongs_to_the_same_process_whatever_else_there_is(tmp_path: Pat
     make(tmp_path, *(f"new/{number}.jpg" for number in range(40)))
     after = [set(paths(tmp_path, f"{tmp_path}/../*/0.jpg", rank=rank, world_size=3)) for rank in range(3)]
     assert all(early <= late for early, late in zip(before, after, strict=True))
-    assert listing._hash(ImageFile("photos", "a/\udcff.jpg")) == 1182175330911872959  # in every process and version
+    assert listing._hash("photos/a/\udcff.jpg") == 4743710010523229869  # in every process and version
 
 
 def test_the_first_file_comes_before_a_folder_has_been_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -487,7 +558,6 @@ def test_the_first_file_comes_before_a_folder_has_been_read(tmp_path: Path, monk
     files = list_files([str(tmp_path)])
     next(files)
     assert len(taken) <= 2
-    assert not files.is_complete
     assert len(list(files)) == 499
 
 

@@ -1,5 +1,8 @@
 """Pictures that crash or hang their decoder cost themselves alone, and nobody's views are mixed up."""
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,7 +145,27 @@ def test_a_picture_at_which_the_decoder_hangs_is_given_up(tmp_path: Path, monkey
     check_views([file for file in files if file.path != "002.png"], views)
 
 
+def test_a_pause_of_everything_costs_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of Ctrl-Z or a frozen machine: nobody speaks, and nobody has looked."""
+    monkeypatch.setattr(reading, "MAX_SECONDS", 1.0)
+    monkeypatch.setattr(reading, "MAX_SECONDS_BETWEEN_LOOKS", 0.5)
+    pictures: list[Picture] = []
+    with Reader(iter(make_files(tmp_path, 40)), VIEW, batch_size=2, num_workers=2, num_held=1) as reader:
+        while (batch := reader.next_batch()) is not None:
+            pictures += batch.pictures
+            reader.release(batch)
+            if len(pictures) == 4:
+                reader._hand_out()
+                for worker in reader._workers:
+                    os.kill(worker.process.pid or 0, signal.SIGSTOP)
+                time.sleep(2.0)
+                for worker in reader._workers:
+                    os.kill(worker.process.pid or 0, signal.SIGCONT)
+    assert len(pictures) == 40
+    assert not [picture for picture in pictures if picture.error]
+
+
 def test_workers_that_always_die_end_the_run_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infer.reading._work", crash.always)
-    with pytest.raises(UserError, match=r"reading processes in a row died .*exit code 9.*--workers"):
+    with pytest.raises(UserError, match=r"reading processes died and none has read a picture .*exit code 9.*--workers"):
         read_all(make_files(tmp_path, 30))

@@ -1,11 +1,15 @@
 """Files on disk and behind URLs: sizes, whole writes, patience with servers."""
 
 import errno
+import gzip
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +364,41 @@ def test_s3_is_scanned_page_by_page(bucket: Bucket, monkeypatch: pytest.MonkeyPa
     ]
 
 
+class Listed:
+    """A filesystem that gives certain answers."""
+
+    def __init__(self, entries: list[dict[str, str]]) -> None:
+        self.entries = entries
+        self.req_kw = {"RequestPayer": "requester"}
+        self.asked: dict[str, str] = {}
+
+    def ls(self, path: str, *, detail: bool) -> list[dict[str, str]]:
+        return self.entries
+
+    def call_s3(self, method: str, **options: str) -> dict[str, bool]:
+        self.asked = options
+        return {"IsTruncated": False}
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_a_mark_for_a_folder_is_no_file_in_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [
+        {"name": "b/p/", "type": kind},
+        {"name": "b/p/p", "type": "file"},
+        {"name": "b/p/s/", "type": "directory"},
+    ]
+    monkeypatch.setattr(storage, "_filesystem", lambda location: (Listed(entries), location.partition("://")[2]))
+    for folder in ("gs://b/p", "gs://b/p/"):
+        assert list(storage.scan_folder(folder)) == [("p", False), ("s", True)]
+
+
+def test_who_pays_for_reading_pays_for_listing(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Listed([])
+    monkeypatch.setattr(storage, "_filesystem", lambda location: (store, "b/p"))
+    assert list(storage.scan_folder("s3://b/p")) == []
+    assert store.asked == {"Bucket": "b", "Prefix": "p/", "Delimiter": "/", "RequestPayer": "requester"}
+
+
 def test_an_empty_object_has_no_beginning_to_be_read(bucket: Bucket) -> None:
     bucket.put("empty", b"")
     started = time.monotonic()
@@ -455,6 +494,50 @@ def test_the_web_is_read_under_any_name(nginx: tuple[str, Path]) -> None:
         storage.read_bytes(storage.join(address, "none"))
     with pytest.raises(RefusedError, match="403"):
         storage.read_bytes(storage.join(address, "plain", ""))
+
+
+@pytest.fixture
+def rude_server() -> Iterator[tuple[str, list[int]]]:
+    """A web server that sends 200 MB whatever part is asked for, packed where that is accepted; and what it sent."""
+    num_sent = [0]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/empty":
+                self.send_error(416)
+                return
+            packed = "gzip" in self.headers.get("Accept-Encoding", "")
+            piece = gzip.compress(bytes(200_000_000), 1) if packed else bytes(1_000_000)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(piece) if packed else 200_000_000))
+            if packed:
+                self.send_header("Content-Encoding", "gzip")
+            self.end_headers()
+            with suppress(OSError):
+                for _ in range(1 if packed else 200):
+                    num_sent[0] += self.wfile.write(piece)
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", num_sent
+        server.shutdown()
+
+
+def test_the_beginning_of_a_web_file_is_all_that_is_read(
+    rude_server: tuple[str, list[int]], nginx: tuple[str, Path]
+) -> None:
+    address, num_sent = rude_server
+    assert storage.read_bytes(f"{address}/x", end=1_000_001) == bytes(1_000_001)
+    assert 1_000_000 <= num_sent[0] < 50_000_000  # unpacked, and no more than what systems and sockets hold
+    assert storage.read_bytes(f"{address}/empty", end=9) == b""
+    address, root = nginx
+    (root / "start").write_bytes(b"12345")
+    assert [storage.read_bytes(f"{address}/start", end=end) for end in (1, 5, 9)] == [b"1", b"12345", b"12345"]
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(f"{address}/none", end=9)
 
 
 def test_the_web_is_listed_where_its_server_shows_it(nginx: tuple[str, Path]) -> None:

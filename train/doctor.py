@@ -26,6 +26,7 @@ import torch
 from captioner import cli, storage
 from captioner.cli import UserError
 from captioner.shards import ShardEntry
+from captioner.workers import count_processors
 from train.cache import ShardCache
 from train.diagnosis import STAGES, Measured, verdict
 from train.plan import PACK_FIRST, SAMPLE_CHANCE, SampleRef, random_bits, random_order
@@ -251,7 +252,7 @@ def measure(settings: DoctorSettings, split: Split, cache: ShardCache, bar: cli.
         alone_cpu_us=alone_cpu_us,
         workers=settings.workers,
         workers_rate=workers_rate,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=count_processors(),
         image_bytes=sum(map(len, contents)) / len(contents),
         split_bytes=split.bytes,
         memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),

@@ -26,7 +26,8 @@ from captioner.views import ViewSpec, normalise, read_eval_view
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
 from captioning import COCO, LIGHT
 from infer import main as command
-from infer.results import RowIndex, RowWriter, merge, part_path
+from infer.results import RowWriter, part_path
+from infer.row_index import RowIndex, merge
 from infer.settings import CaptionSettings
 from measure import (
     Bar,

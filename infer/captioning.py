@@ -15,7 +15,8 @@ import torch
 from captioner.cli import UserError
 from captioner.describe import Captioner, Description, Encoded
 from infer.reading import Batch, Picture, Reader
-from infer.results import FORMAT_VERSION, Row, RowIndex, RowWriter, duplicate_row
+from infer.results import FORMAT_VERSION, Row, RowWriter, duplicate_row
+from infer.row_index import RowIndex
 
 DECIMALS = 4  # of scores
 DESCRIBED_AT_ONCE = 256  # pictures; the decoder reads all its weights for each word, be there few captions or many

@@ -24,17 +24,8 @@ from captioner.workers import count_processors
 from infer.gallery import check_folder, write_gallery
 from infer.listing import ImageFile, Listing, Refused, list_files
 from infer.reading import Reader, prepare
-from infer.results import (
-    RowIndex,
-    RowWriter,
-    Summary,
-    check_settings,
-    merge,
-    own_files,
-    part_path,
-    read_rows,
-    write_settings,
-)
+from infer.results import RowWriter, check_settings, own_files, part_path, read_rows, write_settings
+from infer.row_index import RowIndex, Summary, merge
 from infer.settings import CaptionSettings
 from infer.sidecars import check_ending, write_sidecars
 

@@ -22,7 +22,8 @@ from captioner.describe import Captioner
 from infer.captioning import Captioning
 from infer.listing import list_files
 from infer.reading import Reader
-from infer.results import RowIndex, RowWriter, merge, part_path
+from infer.results import RowWriter, part_path
+from infer.row_index import RowIndex, merge
 
 TOLERANCE = 1.5e-4  # of scores, which are rounded to 1e-4
 NUMBERS = ("score", "confidence")

@@ -33,6 +33,7 @@ LIGHT_MODULES = (
     "infer.reading",
     "infer.gallery",
     "infer.results",
+    "infer.row_index",
     "infer.sidecars",
 )
 

@@ -28,13 +28,10 @@ from infer.results import (
     FORMAT_VERSION,
     TAIL_BYTES,
     Row,
-    RowIndex,
     RowWriter,
-    Summary,
     check_settings,
     duplicate_row,
     find_parts,
-    merge,
     merging_path,
     own_files,
     part_path,
@@ -43,6 +40,7 @@ from infer.results import (
     to_line,
     write_settings,
 )
+from infer.row_index import RowIndex, Summary, merge
 
 ROOT = "photos"
 NUM_KILLS = 20
@@ -463,7 +461,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from infer.results import RowIndex, merge
+from infer.row_index import RowIndex, merge
 largest = lambda: int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 output, before = Path(sys.argv[1]), largest()
 assert RowIndex(output).is_done("photos", "77.jpg")

@@ -299,5 +299,5 @@ def test_without_javascript_the_page_says_where_the_captions_are(tmp_path: Path)
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "gallery").write_text("a file")
-    with pytest.raises(UserError, match=r"cannot write the gallery file .*data\.js: .+; choose a folder"):
+    with pytest.raises(UserError, match=r"cannot write the gallery file .*gallery\.css: .+; choose a folder"):
         gallery([], tmp_path)

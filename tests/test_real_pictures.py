@@ -30,9 +30,7 @@ def test_real_pictures_go_the_whole_way(tmp_path: Path) -> None:
     assert len(losses) == 4
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.8
-    command(
-        "infer/main.py", "--model", "run/model", "--images", pictures, "--output", "captions.jsonl", "--beam-size", "1"
-    )
+    command("infer/main.py", "--model", "run/model", "--images", pictures, "--output", "captions.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     assert len(rows) == 110
     assert not [row for row in rows if "error" in row]

@@ -501,9 +501,7 @@ def _read_remote(location: str, max_bytes: int) -> bytes:
 
 def _check_size(num_bytes: int, max_bytes: int) -> None:
     if num_bytes > max_bytes:
-        raise ImageError(
-            "too large", f"{num_bytes:,} bytes or more, {max_bytes:,} are allowed: allow more, or shrink it"
-        )
+        raise ImageError("too large", f"{num_bytes:,} bytes or more, {max_bytes:,} are allowed: shrink it")
 
 
 def _refusal(error: Exception) -> ImageError:

@@ -121,8 +121,7 @@ def caption_folder(job: Job, captioner: Captioner, settings: CaptionSettings) ->
     names = {path.name for path in job.files}
     listing = command.open_listing(settings, job.state)
     own = (entry for entry in listing if getattr(entry, "path", None) in names)
-    index = RowIndex(settings.output)
-    with closing(RowWriter(part_path(settings.output, 0))) as writer:
+    with closing(RowIndex(settings.output)) as index, closing(RowWriter(part_path(settings.output, 0))) as writer:
         num_rows = command.caption_files(own, index, writer, captioner, settings=settings, state=job.state)  # type: ignore[arg-type]
     summary = merge(settings.output)
     assert num_rows == summary.num_rows == len(job.files), "files were lost"

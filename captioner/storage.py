@@ -265,8 +265,7 @@ def _cat(filesystem: Any, path: str, end: int | None) -> bytes:
     try:
         return filesystem.cat_file(path, end=end)
     except Exception as error:
-        no_such_range = getattr(error, "errno", None) == errno.EINVAL or getattr(error, "status", None) == 416
-        if end is None or not no_such_range:
+        if end is None or getattr(error, "errno", None) != errno.EINVAL:
             raise
         return filesystem.cat_file(path)  # an empty file has no first byte to ask for
 

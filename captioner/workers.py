@@ -2,9 +2,10 @@
 
 import multiprocessing
 import os
+from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 from captioner import images
@@ -17,6 +18,17 @@ def start_server(module: str) -> ForkServerContext:
     context.set_forkserver_preload([module, *native])
     forkserver.ensure_running()
     return context
+
+
+def hire(
+    context: ForkServerContext, work: Callable[..., None], *arguments: Any
+) -> tuple[ForkServerProcess, Connection]:
+    """A process that runs `work` with its end of a pipe and the arguments, and our end."""
+    ours, theirs = context.Pipe()
+    process = context.Process(target=work, args=(theirs, *arguments), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
 
 
 def receive(pipe: Connection) -> Any:

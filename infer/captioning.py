@@ -20,7 +20,6 @@ from infer.row_index import RowIndex
 
 DECIMALS = 4  # of scores
 DESCRIBED_AT_ONCE = 256  # pictures; the decoder reads all its weights for each word, be there few captions or many
-
 MAX_SECONDS_UNTIL_DESCRIBED = 10.0  # so long a kill may cost, and a person looks at a bar that stands
 
 Result = TypeVar("Result")
@@ -131,7 +130,7 @@ class Captioning:
 
     def _write(self, rows: list[Row]) -> list[Row]:
         for row, offset in zip(rows, self._writer.write(rows), strict=True):
-            if row.get("duplicate_of", "") is None:
+            if row.get("duplicate_of", "") is None:  # the first with these bytes; failures have no such key
                 self._index.add(row, self._writer.path, offset)
         return rows
 

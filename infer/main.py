@@ -48,14 +48,14 @@ def main(settings: CaptionSettings) -> None:
     choices = row_settings(captioner, settings)
     with closing(RowWriter(part_path(settings.output, state.process_index))) as writer:  # which locks the part
         check_settings(settings.output, choices)
-        index = RowIndex(settings.output, retry_errors=settings.retry_errors)
-        state.wait_for_everyone()  # all have read the earlier rows before anyone appends
-        if state.is_main_process:
-            write_settings(settings.output, choices)
-        state.wait_for_everyone()
-        started = time.monotonic()
-        num_new = caption_files(listing, index, writer, captioner, settings=settings, state=state)
-        seconds = time.monotonic() - started
+        with closing(RowIndex(settings.output, retry_errors=settings.retry_errors)) as index:
+            state.wait_for_everyone()  # all have read the earlier rows before anyone appends
+            if state.is_main_process:
+                write_settings(settings.output, choices)
+            state.wait_for_everyone()
+            started = time.monotonic()
+            num_new = caption_files(listing, index, writer, captioner, settings=settings, state=state)
+            seconds = time.monotonic() - started
     num_new = sum(gather_numbers(num_new))  # when the last process is through
     num_failed = 0
     if state.is_main_process:
@@ -78,7 +78,7 @@ def check_flags(settings: CaptionSettings) -> None:
         raise UserError("nothing to caption: give --images with a folder, a file, a glob or a URL")
     if any(number is not None and number < 1 for number in (settings.batch_size, settings.workers)):
         raise UserError("--batch-size and --workers must be at least 1")
-    if is_remote(str(settings.output)) or ":/" in str(settings.output):
+    if ":/" in str(settings.output):
         raise UserError(f"--output {settings.output} is a URL: give a file on this machine")
     if settings.output.is_dir():
         raise UserError(f"--output {settings.output} is a folder: give the name of a JSONL file")
@@ -183,7 +183,6 @@ def caption_files(
                 num_rows += len(rows)
                 num_failed += sum("error" in row for row in rows)
                 bar.advance(len(rows), note=f"{num_failed:,} failed")
-    index.close()
     return num_rows
 
 
@@ -219,7 +218,7 @@ def write_extras(settings: CaptionSettings) -> None:
         counts = write_sidecars(read_rows(settings.output), ending=settings.sidecar)
         cli.console.print("sidecars: " + ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(counts.items())))
     if settings.gallery is not None:
-        page = write_gallery(read_rows(settings.output), settings.gallery, title="Captions", model=str(settings.model))
+        page = write_gallery(read_rows(settings.output), settings.gallery, title="Captions", model=settings.model)
         cli.console.print(f"look at {page}", markup=False)
 
 

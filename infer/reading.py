@@ -1,8 +1,8 @@
 """Files to pictures in worker processes, which a picture that crashes or hangs its decoder takes with it alone.
 
 A worker is given a batch of files and a buffer in shared memory. It tells of one file after the other, so that a dead
-or silent worker's picture is known: a second worker tries it, and where that dies too the picture is an error and the
-batch goes on behind it.
+or silent worker's picture is known. What a worker died at a second one tries; where that dies too, or a worker fell
+silent, the picture is an error, and the batch goes on behind it.
 
 Shapes: B pictures of a batch that can be used, P sides of a view, in pixels.
 """
@@ -27,7 +27,7 @@ from captioner import workers
 from captioner.cli import UserError
 from captioner.images import ImageError
 from captioner.views import ViewSpec, read_eval_view
-from captioner.workers import receive, use_one_thread
+from captioner.workers import hire, receive, use_one_thread
 from infer.listing import ImageFile, Refused
 
 MAX_FILE_BYTES = 1 << 28
@@ -158,12 +158,7 @@ class Reader:
             worker.pipe.send((task.files[len(task.pictures) :], task.buffer, task.num_views))
 
     def _hire(self) -> _Worker:
-        ours, theirs = self._context.Pipe()
-        shape = self._buffers.shape
-        process = self._context.Process(target=_work, args=(theirs, self._memory, shape, self._view), daemon=True)
-        process.start()
-        theirs.close()
-        return _Worker(process, ours)
+        return _Worker(*hire(self._context, _work, self._memory, self._buffers.shape, self._view))
 
     # ---- hearing --------------------------------------------------------------------------------------------
 

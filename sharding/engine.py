@@ -18,7 +18,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 from captioner.cli import UserError
-from captioner.workers import receive, start_server, use_one_thread
+from captioner.workers import hire, receive, start_server, use_one_thread
 from sharding.pack import BETWEEN, PackedShard, Progress, Report, pack_shard
 from sharding.plan import ShardPlan
 
@@ -75,12 +75,8 @@ class _Crew:
             worker.process.join()
 
     def _hire(self) -> _Worker:
-        ours, theirs = self._context.Pipe()
         place = self._context.RawValue("q", BETWEEN)
-        process = self._context.Process(target=_work, args=(theirs, place, self._folder), daemon=True)
-        process.start()
-        theirs.close()
-        return _Worker(process, ours, place)
+        return _Worker(*hire(self._context, _work, place, self._folder), place)
 
     def _give(self, worker: _Worker, plan: ShardPlan) -> None:
         worker.plan = plan

@@ -17,7 +17,6 @@ from torch import Tensor
 from captioner.bundle import DecodingDefaults
 from captioner.calibration import Calibration, fit_confidence, fit_space
 from captioner.metrics import cider
-from captioner.views import normalise
 from train.split import Split
 from train.step import CaptionLoss
 from train.stream import BatchStream, Share
@@ -100,10 +99,8 @@ def sample_features(
     positions: list[int] = []
     features: list[np.ndarray] = []
     for batch in open_stream(split, plan=split.plain_plan(), share=share):
-        features_BF = batch.to(accelerator.device).inputs
         with accelerator.autocast():
-            if features_BF.dim() > 2:
-                features_BF = loss_model.model.encoder(normalise(features_BF, loss_model.view))
+            features_BF = loss_model.features(batch.to(accelerator.device).inputs)
         positions += batch.positions
         features.append(features_BF[: batch.num_samples].float().cpu().numpy())  # none of a filler's row
     found = gather_object([(positions, np.concatenate(features))])

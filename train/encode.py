@@ -19,7 +19,7 @@ from torch import nn
 
 from captioner import cli, storage
 from captioner.cli import UserError
-from captioner.views import ViewSpec, normalise
+from captioner.views import ViewSpec
 from train.features import FORMAT_VERSION, ROW_DTYPE, FeatureFiles
 from train.split import Split
 from train.step import CaptionLoss
@@ -105,7 +105,7 @@ def _encode_shards(
     accelerator: Accelerator,
 ) -> None:
     """Make the files of `own` shards, in this process alone."""
-    encoder, part = loss_model.model.encoder, split.only(own)
+    part = split.only(own)
     stream = open_stream(part, plan=part.plain_plan(), share=Share(ENCODED_TOGETHER))
     total, quiet = part.num_samples, not accelerator.is_main_process
     with cli.progress_bar(f"encoding {split.name}", total=total, unit="images", quiet=quiet) as bar:
@@ -113,7 +113,7 @@ def _encode_shards(
         def rows() -> Iterator[tuple[int, np.ndarray]]:
             for batch in stream:
                 with accelerator.autocast():
-                    features_BF = encoder(normalise(batch.to(accelerator.device).inputs, loss_model.view))
+                    features_BF = loss_model.features(batch.to(accelerator.device).inputs)
                 bar.advance(batch.num_samples)
                 yield from zip(batch.positions, features_BF.float().cpu().numpy(), strict=False)
 

@@ -82,13 +82,17 @@ class CaptionLoss(nn.Module):
         if self._learns:
             let_encoder_learn(self.model, learning=step > self.thaw_step)
 
+    def features(self, inputs: Tensor) -> Tensor:
+        """The encoder's features (B, F) of uint8 views; cached features are passed on."""
+        return inputs if inputs.dim() == 2 else self.model.encoder(normalise(inputs, self.view))
+
     def forward(self, inputs: Tensor, captions: PackedCaptions) -> tuple[Tensor, Tensor]:
         """(what is minimised, plain cross-entropy), each summed over the tokens, of uint8 views or cached features.
 
         In training labels are smoothed, and some input words replaced by the model's own guesses.
         """
         model = self.model
-        image_BE = model.encode(inputs if inputs.dim() == 2 else normalise(inputs, self.view))
+        image_BE = model.encode(self.features(inputs))
         if self.training and self.guessed_share:
             captions = with_guesses(model, image_BE, captions, share=self.guessed_share)
         hidden_MH = model.hidden(image_BE, captions)

@@ -17,7 +17,6 @@ from captioner.cli import UserError
 from captioner.decoding import decode
 from captioner.metrics import References
 from captioner.storage import read_bytes, write_atomic
-from captioner.views import normalise
 from captioner.vocabulary import Vocabulary
 from train.calibrate import calibrate
 from train.split import Split
@@ -60,9 +59,7 @@ def evaluate_split(
             continue
         on_device = batch.to(accelerator.device)
         with accelerator.autocast():
-            features_BF = on_device.inputs
-            if features_BF.dim() > 2:
-                features_BF = model.encoder(normalise(features_BF, loss_model.view))
+            features_BF = loss_model.features(on_device.inputs)
             _, cross_entropy = loss_model(features_BF, on_device.captions)
             captions = decode(model, model.encode(features_BF), **asdict(decoding))
         total += torch.stack((cross_entropy.double(), torch.tensor(float(batch.num_targets), device=total.device)))

@@ -132,7 +132,7 @@ def ours(folder: Path, *, workers: int, epoch: int) -> Iterator[Any]:
     split = read_split([str(folder / SHARDS)], "train", remedy="pack again")
     stream = BatchStream(
         split,
-        plan=split.plan(seed=0, epoch=epoch),
+        plan=split.plan(seed=0, epoch=epoch, global_batch=BATCH),
         share=Share(BATCH),
         rules=ViewRules(crop=CROP, max_tokens=MAX_TOKENS, training=True),
         vocabulary=find_vocabulary(folder),

@@ -377,9 +377,9 @@ class Trainer:
         total = num_steps(self.split.num_samples, global_batch=self.batch)
         return self.open_stream(
             self.split,
-            plan=self.split.plan(seed=0, epoch=number),
+            plan=self.split.plan(seed=0, epoch=number, global_batch=self.batch),
             rules=replace(self.rules, training=features is None),
-            first_step=0 if steps is None else max(0, total - steps),
+            first_part=0 if steps is None else max(0, total - steps),
             features=features,
         )
 

@@ -23,7 +23,6 @@ from captioner.vocabulary import count_words, tokenize
 
 FORMAT_VERSION = 2
 BLOCK_BYTES = 512
-NUM_LANES = 64
 TAR_NAME_BYTES = 100
 TAR_HEADER = (  # of an empty name and size, with blanks for the checksum, which counts them so
     bytes(100) + b"0000644\0" + 2 * b"0000000\0" + bytes(12) + b"00000000000\0" + 8 * b" " + b"0" + bytes(100)
@@ -290,7 +289,6 @@ class Manifest:
     source: dict[str, Any]
     failures: dict[str, int]
     fingerprint: str
-    lanes: int = NUM_LANES
 
     @property
     def num_samples(self) -> int:

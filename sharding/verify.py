@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from captioner import images, storage
 from captioner.cli import Bar, UserError
-from captioner.shards import NUM_LANES, SPLITS, Manifest, manifest_location, read_manifest, shard_name
+from captioner.shards import SPLITS, Manifest, manifest_location, read_manifest, shard_name
 from captioner.vocabulary import Vocabulary, read_vocabulary
 from sharding.finish import manifest_fingerprint
 from sharding.foreign import BACKEND as FOREIGN
@@ -124,8 +124,6 @@ def _check_manifest(manifest: Manifest, *, split: str, raw: bytes) -> Iterator[s
     wanted = {"split", "records", "pattern"} if is_foreign(manifest) else {"split", "records", "captions", "images"}
     if missing := wanted - manifest.source.keys():
         yield f"its source lacks {', '.join(sorted(missing))}"
-    if manifest.lanes != NUM_LANES:
-        yield f"has {manifest.lanes} lanes, not {NUM_LANES}"
     if manifest.fingerprint != manifest_fingerprint(manifest.shards):
         yield "its fingerprint is not that of its shards"
     if manifest.to_json().encode() != raw:

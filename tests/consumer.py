@@ -103,7 +103,7 @@ def consume(job: Job) -> None:
     accelerator = Accelerator()
     split = read_split(job.shards, "train", remedy="")
     vocabulary = read_merged_vocabulary(job.shards, remedy="")
-    state = StreamState.start(split, seed=1, window_shards=2)
+    state = StreamState.start(split, seed=1, global_batch=GLOBAL_BATCH, shuffle_shards=8)
     share = Share(GLOBAL_BATCH, rank=accelerator.process_index, world_size=accelerator.num_processes)
     check_ranks(gather_object([rank_facts(state, share)]))
     accelerator.register_for_checkpointing(state)
@@ -115,12 +115,12 @@ def consume(job: Job) -> None:
             first = state.position
             stream = BatchStream(
                 split,
-                plan=split.plan(seed=1, epoch=epoch, window_shards=2),
+                plan=state.plan(split),
                 share=share,
                 rules=ViewRules(crop=28, max_tokens=20, training=True),
                 vocabulary=vocabulary,
                 workers=job.workers,
-                first_step=first // GLOBAL_BATCH,
+                first_part=first // GLOBAL_BATCH,
                 cache=ShardCache(str(job.cache), max_bytes=1 << 24) if job.cache else None,
             )
             for step, batch in enumerate(stream, start=first // GLOBAL_BATCH):

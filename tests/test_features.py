@@ -79,7 +79,7 @@ class Setting:
 
     def batches(self, **options: Any) -> list[Batch]:
         """An epoch, shuffled, without crops and flips."""
-        return list(self.open_stream(self.split, plan=self.split.plan(seed=1, epoch=0, window_shards=2), **options))
+        return list(self.open_stream(self.split, plan=self.split.plan(seed=1, epoch=0, global_batch=4), **options))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -188,7 +188,7 @@ def test_few_files_are_open_at_once(shards: Path) -> None:
     setting = Setting(shards)
     files = setting.prepare()
     reader, row = FeatureReader(files, max_open=2), np.empty(files.num_features, dtype=np.float32)
-    refs: list[SampleRef] = setting.split.plan(seed=0, epoch=0).refs(range(15))
+    refs: list[SampleRef] = setting.split.plan(seed=0, epoch=0, global_batch=4).refs(range(15))
     for ref in refs:
         reader.read_into(row, ref)
         assert len(reader._open) <= 2

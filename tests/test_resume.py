@@ -18,6 +18,7 @@ from train.stream import BatchStream, Share, StreamState, ViewRules, check_ranks
 
 SIZES = (5, 11, 1, 9, 14, 0, 8, 3, 12)
 EPOCHS, NUM_KILLS = 3, 10
+ORDER = {"seed": 1, "global_batch": GLOBAL_BATCH, "shuffle_shards": 8}
 STEPS = -(-sum(SIZES) // GLOBAL_BATCH)
 
 Order = dict[tuple[int, int], list[tuple[int, str]]]
@@ -46,7 +47,9 @@ def undisturbed(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Order:
     finish(Job(shards=(shards,), run=run, epochs=EPOCHS))
     found = order(seen(run))
     for epoch in range(EPOCHS):
-        plan = read_split([shards], "train", remedy="").plan(seed=1, epoch=epoch, window_shards=2)
+        plan = read_split([shards], "train", remedy="").plan(
+            seed=1, epoch=epoch, global_batch=GLOBAL_BATCH, shuffle_shards=8
+        )
         consumed = [pair for step in range(STEPS) for pair in found[epoch, step]]
         assert [position for position, _ in consumed] == list(range(plan.num_samples))
         assert len({key for _, key in consumed}) == sum(SIZES)
@@ -83,8 +86,8 @@ def test_killed_at_random_steps_and_resumed_with_other_ranks_and_workers(
     found: Order = {}
     for row in rows:
         wanted = undisturbed[row.epoch, row.step]
-        own = [pair for pair in wanted if pair[0] % GLOBAL_BATCH % row.world_size == row.rank]
-        assert list(zip(row.positions, row.keys, strict=True)) == own
+        first, end = (len(wanted) * rank // row.world_size for rank in (row.rank, row.rank + 1))
+        assert list(zip(row.positions, row.keys, strict=True)) == wanted[first:end]
         found.setdefault((row.epoch, row.step), [])
         views.setdefault(f"{row.epoch} {row.positions}", set()).add(row.views)
     assert found.keys() == undisturbed.keys()
@@ -109,14 +112,14 @@ def test_after_a_kill_training_goes_on_at_the_checkpoint(shards: str, tmp_path: 
 
 def test_a_checkpoint_of_another_order_is_refused(shards: str) -> None:
     split = read_split([shards], "train", remedy="")
-    state = StreamState.start(split, seed=1, window_shards=2)
+    state = StreamState.start(split, **ORDER)
     state.epoch, state.position = 3, 24
-    other = StreamState.start(split, seed=1, window_shards=2)
+    other = StreamState.start(split, **ORDER)
     other.load_state_dict(state.state_dict())
     assert other == state
-    for changed in ({"seed": 2}, {"window_shards": 3}):
+    for changed in ({"seed": 2}, {"shuffle_shards": 3}, {"global_batch": 8}):
         with pytest.raises(UserError, match=f"{next(iter(changed))} was"):
-            StreamState.start(split, **({"seed": 1, "window_shards": 2} | changed)).load_state_dict(state.state_dict())
+            StreamState.start(split, **(ORDER | changed)).load_state_dict(state.state_dict())
 
 
 # ---- odd datasets on two ranks ------------------------------------------------------------------------------
@@ -147,7 +150,7 @@ def test_folders_are_mixed_into_one_epoch(tmp_path: Path) -> None:
     keys = [key for pairs in found.values() for _, key in pairs]
     split = read_split(folders, "train", remedy="")
     assert sorted(keys) == sorted([f"train-{n:09d}" for n in range(9)] + [f"train-{n:09d}" for n in range(3, 10)])
-    plan = split.plan(seed=1, epoch=0, window_shards=2)
+    plan = split.plan(seed=1, epoch=0, global_batch=GLOBAL_BATCH, shuffle_shards=8)
     origins = [ref.shard == 2 for ref in plan.refs(range(16))]
     assert True in origins[:8]
     assert True in origins[8:]
@@ -199,7 +202,7 @@ def test_a_web_server_that_restarts_in_the_middle_of_an_epoch_loses_nothing(
 
 def facts(shards: str, ranks: list[tuple[int, int]], **changed: int) -> list[dict]:
     split = read_split([shards], "train", remedy="")
-    state = StreamState.start(split, seed=1, window_shards=2)
+    state = StreamState.start(split, **ORDER)
     found = [rank_facts(state, Share(8, rank=rank, world_size=world_size)) for rank, world_size in ranks]
     found[-1] |= changed
     return found
@@ -228,17 +231,17 @@ def test_ranks_that_overlap_leave_gaps_or_differ_are_refused(
         check_ranks(facts(shards, ranks, **changed))
 
 
-def make_stream(shards: str, *, first_step: int = 0, workers: int = 0) -> BatchStream:
+def make_stream(shards: str, *, first_part: int = 0, workers: int = 0) -> BatchStream:
     split = read_split([shards], "train", remedy="")
     vocabulary = read_merged_vocabulary([shards], remedy="")
     return BatchStream(
         split,
-        plan=split.plan(seed=1, epoch=0),
+        plan=split.plan(seed=1, epoch=0, global_batch=GLOBAL_BATCH),
         share=Share(GLOBAL_BATCH),
         rules=ViewRules(crop=28, max_tokens=9, training=True),
         vocabulary=vocabulary,
         workers=workers,
-        first_step=first_step,
+        first_part=first_part,
     )
 
 
@@ -247,16 +250,16 @@ def test_accelerate_is_not_given_the_stream(shards: str) -> None:
         Accelerator(cpu=True).prepare(make_stream(shards))
 
 
-@pytest.mark.parametrize("first_step", [0, STEPS // 2, STEPS - 2])
-def test_a_seek_reads_nothing_but_its_batch(shards: str, first_step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first_part", [0, STEPS // 2, STEPS - 2])
+def test_a_seek_reads_nothing_but_its_batch(shards: str, first_part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     plain = ShardReader.read
     monkeypatch.setattr(ShardReader, "read", lambda self, ref: (read.append(ref.position), plain(self, ref))[1])
-    next(iter(make_stream(shards, first_step=first_step)))
-    assert read == list(range(first_step * GLOBAL_BATCH, (first_step + 1) * GLOBAL_BATCH))
+    next(iter(make_stream(shards, first_part=first_part)))
+    assert read == list(range(first_part * GLOBAL_BATCH, (first_part + 1) * GLOBAL_BATCH))
 
 
 def test_a_stream_knows_how_many_batches_are_left(shards: str) -> None:
-    for first_step in (0, 1, STEPS):
-        stream = make_stream(shards, first_step=first_step)
-        assert len(stream) == len(list(stream)) == STEPS - first_step
+    for first_part in (0, 1, STEPS):
+        stream = make_stream(shards, first_part=first_part)
+        assert len(stream) == len(list(stream)) == STEPS - first_part

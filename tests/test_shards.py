@@ -283,7 +283,7 @@ def test_a_manifest_survives_its_file_and_sums_its_shards(tmp_path: Path) -> Non
         ("{}", "is not a manifest"),
         ("[]", "is not a manifest"),
         (make_manifest().to_json().replace('"format_version": 2', '"format_version": 1'), "has format 1"),
-        (make_manifest().to_json().replace('"lanes"', '"roads"'), "is not a manifest"),
+        (make_manifest().to_json().replace('"source"', '"sauce"'), "is not a manifest"),
     ],
 )
 def test_a_manifest_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path, text: str | None, said: str) -> None:

@@ -173,7 +173,7 @@ def test_pictures_come_as_the_encoders_weights_want_them(tmp_path: Path) -> None
         ({"label_smoothing": -0.1}, "--label-smoothing is -0.1"),
         ({"cache_features": True, "finetune_encoder_from_step": 0}, "leave out one of them"),
         ({"patience_epochs": 0}, "--patience-epochs is 0: give at least 1"),
-        ({"window_shards": 0}, "must be above 0"),
+        ({"shuffle_shards": 0}, "must be above 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(flags: dict[str, Any], said: str) -> None:

@@ -8,6 +8,7 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Dataset:
 
     def plan(self, *, epoch: int = 0, shuffled: bool = True) -> EpochPlan:
         sizes = [shard.samples for shard in self.manifest.shards]
-        return EpochPlan(shard_sizes=sizes, seed=3, epoch=epoch, num_lanes=4, shuffled=shuffled)
+        return EpochPlan(shard_sizes=sizes, seed=3, epoch=epoch, global_batch=GLOBAL_BATCH, shuffled=shuffled)
 
     def read(
         self,
@@ -58,13 +59,13 @@ class Dataset:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
-        first_step: int = 0,
+        first_part: int = 0,
         rules: ViewRules = RULES,
         tolerate: int = 0,
     ) -> list[Batch]:
         share = Share(GLOBAL_BATCH, rank=rank, world_size=world_size)
         return list(
-            self.stream(plan=plan, share=share, workers=workers, first_step=first_step, rules=rules, tolerate=tolerate)
+            self.stream(plan=plan, share=share, workers=workers, first_part=first_part, rules=rules, tolerate=tolerate)
         )
 
     def stream(
@@ -184,15 +185,14 @@ def test_ranks_share_the_same_global_batches(shared_dataset: Dataset, world_size
     wanted = planned_keys(shared_dataset, shared_dataset.plan())
     for step in range(4):
         shares = [ranks[rank][step].keys for rank in range(world_size)]
-        together = [shares[i % world_size][i // world_size] for i in range(sum(map(len, shares)))]
-        assert together == wanted[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH]
+        assert list(chain.from_iterable(shares)) == wanted[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH]
     assert [ranks[rank][3].num_samples for rank in range(world_size)] == [
-        len(range(rank, 5, world_size)) for rank in range(world_size)
+        5 * (rank + 1) // world_size - 5 * rank // world_size for rank in range(world_size)
     ]
 
 
 def test_a_rank_that_the_last_batch_does_not_reach_gets_a_filler(shared_dataset: Dataset) -> None:
-    full, filler = shared_dataset.read(rank=5, world_size=6)[2:]
+    full, filler = shared_dataset.read(rank=0, world_size=6)[2:]
     assert (full.num_samples, filler.num_samples) == (1, 0)
     assert filler.keys == filler.image_ids == filler.references == []
     assert filler.inputs.shape == full.inputs.shape == (1, CROP, CROP, 3)
@@ -201,12 +201,12 @@ def test_a_rank_that_the_last_batch_does_not_reach_gets_a_filler(shared_dataset:
     assert filler.captions.targets_M.tolist() == [END]
 
 
-@pytest.mark.parametrize(("first_step", "workers"), [(1, 0), (2, 0), (3, 0), (4, 0), (1, 2)])
-def test_a_seek_gives_the_tail_of_a_full_pass(shared_dataset: Dataset, first_step: int, workers: int) -> None:
+@pytest.mark.parametrize(("first_part", "workers"), [(1, 0), (2, 0), (3, 0), (4, 0), (1, 2)])
+def test_a_seek_gives_the_tail_of_a_full_pass(shared_dataset: Dataset, first_part: int, workers: int) -> None:
     whole = shared_dataset.read(rank=1, world_size=2)
-    tail = shared_dataset.read(rank=1, world_size=2, first_step=first_step, workers=workers)
-    assert len(tail) == 4 - first_step
-    for batch, wanted in zip(tail, whole[first_step:], strict=True):
+    tail = shared_dataset.read(rank=1, world_size=2, first_part=first_part, workers=workers)
+    assert len(tail) == 4 - first_part
+    for batch, wanted in zip(tail, whole[first_part:], strict=True):
         assert batch.keys == wanted.keys
         assert torch.equal(batch.inputs, wanted.inputs)
         assert torch.equal(batch.captions.targets_M, wanted.captions.targets_M)
@@ -533,8 +533,8 @@ def test_an_epochs_line_tells_what_became_of_every_sample(shared_dataset: Datase
 def test_samples_that_are_lost_or_repeated_on_the_way_are_an_error(shared_dataset: Dataset) -> None:
     batch = shared_dataset.read()[0]
     for positions in ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 4], [0, 1, 2, 3, 4, 5, 5], [0, 1, 2, 3, 4, 6]):
-        with pytest.raises(RuntimeError, match="step 0 was to bring 6 samples"):
-            Ledger().count(replace(batch, positions=positions), range(6), step=0)
+        with pytest.raises(RuntimeError, match="part 0 of the epoch was to bring 6 samples"):
+            Ledger().count(replace(batch, positions=positions), range(6), part=0)
     with pytest.raises(RuntimeError, match="the processes saw others"):
         Ledger.of_all([Ledger(planned=6, read=6, decoded=6)], planned=7)
 

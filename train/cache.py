@@ -169,7 +169,7 @@ class ShardCache:
         return UserError(
             f"the shard cache {self.folder} of {self.max_bytes / 1e9:.3g} GB is too small for the shards that are read "
             f"at once (no room for {location} of {num_bytes / 1e9:.3g} GB): give more --cache-gigabytes or fewer "
-            "--window-shards"
+            "--shuffle-shards"
         )
 
     # ---- bringing -----------------------------------------------------------------------------------------

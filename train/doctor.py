@@ -29,7 +29,7 @@ from captioner.shards import ShardEntry
 from captioner.workers import count_processors
 from train.cache import ShardCache
 from train.diagnosis import STAGES, Measured, verdict
-from train.plan import PACK_FIRST, SAMPLE_CHANCE, SampleRef, random_bits, random_order
+from train.plan import PACK_FIRST, SAMPLE_CHANCE, EpochPlan, SampleRef, random_bits, random_order
 from train.reader import OpenShard, SampleError, ShardReader
 from train.settings import TrainSettings
 from train.split import Split, read_merged_vocabulary, read_split
@@ -208,12 +208,15 @@ def measure(settings: DoctorSettings, split: Split, cache: ShardCache, bar: cli.
     rules = ViewRules(crop=settings.crop, max_tokens=TrainSettings.max_tokens, training=True)
     part, download_mbs = some_shards(split, cache, seconds=settings.seconds / 2)
 
+    def plan_epoch(shards: Split) -> EpochPlan:
+        return shards.plan(seed=0, epoch=0, global_batch=settings.batch_size)
+
     def open_stream(shards: Split, *, workers: int) -> BatchStream:
-        plan, fixed = shards.plan(seed=0, epoch=0), {"rules": rules, "vocabulary": vocabulary, "cache": cache}
-        return BatchStream(shards, plan=plan, share=Share(settings.batch_size), workers=workers, **fixed)
+        fixed = {"rules": rules, "vocabulary": vocabulary, "cache": cache, "share": Share(settings.batch_size)}
+        return BatchStream(shards, plan=plan_epoch(shards), workers=workers, **fixed)
 
     bar.advance(note="cold reading")
-    refs = part.plan(seed=0, epoch=0).refs(range(part.num_samples))
+    refs = plan_epoch(part).refs(range(part.num_samples))
     opens = settings.workers * len(part.shards) / part.num_samples  # each worker opens them all
     kept = [cache.folder / e.sha256 if storage.is_remote(f) else Path(f, e.name) for f, e in part.shards]
     paths = [Path(f"{stem}.{ending}") for stem in kept for ending in ("tar", "index")]

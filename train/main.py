@@ -47,7 +47,8 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
     epoch_steps = num_steps(train.num_samples, global_batch=settings.batch_size)
     total_steps = count_steps(settings, epoch_steps, has_val=val is not None)
     share = Share.of(accelerator, settings.batch_size, accumulation_steps=settings.accumulation_steps)
-    state = StreamState.start(train, seed=settings.seed, window_shards=settings.window_shards)
+    state = StreamState.start(train, seed=settings.seed, global_batch=settings.batch_size,
+                              shuffle_shards=settings.shuffle_shards)  # fmt: skip
     check_ranks(gather_object([rank_facts(state, share)]))
 
     # ---- where to start: 1. a finished run stays as it is --------------------------------------------------------
@@ -100,10 +101,9 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
 
     # ---- epochs -------------------------------------------------------------------------------------------------
     while state.epoch < settings.epochs and not progress.is_stuck(patience_epochs=settings.patience_epochs):
-        plan = train.plan(seed=settings.seed, epoch=state.epoch, window_shards=settings.window_shards)
         planned = train.num_samples - state.position
-        first_step = num_steps(state.position, global_batch=share.global_batch)
-        batches = open_stream(train, plan=plan, rules=rules, first_step=first_step, features=features.get("train"))
+        batches = open_stream(train, plan=state.plan(train), rules=rules, first_part=share.num_parts(state.position),
+                              features=features.get("train"))  # fmt: skip
         with stop.deferred():
             reading = train_epoch(
                 batches, take_step, state=state, num_samples=train.num_samples, global_batch=settings.batch_size,

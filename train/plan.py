@@ -2,11 +2,11 @@
 
     python train/plan.py --shards data/shards --batch-size 256 --processes 8
 
-A pure function of (shard sizes, seed, epoch). The shards are permuted and their sequence of samples is cut into L
-equal stretches, the lanes; each lane is shuffled inside its own windows of `window_shards` shards. Position p of the
-global order comes from the lane of slot p mod L. Global batch t is positions [tG, (t+1)G) whatever the number of
-processes; rank r of W takes those with p mod W = r. Lanes are dealt to slots in bit-reversed order, so that the slots
-of a rank are neighbours in the sequence when W divides L: it opens its W-th part of the shards and at most one more.
+A pure function of (shard sizes, seed, epoch, global batch). The shards are permuted and their sequence of samples is
+cut into L equal stretches, the lanes; each lane is shuffled inside its own windows of shards. Global batch t is
+positions [tG, (t+1)G) of the order, whatever the number of processes: G/L samples of the first lane, then as many of
+the second, and so on. Rank r of W takes the r-th of W equal parts of each batch. When W divides L, that comes from the
+r-th of W equal parts of the sequence: the rank opens its part of the shards and at most one more.
 
 Imports no torch. Random numbers are hashes written out here, so that no library's new version changes an order.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from captioner import cli
 from captioner.cli import UserError
 
-WINDOW_SHARDS = 4
+SHUFFLE_SHARDS = 256
 SHARD_ORDER, WINDOW_ORDER, SAMPLE_CHANCE = range(3)  # the streams of random numbers
 PACK_FIRST = (
     "python sharding/make_shards.py packs it (after python sharding/download_coco.py for COCO); tars that are there "
@@ -38,61 +38,73 @@ class SampleRef(NamedTuple):
 
 @dataclass(kw_only=True, slots=True)
 class EpochPlan:
-    """The global order of one epoch over S samples; `shuffled=False` keeps the shards' order (for evaluation)."""
+    """The global order of one epoch over S samples in batches of G; `shuffled=False` keeps the shards' order.
+
+    `shuffle_shards` are read from at the same time, by all processes together: L lanes, the largest divisor of G that
+    is not above it, with windows of as many shards each as that leaves.
+    """
 
     shard_sizes: Sequence[int]
     seed: int = 0
     epoch: int = 0
-    num_lanes: int = 64
-    window_shards: int = WINDOW_SHARDS
+    global_batch: int = 1
+    shuffle_shards: int = SHUFFLE_SHARDS
     shuffled: bool = True
     num_samples: int = field(init=False)
+    num_lanes: int = field(init=False)
+    window_shards: int = field(init=False)
     _order: np.ndarray = field(init=False)
     _ends: np.ndarray = field(init=False)
     _starts: np.ndarray = field(init=False)
-    _lane_of_slot: np.ndarray = field(init=False)
     _lane_starts: np.ndarray = field(init=False)
     _windows: dict[int, tuple[int, int, np.ndarray]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes = np.asarray(self.shard_sizes, dtype=np.int64)
         self.num_samples = int(sizes.sum())
-        if not self.shuffled:
-            self.num_lanes = 1
+        most = min(self.global_batch, self.shuffle_shards)
+        self.num_lanes = next(lanes for lanes in range(most, 0, -1) if self.global_batch % lanes == 0)
+        self.window_shards = self.shuffle_shards // self.num_lanes
         self._order = np.arange(len(sizes))
         if self.shuffled:
             self._order = random_order(len(sizes), self.seed, self.epoch, SHARD_ORDER)
         self._ends = np.cumsum(sizes[self._order])
         self._starts = self._ends - sizes[self._order]
-        base, longer = divmod(self.num_samples, self.num_lanes)
-        self._lane_of_slot = reversed_digits(self.num_lanes)
-        lane_sizes = np.empty(self.num_lanes, dtype=np.int64)
-        lane_sizes[self._lane_of_slot] = base + (np.arange(self.num_lanes) < longer)
-        self._lane_starts = np.concatenate(([0], np.cumsum(lane_sizes)))
+        self._lane_starts = np.arange(self.num_lanes + 1) * self.num_samples // self.num_lanes
 
     def refs(self, positions: Iterable[int]) -> list[SampleRef]:
         """The samples at the given global positions, in their order."""
         positions = list(positions)
         spots = np.asarray(positions, dtype=np.int64)
         if self.shuffled:
-            lanes = self._lane_of_slot[spots % self.num_lanes]
-            spots = self._lane_starts[lanes] + spots // self.num_lanes
+            lanes, spots = self._deal(spots)
             spots = np.array(list(map(self._shuffle, lanes.tolist(), spots.tolist())), dtype=np.int64)
         indices = np.searchsorted(self._ends, spots, side="right")
         shards, places = self._order[indices].tolist(), (spots - self._starts[indices]).tolist()
         return list(map(SampleRef, positions, shards, places))
 
+    def _deal(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The lane of each position, and its spot in the sequence.
+
+        Lanes cut the sequence as evenly as whole samples allow, so the last batch, of n samples, has one for each of n
+        G-ths of the sequence that are spread evenly over it, and over the ranks.
+        """
+        each, (num_full, rest) = self.global_batch // self.num_lanes, divmod(self.num_samples, self.global_batch)
+        batches, offsets = np.divmod(positions, self.global_batch)
+        lanes, before = offsets // each, offsets % each
+        last = batches == num_full
+        lanes[last] = (((offsets[last] + 1) * self.global_batch - 1) // max(1, rest)) // each
+        before[last] = offsets[last] - lanes[last] * each * rest // self.global_batch
+        return lanes, self._lane_starts[lanes] + batches * each + before
+
     def shards_of_rank(self, rank: int, *, world_size: int) -> list[int]:
         """The shards that a rank opens in this epoch, in the order of the sequence."""
-        lanes = range(self.num_lanes)
-        if self.shuffled and self.num_lanes % world_size == 0:
-            lanes = self._lane_of_slot[rank::world_size].tolist()
-        found: set[int] = set()
-        for lane in lanes:
-            start, end = self._lane_starts[lane : lane + 2].tolist()
-            if start < end:
-                found.update(range(*self._indices(start, end)))
-        return [int(self._order[index]) for index in sorted(found) if self._ends[index] > self._starts[index]]
+        first, end = 0, self.num_lanes
+        if self.shuffled:
+            first, end = rank * self.num_lanes // world_size, -(-(rank + 1) * self.num_lanes // world_size)
+        start, stop = int(self._lane_starts[first]), int(self._lane_starts[end])
+        found = range(*self._indices(start, stop)) if start < stop else ()
+        return [int(self._order[index]) for index in found if self._ends[index] > self._starts[index]]
 
     def _shuffle(self, lane: int, spot: int) -> int:
         """The spot of the sequence that the window's shuffle puts at `spot`."""
@@ -134,22 +146,8 @@ def rank_positions(step: int, *, num_samples: int, global_batch: int, rank: int,
     `world_size` divides `global_batch`.
     """
     start = step * global_batch
-    return range(start + rank, min(start + global_batch, num_samples), world_size)
-
-
-def reversed_digits(length: int) -> np.ndarray:
-    """The numbers below `length` with their digits reversed, the bits for a power of two.
-
-    Every W-th of them is a run of neighbours, for each W that is a product of the first of `length`'s prime factors.
-    """
-    numbers, radix, rest = [0], 2, length
-    while rest > 1:
-        if rest % radix:
-            radix += 1
-            continue
-        rest //= radix
-        numbers = [number + rest * digit for digit in range(radix) for number in numbers]
-    return np.array(numbers)
+    length = max(0, min(global_batch, num_samples - start))
+    return range(start + rank * length // world_size, start + (rank + 1) * length // world_size)
 
 
 # ---- chance -----------------------------------------------------------------------------------------------
@@ -192,8 +190,8 @@ class PlanSettings:
     """Images of a *global* batch, over all processes."""
     processes: int = 1
     """Training processes (GPUs) in all."""
-    window_shards: int = WINDOW_SHARDS
-    """Shards of a lane that are shuffled together."""
+    shuffle_shards: int = SHUFFLE_SHARDS
+    """Shards that are mixed with each other, as for train/main.py."""
     seed: int = 0
     """The run's seed."""
     epoch: int = 0
@@ -204,7 +202,7 @@ def main(settings: PlanSettings) -> None:
     """Print what an epoch would read, and what each process of it."""
     from train.split import read_split
 
-    for name in ("batch_size", "processes", "window_shards"):
+    for name in ("batch_size", "processes", "shuffle_shards"):
         if getattr(settings, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)} is too small: give at least 1")
     if settings.batch_size % settings.processes:
@@ -213,30 +211,40 @@ def main(settings: PlanSettings) -> None:
             f"{settings.processes} processes"
         )
     split = read_split(settings.shards, settings.split, remedy=PACK_FIRST)
-    plan = split.plan(seed=settings.seed, epoch=settings.epoch, window_shards=settings.window_shards)
+    plan = split.plan(
+        seed=settings.seed,
+        epoch=settings.epoch,
+        global_batch=settings.batch_size,
+        shuffle_shards=settings.shuffle_shards,
+    )
     steps = num_steps(plan.num_samples, global_batch=settings.batch_size)
     last = plan.num_samples - max(0, steps - 1) * settings.batch_size
     facts = [
         ("samples", f"{plan.num_samples:,}"),
         ("shards", f"{len(split.shards):,}, {split.bytes / 1e9:,.2f} GB"),
-        ("window", window_text(plan, split.bytes)),
+        ("lanes", lanes_text(plan, split.bytes)),
         ("global batch", f"{settings.batch_size:,} images, {settings.batch_size // settings.processes:,} a process"),
         ("steps", f"{steps:,}"),
         ("last batch", last_batch_text(last, settings)),
         ("repeated, dropped", "0, 0"),
     ]
     cli.print_table(f"epoch {settings.epoch} of {', '.join(settings.shards)}", ("", settings.split), facts)
+    if plan.num_lanes % settings.processes:
+        cli.console.print(
+            f"{settings.processes} processes share {plan.num_lanes} lanes, and read some of each other's shards: give "
+            f"--shuffle-shards {settings.batch_size} or another multiple of the processes that divides --batch-size"
+        )
     shard_bytes = [entry.bytes for _, entry in split.shards]
-    rows = rank_rows(plan, shard_bytes, world_size=settings.processes, global_batch=settings.batch_size)
+    rows = rank_rows(plan, shard_bytes, world_size=settings.processes)
     cli.print_table("each process", ("rank", "samples", "reads MB", "opens shards", "of MB", "share"), rows)
 
 
-def window_text(plan: EpochPlan, num_bytes: int) -> str:
-    """The window, and how many bytes are read from at the same time."""
+def lanes_text(plan: EpochPlan, num_bytes: int) -> str:
+    """The lanes and their windows, and how many bytes are read from at the same time."""
     at_once = min(len(plan.shard_sizes), plan.num_lanes * plan.window_shards)
     size = num_bytes * at_once / max(1, len(plan.shard_sizes))
     return (
-        f"{plan.window_shards:,} shards in each of {plan.num_lanes} lanes: {at_once:,} shards, {size / 1e9:,.2f} GB, "
+        f"{plan.num_lanes:,}, in windows of {plan.window_shards:,} shards: {at_once:,} shards, {size / 1e9:,.2f} GB, "
         "are read from at once"
     )
 
@@ -248,18 +256,16 @@ def last_batch_text(num_samples: int, settings: PlanSettings) -> str:
     text = f"{num_samples:,} images: "
     if not longer:
         return text + f"{fewer:,} for each process"
-    return text + f"{more:,} for the first {longer:,} processes, {fewer:,} for the others"
+    return text + f"{more:,} for {longer:,} of the processes, {fewer:,} for the others"
 
 
-def rank_rows(
-    plan: EpochPlan, shard_bytes: Sequence[int], *, world_size: int, global_batch: int
-) -> list[tuple[object, ...]]:
+def rank_rows(plan: EpochPlan, shard_bytes: Sequence[int], *, world_size: int) -> list[tuple[object, ...]]:
     """For each rank: samples, bytes of these, shards opened, bytes of those, their share of all. A row in short."""
     total = sum(shard_bytes)
     rows: list[tuple[object, ...]] = []
     for rank in range(world_size):
-        full, rest = divmod(plan.num_samples, global_batch)
-        samples = full * (global_batch // world_size) + len(range(rank, rest, world_size))
+        full, rest = divmod(plan.num_samples, plan.global_batch)
+        samples = full * (plan.global_batch // world_size) + (rank + 1) * rest // world_size - rank * rest // world_size
         opened = plan.shards_of_rank(rank, world_size=world_size)
         opened_bytes = sum(shard_bytes[shard] for shard in opened)
         read = total * samples / max(1, plan.num_samples)

@@ -6,7 +6,7 @@ from typing import Literal
 from captioner.bundle import DecodingDefaults
 from captioner.cli import UserError
 from captioner.model import ImageInput, ModelConfig
-from train.plan import WINDOW_SHARDS
+from train.plan import SHUFFLE_SHARDS
 
 Schedule = Literal["cosine", "constant"]
 # settings that may differ when a run is resumed
@@ -91,8 +91,9 @@ class TrainSettings:
     """A beam's score is its log-probability over its length to this power: 0 favours short captions."""
 
     # ---- data and machine -----------------------------------------------------------------------------------
-    window_shards: int = WINDOW_SHARDS
-    """Shards of each of the 64 lanes that are shuffled together: more mix better and are read from at once."""
+    shuffle_shards: int = SHUFFLE_SHARDS
+    """Shards that are mixed with each other, and read from at once, by all processes together; for more than 256
+    processes give at least their number, so that none reads another's shards."""
     tolerate_bad_samples: int = 0
     """Samples of an epoch that each process may leave out as missing or damaged; they are counted and listed."""
     cache: str = "~/.cache/captioner/shards"
@@ -135,8 +136,8 @@ def check_settings(settings: TrainSettings) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}: give at least 1")
     if settings.patience_epochs is not None and settings.patience_epochs < 1:
         raise UserError(f"--patience-epochs is {settings.patience_epochs}: give at least 1")
-    if min(settings.window_shards, settings.crop or 1) < 1 or settings.workers < 0 or settings.learning_rate <= 0:
-        raise UserError("--window-shards, --crop and --learning-rate must be above 0, --workers not below")
+    if min(settings.shuffle_shards, settings.crop or 1) < 1 or settings.workers < 0 or settings.learning_rate <= 0:
+        raise UserError("--shuffle-shards, --crop and --learning-rate must be above 0, --workers not below")
     for name in ("input_dropout", "dropout", "label_smoothing", "scheduled_sampling"):
         if not 0 <= getattr(settings, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}: give a share of 0 up to 1")

@@ -12,7 +12,7 @@ from captioner.cli import UserError
 from captioner.shards import Manifest, ShardEntry, manifest_location, read_manifest
 from captioner.views import ViewSpec
 from captioner.vocabulary import Vocabulary, read_vocabulary
-from train.plan import WINDOW_SHARDS, EpochPlan
+from train.plan import SHUFFLE_SHARDS, EpochPlan
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,17 @@ class Split:
         """Bytes of all shards."""
         return sum(entry.bytes for _, entry in self.shards)
 
-    @property
-    def num_lanes(self) -> int:
-        """The first manifest's."""
-        return self.manifests[0].lanes
-
     @cached_property
     def fingerprint(self) -> str:
         """Hex sha256 of what decides which sample stands where."""
         content = [[entry.sha256, entry.samples] for _, entry in self.shards]
-        return hashlib.sha256(json.dumps([self.num_lanes, content]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def plan(self, *, seed: int, epoch: int, window_shards: int = WINDOW_SHARDS) -> EpochPlan:
+    def plan(self, *, seed: int, epoch: int, global_batch: int, shuffle_shards: int = SHUFFLE_SHARDS) -> EpochPlan:
         """An epoch's order."""
         sizes = [entry.samples for _, entry in self.shards]
         return EpochPlan(
-            shard_sizes=sizes, seed=seed, epoch=epoch, num_lanes=self.num_lanes, window_shards=window_shards
+            shard_sizes=sizes, seed=seed, epoch=epoch, global_batch=global_batch, shuffle_shards=shuffle_shards
         )
 
     def plain_plan(self) -> EpochPlan:

@@ -29,7 +29,7 @@ from captioner.shards import read_content
 from captioner.vocabulary import Vocabulary
 from train.cache import RESTORE, Prefetcher, ShardCache
 from train.features import ROW_DTYPE, FeatureFiles, FeatureReader
-from train.plan import SAMPLE_CHANCE, EpochPlan, SampleRef, num_steps, random_bits, rank_positions
+from train.plan import SAMPLE_CHANCE, EpochPlan, SampleRef, random_bits, rank_positions
 from train.reader import Reason, SampleError, ShardReader
 from train.ring import Ring, Slot
 from train.split import Split
@@ -92,32 +92,51 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Which part of every global batch, of `global_batch` images, is this process's."""
+    """Which share of every global batch, of `global_batch` images, is this process's, and in how many parts it comes.
+
+    Parts are numbered on through the epoch. Part m of A of a batch has the offsets i in it with i mod A = m, of all
+    processes together: the same images whatever the number of processes.
+    """
 
     global_batch: int
     rank: int = 0
     world_size: int = 1
+    accumulation_steps: int = 1
 
     @classmethod
     def of(cls, accelerator: Accelerator, batch_size: int, *, accumulation_steps: int = 1) -> "Share":
-        """This process's, of the parts that global batches of `batch_size` are computed in. Raises UserError."""
+        """This process's. Raises UserError where there are no equal parts."""
         world_size = accelerator.num_processes
         if batch_size % (world_size * accumulation_steps):
             raise UserError(
                 f"--batch-size {batch_size} is the global batch and must be a multiple of the {world_size} processes "
                 f"times --accumulation-steps {accumulation_steps}"
             )
-        return cls(batch_size // accumulation_steps, rank=accelerator.process_index, world_size=world_size)
+        return cls(batch_size, accelerator.process_index, world_size, accumulation_steps)
 
-    def positions(self, step: int, *, num_samples: int) -> range:
-        """The global positions of a step that are this process's."""
-        return rank_positions(
+    @property
+    def rows(self) -> int:
+        """Images of a part, at most."""
+        return self.global_batch // self.world_size // self.accumulation_steps
+
+    def num_parts(self, num_samples: int) -> int:
+        """Parts of an epoch's first samples."""
+        full, rest = divmod(num_samples, self.global_batch)
+        return full * self.accumulation_steps + min(rest, self.accumulation_steps)
+
+    def positions(self, part: int, *, num_samples: int) -> range:
+        """The global positions of a part that are this process's; empty when the last batch is too short for it."""
+        step, number = divmod(part, self.accumulation_steps)
+        own = rank_positions(
             step,
             num_samples=num_samples,
             global_batch=self.global_batch,
             rank=self.rank,
             world_size=self.world_size,
         )
+        start = step * self.global_batch
+        stride = min(self.accumulation_steps, num_samples - start)
+        return range(own.start + (number - (own.start - start)) % stride, own.stop, stride)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,22 +154,21 @@ class ViewRules:
 class PlannedBatches(IterableDataset[list[SampleRef]]):
     """The pipeline's source: this worker's batches of sample places, in order; an empty one where there is no share."""
 
-    def __init__(self, plan: EpochPlan, share: Share, *, first_step: int) -> None:
+    def __init__(self, plan: EpochPlan, share: Share, *, first_part: int) -> None:
         self.plan = plan
         self.share = share
-        self.first_step = first_step
+        self.first_part = first_part
 
     def __iter__(self) -> Iterator[list[SampleRef]]:
         worker = get_worker_info()
         offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        total = num_steps(self.plan.num_samples, global_batch=self.share.global_batch)
-        for step in range(self.first_step + offset, total, stride):
-            yield self.plan.refs(self.share.positions(step, num_samples=self.plan.num_samples))
+        for part in range(self.first_part + offset, self.share.num_parts(self.plan.num_samples), stride):
+            yield self.plan.refs(self.share.positions(part, num_samples=self.plan.num_samples))
 
     def shards(self) -> Iterator[int]:
         """The numbers of this worker's shards, in the order of their first use."""
         known: set[int] = set()
-        for refs in PlannedBatches(replace(self.plan), self.share, first_step=self.first_step):
+        for refs in PlannedBatches(replace(self.plan), self.share, first_part=self.first_part):
             for ref in refs:
                 if ref.shard not in known:
                     known.add(ref.shard)
@@ -203,8 +221,8 @@ class MakeBatches:
                 ahead = (self.split.shards[shard] for shard in self.source.shards())
                 prefetcher = Prefetcher(self.cache, ahead, ahead=FETCHED_SHARDS)
                 stack.callback(prefetcher.close)
-            plan = self.source.plan
-            max_open = min(MAX_OPEN_FILES // 2, plan.num_lanes * (plan.window_shards + 1))
+            plan, world_size = self.source.plan, self.source.share.world_size
+            max_open = min(MAX_OPEN_FILES // 2, (plan.num_lanes // world_size + 1) * (plan.window_shards + 1))
             reader = ShardReader(
                 self.split.shards,
                 max_open=max_open,
@@ -338,14 +356,14 @@ class Ledger:
     decoded: int = 0
     skipped: list[Skip] = field(default_factory=list)
 
-    def count(self, batch: Batch, planned: Sequence[int], *, step: int) -> None:
+    def count(self, batch: Batch, planned: Sequence[int], *, part: int) -> None:
         """Add a batch. Raises RuntimeError unless it holds, or says why not, exactly what was planned for it."""
         found = sorted([*batch.positions, *(skip.position for skip in batch.skipped)])
         if found != list(planned):
             missing, strange = sorted(set(planned) - set(found)), sorted(set(found) - set(planned))
             raise RuntimeError(
-                f"step {step} was to bring {len(planned)} samples and brought {len(found)}: missing are positions "
-                f"{missing[:SHOWN]}, not planned were {strange[:SHOWN]}, the rest came more than once"
+                f"part {part} of the epoch was to bring {len(planned)} samples and brought {len(found)}: missing are "
+                f"positions {missing[:SHOWN]}, not planned were {strange[:SHOWN]}, the rest came more than once"
             )
         self.planned += len(planned)
         self.decoded += batch.num_samples
@@ -375,11 +393,11 @@ class Ledger:
 
 
 class BatchStream(DataLoader[Batch]):
-    """This rank's batches of one epoch, one for every global step from `first_step` on; `ledger` counts them.
+    """This rank's batches of one epoch, one for every part of a global batch from `first_part` on.
 
-    Shards behind URLs are read through `cache`. With `features` the pictures stay unread. Up to `tolerate` samples that
-    cannot be used are left out and counted; one more, the first for 0, is a UserError that names it. It shares the
-    samples out by itself: Accelerate must not.
+    `ledger` counts them. Shards behind URLs are read through `cache`. With `features` the pictures stay unread. Up to
+    `tolerate` samples that cannot be used are left out and counted; one more, the first for 0, is a UserError that
+    names it. It shares the samples out by itself: Accelerate must not.
     """
 
     def __init__(
@@ -391,19 +409,18 @@ class BatchStream(DataLoader[Batch]):
         rules: ViewRules,
         vocabulary: Vocabulary,
         workers: int,
-        first_step: int = 0,
+        first_part: int = 0,
         cache: ShardCache | None = None,
         tolerate: int = 0,
         features: FeatureFiles | None = None,
     ) -> None:
         self.ledger = Ledger()
-        self._plan, self._share, self._first_step, self._tolerate = plan, share, first_step, tolerate
+        self._plan, self._share, self._first_part, self._tolerate = plan, share, first_part, tolerate
         row: tuple[tuple[int, ...], np.dtype] = ((rules.crop, rules.crop, 3), np.dtype(np.uint8))
         if features is not None:
             row = (features.num_features,), ROW_DTYPE
-        rows = share.global_batch // share.world_size
-        self._ring = Ring((rows, *row[0]), row[1], workers=workers, slots=BATCHES_AHEAD + 2)
-        source = PlannedBatches(plan, share, first_step=first_step)
+        self._ring = Ring((share.rows, *row[0]), row[1], workers=workers, slots=BATCHES_AHEAD + 2)
+        source = PlannedBatches(plan, share, first_part=first_part)
         remote = any(storage.is_remote(folder) for folder in split.folders)
         if remote and cache is None:
             raise ValueError("shards behind URLs are read through a cache")
@@ -434,25 +451,24 @@ class BatchStream(DataLoader[Batch]):
         raise UserError("accelerator.prepare must not be given a BatchStream, which is this rank's already: iterate it")
 
     def __len__(self) -> int:
-        total = num_steps(self._plan.num_samples, global_batch=self._share.global_batch)
-        return max(0, total - self._first_step)
+        return max(0, self._share.num_parts(self._plan.num_samples) - self._first_part)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        step = self._first_step
+        part = self._first_part
         for item in super().__iter__():
             if isinstance(item, UserError):
                 raise item
             batch = item
             if isinstance(batch.inputs, Slot):
                 batch = replace(batch, inputs=self._ring.tensor(batch.inputs))
-            self._count(batch, step)
-            step += 1
+            self._count(batch, part)
+            part += 1
             yield batch.pin_memory() if torch.cuda.is_available() else batch
-        if step < self._first_step + len(self):
-            raise RuntimeError(f"the loader ended before step {step}")
+        if part < self._first_part + len(self):
+            raise RuntimeError(f"the loader ended before part {part} of the epoch")
 
-    def _count(self, batch: Batch, step: int) -> None:
-        self.ledger.count(batch, self._share.positions(step, num_samples=self._plan.num_samples), step=step)
+    def _count(self, batch: Batch, part: int) -> None:
+        self.ledger.count(batch, self._share.positions(part, num_samples=self._plan.num_samples), part=part)
         if len(self.ledger.skipped) > self._tolerate:
             raise UserError(
                 f"{len(self.ledger.skipped)} samples cannot be used, more than --tolerate-bad-samples "
@@ -480,16 +496,22 @@ class StreamState:
     """
 
     fingerprint: str
-    num_lanes: int
-    window_shards: int
+    global_batch: int
+    shuffle_shards: int
     seed: int
     epoch: int = 0
     position: int = 0
 
     @classmethod
-    def start(cls, split: Split, *, seed: int, window_shards: int) -> "StreamState":
+    def start(cls, split: Split, *, seed: int, global_batch: int, shuffle_shards: int) -> "StreamState":
         """The beginning of the first epoch."""
-        return cls(fingerprint=split.fingerprint, num_lanes=split.num_lanes, window_shards=window_shards, seed=seed)
+        return cls(fingerprint=split.fingerprint, global_batch=global_batch, shuffle_shards=shuffle_shards, seed=seed)
+
+    def plan(self, split: Split) -> EpochPlan:
+        """The order of its epoch."""
+        return split.plan(
+            seed=self.seed, epoch=self.epoch, global_batch=self.global_batch, shuffle_shards=self.shuffle_shards
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, as plain numbers and text."""
@@ -512,8 +534,9 @@ class StreamState:
 
 def rank_facts(state: StreamState, share: Share) -> dict[str, Any]:
     """What a rank believes: the order, the place in it, and which positions of a global batch are its own."""
-    own = share.positions(0, num_samples=share.global_batch)
-    return {**asdict(state), "global_batch": share.global_batch, "positions": [own.start, own.stop, own.step]}
+    parts = range(share.num_parts(share.global_batch))
+    own = sorted(position for part in parts for position in share.positions(part, num_samples=share.global_batch))
+    return {**asdict(state), "global_batch": share.global_batch, "positions": own}
 
 
 def check_ranks(facts: Sequence[dict[str, Any]]) -> None:
@@ -527,7 +550,7 @@ def check_ranks(facts: Sequence[dict[str, Any]]) -> None:
                 f"rank {rank} sees other data than rank 0 ({name} {other[name]}, not {first[name]}): give all machines "
                 "the same shards and the same flags"
             )
-    positions = sorted(position for each in facts for position in range(*each["positions"]))
+    positions = sorted(position for each in facts for position in each["positions"])
     if positions != list(range(first["global_batch"])):
         raise UserError(
             f"the {len(facts)} processes would read {len(positions)} of {first['global_batch']} samples of a batch, "

@@ -39,6 +39,7 @@ CACHE_BYTES = 40_000_000  # at least: shards that are read from at once must fit
 SIZE, CROP = 96, 80
 UP_SECONDS, DOWN_SECONDS = (60.0, 180.0), (1.0, 20.0)
 NOTE_SECONDS = 5.0
+SAME_MEMORY, SAME_FILES = 1.02, 1.0  # at most so many times as much at the end as at the start
 WARM_SHARE = 0.1  # of the time, in which caches fill and libraries load
 
 
@@ -72,7 +73,10 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """All processes together at a moment: proportional memory in MB, and open files; and of the training ones alone."""
+    """All processes together at a moment: their own memory in MB, and open files; and of the training ones alone.
+
+    Own is what no file holds (heap, stacks, shared buffers); what several share is divided among them.
+    """
 
     minute: float
     megabytes: float
@@ -198,7 +202,7 @@ def note(ranks: list[int], started: float) -> Note | None:
     with suppress(OSError):
         for pid in [*ranks, *(worker for rank in ranks for worker in loaders_of(rank))]:
             rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            megabytes[pid] = int(rollup.split("\nPss:")[1].split()[0]) / 1000
+            megabytes[pid] = sum(int(rollup.split(f"\nPss_{kind}:")[1].split()[0]) for kind in ("Anon", "Shmem")) / 1000
             files[pid] = sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
         if len(files) == len(ranks) * (1 + WORKERS):
             return Note(
@@ -302,23 +306,26 @@ def main(settings: SoakSettings) -> None:
         epochs = [json.loads(line) for line in (folder / "epochs.jsonl").read_text().splitlines()]
     whole = [e for e in epochs if e["planned"] == e["decoded"] == e["keys"] == num_pictures
              and e["most_often"] == 1 and not e["strange"]]  # fmt: skip
-    rows = []
+    rows: list[dict[str, Any]] = []
+    bars = [at_least("epochs in which every sample came exactly once / epochs", len(whole) / len(epochs), 1.0)]
     for figure in ("megabytes", "rank_megabytes", "files", "rank_files"):
         first, last = thirds(notes, figure)
-        values = [getattr(each, figure) for each in notes]
-        rows.append({"figure": figure, "first_third": first, "last_third": last, "most": max(values)})
+        most = max(getattr(each, figure) for each in notes)
+        rows.append({"figure": figure, "first_third": first, "last_third": last, "most": most})
+        bars.append(
+            at_most(
+                f"{figure}, median of the last third / of the first",
+                last / first,
+                SAME_FILES if "files" in figure else SAME_MEMORY,
+            )
+        )
     facts = {
         "epochs": len(epochs), "samples": sum(e["decoded"] for e in epochs), "restarts": server.restarts,
         "seconds away": round(server.down_seconds), "shards' MB": round(num_bytes / 1e6), "notes": len(notes),
         "images/s": round(sum(e["decoded"] for e in epochs) / sum(e["seconds"] for e in epochs)),
     }  # fmt: skip
-    print_rows("memory (PSS) and open files of all processes, and of the two that train", rows)
+    print_rows("memory and open files of all processes, and of the two that train", rows)
     print_rows("the stream", [facts])
-    bars = [
-        at_least("epochs in which every sample came exactly once / epochs", len(whole) / len(epochs), 1.0),
-        *(at_most(f"{row['figure']}, median of the last third / of the first", row["last_third"] / row["first_third"],
-                  1.0 if "files" in row["figure"] else 1.02) for row in rows),
-    ]  # fmt: skip
     print_bars(bars)
     if settings.json:
         write_json(settings.json, run=run | {key: str(value) for key, value in facts.items()}, rows=rows, bars=bars)

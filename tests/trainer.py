@@ -49,19 +49,32 @@ class Running:
             rank.join()
 
 
-def start(script: str, flags: Sequence[object], *, log: Path, world_size: int = 1) -> Running:
-    """A stage's command (`train/main.py`) with these flags, on so many gloo ranks."""
-    port = free_port()
-    arguments = [script, *map(str, flags)]
-    ranks = [context.Process(target=_rank, args=(arguments, log, rank, world_size, port)) for rank in range(world_size)]
+def start(
+    script: str,
+    flags: Sequence[object],
+    *,
+    log: Path,
+    world_size: int = 1,
+    rank_flags: Sequence[Sequence[object]] = (),
+    peer_seconds: float = 60.0,
+) -> Running:
+    """A stage's command (`train/main.py`) with these flags, on so many gloo ranks; each may have flags of its own."""
+    shared = {"ACCELERATE_USE_CPU": "true", "CAPTIONER_PEER_TIMEOUT_SECONDS": str(peer_seconds)}
+    if world_size > 1:
+        shared |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = []
+    for rank, own_flags in enumerate(rank_flags or [()] * world_size):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
+        arguments = [script, *map(str, [*flags, *own_flags])]
+        ranks.append(context.Process(target=_rank, args=(arguments, log, shared | own)))
     for rank in ranks:
         rank.start()
     return Running(ranks, log)
 
 
-def start_training(flags: Sequence[object], *, log: Path, world_size: int = 1) -> Running:
+def start_training(flags: Sequence[object], *, log: Path, world_size: int = 1, **more: Any) -> Running:
     """`train/main.py` with these flags."""
-    return start("train/main.py", flags, log=log, world_size=world_size)
+    return start("train/main.py", flags, log=log, world_size=world_size, **more)
 
 
 def run_training(flags: Sequence[object], *, log: Path, world_size: int = 1) -> Done:
@@ -69,14 +82,11 @@ def run_training(flags: Sequence[object], *, log: Path, world_size: int = 1) -> 
     return start_training(flags, log=log, world_size=world_size).wait()
 
 
-def _rank(arguments: list[str], log: Path, rank: int, world_size: int, port: int) -> None:
+def _rank(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
     os.setsid()
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
-    if world_size > 1:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-        os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    os.environ["ACCELERATE_USE_CPU"] = "true"
+    os.environ |= environment
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -85,10 +95,12 @@ def _rank(arguments: list[str], log: Path, rank: int, world_size: int, port: int
 
     from captioner import cli, workers
     from infer import captioning
+    from train import run_folder
 
     torch.set_num_threads(1)
     torch.set_num_threads = lambda _threads: None  # type: ignore[assignment]  # tests share the machine
     workers.start_server = lambda _module: multiprocessing.get_context("fork")  # type: ignore[assignment]  # of this process, which has loaded torch
     captioning.DESCRIBED_AT_ONCE = 4  # type: ignore[assignment]  # rows come now and then, of few pictures too
+    run_folder.VISIBLE_SECONDS = 1.0  # type: ignore[assignment]  # one disk needs none
     cli.console.file = sys.stdout = os.fdopen(1, "w", buffering=1)
     import_module(arguments[0].removesuffix(".py").replace("/", ".")).run()

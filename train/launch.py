@@ -1,19 +1,27 @@
 """How a run starts and stops: Accelerate as it was launched, and the signal that a machine is about to be taken."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import set_seed
+from torch.distributed import DistNetworkError, DistStoreError
 
 from captioner.cli import UserError
 
 EXIT_PREEMPTED = 75  # "try again later" (EX_TEMPFAIL of sysexits.h)
+# A machine that lost its power says nothing. A process that is alive is silent for as long as its loader is patient
+# with a server (5 minutes, train/cache.py), or rank 0 scores or writes alone.
+PEER_SECONDS = 600.0
+PEER_VARIABLE = "CAPTIONER_PEER_TIMEOUT_SECONDS"
+LOST_PEER = "gloo/transport/|caused pair closure|ncclRemoteError|Watchdog caught collective operation timeout"
 
 
 def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
@@ -21,7 +29,12 @@ def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
 
     `thaws_later` says that parameters will begin to learn in the middle of the run.
     """
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=thaws_later)])
+    accelerator = Accelerator(
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=thaws_later),
+            InitProcessGroupKwargs(backend=None, timeout=peer_timeout()),
+        ]
+    )
     # `accelerate launch --cpu --num_processes N` sets MASTER_ADDR, announces nothing else, and starts one process
     announced = os.environ.get("WORLD_SIZE", "several" if "MASTER_ADDR" in os.environ else "1")
     if announced != str(accelerator.num_processes):
@@ -31,10 +44,47 @@ def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
             "torchrun --nproc_per_node N train/main.py; unset both variables to train with one"
         )
     if accelerator.device.type == "cpu":  # `accelerate launch` leaves a lone CPU process one thread
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))  # of this machine, says torchrun
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     set_seed(seed)
     torch.set_float32_matmul_precision("high")
     return accelerator
+
+
+def peer_timeout() -> timedelta:
+    """How long another process may be silent. Raises UserError where the environment gives no number."""
+    text = os.environ.get(PEER_VARIABLE, str(PEER_SECONDS))
+    try:
+        return timedelta(seconds=float(text))
+    except ValueError as error:
+        raise UserError(f"{PEER_VARIABLE} is {text!r}: give a number of seconds") from error
+
+
+@contextmanager
+def resumable_without_peers() -> Iterator[None]:
+    """Within, the loss of another process of the job ends this one with one line and code 75, resumable.
+
+    On GPUs NCCL's own watchdog mostly is the first to notice, and aborts the process.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        reason = str(error).partition("\n")[0].partition(". This is")[0]  # gloo goes on with guesses
+        print(
+            "another process of this job is gone or silent: what it printed last may say why; the same command with "
+            f"--resume goes on from the newest checkpoint, on fewer machines too ({reason})",
+            file=sys.stderr,
+        )
+        raise SystemExit(EXIT_PREEMPTED) from None
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether an error tells that another process is gone or silent. Gloo's are plain RuntimeErrors."""
+    if isinstance(error, DistNetworkError | DistStoreError):
+        return "failed to listen" not in str(error)  # the port is taken
+    return bool(re.search(LOST_PEER, str(error)))
 
 
 class Preemption:

@@ -20,7 +20,7 @@ from train import run_folder
 from train.cache import ShardCache
 from train.encode import prepare_features
 from train.epoch import train_epoch
-from train.launch import Preemption, start_accelerator
+from train.launch import Preemption, resumable_without_peers, start_accelerator
 from train.plan import PACK_FIRST, num_steps
 from train.report import write_report
 from train.schedule import make_optimizer, make_schedule
@@ -68,8 +68,7 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
     )  # fmt: skip
     loss_model = CaptionLoss(
         model, view=view, label_smoothing=settings.label_smoothing, scheduled_sampling=settings.scheduled_sampling,
-        total_steps=total_steps, thaw_step=thaw_step or 0,
-    )  # fmt: skip
+        total_steps=total_steps, thaw_step=thaw_step or 0)  # fmt: skip
     optimizer = make_optimizer(model, settings.learning_rate, encoder_learning_rate=settings.encoder_learning_rate)
     schedule = make_schedule(optimizer, settings.schedule, total_steps=total_steps, encoder_from_step=thaw_step or 0)
     progress, report = run_folder.Progress(), run_folder.RunReport()
@@ -113,7 +112,8 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
             )  # fmt: skip
         report.add_training(reading)
         ledger = run_folder.settle(run, batches.ledger, "train", epoch=state.epoch + 1, planned=planned)
-        say(f"epoch {state.epoch + 1}: training {reading}; {ledger}")
+        if planned:  # all of it was trained before a resume, up to its evaluation
+            say(f"epoch {state.epoch + 1}: training {reading}; {ledger}")
         check_same_weights(loss_model, accelerator)
         state.epoch, state.position = state.epoch + 1, 0
         if evaluator:
@@ -142,7 +142,7 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
 
 def run() -> None:
     """The console entry."""
-    cli.run(main, TrainSettings, description=__doc__ or "")
+    cli.run(resumable_without_peers()(main), TrainSettings, description=__doc__ or "")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,17 @@ epoch) · `metrics.json` · `report.json` · `report.html` · `model/` (last)
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import socket
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
+from uuid import uuid4
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
@@ -37,6 +40,10 @@ COMPLETE = "complete.json"
 SKIPPED = "skipped.jsonl"
 WEIGHTS = "model.safetensors"  # Accelerate's name
 ENCODER = "encoder.safetensors"
+VISIBLE_SECONDS = 75.0  # NFS clients may trust for a minute what they knew of a folder
+OF_A_MACHINE = ("shards", "output", "resume", "init", "weights", "cache", "cache_gigabytes", "workers", "wandb")
+
+Decision = TypeVar("Decision")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -101,24 +108,88 @@ def model_folder(run: Path) -> Path:
 
 
 def record_settings(run: Path, settings: Mapping[str, Any], *, ignored: tuple[str, ...], resume: bool) -> None:
-    """Save the run's settings, in the main process. Raises UserError where an unfinished run is not to be resumed, or
-    one stands that was started with others than these, the `ignored` ones apart.
+    """Save the run's settings, in the main process.
+
+    Raises UserError where the processes do not share the folder or have different settings, where an unfinished run is
+    not to be resumed, or one stands that was started with others than these, the `ignored` ones apart.
     """
+    check_shared(run)
+    check_same_settings(settings)
+    _in_main(lambda: _record_settings(run, settings, ignored=ignored, resume=resume))
+
+
+def _record_settings(run: Path, settings: Mapping[str, Any], *, ignored: tuple[str, ...], resume: bool) -> None:
     path = run / "settings.json"
     settings = json.loads(json.dumps(settings))  # as it comes back: lists for tuples
     if not path.exists():
-        if PartialState().is_main_process:
-            write_atomic(str(path), json.dumps(settings, indent=1))
-        PartialState().wait_for_everyone()
+        write_atomic(str(path), json.dumps(settings, indent=1))
         return
     old = read_json(str(path), remedy=f"delete {run} or give another --output")
     changed = [name for name in settings if name not in ignored and old.get(name) != settings[name]]
     if changed:
         what = ", ".join(f"{name} was {old.get(name)}, is {settings[name]}" for name in changed)
         raise UserError(f"{run} was started with other settings ({what}): give another --output, or delete {run}")
-    PartialState().wait_for_everyone()
     if complete_checkpoints(run) and not resume and not model_folder(run).exists():
         raise UserError(f"{run} holds an unfinished run: go on with --resume, give another --output, or delete {run}")
+
+
+# ---- one folder for all processes, one decision for all -------------------------------------------------------
+
+
+def check_shared(run: Path) -> None:
+    """Raise UserError unless all processes see what the main process writes into the run folder."""
+    if PartialState().num_processes == 1:
+        return
+    mark = run / _in_main(lambda: _leave_mark(run))
+    try:
+        _wait_until_all_see(mark)
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def check_same_settings(settings: Mapping[str, Any]) -> None:
+    """Raise UserError unless all processes have the same settings, those apart that may be a machine's own."""
+    for host, others in gather_object([(socket.gethostname(), dict(settings))]):
+        differing = [name for name in settings if name not in OF_A_MACHINE and others[name] != settings[name]]
+        if differing:
+            raise UserError(
+                f"{host} was launched with --{differing[0].replace('_', '-')} {others[differing[0]]}, "
+                f"{socket.gethostname()} with {settings[differing[0]]}: give all machines the same flags"
+            )
+
+
+def _leave_mark(run: Path) -> str:
+    """The name of a new file in the folder: no machine's cache can know it."""
+    name = f".seen-by-all-{uuid4().hex}"
+    write_atomic(str(run / name), "")
+    return name
+
+
+def _wait_until_all_see(path: Path) -> None:
+    """Return when all processes see a file; all must call it. Raises UserError where one does not."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = {host for host, sees in gather_object([(socket.gethostname(), path.exists())]) if not sees}
+    if blind:
+        raise UserError(
+            f"{', '.join(sorted(blind))} cannot see {path}, which rank 0 wrote: --output must be a folder on a file "
+            "system that all machines share"
+        )
+
+
+def _in_main(action: Callable[[], Decision]) -> Decision:
+    """What the main process's `action` returns, or the UserError that it raises, in all processes."""
+    decision: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            decision[0] = action()
+        except UserError as error:
+            decision[1] = str(error)
+    value, refusal = broadcast_object_list(decision)
+    if refusal:
+        raise UserError(refusal)
+    return value
 
 
 # ---- checkpoints --------------------------------------------------------------------------------------------
@@ -193,16 +264,18 @@ def _remove(folder: Path) -> None:
 def resume(run: Path, accelerator: Accelerator) -> None:
     """Load the newest complete checkpoint, where there is one, the registered stream state in it too.
 
-    Raises UserError when it was made on other data.
+    The main process chooses it for all. Raises UserError when it was made on other data.
     """
-    checkpoints = complete_checkpoints(run)
-    if checkpoints:
+    newest = _in_main(lambda: next((path.name for path in complete_checkpoints(run)[::-1]), None))
+    if newest is not None:
+        checkpoint = run / "checkpoints" / newest
+        _wait_until_all_see(checkpoint / COMPLETE)
         try:
-            accelerator.load_state(str(checkpoints[-1]))
+            accelerator.load_state(str(checkpoint))
         except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
-                f"cannot read the checkpoint {checkpoints[-1]} ({reason}): delete it to go on from the one before, and "
+                f"cannot read the checkpoint {checkpoint} ({reason}): delete it to go on from the one before, and "
                 "launch with the same --mixed_precision as before"
             ) from error
 

@@ -36,7 +36,7 @@ from train.split import Split
 
 BATCHES_AHEAD = 3  # that each worker makes before they are asked for
 SHOWN = 5
-GRACE_SECONDS = 60
+GRACE_SECONDS = 150  # as long as the launchers of examples/cluster leave training to save
 MAX_OPEN_FILES = 800  # of a process, half of them features; systems allow 1,024
 FETCHED_SHARDS = 8  # that a process lets wait in the cache before they are needed
 

@@ -2,13 +2,15 @@
 
 A location is a string: a local path, or a URL that fsspec knows (`s3://bucket/coco`, `http://host/shards`). Remote
 operations are tried several times, with growing pauses, before they fail; those that take `patience_seconds` go on for
-so long. Every failure is an OSError: what is not there a FileNotFoundError, what a server does not do a StorageError.
+so long. What is tried again is logged (`captioner/troubles.py`). Every failure is an OSError: what is not there a
+FileNotFoundError, what a server does not do a StorageError.
 """
 
 import errno
 import json
 import os
 import random
+import socket
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,19 +29,22 @@ from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from captioner import troubles
 from captioner.cli import UserError
 
 NUM_TRIES = 6
-FIRST_PAUSE_SECONDS = 0.2
+FIRST_PAUSE_SECONDS = 0.3
 LONGEST_PAUSE_SECONDS = 10.0
 NUM_DOUBLINGS = 20  # of a pause; more would be no number
 PATIENCE_SECONDS = 60.0  # after so long there are no more than two tries
 STALL_SECONDS = 15.0  # without a byte from the server a try has failed
+KEPT_SECONDS = 12.0  # that an idle connection is used again; after a stall, none is that may be as dead
 SLOWEST_UPLOAD = 100_000  # bytes a second; a server that takes fewer has stopped to listen
 SLOWEST_DOWNLOAD = 100_000  # bytes a second; a part that comes slower is asked for again
 NUM_THREADS = 32  # of questions asked at once: they wait for the network or the disk, not for the processor
 NUM_QUESTIONS = 64  # that a thread takes at once: a task of its own for each of a million files takes 2 GB
 UNKNOWN = -1
+S3 = ("s3://", "s3a://")
 WEB = ("http://", "https://")
 OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "memory"))
 HOPELESS = (PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError)
@@ -119,10 +124,8 @@ def sizes_bytes(folder: str, names: Sequence[str]) -> list[int | None]:
         return _ask_all(_local_size, [join(folder, name) for name in names])
     if folder.startswith(WEB):
         return _ask_all(_web_size, [join(folder, name) for name in names])
-    filesystem, root = _filesystem(folder)
-    listing = _patiently(lambda: filesystem.find(root, detail=True), folder)
-    sizes = {path: UNKNOWN if info["size"] is None else info["size"] for path, info in listing.items()}
-    return [sizes.get(join(root, name)) for name in names]
+    sizes = _find_all(folder)
+    return [sizes.get(name) for name in names]
 
 
 def _ask_all(question: Callable[[str], int | None], locations: Sequence[str]) -> list[int | None]:
@@ -175,10 +178,21 @@ def find_files(folder: str, pattern: str) -> list[str]:
         if not root.is_dir():
             raise FileNotFoundError(errno.ENOENT, "there is no such folder", folder)
         return sorted(path.relative_to(root).as_posix() for path in root.glob(pattern) if path.is_file())
-    filesystem, path = _filesystem(folder)
-    found = _patiently(lambda: filesystem.find(path), folder)
-    names = (str(name).removeprefix(path).lstrip("/") for name in found)
+    names = _find_all(folder)
     return sorted(name for name in names if fnmatch(name, pattern) and name.count("/") == pattern.count("/"))
+
+
+def _find_all(folder: str) -> dict[str, int]:
+    """The sizes of all files below a remote folder, UNKNOWN where a server does not say, by the rest of their names."""
+    filesystem, root = _filesystem(folder)
+    if folder.startswith(S3):
+        prefix = _s3_place(filesystem, folder)["Prefix"]
+        entries = (entry for page in _s3_pages(filesystem, folder) for entry in page.get("Contents", []))
+        sizes = {entry["Key"].removeprefix(prefix): entry["Size"] for entry in entries}
+        return {name: size for name, size in sizes.items() if name[-1:] not in ("", "/")}  # those are marks of folders
+    found = _patiently(lambda: filesystem.find(root, detail=True), folder)
+    sizes = {path: UNKNOWN if info["size"] is None else info["size"] for path, info in found.items()}
+    return {path.removeprefix(root).lstrip("/"): size for path, size in sizes.items()}
 
 
 def is_folder(location: str) -> bool:
@@ -200,7 +214,7 @@ def scan_folder(folder: str) -> Iterator[tuple[str, bool]]:
     Of S3 page by page, of others once the whole folder is known. Web names stay quoted. Raises OSError.
     """
     filesystem, path = _filesystem(f"{folder.rstrip('/')}/" if folder.startswith(WEB) else folder)
-    if folder.startswith(("s3://", "s3a://")) and path:
+    if folder.startswith(S3) and path:
         yield from _scan_s3(filesystem, folder)
         return
     for entry in _patiently(lambda: filesystem.ls(path, detail=True), folder):
@@ -216,19 +230,31 @@ def scan_folder(folder: str) -> Iterator[tuple[str, bool]]:
 
 def _scan_s3(filesystem: Any, folder: str) -> Iterator[tuple[str, bool]]:
     """fsspec would hold all of a folder's million objects before it tells of the first."""
-    bucket, _, prefix = folder.partition("://")[2].partition("/")
-    prefix += "" if not prefix or prefix.endswith("/") else "/"
-    place = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/", **getattr(filesystem, "req_kw", {})}
-    while True:
-        page = _patiently(lambda: filesystem.call_s3("list_objects_v2", **place), folder)
+    prefix = _s3_place(filesystem, folder)["Prefix"]
+    for page in _s3_pages(filesystem, folder, Delimiter="/"):
         for entry in page.get("CommonPrefixes", []):
             yield entry["Prefix"].removeprefix(prefix).removesuffix("/"), True
         for entry in page.get("Contents", []):
             if entry["Key"] != prefix:  # the folder itself, as above
                 yield entry["Key"].removeprefix(prefix), False
+
+
+def _s3_pages(filesystem: Any, folder: str, **options: str) -> Iterator[dict[str, Any]]:
+    """A listing, page by page, each with patience of its own: one of a million objects is a thousand requests."""
+    place = {**_s3_place(filesystem, folder), **options, **getattr(filesystem, "req_kw", {})}
+    while True:
+        page = _patiently(lambda: filesystem.call_s3("list_objects_v2", **place), folder)
+        yield page
         if not page.get("IsTruncated"):
             return
         place["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _s3_place(filesystem: Any, folder: str) -> dict[str, str]:
+    """A folder's bucket, and what the keys of all its objects begin with."""
+    bucket = filesystem.split_path(folder)[0]  # it may have a slash in it: that of an access point
+    prefix = folder.partition("://")[2].removeprefix(bucket).removeprefix("/")
+    return {"Bucket": bucket, "Prefix": prefix if not prefix or prefix.endswith("/") else f"{prefix}/"}
 
 
 def read_bytes(location: str, *, end: int | None = None, patience_seconds: float | None = None) -> bytes:
@@ -347,6 +373,11 @@ def _put(filesystem: Any, path: str, data: bytes) -> None:
     protocols = filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)
     if OBJECT_STORES.intersection(protocols):
         limit = {"timeout": 4 * STALL_SECONDS + len(data) / SLOWEST_UPLOAD} if filesystem.async_impl else {}
+        if "s3" in protocols:
+            from botocore.handlers import add_expect_header
+
+            # it lets an upload wait, with no limit but that of the whole, until the server says that it would take it
+            filesystem.connect().meta.events.unregister("before-call.s3", add_expect_header)
         filesystem.pipe_file(path, data, **limit)
         return
     filesystem.makedirs(filesystem._parent(path), exist_ok=True)
@@ -379,7 +410,7 @@ def _filesystem(location: str) -> tuple[Any, str]:
         raise StorageError(f"cannot open {location} ({error}): give a local path, or another address") from error
     if isinstance(filesystem, LocalFileSystem):
         raise StorageError(f"{location} is on this machine: give its path alone, {path}")
-    if location.startswith(("s3://", "s3a://")):
+    if location.startswith(S3):
         filesystem.retries = 1  # the tries are counted here
     filesystem.invalidate_cache()  # of listings: other processes write there too
     return filesystem, path
@@ -395,12 +426,26 @@ def _options(location: str) -> dict[str, Any]:
         return {"client_kwargs": {"timeout": timeout, **_configured(protocol, "client_kwargs")}}
     if protocol in ("s3", "s3a"):
         limits = {"connect_timeout": STALL_SECONDS, "read_timeout": STALL_SECONDS}
-        retries = {"retries": {"total_max_attempts": 2}}  # of one request; a listing is thousands of them
+        retries = {"retries": {"total_max_attempts": 1}}  # as above; botocore's own would not be told
+        from aiobotocore import config
+
+        connections: dict[str, Any] = {"keepalive_timeout": KEPT_SECONDS}
+        if hasattr(config, "SocketFactoryType"):  # else only its time limit ends an upload that nobody takes
+            connections["socket_factory"] = _open_socket
+        settings = {**limits, **retries, "connector_args": connections}
         return {
-            "config_kwargs": {**limits, **retries, **_configured(protocol, "config_kwargs")},
+            "config_kwargs": {**settings, **_configured(protocol, "config_kwargs")},
             "max_concurrency": 1,  # more costs a question for the size before each read, and fills gaps with zeros
         }
     return {}
+
+
+def _open_socket(address: tuple[Any, ...]) -> socket.socket:
+    """A socket for aiohttp, which itself has no limit for sending: it fails when nobody takes what it sends."""
+    opened = socket.socket(*address[:3])
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * STALL_SECONDS))
+    return opened
 
 
 def _configured(protocol: str, name: str) -> dict[str, Any]:
@@ -413,10 +458,15 @@ def _patiently(action: Callable[[], Result], location: str, patience_seconds: fl
     Without `patience_seconds` there are NUM_TRIES tries, or two where they take long.
     """
     started = time.monotonic()
+    patience = f"{NUM_TRIES - 1} times" if patience_seconds is None else f"for {patience_seconds:.0f} s"
     for attempt in count(1):
+        asked = time.monotonic()
         try:
-            return action()
+            result = action()
+            troubles.answered(location)
+            return result
         except FileNotFoundError:
+            troubles.answered(location)
             raise
         except Exception as error:  # each filesystem has its own errors: aiohttp's, botocore's, TimeoutError
             spent = time.monotonic() - started
@@ -428,6 +478,7 @@ def _patiently(action: Callable[[], Result], location: str, patience_seconds: fl
             if too_late or kind is not None:
                 problem = " ".join(str(error).split())
                 raise (kind or StorageError)(f"{location}: {type(error).__name__} {problem}".rstrip()) from error
+            troubles.failed(location, error, asked=asked, action=f"it is tried again, at most {patience}")
         pause = min(FIRST_PAUSE_SECONDS * 2 ** min(attempt - 1, NUM_DOUBLINGS), LONGEST_PAUSE_SECONDS)
         time.sleep(pause * random.uniform(0.5, 1.5))
     raise AssertionError("the last attempt returns or raises")

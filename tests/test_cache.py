@@ -397,7 +397,7 @@ def test_readers_that_wait_for_each_other_end_with_the_remedy(
     workers = [Forked(work, entries[place], entries[place + 2]) for place in (0, 1)]
     found = [worker.result() for worker in workers]
     assert any("too small" in str(text) for text in found)
-    assert all(text is None or "--window-shards" in text for text in found)
+    assert all(text is None or "--shuffle-shards" in text for text in found)
 
 
 def test_a_shard_larger_than_the_cache_is_told_at_once(web: tuple[Watcher, str, Path], home: Path) -> None:
@@ -526,7 +526,7 @@ def test_a_refusal_ends_at_once(
 
 
 def test_a_shard_that_differs_from_its_manifest_is_fetched_three_times_and_refused(
-    web: tuple[Watcher, str, Path], home: Path
+    web: tuple[Watcher, str, Path], home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     watcher, folder, root = web
     entry = make_shard(root, 1)
@@ -538,6 +538,7 @@ def test_a_shard_that_differs_from_its_manifest_is_fetched_three_times_and_refus
     with pytest.raises(DamagedShardError, match=rf"{entry.name}\.tar differs from its manifest.*restore the file"):
         cache.open(folder, entry)
     assert watcher.parts(entry).count("bytes=0-16383") == 3
+    assert caplog.text.count(f"{entry.name}.tar has another sha256") == 3
     path.write_bytes(data[:-1])
     with pytest.raises(DamagedShardError, match="bytes, its manifest says"):
         cache.open(folder, entry)

@@ -18,6 +18,7 @@ LIGHT_MODULES = (
     "captioner.metrics",
     "captioner.shards",
     "captioner.storage",
+    "captioner.troubles",
     "captioner.views",
     "captioner.vocabulary",
     "sharding.make_shards",

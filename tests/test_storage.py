@@ -2,12 +2,16 @@
 
 import errno
 import gzip
+import itertools
+import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from servers import Bucket, Proxy, free_port, use_s3
 
-from captioner import storage
+from captioner import storage, troubles
 from captioner.cli import UserError
 from captioner.storage import RefusedError, StorageError
 
@@ -262,6 +266,83 @@ def test_patience_in_seconds_is_for_as_many_tries_as_it_takes(monkeypatch: pytes
         storage._patiently(action, "s3://b/x", 60.0)
 
 
+# ---- telling ----------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A time of its own; each sleep takes seven seconds."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += 7
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in (storage, troubles):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(troubles, "_of_process", {})
+    return clock
+
+
+@pytest.mark.usefixtures("clock")
+def test_the_first_failure_is_told_at_once_and_then_one_line_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    action, _ = counted([StatusError(503), *[TimeoutError()] * 7, *[StatusError(503)] * 2])
+    storage._patiently(action, "s3://b/x", 300.0)
+    told, end = f"process {os.getpid()}: failed requests", "last s3://b/x: it is tried again, at most for 300 s"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{told}: 1 x status 503; {end}",
+        f"{told} in 63 s: 7 x TimeoutError, 2 x status 503; {end}",
+        f"process {os.getpid()}: s3://b answers again, after 70 s of failures",
+    ]
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+
+
+@pytest.mark.usefixtures("clock")
+def test_nothing_is_told_of_answers_be_they_refusals(caplog: pytest.LogCaptureFixture) -> None:
+    storage._patiently(counted([])[0], "s3://b/x")
+    for error in (FileNotFoundError("x"), StatusError(403), PermissionError("x")):
+        with suppress(OSError):
+            storage._patiently(counted([error])[0], "s3://b/x")
+    assert not caplog.records
+
+
+def test_a_server_was_out_only_where_nobody_was_answered(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    for server, others in (("s3://a", "s3://a"), ("s3://b", "s3://c")):
+        asked = clock.now
+        clock.now += 14
+        troubles.answered(f"{others}/x")
+        clock.now += 1
+        troubles.failed(f"{server}/x", OSError(), asked=asked, action="")
+        clock.now += 1
+        troubles.answered(f"{server}/x")
+    outages = [record.getMessage() for record in caplog.records if "again" in record.getMessage()]
+    assert outages == [f"process {os.getpid()}: s3://b answers again, after 16 s of failures"]
+
+
+def test_threads_and_forked_processes_count_each_failure_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(troubles, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(troubles, "_of_process", {os.getpid(): (of_this_process := troubles.Troubles())})
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(400):
+            threads.submit(troubles.failed, "s3://b/x", OSError(), asked=0.0, action="")
+    found = [re.search(r"(\d+) x OSError", record.getMessage()) for record in caplog.records]
+    assert sum(int(match[1]) for match in found if match) == 400
+    with of_this_process._lock:  # as another thread may, while a worker is forked
+        child = multiprocessing.get_context("fork").Process(target=troubles.answered, args=("s3://b/x",))
+        child.start()
+        child.join(10)
+    assert child.exitcode == 0
+
+
 # ---- parts of files ---------------------------------------------------------------------------------------
 
 
@@ -364,6 +445,22 @@ def test_s3_is_scanned_page_by_page(bucket: Bucket, monkeypatch: pytest.MonkeyPa
     ]
 
 
+def test_a_listing_that_fails_goes_on_at_its_page(bucket: Bucket, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of three answers are failures: no listing of seven pages could be had in one go."""
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "1")
+    monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.001)
+    names = [f"{number}.jpg" for number in range(6)]
+    for name in (*names, "deep/er.jpg"):
+        bucket.put(f"p/{name}", b"123")
+    with Proxy(s3) as proxy, use_s3(proxy.address):
+        answers = itertools.cycle(["503", "drop", "ok"])
+        proxy.choose = lambda method, path: next(answers)
+        assert storage.sizes_bytes(f"s3://{bucket.name}/p", [*names, "deep", "none"]) == [3] * 6 + [None, None]
+        assert storage.find_files(f"s3://{bucket.name}/p", "*.jpg") == names
+    assert storage.find_files(f"s3://{bucket.name}/p/", "*/*.jpg") == ["deep/er.jpg"]
+    assert proxy.treated.count("ok") == 14
+
+
 class Listed:
     """A filesystem that gives certain answers."""
 
@@ -374,6 +471,10 @@ class Listed:
 
     def ls(self, path: str, *, detail: bool) -> list[dict[str, str]]:
         return self.entries
+
+    def split_path(self, path: str) -> tuple[str, str, None]:
+        bucket, _, key = path.removeprefix("s3://").partition("/")
+        return bucket, key, None
 
     def call_s3(self, method: str, **options: str) -> dict[str, bool]:
         self.asked = options

@@ -8,6 +8,7 @@ by the process that downloads it; a tar, shared, by those that read it. Imports 
 
 import fcntl
 import hashlib
+import logging
 import os
 import random
 import re
@@ -35,6 +36,8 @@ RETRY_SECONDS = 1.0  # between looks for room, and after a failure, of a prefetc
 NUM_THREADS = 3
 NAME = re.compile(r"(?P<sha256>[0-9a-f]{64})\.(?:tar|index|(?P<bytes>\d+)\.partial)")
 RESTORE = f"restore the file or {PACK_AGAIN}"
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -279,7 +282,7 @@ class ShardCache:
         if size not in (storage.UNKNOWN, entry.bytes):
             raise DamagedShardError(f"{location} has {size:,} bytes, its manifest says {entry.bytes:,}: {RESTORE}")
         os.ftruncate(file, min(os.fstat(file).st_size, entry.bytes))
-        for _ in range(NUM_DOWNLOADS):
+        for attempt in range(1, NUM_DOWNLOADS + 1):
             checksum = hashlib.sha256()
             start = 0
             while data := os.pread(file, min(CHUNK_BYTES, entry.bytes - start), start):
@@ -294,6 +297,7 @@ class ShardCache:
                 start += len(data)
             if checksum.hexdigest() == entry.sha256:
                 return None
+            log.warning("%s has another sha256 than its manifest, in try %d of %d", location, attempt, NUM_DOWNLOADS)
             os.ftruncate(file, 0)
         raise DamagedShardError(f"{location} differs from its manifest (its sha256 is another): {RESTORE}")
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import picture
 
+import scaling
 import training
 from captioner.cli import UserError
 from captioner.vocabulary import START
@@ -158,3 +159,26 @@ def test_captioning_quickly_measured_gives_rows_and_bars(tmp_path: Path) -> None
     assert all(row["wall_ms_an_image"] > 0 for row in content["rows"])
     assert all(bar["value"] > 0 for bar in content["bars"])
     assert len(content["bars"]) == 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells the memory of a process")
+def test_scaling_quickly_measured_gives_rows_and_bars(tmp_path: Path) -> None:
+    """The parts that want neither pictures nor a server."""
+    done = benchmark("scaling", "--quick", "--parts", "plan", "cache", "--json", tmp_path / "scaling.json")
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "scaling.json").read_text())
+    plans = [row for row in content["rows"] if row["part"] == "plan"]
+    assert [row["samples"] for row in plans] == [10**3, 10**6]
+    assert plans[-1]["opens"] == 256
+    assert all(bar["value"] > 0 for bar in content["bars"])
+    assert len(content["bars"]) == 3
+
+
+def test_the_first_limit_on_paper_is_the_one_that_is_exceeded_most() -> None:
+    found = scaling.Figures(worker_us=900, download_us=80, handoff_us=20, image_bytes=50_000)
+    machine = scaling.Machine(gpus=8, cores=20, disk_mbs=10_000, network_mbs=10_000, store_mbs=10_000)
+    limits = {
+        (gpus, rate): scaling.on_paper(found, machine, gpus=gpus, rate=rate)["limit"]
+        for gpus, rate in ((1, 2_000), (8, 2_000), (8, 3_000), (104, 2_000), (1_000, 3_000))
+    }
+    assert list(limits.values()) == ["GPU", "GPU", "decoding cores", "store", "store"]

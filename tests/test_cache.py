@@ -248,6 +248,8 @@ def test_the_limit_holds_at_every_moment(web: tuple[Watcher, str, Path], home: P
             sizes: dict[tuple[str, bool], int] = {}
             for name in os.listdir(home):  # noqa: PTH208
                 sha256, _, ending = name.partition(".")
+                if name == "lock":
+                    continue
                 with suppress(FileNotFoundError):
                     size = (home / name).stat().st_size
                     reserved = int(ending.removesuffix(".partial")) if ending.endswith("partial") else 0
@@ -278,6 +280,44 @@ def test_the_limit_holds_at_every_moment(web: tuple[Watcher, str, Path], home: P
         done.set()
         watcher.join()
     assert limit * 0.7 < max(seen) <= limit
+
+
+def test_the_folder_is_looked_through_only_when_it_may_be_full(
+    web: tuple[Watcher, str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then room is made for some more shards at once, the least recently used going first."""
+    _, folder, root = web
+    entries = [make_shard(root, number, kilobytes=20) for number in range(60)]
+    cache = ShardCache(str(home), max_bytes=num_bytes(root, *entries[:40]))
+    scans, scan = [], ShardCache._scan
+    monkeypatch.setattr(ShardCache, "_scan", lambda cache: scans.append(1) or scan(cache))
+    for entry in entries[:40]:
+        assert is_right(cache, folder, entry)
+    assert len(scans) == 1  # of an empty folder
+    for entry in entries[40:]:
+        assert is_right(cache, folder, entry)
+        found = sum(path.stat().st_size for path in home.glob("*.*"))
+        assert cache.max_bytes * 0.9 < found <= cache.max_bytes
+    assert len(scans) <= 15  # of 20 shards, and 20 indexes
+    assert kept(home, *entries) == sorted(kept(home, *entries))
+
+
+@pytest.mark.parametrize("left", [b"", b"12 apples", b"-3", b"999999999999"])
+def test_whatever_the_lock_file_says_the_limit_holds(web: tuple[Watcher, str, Path], home: Path, left: bytes) -> None:
+    """As where it is of another version, or files were taken away by hand."""
+    _, folder, root = web
+    entries = [make_shard(root, number) for number in range(4)]
+    cache = ShardCache(str(home), max_bytes=num_bytes(root, *entries[:3]))
+    for entry in entries[:3]:
+        assert is_right(cache, folder, entry)
+    (home / "lock").write_bytes(left)
+    assert is_right(cache, folder, entries[3])
+    assert kept(home, *entries) == [False, True, True, True]
+    for path in home.glob("*.tar"):
+        path.unlink()
+    for entry in entries[:3]:
+        assert is_right(cache, folder, entry)
+    assert sum(path.stat().st_size for path in home.glob("*.*")) <= cache.max_bytes
 
 
 def test_a_killed_download_is_resumed_where_it_stopped(web: tuple[Watcher, str, Path], home: Path) -> None:

@@ -150,6 +150,17 @@ def test_lanes_divide_the_batch_and_with_their_windows_hold_the_shards_that_are_
     assert not any(batch % lanes == 0 for lanes in range(plan.num_lanes + 1, min(batch, shuffle_shards) + 1))
 
 
+@given(world_size=st.integers(1, 1000), per_rank=st.integers(1, 40), shuffle_shards=mixed)
+def test_what_is_advised_gives_each_rank_lanes_of_its_own(world_size: int, per_rank: int, shuffle_shards: int) -> None:
+    batch = world_size * per_rank
+    plan = EpochPlan(shard_sizes=[1], global_batch=batch, shuffle_shards=shuffle_shards)
+    advice = plan.advice(world_size=world_size)
+    assert bool(advice) == (plan.num_lanes % world_size > 0)
+    if advice:
+        better = EpochPlan(shard_sizes=[1], global_batch=batch, shuffle_shards=int(advice.rpartition(" ")[2]))
+        assert better.num_lanes % world_size == 0
+
+
 @given(world_size=st.integers(1, 8), parts=st.integers(1, 5), rows=st.integers(1, 5), num_samples=st.integers(0, 400))
 @settings(deadline=None, max_examples=200)
 def test_parts_of_a_batch_are_the_same_images_for_any_number_of_ranks(

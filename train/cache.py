@@ -2,8 +2,9 @@
 
 The folder holds `SHA256.tar` with `SHA256.index`, named after the tar's content, and of downloads under way
 `SHA256.BYTES.partial`, which counts with all of its bytes from the beginning. Processes agree by file locks, which the
-system gives back however their holder ends: `lock` is held for a moment to look, make room and reserve; a partial file
-by the process that downloads it; a tar, shared, by those that read it. Imports no torch.
+system gives back however their holder ends: `lock` is held for a moment to make room and reserve; a partial file by the
+process that downloads it; a tar, shared, by those that read it. `lock` holds how many bytes are kept at most, so that
+the folder is looked through only when it may be full. Imports no torch.
 """
 
 import fcntl
@@ -34,6 +35,7 @@ ROOM_SECONDS = 60.0  # that a reader waits for others to close shards
 POLL_SECONDS = 0.1
 RETRY_SECONDS = 1.0  # between looks for room, and after a failure, of a prefetcher
 NUM_THREADS = 3
+SPARE_SHARE = 0.05  # of the limit, that is freed at once where it is full: looking through the folder takes long
 NAME = re.compile(r"(?P<sha256>[0-9a-f]{64})\.(?:tar|index|(?P<bytes>\d+)\.partial)")
 RESTORE = f"restore the file or {PACK_AGAIN}"
 
@@ -62,11 +64,10 @@ class _Obstacle(Enum):
 
 @dataclass(slots=True)
 class _Kept:
-    """What the folder holds of one shard: `bytes` that it is counted with, `size` that it has by now."""
+    """What the folder holds of one shard, and the `bytes` that it is counted with."""
 
     paths: list[Path] = field(default_factory=list)
     bytes: int = 0
-    size: int = 0
     used_ns: int = 0
 
 
@@ -102,7 +103,7 @@ class ShardCache:
                     if pinned is not None:
                         break
                     brought = _Obstacle.HERE
-                state = {sha256: kept.size for sha256, kept in self._scan().items()}
+                state = self._downloads()
                 if state != seen:
                     seen, since = state, time.monotonic()
                 self._check_wait(brought, time.monotonic() - since, location, entry)
@@ -233,11 +234,11 @@ class ShardCache:
     def _reserve(self, entry: ShardEntry, keep: frozenset[str]) -> int | _Obstacle:
         """The locked partial file, new or left by a process that ended, its room reserved."""
         partial = self._partial(entry)
-        with self._guard():
+        with self._guard() as lock:
             if self._path(entry, "tar").exists():
                 return _Obstacle.HERE
             if not partial.exists():
-                obstacle = self._make_room(entry.bytes, keep)
+                obstacle = self._make_room(entry.bytes, keep, lock)
                 if obstacle is not None:
                     return obstacle
             file = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
@@ -261,9 +262,9 @@ class ShardCache:
         data = _fetch_index(folder, entry)
         if entry.bytes + len(data) > self.max_bytes:
             raise self._too_small(tar_location(folder, entry), entry.bytes + len(data))
-        with self._guard():
+        with self._guard() as lock:
             path.unlink(missing_ok=True)
-            obstacle = self._make_room(len(data), keep)
+            obstacle = self._make_room(len(data), keep, lock)
             if obstacle is not None:
                 return obstacle
             try:
@@ -304,8 +305,8 @@ class ShardCache:
     # ---- room ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _guard(self) -> Iterator[None]:
-        """Hold the lock under which files are counted, reserved, renamed to tars, and removed."""
+    def _guard(self) -> Iterator[int]:
+        """Hold the lock under which files are counted, reserved, renamed to tars, and removed; its descriptor."""
         path = self.folder / "lock"
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -314,7 +315,17 @@ class ShardCache:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         with _closing(file):
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+            yield file
+
+    def _downloads(self) -> tuple[int, dict[str, int]]:
+        """What changes while anything is brought: when the folder did last, and the sizes of partial files."""
+        with os.scandir(self.folder) as items:
+            partial = [item for item in items if item.name.endswith(".partial")]
+        sizes = {}
+        for item in partial:
+            with suppress(FileNotFoundError):
+                sizes[item.name] = item.stat().st_size
+        return self.folder.stat().st_mtime_ns, sizes
 
     def _scan(self) -> dict[str, _Kept]:
         """What the folder holds, by checksum."""
@@ -328,19 +339,25 @@ class ShardCache:
                     state = item.stat()
                     kept = found.setdefault(match["sha256"], _Kept())
                     kept.paths.append(Path(item.path))
-                    kept.size += state.st_size
                     kept.bytes += max(state.st_size, int(match["bytes"] or 0))
                     kept.used_ns = max(kept.used_ns, state.st_mtime_ns)
         return found
 
-    def _make_room(self, num_bytes: int, keep: frozenset[str]) -> _Obstacle | None:
-        """Remove the least recently used shards, under the guard, until so many bytes are free; else remove none."""
+    def _make_room(self, num_bytes: int, keep: frozenset[str], lock: int) -> _Obstacle | None:
+        """Reserve so many bytes, under the guard. Where they may not be there, the least recently used shards go, with
+        some more for the next ones; where that does not help, none go.
+        """
+        kept_bytes = _read_number(lock)
+        if kept_bytes is not None and kept_bytes + num_bytes <= self.max_bytes:
+            _write_number(lock, kept_bytes + num_bytes)
+            return None
         found = self._scan()
         missing = sum(kept.bytes for kept in found.values()) + num_bytes - self.max_bytes
+        spare = int(SPARE_SHARE * self.max_bytes)
         obstacle, victims = _Obstacle.FULL, []
         with ExitStack() as locks:
             for sha256, kept in sorted(found.items(), key=lambda item: item[1].used_ns):
-                if missing <= 0:
+                if missing <= 0 and kept.bytes > missing + spare:
                     break
                 if sha256 in keep:
                     continue
@@ -353,6 +370,7 @@ class ShardCache:
                 return obstacle
             for kept in victims:
                 _remove(kept)
+        _write_number(lock, missing + self.max_bytes)
         return None
 
     def _discard(self, entry: ShardEntry) -> None:
@@ -424,6 +442,17 @@ def _lock_all(kept: _Kept, locks: ExitStack) -> bool:
 def _remove(kept: _Kept) -> None:
     for path in sorted(kept.paths, reverse=True):  # the tar before its index
         path.unlink(missing_ok=True)
+
+
+def _read_number(file: int) -> int | None:
+    """What `_write_number` left in a file; None where there is nothing of the kind."""
+    text = os.pread(file, 32, 0)
+    return int(text) if text.isdigit() else None
+
+
+def _write_number(file: int, number: int) -> None:
+    os.ftruncate(file, 0)
+    os.pwrite(file, b"%d" % number, 0)
 
 
 def _write(file: int, data: bytes, start: int) -> None:

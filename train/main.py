@@ -63,9 +63,8 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
     view = choose_view([train, val], encoder=settings.encoder, crop=settings.crop, initial=initial)
     weights = run_folder.kept_encoder(run) or settings.weights
     model = make_model(
-        settings.model_config(len(vocabulary)), vocabulary, initial,
-        weights=weights, trainable=thaw_step is not None, compiled=settings.compile_encoder, accelerator=accelerator,
-    )  # fmt: skip
+        settings.model_config(len(vocabulary)), vocabulary, initial, weights=weights, trainable=thaw_step is not None,
+        compiled=settings.compile_encoder, accelerator=accelerator)  # fmt: skip
     loss_model = CaptionLoss(
         model, view=view, label_smoothing=settings.label_smoothing, scheduled_sampling=settings.scheduled_sampling,
         total_steps=total_steps, thaw_step=thaw_step or 0)  # fmt: skip
@@ -80,7 +79,8 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
     run_folder.resume(run, accelerator)
     done_steps = state.epoch * epoch_steps + num_steps(state.position, global_batch=settings.batch_size)
     say(f"{train.num_samples:,} training images, {len(vocabulary):,} words, {settings.epochs} epochs of {epoch_steps:,}"
-        f" steps on {accelerator.num_processes} x {accelerator.device}, {done_steps:,} of them done")  # fmt: skip
+        f" steps on {accelerator.num_processes} x {accelerator.device}, {done_steps:,} of them done"
+        f"{state.plan(train).advice(world_size=accelerator.num_processes)}")  # fmt: skip
 
     # ---- streams, evaluation, curves ----------------------------------------------------------------------------
     rules = ViewRules(crop=view.crop, max_tokens=settings.max_tokens, training=not settings.cache_features)

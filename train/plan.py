@@ -106,6 +106,16 @@ class EpochPlan:
         found = range(*self._indices(start, stop)) if start < stop else ()
         return [int(self._order[index]) for index in found if self._ends[index] > self._starts[index]]
 
+    def advice(self, *, world_size: int) -> str:
+        """A line that says what to change so that each rank has lanes of its own; empty where it has."""
+        if self.num_lanes % world_size == 0:
+            return ""
+        better = range(world_size, max(SHUFFLE_SHARDS, world_size) + 1, world_size)
+        return (
+            f"\n{world_size:,} processes share {self.num_lanes:,} lanes, so that they read some of each other's shards: "
+            f"better give --shuffle-shards {max(lanes for lanes in better if self.global_batch % lanes == 0)}"
+        )
+
     def _shuffle(self, lane: int, spot: int) -> int:
         """The spot of the sequence that the window's shuffle puts at `spot`."""
         window = self._windows.get(lane)
@@ -229,11 +239,8 @@ def main(settings: PlanSettings) -> None:
         ("repeated, dropped", "0, 0"),
     ]
     cli.print_table(f"epoch {settings.epoch} of {', '.join(settings.shards)}", ("", settings.split), facts)
-    if plan.num_lanes % settings.processes:
-        cli.console.print(
-            f"{settings.processes} processes share {plan.num_lanes} lanes, and read some of each other's shards: give "
-            f"--shuffle-shards {settings.batch_size} or another multiple of the processes that divides --batch-size"
-        )
+    if advice := plan.advice(world_size=settings.processes):
+        cli.console.print(advice.strip())
     shard_bytes = [entry.bytes for _, entry in split.shards]
     rows = rank_rows(plan, shard_bytes, world_size=settings.processes)
     cli.print_table("each process", ("rank", "samples", "reads MB", "opens shards", "of MB", "share"), rows)

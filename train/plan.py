@@ -112,7 +112,7 @@ class EpochPlan:
             return ""
         better = range(world_size, max(SHUFFLE_SHARDS, world_size) + 1, world_size)
         return (
-            f"\n{world_size:,} processes share {self.num_lanes:,} lanes, so that they read some of each other's shards: "
+            f"\n{world_size:,} processes share {self.num_lanes:,} lanes and read some of each other's shards: "
             f"better give --shuffle-shards {max(lanes for lanes in better if self.global_batch % lanes == 0)}"
         )
 

@@ -313,6 +313,7 @@ def read_manifest(folder: str, split: str, *, remedy: str) -> Manifest:
     try:
         check_format(content.pop("format_version"), origin=origin)
         del content["totals"]
+        content.pop("lanes", None)  # which early ones have, and nobody reads
         shards = tuple(ShardEntry(**entry) for entry in content.pop("shards"))
         return Manifest(shards=shards, **content)
     except (KeyError, TypeError, AttributeError) as error:

@@ -449,7 +449,10 @@ def _open_socket(address: tuple[Any, ...]) -> socket.socket:
 
 
 def _configured(protocol: str, name: str) -> dict[str, Any]:
-    return fsspec.config.conf.get(protocol, {}).get(name, {})
+    """The user's configuration, as fsspec joins it for the names of one filesystem."""
+    names = ("http", "https") if protocol.startswith("http") else ("s3", "s3a")
+    found = [fsspec.config.conf.get(each, {}).get(name, {}) for each in names]
+    return {**found[0], **found[1]}
 
 
 def _patiently(action: Callable[[], Result], location: str, patience_seconds: float | None = None) -> Result:

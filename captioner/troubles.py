@@ -8,6 +8,7 @@ import time
 from collections import Counter
 
 QUIET_SECONDS = 60.0  # between two lines about failures
+MOST_SERVERS = 1000  # that are remembered
 OUTAGE_SECONDS = 10.0  # of failures alone; then it is told when the server answers again
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ class Troubles:
         """Note that a server does what it is asked, and tell so when it had not for long."""
         now, server = time.monotonic(), _server(location)
         with self._lock:
+            if len(self._answered) > MOST_SERVERS:
+                self._answered.clear()
             self._answered[server] = now
             seconds = now - self._failing.pop(server, now)
         if seconds > OUTAGE_SECONDS:

@@ -440,6 +440,22 @@ def test_readers_that_wait_for_each_other_end_with_the_remedy(
     assert all(text is None or "--shuffle-shards" in text for text in found)
 
 
+def test_a_reader_whose_index_alone_does_not_fit_ends_with_the_remedy(
+    web: tuple[Watcher, str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it makes and deletes itself while it waits is no sign that anything comes."""
+    monkeypatch.setattr(cache_module, "ROOM_SECONDS", 0.3)
+    _, folder, root = web
+    entries = [make_shard(root, number) for number in range(2)]
+    cache = ShardCache(str(home), max_bytes=num_bytes(root, *entries) - 1)
+    _, file = cache.open(folder, entries[0])
+    started = time.monotonic()
+    with pytest.raises(UserError, match="too small"):
+        cache.open(folder, entries[1])
+    assert time.monotonic() - started < 5
+    os.close(file)
+
+
 def test_a_shard_larger_than_the_cache_is_told_at_once(web: tuple[Watcher, str, Path], home: Path) -> None:
     watcher, folder, root = web
     entry = make_shard(root, 1)

@@ -102,6 +102,12 @@ def test_evaluation_reads_in_the_order_of_the_manifest() -> None:
     assert [(ref.shard, ref.place) for ref in refs] == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1)]
 
 
+@given(sizes=manifests, every=st.integers(1, 50))
+def test_some_of_a_split_stand_at_equal_distances(sizes: list[int], every: int) -> None:
+    plan = EpochPlan(shard_sizes=sizes, shuffled=False, every=every)
+    assert places(plan) == all_places(sizes)[::every]
+
+
 # ---- what a rank opens --------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from servers import Bucket, free_port, run_nginx
 from tiny import write_shards
 
 from captioner.cli import UserError
+from train.cache import ShardCache
 from train.reader import ShardReader
 from train.split import read_merged_vocabulary, read_split, read_validation
 from train.stream import BatchStream, Share, StreamState, ViewRules, check_ranks, rank_facts
@@ -197,13 +198,31 @@ def test_a_web_server_that_restarts_in_the_middle_of_an_epoch_loses_nothing(
     assert order(seen(job.run)) == {place: pairs for place, pairs in undisturbed.items() if place[0] < 2}
 
 
+def test_evaluation_needs_room_for_few_shards(shards: str, nginx: tuple[str, Path], tmp_path: Path) -> None:
+    """It reads one after the other, however many there are."""
+    address, root = nginx
+    folder = Path(write_shards(root / "many", (3,) * 20, split="val"))
+    split = read_split([f"{address}/many"], "val", remedy="")
+    num_bytes = sum(path.stat().st_size for path in folder.glob("val-*"))
+    stream = BatchStream(
+        split,
+        plan=split.plain_plan(),
+        share=Share(GLOBAL_BATCH),
+        rules=ViewRules(crop=28, max_tokens=9, training=False),
+        vocabulary=read_merged_vocabulary([shards], remedy=""),
+        workers=0,
+        cache=ShardCache(str(tmp_path / "cache"), max_bytes=num_bytes // 2),
+    )
+    assert [position for batch in stream for position in batch.positions] == list(range(60))
+
+
 # ---- mistakes -----------------------------------------------------------------------------------------------
 
 
-def facts(shards: str, ranks: list[tuple[int, int]], **changed: int) -> list[dict]:
+def facts(shards: str, ranks: list[tuple[int, int]], **changed: int | None) -> list[dict]:
     split = read_split([shards], "train", remedy="")
     state = StreamState.start(split, **ORDER)
-    found = [rank_facts(state, Share(8, rank=rank, world_size=world_size)) for rank, world_size in ranks]
+    found = [rank_facts(state, Share(8, rank=rank, world_size=world_size), val=split) for rank, world_size in ranks]
     found[-1] |= changed
     return found
 
@@ -221,6 +240,7 @@ def test_ranks_that_agree_make_up_a_batch(shards: str) -> None:
         ([(0, 4), (1, 4), (3, 4)], {}, "6 of 8 samples"),
         ([(0, 2), (1, 2)], {"seed": 2}, r"rank 1 sees other data than rank 0 \(seed 2, not 1\)"),
         ([(0, 2), (1, 2)], {"fingerprint": 0}, "fingerprint"),
+        ([(0, 2), (1, 2)], {"val": None}, r"\(val None, not "),
         ([(0, 2), (1, 2)], {"position": 4}, "position"),
     ],
 )

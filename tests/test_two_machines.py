@@ -89,10 +89,20 @@ def test_ranks_that_do_not_share_a_run_are_refused(
     assert done.output.count(message) == 2
 
 
+def test_a_folder_that_rank_0_cannot_write_is_told_on_all(shards: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    flags = ["--shards", shards, "--output", tmp_path / "file" / "run", *MODEL, *SMALL]
+    running = start_training(flags, log=tmp_path / "log", world_size=2)
+    done = running.wait()
+    assert [rank.exitcode for rank in running.ranks] == [2, 2], done.output
+    assert done.output.count("or give another --output") == 2
+
+
 @pytest.mark.parametrize(
     ("error", "lost"),
     [
         (RuntimeError("[/src/gloo/transport/tcp/pair.cc:561] Connection closed by peer [10.0.0.2]:4040."), True),
+        (RuntimeError("[/src/gloo/transport/tcp/device.cc:120] Unable to find address for: nope"), False),
         (RuntimeError("Application timeout caused pair closure"), True),
         (DistNetworkError("failed to recv, got 0 bytes"), True),
         (DistNetworkError("The server socket has failed to listen on any local network address."), False),

@@ -103,7 +103,7 @@ class ShardCache:
                     if pinned is not None:
                         break
                     brought = _Obstacle.HERE
-                state = self._downloads()
+                state = self._state()
                 if state != seen:
                     seen, since = state, time.monotonic()
                 self._check_wait(brought, time.monotonic() - since, location, entry)
@@ -317,15 +317,18 @@ class ShardCache:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file
 
-    def _downloads(self) -> tuple[int, dict[str, int]]:
-        """What changes while anything is brought: when the folder did last, and the sizes of partial files."""
+    def _state(self) -> dict[str, int]:
+        """What changes when anything is brought: the names of files, and the sizes of partial ones that have any."""
+        state = {}
         with os.scandir(self.folder) as items:
-            partial = [item for item in items if item.name.endswith(".partial")]
-        sizes = {}
-        for item in partial:
-            with suppress(FileNotFoundError):
-                sizes[item.name] = item.stat().st_size
-        return self.folder.stat().st_mtime_ns, sizes
+            for item in items:
+                if not item.name.endswith(".partial"):
+                    state[item.name] = 0
+                    continue
+                with suppress(FileNotFoundError):
+                    if size := item.stat().st_size:  # readers that find no room make empty ones again and again
+                        state[item.name] = size
+        return state
 
     def _scan(self) -> dict[str, _Kept]:
         """What the folder holds, by checksum."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # it imports this module
     from train.validation import ValidationCaption
 
 MOST_PICTURES = 4096  # of large splits so many are enough, taken at equal distances
-ENCODED_TOGETHER = 64  # pictures of a batch
+ENCODED_TOGETHER = 64  # pictures of a rank's batch
 
 
 def calibrate(
@@ -87,18 +87,14 @@ def sample_features(
 ) -> Tensor:
     """The encoder's features (B, F) of at most MOST_PICTURES pictures of a split, in its order, the same on every rank.
 
-    Every `stride`-th picture is taken: each rank reads as one of `stride` times as many would.
+    They stand at equal distances in the split, the same ones for any number of ranks.
     """
-    stride, num_ranks = _stride(split.num_samples), accelerator.num_processes
-    share = Share(
-        ENCODED_TOGETHER * stride * num_ranks,
-        rank=accelerator.process_index * stride,
-        world_size=stride * num_ranks,
-    )
+    plan = split.plain_plan(every=_stride(split.num_samples))
+    share = Share.of(accelerator, ENCODED_TOGETHER * accelerator.num_processes)
     loss_model.eval()
     positions: list[int] = []
     features: list[np.ndarray] = []
-    for batch in open_stream(split, plan=split.plain_plan(), share=share):
+    for batch in open_stream(split, plan=plan, share=share):
         with accelerator.autocast():
             features_BF = loss_model.features(batch.to(accelerator.device).inputs)
         positions += batch.positions

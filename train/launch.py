@@ -18,10 +18,14 @@ from captioner.cli import UserError
 
 EXIT_PREEMPTED = 75  # "try again later" (EX_TEMPFAIL of sysexits.h)
 # A machine that lost its power says nothing. A process that is alive is silent for as long as its loader is patient
-# with a server (5 minutes, train/cache.py), or rank 0 scores or writes alone.
+# with a server (5 minutes, train/cache.py), it has a shard more to encode, or rank 0 downloads weights, scores or
+# writes alone.
 PEER_SECONDS = 600.0
 PEER_VARIABLE = "CAPTIONER_PEER_TIMEOUT_SECONDS"
-LOST_PEER = "gloo/transport/|caused pair closure|ncclRemoteError|Watchdog caught collective operation timeout"
+LOST_PEER = (
+    "gloo/transport/tcp/(pair|buffer|unbound_buffer)|caused pair closure"
+    "|ncclRemoteError|Watchdog caught collective operation timeout"
+)
 
 
 def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
@@ -56,7 +60,7 @@ def peer_timeout() -> timedelta:
     text = os.environ.get(PEER_VARIABLE, str(PEER_SECONDS))
     try:
         return timedelta(seconds=float(text))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f"{PEER_VARIABLE} is {text!r}: give a number of seconds") from error
 
 

@@ -49,11 +49,11 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
     share = Share.of(accelerator, settings.batch_size, accumulation_steps=settings.accumulation_steps)
     state = StreamState.start(train, seed=settings.seed, global_batch=settings.batch_size,
                               shuffle_shards=settings.shuffle_shards)  # fmt: skip
-    check_ranks(gather_object([rank_facts(state, share)]))
+    check_ranks(gather_object([rank_facts(state, share, vocabulary=vocabulary, val=val)]))
 
     # ---- where to start: 1. a finished run stays as it is --------------------------------------------------------
     run_folder.record_settings(run, asdict(settings), ignored=CHANGEABLE, resume=settings.resume)
-    if run_folder.model_folder(run).exists():
+    if run_folder.is_finished(run):
         say(f"{run} is finished already: its model is in {run_folder.model_folder(run)}")
         return
 

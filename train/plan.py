@@ -38,7 +38,9 @@ class SampleRef(NamedTuple):
 
 @dataclass(kw_only=True, slots=True)
 class EpochPlan:
-    """The global order of one epoch over S samples in batches of G; `shuffled=False` keeps the shards' order.
+    """The global order of one epoch over S samples in batches of G.
+
+    `shuffled=False` keeps the shards' order, and may take only the first of `every` so many neighbours.
 
     `shuffle_shards` are read from at the same time, by all processes together: L lanes, the largest divisor of G that
     is not above it, with windows of as many shards each as that leaves.
@@ -50,6 +52,7 @@ class EpochPlan:
     global_batch: int = 1
     shuffle_shards: int = SHUFFLE_SHARDS
     shuffled: bool = True
+    every: int = 1
     num_samples: int = field(init=False)
     num_lanes: int = field(init=False)
     window_shards: int = field(init=False)
@@ -61,7 +64,9 @@ class EpochPlan:
 
     def __post_init__(self) -> None:
         sizes = np.asarray(self.shard_sizes, dtype=np.int64)
-        self.num_samples = int(sizes.sum())
+        assert self.every == 1 or not self.shuffled
+        total = int(sizes.sum())
+        self.num_samples = -(-total // self.every)
         most = min(self.global_batch, self.shuffle_shards)
         self.num_lanes = next(lanes for lanes in range(most, 0, -1) if self.global_batch % lanes == 0)
         self.window_shards = self.shuffle_shards // self.num_lanes
@@ -70,12 +75,12 @@ class EpochPlan:
             self._order = random_order(len(sizes), self.seed, self.epoch, SHARD_ORDER)
         self._ends = np.cumsum(sizes[self._order])
         self._starts = self._ends - sizes[self._order]
-        self._lane_starts = np.arange(self.num_lanes + 1) * self.num_samples // self.num_lanes
+        self._lane_starts = np.arange(self.num_lanes + 1) * total // self.num_lanes
 
     def refs(self, positions: Iterable[int]) -> list[SampleRef]:
         """The samples at the given global positions, in their order."""
         positions = list(positions)
-        spots = np.asarray(positions, dtype=np.int64)
+        spots = np.asarray(positions, dtype=np.int64) * self.every
         if self.shuffled:
             lanes, spots = self._deal(spots)
             spots = np.array(list(map(self._shuffle, lanes.tolist(), spots.tolist())), dtype=np.int64)

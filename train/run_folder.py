@@ -107,6 +107,11 @@ def model_folder(run: Path) -> Path:
     return run / "model"
 
 
+def is_finished(run: Path) -> bool:
+    """Whether its model is there, as the main process sees it."""
+    return _in_main(model_folder(run).exists)
+
+
 def record_settings(run: Path, settings: Mapping[str, Any], *, ignored: tuple[str, ...], resume: bool) -> None:
     """Save the run's settings, in the main process.
 
@@ -144,7 +149,8 @@ def check_shared(run: Path) -> None:
     try:
         _wait_until_all_see(mark)
     finally:
-        mark.unlink(missing_ok=True)
+        if PartialState().is_main_process:
+            mark.unlink(missing_ok=True)
 
 
 def check_same_settings(settings: Mapping[str, Any]) -> None:
@@ -186,6 +192,8 @@ def _in_main(action: Callable[[], Decision]) -> Decision:
             decision[0] = action()
         except UserError as error:
             decision[1] = str(error)
+        except OSError as error:
+            decision[1] = f"cannot use {error.filename} ({error.strerror}): mend that, or give another --output"
     value, refusal = broadcast_object_list(decision)
     if refusal:
         raise UserError(refusal)

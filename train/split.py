@@ -14,6 +14,8 @@ from captioner.views import ViewSpec
 from captioner.vocabulary import Vocabulary, read_vocabulary
 from train.plan import SHUFFLE_SHARDS, EpochPlan
 
+PLAIN_SHARDS = 4  # that are read from at once in the shards' own order: each worker is in another batch
+
 
 @dataclass(frozen=True)
 class Split:
@@ -68,9 +70,10 @@ class Split:
             shard_sizes=sizes, seed=seed, epoch=epoch, global_batch=global_batch, shuffle_shards=shuffle_shards
         )
 
-    def plain_plan(self) -> EpochPlan:
-        """The shards' own order, for evaluation."""
-        return EpochPlan(shard_sizes=[entry.samples for _, entry in self.shards], shuffled=False)
+    def plain_plan(self, *, every: int = 1) -> EpochPlan:
+        """The shards' own order, for evaluation; of `every` so many neighbours the first."""
+        sizes = [entry.samples for _, entry in self.shards]
+        return EpochPlan(shard_sizes=sizes, shuffle_shards=PLAIN_SHARDS, shuffled=False, every=every)
 
 
 def read_split(folders: Sequence[str], name: str, *, remedy: str) -> Split:

@@ -532,11 +532,15 @@ class StreamState:
         self.epoch, self.position = state["epoch"], state["position"]
 
 
-def rank_facts(state: StreamState, share: Share) -> dict[str, Any]:
-    """What a rank believes: the order, the place in it, and which positions of a global batch are its own."""
+def rank_facts(state: StreamState, share: Share, **others: Split | Vocabulary | None) -> dict[str, Any]:
+    """What a rank believes: the order, the place in it, and which positions of a global batch are its own.
+
+    `others` are what else all must see alike.
+    """
     parts = range(share.num_parts(share.global_batch))
     own = sorted(position for part in parts for position in share.positions(part, num_samples=share.global_batch))
-    return {**asdict(state), "global_batch": share.global_batch, "positions": own}
+    fingerprints = {name: other.fingerprint if other else None for name, other in others.items()}
+    return {**asdict(state), **fingerprints, "global_batch": share.global_batch, "positions": own}
 
 
 def check_ranks(facts: Sequence[dict[str, Any]]) -> None:

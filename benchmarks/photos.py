@@ -1,5 +1,6 @@
 """The pictures that packing is measured on: COCO's (or drawn ones like them) and 12-megapixel ones tiled from them."""
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -108,3 +109,12 @@ def make_captions(number: int) -> list[str]:
     """Five captions of about COCO's length, the same for the same number."""
     rng = Random(number)
     return [" ".join(rng.choices(WORDS, k=rng.randint(8, 13))).capitalize() + "." for _ in range(5)]
+
+
+def write_data(originals: Sequence[Path], folder: Path, *, count: int) -> Path:
+    """`photos/` of so many pictures in `folder`, and `captions.jsonl`; each picture is another file for the packer."""
+    folder.mkdir(exist_ok=True)
+    paths = repeat_photos(folder / "photos", originals, count=count)
+    rows = [{"path": path.name, "captions": make_captions(number)} for number, path in enumerate(paths)]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

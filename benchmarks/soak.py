@@ -31,7 +31,7 @@ from typing import Any
 from captioner import cli
 from captioner.cli import UserError
 from measure import at_least, at_most, describe_run, print_bars, print_rows, write_json
-from photos import draw_photo, make_captions, repeat_photos
+from photos import draw_photo, write_data
 
 BATCH, PROCESSES, WORKERS = 64, 2, 2
 SHUFFLE_SHARDS = 16
@@ -269,9 +269,7 @@ def pack(folder: Path, *, num_pictures: int) -> int:
     drawn = [folder / "drawn" / f"{seed}.jpg" for seed in range(64)]
     for seed, path in enumerate(drawn):
         draw_photo(seed, (128, 96)).save(path, quality=90)
-    paths = repeat_photos(folder / "photos", drawn, count=num_pictures)
-    rows = [{"path": path.name, "captions": make_captions(number)} for number, path in enumerate(paths)]
-    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_data(drawn, folder, count=num_pictures)
     make_shards.main(
         ShardSettings(
             images=str(folder / "photos"),

@@ -37,7 +37,7 @@ from servers import Bucket, run_nginx, run_s3, use_s3  # noqa: E402
 from captioner import cli, storage  # noqa: E402
 from captioner.cli import UserError  # noqa: E402
 from measure import Bar, at_least, at_most, describe_run, print_bars, print_rows, write_json  # noqa: E402
-from photos import draw_photos, find_photos, make_captions, repeat_photos  # noqa: E402
+from photos import draw_photos, find_photos, write_data  # noqa: E402
 
 PACKAGES = ("torch", "aiohttp", "s3fs", "aiobotocore", "fsspec", "moto", "numpy")
 STORM = Weather(latency_seconds=0.03, loss=0.03, reset=0.04, half_open=0.02, status=0.06)
@@ -126,15 +126,6 @@ def measure_all(settings: WireSettings, rounds: int) -> list[dict[str, Any]]:
         with run_nginx(scratch / "web", scratch / "nginx") as web:
             rows.append(compare("train from nginx", train_from_web, web, rounds))
     return rows
-
-
-def write_data(originals: Sequence[Path], folder: Path, *, count: int) -> Path:
-    """`photos/` of so many pictures, and `captions.jsonl`; each picture is another file for the packer."""
-    folder.mkdir()
-    paths = repeat_photos(folder / "photos", originals, count=count)
-    rows = [{"path": path.name, "captions": make_captions(number)} for number, path in enumerate(paths)]
-    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 # ---- commands ---------------------------------------------------------------------------------------------

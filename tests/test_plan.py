@@ -144,6 +144,8 @@ def test_a_rank_opens_what_the_plan_says(
             set(plan.shards_of_rank(rank, world_size=world_size)),
         )
         assert opened == said if plan.num_lanes % world_size == 0 else opened <= said
+        lanes, _ = plan._deal(np.array(positions, dtype=np.int64))
+        assert len(set(lanes.tolist())) <= plan.lanes_of_rank(world_size=world_size)
 
 
 @given(batch=st.integers(1, 2000), shuffle_shards=st.integers(1, 1000))

@@ -111,6 +111,11 @@ class EpochPlan:
         found = range(*self._indices(start, stop)) if start < stop else ()
         return [int(self._order[index]) for index in found if self._ends[index] > self._starts[index]]
 
+    def lanes_of_rank(self, *, world_size: int) -> int:
+        """From how many lanes a rank reads, at most: it may share the first and the last with others."""
+        shared = 2 if self.num_lanes % world_size else 0
+        return min(self.num_lanes, self.num_lanes // world_size + shared)
+
     def advice(self, *, world_size: int) -> str:
         """A line that says what to change so that each rank has lanes of its own; empty where it has."""
         if self.num_lanes % world_size == 0:

@@ -222,7 +222,7 @@ class MakeBatches:
                 prefetcher = Prefetcher(self.cache, ahead, ahead=FETCHED_SHARDS)
                 stack.callback(prefetcher.close)
             plan, world_size = self.source.plan, self.source.share.world_size
-            max_open = min(MAX_OPEN_FILES // 2, (plan.num_lanes // world_size + 1) * (plan.window_shards + 1))
+            max_open = min(MAX_OPEN_FILES // 2, plan.lanes_of_rank(world_size=world_size) * (plan.window_shards + 1))
             reader = ShardReader(
                 self.split.shards,
                 max_open=max_open,

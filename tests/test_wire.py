@@ -161,9 +161,9 @@ def test_an_upload_over_a_half_open_connection_ends_soon(
     bucket: Bucket, s3: str, num_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its time limit as a whole is 52 seconds."""
-    monkeypatch.setattr(storage, "NUM_TRIES", 1)
     with Wire(s3, Weather()) as wire, use_s3(wire.address):
         assert not storage.exists(f"s3://{bucket.name}/x")
+        monkeypatch.setattr(storage, "NUM_TRIES", 1)
         wire.fate = lambda: ("half-open", num_bytes)
         started = time.monotonic()
         with pytest.raises(StorageError):

@@ -1,6 +1,6 @@
 """Train on two machines, lose one in the middle, go on with the other, then with both: a rehearsal on one Linux host.
 
-    sudo python examples/two_machines.py
+    sudo .venv/bin/python examples/two_machines.py
 
 Three machines are network namespaces, each with its own address and host name, joined by virtual cables: `store`, where
 nginx serves packed shards, and `one` and `two`, which train. Each of these has a shard cache of its own; the run folder

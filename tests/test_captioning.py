@@ -129,14 +129,14 @@ def test_several_processes_write_what_one_writes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "c.jsonl.settings.json", "log"]
 
 
-def test_twenty_kills_lose_and_repeat_nothing(model: Path, tmp_path: Path) -> None:
+def test_ten_kills_lose_and_repeat_nothing(model: Path, tmp_path: Path) -> None:
     """Each run is killed after a few new rows, and the next one has another number of processes."""
     photos, output, rng = tmp_path / "photos", tmp_path / "c.jsonl", random.Random(6)
     photos.mkdir()
     for number in range(600):
         picture(number % 500, width=24, height=20).save(photos / f"{number:03d}.png")
     kills = []
-    while len(kills) < 20:
+    while len(kills) < 10:
         running = start_captioning(flags(model, photos, output), log=tmp_path / "log", world_size=1 + len(kills) % 2)
         goal = count_rows(tmp_path) + rng.randint(0, 9)
         while count_rows(tmp_path) < goal and running.ranks[0].is_alive():
@@ -145,7 +145,7 @@ def test_twenty_kills_lose_and_repeat_nothing(model: Path, tmp_path: Path) -> No
         running.kill()
         kills.append(count_rows(tmp_path))
     assert not output.exists(), "a run was quicker than its kill"
-    assert len(set(kills)) > 5, "too few runs wrote anything"
+    assert len(set(kills)) > 3, "too few runs wrote anything"
     done = run_captioning(flags(model, photos, output), log=tmp_path / "last log", world_size=3)
     assert done.code == 0, done.output
     run_captioning(flags(model, photos, tmp_path / "undisturbed.jsonl"), log=tmp_path / "last log")

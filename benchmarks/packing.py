@@ -49,7 +49,7 @@ from measure import (
     times_as_fast,
     write_json,
 )
-from photos import draw_photos, find_photos, make_captions, repeat_photos, tile_photos
+from photos import draw_photos, find_photos, make_captions, repeat_photos, tile_photos, write_captions
 from sharding.engine import run_local
 from sharding.make_shards import plan_split
 from sharding.pack import Progress, pack_shard
@@ -180,13 +180,6 @@ def slices(paths: Sequence[Path], rounds: int) -> list[Slice]:
     """The pictures cut into equal parts, one a round."""
     length = len(paths) // rounds
     return [Slice(paths=tuple(paths[first : first + length])) for first in range(0, length * rounds, length)]
-
-
-def write_captions(paths: Sequence[Path], file: Path) -> Path:
-    """A caption file of the pictures, five captions each."""
-    rows = [{"path": path.name, "captions": make_captions(number)} for number, path in enumerate(paths)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 def make_plans(paths: Sequence[Path], scratch: Path, *, shards: int) -> list[ShardPlan]:

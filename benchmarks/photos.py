@@ -111,10 +111,15 @@ def make_captions(number: int) -> list[str]:
     return [" ".join(rng.choices(WORDS, k=rng.randint(8, 13))).capitalize() + "." for _ in range(5)]
 
 
+def write_captions(paths: Sequence[Path], file: Path) -> Path:
+    """A caption file of the pictures, five captions each."""
+    rows = [{"path": path.name, "captions": make_captions(number)} for number, path in enumerate(paths)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
 def write_data(originals: Sequence[Path], folder: Path, *, count: int) -> Path:
     """`photos/` of so many pictures in `folder`, and `captions.jsonl`; each picture is another file for the packer."""
     folder.mkdir(exist_ok=True)
-    paths = repeat_photos(folder / "photos", originals, count=count)
-    rows = [{"path": path.name, "captions": make_captions(number)} for number, path in enumerate(paths)]
-    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_captions(repeat_photos(folder / "photos", originals, count=count), folder / "captions.jsonl")
     return folder

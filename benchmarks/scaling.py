@@ -40,7 +40,7 @@ from captioner import cli
 from captioner.cli import UserError
 from captioner.shards import Manifest, ShardEntry, read_manifest
 from measure import Bar, at_most, describe_run, median_of, print_bars, print_rows, take_turns, time_here, write_json
-from photos import draw_photo, draw_photos, find_photos, make_captions, repeat_photos
+from photos import draw_photo, draw_photos, find_photos, repeat_photos, write_captions, write_data
 from soak import import_servers
 
 Part = Literal["plan", "bytes", "cache", "start", "packing", "doctor"]
@@ -188,21 +188,14 @@ def pack_tiny(folder: Path, *, num_shards: int) -> Path:
     for seed, path in enumerate(drawn):
         draw_photo(seed, (256, 256)).save(path, quality=25)
     sample_bytes = estimate_sample_bytes(Recipe(size=256, resize="squash", quality=95, shard_megabytes=1), ())
-    paths = repeat_photos(folder / "photos", drawn, count=num_shards * (1_000_000 // sample_bytes) - 12)
+    write_data(drawn, folder, count=num_shards * (1_000_000 // sample_bytes) - 12)
     make_shards.main(
         ShardSettings(
-            images=str(folder / "photos"), captions=str(caption_file(paths, folder / "captions.jsonl")), split="train",
+            images=str(folder / "photos"), captions=str(folder / "captions.jsonl"), split="train",
             output=str(folder / "shards"), shard_megabytes=1, workers=1,
         )
     )  # fmt: skip
     return folder / "shards"
-
-
-def caption_file(paths: Sequence[Path], file: Path) -> Path:
-    """Five captions for each picture."""
-    rows = [{"path": path.name, "captions": make_captions(number)} for number, path in enumerate(paths)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 def last_shards(packed: Path, folder: Path, *, num_shards: int) -> Path:
@@ -425,7 +418,7 @@ def first_batch(folder: str, at: float, place: Path) -> Row:
 
 def measure_packing(work: Work) -> tuple[list[Row], list[Bar]]:
     """What one process does alone, by pictures; and the whole command with 1 and 2 workers in turn."""
-    from packing import run_timed, shard_megabytes, write_captions
+    from packing import run_timed, shard_megabytes
 
     originals = photos_of(work)
     rows: list[Row] = []

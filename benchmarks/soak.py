@@ -78,7 +78,6 @@ class Note:
     Own is what no file holds (heap, stacks, shared buffers); what several share is divided among them.
     """
 
-    minute: float
     megabytes: float
     rank_megabytes: float
     files: int
@@ -195,7 +194,7 @@ def import_servers() -> Any:
 # ---- what is noted ----------------------------------------------------------------------------------------
 
 
-def note(ranks: list[int], started: float) -> Note | None:
+def note(ranks: list[int]) -> Note | None:
     """All processes now; None while some are starting or ending."""
     megabytes: dict[int, float] = {}
     files: dict[int, int] = {}
@@ -206,7 +205,6 @@ def note(ranks: list[int], started: float) -> Note | None:
             files[pid] = sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
         if len(files) == len(ranks) * (1 + WORKERS):
             return Note(
-                minute=(time.monotonic() - started) / 60,
                 megabytes=sum(megabytes.values()),
                 rank_megabytes=sum(megabytes[rank] for rank in ranks),
                 files=sum(files.values()),
@@ -242,7 +240,7 @@ def watch(ranks: list[Any], *, total_seconds: float) -> list[Note]:
         while any(rank.is_alive() for rank in ranks):
             if any(rank.exitcode for rank in ranks):
                 raise UserError("a process ended with an error: see above")
-            if found := note([rank.pid for rank in ranks], started):
+            if found := note([rank.pid for rank in ranks]):
                 notes.append(found)
             time.sleep(NOTE_SECONDS)
             last = f"{notes[-1].megabytes:,.0f} MB, {notes[-1].files} files" if notes else ""

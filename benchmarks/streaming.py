@@ -45,8 +45,8 @@ from measure import (
     times_as_fast,
     write_json,
 )
-from packing import QUALITY, REPOSITORY, SIZE, find_peers, plain_pillow, shard_megabytes, write_captions
-from photos import draw_photos, find_photos, repeat_photos
+from packing import QUALITY, REPOSITORY, SIZE, find_peers, plain_pillow, shard_megabytes
+from photos import draw_photos, find_photos, repeat_photos, write_captions
 
 PACKAGES = ("torch", "torchvision", "webdataset", "pillow", "pillow-simd", "nltk", "numpy")
 BATCH = 128

@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
 import pytest  # noqa: E402
-from faulty_wire import RETRANSMISSION_SECONDS, Weather, Wire  # noqa: E402
+from faulty_wire import RETRANSMISSION_SECONDS, Weather, Wire, told_in  # noqa: E402
 from servers import Bucket, run_nginx, run_s3, use_s3  # noqa: E402
 
 from captioner import cli, storage  # noqa: E402
@@ -44,7 +44,6 @@ STORM = Weather(latency_seconds=0.03, loss=0.03, reset=0.04, half_open=0.02, sta
 KINDS = ("latency", "loss", "reset", "half-open", "5xx")
 LONGEST_RUN_SECONDS = 900
 PAUSE_SECONDS = 1.5 * storage.FIRST_PAUSE_SECONDS * 2**3  # the longest before a fifth try; few need as many
-TOLD = re.compile(r"^process \d+: failed requests[^:]*: (.*?); last ", re.MULTILINE)
 LEDGER = re.compile(r"^epoch \d+: training .*?; (.*)$", re.MULTILINE)
 
 
@@ -176,7 +175,7 @@ def execute(command: Sequence[str], **variables: str) -> Outcome:
 def compare(job: str, command: Command, server: str, rounds: int) -> dict[str, Any]:
     """A command's row: undisturbed, then so often through a wire with faults."""
     calm = command("undisturbed", server)
-    if calm.result is None or TOLD.search(calm.log):
+    if calm.result is None or told_in(calm.log):
         raise UserError(f"{job} without faults failed: {calm.log[-600:]}")
     faults: Counter[str] = Counter()
     told: Counter[str] = Counter()
@@ -208,16 +207,6 @@ def compare(job: str, command: Command, server: str, rounds: int) -> dict[str, A
         "seconds_each": " ".join(f"{value:.0f}" for value in seconds),
         "of_the_bound": max(value / bound for value, bound in zip(seconds, bounds, strict=True)),
     }
-
-
-def told_in(log: str) -> Counter[str]:
-    """How many failures the log tells of, by kind."""
-    counted: Counter[str] = Counter()
-    for kinds in TOLD.findall(log):
-        for text in kinds.split(", "):
-            number, _, kind = text.partition(" x ")
-            counted[kind] += int(number)
-    return counted
 
 
 def bound_seconds(undisturbed: float, faults: Counter[str]) -> float:

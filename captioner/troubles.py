@@ -53,14 +53,18 @@ class Troubles:
 _of_process: dict[int, Troubles] = {}  # by process, for a forked one has neither these failures nor this lock
 
 
+def _own() -> Troubles:
+    return _of_process.get(os.getpid()) or _of_process.setdefault(os.getpid(), Troubles())
+
+
 def failed(location: str, error: Exception, *, asked: float, action: str) -> None:
     """Note a failure of what was asked at a time (monotonic), and what is done about it."""
-    _of_process.setdefault(os.getpid(), Troubles()).failed(location, error, asked=asked, action=action)
+    _own().failed(location, error, asked=asked, action=action)
 
 
 def answered(location: str) -> None:
     """Note that a server does what it is asked."""
-    _of_process.setdefault(os.getpid(), Troubles()).answered(location)
+    _own().answered(location)
 
 
 def _server(location: str) -> str:

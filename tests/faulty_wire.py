@@ -15,6 +15,7 @@ CHUNK_BYTES = 1 << 20  # as much is under way at once, so that latency alone doe
 RETRANSMISSION_SECONDS = 0.2  # Linux waits at least so long for an acknowledgement
 REACH = 5.5  # decimal digits of the bytes after which a connection fails: from in mid-request to far in an answer
 STATUSES = (500, 502, 503, 504)
+TOLD = re.compile(r"^process \d+: failed requests[^:]*: (.*?); last ", re.MULTILINE)
 REQUEST = re.compile(rb"[A-Z]+ \S+ HTTP/1\.[01]\r\n")
 
 
@@ -180,3 +181,13 @@ def _reset(writer: asyncio.StreamWriter) -> None:
     """Close a connection with RST."""
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
+
+
+def told_in(log: str) -> Counter[str]:
+    """How many failures a client's log tells of, by kind."""
+    counted: Counter[str] = Counter()
+    for kinds in TOLD.findall(log):
+        for text in kinds.split(", "):
+            number, _, kind = text.partition(" x ")
+            counted[kind] += int(number)
+    return counted

@@ -3,7 +3,6 @@
 import http.client
 import os
 import random
-import re
 import socket
 import socketserver
 import threading
@@ -16,7 +15,7 @@ from typing import Any
 import consumer
 import pytest
 from consumer import Job, finish, seen
-from faulty_wire import RETRANSMISSION_SECONDS, STATUSES, Weather, Wire
+from faulty_wire import RETRANSMISSION_SECONDS, STATUSES, Weather, Wire, told_in
 from servers import Bucket, use_s3
 from tiny import write_coco, write_shards
 
@@ -43,17 +42,9 @@ class Storm(Wire):
         return next(self._first, None) or super().fate()
 
 
-def told(log: str) -> Counter[str]:
-    """How many failures the lines of a log tell of, by kind."""
-    counts: Counter[str] = Counter()
-    for number, kind in re.findall(r"(\d+) x ([\w ]+)", log):
-        counts[kind] += int(number)
-    return counts
-
-
 def check_told(log: str, faults: Counter[str]) -> None:
     """The log names what a client cannot but notice, and no more of it than there was."""
-    counts = told(log)
+    counts = told_in(log)
     assert 1 <= sum(number for kind, number in counts.items() if kind.startswith("status 5")) <= faults["5xx"]
     assert counts["SocketTimeoutError"] >= 1
     assert "tried again, at most" in log

@@ -281,8 +281,9 @@ def rank_rows(plan: EpochPlan, shard_bytes: Sequence[int], *, world_size: int) -
     total = sum(shard_bytes)
     rows: list[tuple[object, ...]] = []
     for rank in range(world_size):
-        full, rest = divmod(plan.num_samples, plan.global_batch)
-        samples = full * (plan.global_batch // world_size) + (rank + 1) * rest // world_size - rank * rest // world_size
+        own = {"num_samples": plan.num_samples, "global_batch": plan.global_batch, "world_size": world_size}
+        full = plan.num_samples // plan.global_batch
+        samples = full * (plan.global_batch // world_size) + len(rank_positions(full, rank=rank, **own))
         opened = plan.shards_of_rank(rank, world_size=world_size)
         opened_bytes = sum(shard_bytes[shard] for shard in opened)
         read = total * samples / max(1, plan.num_samples)

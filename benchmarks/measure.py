@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from captioner import cli
+from captioner import cli, storage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +152,7 @@ def write_json(path: Path, *, run: Mapping[str, str], rows: Sequence[Mapping[str
     """Write `{"run": {...}, "rows": [...], "bars": [{"name", "value", "bar", "holds"}]}`. Raises UserError."""
     content = {"run": dict(run), "rows": [dict(row) for row in rows], "bars": [asdict(bar) for bar in bars]}
     try:
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        storage.write_atomic(str(path), json.dumps(content, indent=1) + "\n")
     except OSError as error:
         remedy = "name a file in a folder that can be written"
         raise cli.UserError(f"cannot write --json {path} ({error.strerror}): {remedy}") from error

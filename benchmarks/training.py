@@ -49,6 +49,7 @@ from torchvision import transforms
 from captioner import cli, images
 from captioner.cli import UserError
 from captioner.encoders import Encoder
+from captioner.flags import Count, File, Workers, WorkersOrZero
 from captioner.model import CaptionModel, ModelConfig
 from captioner.views import ViewSpec, normalise
 from captioner.vocabulary import END, PAD, START, Vocabulary, count_words, read_vocabulary, tokenize
@@ -99,31 +100,30 @@ Costs = Mapping[str, Sequence[Cost | None]]
 class TrainingSettings:
     """What is measured, on what, and how long."""
 
-    images: Path | None = None
+    images: File | None = None
     """Folder of photos such as COCO's; without it pictures in COCO's sizes are drawn, which compress like photos."""
-    captions: Path | None = None
+    captions: File | None = None
     """Real captions in COCO's JSON (or .json.gz), given to the pictures in turn; without it words are drawn."""
     parts: Literal["all", "cpu", "gpu"] = "all"
     """The CPU's figures, the GPU's, or both; the GPU's are left out where there is none."""
-    rounds: int | None = None
+    rounds: Count | None = None
     """Turns of each contender: 3, with --quick 1."""
-    steps: int | None = None
+    steps: Count | None = None
     """Batches of a CPU turn: 2, with --quick 1."""
-    workers: int = 0
+    workers: WorkersOrZero = 0
     """Loader processes of both contenders in the CPU's figures."""
-    gpu_workers: int | None = None
+    gpu_workers: WorkersOrZero | None = None
     """Loader processes in the GPU's figures: all processors, unless told otherwise."""
-    threads: int = 1
+    threads: Workers = 1
     """Threads of torch in the training process."""
     quick: bool = False
     """Everything small, to see that it runs: the figures are rough."""
-    json: Path | None = None
+    json: File | None = None
     """Write run, rows and bars to this file."""
 
 
 def main(settings: TrainingSettings) -> None:
     """Make the samples, measure, and tell."""
-    check_settings(settings)
     torch.set_num_threads(settings.threads)
     torch.set_float32_matmul_precision("high")  # as the training command has it
     rows: list[dict[str, Any]] = []
@@ -147,18 +147,6 @@ def main(settings: TrainingSettings) -> None:
     print_bars(bars)
     if settings.json:
         write_json(settings.json, run=run, rows=rows, bars=bars)
-
-
-def check_settings(settings: TrainingSettings) -> None:
-    """Raise UserError for numbers that make no sense, before minutes are spent."""
-    for name, least in (("rounds", 1), ("steps", 1), ("threads", 1), ("workers", 0), ("gpu_workers", 0)):
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value} is too small: give at least {least}")
-    if settings.json and not settings.json.absolute().parent.is_dir():
-        raise UserError(f"there is no folder for --json {settings.json}: make it, or name another file")
-    if settings.parts == "gpu" and not torch.cuda.is_available():
-        raise UserError("--parts gpu, and torch sees no GPU here: leave it out, or go to a machine with one")
 
 
 def has_bf16() -> bool:

@@ -89,6 +89,7 @@ def save_bundle(
         "weights_sha256": digest,
         "libraries": {library: version(library) for library in LIBRARIES},
     }
+    folder = folder.resolve()  # a symbolic link stays
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

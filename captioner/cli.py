@@ -5,7 +5,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn, TypeVar
+from dataclasses import is_dataclass
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import tyro
 from rich.console import Console
@@ -14,8 +15,24 @@ from rich.progress import TimeRemainingColumn as TimeLeftColumn
 from rich.table import Table
 from rich.text import Text
 
+from captioner.flags import Number, Range
+
 EXIT_USER_ERROR = 2
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+REMEDIES = {
+    errno.ENOENT: "check the path",
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EROFS: "give a folder on a disk that can be written to",
+    errno.EACCES: "give a path that this user may use",
+    errno.EPERM: "give a path that this user may use",
+    errno.ENOTDIR: "a part of that path is a file: give another path",
+    errno.EISDIR: "give the path of a file",
+    errno.EEXIST: "give another path, or remove it",
+    errno.ELOOP: "its symbolic links lead back to each other: give another path",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ENXIO: "give the path of a file",
+    errno.EPIPE: "the program that read it has ended",
+}
 EXIT_INTERRUPTED = 130
 SECONDS_BETWEEN_LINES = 60.0  # where a progress bar cannot be drawn
 
@@ -33,20 +50,43 @@ def run(main: Callable[[Settings], None], settings_class: type[Settings], *, des
 
     A `UserError` becomes one line on stderr and exit code 2 (as a wrong flag does); Ctrl-C becomes 130.
     """
-    settings = tyro.cli(settings_class, description=description)
     try:
-        main(settings)
+        main(parse(settings_class, description=description))
     except UserError as error:
         fail(str(error))
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in REMEDIES:
             raise
-        fail(
-            f"cannot write {error.filename or 'a file'} ({error.strerror}): make room or give a folder you may write to"
-        )
+        fail(f"{error.filename or 'a file'}: {error.strerror}: {REMEDIES[error.errno]}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def parse(settings_class: type[Settings], *, description: str, args: Sequence[str] | None = None) -> Settings:
+    """The settings in the command line (or `args`). Raises UserError for a number out of its flag's range."""
+    settings = tyro.cli(settings_class, description=description, args=args)
+    check_numbers(settings)
+    return settings
+
+
+def check_numbers(settings: object) -> None:
+    """Raise UserError for a number that is not in the range of its type in `captioner.flags`."""
+    for name, hint in get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, name)
+        if is_dataclass(value):
+            check_numbers(value)
+        for numbers in _ranges(hint):
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None and number not in numbers:
+                    raise UserError(f"--{name.replace('_', '-')} is {number}: give {str(numbers) or 'a finite number'}")
+
+
+def _ranges(hint: Any) -> Iterator[Range]:
+    """The ranges in an annotation, which may be of an optional value or of several."""
+    yield from (note.numbers for note in getattr(hint, "__metadata__", ()) if isinstance(note, Number))
+    for inner in get_args(hint):
+        yield from _ranges(inner)
 
 
 def fail(message: str) -> NoReturn:

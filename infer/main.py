@@ -73,11 +73,9 @@ def main(settings: CaptionSettings) -> None:
 
 
 def check_flags(settings: CaptionSettings) -> None:
-    """Raise UserError for numbers that make no sense, and where nothing or something impossible is asked for."""
+    """Raise UserError where nothing or something impossible is asked for."""
     if not (settings.images or settings.list or settings.shards):
         raise UserError("nothing to caption: give --images with a folder, a file, a glob or a URL")
-    if any(number is not None and number < 1 for number in (settings.batch_size, settings.workers)):
-        raise UserError("--batch-size and --workers must be at least 1")
     if ":/" in str(settings.output):
         raise UserError(f"--output {settings.output} is a URL: give a file on this machine")
     if settings.output.is_dir():

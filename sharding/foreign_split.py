@@ -24,9 +24,6 @@ UNPACK = "samples are read out of the middle of a tar, so unpack it to a plain o
 
 def index_split(folder: str, *, split: str, pattern: str | None, threshold: int, size: int) -> Manifest:
     """Index the split's tars and write, last of all, its manifest. Raises UserError."""
-    for name, value in (("--threshold", threshold), ("--size", size)):
-        if value < 1:
-            raise UserError(f"{name} {value} is too small: give at least 1")
     names, pattern = _find_tars(folder, split, pattern)
     with claim(folder, split):
         _refuse_others(folder, split, names)

@@ -46,7 +46,6 @@ GIVE_VOCABULARY = "give --vocabulary a vocabulary.json that the packing of a tra
 
 def main(settings: ShardSettings) -> None:
     """Pack every wanted split, training first, since the others need its vocabulary."""
-    check_settings(settings)
     vocabulary = read_vocabulary(settings.vocabulary, remedy=GIVE_VOCABULARY) if settings.vocabulary else None
     sources = find_sources(images=settings.images, captions=settings.captions, split=settings.split)
     if settings.dry_run:
@@ -76,18 +75,6 @@ def main(settings: ShardSettings) -> None:
         manifests.append(manifest)
         rows.append(summary_row(manifest, shards, seconds=time.monotonic() - started))
     show_summary(rows, manifests, settings)
-
-
-def check_settings(settings: ShardSettings) -> None:
-    """Raise UserError for numbers that make no sense."""
-    if not 1 <= settings.quality <= 100:
-        raise UserError(f"--quality {settings.quality} is not a JPEG quality: give 1 to 100")
-    for name in ("size", "shard_megabytes", "threshold", "workers"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} is too small: give at least 1")
-    if settings.max_failures is not None and settings.max_failures < 0:
-        raise UserError(f"--max-failures {settings.max_failures} is negative: give a count, or a share such as 0.01")
 
 
 def needs_vocabulary(split: str, settings: ShardSettings) -> None:

@@ -157,8 +157,6 @@ def test_files_that_are_absent_or_no_json_are_named(tmp_path: Path) -> None:
         (EvaluateSettings(references=Path("r")), "both --results and --references"),
         (EvaluateSettings(results=Path("r"), references=Path("c"), model=Path("m")), "--model is for captioning"),
         (EvaluateSettings(results=Path("r"), references=Path("c"), beam_size=5), "--beam-size is for captioning"),
-        (EvaluateSettings(model=Path("m"), shards=("s",), batch_size=0), "at least 1"),
-        (EvaluateSettings(model=Path("m"), shards=("s",), beam_size=0), "at least 1"),
     ],
 )
 def test_flags_of_two_uses_and_halves_of_one_are_refused(settings: EvaluateSettings, said: str) -> None:

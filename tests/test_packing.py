@@ -314,12 +314,6 @@ def test_a_caption_file_that_is_none_is_refused_in_one_line(coco: Path, tmp_path
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["quality", "size", "shard_megabytes", "threshold", "workers"])
-def test_numbers_that_make_no_sense_are_refused(coco: Path, tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} 0"):
-        pack(coco, tmp_path / "shards", **{name: 0})
-
-
 def test_without_arguments_and_data_one_line_says_how_to_get_them(tmp_path: Path) -> None:
     process = command(cwd=tmp_path)
     shown, error = process.communicate(timeout=120)

@@ -313,7 +313,6 @@ def test_the_plans_rows_add_up(shards: Path) -> None:
     ("changed", "message"),
     [
         ({"processes": 3}, "must be a multiple of the 3 processes"),
-        ({"batch_size": 0}, "--batch-size 0 is too small"),
         ({"shards": ("/nowhere",)}, "make_shards.py"),
     ],
 )

@@ -25,6 +25,7 @@ import torch
 
 from captioner import cli, storage
 from captioner.cli import UserError
+from captioner.flags import Count, File, Location, Pixels, Positive, Workers
 from captioner.shards import ShardEntry
 from captioner.workers import count_processors
 from train.cache import ShardCache
@@ -54,21 +55,21 @@ Result = TypeVar("Result")
 class DoctorSettings:
     """What would be trained on, and how fast it should come."""
 
-    shards: tuple[str, ...] = ("data/shards",)
+    shards: tuple[Location, ...] = ("data/shards",)
     """Dataset folders (or URLs), as for train/main.py."""
     split: str = "train"
     """Which split."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Images of a batch of one training process."""
-    crop: int = 224
+    crop: Pixels = 224
     """Sides in pixels of the square that is cut from a stored picture."""
-    images_per_second: float = 1000.0
+    images_per_second: Positive = 1000.0
     """What one training process should get."""
-    workers: int = 2
+    workers: Workers = 2
     """Loader processes to measure with."""
-    seconds: float = 10.0
+    seconds: Positive = 10.0
     """For the stream with workers; all other measurements together take about as long again."""
-    json: Path | None = None
+    json: File | None = None
     """Write the numbers and the verdict there too."""
 
 
@@ -274,10 +275,6 @@ def stage_rows(m: Measured) -> list[tuple[object, ...]]:
 
 def main(settings: DoctorSettings) -> None:
     """Measure and tell."""
-    for name in ("batch_size", "crop", "workers", "seconds", "images_per_second"):
-        value = getattr(settings, name)
-        if value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} is too small: give at least 1")
     split = read_split(settings.shards, settings.split, remedy=PACK_FIRST)
     if not split.num_samples:
         raise UserError(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from captioner import cli, storage
 from captioner.cli import UserError
+from captioner.flags import AnyNumber, Count, File, Location, Positive, WorkersOrZero
 from captioner.metrics import References
 from train.coco_results import ImageId, read_references, read_results, write_results
 from train.java_metrics import JavaMetric, check_java, java_scores
@@ -33,37 +34,37 @@ SCORING_FLAGS = ("results", "references", "java_metrics", "json")  # the others 
 class EvaluateSettings:
     """Either --model and --shards, or --results and --references. GPUs are `accelerate launch`'s flags."""
 
-    model: Path | None = None
+    model: File | None = None
     """Model folder that train/main.py wrote."""
-    shards: tuple[str, ...] = ()
+    shards: tuple[Location, ...] = ()
     """Dataset folders (or URLs) that sharding/make_shards.py wrote."""
     split: str = "val"
     """Split of the shards that is captioned and scored."""
-    beam_size: int | None = None
+    beam_size: Count | None = None
     """Beams of the search; 1 is greedy. Without it the model folder's default."""
-    length_penalty: float | None = None
+    length_penalty: AnyNumber | None = None
     """A beam's score is its log-probability over its length to this power. Without it the model folder's default."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Images that all processes together caption at once."""
-    workers: int = 2
+    workers: WorkersOrZero = 2
     """Loader processes for each captioning process; 0 loads in the captioning process."""
-    cache: str = "~/.cache/captioner/shards"
+    cache: Location = "~/.cache/captioner/shards"
     """Folder where shards behind URLs are kept, for all processes of a machine."""
-    cache_gigabytes: float = 50.0
+    cache_gigabytes: Positive = 50.0
     """What that folder may hold, downloads under way included; the least recently used shards go first."""
     calibrate: bool = False
     """Also measure the model's confidence and what its pictures are like, and keep both in its folder."""
-    output: Path = Path("results.json")
+    output: File = Path("results.json")
     """COCO results file that receives the model's captions."""
 
-    results: Path | None = None
+    results: File | None = None
     """COCO results file of any model, to be scored."""
-    references: Path | None = None
+    references: File | None = None
     """COCO caption file with the references of its images."""
 
     java_metrics: tuple[JavaMetric, ...] = ()
     """Also METEOR or SPICE, which need Java and `pip install -e '.[java]'`."""
-    json: Path | None = None
+    json: File | None = None
     """JSON file that receives the scores and what was scored."""
 
 
@@ -89,9 +90,6 @@ def check_settings(settings: EvaluateSettings, *, scoring: bool) -> None:
             raise UserError("a results file is scored against references: give both --results and --references")
     elif settings.model is None or not settings.shards:
         raise UserError("give --model and --shards to caption a split, or --results and --references to score a file")
-    beam_size = 1 if settings.beam_size is None else settings.beam_size
-    if min(settings.batch_size, beam_size) < 1 or settings.workers < 0:
-        raise UserError("--batch-size and --beam-size must be at least 1, --workers at least 0")
 
 
 def _flag(name: str) -> str:

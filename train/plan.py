@@ -19,6 +19,7 @@ import numpy as np
 
 from captioner import cli
 from captioner.cli import UserError
+from captioner.flags import Count, CountOrZero, Location, Seed
 
 SHUFFLE_SHARDS = 256
 SHARD_ORDER, WINDOW_ORDER, SAMPLE_CHANCE = range(3)  # the streams of random numbers
@@ -202,19 +203,19 @@ def random_order(length: int, *key: int) -> np.ndarray:
 class PlanSettings:
     """What would be trained on, and by how many processes."""
 
-    shards: tuple[str, ...] = ("data/shards",)
+    shards: tuple[Location, ...] = ("data/shards",)
     """Dataset folders (or URLs), as for train/main.py."""
     split: str = "train"
     """Which split."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Images of a *global* batch, over all processes."""
-    processes: int = 1
+    processes: Count = 1
     """Training processes (GPUs) in all."""
-    shuffle_shards: int = SHUFFLE_SHARDS
+    shuffle_shards: Count = SHUFFLE_SHARDS
     """Shards that are mixed with each other, as for train/main.py."""
-    seed: int = 0
+    seed: Seed = 0
     """The run's seed."""
-    epoch: int = 0
+    epoch: CountOrZero = 0
     """Which epoch, from 0; each has an order of its own."""
 
 
@@ -222,9 +223,6 @@ def main(settings: PlanSettings) -> None:
     """Print what an epoch would read, and what each process of it."""
     from train.split import read_split
 
-    for name in ("batch_size", "processes", "shuffle_shards"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)} is too small: give at least 1")
     if settings.batch_size % settings.processes:
         raise UserError(
             f"--batch-size {settings.batch_size} is the global batch and must be a multiple of the "

@@ -72,6 +72,7 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
     schedule = make_schedule(optimizer, settings.schedule, total_steps=total_steps, encoder_from_step=thaw_step or 0)
     progress, report = run_folder.Progress(), run_folder.RunReport()
     wrapped, optimizer = accelerator.prepare(loss_model, optimizer)
+    wrapped.broadcast_buffers = False  # all ranks' batch norms hold the same statistics already
     run_folder.checkpoint_trained_weights(run, loss_model, accelerator)
     accelerator.register_for_checkpointing(schedule, state, progress)
 

@@ -48,7 +48,8 @@ def evaluate_split(
 ) -> tuple[StepLoss, list[ValidationCaption]]:
     """The split's loss, and a caption for each of its images in the split's order, the same on every rank.
 
-    Each picture is decoded and encoded once for both.
+    Each picture is decoded and encoded once for both. The captions are generated in float32 as they are outside of
+    training, whatever the precision of training: their scores are what confidence is calibrated on.
     """
     model, was_training = loss_model.model, loss_model.training
     loss_model.eval()
@@ -61,7 +62,7 @@ def evaluate_split(
         with accelerator.autocast():
             features_BF = loss_model.features(on_device.inputs)
             _, cross_entropy = loss_model(features_BF, on_device.captions)
-            captions = decode(model, model.encode(features_BF), **asdict(decoding))
+        captions = decode(model, model.encode(features_BF.float()), **asdict(decoding))
         total += torch.stack((cross_entropy.double(), torch.tensor(float(batch.num_targets), device=total.device)))
         columns = zip(batch.positions, batch.image_ids, batch.references, captions, strict=True)
         rows += [

@@ -389,7 +389,6 @@ def test_validation_scores_captions_in_the_precision_of_captioning(image_input: 
     in_bfloat16: Any = SimpleNamespace(
         device=torch.device("cpu"),
         autocast=lambda: torch.autocast("cpu", torch.bfloat16),
-        reduce=lambda total, **_reduction: total,
     )
     _, rows = evaluate_split(
         CaptionLoss(bundle.model, view=VIEW).eval(),

@@ -347,6 +347,7 @@ class Trainer:
             rules=self.rules,
             workers=job.workers,
             cache=ShardCache(self.cache, max_bytes=10**9),
+            device=self.accelerator.device,
         )
 
     def features(self) -> FeatureFiles:

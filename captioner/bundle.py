@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -171,7 +171,7 @@ def load_bundle(folder: str | Path, *, device: torch.device | str = "cpu") -> Bu
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{config_file} is not as it was written ({error!r}): {MAKE_AGAIN}") from error
     bundle.model.to(device)
-    return bundle
+    return replace(bundle, calibration=bundle.calibration and bundle.calibration.to(device))
 
 
 def _read(folder: str, name: str, *, remedy: str = MAKE_AGAIN) -> bytes:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -91,20 +91,20 @@ class FeatureSpace:
     threshold: Tensor
 
     def distances(self, features_BF: Tensor) -> Tensor:
-        """Squared Mahalanobis distances (B) from the known pictures."""
-        mean_F, directions_KF, variances_K, rest = (
-            tensor.to(features_BF.device)
-            for tensor in (self.mean_F, self.directions_KF, self.variances_K, self.rest_variance)
-        )
-        from_mean_BF = _direction(features_BF) - mean_F
-        along_BK = from_mean_BF @ directions_KF.T
+        """Squared Mahalanobis distances (B) from the known pictures, on the space's device."""
+        from_mean_BF = _direction(features_BF) - self.mean_F
+        along_BK = from_mean_BF @ self.directions_KF.T
         outside_B = (from_mean_BF.square().sum(dim=1) - along_BK.square().sum(dim=1)).clamp_min(0)
-        return (along_BK.square() / variances_K).sum(dim=1) + outside_B / rest
+        return (along_BK.square() / self.variances_K).sum(dim=1) + outside_B / self.rest_variance
+
+    def to(self, device: torch.device | str) -> "FeatureSpace":
+        """The same space on `device`."""
+        return FeatureSpace(**{name: getattr(self, name).to(device) for name in FeatureSpace.__slots__})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """What was measured for captions decoded as `decoding` says, the fields of `DecodingDefaults`.
+    """What was measured for captions decoded in float32 as `decoding` says, the fields of `DecodingDefaults`.
 
     `curve` and `reliability` are None together, where there were too few captions, or all alike; `space` where there
     were too few pictures.
@@ -138,10 +138,17 @@ class Calibration:
         return None if self.curve is None else self.curve(scores).tolist()
 
     def is_unlike(self, features_BF: Tensor) -> list[bool] | None:
-        """For each picture's encoder features whether it is unlike the training data; None where that is not known."""
+        """For each picture's encoder features whether it is unlike the training data; None where that is not known.
+
+        The features are on the calibration's device.
+        """
         if self.space is None:
             return None
-        return (self.space.distances(features_BF) > self.space.threshold.to(features_BF.device)).tolist()
+        return (self.space.distances(features_BF) > self.space.threshold).tolist()
+
+    def to(self, device: torch.device | str) -> "Calibration":
+        """The same calibration, for features on `device`."""
+        return replace(self, space=self.space and self.space.to(device))
 
 
 # ---- confidence -----------------------------------------------------------------------------------------------

@@ -169,6 +169,7 @@ def score_model(settings: EvaluateSettings) -> None:
         vocabulary=bundle.vocabulary,
         workers=settings.workers,
         cache=ShardCache(settings.cache, max_bytes=int(settings.cache_gigabytes * 1e9)),
+        device=accelerator.device,
     )
     batches = open_stream(split, plan=split.plain_plan(), share=Share.of(accelerator, settings.batch_size))
     loss_model = CaptionLoss(bundle.model, view=bundle.view)

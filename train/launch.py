@@ -31,7 +31,8 @@ LOST_PEER = (
 def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
     """Accelerate as it was launched. Raises UserError when it was not launched as the environment announced.
 
-    `thaws_later` says that parameters will begin to learn in the middle of the run.
+    `thaws_later` says that parameters will begin to learn in the middle of the run. Each rank draws its own random
+    numbers; data-parallel training starts all of them with rank 0's weights.
     """
     accelerator = Accelerator(
         kwargs_handlers=[
@@ -50,7 +51,7 @@ def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
     if accelerator.device.type == "cpu":  # `accelerate launch` leaves a lone CPU process one thread
         here = int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))  # of this machine, says torchrun
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
-    set_seed(seed)
+    set_seed(seed, device_specific=True)
     torch.set_float32_matmul_precision("high")
     return accelerator
 

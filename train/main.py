@@ -72,6 +72,7 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
     schedule = make_schedule(optimizer, settings.schedule, total_steps=total_steps, encoder_from_step=thaw_step or 0)
     progress, report = run_folder.Progress(), run_folder.RunReport()
     wrapped, optimizer = accelerator.prepare(loss_model, optimizer)
+    wrapped.broadcast_buffers = False  # all ranks' batch norms hold the same statistics already
     run_folder.checkpoint_trained_weights(run, loss_model, accelerator)
     accelerator.register_for_checkpointing(schedule, state, progress)
 
@@ -87,7 +88,7 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
     open_stream = partial(
         BatchStream, share=share, vocabulary=vocabulary, rules=replace(rules, training=False), workers=settings.workers,
         cache=ShardCache(settings.cache, max_bytes=int(settings.cache_gigabytes * 1e9)),
-        tolerate=settings.tolerate_bad_samples)  # fmt: skip
+        tolerate=settings.tolerate_bad_samples, device=accelerator.device)  # fmt: skip
     cached = [split for split in (train, val) if split and settings.cache_features]
     features = prepare_features(cached, loss_model=loss_model, open_stream=open_stream, cache=settings.cache,
                                 accelerator=accelerator)  # fmt: skip

@@ -23,7 +23,7 @@ from captioner.views import ViewSpec, normalise
 from train.batch_norm import counting_rows, synchronise_batch_norm
 from train.loss import linear_cross_entropy
 from train.schedule import is_frozen, let_encoder_learn
-from train.stream import Batch
+from train.stream import PINNED_FOR, Batch
 
 MAX_GRADIENT_NORM = 5.0
 
@@ -115,13 +115,18 @@ def with_guesses(model: CaptionModel, image_BE: Tensor, captions: PackedCaptions
     replaced = (torch.rand(num_inputs - first) < share).nonzero()[:, 0]
     if not len(replaced):
         return captions
-    before = before_M[replaced].to(image_BE.device, non_blocking=True)
+    before, after = (_to_device(rows, image_BE.device) for rows in (before_M[replaced], replaced + first))
     logits_RV = model.predict(model.hidden(image_BE, captions)[before]).float()
     # The greatest of logits with Gumbel noise is a draw from their softmax; `multinomial` would wait, and refuse NaN.
     guesses_R = (logits_RV - torch.empty_like(logits_RV).exponential_().log_()).argmax(dim=1)
     inputs_M = captions.inputs_M.clone()
-    inputs_M[(replaced + first).to(image_BE.device, non_blocking=True)] = guesses_R
+    inputs_M[after] = guesses_R
     return replace(captions, inputs_M=inputs_M)
+
+
+def _to_device(rows: Tensor, device: torch.device) -> Tensor:
+    """Rows' numbers on `device`, on a GPU without waiting for what it was given before."""
+    return rows.pin_memory().to(device, non_blocking=True) if device.type in PINNED_FOR else rows.to(device)
 
 
 def train_step(

@@ -48,11 +48,12 @@ def evaluate_split(
 ) -> tuple[StepLoss, list[ValidationCaption]]:
     """The split's loss, and a caption for each of its images in the split's order, the same on every rank.
 
-    Each picture is decoded and encoded once for both.
+    Each picture is decoded and encoded once for both. The captions are generated in float32 as they are outside of
+    training, whatever the precision of training: their scores are what confidence is calibrated on.
     """
     model, was_training = loss_model.model, loss_model.training
     loss_model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    loss_sum, num_targets = 0.0, 0
     rows: list[ValidationCaption] = []
     for batch in batches:
         if not batch.num_samples:
@@ -61,8 +62,8 @@ def evaluate_split(
         with accelerator.autocast():
             features_BF = loss_model.features(on_device.inputs)
             _, cross_entropy = loss_model(features_BF, on_device.captions)
-            captions = decode(model, model.encode(features_BF), **asdict(decoding))
-        total += torch.stack((cross_entropy.double(), torch.tensor(float(batch.num_targets), device=total.device)))
+        captions = decode(model, model.encode(features_BF.float()), **asdict(decoding))
+        loss_sum, num_targets = loss_sum + float(cross_entropy), num_targets + batch.num_targets
         columns = zip(batch.positions, batch.image_ids, batch.references, captions, strict=True)
         rows += [
             ValidationCaption(
@@ -75,8 +76,8 @@ def evaluate_split(
             for position, image_id, refs, caption in columns
         ]
     loss_model.train(was_training)
-    loss_sum, num_targets = accelerator.reduce(total, reduction="sum").tolist()
-    return StepLoss(loss_sum, int(num_targets)), sorted(gather_object(rows), key=lambda row: row.position)
+    loss_sums, nums_targets = zip(*gather_object([(loss_sum, num_targets)]), strict=True)
+    return StepLoss(sum(loss_sums), sum(nums_targets)), sorted(gather_object(rows), key=lambda row: row.position)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,11 +1,13 @@
 """What every command shares: flags from a dataclass, one-line errors, progress bars, tables."""
 
 import errno
+import io
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 from rich.console import Console
@@ -16,12 +18,13 @@ from rich.text import Text
 
 EXIT_USER_ERROR = 2
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+READER_GONE = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal
 EXIT_INTERRUPTED = 130
 SECONDS_BETWEEN_LINES = 60.0  # where a progress bar cannot be drawn
 
 Settings = TypeVar("Settings")
 
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout and sys.stdout.isatty() else 140)
 
 
 class UserError(Exception):
@@ -31,8 +34,11 @@ class UserError(Exception):
 def run(main: Callable[[Settings], None], settings_class: type[Settings], *, description: str) -> None:
     """Parse the command line into `settings_class`, call `main`, and turn failures into exit codes.
 
-    A `UserError` becomes one line on stderr and exit code 2 (as a wrong flag does); Ctrl-C becomes 130.
+    A `UserError` becomes one line on stderr and exit code 2 (as a wrong flag does); Ctrl-C becomes 130. Output that
+    nobody reads (`| head -1`) is dropped: the work and the exit code are the same. Output for which a disk has no room
+    is dropped too, and said at the end.
     """
+    stdout = outlive_readers()
     settings = tyro.cli(settings_class, description=description)
     try:
         main(settings)
@@ -47,6 +53,37 @@ def run(main: Callable[[Settings], None], settings_class: type[Settings], *, des
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    sys.stdout.flush()
+    if stdout.error:
+        fail(f"the work is done, but not all that it printed was written ({stdout.error.strerror}): make room for that")
+
+
+def outlive_readers() -> "Stream":
+    """Replace stdout, which is returned, and stderr by streams that drop what they cannot write."""
+    shown = []
+    for name in ("stdout", "stderr"):
+        old = getattr(sys, name)  # None where it was closed: no file that is opened later may get its number
+        raw = Stream(os.open(os.devnull, os.O_WRONLY) if old is None else old.fileno(), "w", closefd=False)
+        by_line = old is None or old.line_buffering or old.write_through
+        format_of = {} if old is None else {"encoding": old.encoding, "errors": old.errors}
+        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), line_buffering=by_line, **format_of))
+        shown.append(raw)
+    return shown[0]
+
+
+class Stream(io.FileIO):
+    """A standard stream that outlives its reader; `error` is the first other reason why something was not written."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        """Write what can be written; all counts as written."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in READER_GONE:
+                self.error = self.error or error
+            return memoryview(data).nbytes
 
 
 def fail(message: str) -> NoReturn:

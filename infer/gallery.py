@@ -22,7 +22,7 @@ from urllib.parse import quote, unquote
 
 from PIL import Image
 
-from captioner.cli import UserError, progress_bar
+from captioner.cli import UserError, console, progress_bar
 from captioner.images import ImageError, decode_rgb
 from captioner.pages import load_template
 from captioner.storage import WEB, is_remote
@@ -153,6 +153,9 @@ def _make_thumbnails(pictures: Mapping[str, ImageFile], folder: Path) -> dict[st
         for sha256, name in zip(pictures, made, strict=True):
             names[sha256] = name
             bar.advance()
+    num_missing = sum(name is None for name in names.values())
+    if num_missing:
+        console.print(f"gallery: {num_missing:,} pictures without a thumbnail: gone, unreadable or changed by now")
     return names
 
 

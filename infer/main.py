@@ -5,7 +5,8 @@
 
 Files that are no usable picture get a row that says why. A job that was stopped goes on where it stood when it is
 started again with the same --output, with as many processes as you like. Exit code 0: every file has a caption; 3: some
-have none, and the table counts why (accelerate launch makes 1 of it); 2: something to mend, told in one line.
+have none, or a sidecar could not be written, and the table counts why (accelerate launch makes 1 of it); 2: something to
+mend, told in one line.
 """
 
 import os
@@ -57,12 +58,12 @@ def main(settings: CaptionSettings) -> None:
             num_new = caption_files(listing, index, writer, captioner, settings=settings, state=state)
             seconds = time.monotonic() - started
     num_new = sum(gather_numbers(num_new))  # when the last process is through
-    num_failed = 0
+    num_failed = 0  # without a caption, or without the sidecar that was wanted
     if state.is_main_process:
         summary = merge(settings.output)
         num_failed = summary.failures.total()
         report(summary, listing, rate=num_new / seconds, settings=settings)
-        write_extras(settings)
+        num_failed += write_extras(settings)
     state.wait_for_everyone()
     state.destroy_process_group()
     if num_failed:
@@ -212,14 +213,18 @@ def gather_numbers(number: int) -> list[int]:
 # ---- after ------------------------------------------------------------------------------------------------
 
 
-def write_extras(settings: CaptionSettings) -> None:
-    """Sidecars and gallery, where they are wanted."""
+def write_extras(settings: CaptionSettings) -> int:
+    """Sidecars and gallery, where they are wanted; how many sidecars could not be written."""
+    num_failed = 0
     if settings.sidecar is not None:
-        counts = write_sidecars(read_rows(settings.output), ending=settings.sidecar)
-        cli.console.print("sidecars: " + ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(counts.items())))
+        sidecars = write_sidecars(read_rows(settings.output), ending=settings.sidecar)
+        num_failed = sidecars.num_failed
+        for line in sidecars.lines():
+            cli.console.print(line, markup=False)
     if settings.gallery is not None:
         page = write_gallery(read_rows(settings.output), settings.gallery, title="Captions", model=settings.model)
         cli.console.print(f"look at {page}", markup=False)
+    return num_failed
 
 
 def report(summary: Summary, listing: Listing, *, rate: float, settings: CaptionSettings) -> None:

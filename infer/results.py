@@ -11,7 +11,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -143,18 +143,33 @@ class RowWriter:
         lines = [to_line(row).encode("ascii") for row in rows]
         *offsets, self._end = accumulate(map(len, lines), initial=self._end)
         left = memoryview(b"".join(lines))
-        while left:  # a nearly full disk takes a part first, and then says so
-            left = left[self._file.write(left) :]
+        with writing(self.path):
+            while left:  # a nearly full disk takes a part first, and then says so
+                left = left[self._file.write(left) :]
         return offsets
 
     def close(self) -> None:
         """Flush to disk, give the lock back and close; a part without rows is removed."""
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            os.fsync(self._file.fileno())
         if not self._end:
             self.path.unlink(missing_ok=True)
         with suppress(OSError):
             fcntl.flock(self._file, fcntl.LOCK_UN)  # workers forked meanwhile hold it as well, and may outlive us
         self._file.close()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, a failure to write to the file of rows, which is open, names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename:  # another file's
+            raise
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}): make room for it; the same command goes on from there"
+        ) from error
 
 
 def open_part(path: Path) -> io.FileIO:

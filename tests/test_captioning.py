@@ -318,6 +318,20 @@ def test_sidecars_gallery_and_several_captions(model: Path, photos: Path, tmp_pa
     assert {row["path"]: row for row in read(output)} == rows
 
 
+def test_sidecars_that_cannot_be_written_are_named_with_the_reason_and_cost_the_exit_code(
+    model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        picture(number).save(tmp_path / "photos" / f"{'x' * 60}{number}.png")
+    arguments = flags(model, tmp_path / "photos", tmp_path / "c.jsonl", "--gallery", tmp_path / "gallery", "--sidecar")
+    done = run_captioning([*arguments, "." + "y" * 200], log=tmp_path / "log")
+    assert done.code == 3, done.output
+    assert f"sidecars: 3 could not be written (File name too long): '{tmp_path}/photos/xxx" in done.output
+    assert (tmp_path / "gallery" / "index.html").exists()
+    assert run_captioning([*arguments, ".txt"], log=tmp_path / "log").code == 0
+
+
 def test_one_command_at_a_time_writes_an_output(model: Path, photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "c.jsonl"
     running = start_captioning(flags(model, photos, output), log=tmp_path / "log")

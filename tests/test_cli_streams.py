@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMMAND = """
 import sys

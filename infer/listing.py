@@ -133,8 +133,8 @@ def list_files(
 class Listing(Iterator[ImageFile | Refused]):
     """Gives each file once, or why it cannot be read; its counts are of all processes' files, and grow meanwhile.
 
-    `num_linked_folders` were not followed, `num_skipped` files have an ending that is left out, `num_repeated` times
-    a file was named again.
+    `num_found` files are to be captioned, `num_linked_folders` were not followed, `num_skipped` files have an ending
+    that is left out, `num_repeated` times a file was named again.
     """
 
     def __init__(
@@ -148,6 +148,7 @@ class Listing(Iterator[ImageFile | Refused]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        self.num_found = 0
         self.num_linked_folders = 0
         self.num_skipped = 0
         self.num_repeated = 0
@@ -185,7 +186,9 @@ class Listing(Iterator[ImageFile | Refused]):
                 continue
             if seen and not seen.add(hash_location(_join(real(file.root), file.path))):
                 self.num_repeated += 1
-            elif world_size == 1 or hash_location(file.location) % world_size == rank:
+                continue
+            self.num_found += 1
+            if world_size == 1 or hash_location(file.location) % world_size == rank:
                 yield item
 
     def _give_named(self, root: "_Root") -> Iterator[ImageFile | Refused]:

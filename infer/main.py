@@ -5,16 +5,17 @@
 
 Files that are no usable picture get a row that says why. A job that was stopped goes on where it stood when it is
 started again with the same --output, with as many processes as you like. Exit code 0: every file has a caption; 3: some
-have none, or a sidecar could not be written, and the table counts why (accelerate launch makes 1 of it); 2: something to
-mend, told in one line.
+have none, or a sidecar could not be written, and what is printed counts why (accelerate launch makes 1 of it); 2: there
+was no file to caption, or something else to mend, told in one line.
 """
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
+from itertools import chain
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from captioner.workers import count_processors
 from infer.gallery import check_folder, write_gallery
 from infer.listing import ImageFile, Listing, Refused, list_files
 from infer.reading import Reader, prepare
-from infer.results import RowWriter, check_settings, own_files, part_path, read_rows, write_settings
+from infer.results import RowWriter, check_settings, find_output, own_files, part_path, read_rows, write_settings
 from infer.row_index import RowIndex, Summary, merge
 from infer.settings import CaptionSettings
 from infer.sidecars import check_ending, write_sidecars
@@ -43,9 +44,11 @@ BATCH_ON_CPU, BATCH_ON_GPU = 8, 128
 def main(settings: CaptionSettings) -> None:
     """List, caption what has no row yet, merge, and draw the gallery."""
     check_flags(settings)
+    settings = replace(settings, output=find_output(settings.output))
     prepare()  # while this process loads torch and the model
     state, captioner = load(settings)
     listing = open_listing(settings, state)
+    files = check_files(listing, settings)
     choices = row_settings(captioner, settings)
     with closing(RowWriter(part_path(settings.output, state.process_index))) as writer:  # which locks the part
         check_settings(settings.output, choices)
@@ -55,7 +58,7 @@ def main(settings: CaptionSettings) -> None:
                 write_settings(settings.output, choices)
             state.wait_for_everyone()
             started = time.monotonic()
-            num_new = caption_files(listing, index, writer, captioner, settings=settings, state=state)
+            num_new = caption_files(files, index, writer, captioner, settings=settings, state=state)
             seconds = time.monotonic() - started
     num_new = sum(gather_numbers(num_new))  # when the last process is through
     num_failed = 0  # without a caption, or without the sidecar that was wanted
@@ -79,10 +82,6 @@ def check_flags(settings: CaptionSettings) -> None:
         raise UserError("nothing to caption: give --images with a folder, a file, a glob or a URL")
     if any(number is not None and number < 1 for number in (settings.batch_size, settings.workers)):
         raise UserError("--batch-size and --workers must be at least 1")
-    if ":/" in str(settings.output):
-        raise UserError(f"--output {settings.output} is a URL: give a file on this machine")
-    if settings.output.is_dir():
-        raise UserError(f"--output {settings.output} is a folder: give the name of a JSONL file")
     if settings.sidecar is not None:
         check_ending(settings.sidecar)
     if settings.gallery is not None:
@@ -132,6 +131,19 @@ def open_listing(settings: CaptionSettings, state: "PartialState") -> Listing:
     )
 
 
+def check_files(listing: Listing, settings: CaptionSettings) -> Iterator[ImageFile | Refused]:
+    """The listing as it is. Raises UserError where no process has a file, before anything is written."""
+    first = next(listing, None)
+    if first is None and not listing.num_found:
+        looked_at = ", ".join(map(str, (*settings.images, *settings.list, *settings.shards)))
+        left_out = "".join(f"; {line}" for line in lines_of_left_out(listing, settings))
+        raise UserError(
+            f"nothing to caption: there is no file in {looked_at} but those that this command writes{left_out}: "
+            "give --images a folder with pictures"
+        )
+    return chain(() if first is None else (first,), listing)
+
+
 def row_settings(captioner: "Captioner", settings: CaptionSettings) -> dict[str, Any]:
     """What decides the content of a row, and where its relative names start."""
     calibration = captioner.bundle.calibration
@@ -152,7 +164,7 @@ def row_settings(captioner: "Captioner", settings: CaptionSettings) -> dict[str,
 
 
 def caption_files(
-    listing: Listing,
+    files: Iterator[ImageFile | Refused],
     index: RowIndex,
     writer: RowWriter,
     captioner: "Captioner",
@@ -173,7 +185,7 @@ def caption_files(
         if state.is_main_process and not settings.list:
             Thread(target=count_files, args=(open_listing(settings, state), bar), daemon=True).start()
         reader = Reader(
-            left_to_do(listing, index, bar),
+            left_to_do(files, index, bar),
             captioner.bundle.view,
             batch_size=settings.batch_size or (BATCH_ON_CPU if on_cpu else BATCH_ON_GPU),
             num_workers=settings.workers or num_processors,
@@ -187,9 +199,9 @@ def caption_files(
     return num_rows
 
 
-def left_to_do(listing: Listing, index: RowIndex, bar: Bar) -> Iterator[ImageFile | Refused]:
+def left_to_do(files: Iterable[ImageFile | Refused], index: RowIndex, bar: Bar) -> Iterator[ImageFile | Refused]:
     """The files that have no row yet."""
-    for entry in listing:
+    for entry in files:
         file = entry.file if isinstance(entry, Refused) else entry
         if index.is_done(file.root, file.path):
             bar.skip()
@@ -233,14 +245,18 @@ def report(summary: Summary, listing: Listing, *, rate: float, settings: Caption
     header = ("rows", "duplicates", "to review", "files/s now", "failures")
     row = (summary.num_rows, summary.num_duplicates, summary.num_review, rate, failures)
     cli.print_table(str(settings.output), header, [row])
+    for line in lines_of_left_out(listing, settings):
+        cli.console.print(line, markup=False)
+
+
+def lines_of_left_out(listing: Listing, settings: CaptionSettings) -> list[str]:
+    """What was left out on purpose, counted by reason."""
     left_out = {
-        "links to folders were not followed: name these with --images": listing.num_linked_folders,
+        "links to folders were not followed (name these with --images)": listing.num_linked_folders,
         f"{settings.sidecar} files are no pictures": listing.num_skipped,
         "files were named again": listing.num_repeated,
     }
-    for what, count in left_out.items():
-        if count:
-            cli.console.print(f"{count:,} {what}", markup=False)
+    return [f"{count:,} {what}" for what, count in left_out.items() if count]
 
 
 def run() -> None:

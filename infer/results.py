@@ -10,6 +10,7 @@ import glob
 import io
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import accumulate
@@ -67,6 +68,39 @@ def duplicate_row(first: Row, *, root: str, path: str) -> Row:
 
 
 # ---- files ------------------------------------------------------------------------------------------------
+
+
+def find_output(output: Path) -> Path:
+    """The file of rows, there or not, that --output names: links are followed, so that all files stand next to it.
+
+    Raises UserError for what is no file, which cannot be replaced by the merged rows.
+    """
+    if ":/" in str(output):
+        raise UserError(f"--output {output} is a URL: give a file on this machine")
+    try:
+        found = output.stat()
+    except FileNotFoundError:
+        return _follow(output)
+    except OSError as error:
+        raise UserError(f"cannot use --output {output} ({error.strerror}): give the name of a JSONL file") from error
+    if stat.S_ISDIR(found.st_mode):
+        raise UserError(f"--output {output} is a folder: give the name of a JSONL file")
+    if not stat.S_ISREG(found.st_mode) or any(os.path.samestat(found, stream) for stream in _standard_streams()):
+        raise UserError(
+            f"--output {output} is a device, a pipe, or what this command reads or prints: rows are merged in a file, "
+            "give the name of one"
+        )
+    return _follow(output)
+
+
+def _follow(path: Path) -> Path:
+    return path.resolve() if path.is_symlink() else path
+
+
+def _standard_streams() -> Iterator[os.stat_result]:
+    for descriptor in range(3):
+        with suppress(OSError):  # it is closed
+            yield os.fstat(descriptor)
 
 
 def part_path(output: Path, rank: int) -> Path:

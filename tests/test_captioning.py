@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -265,7 +266,9 @@ def test_relative_names_are_refused_from_another_folder(
 def test_a_gallery_takes_no_folder_of_others(model: Path, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "index.html").write_text("mine")
-    for gallery in (tmp_path / "site", photos, tmp_path / "site" / "index.html"):
+    (tmp_path / "link").symlink_to("nowhere")
+    page = tmp_path / "site" / "index.html"
+    for gallery in (tmp_path / "site", photos, page, page / "new", tmp_path / "link"):
         done = run_captioning(flags(model, photos, tmp_path / "c.jsonl", "--gallery", gallery), log=tmp_path / "log")
         assert done.code == 2
         assert "--gallery" in done.output
@@ -330,6 +333,75 @@ def test_sidecars_that_cannot_be_written_are_named_with_the_reason_and_cost_the_
     assert f"sidecars: 3 could not be written (File name too long): '{tmp_path}/photos/xxx" in done.output
     assert (tmp_path / "gallery" / "index.html").exists()
     assert run_captioning([*arguments, ".txt"], log=tmp_path / "log").code == 0
+
+
+def test_a_command_without_a_file_to_caption_fails_and_touches_nothing(model: Path, tmp_path: Path) -> None:
+    """Nothing is there, all is left out, or all is this command's own; with and without rows of an earlier run."""
+    empty, texts, linked = (tmp_path / name for name in ("empty", "texts", "linked"))
+    for folder in (empty, texts, linked):
+        folder.mkdir()
+    (texts / "a.txt").write_text("a sidecar")
+    (linked / "folder").symlink_to(texts)
+    (tmp_path / "list").write_text("\n\n")
+    shards = write_shards(tmp_path / "shards", [])
+    picture(1).save(tmp_path / "a.png")
+    earlier, new = tmp_path / "earlier.jsonl", tmp_path / "new.jsonl"
+    run_captioning(["--model", model, "--images", tmp_path / "a.png", "--output", earlier], log=tmp_path / "log")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for number, (arguments, output, named) in enumerate(
+        [
+            (["--images", empty], new, f"no file in {empty} but"),
+            (["--images", empty], earlier, f"no file in {empty} but"),
+            (["--list", tmp_path / "list"], new, f"no file in {tmp_path / 'list'} but"),
+            (["--shards", shards], earlier, f"no file in {shards} but"),
+            (["--images", texts, "--sidecar", ".txt"], new, "1 .txt files are no pictures"),
+            (["--images", linked, empty], new, "1 links to folders were not followed"),
+            (["--images", earlier], earlier, f"no file in {earlier} but"),
+            (["--images", tmp_path / "*.jsonl*"], earlier, "no file in"),
+        ]
+    ):
+        command = ["--model", model, *arguments, "--output", output]
+        done = run_captioning(command, log=tmp_path / "said", world_size=1 + number % 2)
+        assert done.code == 2, done.output
+        assert done.output.startswith("error: nothing to caption: ")
+        assert named in done.output
+        (tmp_path / "said").unlink()
+        assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_an_output_that_is_a_link_is_followed(model: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    output = tmp_path / "c.jsonl"
+    output.symlink_to("disk/rows.jsonl")  # which is not there yet
+    for _ in range(2):
+        done = run_captioning(flags(model, photos / "0", output), log=tmp_path / "log")
+        assert done.code == 3, done.output
+    assert output.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "disk", "log"]
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["rows.jsonl", "rows.jsonl.settings.json"]
+    assert len(read(output)) == len(list((photos / "0").iterdir()))
+
+
+def test_an_output_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    """Before the model is looked at, which is not there, and without waiting for a reader."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "file").touch()
+    outputs = [tmp_path / "pipe", tmp_path / "circle", tmp_path / "file" / "x.jsonl", tmp_path, "/dev/stdout"]
+    if os.geteuid() == 0:
+        os.mknod(tmp_path / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        outputs.append(tmp_path / "null")
+    names = sorted(tmp_path.iterdir())
+    for output in outputs:
+        done = run_captioning(["--model", "nowhere", "--images", ".", "--output", output], log=tmp_path / "log")
+        assert done.code == 2
+        (line,) = done.output.splitlines()
+        assert "--output" in line
+        assert "give the name of" in line
+        (tmp_path / "log").unlink()
+        assert sorted(tmp_path.iterdir()) == names
+    if os.geteuid() == 0:
+        assert stat.S_ISCHR((tmp_path / "null").stat().st_mode)
 
 
 def test_one_command_at_a_time_writes_an_output(model: Path, photos: Path, tmp_path: Path) -> None:

@@ -123,10 +123,21 @@ def merging_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.partial")
 
 
+def process_path(output: Path, rank: int) -> Path:
+    """The file by which process `rank` of several tells the others that it is there."""
+    return output.with_name(f"{output.name}.process-{rank}")
+
+
+def find_process_files(output: Path) -> list[Path]:
+    """The files of all processes, also of those that were killed; rank 0's is the last."""
+    return sorted(output.parent.glob(f"{glob.escape(output.name)}.process-*"), reverse=True)
+
+
 def own_files(output: Path, *, num_processes: int) -> list[Path]:
-    """All that a run of `num_processes` keeps on disk, there or not, and the parts of an earlier run."""
+    """All that a run of `num_processes` keeps on disk, there or not, and what an earlier run left."""
     parts = {*find_parts(output), *(part_path(output, rank) for rank in range(num_processes))}
-    return [output, settings_path(output), merging_path(output), *sorted(parts)]
+    processes = {*find_process_files(output), *(process_path(output, rank) for rank in range(num_processes))}
+    return [output, settings_path(output), merging_path(output), *sorted(parts), *sorted(processes)]
 
 
 def check_settings(output: Path, settings: Mapping[str, Any]) -> None:

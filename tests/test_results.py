@@ -36,6 +36,7 @@ from infer.results import (
     merging_path,
     own_files,
     part_path,
+    process_path,
     read_rows,
     settings_path,
     to_line,
@@ -415,7 +416,8 @@ def test_an_output_with_glob_signs_in_its_name_keeps_its_parts(tmp_path: Path) -
 def test_own_files_are_those_of_this_run_and_of_earlier_ones(tmp_path: Path) -> None:
     output = tmp_path / "captions.jsonl"
     append(output, 7, [captioned("a.jpg")])
-    parts = [part_path(output, rank) for rank in (0, 1, 7)]
+    process_path(output, 7).touch()
+    parts = [path(output, rank) for path in (part_path, process_path) for rank in (0, 1, 7)]
     assert own_files(output, num_processes=2) == [output, settings_path(output), merging_path(output), *parts]
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -55,14 +56,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 NUM_FILES, NUM_PICTURES, NUM_TWINS = 83, 80, 10
+NUM_MANY = 300
 
 
 def flags(model: Path, photos: Path, output: Path, *more: object) -> list[object]:
     return ["--model", model, "--images", photos, "--output", output, "--batch-size", 2, "--workers", 2, *more]
 
 
-def start_captioning(arguments: Sequence[object], *, log: Path, world_size: int = 1) -> Running:
-    return start("infer/main.py", arguments, log=log, world_size=world_size)
+def start_captioning(arguments: Sequence[object], *, log: Path, world_size: int = 1, **more: Any) -> Running:
+    return start("infer/main.py", arguments, log=log, world_size=world_size, **more)
 
 
 def run_captioning(arguments: Sequence[object], *, log: Path, world_size: int = 1) -> Done:
@@ -157,6 +159,86 @@ def test_ten_kills_lose_and_repeat_nothing(model: Path, tmp_path: Path) -> None:
 def count_rows(folder: Path) -> int:
     """Whole rows in all parts."""
     return sum(path.read_bytes().count(b"\n") for path in folder.glob("c.jsonl.part-*"))
+
+
+# ---- processes that are lost, and slow ones ---------------------------------------------------------------
+
+
+def start_two(model: Path, photos: Path, folder: Path, *, peer_seconds: float) -> Running:
+    """Two processes, of which both have written rows."""
+    running = start_captioning(
+        flags(model, photos, folder / "c.jsonl", "--batch-size", 1),
+        log=folder / "log",
+        world_size=2,
+        peer_seconds=peer_seconds,
+    )
+    parts = [part_path(folder / "c.jsonl", rank) for rank in (0, 1)]
+    deadline = time.monotonic() + 60
+    while not all(part.exists() and part.stat().st_size for part in parts):
+        assert time.monotonic() < deadline, running.log.read_text()
+        time.sleep(0.001)
+    return running
+
+
+@pytest.fixture(scope="module")
+def many_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("many")
+    for number in range(NUM_MANY):
+        picture(number, width=24, height=20).save(folder / f"{number:03d}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("lost", "number"),
+    [(1, signal.SIGKILL), (0, signal.SIGSTOP), (1, signal.SIGTERM)],
+    ids=["killed", "machine gone", "terminated"],
+)
+def test_a_lost_process_ends_the_others_resumably(
+    model: Path, many_photos: Path, tmp_path: Path, lost: int, number: signal.Signals
+) -> None:
+    running = start_two(model, many_photos, tmp_path, peer_seconds=2.0)
+    os.kill(running.ranks[lost].pid, number)
+    running.ranks[1 - lost].join(30)
+    assert running.ranks[1 - lost].exitcode == 75
+    if number == signal.SIGTERM:
+        running.ranks[lost].join(10)
+        assert running.ranks[lost].exitcode == 75
+    running.kill()
+    output = running.log.read_text()
+    seen = "has failed, and what" if number == signal.SIGTERM else "was silent for 2 s, so it or its machine is gone"
+    assert f"process {lost} of this job {seen}" in output
+    assert "all rows are kept, and the same command goes on" in output
+    assert "Traceback" not in output
+    num_kept = count_rows(tmp_path)
+    assert 2 <= num_kept < NUM_MANY
+    done = run_captioning(flags(model, many_photos, tmp_path / "c.jsonl"), log=tmp_path / "log 2")
+    assert done.code == 0, done.output
+    assert len(read(tmp_path / "c.jsonl")) == NUM_MANY
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "c.jsonl.settings.json", "log", "log 2"]
+
+
+def test_a_slow_process_is_waited_for(model: Path, many_photos: Path, tmp_path: Path) -> None:
+    """Its readers stand still for several times as long as a lost process is given."""
+    running = start_two(model, many_photos, tmp_path, peer_seconds=1.0)
+    pid = running.ranks[1].pid
+    readers = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    assert readers
+    for reader in readers:
+        os.kill(reader, signal.SIGSTOP)
+    process_0 = tmp_path / "c.jsonl.process-0"
+    while b"finished" not in process_0.read_bytes():
+        time.sleep(0.01)
+    time.sleep(3)
+    assert all(rank.is_alive() for rank in running.ranks), running.log.read_text()
+    for reader in readers:
+        os.kill(reader, signal.SIGCONT)
+    done = running.wait()
+    assert done.code == 0, done.output
+    assert running.ranks[1].exitcode == 0
+    assert len(read(tmp_path / "c.jsonl")) == NUM_MANY
+
+
+# ---- again ------------------------------------------------------------------------------------------------
 
 
 def test_what_has_a_row_is_not_done_again(model: Path, photos: Path, tmp_path: Path) -> None:

@@ -12,16 +12,16 @@ was no file to caption, or something else to mend, told in one line.
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from itertools import chain
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from captioner import cli
 from captioner.cli import Bar, UserError
 from captioner.storage import is_remote
 from captioner.workers import count_processors
+from infer.ahead import Ahead
 from infer.gallery import check_folder, write_gallery
 from infer.listing import ImageFile, Listing, Refused, list_files
 from infer.peers import Peers, find_peers
@@ -183,10 +183,8 @@ def caption_files(
     num_failed = num_rows = 0
     share = f" (share 1 of {peers.world_size})" if peers.world_size > 1 else ""
     with cli.progress_bar(f"captioning{share}", total=None, unit="images", quiet=not peers.is_main) as bar:
-        if peers.is_main and not settings.list:
-            Thread(target=count_files, args=(open_listing(settings, peers), bar), daemon=True).start()
         reader = Reader(
-            left_to_do(files, index, bar),
+            left_to_do(Ahead(files, on_end=bar.set_total), index, bar),
             captioner.bundle.view,
             batch_size=settings.batch_size or (BATCH_ON_CPU if on_cpu else BATCH_ON_GPU),
             num_workers=settings.workers or num_processors,
@@ -209,12 +207,6 @@ def left_to_do(files: Iterable[ImageFile | Refused], index: RowIndex, bar: Bar) 
             bar.skip()
         else:
             yield entry
-
-
-def count_files(listing: Listing, bar: Bar) -> None:
-    """Tell the bar how many files there are, while they are already being captioned."""
-    with suppress(UserError):
-        bar.set_total(sum(1 for _ in listing))
 
 
 # ---- after ------------------------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ def outlive_readers() -> "Stream":
     for name in ("stdout", "stderr"):
         old = getattr(sys, name)  # None where it was closed: no file that is opened later may get its number
         raw = Stream(os.open(os.devnull, os.O_WRONLY) if old is None else old.fileno(), "w", closefd=False)
+        raw.replaced = old
         by_line = old is None or old.line_buffering or old.write_through
         format_of = {} if old is None else {"encoding": old.encoding, "errors": old.errors}
         setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), line_buffering=by_line, **format_of))
@@ -75,6 +76,7 @@ class Stream(io.FileIO):
     """A standard stream that outlives its reader; `error` is the first other reason why something was not written."""
 
     error: OSError | None = None
+    replaced: object = None  # which would close its descriptor with its last reference
 
     def write(self, data: Any, /) -> int:
         """Write what can be written; all counts as written."""

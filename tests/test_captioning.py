@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +402,27 @@ def test_sidecars_gallery_and_several_captions(model: Path, photos: Path, tmp_pa
     again = run_captioning(flags(model, images, output, *more), log=tmp_path / "log")
     assert again.code == 3, again.output
     assert {row["path"]: row for row in read(output)} == rows
+
+
+def test_all_that_was_asked_for_is_there_when_nobody_reads_what_is_printed(
+    model: Path, photos: Path, tmp_path: Path
+) -> None:
+    """As with `| head -1`: the pipe's reader ends before anything is printed."""
+    images, output, pipe = tmp_path / "images", tmp_path / "c.jsonl", tmp_path / "pipe"
+    shutil.copytree(photos / "1", images)
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    more = ("--sidecar", ".txt", "--gallery", tmp_path / "gallery")
+    running = start_captioning(flags(model, images, output, *more), log=pipe)
+    with suppress(BlockingIOError):  # when the command has opened it
+        while not os.read(reader, 1):
+            time.sleep(0.001)
+    os.close(reader)
+    running.ranks[0].join(60)
+    assert running.ranks[0].exitcode == 3
+    captioned = [row["path"] for row in read(output) if "error" not in row]
+    assert sorted(path.name for path in images.glob("*.txt")) == [f"{Path(path).stem}.txt" for path in captioned]
+    assert (tmp_path / "gallery" / "index.html").exists()
 
 
 def test_sidecars_that_cannot_be_written_are_named_with_the_reason_and_cost_the_exit_code(

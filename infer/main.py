@@ -6,7 +6,8 @@
 Files that are no usable picture get a row that says why. A job that was stopped goes on where it stood when it is
 started again with the same --output, with as many processes as you like. Exit code 0: every file has a caption; 3: some
 have none, or a sidecar could not be written, and what is printed counts why (accelerate launch makes 1 of it); 2: there
-was no file to caption, or something else to mend, told in one line.
+was no file to caption, or something else to mend, told in one line; 75: stopped by SIGTERM, or because another process
+of the job was lost: start it again.
 """
 
 import os

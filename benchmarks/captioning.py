@@ -62,7 +62,7 @@ def main(settings: CaptioningSettings) -> None:
 
     from captioning_parts import make_job, measure, start
 
-    state = start()
+    device = start()
     on_gpu = torch.cuda.is_available()
     rounds = settings.rounds or (1 if settings.quick else 3)
     rows: list[dict[str, Any]] = []
@@ -82,7 +82,7 @@ def main(settings: CaptioningSettings) -> None:
             for kind, files in sets.items():
                 if on_gpu or encoder == LIGHT or kind == COCO:
                     number = len(files) if on_gpu or encoder == LIGHT else max(len(files) // 4, 16)
-                    job = make_job(files[:number], encoder, state, scratch, quick=settings.quick)
+                    job = make_job(files[:number], encoder, device, scratch, quick=settings.quick)
                     cli.console.print(f"\n{encoder} on {kind}: {number:,} files")
                     found_rows, found_bars = measure(job, kind=kind, rounds=rounds)
                     rows += found_rows

@@ -1,6 +1,8 @@
 """What every command shares: flags from a dataclass, one-line errors, progress bars, tables."""
 
 import errno
+import io
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,12 +35,13 @@ REMEDIES = {
     errno.ENXIO: "give the path of a file",
     errno.EPIPE: "the program that read it has ended",
 }
+READER_GONE = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal
 EXIT_INTERRUPTED = 130
 SECONDS_BETWEEN_LINES = 60.0  # where a progress bar cannot be drawn
 
 Settings = TypeVar("Settings")
 
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout and sys.stdout.isatty() else 140)
 
 
 class UserError(Exception):
@@ -48,8 +51,11 @@ class UserError(Exception):
 def run(main: Callable[[Settings], None], settings_class: type[Settings], *, description: str) -> None:
     """Parse the command line into `settings_class`, call `main`, and turn failures into exit codes.
 
-    A `UserError` becomes one line on stderr and exit code 2 (as a wrong flag does); Ctrl-C becomes 130.
+    A `UserError` becomes one line on stderr and exit code 2 (as a wrong flag does); Ctrl-C becomes 130. Output that
+    nobody reads (`| head -1`) is dropped: the work and the exit code are the same. Output for which a disk has no room
+    is dropped too, and said at the end.
     """
+    stdout = outlive_readers()
     try:
         main(parse(settings_class, description=description))
     except UserError as error:
@@ -57,10 +63,43 @@ def run(main: Callable[[Settings], None], settings_class: type[Settings], *, des
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
-        fail(f"{error.filename or 'a file'}: {error.strerror}: {REMEDIES[error.errno]}")
+        fail(describe_refusal(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    sys.stdout.flush()
+    if stdout.error:
+        fail(f"the work is done, but not all that it printed was written ({stdout.error.strerror}): make room for that")
+
+
+def outlive_readers() -> "Stream":
+    """Replace stdout, which is returned, and stderr by streams that drop what they cannot write."""
+    shown = []
+    for name in ("stdout", "stderr"):
+        old = getattr(sys, name)  # None where it was closed: no file that is opened later may get its number
+        raw = Stream(os.open(os.devnull, os.O_WRONLY) if old is None else old.fileno(), "w", closefd=False)
+        raw.replaced = old
+        by_line = old is None or old.line_buffering or old.write_through
+        format_of = {} if old is None else {"encoding": old.encoding, "errors": old.errors}
+        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), line_buffering=by_line, **format_of))
+        shown.append(raw)
+    return shown[0]
+
+
+class Stream(io.FileIO):
+    """A standard stream that outlives its reader; `error` is the first other reason why something was not written."""
+
+    error: OSError | None = None
+    replaced: object = None  # which would close its descriptor with its last reference
+
+    def write(self, data: Any, /) -> int:
+        """Write what can be written; all counts as written."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in READER_GONE:
+                self.error = self.error or error
+            return memoryview(data).nbytes
 
 
 def parse(settings_class: type[Settings], *, description: str, args: Sequence[str] | None = None) -> Settings:
@@ -87,6 +126,11 @@ def _ranges(hint: Any) -> Iterator[Range]:
     yield from (note.numbers for note in getattr(hint, "__metadata__", ()) if isinstance(note, Number))
     for inner in get_args(hint):
         yield from _ranges(inner)
+
+
+def describe_refusal(error: OSError) -> str:
+    """The line for what the system refused to read or write."""
+    return f"{error.filename or 'a file'}: {error.strerror}: {REMEDIES[error.errno or 0]}"
 
 
 def fail(message: str) -> NoReturn:

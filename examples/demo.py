@@ -201,6 +201,7 @@ def print_summary(summary: dict[str, Any], *, seconds: float) -> None:
 
 
 if __name__ == "__main__":
+    cli.outlive_readers()
     try:
         main()
     except UserError as error:

@@ -22,7 +22,7 @@ from urllib.parse import quote, unquote
 
 from PIL import Image
 
-from captioner.cli import UserError, progress_bar
+from captioner.cli import UserError, console, progress_bar
 from captioner.images import ImageError, decode_rgb
 from captioner.pages import load_template
 from captioner.storage import WEB, is_remote
@@ -49,8 +49,11 @@ def check_folder(folder: Path, *, images: Sequence[str]) -> None:
     """Raise UserError for a gallery folder that is no folder, or holds pictures to caption or files of others."""
     if any(not is_remote(root) and Path(root).resolve().is_relative_to(folder.resolve()) for root in images):
         raise UserError(f"--gallery {folder} holds the pictures themselves: give a folder of its own")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--gallery {folder} is a file: give a folder")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"--gallery {folder} is a file, or a link to nothing: give a folder")
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"--gallery {folder} cannot be written, as {above} is no folder that can: give another folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / STATIC[0]).is_file():
         raise UserError(f"--gallery {folder} holds files that are no gallery: give a new or an empty folder")
 
@@ -153,6 +156,9 @@ def _make_thumbnails(pictures: Mapping[str, ImageFile], folder: Path) -> dict[st
         for sha256, name in zip(pictures, made, strict=True):
             names[sha256] = name
             bar.advance()
+    num_missing = sum(name is None for name in names.values())
+    if num_missing:
+        console.print(f"gallery: {num_missing:,} pictures without a thumbnail: gone, unreadable or changed by now")
     return names
 
 

@@ -183,7 +183,9 @@ def test_a_picture_inside_a_shard_has_a_thumbnail_but_no_name_to_correct(tmp_pat
 # ---- pictures -------------------------------------------------------------------------------------------------
 
 
-def test_a_vanished_broken_or_changed_picture_has_no_thumbnail(tmp_path: Path) -> None:
+def test_a_vanished_broken_or_changed_picture_has_no_thumbnail(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 and no more")
     save(tmp_path / "changed.jpg")
     rows = [success(tmp_path, name) for name in ("broken.jpg", "changed.jpg", "gone.jpg")]
@@ -191,6 +193,7 @@ def test_a_vanished_broken_or_changed_picture_has_no_thumbnail(tmp_path: Path) -
     made = gallery(rows, tmp_path)
     assert [row["thumbnail"] for row in made.rows] == [None, None, None]
     assert [row["link"] for row in made.rows] == ["../broken.jpg", "../changed.jpg", None]
+    assert "3 pictures without a thumbnail: gone, unreadable or changed" in capsys.readouterr().out
 
 
 def test_thumbnails_are_small_and_keep_their_shape(tmp_path: Path) -> None:

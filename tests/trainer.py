@@ -93,7 +93,7 @@ def _rank(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
     sys.argv = arguments
     import torch
 
-    from captioner import cli, workers
+    from captioner import workers
     from infer import captioning
     from train import run_folder
 
@@ -102,5 +102,5 @@ def _rank(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
     workers.start_server = lambda _module: multiprocessing.get_context("fork")  # type: ignore[assignment]  # of this process, which has loaded torch
     captioning.DESCRIBED_AT_ONCE = 4  # type: ignore[assignment]  # rows come now and then, of few pictures too
     run_folder.VISIBLE_SECONDS = 1.0  # type: ignore[assignment]  # one disk needs none
-    cli.console.file = sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
     import_module(arguments[0].removesuffix(".py").replace("/", ".")).run()

@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from types import FrameType
 
 import torch
@@ -15,13 +14,8 @@ from accelerate.utils import set_seed
 from torch.distributed import DistNetworkError, DistStoreError
 
 from captioner.cli import UserError
+from captioner.peers import EXIT_PREEMPTED, peer_timeout
 
-EXIT_PREEMPTED = 75  # "try again later" (EX_TEMPFAIL of sysexits.h)
-# A machine that lost its power says nothing. A process that is alive is silent for as long as its loader is patient
-# with a server (5 minutes, train/cache.py), it has a shard more to encode, or rank 0 downloads weights, scores or
-# writes alone.
-PEER_SECONDS = 600.0
-PEER_VARIABLE = "CAPTIONER_PEER_TIMEOUT_SECONDS"
 LOST_PEER = (
     "gloo/transport/tcp/(pair|buffer|unbound_buffer)|caused pair closure"
     "|ncclRemoteError|Watchdog caught collective operation timeout"
@@ -54,15 +48,6 @@ def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
     set_seed(seed, device_specific=True)
     torch.set_float32_matmul_precision("high")
     return accelerator
-
-
-def peer_timeout() -> timedelta:
-    """How long another process may be silent. Raises UserError where the environment gives no number."""
-    text = os.environ.get(PEER_VARIABLE, str(PEER_SECONDS))
-    try:
-        return timedelta(seconds=float(text))
-    except (ValueError, OverflowError) as error:
-        raise UserError(f"{PEER_VARIABLE} is {text!r}: give a number of seconds") from error
 
 
 @contextmanager

@@ -270,7 +270,7 @@ def to_files(calibration: Calibration, *, model: str) -> tuple[bytes, bytes]:
         "curve": calibration.curve and asdict(calibration.curve),
         "reliability": calibration.reliability and asdict(calibration.reliability),
     }
-    return json.dumps(content, indent=1).encode(), arrays
+    return json.dumps(content, indent=1, allow_nan=False).encode(), arrays
 
 
 def from_files(text: bytes, arrays: bytes, *, model: str) -> Calibration:

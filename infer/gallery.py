@@ -103,7 +103,9 @@ def _link(file: ImageFile, folder: Path) -> str | None:
 
 def _data(entries: Sequence[dict[str, Any]], *, roots: Sequence[str], thumbnails: Mapping[str, str | None]) -> str:
     """The script that holds the entries, one a line, in pure ASCII: no name ends it, or a string in it."""
-    lines = (json.dumps({**entry, "thumbnail": thumbnails.get(entry["thumbnail"])}) for entry in entries)
+    lines = (
+        json.dumps({**entry, "thumbnail": thumbnails.get(entry["thumbnail"])}, allow_nan=False) for entry in entries
+    )
     return "const ROWS = [\n" + ",\n".join(lines) + "\n];\nconst ROOTS = " + json.dumps(name_roots(roots)) + ";\n"
 
 

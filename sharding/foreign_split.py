@@ -22,10 +22,10 @@ COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 UNPACK = "samples are read out of the middle of a tar, so unpack it to a plain one first (gunzip, unxz, unzstd)"
 
 
-def index_split(folder: str, *, split: str, pattern: str | None, threshold: int, size: int) -> Manifest:
+def index_split(folder: str, *, split: str, pattern: str | None, threshold: int | None, size: int) -> Manifest:
     """Index the split's tars and write, last of all, its manifest. Raises UserError."""
     for name, value in (("--threshold", threshold), ("--size", size)):
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"{name} {value} is too small: give at least 1")
     names, pattern = _find_tars(folder, split, pattern)
     with claim(folder, split):

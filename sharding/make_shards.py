@@ -63,6 +63,7 @@ def main(settings: ShardSettings) -> None:
             refuse_foreign(source.split, settings.output)
             plans, failures = plan_split(source, settings)
             shards = pack_split(plans, split=source.split, settings=settings)
+            refuse_empty(shards, source, settings.output)
             if source.split == "train" or vocabulary:
                 write_vocabulary(settings.output, shards, threshold=settings.threshold, given=vocabulary)
             manifest = write_manifest(
@@ -100,6 +101,27 @@ def needs_vocabulary(split: str, settings: ShardSettings) -> None:
         )
 
 
+def refuse_empty(shards: Sequence[PackedShard], source: Source, folder: str) -> None:
+    """Raise UserError, and leave none of the shards behind, when they hold no sample at all."""
+    if any(shard.entry.samples for shard in shards):
+        return
+    for shard in shards:
+        for ending in ("index", "tar"):
+            storage.delete(storage.join(folder, f"{shard.entry.name}.{ending}"))
+    failures = [failure for shard in shards for failure in shard.failures]
+    raise UserError(f"no picture of split {source.split} in {source.images} could be packed{why_none(failures)}")
+
+
+def why_none(failures: Sequence[Failure]) -> str:
+    """The failures by reason, and the first of the commonest reason, as the end of an error."""
+    if not failures:
+        return ": name another file with --captions, or another --split"
+    reasons = Counter(failure.reason for failure in failures)
+    commonest = reasons.most_common(1)[0][0]
+    first = next(failure for failure in failures if failure.reason == commonest)
+    return f" ({failure_text(reasons)}), such as {first.image or 'a row'}: {commonest}, {first.message}"
+
+
 def refuse_foreign(split: str, folder: str) -> None:
     """Raise UserError when the split's shards were made by another program, and only indexed here."""
     location = manifest_location(folder, split)
@@ -124,8 +146,8 @@ def refuse_foreign(split: str, folder: str) -> None:
 def plan_split(source: Source, settings: ShardSettings) -> tuple[list[ShardPlan], list[Failure]]:
     """A split's shards to make, and what of its caption file cannot be packed. Raises UserError."""
     records, failures = read_records(source)
-    if not records and not failures:
-        raise UserError(f"{source.captions} holds no caption of split {source.split}")
+    if not records:
+        raise UserError(f"{source.captions} holds no picture of split {source.split} to pack{why_none(failures)}")
     file_bytes = storage.sizes_bytes(source.images, [record.file_name for record in records])
     if records and not any(size is not None for size in file_bytes):
         raise UserError(

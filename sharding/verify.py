@@ -124,6 +124,8 @@ def _check_manifest(manifest: Manifest, *, split: str, raw: bytes) -> Iterator[s
     wanted = {"split", "records", "pattern"} if is_foreign(manifest) else {"split", "records", "captions", "images"}
     if missing := wanted - manifest.source.keys():
         yield f"its source lacks {', '.join(sorted(missing))}"
+    if not manifest.num_samples:
+        yield "lists no sample"
     if manifest.fingerprint != manifest_fingerprint(manifest.shards):
         yield "its fingerprint is not that of its shards"
     if manifest.to_json().encode() != raw:

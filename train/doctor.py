@@ -295,7 +295,9 @@ def main(settings: DoctorSettings) -> None:
     for line in lines:
         cli.console.print(line, markup=False)
     if settings.json:
-        text = json.dumps({**asdict(measured), "wanted": settings.images_per_second, "verdict": lines}, indent=1)
+        text = json.dumps(
+            {**asdict(measured), "wanted": settings.images_per_second, "verdict": lines}, indent=1, allow_nan=False
+        )
         try:
             storage.write_atomic(str(settings.json), text)
         except OSError as error:

@@ -1,6 +1,7 @@
 """The validation split: its loss, generated captions, and how they score; exact on any number of processes."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -48,7 +49,7 @@ def evaluate_split(
 ) -> tuple[StepLoss, list[ValidationCaption]]:
     """The split's loss, and a caption for each of its images in the split's order, the same on every rank.
 
-    Each picture is decoded and encoded once for both.
+    Each picture is decoded and encoded once for both. Raises UserError for a loss that is not a number.
     """
     model, was_training = loss_model.model, loss_model.training
     loss_model.eval()
@@ -76,6 +77,11 @@ def evaluate_split(
         ]
     loss_model.train(was_training)
     loss_sum, num_targets = accelerator.reduce(total, reduction="sum").tolist()
+    if not math.isfinite(loss_sum):
+        raise UserError(
+            f"the loss of the evaluated split is {loss_sum}: this model is of no use, train one again with a smaller "
+            "learning rate"
+        )
     return StepLoss(loss_sum, int(num_targets)), sorted(gather_object(rows), key=lambda row: row.position)
 
 
@@ -194,4 +200,4 @@ def read_captions(path: Path) -> list[ValidationCaption]:
 def write_captions(path: Path, rows: list[ValidationCaption]) -> None:
     """Write the captions as JSONL: `image_id`, `caption`, `score`, `references`."""
     fields = [{name: value for name, value in asdict(row).items() if name != "position"} for row in rows]
-    write_atomic(str(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in fields))
+    write_atomic(str(path), "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in fields))

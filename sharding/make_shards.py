@@ -15,7 +15,6 @@ result. Next: accelerate launch train/main.py
 Exit codes: 0 done; 2 something to mend, told in one line; 3 packed, but with more failures than --max-failures.
 """
 
-import os
 import re
 import sys
 import time
@@ -30,6 +29,7 @@ from captioner import cli, storage
 from captioner.cli import UserError
 from captioner.shards import Manifest, manifest_location, read_manifest
 from captioner.vocabulary import read_vocabulary
+from captioner.workers import count_processors
 from sharding.claim import claim
 from sharding.engine import prepare, run_local
 from sharding.finish import failure_text, write_manifest, write_vocabulary
@@ -251,7 +251,7 @@ def run_engine(plans: Sequence[ShardPlan], settings: ShardSettings, report: Repo
         from sharding.cluster import run_ray
 
         return run_ray(plans, settings.output, workers=settings.workers, report=report)
-    return run_local(plans, settings.output, workers=settings.workers or os.cpu_count() or 1, report=report)
+    return run_local(plans, settings.output, workers=settings.workers or count_processors(), report=report)
 
 
 def without_query(location: str) -> str:

@@ -109,6 +109,12 @@ def test_the_manifest_tells_the_truth_about_every_shard(coco: Path, tmp_path: Pa
             assert shard.bytes == (tmp_path / "shards" / f"{shard.name}.tar").stat().st_size
 
 
+def test_the_order_of_training_samples_is_this_one(tmp_path: Path) -> None:
+    """Shards' bytes and fingerprints follow from it, so no version of Python or of a library may change it."""
+    pack(write_coco(tmp_path / "coco", num_train=12, num_val=0), tmp_path / "shards", size=32)
+    assert image_ids(tmp_path / "shards", "train") == [7, 9, 1, 10, 4, 12, 11, 2, 5, 3, 8, 6]
+
+
 def test_training_samples_are_shuffled_and_held_out_ones_are_not(tmp_path: Path) -> None:
     """Of 12 pictures in random order, all in place is a matter of 1 in 12! = 479,001,600."""
     pack(write_coco(tmp_path / "coco", num_train=12, num_val=12), tmp_path / "shards", size=32)

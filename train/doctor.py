@@ -26,10 +26,11 @@ import torch
 from captioner import cli, storage
 from captioner.cli import UserError
 from captioner.shards import ShardEntry
+from captioner.splitmix import random_bits, random_order
 from captioner.workers import count_processors
 from train.cache import ShardCache
 from train.diagnosis import STAGES, Measured, verdict
-from train.plan import PACK_FIRST, SAMPLE_CHANCE, EpochPlan, SampleRef, random_bits, random_order
+from train.plan import PACK_FIRST, SAMPLE_CHANCE, EpochPlan, SampleRef
 from train.reader import OpenShard, SampleError, ShardReader
 from train.settings import TrainSettings
 from train.split import Split, read_merged_vocabulary, read_split

@@ -15,6 +15,7 @@ from accelerate.utils import set_seed
 from torch.distributed import DistNetworkError, DistStoreError
 
 from captioner.cli import UserError
+from captioner.workers import count_processors
 
 EXIT_PREEMPTED = 75  # "try again later" (EX_TEMPFAIL of sysexits.h)
 # A machine that lost its power says nothing. A process that is alive is silent for as long as its loader is patient
@@ -49,7 +50,7 @@ def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
         )
     if accelerator.device.type == "cpu":  # `accelerate launch` leaves a lone CPU process one thread
         here = int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))  # of this machine, says torchrun
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
+        torch.set_num_threads(max(1, count_processors() // here))
     set_seed(seed)
     torch.set_float32_matmul_precision("high")
     return accelerator

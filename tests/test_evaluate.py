@@ -346,6 +346,21 @@ def test_a_model_captions_each_image_once_and_its_results_file_scores_the_same(t
     assert again["bleu_counts"] == found["bleu_counts"]
 
 
+def test_a_loss_that_is_no_number_is_one_line(tmp_path: Path, model: Path, shards: str) -> None:
+    """Its weights are numbers, but too large to compute with; nothing of it is written."""
+    bundle = load_bundle(model)
+    with torch.no_grad():
+        bundle.model.predict.weight.mul_(1e37)
+    save_bundle(
+        tmp_path / "model", model=bundle.model, view=bundle.view, vocabulary=bundle.vocabulary, metrics={},
+        decoding=bundle.decoding,
+    )  # fmt: skip
+    output = tmp_path / "r.json"
+    settings = EvaluateSettings(model=tmp_path / "model", shards=(shards,), output=output, batch_size=BATCH, workers=0)
+    assert "the loss of the evaluated split is" in refusal(settings)
+    assert not output.exists()
+
+
 def test_beams_and_length_penalty_are_the_folders_unless_others_are_asked_for(
     tmp_path: Path, model: Path, shards: str, scored: Any
 ) -> None:

@@ -1,6 +1,5 @@
 """The contenders of benchmarks/captioning.py: the book's way, the captioning command's work, and its parts alone."""
 
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from captioner.describe import Captioner
 from captioner.model import CaptionModel, ModelConfig
 from captioner.views import ViewSpec, normalise, read_eval_view
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
+from captioner.workers import count_processors
 from captioning import COCO, LIGHT
 from infer import main as command
 from infer.peers import Peers
@@ -47,7 +47,7 @@ NUM_WORDS = 9956  # COCO's, in the book
 CAPTION_STEPS, BOOK_STEPS = 12, 20
 CPU_BATCHES, GPU_BATCHES = (4, 8), (64, 256)
 DECODER_BATCH = 256
-NUM_CORES = os.cpu_count() or 1
+NUM_CORES = count_processors()
 BOOK = "the book's way"
 READ, ENCODER, CAPTION = "decode and resize", "encoder", "greedy"
 ALONE, BUSY = "alone", "all cores busy"

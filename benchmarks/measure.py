@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from captioner import cli, storage
+from captioner.workers import count_processors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +110,7 @@ def describe_run(packages: Sequence[str], **facts: object) -> dict[str, str]:
     versions = [f"{name} {found}" for name in packages if (found := version(name))]
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start",
+        "machine": f"{_processor()}, {count_processors()} cores, load {os.getloadavg()[0]:.1f} at the start",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "versions": ", ".join(versions),
         **{name: str(fact) for name, fact in facts.items()},

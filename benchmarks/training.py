@@ -53,6 +53,7 @@ from captioner.flags import Count, File, Workers, WorkersOrZero
 from captioner.model import CaptionModel, ModelConfig
 from captioner.views import ViewSpec, normalise
 from captioner.vocabulary import END, PAD, START, Vocabulary, count_words, read_vocabulary, tokenize
+from captioner.workers import count_processors
 from loaders import CAPTIONS, CROP, MEAN, SHARDS, STD, loader_options, write_loose
 from measure import (
     Bar,
@@ -194,7 +195,7 @@ def pack(
         "split": "train",
         "output": folder / SHARDS,
         "vocabulary": words,
-        "workers": 1 if num_samples < 1000 else os.cpu_count(),
+        "workers": 1 if num_samples < 1000 else count_processors(),
         "shard-megabytes": shard_megabytes(num_samples, shards=16),
     }
     given = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
@@ -604,10 +605,10 @@ def measure_on_gpu(
     """Ours, with and without cached features, against encoder and decoder on a batch that is there already."""
     if settings.parts == "cpu" or not torch.cuda.is_available():
         return [], gpu_bars([])
-    torch.set_num_threads(os.cpu_count() or 1)  # which the training command leaves as it is beside a GPU
+    torch.set_num_threads(count_processors())  # which the training command leaves as it is beside a GPU
     folder = scratch / "gpu"
     pack(originals, captions, folder, num_samples=5120 if settings.quick else 30_720)
-    workers = (os.cpu_count() or 1) if settings.gpu_workers is None else settings.gpu_workers
+    workers = (count_processors()) if settings.gpu_workers is None else settings.gpu_workers
     rounds = settings.rounds or (1 if settings.quick else 3)
     job = Job(folder=folder, encoder=LARGE, batch=BATCH, workers=workers, precision="bf16", on_cpu=False)
     Trainer(job).features()

@@ -94,9 +94,9 @@ def save_bundle(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(weights)
-    (partial / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    (partial / "config.json").write_text(json.dumps(config, indent=1, allow_nan=False), encoding="utf-8")
     (partial / "vocabulary.json").write_text(vocabulary.to_json(), encoding="utf-8")
-    (partial / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    (partial / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False), encoding="utf-8")
     (partial / "README.md").write_text(model_card(config, metrics, calibration), encoding="utf-8")
     if calibration is not None:
         content, arrays = to_files(calibration, model=digest[:NAME_LETTERS])
@@ -220,6 +220,8 @@ def _assemble(folder: str, config: dict[str, Any]) -> Bundle:
     except (safetensors.SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{weights_file} does not fit its config.json ({reason}): {MAKE_AGAIN}") from error
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise UserError(f"{weights_file} holds weights that are no finite numbers: train the model again")
     name = digest[:NAME_LETTERS]
     return Bundle(
         model=model.eval(),

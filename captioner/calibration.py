@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
+from safetensors.numpy import save as save_arrays
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from captioner.content import content_sha256
 
 FORMAT_VERSION = 1
 FEWEST_PICTURES = 100  # fewer tell too little
@@ -131,7 +133,7 @@ class Calibration:
     @property
     def fingerprint(self) -> str:
         """Tells it from other calibrations."""
-        return hashlib.sha256(to_files(self, model="")[0]).hexdigest()[:12]
+        return content_sha256(json.dumps(_content(self)), _arrays(self))[:12]
 
     def confidence(self, scores: Sequence[float]) -> list[float] | None:
         """For each caption's score the chance, 0 to 1, that it is good; None where that is not known."""
@@ -266,18 +268,28 @@ def _direction(features_BF: Tensor) -> Tensor:
 
 def to_files(calibration: Calibration, *, model: str) -> tuple[bytes, bytes]:
     """The contents of `calibration.json` and `calibration.safetensors`; `model` is the name of the weights."""
-    space = calibration.space
-    names = () if space is None else FeatureSpace.__slots__
-    arrays = save_tensors({name: getattr(space, name) for name in names})
+    arrays = save_arrays(_arrays(calibration))
     content = {
         "format_version": FORMAT_VERSION,
         "model": model,
         "arrays_sha256": hashlib.sha256(arrays).hexdigest(),
+        **_content(calibration),
+    }
+    return json.dumps(content, indent=1, allow_nan=False).encode(), arrays
+
+
+def _content(calibration: Calibration) -> dict[str, Any]:
+    """All but the arrays."""
+    return {
         "decoding": calibration.decoding,
         "curve": calibration.curve and asdict(calibration.curve),
         "reliability": calibration.reliability and asdict(calibration.reliability),
     }
-    return json.dumps(content, indent=1).encode(), arrays
+
+
+def _arrays(calibration: Calibration) -> dict[str, np.ndarray]:
+    names = () if calibration.space is None else FeatureSpace.__slots__
+    return {name: getattr(calibration.space, name).cpu().numpy() for name in names}
 
 
 def from_files(text: bytes, arrays: bytes, *, model: str) -> Calibration:

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from captioner import cli
 from captioner.flags import Count, File, Seed
 from captioner.storage import write_atomic
+from captioner.workers import count_processors
 
 SHAPES = {  # name used in captions: (singular words, plural words)
     "circle": (("circle", "disc"), ("circles", "discs")),
@@ -370,7 +371,7 @@ def main(settings: SceneSettings) -> None:
     if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == wanted:
         cli.console.print(f"{settings.output} is complete")
         return
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(count_processors()) as pool:
         write_split(settings, "train", settings.train, pool=pool)
         write_split(settings, "val", settings.val, pool=pool)
     write_atomic(str(marker), json.dumps(wanted, indent=1))

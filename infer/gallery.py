@@ -26,6 +26,7 @@ from captioner.cli import UserError, console, progress_bar
 from captioner.images import ImageError, decode_rgb
 from captioner.pages import load_template
 from captioner.storage import WEB, is_remote
+from captioner.workers import count_processors
 from infer.listing import ImageFile, locate
 from infer.reading import MAX_FILE_BYTES
 from infer.results import Row
@@ -106,7 +107,9 @@ def _link(file: ImageFile, folder: Path) -> str | None:
 
 def _data(entries: Sequence[dict[str, Any]], *, roots: Sequence[str], thumbnails: Mapping[str, str | None]) -> str:
     """The script that holds the entries, one a line, in pure ASCII: no name ends it, or a string in it."""
-    lines = (json.dumps({**entry, "thumbnail": thumbnails.get(entry["thumbnail"])}) for entry in entries)
+    lines = (
+        json.dumps({**entry, "thumbnail": thumbnails.get(entry["thumbnail"])}, allow_nan=False) for entry in entries
+    )
     return "const ROWS = [\n" + ",\n".join(lines) + "\n];\nconst ROOTS = " + json.dumps(name_roots(roots)) + ";\n"
 
 
@@ -147,7 +150,7 @@ def _page(entries: Sequence[dict[str, Any]], *, roots: Sequence[str], title: str
 def _make_thumbnails(pictures: Mapping[str, ImageFile], folder: Path) -> dict[str, str | None]:
     """The name of each picture's thumbnail, made or reused; None where none can be made. Keys are checksums."""
     names: dict[str, str | None] = {}
-    num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+    num_threads = min(MAX_THREADS, count_processors())
     with (
         ThreadPoolExecutor(num_threads) as pool,
         progress_bar("gallery", total=len(pictures), unit="pictures") as bar,

@@ -59,7 +59,7 @@ class Row(TypedDict):
 
 def to_line(row: Row) -> str:
     """A row as a line of pure ASCII, so that undecodable file names survive."""
-    return json.dumps(row) + "\n"
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def duplicate_row(first: Row, *, root: str, path: str) -> Row:
@@ -161,7 +161,7 @@ def check_settings(output: Path, settings: Mapping[str, Any]) -> None:
 
 def write_settings(output: Path, settings: Mapping[str, Any]) -> None:
     """Keep the settings beside the output; call it before the first part is opened."""
-    storage.write_atomic(str(settings_path(output)), json.dumps(settings, indent=1) + "\n")
+    storage.write_atomic(str(settings_path(output)), json.dumps(settings, indent=1, allow_nan=False) + "\n")
 
 
 def _shown(settings: Mapping[str, Any], key: str) -> str:

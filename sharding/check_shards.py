@@ -84,8 +84,9 @@ class IndexSettings:
     """What the tars are for."""
     pattern: str | None = None
     """Which files, such as "cc3m-train-*.tar"; without it SPLIT*.tar where there are any, else *.tar."""
-    threshold: Count = 4
-    """A word enters the vocabulary when the captions hold it at least this often (train, or where there is none)."""
+    threshold: Count | None = None
+    """A word enters the vocabulary when the captions hold it at least this often (train, or where there is none).
+    Without it 4, or fewer on small data: as many as let the vocabulary cover 90 % of the captions' words."""
     size: Pixels = 256
     """Sides in pixels that pictures are squashed to when training reads them."""
 

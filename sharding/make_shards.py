@@ -15,7 +15,6 @@ result. Next: accelerate launch train/main.py
 Exit codes: 0 done; 2 something to mend, told in one line; 3 packed, but with more failures than --max-failures.
 """
 
-import os
 import re
 import sys
 import time
@@ -30,6 +29,7 @@ from captioner import cli, storage
 from captioner.cli import UserError
 from captioner.shards import Manifest, manifest_location, read_manifest
 from captioner.vocabulary import read_vocabulary
+from captioner.workers import count_processors
 from sharding.claim import claim
 from sharding.engine import prepare, run_local
 from sharding.finish import failure_text, write_manifest, write_vocabulary
@@ -62,6 +62,7 @@ def main(settings: ShardSettings) -> None:
             refuse_foreign(source.split, settings.output)
             plans, failures = plan_split(source, settings)
             shards = pack_split(plans, split=source.split, settings=settings)
+            refuse_empty(shards, source, settings.output)
             if source.split == "train" or vocabulary:
                 write_vocabulary(settings.output, shards, threshold=settings.threshold, given=vocabulary)
             manifest = write_manifest(
@@ -85,6 +86,27 @@ def needs_vocabulary(split: str, settings: ShardSettings) -> None:
             f"split {split} needs the training vocabulary, and there is no {location}: "
             "pack --split train first, or give --vocabulary FILE"
         )
+
+
+def refuse_empty(shards: Sequence[PackedShard], source: Source, folder: str) -> None:
+    """Raise UserError, and leave none of the shards behind, when they hold no sample at all."""
+    if any(shard.entry.samples for shard in shards):
+        return
+    for shard in shards:
+        for ending in ("index", "tar"):
+            storage.delete(storage.join(folder, f"{shard.entry.name}.{ending}"))
+    failures = [failure for shard in shards for failure in shard.failures]
+    raise UserError(f"no picture of split {source.split} in {source.images} could be packed{why_none(failures)}")
+
+
+def why_none(failures: Sequence[Failure]) -> str:
+    """The failures by reason, and the first of the commonest reason, as the end of an error."""
+    if not failures:
+        return ": name another file with --captions, or another --split"
+    reasons = Counter(failure.reason for failure in failures)
+    commonest = reasons.most_common(1)[0][0]
+    first = next(failure for failure in failures if failure.reason == commonest)
+    return f" ({failure_text(reasons)}), such as {first.image or 'a row'}: {commonest}, {first.message}"
 
 
 def refuse_foreign(split: str, folder: str) -> None:
@@ -111,8 +133,8 @@ def refuse_foreign(split: str, folder: str) -> None:
 def plan_split(source: Source, settings: ShardSettings) -> tuple[list[ShardPlan], list[Failure]]:
     """A split's shards to make, and what of its caption file cannot be packed. Raises UserError."""
     records, failures = read_records(source)
-    if not records and not failures:
-        raise UserError(f"{source.captions} holds no caption of split {source.split}")
+    if not records:
+        raise UserError(f"{source.captions} holds no picture of split {source.split} to pack{why_none(failures)}")
     file_bytes = storage.sizes_bytes(source.images, [record.file_name for record in records])
     if records and not any(size is not None for size in file_bytes):
         raise UserError(
@@ -216,7 +238,7 @@ def run_engine(plans: Sequence[ShardPlan], settings: ShardSettings, report: Repo
         from sharding.cluster import run_ray
 
         return run_ray(plans, settings.output, workers=settings.workers, report=report)
-    return run_local(plans, settings.output, workers=settings.workers or os.cpu_count() or 1, report=report)
+    return run_local(plans, settings.output, workers=settings.workers or count_processors(), report=report)
 
 
 def without_query(location: str) -> str:

@@ -31,8 +31,9 @@ class ShardSettings:
     """JPEG quality of stored pictures; a JPEG that has the wanted size already is stored untouched."""
     shard_megabytes: Count = 64
     """About how large a shard becomes."""
-    threshold: Count = 4
-    """A word enters the vocabulary when the training captions hold it at least this often."""
+    threshold: Count | None = None
+    """A word enters the vocabulary when the training captions hold it at least this often. Without it 4, or fewer on
+    small data: as many as let the vocabulary cover 90 % of the captions' words."""
     vocabulary: Location | None = None
     """Use this vocabulary.json instead of making one from the training captions."""
     workers: Workers | None = None

@@ -254,6 +254,14 @@ def test_another_format_version_is_refused(folder: Path, version: object) -> Non
     assert f"format {version}" in refusal(folder)
 
 
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    """As they would be after a training that diverged; their captions would have scores that JSON cannot hold."""
+    model = make_model()
+    with torch.no_grad():
+        model.predict.weight[5, 0] = torch.nan
+    assert "model.safetensors holds weights that are no finite numbers: train" in refusal(save(tmp_path / "m", model))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.00001, 0.001, 0.3, 0.999999])
 def test_cut_weights_are_refused(folder: Path, share: float) -> None:
     path = folder / "model.safetensors"

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
+from safetensors.numpy import save as save_arrays
 from tiny import write_shards
 from tiny_model import DECODING, VIEW, VOCABULARY, make_model, write_model
 from trainer import run_training
@@ -249,6 +250,26 @@ def test_what_is_written_is_what_is_read(calibration: Calibration) -> None:
     nothing = from_files(*to_files(Calibration(decoding={}), model="abc"), model="abc")
     assert nothing.confidence([-1.0]) is None
     assert nothing.is_unlike(features_BF) is None
+
+
+def test_the_fingerprint_is_of_what_is_measured_and_not_of_how_a_library_writes_it(
+    calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = to_files(calibration, model="abc")
+    monkeypatch.setattr("captioner.calibration.save_arrays", lambda arrays: save_arrays(arrays, {"version": "next"}))
+    other_files = to_files(calibration, model="abc")
+    assert other_files[1] != files[1]
+    again = from_files(*other_files, model="abc")
+    assert again.fingerprint == from_files(*files, model="abc").fingerprint == calibration.fingerprint
+    space = calibration.space
+    assert space is not None
+    others = [
+        replace(calibration, space=None),
+        replace(calibration, space=replace(space, threshold=space.threshold + 1)),
+        replace(calibration, curve=None),
+        replace(calibration, decoding={}),
+    ]
+    assert len({calibration.fingerprint, *(other.fingerprint for other in others)}) == 5
 
 
 def test_files_of_another_model_are_refused(calibration: Calibration) -> None:

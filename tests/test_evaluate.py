@@ -104,12 +104,30 @@ def test_images_without_a_result_are_counted_and_change_no_score(
     assert "3 of 5 images" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", [str, float])
+@pytest.mark.parametrize("of_results", [True, False])
+def test_ids_may_be_text_in_one_file_and_numbers_in_the_other(tmp_path: Path, kind: type, of_results: bool) -> None:
+    expected = score_files(tmp_path)["metrics"]
+    results, references = (
+        [row | {"image_id": kind(row["image_id"])} for row in rows] for rows in (RESULTS, ANNOTATIONS)
+    )
+    if of_results:
+        assert score_files(tmp_path, results)["metrics"] == expected
+    else:
+        assert score_files(tmp_path, references=coco(references))["metrics"] == expected
+        mixed = coco(ANNOTATIONS) | {"annotations": [*ANNOTATIONS[:1], *references[1:]]}
+        assert score_files(tmp_path, references=mixed)["metrics"] == expected
+
+
 @pytest.mark.parametrize(
     ("results", "said"),
     [
         ([*RESULTS, {"image_id": 7, "caption": "a dog"}], "has image 7 2 times"),
         ([*RESULTS, {"image_id": 99, "caption": "a dog"}], "no captions of 1 of the images"),
-        ([{"image_id": "7", "caption": "a dog"}], "such as '7'"),
+        ([{"image_id": "07", "caption": "a dog"}], "such as '07'"),
+        ([*RESULTS, {"image_id": "7", "caption": "a dog"}], "has image 7 2 times"),
+        ([{"image_id": 7.5, "caption": "a dog"}], "in row 0"),
+        ([{"image_id": True, "caption": "a dog"}], "in row 0"),
         ([*RESULTS, {"image_id": 8}], "in row 2"),
         ([{"image_id": 7, "caption": None}], "in row 0"),
         ([{"image_id": None, "caption": "a dog"}], "in row 0"),
@@ -132,6 +150,7 @@ def test_other_results_are_refused(tmp_path: Path, results: Any, said: str) -> N
         ({"annotations": {}}, "no list of captions"),
         (coco([*ANNOTATIONS, {"image_id": 8, "caption": 5}]), "in row 3"),
         (coco(ANNOTATIONS[:2]), "such as 8"),
+        ({"annotations": [*ANNOTATIONS, {"image_id": "8", "caption": "a"}]}, "image 8 and of image '8'"),
     ],
 )
 def test_other_references_are_refused(tmp_path: Path, references: Any, said: str) -> None:
@@ -323,6 +342,21 @@ def test_a_model_captions_each_image_once_and_its_results_file_scores_the_same(t
     again = score_files(tmp_path, results, coco(annotations))
     assert again["metrics"].items() <= found["metrics"].items()
     assert again["bleu_counts"] == found["bleu_counts"]
+
+
+def test_a_loss_that_is_no_number_is_one_line(tmp_path: Path, model: Path, shards: str) -> None:
+    """Its weights are numbers, but too large to compute with; nothing of it is written."""
+    bundle = load_bundle(model)
+    with torch.no_grad():
+        bundle.model.predict.weight.mul_(1e37)
+    save_bundle(
+        tmp_path / "model", model=bundle.model, view=bundle.view, vocabulary=bundle.vocabulary, metrics={},
+        decoding=bundle.decoding,
+    )  # fmt: skip
+    output = tmp_path / "r.json"
+    settings = EvaluateSettings(model=tmp_path / "model", shards=(shards,), output=output, batch_size=BATCH, workers=0)
+    assert "the loss of the evaluated split is" in refusal(settings)
+    assert not output.exists()
 
 
 def test_beams_and_length_penalty_are_the_folders_unless_others_are_asked_for(

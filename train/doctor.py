@@ -27,10 +27,11 @@ from captioner import cli, storage
 from captioner.cli import UserError
 from captioner.flags import Count, File, Location, Pixels, Positive, Workers
 from captioner.shards import ShardEntry
+from captioner.splitmix import random_bits, random_order
 from captioner.workers import count_processors
 from train.cache import ShardCache
 from train.diagnosis import STAGES, Measured, verdict
-from train.plan import PACK_FIRST, SAMPLE_CHANCE, EpochPlan, SampleRef, random_bits, random_order
+from train.plan import PACK_FIRST, SAMPLE_CHANCE, EpochPlan, SampleRef
 from train.reader import OpenShard, SampleError, ShardReader
 from train.settings import TrainSettings
 from train.split import Split, read_merged_vocabulary, read_split
@@ -292,7 +293,9 @@ def main(settings: DoctorSettings) -> None:
     for line in lines:
         cli.console.print(line, markup=False)
     if settings.json:
-        text = json.dumps({**asdict(measured), "wanted": settings.images_per_second, "verdict": lines}, indent=1)
+        text = json.dumps(
+            {**asdict(measured), "wanted": settings.images_per_second, "verdict": lines}, indent=1, allow_nan=False
+        )
         try:
             storage.write_atomic(str(settings.json), text)
         except OSError as error:

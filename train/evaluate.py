@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from captioner import cli, storage
 from captioner.cli import UserError
 from captioner.flags import AnyNumber, Count, File, Location, Positive, WorkersOrZero
+from captioner.image_ids import ImageId
 from captioner.metrics import References
-from train.coco_results import ImageId, read_references, read_results, write_results
+from train.coco_results import by_reference_id, read_references, read_results, write_results
 from train.java_metrics import JavaMetric, check_java, java_scores
 
 if TYPE_CHECKING:
@@ -102,13 +103,8 @@ def _flag(name: str) -> str:
 def score_results(settings: EvaluateSettings) -> None:
     """Score the images of a results file; like the official program, leave out images that have no result."""
     results, references = str(settings.results), str(settings.references)
-    captions, all_captions = read_results(results), read_references(references)
-    unknown = [image_id for image_id in captions if image_id not in all_captions]
-    if unknown:
-        raise UserError(
-            f"{references} has no captions of {len(unknown):,} of the images in {results}, such as {unknown[0]!r}: "
-            "give the file with the references of these images"
-        )
+    found, all_captions = read_results(results), read_references(references)
+    captions = by_reference_id(found, all_captions, results=results, location=references)
     num_left = len(all_captions) - len(captions)
     if num_left:
         cli.console.print(f"{num_left:,} of {len(all_captions):,} images in {references} have no result: not scored")
@@ -135,7 +131,7 @@ def report(
     cli.print_table(f"{len(captions):,} images", ("metric", "value"), list(metrics.items()))
     if settings.json is not None:
         content = {"metrics": metrics, "bleu_counts": corpus.bleu_counts(captions)._asdict(), **facts}
-        storage.write_atomic(str(settings.json), json.dumps(content, indent=1))
+        storage.write_atomic(str(settings.json), json.dumps(content, indent=1, allow_nan=False))
 
 
 # ---- a model ----------------------------------------------------------------------------------------------------

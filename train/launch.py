@@ -15,6 +15,7 @@ from torch.distributed import DistNetworkError, DistStoreError
 
 from captioner.cli import UserError
 from captioner.peers import EXIT_PREEMPTED, peer_timeout
+from captioner.workers import count_processors
 
 LOST_PEER = (
     "gloo/transport/tcp/(pair|buffer|unbound_buffer)|caused pair closure"
@@ -44,7 +45,7 @@ def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
         )
     if accelerator.device.type == "cpu":  # `accelerate launch` leaves a lone CPU process one thread
         here = int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))  # of this machine, says torchrun
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
+        torch.set_num_threads(max(1, count_processors() // here))
     set_seed(seed, device_specific=True)
     torch.set_float32_matmul_precision("high")
     return accelerator

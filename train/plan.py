@@ -8,7 +8,7 @@ positions [tG, (t+1)G) of the order, whatever the number of processes: G/L sampl
 the second, and so on. Rank r of W takes the r-th of W equal parts of each batch. When W divides L, that comes from the
 r-th of W equal parts of the sequence: the rank opens its part of the shards and at most one more.
 
-Imports no torch. Random numbers are hashes written out here, so that no library's new version changes an order.
+Imports no torch. Random numbers are hashes (`captioner/splitmix.py`): no library's new version changes an order.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,6 +20,7 @@ import numpy as np
 from captioner import cli
 from captioner.cli import UserError
 from captioner.flags import Count, CountOrZero, Location, Seed
+from captioner.splitmix import random_order
 
 SHUFFLE_SHARDS = 256
 SHARD_ORDER, WINDOW_ORDER, SAMPLE_CHANCE = range(3)  # the streams of random numbers
@@ -169,31 +170,6 @@ def rank_positions(step: int, *, num_samples: int, global_batch: int, rank: int,
     start = step * global_batch
     length = max(0, min(global_batch, num_samples - start))
     return range(start + rank * length // world_size, start + (rank + 1) * length // world_size)
-
-
-# ---- chance -----------------------------------------------------------------------------------------------
-
-MASK = (1 << 64) - 1
-GOLDEN = 0x9E3779B97F4A7C15
-
-
-def random_bits(counters: np.ndarray, *key: int) -> np.ndarray:
-    """64 random bits (uint64) for each counter, a function of key and counter alone: SplitMix64's output function."""
-    state = np.zeros(1, dtype=np.uint64)
-    for part in key:
-        state = _mix(state + np.uint64((part * GOLDEN + GOLDEN) & MASK))
-    return _mix(state + counters.astype(np.uint64) * np.uint64(GOLDEN))
-
-
-def _mix(bits: np.ndarray) -> np.ndarray:
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
-
-
-def random_order(length: int, *key: int) -> np.ndarray:
-    """A permutation of `length` numbers, a function of the key alone."""
-    return np.argsort(random_bits(np.arange(length), *key), kind="stable")
 
 
 # ---- printed ----------------------------------------------------------------------------------------------

@@ -98,8 +98,8 @@ class Progress:
 
 def write_figures(run: Path, report: RunReport, metrics: Mapping[str, float]) -> None:
     """Write `report.json` and `metrics.json`."""
-    write_atomic(str(run / "report.json"), json.dumps(asdict(report), indent=1))
-    write_atomic(str(run / "metrics.json"), json.dumps(dict(metrics), indent=1))
+    write_atomic(str(run / "report.json"), json.dumps(asdict(report), indent=1, allow_nan=False))
+    write_atomic(str(run / "metrics.json"), json.dumps(dict(metrics), indent=1, allow_nan=False))
 
 
 def model_folder(run: Path) -> Path:
@@ -127,7 +127,7 @@ def _record_settings(run: Path, settings: Mapping[str, Any], *, ignored: tuple[s
     path = run / "settings.json"
     settings = json.loads(json.dumps(settings))  # as it comes back: lists for tuples
     if not path.exists():
-        write_atomic(str(path), json.dumps(settings, indent=1))
+        write_atomic(str(path), json.dumps(settings, indent=1, allow_nan=False))
         return
     old = read_json(str(path), remedy=f"delete {run} or give another --output")
     changed = [name for name in settings if name not in ignored and old.get(name) != settings[name]]

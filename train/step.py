@@ -5,6 +5,7 @@ Shapes: B images, M target tokens, H hidden width, V vocabulary.
 
 import hashlib
 import math
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -42,11 +43,12 @@ class StepLoss:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean cross-entropy; infinite where that is beyond a float."""
-        return math.exp(self.per_token) if self.per_token < 700 else math.inf
+        """exp of the mean cross-entropy, at most the greatest number a float holds, so that JSON can hold it too."""
+        return math.exp(self.per_token) if self.per_token < 700 else sys.float_info.max
 
     def __str__(self) -> str:
-        return f"loss {self.per_token:.3f}, perplexity {self.perplexity:.2f}"
+        perplexity = f"{self.perplexity:.2f}" if self.perplexity < 1e6 else f"{self.perplexity:.1e}"
+        return f"loss {self.per_token:.3f}, perplexity {perplexity}"
 
 
 class CaptionLoss(nn.Module):

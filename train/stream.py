@@ -27,10 +27,11 @@ from captioner import images, storage, views
 from captioner.cli import UserError
 from captioner.model import PackedCaptions
 from captioner.shards import read_content
+from captioner.splitmix import random_bits
 from captioner.vocabulary import Vocabulary
 from train.cache import RESTORE, Prefetcher, ShardCache
 from train.features import ROW_DTYPE, FeatureFiles, FeatureReader
-from train.plan import SAMPLE_CHANCE, EpochPlan, SampleRef, random_bits, rank_positions
+from train.plan import SAMPLE_CHANCE, EpochPlan, SampleRef, rank_positions
 from train.reader import Reason, SampleError, ShardReader
 from train.ring import Ring, Slot
 from train.split import Split

@@ -132,7 +132,7 @@ def _append(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row) + "\n"
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The validation split: its loss, generated captions, and how they score; exact on any number of processes."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -49,7 +50,8 @@ def evaluate_split(
     """The split's loss, and a caption for each of its images in the split's order, the same on every rank.
 
     Each picture is decoded and encoded once for both. The captions are generated in float32 as they are outside of
-    training, whatever the precision of training: their scores are what confidence is calibrated on.
+    training, whatever the precision of training: their scores are what confidence is calibrated on. Raises UserError
+    for a loss that is not a number.
     """
     model, was_training = loss_model.model, loss_model.training
     loss_model.eval()
@@ -77,7 +79,13 @@ def evaluate_split(
         ]
     loss_model.train(was_training)
     loss_sums, nums_targets = zip(*gather_object([(loss_sum, num_targets)]), strict=True)
-    return StepLoss(sum(loss_sums), sum(nums_targets)), sorted(gather_object(rows), key=lambda row: row.position)
+    loss = StepLoss(sum(loss_sums), sum(nums_targets))
+    if not math.isfinite(loss.loss_sum):
+        raise UserError(
+            f"the loss of the evaluated split is {loss.loss_sum}: this model is of no use, train one again with a "
+            "smaller learning rate"
+        )
+    return loss, sorted(gather_object(rows), key=lambda row: row.position)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,4 +203,4 @@ def read_captions(path: Path) -> list[ValidationCaption]:
 def write_captions(path: Path, rows: list[ValidationCaption]) -> None:
     """Write the captions as JSONL: `image_id`, `caption`, `score`, `references`."""
     fields = [{name: value for name, value in asdict(row).items() if name != "position"} for row in rows]
-    write_atomic(str(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in fields))
+    write_atomic(str(path), "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in fields))

@@ -79,7 +79,7 @@ from train.plan import num_steps
 from train.schedule import make_optimizer, make_schedule
 from train.settings import TrainSettings
 from train.split import read_split
-from train.step import MAX_GRADIENT_NORM, CaptionLoss, train_step
+from train.step import MAX_GRADIENT_NORM, CaptionLoss, distribute, train_step
 from train.stream import Batch, BatchStream, Share, ViewRules
 
 PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "pillow", "pillow-simd", "nltk", "numpy")
@@ -337,7 +337,7 @@ class Trainer:
             self.model, DEFAULTS.learning_rate, encoder_learning_rate=DEFAULTS.encoder_learning_rate
         )
         self.schedule = make_schedule(optimizer, DEFAULTS.schedule, total_steps=10_000)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.loss_model, optimizer)
+        self.wrapped, self.optimizer = distribute(self.loss_model, optimizer, self.accelerator)
         self.wrapped.train()
         self.rules = ViewRules(crop=CROP, max_tokens=DEFAULTS.max_tokens, training=False)
         self.cache = str(job.folder / "cache")

@@ -31,8 +31,9 @@ from scenes import main as draw_scenes
 from sharding.make_shards import main as make_shards
 from sharding.settings import ShardSettings
 from train.launch import start_accelerator
+from train.schedule import make_optimizer
 from train.split import read_split
-from train.step import CaptionLoss
+from train.step import CaptionLoss, distribute
 from train.stream import BatchStream, Share, ViewRules
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -179,7 +180,9 @@ def _draw(rank: int, world_size: int, port: int, folder: Path) -> None:
     accelerator = start_accelerator(seed=3)
     config = ModelConfig(encoder="small_cnn", vocabulary_size=10, embedding_size=6, hidden_size=7, dropout=0.5)
     model = CaptionModel(config, encoder_trainable=True)
-    accelerator.prepare(CaptionLoss(model, view=ViewSpec(size=32, crop=32)))
+    optimizer = make_optimizer(model, 1e-3, encoder_learning_rate=1e-3)
+    wrapped, _ = distribute(CaptionLoss(model, view=ViewSpec(size=32, crop=32)), optimizer, accelerator)
+    assert not wrapped.broadcast_buffers
 
     def mask() -> torch.Tensor:
         return model.drop(torch.ones(64))

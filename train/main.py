@@ -27,7 +27,7 @@ from train.schedule import make_optimizer, make_schedule
 from train.settings import CHANGEABLE, TrainSettings, check_settings, count_steps
 from train.split import read_merged_vocabulary, read_split, read_validation
 from train.starting_model import choose_view, make_model
-from train.step import CaptionLoss, check_same_weights, train_step
+from train.step import CaptionLoss, check_same_weights, distribute, train_step
 from train.stream import BatchStream, Share, StreamState, ViewRules, check_ranks, rank_facts
 from train.tracking import Tracker
 from train.validation import Evaluator
@@ -71,8 +71,7 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
     optimizer = make_optimizer(model, settings.learning_rate, encoder_learning_rate=settings.encoder_learning_rate)
     schedule = make_schedule(optimizer, settings.schedule, total_steps=total_steps, encoder_from_step=thaw_step or 0)
     progress, report = run_folder.Progress(), run_folder.RunReport()
-    wrapped, optimizer = accelerator.prepare(loss_model, optimizer)
-    wrapped.broadcast_buffers = False  # all ranks' batch norms hold the same statistics already
+    wrapped, optimizer = distribute(loss_model, optimizer, accelerator)
     run_folder.checkpoint_trained_weights(run, loss_model, accelerator)
     accelerator.register_for_checkpointing(schedule, state, progress)
 

@@ -131,6 +131,16 @@ def _to_device(rows: Tensor, device: torch.device) -> Tensor:
     return rows.pin_memory().to(device, non_blocking=True) if device.type in PINNED_FOR else rows.to(device)
 
 
+def distribute(loss_model: CaptionLoss, optimizer: Optimizer, accelerator: Accelerator) -> tuple[nn.Module, Optimizer]:
+    """What `train_step` wants of both: all ranks start with rank 0's weights, and average their gradients.
+
+    Buffers are copied to the other ranks once and not, as by default, in each forward: batch norm keeps them equal.
+    """
+    wrapped, optimizer = accelerator.prepare(loss_model, optimizer)
+    wrapped.broadcast_buffers = False
+    return wrapped, optimizer
+
+
 def train_step(
     loss_model: nn.Module,
     parts: Sequence[Batch],

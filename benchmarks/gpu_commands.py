@@ -153,8 +153,15 @@ def train(
     """A whole run of the training command, with more flags than `train_flags`, of which the last one counts."""
     run = new_run(job, name)
     flags = last_flags(train_flags(job, run, *more, shards=shards))
-    job.run([*launch(precision=precision), TRAIN, *flags], device=device, variables=variables)
+    printed = job.run([*launch(precision=precision), TRAIN, *flags], device=device, variables=variables)
+    check_trained_on(device or job.device, printed)
     return run
+
+
+def check_trained_on(device: Device, printed: str, *, processes: int = 1) -> None:
+    """Raise CheckError unless the training command said that it has so many processes on the device."""
+    if f" steps on {processes} x {device}" not in printed:
+        raise CheckError(f"it did not train with {processes} process(es) on {device}", printed)
 
 
 def last_flags(flags: Sequence[object]) -> list[object]:

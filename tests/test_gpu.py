@@ -21,12 +21,16 @@ from safetensors.numpy import save_file
 
 import gpu
 import gpu_commands
+import gpu_model_rows
 import gpu_packages
-import gpu_rows
+import gpu_training_rows
 from gpu_commands import Run, last_flags
+from gpu_compare import weight_difference
 from gpu_jobs import Bench, CheckError, Job, Outcome, SkipError
-from gpu_rows import Row, fp32, half_precision, same_captions
+from gpu_model_rows import same_captions
+from gpu_rows import Row
 from gpu_table import Finding, Table, run_row, run_rows
+from gpu_training_rows import fp32, half_precision
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOSSES = [4.0, 3.5, 3.2, 3.0, 2.9, 2.8, 2.7, 2.6]
@@ -237,7 +241,7 @@ def test_half_precision_that_ends_elsewhere_fails(
 ) -> None:
     give(bench, fp32=write_run(tmp_path / "a", LOSSES))
     runs = iter([write_run(tmp_path / "b", [4.1, *LOSSES[1:]]), write_run(tmp_path / "c", [*LOSSES[:-2], 3.0, 3.0])])
-    monkeypatch.setattr(gpu_rows, "train", lambda *_, **__: next(runs))
+    monkeypatch.setattr(gpu_training_rows, "train", lambda *_, **__: next(runs))
     for result in ("pass", "FAIL"):
         assert find(lambda job: half_precision(job, precision="bf16", tolerance=0.05), bench).result == result
     with pytest.raises(SkipError):
@@ -246,8 +250,8 @@ def test_half_precision_that_ends_elsewhere_fails(
 
 def test_other_weights_are_found(tmp_path: Path) -> None:
     one, two = write_run(tmp_path / "a", LOSSES), write_run(tmp_path / "b", LOSSES, weight=1.5)
-    assert gpu_rows.weight_difference(one, one) == 0
-    assert gpu_rows.weight_difference(two, one) == 0.5
+    assert weight_difference(one, one) == 0
+    assert weight_difference(two, one) == 0.5
 
 
 def test_other_captions_than_the_cpus_make_a_row_fail(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +259,7 @@ def test_other_captions_than_the_cpus_make_a_row_fail(bench: Bench, monkeypatch:
     give(bench, captions_on_the_CPU=wanted)
     for changed, result in ((1, "pass"), (2, "FAIL")):
         found = wanted | {f"{number}.jpg": "a dog" for number in range(changed)}
-        monkeypatch.setattr(gpu_rows, "captions", lambda *_, found=found, **__: found)
+        monkeypatch.setattr(gpu_model_rows, "captions", lambda *_, found=found, **__: found)
         assert find(lambda job: same_captions(job, precision="float32", least=0.95), bench).result == result
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parent.parent
 MINUTES = 9.5  # some seconds are left for the last rows to be told
 PARALLEL_ON_GPU = 4
+PATIENCE_ON_CPU = 5.0  # which others may be using
 
 
 def main() -> int:
@@ -46,8 +47,7 @@ def main() -> int:
         folder = Path(temporary)
         packages = prepare_packages(settings.wheels, folder / "packages")
         sys.path += [str(REPOSITORY), *([str(packages)] if packages else [])]
-        if settings.device == "cuda":
-            check_gpu(packages)
+        num_gpus = count_gpus() if settings.device == "cuda" else 0
         import gpu_rows
         from gpu_jobs import Bench
         from gpu_table import Table, run_rows
@@ -55,8 +55,9 @@ def main() -> int:
         rows = choose_rows(gpu_rows.ROWS, settings.only)
         small = settings.device == "cpu"
         bench = Bench(
-            device=settings.device, folder=folder, ends=started + 60 * settings.minutes, packages=packages, small=small
-        )
+            device=settings.device, folder=folder, ends=started + 60 * settings.minutes, packages=packages, small=small,
+            num_gpus=num_gpus, patience=PATIENCE_ON_CPU if small else 1.0,
+        )  # fmt: skip
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: end(bench))
         table = Table(json=settings.json, width=max(len(row.name) for row in rows))
@@ -103,13 +104,14 @@ def prepare_packages(wheels: Path | None, folder: Path) -> Path | None:
     return folder
 
 
-def check_gpu(packages: Path | None) -> None:
-    """Refuse to go on where torch sees no GPU."""
-    code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+def count_gpus() -> int:
+    """How many GPUs torch sees; refuses to go on where there is none."""
+    code = "import torch; print(torch.cuda.device_count(), torch.cuda.get_device_name())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if done.returncode or not done.stdout.strip():
+    if done.returncode:
         refuse("torch sees no GPU here: go to a machine with one, or give --device cpu")
-    print(f"GPU: {done.stdout.strip()}")
+    print(f"GPUs: {done.stdout.strip()}")
+    return int(done.stdout.split()[0])
 
 
 def choose_rows(rows: "tuple[Row, ...]", names: list[str] | None) -> "list[Row]":

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_SECONDS = 150.0  # for what several rows need
 SHOWN_LINES = 12
+KILLED = "killed when its time was over"
 OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 Device = Literal["cuda", "cpu"]
@@ -56,13 +57,18 @@ class Outcome:
 
 @dataclass(kw_only=True)
 class Bench:
-    """What all jobs of a run have in common; `ends` is the time (monotonic) at which every command is killed."""
+    """What all jobs of a run have in common; `ends` is the time (monotonic) at which every command is killed.
+
+    A row may take `patience` times its seconds.
+    """
 
     device: Device
     folder: Path
     ends: float
     packages: Path | None = None
     small: bool = False
+    num_gpus: int = 0
+    patience: float = 1.0
     _numbers: Any = field(default_factory=count)
     _lock: Any = field(default_factory=Lock)
     _results: dict[str, tuple[Any, list[Any]]] = field(default_factory=dict)
@@ -81,6 +87,7 @@ class Bench:
         found |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         if device == "cpu":
             found |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+            found |= {"OMP_WAIT_POLICY": "passive"}  # beside others' threads, spinning ones cost most of the time
         return found
 
 
@@ -92,7 +99,7 @@ class Job:
         self.small = bench.small
         self.device = bench.device
         self.others_seconds = 0.0
-        self._ends = time.monotonic() + seconds
+        self._ends = time.monotonic() + seconds * bench.patience
 
     @property
     def ends(self) -> float:
@@ -171,7 +178,7 @@ class Command:
         while not condition():
             if time.monotonic() > self.job.ends:
                 self.kill()
-                raise CheckError(f"killed when its time was over: {self.text}", self.tail())
+                raise CheckError(f"{KILLED}: {self.text}", self.tail())
             time.sleep(0.02)
 
     def terminate(self) -> None:
@@ -194,3 +201,23 @@ class Command:
         """The last lines that it printed."""
         lines = self.log.read_text(errors="replace").splitlines()
         return "\n".join(line for line in lines[-SHOWN_LINES:] if line.strip())
+
+
+def codes(commands: Sequence[Command]) -> list[int | None]:
+    """Their exit codes so far."""
+    return [command.process.poll() for command in commands]
+
+
+def wait_for_all(ranks: Sequence[Command]) -> str:
+    """What the first of several commands printed, when all have ended; none outlives the first that fails.
+
+    Raises CheckError for that one, and when time is over.
+    """
+    try:
+        ranks[0].wait_until(lambda: all(code is not None for code in codes(ranks)) or any(codes(ranks)))
+        for rank in sorted(ranks, key=lambda rank: not rank.process.returncode):
+            rank.wait()
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return ranks[0].log.read_text(errors="replace")

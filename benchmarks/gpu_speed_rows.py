@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from gpu_commands import PYTHON, TRAIN, launch, new_run
+from gpu_commands import PYTHON, TRAIN, check_trained_on, launch, new_run
 from gpu_jobs import REPOSITORY, CheckError, Job, Outcome
 
 SCRIPT = REPOSITORY / "benchmarks/gpu_speed.py"
@@ -84,12 +84,13 @@ def whole_command(job: Job) -> Outcome:
     """The training command itself, by its own curves, against encoder and decoder alone."""
     parts = measured(job, batch=COMMAND_BATCH, precision="bf16")["parts_images_a_second"]
     folder, run = job.shared("data for speed", packed), new_run(job, "command")
-    own, own_shards = batch_size(job, COMMAND_BATCH), job.bench.new_folder("command-shards") / "shards"
-    shutil.copytree(folder / "shards", own_shards)
-    flags = ("--shards", own_shards, "--output", run.folder, "--encoder", encoder(job), "--weights",
-             folder / "weights.pth", "--batch-size", own, "--epochs", 1, "--workers", num_workers(job))  # fmt: skip
+    flags = (
+        "--shards", folder / "shards", "--output", run.folder, "--encoder", encoder(job), "--weights",
+        folder / "weights.pth", "--batch-size", batch_size(job, COMMAND_BATCH), "--epochs", 1, "--workers",
+        num_workers(job),
+    )  # fmt: skip
     with Utilisation() as utilisation:
-        job.run([*launch(precision="bf16"), TRAIN, *flags])
+        check_trained_on(job.device, job.run([*launch(precision="bf16"), TRAIN, *flags]))
     rows = run.rows()[1:-1] or run.rows()
     if not rows:
         raise CheckError("there are no readings in its history")

@@ -4,10 +4,9 @@ Without dropout losses depend on the device's rounding alone. Tolerances of sing
 the training command asks for, unless a row says otherwise.
 """
 
-import os
 import shutil
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -30,10 +29,10 @@ from gpu_commands import (
     train_flags,
 )
 from gpu_compare import check_learns, compare_steps, end_difference, weight_difference
-from gpu_jobs import REPOSITORY, CheckError, Job, Outcome, SkipError
+from gpu_jobs import KILLED, REPOSITORY, CheckError, Job, Outcome, SkipError, wait_for_all
 
 SAVED_AND_STOPPED = 75
-DUPLICATE_GPU = "Duplicate GPU"
+NCCL_REFUSALS = ("Duplicate GPU", "ncclInvalidUsage", "ncclInternalError", "ncclSystemError", "ncclUnhandledCudaError")
 STEP, EXACT_STEP, END = 0.02, 0.002, 0.05
 
 
@@ -151,8 +150,7 @@ def two_with_gloo(job: Job) -> Outcome:
     run = new_run(job, "gloo")
     flags = train_flags(job, run)
     ranks = start_ranks(job, [REPOSITORY / "benchmarks/gpu_rank.py", TRAIN], flags, variables=[{}, {}])
-    printed = [rank.wait() for rank in ranks]
-    check_trained_on(job.device, printed[0], processes=2)
+    check_trained_on(job.device, wait_for_all(ranks), processes=2)
     return compare_steps(run, fp32_run(job), tolerance=STEP)
 
 
@@ -162,29 +160,24 @@ def two_with_nccl(job: Job) -> Outcome:
         raise SkipError("NCCL is for GPUs")
     run = new_run(job, "nccl")
     flags = train_flags(job, run)
-    if count_gpus() > 1:
+    if job.bench.num_gpus > 1:
         launch = [*ACCELERATE, "launch", "--multi_gpu", "--num_processes", 2, "--mixed_precision", "no"]
         check_trained_on("cuda", job.run([*launch, TRAIN, *flags]), processes=2)
         return compare_steps(run, fp32_run(job), tolerance=STEP, note="; two GPUs")
-    variables = [
-        {"NCCL_HOSTID": f"machine-{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"} for rank in (0, 1)
-    ]
-    ranks = start_ranks(job, [TRAIN], flags, variables=variables)
+    return compare_steps(
+        as_two_machines(job, run, flags), fp32_run(job), tolerance=STEP, note="; one GPU as two machines"
+    )
+
+
+def run_as_two_machines(job: Job, flags: Sequence[object]) -> None:
+    """Train with two processes on one GPU that NCCL takes for those of two machines. Raises SkipError if it does not."""
+    own = [{"NCCL_HOSTID": f"machine-{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"} for rank in (0, 1)]
+    ranks = start_ranks(job, [TRAIN], flags, variables=own)
     try:
-        printed = [rank.wait() for rank in ranks]
-    except CheckError:
-        if any(DUPLICATE_GPU in rank.log.read_text(errors="replace") for rank in ranks):
-            raise SkipError("one GPU, and NCCL refuses two processes on it") from None
+        check_trained_on("cuda", wait_for_all(ranks), processes=2)
+    except CheckError as error:
+        logs = "".join(rank.log.read_text(errors="replace") for rank in ranks)
+        found = [name for name in (KILLED, *NCCL_REFUSALS) if name in error.reason or name in logs]
+        if found:
+            raise SkipError(f"one GPU, and NCCL does not run two processes on it ({found[0]})") from error
         raise
-    finally:
-        for rank in ranks:
-            rank.kill()
-    check_trained_on("cuda", printed[0], processes=2)
-    return compare_steps(run, fp32_run(job), tolerance=STEP, note="; one GPU, as if two machines had one each")
-
-
-def count_gpus() -> int:
-    """Those that this process may use, as nvidia-smi counts them."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or 1

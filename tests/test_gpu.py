@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -24,11 +25,12 @@ import gpu_commands
 import gpu_model_rows
 import gpu_packages
 import gpu_training_rows
-from gpu_commands import Run, last_flags
+from gpu_commands import Run, check_trained_on, last_flags
 from gpu_compare import weight_difference
-from gpu_jobs import Bench, CheckError, Job, Outcome, SkipError
+from gpu_jobs import Bench, CheckError, Job, Outcome, SkipError, wait_for_all
 from gpu_model_rows import same_captions
 from gpu_rows import Row
+from gpu_speed_rows import loop_speed, waiting
 from gpu_table import Finding, Table, run_row, run_rows
 from gpu_training_rows import fp32, half_precision
 
@@ -127,7 +129,20 @@ def test_a_command_that_hangs_is_killed_with_all_that_it_started(bench: Bench, t
     assert not (tmp_path / "alive").exists()
 
 
+def test_of_several_commands_the_one_that_fails_is_told_at_once(bench: Bench) -> None:
+    job = Job(bench, seconds=30)
+    ranks = [job.start(python(code)) for code in ("import time; time.sleep(60)", "raise SystemExit('rank 1 died')")]
+    started = time.monotonic()
+    with pytest.raises(CheckError) as caught:
+        wait_for_all(ranks)
+    assert time.monotonic() - started < 10
+    assert (caught.value.reason[:11], caught.value.output) == ("exit code 1", "rank 1 died")
+    assert ranks[0].process.poll() is not None
+    assert wait_for_all([job.start(python(f"print({rank})")) for rank in range(2)]) == "0\n"
+
+
 def test_commands_see_the_checkout_and_no_launcher(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for name, value in {"RANK": "3", "ACCELERATE_MIXED_PRECISION": "fp16", "PYTHONPATH": "/mine"}.items():
         monkeypatch.setenv(name, value)
     bench.packages = Path("/wheels")
@@ -135,7 +150,7 @@ def test_commands_see_the_checkout_and_no_launcher(bench: Bench, monkeypatch: py
     assert found["PYTHONPATH"] == f"{REPOSITORY}:/wheels:/mine"
     assert found["CUDA_VISIBLE_DEVICES"] == ""
     assert not {"RANK", "ACCELERATE_MIXED_PRECISION"} & set(found)
-    assert "CUDA_VISIBLE_DEVICES" not in {**bench.environment("cuda"), **found}.keys() - found.keys()
+    assert "CUDA_VISIBLE_DEVICES" not in bench.environment("cuda")
 
 
 def test_what_several_rows_need_is_made_once_and_fails_once(bench: Bench) -> None:
@@ -261,6 +276,25 @@ def test_other_captions_than_the_cpus_make_a_row_fail(bench: Bench, monkeypatch:
         found = wanted | {f"{number}.jpg": "a dog" for number in range(changed)}
         monkeypatch.setattr(gpu_model_rows, "captions", lambda *_, found=found, **__: found)
         assert find(lambda job: same_captions(job, precision="float32", least=0.95), bench).result == result
+
+
+def test_a_loop_that_is_slow_or_waits_makes_rows_fail(bench: Bench) -> None:
+    bench.small = False
+    found = {"images_a_second": 900.0, "captions_a_second": 4500.0, "parts_images_a_second": 1000.0,
+             "peak_gigabytes": 3.0}  # fmt: skip
+    for ratio, waiting_share, result in ((0.9, 0.03, "pass"), (0.89, 0.031, "FAIL")):
+        bench._results.clear()
+        give(bench, **{"speed, bf16, 128": found | {"ratio": ratio, "waiting_share": waiting_share}})
+        for check in (loop_speed, waiting):
+            assert find(partial(check, batch=128, precision="bf16"), bench).result == result
+
+
+def test_training_on_another_device_than_asked_for_is_found() -> None:
+    printed = "640 training images, 90 words, 1 epochs of 20 steps on 1 x cpu, 0 of them done"
+    check_trained_on("cpu", printed)
+    for device, processes in (("cuda", 1), ("cpu", 2)):
+        with pytest.raises(CheckError, match="did not train"):
+            check_trained_on(device, printed, processes=processes)
 
 
 def test_pictures_without_captions_are_a_failure(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

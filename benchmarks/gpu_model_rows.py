@@ -9,11 +9,13 @@ from pathlib import Path
 from gpu_commands import PYTHON, captions, data, launch, trained_run
 from gpu_jobs import REPOSITORY, CheckError, Job, Outcome, SkipError
 
+LEAST_CIDER = 1.0  # on the CPU 2.4
+
 
 def learned(job: Job) -> Outcome:
     """The longer run captions what it has not seen."""
     metrics = trained_run(job).metrics()
-    return Outcome(figure=metrics["cider"], bar=0.0 if job.small else 0.3, note="CIDEr on the val split")
+    return Outcome(figure=metrics["cider"], bar=0.0 if job.small else LEAST_CIDER, note="CIDEr on the val split")
 
 
 def evaluation(job: Job) -> Outcome:

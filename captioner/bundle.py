@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from captioner import storage
+from captioner import __version__, storage
 from captioner.calibration import Calibration, Reliability, from_files, to_files
 from captioner.cli import UserError
 from captioner.model import CaptionModel, ModelConfig
@@ -28,7 +28,7 @@ from captioner.views import ViewSpec
 from captioner.vocabulary import Vocabulary
 
 FORMAT_VERSION = 1
-LIBRARIES = ("captioner", "torch", "torchvision", "nltk")
+LIBRARIES = ("torch", "torchvision", "nltk")
 MAKE_AGAIN = "copy the whole model folder again, or write it anew with train/main.py"
 CALIBRATE_AGAIN = (
     "copy the whole model folder again, or delete calibration.json and add --calibrate to train/evaluate.py"
@@ -87,7 +87,7 @@ def save_bundle(
         "decoding": asdict(decoding),
         "vocabulary_fingerprint": vocabulary.fingerprint,
         "weights_sha256": digest,
-        "libraries": {library: version(library) for library in LIBRARIES},
+        "libraries": {"captioner": __version__, **{library: version(library) for library in LIBRARIES}},
     }
     folder = folder.resolve()  # a symbolic link stays
     partial = folder.with_name(f"{folder.name}.partial")

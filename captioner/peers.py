@@ -14,9 +14,12 @@ PEER_VARIABLE = "CAPTIONER_PEER_TIMEOUT_SECONDS"
 
 
 def peer_timeout() -> timedelta:
-    """How long another process may be silent. Raises UserError where the environment gives no number."""
+    """How long another process may be silent. Raises UserError where the environment gives no such time."""
     text = os.environ.get(PEER_VARIABLE, str(PEER_SECONDS))
     try:
-        return timedelta(seconds=float(text))
+        found = timedelta(seconds=float(text))
     except (ValueError, OverflowError) as error:
         raise UserError(f"{PEER_VARIABLE} is {text!r}: give a number of seconds") from error
+    if found <= timedelta(0):
+        raise UserError(f"{PEER_VARIABLE} is {text!r}: give a number of seconds above 0")
+    return found

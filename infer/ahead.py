@@ -28,18 +28,21 @@ class Ahead(Iterator[Entry]):
         self._reader = open(name, "rb")  # noqa: PTH123, SIM115 - closed behind the last entry
         Path(name).unlink()  # so that no kill leaves it
         self._changed = Condition()
-        self._num_waiting = 0
+        self._num_waiting = 0  # entries in the file
+        self._num_ready = 0  # those of them that the reader knows of, and needs no lock for
         self._is_over = False
         self._error: BaseException | None = None
         Thread(target=self._list, args=(entries, on_end), daemon=True).start()
 
     def __next__(self) -> Entry:
-        with self._changed:
-            self._changed.wait_for(lambda: self._num_waiting or self._is_over)
-            if not self._num_waiting:
+        if not self._num_ready:
+            with self._changed:
+                self._changed.wait_for(lambda: self._num_waiting or self._is_over)
+                self._num_ready, self._num_waiting = self._num_waiting, 0
+            if not self._num_ready:
                 self._reader.close()
                 raise self._error or StopIteration
-            self._num_waiting -= 1
+        self._num_ready -= 1
         return pickle.load(self._reader)
 
     def _list(self, entries: Iterator[Entry], on_end: Callable[[int], None]) -> None:

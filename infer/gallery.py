@@ -150,45 +150,50 @@ def _page(entries: Sequence[dict[str, Any]], *, roots: Sequence[str], title: str
 def _make_thumbnails(pictures: Mapping[str, ImageFile], folder: Path) -> dict[str, str | None]:
     """The name of each picture's thumbnail, made or reused; None where none can be made. Keys are checksums."""
     names: dict[str, str | None] = {}
+    failures: dict[str, list[str]] = {}
     num_threads = min(MAX_THREADS, count_processors())
     with (
         ThreadPoolExecutor(num_threads) as pool,
         progress_bar("gallery", total=len(pictures), unit="pictures") as bar,
     ):
         made = pool.map(_thumbnail_name, pictures, pictures.values(), repeat(folder))
-        for sha256, name in zip(pictures, made, strict=True):
+        for (sha256, file), (name, reason) in zip(pictures.items(), made, strict=True):
             names[sha256] = name
+            if reason is not None:
+                failures.setdefault(reason, []).append(file.location)
             bar.advance()
-    num_missing = sum(name is None for name in names.values())
-    if num_missing:
-        console.print(f"gallery: {num_missing:,} pictures without a thumbnail: gone, unreadable or changed by now")
+    for reason, locations in sorted(failures.items()):
+        console.print(f"gallery: {len(locations):,} without a thumbnail, {reason}: {locations[0]!r}", markup=False)
     return names
 
 
-def _thumbnail_name(sha256: str, file: ImageFile, folder: Path) -> str | None:
-    """Named by the picture's checksum, a thumbnail that is there is of the very bytes that were captioned."""
+def _thumbnail_name(sha256: str, file: ImageFile, folder: Path) -> tuple[str | None, str | None]:
+    """The name of a picture's thumbnail, or why there is none (the page shows a placeholder).
+
+    It is the picture's checksum, so that a thumbnail that is there is of the very bytes that were captioned.
+    """
     name = f"{sha256[:32]}.jpg"
     if not (folder / name).exists():
-        data = _thumbnail(sha256, file)
+        try:
+            data = _thumbnail(sha256, file)
+        except ImageError as error:
+            return None, error.reason
         if data is None:
-            return None
+            return None, "changed since it was captioned"
         _write(folder / name, data)
-    return name
+    return name, None
 
 
 def _thumbnail(sha256: str, file: ImageFile) -> bytes | None:
-    """A small upright JPEG of a picture; None if it is gone or another by now (the page shows a placeholder).
+    """A small upright JPEG of a picture, None for one that is another by now. Raises ImageError.
 
     A large photo is decoded at a reduced scale, which makes it several times cheaper.
     """
     side = THUMBNAIL_SIDE_PIXELS
-    try:
-        data = file.read(max_bytes=MAX_FILE_BYTES)
-        if hashlib.sha256(data).hexdigest() != sha256:
-            return None
-        small, _ = decode_rgb(data, at_least=2 * side)
-    except (OSError, ImageError):
+    data = file.read(max_bytes=MAX_FILE_BYTES)
+    if hashlib.sha256(data).hexdigest() != sha256:
         return None
+    small, _ = decode_rgb(data, at_least=2 * side)
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY, optimize=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from odd_pictures import write_odd_pictures
 from tiny import picture, write_shards
 from tiny_model import write_model
@@ -25,6 +26,7 @@ from captioner.bundle import load_bundle
 from captioner.describe import Captioner
 from infer.captioning import Captioning
 from infer.listing import list_files
+from infer.main import find_device
 from infer.reading import Reader
 from infer.results import RowWriter, part_path
 from infer.row_index import RowIndex, merge
@@ -506,6 +508,24 @@ def test_an_output_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
         assert sorted(tmp_path.iterdir()) == names
     if os.geteuid() == 0:
         assert stat.S_ISCHR((tmp_path / "null").stat().st_mode)
+
+
+@pytest.mark.parametrize(("local_rank", "expected"), [(None, "cuda:0"), ("1", "cuda:1"), ("2", "cuda:0")])
+def test_each_process_has_an_accelerator_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, local_rank: str | None, expected: str
+) -> None:
+    """Of two that a machine has; three processes share them."""
+    taken: list[int] = []
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", taken.append)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert str(find_device()) == expected
+    assert taken == [int(expected[-1])]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert str(find_device()) == "cpu"
 
 
 def test_one_command_at_a_time_writes_an_output(model: Path, photos: Path, tmp_path: Path) -> None:

@@ -139,6 +139,13 @@ def test_a_process_that_was_stopped_itself_takes_nobody_for_lost(tmp_path: Path)
         main.check()
 
 
+@pytest.mark.parametrize("text", ["", "ten", "nan", "inf", "0", "-1"])
+def test_a_patience_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("CAPTIONER_PEER_TIMEOUT_SECONDS", text)
+    with pytest.raises(UserError, match=r"CAPTIONER_PEER_TIMEOUT_SECONDS is .*: give a number of seconds"):
+        Peers(tmp_path / "c.jsonl")
+
+
 def test_the_environment_says_who_this_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

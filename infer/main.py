@@ -54,13 +54,15 @@ def main(settings: CaptionSettings) -> None:
                 write_settings(settings.output, choices)
             state.wait_for_everyone()
             started = time.monotonic()
-            num_new = caption_files(listing, index, writer, captioner, settings=settings, state=state)
+            num_new, num_damaged = caption_files(listing, index, writer, captioner, settings=settings, state=state)
             seconds = time.monotonic() - started
     num_new = sum(gather_numbers(num_new))  # when the last process is through
+    num_damaged = sum(gather_numbers(num_damaged))
     num_failed = 0
     if state.is_main_process:
         summary = merge(settings.output)
         num_failed = summary.failures.total()
+        cli.print_damaged(num_damaged)
         report(summary, listing, rate=num_new / seconds, settings=settings)
         write_extras(settings)
     state.wait_for_everyone()
@@ -158,8 +160,8 @@ def caption_files(
     *,
     settings: CaptionSettings,
     state: "PartialState",
-) -> int:
-    """Write a row for each file without one to this process's part; returns how many."""
+) -> tuple[int, int]:
+    """Write a row for each file without one to this process's part; returns how many, and how many are damaged."""
     from infer.captioning import Captioning
 
     on_cpu = captioner.bundle.device.type == "cpu"
@@ -183,7 +185,7 @@ def caption_files(
                 num_rows += len(rows)
                 num_failed += sum("error" in row for row in rows)
                 bar.advance(len(rows), note=f"{num_failed:,} failed")
-    return num_rows
+    return num_rows, reader.num_damaged
 
 
 def left_to_do(listing: Listing, index: RowIndex, bar: Bar) -> Iterator[ImageFile | Refused]:

@@ -3,6 +3,7 @@
 Shapes: B images, P sides of a view in pixels, F pooled features, E embedding width.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Iterable, Sequence
@@ -188,3 +189,9 @@ def _read_file(location: str) -> bytes:
         return storage.read_bytes(location)
     except FileNotFoundError as error:
         raise ImageError("missing", f"there is no file {location}") from error
+    except ValueError as error:  # a name that no file can have
+        raise ImageError("missing", f"there is no file {location!r}: {error}") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM):
+            raise
+        raise ImageError("unreadable", f"{error.strerror}: {location}") from error

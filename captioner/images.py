@@ -357,6 +357,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
+    if image.mode in ("La", "RGBa"):  # with alpha already multiplied in
+        image = image.convert(image.mode.upper())
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_grey_bytes(image))
     if image.has_transparency_data:

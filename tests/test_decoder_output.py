@@ -137,7 +137,7 @@ def check_terminal(printed: str) -> None:
     for words in ("TIFF", "JPEG", "Decode", "code word", "Bad ", "tempfile", "Warning", "Traceback"):
         assert words not in printed
     found = re.search(r"(\d+) pictures are damaged, but could be decoded", printed)
-    assert (int(found[1]) if found else 0) >= (images.backend() == "native") + features.check("libtiff")
+    assert (int(found[1]) if found else 0) >= (images.backend() == "native") + bool(features.check("libtiff"))
 
 
 def check_messages(messages: dict[str, str]) -> None:

@@ -212,6 +212,12 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[objec
     console.print(table)
 
 
+def print_damaged(num_damaged: int) -> None:
+    """Say how many pictures were decoded although they are damaged, if any were."""
+    if num_damaged:
+        console.print(f"{num_damaged:,} pictures are damaged, but could be decoded: parts of them may look wrong")
+
+
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.3f}" if abs(value) < 10 else f"{value:,.1f}"

@@ -58,12 +58,13 @@ def main(settings: CaptionSettings) -> None:
                 job.enter_context(peers)  # when nothing is refused any more
                 write_settings(settings.output, choices)
                 started = time.monotonic()
-                num_new = caption_files(files, index, writer, captioner, settings=settings, peers=peers)
+                counts = caption_files(files, index, writer, captioner, settings=settings, peers=peers)
                 seconds = time.monotonic() - started
-        num_new = peers.finish(num_new)
+        num_new, num_damaged = peers.finish(*counts)
         if peers.is_main:
             summary = merge(settings.output)
             peers.dismiss()
+            cli.print_damaged(num_damaged)
             report(summary, listing, rate=num_new / seconds, settings=settings)
             num_failed = summary.failures.total() + write_extras(settings)  # a caption, or a sidecar that was wanted
             if num_failed:
@@ -171,8 +172,8 @@ def caption_files(
     *,
     settings: CaptionSettings,
     peers: Peers,
-) -> int:
-    """Write a row for each file without one to this process's part; returns how many."""
+) -> tuple[int, int]:
+    """Write a row for each file without one to this process's part; returns how many, and how many are damaged."""
     from infer.captioning import Captioning
 
     on_cpu = captioner.bundle.device.type == "cpu"
@@ -195,7 +196,7 @@ def caption_files(
                 num_rows += len(rows)
                 num_failed += sum("error" in row for row in rows)
                 bar.advance(len(rows), note=f"{num_failed:,} failed")
-    return num_rows
+    return num_rows, reader.num_damaged
 
 
 def left_to_do(files: Iterable[ImageFile | Refused], index: RowIndex, bar: Bar) -> Iterator[ImageFile | Refused]:

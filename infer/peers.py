@@ -38,7 +38,7 @@ class Peers:
         self.world_size = world_size
         self._output = output
         self._path = process_path(output, rank)
-        self._record: dict[str, Any] = {"id": uuid4().hex, "state": "working", "rows": 0, "beat": 0}
+        self._record: dict[str, Any] = {"id": uuid4().hex, "state": "working", "counts": (), "beat": 0}
         watched = (range(1, world_size) if rank == 0 else range(1)) if world_size > 1 else ()
         self._watched = [_Peer(process_path(output, other), other) for other in watched]
         self._limit_seconds = peer_timeout().total_seconds()
@@ -74,18 +74,19 @@ class Peers:
                 print(f"process {peer.rank} of this job {loss}; {GOES_ON}", file=sys.stderr)
                 raise SystemExit(EXIT_PREEMPTED)
 
-    def finish(self, num_rows: int) -> int:
-        """Wait for the end of all processes' captioning; in rank 0 how many rows they wrote.
+    def finish(self, *counts: int) -> list[int]:
+        """Wait for the end of all processes' captioning; in rank 0 each count summed over them.
 
         The others wait until rank 0 dismisses them. Raises SystemExit as `check` does.
         """
         if self._watched:
-            self._write(state="finished", rows=num_rows)
+            self._write(state="finished", counts=counts)
         while not self._is_over():
             self.check()
             time.sleep(POLL_SECONDS)
             self._look()
-        return num_rows + sum(peer.record["rows"] for peer in self._watched if self.is_main)
+        others = [peer.record["counts"] for peer in self._watched if self.is_main]
+        return [sum(of_all) for of_all in zip(counts, *others, strict=True)]
 
     def dismiss(self) -> None:
         """Let all other processes end: their rows are merged. Call it in rank 0."""

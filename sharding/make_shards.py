@@ -55,6 +55,7 @@ def main(settings: ShardSettings) -> None:
         prepare()
     manifests = []
     rows = []
+    num_damaged = 0
     for source in sources:
         needs_vocabulary(source.split, settings)
         with claim(settings.output, source.split):
@@ -75,6 +76,8 @@ def main(settings: ShardSettings) -> None:
             )
         manifests.append(manifest)
         rows.append(summary_row(manifest, shards, seconds=time.monotonic() - started))
+        num_damaged += sum(shard.num_damaged for shard in shards)
+    cli.print_damaged(num_damaged)
     show_summary(rows, manifests, settings)
 
 

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from captioner import images, storage, views
 from captioner.cli import UserError
+from captioner.decoder_output import own_stderr
 from captioner.model import PackedCaptions
 from captioner.shards import read_content
 from captioner.splitmix import random_bits
@@ -223,6 +224,8 @@ class MakeBatches:
 
     def __call__(self, batches: Iterable[list[SampleRef]]) -> Iterator[Batch | UserError]:
         with ExitStack() as stack:
+            if get_worker_info() is not None:  # a process of its own, in which one thread decodes
+                stack.enter_context(own_stderr())
             prefetcher = None
             if self.cache is not None:
                 ahead = (self.split.shards[shard] for shard in self.source.shards())

@@ -11,7 +11,7 @@ from types import FrameType
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch.distributed import DistNetworkError, DistStoreError
 
 from captioner.cli import UserError
@@ -22,6 +22,7 @@ EXIT_PREEMPTED = 75  # "try again later" (EX_TEMPFAIL of sysexits.h)
 # writes alone.
 PEER_SECONDS = 600.0
 PEER_VARIABLE = "CAPTIONER_PEER_TIMEOUT_SECONDS"
+PRECISIONS = ("no", "bf16", "fp16")
 LOST_PEER = (
     "gloo/transport/tcp/(pair|buffer|unbound_buffer)|caused pair closure"
     "|ncclRemoteError|Watchdog caught collective operation timeout"
@@ -33,6 +34,9 @@ def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
 
     `thaws_later` says that parameters will begin to learn in the middle of the run.
     """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in PRECISIONS:
+        raise UserError(f"--mixed_precision {precision} is not supported: launch with {', '.join(PRECISIONS)}")
     accelerator = Accelerator(
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=thaws_later),
@@ -62,6 +66,25 @@ def peer_timeout() -> timedelta:
         return timedelta(seconds=float(text))
     except (ValueError, OverflowError) as error:
         raise UserError(f"{PEER_VARIABLE} is {text!r}: give a number of seconds") from error
+
+
+@contextmanager
+def refused_together() -> Iterator[None]:
+    """Within, what one process refuses is refused by all, with its words: otherwise they would wait for it.
+
+    All processes must enter, and within none may wait for another. Raises the UserError or OSError of this process,
+    and UserError for that of another one.
+    """
+    failure = None
+    try:
+        yield
+    except (UserError, OSError) as error:
+        failure = error
+    failures = [text for text in gather_object([str(failure) if failure else None]) if text]
+    if failure:
+        raise failure
+    if failures:
+        raise UserError(failures[0])
 
 
 @contextmanager

@@ -44,6 +44,7 @@ from train.validation import Evaluation, write_captions
 
 SETTINGS = "settings.json"
 MADE_OF = "made_of"
+ENCODER_WEIGHTS = "encoder weights"
 BEST_CAPTIONS = "validation.jsonl"
 COMPLETE = "complete.json"
 SKIPPED = "skipped.jsonl"
@@ -128,7 +129,7 @@ def made_of(
         "val shards": val.fingerprint if val else None,
         "vocabulary": vocabulary.fingerprint,
         "model of --init": initial.name if initial else None,
-        "encoder weights": _weights_fingerprint(weights),
+        ENCODER_WEIGHTS: _weights_fingerprint(weights),
     }
 
 
@@ -156,9 +157,11 @@ def is_finished(
     be resumed.
     """
     check_same_settings(settings)
-    differing = {name for other in gather_object([dict(parts)]) for name in parts if other[name] != parts[name]}
-    if differing:
-        raise UserError(f"the machines do not see the same {min(differing)}: give all of them the same")
+    for others in gather_object([dict(parts)]):
+        for name in parts:
+            is_gone = name == ENCODER_WEIGHTS and None in (parts[name], others[name])  # which loading them will tell
+            if others[name] != parts[name] and not is_gone:
+                raise UserError(f"the machines do not see the same {name}: give all of them the same")
     return _in_main(lambda: _is_finished(run, settings, parts, ignored=ignored, resume=resume))
 
 
@@ -201,10 +204,10 @@ def _changes(
     ]
     for name, fingerprint in parts.items():
         before = old_parts.get(name)
-        is_gone = name == "encoder weights" and fingerprint is None and old.get("weights") == settings["weights"]
+        is_gone = name == ENCODER_WEIGHTS and fingerprint is None and old.get("weights") == settings["weights"]
         if fingerprint != before and not is_gone:  # weights are kept in the run folder
-            order = " or come in another order" if name.endswith("shards") else ""
-            found.append(f"the {name} are others{order}: fingerprint {_short(before)} became {_short(fingerprint)}")
+            order = ", or in another order" if name.endswith("shards") else ""
+            found.append(f"different {name}{order}: fingerprint {_short(before)} became {_short(fingerprint)}")
     return found
 
 

@@ -1,6 +1,7 @@
 """How training starts: what is refused leaves nothing, and the same data by another name is the same."""
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -65,6 +66,18 @@ def at_home(data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def moved(data: Path, tmp_path: Path) -> Callable[[str], str]:
+    """Copies something elsewhere, under another name."""
+
+    def copy(name: str) -> str:
+        target = tmp_path / f"moved-{name}"
+        (shutil.copytree if (data / name).is_dir() else shutil.copy)(data / name, target)
+        return str(target)
+
+    return copy
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -190,6 +203,38 @@ def test_what_one_rank_refuses_ends_all_with_the_same_line(tmp_path: Path, own: 
     assert not (tmp_path / "runs").exists()
 
 
+# ---- nothing done -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        ("train", "none of the 9 train samples of epoch 1 could be used (shards/train-00000"),
+        ("val", "none of the 3 val samples can be used: planned 3, read 0, decoded 0, skipped 3 (3 checksum)"),
+    ],
+)
+def test_a_run_that_can_use_no_sample_makes_no_model(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str, said: str
+) -> None:
+    shutil.copytree(data / "shards", tmp_path / "shards")
+    monkeypatch.chdir(tmp_path)
+    for tar in Path("shards").glob(f"{split}-*.tar"):
+        tar.write_bytes(tar.read_bytes().replace(b"\xff\xd8\xff", b"\xff\xd8\xfe"))
+    with pytest.raises(UserError, match=re.escape(said)):
+        main(replace(GOOD, shards=("shards",), output="run", tolerate_bad_samples=99))
+    assert not Path("run/model").exists()
+
+
+def test_a_finished_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There is nothing to do, and that is what was asked for: exit code 0."""
+    settings = replace(GOOD, shards=("shards",), output=str(tmp_path / "run"))
+    main(settings)
+    before = listing(tmp_path)
+    main(settings)
+    assert "is finished already" in capsys.readouterr().out
+    assert listing(tmp_path) == before
+
+
 # ---- the same by another name -----------------------------------------------------------------------------------
 
 
@@ -199,18 +244,6 @@ def train_unfinished(settings: TrainSettings) -> None:
         patch.setattr(run_folder, "write_model", lambda *_, **__: cli.fail("stopped"))
         with pytest.raises(SystemExit):
             main(settings)
-
-
-@pytest.fixture
-def moved(data: Path, tmp_path: Path) -> Callable[[str], str]:
-    """Copies something elsewhere, under another name."""
-
-    def copy(name: str) -> str:
-        target = tmp_path / f"moved-{name}"
-        (shutil.copytree if (data / name).is_dir() else shutil.copy)(data / name, target)
-        return str(target)
-
-    return copy
 
 
 def test_a_run_resumes_on_the_same_data_wherever_they_lie(

@@ -25,8 +25,8 @@ from train.plan import PACK_FIRST, num_steps
 from train.report import write_report
 from train.schedule import make_optimizer, make_schedule
 from train.settings import CHANGEABLE, TrainSettings, check_settings, count_steps
-from train.split import read_merged_vocabulary, read_split, read_validation
-from train.starting_model import choose_view, complete, make_model
+from train.split import read_data
+from train.starting_model import choose_model, make_model
 from train.step import CaptionLoss, check_same_weights, train_step
 from train.stream import BatchStream, Share, StreamState, ViewRules, check_ranks, rank_facts
 from train.tracking import Tracker, check_wandb
@@ -43,9 +43,7 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
     with refused_together():
         check_settings(settings)
         check_wandb(settings.wandb)
-        train = read_split(settings.shards, "train", remedy=PACK_FIRST)
-        val = read_validation(settings.shards, remedy=PACK_FIRST)
-        vocabulary = read_merged_vocabulary(settings.shards, remedy=PACK_FIRST)
+        train, val, vocabulary = read_data(settings.shards, remedy=PACK_FIRST)
         epoch_steps = num_steps(train.num_samples, global_batch=settings.batch_size)
         total_steps = count_steps(settings, epoch_steps, has_val=val is not None)
         share = Share.of(accelerator, settings.batch_size, accumulation_steps=settings.accumulation_steps)
@@ -53,25 +51,18 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
                                   shuffle_shards=settings.shuffle_shards)  # fmt: skip
     check_ranks(gather_object([rank_facts(state, share, vocabulary=vocabulary, val=val)]))
 
-    # ---- which model: that of --init with new words, or a new one --------------------------------------------------
+    # ---- where to start: 1. a finished run stays as it is; 2. --init's model with new words, 3. else a new one ------
     with refused_together():
         initial = load_bundle(settings.init) if settings.init else None
-        vocabulary = initial.vocabulary.extended(vocabulary) if initial else vocabulary
-        settings = complete(settings, initial)
-        config = settings.model_config(len(vocabulary))
-        view = choose_view([train, val], encoder=config.encoder, crop=settings.crop, initial=initial)
-        settings = replace(settings, crop=view.crop)
+        settings, vocabulary, view = choose_model(settings, initial, vocabulary, splits=[train, val])
         parts = run_folder.made_of(train, val, vocabulary, initial=initial, weights=settings.weights)
-
-    # ---- where to start: 1. a finished run stays as it is ----------------------------------------------------------
     if run_folder.is_finished(run, asdict(settings), parts, ignored=CHANGEABLE, resume=settings.resume):
         say(f"{run} is finished already: its model is in {run_folder.model_folder(run)}")
         return
-
-    # ---- where to start: 2. --init's model, 3. else a pretrained encoder and a new decoder -------------------------
     model = make_model(
-        config, vocabulary, initial, weights=run_folder.kept_encoder(run) or settings.weights, crop=view.crop,
-        trainable=thaw_step is not None, compiled=settings.compile_encoder, accelerator=accelerator)  # fmt: skip
+        settings.model_config(len(vocabulary)), vocabulary, initial, crop=view.crop, trainable=thaw_step is not None,
+        weights=run_folder.kept_encoder(run) or settings.weights, compiled=settings.compile_encoder,
+        accelerator=accelerator)  # fmt: skip
     loss_model = CaptionLoss(
         model, view=view, label_smoothing=settings.label_smoothing, scheduled_sampling=settings.scheduled_sampling,
         total_steps=total_steps, thaw_step=thaw_step or 0)  # fmt: skip

@@ -458,10 +458,18 @@ def kept_encoder(run: Path) -> str | None:
 
 
 def settle(run: Path, ledger: Ledger, split: str, *, epoch: int, planned: int) -> Ledger:
-    """What became of all ranks' samples; skipped ones are listed in the run folder. RuntimeError when some are lost."""
+    """What became of all ranks' samples; skipped ones are listed in the run folder.
+
+    Raises UserError where none of them could be used, and RuntimeError when some are lost.
+    """
     total = Ledger.of_all(gather_object([ledger]), planned=planned)
     if PartialState().is_main_process:
         append_skipped(run, total, split=split, epoch=epoch)
+    if planned and not total.decoded:
+        raise UserError(
+            f"none of the {planned:,} {split} samples of epoch {epoch} could be used ({total.skipped[0].message}): see "
+            f"{run / SKIPPED}"
+        )
     return total
 
 

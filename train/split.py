@@ -91,6 +91,21 @@ def read_split(folders: Sequence[str], name: str, *, remedy: str) -> Split:
     return split
 
 
+def check_filled(split: Split) -> None:
+    """Raise UserError for a split without samples: nothing could be done with it."""
+    if not split.num_samples:
+        raise UserError(
+            f"the {split.name} split in {split.folders[0]} holds no samples: see its {split.name}.failures.jsonl, or "
+            "give another --split"
+        )
+
+
+def read_data(folders: Sequence[str], *, remedy: str) -> tuple[Split, Split | None, Vocabulary]:
+    """The train and val splits of all folders, and their vocabulary. Raises UserError."""
+    train, val = read_split(folders, "train", remedy=remedy), read_validation(folders, remedy=remedy)
+    return train, val, read_merged_vocabulary(folders, remedy=remedy)
+
+
 def read_validation(folders: Sequence[str], *, remedy: str) -> Split | None:
     """The val split of those folders that hold one; None where none does, or where it is empty."""
     found = [folder for folder in folders if storage.exists(manifest_location(folder, "val"))]

@@ -22,6 +22,20 @@ from train.settings import NEW_MODEL, TrainSettings
 from train.split import Split, check_fits, read_view
 
 
+def choose_model(
+    settings: TrainSettings, initial: Bundle | None, words: Vocabulary, *, splits: Sequence[Split | None]
+) -> tuple[TrainSettings, Vocabulary, ViewSpec]:
+    """The settings with all that describes the model filled in, the words that it will know, and how it sees pictures.
+
+    Raises UserError where flags, initial model and shards do not fit together.
+    """
+    settings = complete(settings, initial)
+    vocabulary = initial.vocabulary.extended(words) if initial else words
+    encoder = settings.model_config(len(vocabulary)).encoder
+    view = choose_view(splits, encoder=encoder, crop=settings.crop, initial=initial)
+    return replace(settings, crop=view.crop), vocabulary, view
+
+
 def complete(settings: TrainSettings, initial: Bundle | None) -> TrainSettings:
     """The settings with what describes the model filled in where no flag gives it: as the initial model, or NEW_MODEL.
 

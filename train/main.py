@@ -15,7 +15,6 @@ from pathlib import Path
 from accelerate.utils import gather_object
 
 from captioner import cli
-from captioner.bundle import load_bundle
 from train import run_folder
 from train.cache import ShardCache
 from train.encode import prepare_features
@@ -53,8 +52,7 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
 
     # ---- where to start: 1. a finished run stays as it is; 2. --init's model with new words, 3. else a new one ------
     with refused_together():
-        initial = load_bundle(settings.init) if settings.init else None
-        settings, vocabulary, view = choose_model(settings, initial, vocabulary, splits=[train, val])
+        settings, initial, vocabulary, view = choose_model(settings, vocabulary, splits=[train, val])
         parts = run_folder.made_of(train, val, vocabulary, initial=initial, weights=settings.weights)
     if run_folder.is_finished(run, asdict(settings), parts, ignored=CHANGEABLE, resume=settings.resume):
         say(f"{run} is finished already: its model is in {run_folder.model_folder(run)}")

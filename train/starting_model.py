@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from captioner.bundle import Bundle
+from captioner.bundle import Bundle, load_bundle
 from captioner.cli import UserError
 from captioner.encoders import Encoder, check_crop, load_encoder_weights, preprocessing
 from captioner.model import CaptionModel, ModelConfig
@@ -23,17 +23,18 @@ from train.split import Split, check_fits, read_view
 
 
 def choose_model(
-    settings: TrainSettings, initial: Bundle | None, words: Vocabulary, *, splits: Sequence[Split | None]
-) -> tuple[TrainSettings, Vocabulary, ViewSpec]:
-    """The settings with all that describes the model filled in, the words that it will know, and how it sees pictures.
+    settings: TrainSettings, words: Vocabulary, *, splits: Sequence[Split | None]
+) -> tuple[TrainSettings, Bundle | None, Vocabulary, ViewSpec]:
+    """The settings with all that describes the model filled in, the initial model, the words, and how it sees pictures.
 
     Raises UserError where flags, initial model and shards do not fit together.
     """
+    initial = load_bundle(settings.init) if settings.init else None
     settings = complete(settings, initial)
     vocabulary = initial.vocabulary.extended(words) if initial else words
     encoder = settings.model_config(len(vocabulary)).encoder
     view = choose_view(splits, encoder=encoder, crop=settings.crop, initial=initial)
-    return replace(settings, crop=view.crop), vocabulary, view
+    return replace(settings, crop=view.crop), initial, vocabulary, view
 
 
 def complete(settings: TrainSettings, initial: Bundle | None) -> TrainSettings:

@@ -16,7 +16,7 @@ import tiny
 import torch
 from safetensors.torch import save_file
 from tiny_model import write_model
-from trainer import start_training
+from trainer import start
 
 from captioner import cli
 from captioner.bundle import load_bundle
@@ -192,15 +192,36 @@ def test_the_corrected_command_runs_where_the_refused_one_was_to(tmp_path: Path)
 def test_what_one_rank_refuses_ends_all_with_the_same_line(tmp_path: Path, own: list[str], said: str) -> None:
     flags = ["--shards", "shards", "--output", tmp_path / "runs" / "run", "--encoder", "small_cnn", "--weights",
              "weights.safetensors", "--crop", 32, "--batch-size", 4, "--epochs", 1, "--workers", 0]  # fmt: skip
-    running = start_training(flags, log=tmp_path / "log", world_size=2, rank_flags=[[], own])
+    assert said in line_of_both("train/main.py", flags, own, log=tmp_path / "log")
+    assert not (tmp_path / "runs").exists()
+
+
+def line_of_both(script: str, flags: list[Any], own: list[str], *, log: Path) -> str:
+    """What two ranks, the second with flags of its own, say at their end."""
+    running = start(script, flags, log=log, world_size=2, rank_flags=[[], own])
     output = running.wait().output
     assert [rank.exitcode for rank in running.ranks] == [2, 2], output
     lines = output.replace("\n", "").split("error: ")[1:]  # both may write at once
     assert len(lines) == 2
     assert len(set(lines)) == 1
-    assert said in lines[0]
     assert "Traceback" not in output
-    assert not (tmp_path / "runs").exists()
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        (["--model", "cut"], "is cut or changed"),
+        (["--shards", "absent"], "make_shards.py"),
+        ([], "has image 50 2 times"),  # which rank 0 finds, at the end
+    ],
+)
+def test_an_evaluation_that_one_rank_refuses_ends_both(tmp_path: Path, own: list[str], said: str) -> None:
+    flags = ["--model", "model", "--shards", "shards", "--output", tmp_path / "results.json", "--workers", 0]
+    if not own:
+        flags[3:4] = ["shards", tiny.write_shards(tmp_path / "again", [2], size=40, split="val", first=50)]
+    assert said in line_of_both("train/evaluate.py", flags, own, log=tmp_path / "log")
+    assert not (tmp_path / "results.json").exists()
 
 
 # ---- nothing done -------------------------------------------------------------------------------------------------

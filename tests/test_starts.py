@@ -299,6 +299,12 @@ def test_a_run_resumes_on_the_same_data_wherever_they_lie(
     assert json.loads((elsewhere / "settings.json").read_text())["shards"] == list(shards)
 
 
+@pytest.mark.parametrize("content", ["[]", '{"epochs": 1}', "cut"])
+def test_settings_that_cannot_be_compared_are_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "settings.json").write_text(content)
+    assert str(tmp_path / "settings.json") in refusal(replace(GOOD, shards=("shards",), output=str(tmp_path)))
+
+
 def test_other_words_make_another_run(data: Path, tmp_path: Path, moved: Callable[[str], str]) -> None:
     """As many, so that the checkpoint would load."""
     settings = replace(GOOD, shards=(moved("shards"),), output=str(tmp_path / "run"))

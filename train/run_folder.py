@@ -178,6 +178,8 @@ def _is_finished(
     path, finished = run / SETTINGS, model_folder(run).exists()
     if path.exists():
         old = read_json(str(path), remedy=f"delete {run} or give another --output")
+        if not isinstance(old, dict) or MADE_OF not in old:
+            raise UserError(f"{path} is damaged or of an older version: give another --output, or delete {run}")
         changes = _changes(old, settings, parts, ignored=ignored)
         if changes:
             raise UserError(
@@ -196,7 +198,7 @@ def _changes(
     ignored: tuple[str, ...],
 ) -> list[str]:
     """What differs between the recorded settings and these, in words."""
-    settings, old_parts = _as_read(settings), old.get(MADE_OF, {})
+    settings, old_parts = _as_read(settings), old[MADE_OF]
     found = [
         f"{name} was {old.get(name)}, is {settings[name]}"
         for name in settings

@@ -77,7 +77,7 @@ from train.encode import prepare_features
 from train.features import FeatureFiles
 from train.plan import num_steps
 from train.schedule import make_optimizer, make_schedule
-from train.settings import TrainSettings
+from train.settings import NEW_MODEL, TrainSettings
 from train.split import read_split
 from train.step import MAX_GRADIENT_NORM, CaptionLoss, distribute, train_step
 from train.stream import Batch, BatchStream, Share, ViewRules
@@ -89,6 +89,7 @@ BATCH, GPU_BATCHES = 128, (128, 512)
 CAPTIONS_A_PICTURE = 5
 WARM_UP_SAMPLES = 2
 DEFAULTS = TrainSettings()
+WIDTHS = TrainSettings(**NEW_MODEL).model_config(0)
 BOOK, OURS, CACHED = "the book's loop", "ours", "ours, cached features"
 ENCODER, DECODER, PADDED = "encoder alone", "decoder alone, packed", "decoder alone, padded"
 NO_BF16 = "not measured: this CPU has no bf16"
@@ -265,11 +266,11 @@ class BookModel(nn.Module):
     def __init__(self, encoder: str, *, num_words: int) -> None:
         super().__init__()
         self.encoder = Encoder(encoder, trainable=False).to(memory_format=torch.contiguous_format)
-        self.linear = nn.Linear(self.encoder.num_features, DEFAULTS.embedding_size)
-        self.norm = nn.BatchNorm1d(DEFAULTS.embedding_size, momentum=0.01)
-        self.embed = nn.Embedding(num_words, DEFAULTS.embedding_size)
-        self.lstm = nn.LSTM(DEFAULTS.embedding_size, DEFAULTS.hidden_size, batch_first=True)
-        self.predict = nn.Linear(DEFAULTS.hidden_size, num_words)
+        self.linear = nn.Linear(self.encoder.num_features, WIDTHS.embedding_size)
+        self.norm = nn.BatchNorm1d(WIDTHS.embedding_size, momentum=0.01)
+        self.embed = nn.Embedding(num_words, WIDTHS.embedding_size)
+        self.lstm = nn.LSTM(WIDTHS.embedding_size, WIDTHS.hidden_size, batch_first=True)
+        self.predict = nn.Linear(WIDTHS.hidden_size, num_words)
 
     def forward(self, images_B3PP: Tensor, tokens_BT: Tensor, lengths: list[int]) -> Tensor:
         """Logits (M, V) of all tokens, `<start>` included."""

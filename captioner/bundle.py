@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import safetensors
@@ -112,15 +113,19 @@ def save_bundle(
 def save_calibration(folder: Path, calibration: Calibration, *, model: str) -> None:
     """Add the calibration of a model, or a new one, to its folder; a kill meanwhile leaves none. `model` is its name.
 
-    Raises OSError, and UserError where the folder's own files cannot be read.
+    Raises OSError, and UserError where the folder's own files cannot be read; the old calibration is there still.
     """
     content, arrays = to_files(calibration, model=model)
     config = storage.read_json(str(folder / "config.json"), remedy=MAKE_AGAIN)
     metrics = storage.read_json(str(folder / "metrics.json"), remedy=MAKE_AGAIN)
-    (folder / CALIBRATION).unlink(missing_ok=True)  # the old one does not fit the new arrays
-    storage.write_atomic(str(folder / CALIBRATION_ARRAYS), arrays)
-    storage.write_atomic(str(folder / "README.md"), model_card(config, metrics, calibration))
-    storage.write_atomic(str(folder / CALIBRATION), content)
+    card = model_card(config, metrics, calibration).encode()
+    files = {CALIBRATION_ARRAYS: arrays, "README.md": card, CALIBRATION: content}
+    with TemporaryDirectory(prefix=".calibration-", dir=folder) as new:  # a full disk is noticed there
+        for name, data in files.items():
+            storage.write_atomic(str(Path(new, name)), data)
+        (folder / CALIBRATION).unlink(missing_ok=True)  # the old one does not fit the new arrays
+        for name in files:
+            Path(new, name).replace(folder / name)
 
 
 def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], calibration: Calibration | None) -> str:

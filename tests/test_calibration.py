@@ -34,6 +34,7 @@ from captioner.calibration import (
     measure_reliability,
     to_files,
 )
+from captioner.cli import UserError
 from captioner.describe import Captioner, Encoded
 from captioner.encoders import Encoder, load_encoder_weights
 from captioner.model import ImageInput, PackedCaptions
@@ -379,6 +380,36 @@ def test_evaluation_calibrates_as_training_did(trained: Path, shards: str, tmp_p
     assert torch.allclose(space.mean_F, wanted_space.mean_F, atol=1e-5)
     evaluate(replace(settings, beam_size=2))
     assert load_calibration(folder).decoding["beam_size"] == 2
+
+
+@pytest.mark.parametrize("lost", ["pictures", "references", "variety", "everything"])
+def test_a_poorer_calibration_does_not_replace_a_good_one(
+    trained: Path, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """Too few pictures, too few with two references, none that is bad; the last may also become an empty first one."""
+    folder = Path(shutil.copytree(trained, tmp_path / "model"))
+    settings = EvaluateSettings(model=folder, shards=(shards,), output=tmp_path / "r.json", workers=0, calibrate=True)
+    if lost == "pictures":
+        few = write_shards(tmp_path / "few", [9], split="val", size=36, first=100)
+        settings = replace(settings, shards=(few,))
+        said = "--calibrate needs 100 pictures, and the val split"
+    elif lost == "references":
+        monkeypatch.setattr("train.calibrate.fit_confidence", lambda *_: None)
+        said = r"is kept, the new one has no confidence \(fewer than 100 captions"
+    elif lost == "variety":
+        monkeypatch.setattr("train.calibrate.fit_space", lambda _: None)
+        said = "is kept, the new one has confidence"
+    else:
+        monkeypatch.setattr("train.calibrate.fit_confidence", lambda *_: None)
+        monkeypatch.setattr("train.calibrate.fit_space", lambda _: None)
+        for name in ("calibration.json", "calibration.safetensors"):
+            (folder / name).unlink()
+        said = "there is nothing to keep"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match=said):
+        evaluate(settings)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert (tmp_path / "r.json").exists() == (lost != "pictures")  # the scores were asked for too
 
 
 def test_features_of_large_splits_are_those_of_pictures_at_equal_distances(

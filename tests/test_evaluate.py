@@ -176,6 +176,8 @@ def test_files_that_are_absent_or_no_json_are_named(tmp_path: Path) -> None:
         (EvaluateSettings(references=Path("r")), "both --results and --references"),
         (EvaluateSettings(results=Path("r"), references=Path("c"), model=Path("m")), "--model is for captioning"),
         (EvaluateSettings(results=Path("r"), references=Path("c"), beam_size=5), "--beam-size is for captioning"),
+        (EvaluateSettings(results=Path("r"), references=Path("c"), batch_size=128), "--batch-size is for captioning"),
+        (EvaluateSettings(results=Path("r"), references=Path("c"), split="val"), "--split is for captioning"),
     ],
 )
 def test_flags_of_two_uses_and_halves_of_one_are_refused(settings: EvaluateSettings, said: str) -> None:
@@ -411,6 +413,47 @@ def test_two_processes_find_what_one_finds(tmp_path: Path, model: Path, shards: 
     found = json.loads((tmp_path / "two-scores.json").read_text())
     assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
     assert done.stdout.count("cider") == 1
+
+
+@pytest.fixture
+def before_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path, shards: str) -> EvaluateSettings:
+    """The current folder holds shards, a folder, and the results of yesterday."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(shards, "shards")
+    write_shards(Path("shards"), [0], split="empty")
+    Path("there").mkdir()
+    Path("results.json").write_text("of yesterday")
+    return EvaluateSettings(model=model, shards=("shards",), workers=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"json": "there/"}, "--json there is a folder"),
+        ({"output": "there/"}, "--output there is a folder"),
+        ({"json": "results.json"}, "--json results.json is also --output"),
+        ({"json": "mine.json", "output": "there/../mine.json"}, "--json mine.json is also --output"),
+        ({"calibrate": True}, "--calibrate needs 100 pictures"),
+        ({"split": "empty"}, "the empty split in shards holds no samples"),
+    ],
+)
+def test_a_refused_evaluation_leaves_nothing_and_overwrites_nothing(
+    before_evaluation: EvaluateSettings, flags: dict[str, Any], said: str
+) -> None:
+    before = {path: path.read_bytes() for path in Path.cwd().rglob("*") if path.is_file()}
+    paths: dict[str, Any] = {
+        name: Path(value) if name in ("json", "output") else value for name, value in flags.items()
+    }
+    assert said in refusal(replace(before_evaluation, **paths))
+    assert {path: path.read_bytes() for path in Path.cwd().rglob("*") if path.is_file()} == before
+
+
+def test_scores_do_not_overwrite_what_is_scored(tmp_path: Path) -> None:
+    results, references = write(tmp_path / "r.json", RESULTS), write(tmp_path / "c.json", coco(ANNOTATIONS))
+    for path, flag in ((results, "--results"), (references, "--references")):
+        settings = EvaluateSettings(results=results, references=references, json=path)
+        assert f"is also {flag}" in refusal(settings)
+    assert json.loads(results.read_text()) == RESULTS
 
 
 def test_pictures_of_another_size_are_refused(tmp_path: Path, model: Path) -> None:

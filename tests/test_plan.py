@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny import write_coco
+from tiny import write_coco, write_shards
 
 from captioner import splitmix
 from captioner.cli import UserError
@@ -302,6 +302,11 @@ def test_the_plan_is_printed_before_any_gpu_is_taken(shards: Path, capsys: pytes
         f"shards │ {len(manifest['shards'])}",
     ):
         assert fact in text, text
+
+
+def test_a_plan_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the train split in .* holds no samples"):
+        plan_module.main(PlanSettings(shards=(write_shards(tmp_path / "shards", [0]),)))
 
 
 def test_the_plans_rows_add_up(shards: Path) -> None:

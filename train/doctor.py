@@ -34,7 +34,7 @@ from train.diagnosis import STAGES, Measured, verdict
 from train.plan import PACK_FIRST, SAMPLE_CHANCE, EpochPlan, SampleRef
 from train.reader import OpenShard, SampleError, ShardReader
 from train.settings import TrainSettings
-from train.split import Split, read_merged_vocabulary, read_split
+from train.split import Split, check_filled, read_merged_vocabulary, read_split
 from train.stream import (
     BATCHES_AHEAD,
     BatchStream,
@@ -277,10 +277,9 @@ def stage_rows(m: Measured) -> list[tuple[object, ...]]:
 def main(settings: DoctorSettings) -> None:
     """Measure and tell."""
     split = read_split(settings.shards, settings.split, remedy=PACK_FIRST)
-    if not split.num_samples:
-        raise UserError(
-            f"the {split.name} split in {split.folders[0]} holds no samples: see its {split.name}.failures.jsonl"
-        )
+    check_filled(split)
+    if settings.json is not None and settings.json.is_dir():
+        raise UserError(f"--json {settings.json} is a folder: give the name of a file")
     torch.set_num_threads(1)
     with cli.progress_bar("measuring", total=4, unit="parts") as bar, tempfile.TemporaryDirectory() as place:
         try:

@@ -10,13 +10,14 @@ from types import FrameType
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch.distributed import DistNetworkError, DistStoreError
 
 from captioner.cli import UserError
 from captioner.peers import EXIT_PREEMPTED, peer_timeout
 from captioner.workers import count_processors
 
+PRECISIONS = ("no", "bf16", "fp16")
 LOST_PEER = (
     "gloo/transport/tcp/(pair|buffer|unbound_buffer)|caused pair closure"
     "|ncclRemoteError|Watchdog caught collective operation timeout"
@@ -29,6 +30,9 @@ def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
     `thaws_later` says that parameters will begin to learn in the middle of the run. Each rank draws its own random
     numbers; data-parallel training starts all of them with rank 0's weights.
     """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in PRECISIONS:
+        raise UserError(f"--mixed_precision {precision} is not supported: launch with {', '.join(PRECISIONS)}")
     accelerator = Accelerator(
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=thaws_later),
@@ -49,6 +53,25 @@ def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
     set_seed(seed, device_specific=True)
     torch.set_float32_matmul_precision("high")
     return accelerator
+
+
+@contextmanager
+def refused_together() -> Iterator[None]:
+    """Within, what one process refuses is refused by all, with its words: otherwise they would wait for it.
+
+    All processes must enter, and within none may wait for another. Raises the UserError or OSError of this process,
+    and UserError for that of another one.
+    """
+    failure = None
+    try:
+        yield
+    except (UserError, OSError) as error:
+        failure = error
+    failures = [text for text in gather_object([str(failure) if failure else None]) if text]
+    if failure:
+        raise failure
+    if failures:
+        raise UserError(failures[0])
 
 
 @contextmanager

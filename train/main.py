@@ -15,56 +15,52 @@ from pathlib import Path
 from accelerate.utils import gather_object
 
 from captioner import cli
-from captioner.bundle import load_bundle
 from train import run_folder
 from train.cache import ShardCache
 from train.encode import prepare_features
 from train.epoch import train_epoch
-from train.launch import Preemption, resumable_without_peers, start_accelerator
+from train.launch import Preemption, refused_together, resumable_without_peers, start_accelerator
 from train.plan import PACK_FIRST, num_steps
 from train.report import write_report
 from train.schedule import make_optimizer, make_schedule
 from train.settings import CHANGEABLE, TrainSettings, check_settings, count_steps
-from train.split import read_merged_vocabulary, read_split, read_validation
-from train.starting_model import choose_view, make_model
+from train.split import read_data
+from train.starting_model import choose_model, make_model
 from train.step import CaptionLoss, check_same_weights, distribute, train_step
 from train.stream import BatchStream, Share, StreamState, ViewRules, check_ranks, rank_facts
-from train.tracking import Tracker
+from train.tracking import Tracker, check_wandb
 from train.validation import Evaluator
 
 
 def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the order of execution)
     """The whole run, from top to bottom."""
-    check_settings(settings)
     thaw_step = settings.finetune_encoder_from_step
     accelerator = start_accelerator(seed=settings.seed, thaws_later=bool(thaw_step))
     stop, say, run, is_main = Preemption(), accelerator.print, Path(settings.output), accelerator.is_main_process
 
     # ---- data -------------------------------------------------------------------------------------------------
-    train = read_split(settings.shards, "train", remedy=PACK_FIRST)
-    val = read_validation(settings.shards, remedy=PACK_FIRST)
-    vocabulary = read_merged_vocabulary(settings.shards, remedy=PACK_FIRST)
-    epoch_steps = num_steps(train.num_samples, global_batch=settings.batch_size)
-    total_steps = count_steps(settings, epoch_steps, has_val=val is not None)
-    share = Share.of(accelerator, settings.batch_size, accumulation_steps=settings.accumulation_steps)
-    state = StreamState.start(train, seed=settings.seed, global_batch=settings.batch_size,
-                              shuffle_shards=settings.shuffle_shards)  # fmt: skip
+    with refused_together():
+        check_settings(settings)
+        check_wandb(settings.wandb)
+        train, val, vocabulary = read_data(settings.shards, remedy=PACK_FIRST)
+        epoch_steps = num_steps(train.num_samples, global_batch=settings.batch_size)
+        total_steps = count_steps(settings, epoch_steps, has_val=val is not None)
+        share = Share.of(accelerator, settings.batch_size, accumulation_steps=settings.accumulation_steps)
+        state = StreamState.start(train, seed=settings.seed, global_batch=settings.batch_size,
+                                  shuffle_shards=settings.shuffle_shards)  # fmt: skip
     check_ranks(gather_object([rank_facts(state, share, vocabulary=vocabulary, val=val)]))
 
-    # ---- where to start: 1. a finished run stays as it is --------------------------------------------------------
-    run_folder.record_settings(run, asdict(settings), ignored=CHANGEABLE, resume=settings.resume)
-    if run_folder.is_finished(run):
+    # ---- where to start: 1. a finished run stays as it is; 2. --init's model with new words, 3. else a new one ------
+    with refused_together():
+        settings, initial, vocabulary, view = choose_model(settings, vocabulary, splits=[train, val])
+        parts = run_folder.made_of(train, val, vocabulary, initial=initial, weights=settings.weights)
+    if run_folder.is_finished(run, asdict(settings), parts, ignored=CHANGEABLE, resume=settings.resume):
         say(f"{run} is finished already: its model is in {run_folder.model_folder(run)}")
         return
-
-    # ---- where to start: 2. --init's model, 3. else a pretrained encoder and a new decoder ----------------------
-    initial = load_bundle(settings.init) if settings.init else None
-    vocabulary = initial.vocabulary.extended(vocabulary) if initial else vocabulary
-    view = choose_view([train, val], encoder=settings.encoder, crop=settings.crop, initial=initial)
-    weights = run_folder.kept_encoder(run) or settings.weights
     model = make_model(
-        settings.model_config(len(vocabulary)), vocabulary, initial, weights=weights, trainable=thaw_step is not None,
-        compiled=settings.compile_encoder, accelerator=accelerator)  # fmt: skip
+        settings.model_config(len(vocabulary)), vocabulary, initial, crop=view.crop, trainable=thaw_step is not None,
+        weights=run_folder.kept_encoder(run) or settings.weights, compiled=settings.compile_encoder,
+        accelerator=accelerator)  # fmt: skip
     loss_model = CaptionLoss(
         model, view=view, label_smoothing=settings.label_smoothing, scheduled_sampling=settings.scheduled_sampling,
         total_steps=total_steps, thaw_step=thaw_step or 0)  # fmt: skip
@@ -72,7 +68,7 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
     schedule = make_schedule(optimizer, settings.schedule, total_steps=total_steps, encoder_from_step=thaw_step or 0)
     progress, report = run_folder.Progress(), run_folder.RunReport()
     wrapped, optimizer = distribute(loss_model, optimizer, accelerator)
-    run_folder.checkpoint_trained_weights(run, loss_model, accelerator)
+    run_folder.checkpoint_trained_weights(loss_model, accelerator)
     accelerator.register_for_checkpointing(schedule, state, progress)
 
     # ---- where to start: 4. with --resume, instead of these, the newest complete checkpoint ----------------------
@@ -93,8 +89,10 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
                                 accelerator=accelerator)  # fmt: skip
     open_val = partial(open_stream, features=features.get("val"))
     evaluator = Evaluator(val, loss_model, open_val, settings.decoding(), accelerator) if val is not None else None
-    tracker = Tracker(run, first_step=done_steps, wandb_project=settings.wandb, settings=asdict(settings),
-                      quiet=not is_main)  # fmt: skip
+    with run_folder.starting(run, asdict(settings), parts):
+        tracker = Tracker(run, first_step=done_steps, wandb_project=settings.wandb, settings=asdict(settings),
+                          quiet=not is_main)  # fmt: skip
+        run_folder.keep_encoder(run, model.encoder, accelerator)
     save = partial(run_folder.save_checkpoint, run, state, progress, accelerator, keep=settings.keep_checkpoints)
     take_step = partial(train_step, wrapped, optimizer=optimizer, schedule=schedule, accelerator=accelerator)
 
@@ -122,7 +120,8 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
             ledger = run_folder.settle(run, found.ledger, "val", epoch=state.epoch, planned=evaluator.num_images)
             say(f"epoch {state.epoch}: validation {found}; {ledger}")
             tracker.log(state.epoch * epoch_steps, {"epoch": state.epoch, **found.curves()})
-            tracker.show(state.epoch * epoch_steps, *evaluator.samples(found))
+            if is_main:
+                tracker.show(state.epoch * epoch_steps, *evaluator.samples(found))
             progress.note(run, found, state)
         save()
 

@@ -197,7 +197,7 @@ class PlanSettings:
 
 def main(settings: PlanSettings) -> None:
     """Print what an epoch would read, and what each process of it."""
-    from train.split import read_split
+    from train.split import check_filled, read_split
 
     if settings.batch_size % settings.processes:
         raise UserError(
@@ -205,6 +205,7 @@ def main(settings: PlanSettings) -> None:
             f"{settings.processes} processes"
         )
     split = read_split(settings.shards, settings.split, remedy=PACK_FIRST)
+    check_filled(split)
     plan = split.plan(
         seed=settings.seed,
         epoch=settings.epoch,

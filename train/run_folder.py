@@ -1,16 +1,20 @@
 """The run folder: settings, checkpoints that are whole or absent, and where everything lies.
 
+It appears when nothing is left that could refuse the start, see docs/decisions/0019-what-a-run-is.md.
+
 `settings.json` · `encoder.safetensors` (a frozen one, once) · `checkpoints/epoch-0001-000000128000/` (epoch, position)
 `history.jsonl` · `samples.jsonl` and `samples/` · `tensorboard/` · `skipped.jsonl` · `validation.jsonl` (of the best
 epoch) · `metrics.json` · `report.json` · `report.html` · `model/` (last)
 """
 
+import hashlib
 import json
 import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,17 +28,23 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from captioner.bundle import DecodingDefaults, save_bundle
+from captioner.bundle import Bundle, DecodingDefaults, save_bundle
 from captioner.calibration import Calibration
 from captioner.cli import UserError
+from captioner.encoders import Encoder
 from captioner.storage import read_json, write_atomic
 from captioner.vocabulary import Vocabulary
 from train.epoch import Reading
+from train.launch import refused_together
 from train.schedule import is_frozen
+from train.split import Split
 from train.step import CaptionLoss
 from train.stream import Ledger, StreamState
 from train.validation import Evaluation, write_captions
 
+SETTINGS = "settings.json"
+MADE_OF = "made_of"
+ENCODER_WEIGHTS = "encoder weights"
 BEST_CAPTIONS = "validation.jsonl"
 COMPLETE = "complete.json"
 SKIPPED = "skipped.jsonl"
@@ -107,35 +117,144 @@ def model_folder(run: Path) -> Path:
     return run / "model"
 
 
-def is_finished(run: Path) -> bool:
-    """Whether its model is there, as the main process sees it."""
-    return _in_main(model_folder(run).exists)
+def made_of(
+    train: Split, val: Split | None, vocabulary: Vocabulary, *, initial: Bundle | None, weights: str | None
+) -> dict[str, str | None]:
+    """What a run is made of, each by a fingerprint of its content: the same wherever it lies, whatever it is called.
 
-
-def record_settings(run: Path, settings: Mapping[str, Any], *, ignored: tuple[str, ...], resume: bool) -> None:
-    """Save the run's settings, in the main process.
-
-    Raises UserError where the processes do not share the folder or have different settings, where an unfinished run is
-    not to be resumed, or one stands that was started with others than these, the `ignored` ones apart.
+    None for what there is not, and for a weights file that is gone.
     """
-    check_shared(run)
+    return {
+        "train shards": train.fingerprint,
+        "val shards": val.fingerprint if val else None,
+        "vocabulary": vocabulary.fingerprint,
+        "model of --init": initial.name if initial else None,
+        ENCODER_WEIGHTS: _weights_fingerprint(weights),
+    }
+
+
+def _weights_fingerprint(weights: str | None) -> str | None:
+    if weights in (None, "default", "none"):
+        return weights
+    if not Path(weights).is_file():
+        return None
+    with Path(weights).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_finished(
+    run: Path,
+    settings: Mapping[str, Any],
+    parts: Mapping[str, str | None],
+    *,
+    ignored: tuple[str, ...],
+    resume: bool,
+) -> bool:
+    """Whether the run's model is there, as the main process sees it; nothing is written.
+
+    Raises UserError where the processes have different settings, where the folder holds a run that was started with
+    others than these, the `ignored` ones apart, or of other `parts` (`made_of`), and where an unfinished run is not to
+    be resumed.
+    """
     check_same_settings(settings)
-    _in_main(lambda: _record_settings(run, settings, ignored=ignored, resume=resume))
+    for others in gather_object([dict(parts)]):
+        for name in parts:
+            is_gone = name == ENCODER_WEIGHTS and None in (parts[name], others[name])  # which loading them will tell
+            if others[name] != parts[name] and not is_gone:
+                raise UserError(f"the machines do not see the same {name}: give all of them the same")
+    return _in_main(lambda: _is_finished(run, settings, parts, ignored=ignored, resume=resume))
 
 
-def _record_settings(run: Path, settings: Mapping[str, Any], *, ignored: tuple[str, ...], resume: bool) -> None:
-    path = run / "settings.json"
-    settings = json.loads(json.dumps(settings))  # as it comes back: lists for tuples
-    if not path.exists():
-        write_atomic(str(path), json.dumps(settings, indent=1, allow_nan=False))
-        return
-    old = read_json(str(path), remedy=f"delete {run} or give another --output")
-    changed = [name for name in settings if name not in ignored and old.get(name) != settings[name]]
-    if changed:
-        what = ", ".join(f"{name} was {old.get(name)}, is {settings[name]}" for name in changed)
-        raise UserError(f"{run} was started with other settings ({what}): give another --output, or delete {run}")
-    if complete_checkpoints(run) and not resume and not model_folder(run).exists():
+def _is_finished(
+    run: Path,
+    settings: Mapping[str, Any],
+    parts: Mapping[str, str | None],
+    *,
+    ignored: tuple[str, ...],
+    resume: bool,
+) -> bool:
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run} is a file: give a folder with --output")
+    path, finished = run / SETTINGS, model_folder(run).exists()
+    if path.exists():
+        old = read_json(str(path), remedy=f"delete {run} or give another --output")
+        if not isinstance(old, dict) or MADE_OF not in old:
+            raise UserError(f"{path} is damaged or of an older version: give another --output, or delete {run}")
+        changes = _changes(old, settings, parts, ignored=ignored)
+        if changes:
+            raise UserError(
+                f"{run} was started with other settings ({', '.join(changes)}): give another --output, or delete {run}"
+            )
+    if complete_checkpoints(run) and not resume and not finished:
         raise UserError(f"{run} holds an unfinished run: go on with --resume, give another --output, or delete {run}")
+    return finished
+
+
+def _changes(
+    old: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    parts: Mapping[str, str | None],
+    *,
+    ignored: tuple[str, ...],
+) -> list[str]:
+    """What differs between the recorded settings and these, in words."""
+    settings, old_parts = _as_read(settings), old[MADE_OF]
+    found = [
+        f"{name} was {old.get(name)}, is {settings[name]}"
+        for name in settings
+        if name not in ignored and old.get(name) != settings[name]
+    ]
+    for name, fingerprint in parts.items():
+        before = old_parts.get(name)
+        is_gone = name == ENCODER_WEIGHTS and fingerprint is None and old.get("weights") == settings["weights"]
+        if fingerprint != before and not is_gone:  # weights are kept in the run folder
+            order = ", or in another order" if name.endswith("shards") else ""
+            found.append(f"different {name}{order}: fingerprint {_short(before)} became {_short(fingerprint)}")
+    return found
+
+
+def _as_read(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they come back from a file: lists for tuples."""
+    return json.loads(json.dumps(settings))
+
+
+def _short(fingerprint: str | None) -> str:
+    return fingerprint[:12] if fingerprint else "none"
+
+
+@contextmanager
+def starting(run: Path, settings: Mapping[str, Any], parts: Mapping[str, str | None]) -> Iterator[None]:
+    """Make the run folder before, and write its settings after what happens within, which may still refuse the start.
+
+    Then, and where the processes do not share the folder, UserError is raised in all, and no new folder is left.
+    """
+    made = _in_main(lambda: _make(run))
+    try:
+        check_shared(run)
+        with refused_together():
+            yield
+        content = json.dumps({**settings, MADE_OF: parts}, indent=1)
+        _in_main(lambda: write_atomic(str(run / SETTINGS), content))
+    except BaseException:
+        if PartialState().is_main_process:
+            _unmake(made)
+        raise
+
+
+def _make(run: Path) -> list[Path]:
+    """Make the folder with its parents; returns those that were not there, the innermost first."""
+    new = [folder for folder in (run, *run.parents) if not folder.exists()]
+    run.mkdir(parents=True, exist_ok=True)
+    return new
+
+
+def _unmake(made: Sequence[Path]) -> None:
+    """Take back what `_make` made: the run folder with what is in it, parents only where they are empty."""
+    if made:
+        shutil.rmtree(made[0], ignore_errors=True)
+    with suppress(OSError):
+        for folder in made[1:]:
+            folder.rmdir()
 
 
 # ---- one folder for all processes, one decision for all -------------------------------------------------------
@@ -278,25 +397,23 @@ def resume(run: Path, accelerator: Accelerator) -> None:
     if newest is not None:
         checkpoint = run / "checkpoints" / newest
         _wait_until_all_see(checkpoint / COMPLETE)
-        try:
-            accelerator.load_state(str(checkpoint))
-        except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(
-                f"cannot read the checkpoint {checkpoint} ({reason}): delete it to go on from the one before, and "
-                "launch with the same --mixed_precision as before"
-            ) from error
+        with refused_together():
+            _load(checkpoint, accelerator)
 
 
-def checkpoint_trained_weights(run: Path, loss_model: CaptionLoss, accelerator: Accelerator) -> None:
-    """Have checkpoints hold the weights that training changes, under names that are the same for all world sizes.
+def _load(checkpoint: Path, accelerator: Accelerator) -> None:
+    try:
+        accelerator.load_state(str(checkpoint))
+    except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"cannot read the checkpoint {checkpoint} ({reason}): delete it to go on from the one before, and "
+            "launch with the same --mixed_precision as before"
+        ) from error
 
-    A frozen encoder's are stored in the run folder once.
-    """
-    encoder = loss_model.model.encoder
-    if is_frozen(encoder) and accelerator.is_main_process and not kept_encoder(run):
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in encoder.backbone.state_dict().items()}
-        write_atomic(str(run / ENCODER), save_tensors(tensors))
+
+def checkpoint_trained_weights(loss_model: CaptionLoss, accelerator: Accelerator) -> None:
+    """Have checkpoints hold the weights that training changes, under names that are the same for all world sizes."""
 
     def save(_models: list[nn.Module], states: list[dict[str, Tensor]], _folder: str) -> None:
         states[:] = [{name: tensor.contiguous() for name, tensor in _trained_weights(loss_model).items()}]
@@ -330,16 +447,31 @@ def load_best(run: Path, progress: Progress, loss_model: CaptionLoss) -> None:
         load_weights(run / "checkpoints" / progress.best, loss_model)
 
 
+def keep_encoder(run: Path, encoder: Encoder, accelerator: Accelerator) -> None:
+    """Store the weights of a frozen encoder in the run folder, once: checkpoints hold none of them."""
+    if is_frozen(encoder) and accelerator.is_main_process and not kept_encoder(run):
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in encoder.backbone.state_dict().items()}
+        write_atomic(str(run / ENCODER), save_tensors(tensors))
+
+
 def kept_encoder(run: Path) -> str | None:
     """The weights of the frozen encoder that a run was started with."""
     return str(run / ENCODER) if (run / ENCODER).exists() else None
 
 
 def settle(run: Path, ledger: Ledger, split: str, *, epoch: int, planned: int) -> Ledger:
-    """What became of all ranks' samples; skipped ones are listed in the run folder. RuntimeError when some are lost."""
+    """What became of all ranks' samples; skipped ones are listed in the run folder.
+
+    Raises UserError where none of them could be used, and RuntimeError when some are lost.
+    """
     total = Ledger.of_all(gather_object([ledger]), planned=planned)
     if PartialState().is_main_process:
         append_skipped(run, total, split=split, epoch=epoch)
+    if planned and not total.decoded:
+        raise UserError(
+            f"none of the {planned:,} {split} samples of epoch {epoch} could be used ({total.skipped[0].message}): see "
+            f"{run / SKIPPED}"
+        )
     return total
 
 

@@ -1,7 +1,7 @@
 """The training command's flags."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from captioner.bundle import DecodingDefaults
 from captioner.cli import UserError
@@ -21,8 +21,12 @@ from captioner.model import ImageInput, ModelConfig
 from train.plan import SHUFFLE_SHARDS
 
 Schedule = Literal["cosine", "constant"]
-# settings that may differ when a run is resumed
+# settings that may differ when a run is resumed; what the names of shards, model and weights lead to is compared itself
 CHANGEABLE = (
+    "shards",
+    "output",
+    "init",
+    "weights",
     "resume",
     "workers",
     "checkpoint_steps",
@@ -33,6 +37,14 @@ CHANGEABLE = (
     "patience_epochs",
     "wandb",
 )
+# what a new model is like unless a flag says otherwise; a model that --init brings stays as it is
+NEW_MODEL: dict[str, Any] = {
+    "encoder": "resnet152",
+    "weights": "default",
+    "image_input": "first",
+    "embedding_size": 256,
+    "hidden_size": 512,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,24 +61,27 @@ class TrainSettings:
     """Start from this trained model folder: encoder, decoder and words, to which the shards' new words are added."""
 
     # ---- the model ------------------------------------------------------------------------------------------
-    encoder: str = "resnet152"
-    """Any torchvision classification model by name; its pooled features are what the decoder sees."""
-    weights: Location = "default"
-    """Encoder weights: `default` (torchvision's best, downloaded once), `none`, or the path of a state dict."""
+    encoder: str | None = None
+    """Any torchvision classification model by name; its pooled features are what the decoder sees. Without it
+    resnet152, or that of --init."""
+    weights: Location | None = None
+    """Encoder weights: `default` (torchvision's best, downloaded once), `none`, or the path of a state dict. Without it
+    `default`, or those of --init."""
     finetune_encoder_from_step: CountOrZero | None = None
     """Train the encoder too, from this optimizer step on (0: from the first). None: it stays frozen, batch norm too."""
-    image_input: ImageInput = "first"
-    """Feed the image embedding as the LSTM's first input, or beside each word."""
-    embedding_size: Count = 256
-    """Width of word and image embeddings."""
-    hidden_size: Count = 512
-    """Width of the LSTM."""
+    image_input: ImageInput | None = None
+    """Feed the image embedding as the LSTM's first input, or beside each word. Without it `first`, or as in --init."""
+    embedding_size: Count | None = None
+    """Width of word and image embeddings. Without it 256, or that of --init."""
+    hidden_size: Count | None = None
+    """Width of the LSTM. Without it 512, or that of --init."""
     input_dropout: FractionBelow1 = 0.2
     """Share of the words' embeddings that is dropped in training."""
     dropout: FractionBelow1 = 0.5
     """Share of the LSTM's outputs that is dropped in training."""
     crop: Pixels | None = None
-    """Sides in pixels of the square cut from a stored picture, at random in training. None: the encoder's own."""
+    """Sides in pixels of the square cut from a stored picture, at random in training. Without it the encoder's own, or
+    that of --init."""
     max_tokens: Count = 20
     """Longer captions are cut here (and counted); generated ones are never longer."""
 
@@ -122,16 +137,10 @@ class TrainSettings:
     """Also log to this Weights & Biases project (pip install wandb)."""
 
     def model_config(self, num_words: int) -> ModelConfig:
-        """The model that is asked for."""
-        return ModelConfig(
-            encoder=self.encoder,
-            vocabulary_size=num_words,
-            embedding_size=self.embedding_size,
-            hidden_size=self.hidden_size,
-            image_input=self.image_input,
-            input_dropout=self.input_dropout,
-            dropout=self.dropout,
-        )
+        """The model that is asked for, once no flag that describes it is None."""
+        flags = [field.name for field in fields(ModelConfig) if field.name != "vocabulary_size"]
+        asked: dict[str, Any] = {name: getattr(self, name) for name in flags}
+        return ModelConfig(vocabulary_size=num_words, **asked)
 
     def decoding(self) -> DecodingDefaults:
         """How captions are generated."""

@@ -145,6 +145,8 @@ class Evaluator:
             decoding=self._decoding,
             accelerator=self._accelerator,
         )
+        if not rows:
+            raise UserError(f"none of the {self.num_images:,} {self._split.name} samples can be used: {batches.ledger}")
         metrics = {"validation_loss": loss.per_token, "validation_perplexity": loss.perplexity, **self._score(rows)}
         return Evaluation(captions=rows, metrics=metrics, ledger=batches.ledger, seconds=time.monotonic() - started)
 

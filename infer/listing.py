@@ -178,7 +178,7 @@ class Listing(Iterator[ImageFile | Refused]):
         rank: int,
         world_size: int,
     ) -> Iterator[ImageFile | Refused]:
-        real = lru_cache(maxsize=1024)(_real)
+        real = lru_cache(maxsize=1024)(real_root)
         for item in found:
             file = item.file if isinstance(item, Refused) else item
             if file.path.endswith(endings):
@@ -408,8 +408,8 @@ def hash_location(location: str) -> int:
     return int.from_bytes(blake2b(place, digest_size=8).digest(), "little")
 
 
-def _real(root: str) -> str:
-    """A root by one name only."""
+def real_root(root: str) -> str:
+    """A root by one name only, whatever links and dots lead to it."""
     return root if storage.is_remote(root) else os.path.realpath(root)
 
 

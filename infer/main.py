@@ -27,7 +27,16 @@ from infer.gallery import check_folder, write_gallery
 from infer.listing import ImageFile, Listing, Refused, list_files
 from infer.peers import Peers, find_peers
 from infer.reading import Reader, prepare
-from infer.results import RowWriter, check_settings, find_output, own_files, part_path, read_rows, write_settings
+from infer.results import (
+    WORKING_FOLDER,
+    RowWriter,
+    check_settings,
+    find_output,
+    own_files,
+    part_path,
+    read_rows,
+    write_settings,
+)
 from infer.row_index import RowIndex, Summary, merge
 from infer.settings import CaptionSettings
 from infer.sidecars import check_ending, write_sidecars
@@ -53,8 +62,9 @@ def main(settings: CaptionSettings) -> None:
     choices = row_settings(captioner, settings)
     with ExitStack() as job:
         with closing(RowWriter(part_path(settings.output, peers.rank))) as writer:  # which locks the part
-            check_settings(settings.output, choices)
-            with closing(RowIndex(settings.output, retry_errors=settings.retry_errors)) as index:
+            choices = check_settings(settings.output, choices)
+            base = choices[WORKING_FOLDER] or ""
+            with closing(RowIndex(settings.output, base=base, retry_errors=settings.retry_errors)) as index:
                 job.enter_context(peers)  # when nothing is refused any more
                 write_settings(settings.output, choices)
                 started = time.monotonic()
@@ -62,7 +72,7 @@ def main(settings: CaptionSettings) -> None:
                 seconds = time.monotonic() - started
         num_new, num_damaged = peers.finish(*counts)
         if peers.is_main:
-            summary = merge(settings.output)
+            summary = merge(settings.output, base=base)
             peers.dismiss()
             cli.print_damaged(num_damaged)
             report(summary, listing, rate=num_new / seconds, settings=settings)
@@ -157,7 +167,7 @@ def row_settings(captioner: "Captioner", settings: CaptionSettings) -> dict[str,
         "captions_per_image": captioner.captions_per_image,
         "abstain_below": captioner.abstain_below,
         "precision": captioner.precision,
-        "working_folder": os.getcwd() if is_relative else None,  # noqa: PTH109
+        WORKING_FOLDER: os.getcwd() if is_relative else None,  # noqa: PTH109
     }
 
 

@@ -22,6 +22,7 @@ from captioner.cli import UserError
 
 FORMAT_VERSION = 2
 TAIL_BYTES = 1 << 16  # read at once to find where a part's last whole row ends
+WORKING_FOLDER = "working_folder"  # where relative roots start
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -140,16 +141,22 @@ def own_files(output: Path, *, num_processes: int) -> list[Path]:
     return [output, settings_path(output), merging_path(output), *sorted(parts), *sorted(processes)]
 
 
-def check_settings(output: Path, settings: Mapping[str, Any]) -> None:
-    """Raise UserError when rows are there that were made with other settings."""
+def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings to keep beside the output. Raises UserError when rows are there that were made with others.
+
+    A working folder is None where all names are absolute, which fits any; an earlier one is kept.
+    """
     if not any(path.exists() and path.stat().st_size for path in (output, *find_parts(output))):
-        return
+        return dict(settings)
     remedy = f"give another --output, or delete {output} and its parts"
     found = storage.read_json(
         str(settings_path(output)), remedy=f"only it tells how the rows in {output} were made; {remedy}"
     )
     earlier = found if isinstance(found, dict) else {}
     now = json.loads(json.dumps(settings))  # as it would be read
+    for one, other in ((now, earlier), (earlier, now)):
+        if one.get(WORKING_FOLDER, "") is None and WORKING_FOLDER in other:
+            one[WORKING_FOLDER] = other[WORKING_FOLDER]
     changes = [
         f"{key} was {_shown(earlier, key)} and is {_shown(now, key)}"
         for key in sorted(earlier.keys() | now.keys())
@@ -157,6 +164,7 @@ def check_settings(output: Path, settings: Mapping[str, Any]) -> None:
     ]
     if changes:
         raise UserError(f"the rows in {output} were made with other settings ({'; '.join(changes)}): {remedy}")
+    return now
 
 
 def write_settings(output: Path, settings: Mapping[str, Any]) -> None:

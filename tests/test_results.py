@@ -537,3 +537,37 @@ def test_settings_without_a_row_bind_nobody(tmp_path: Path) -> None:
     write_settings(output, {"model": "m"})
     append(output, 0, [])
     check_settings(output, {"model": "n"})
+
+
+NAMES = ["photos", "photos/", "./photos", "photos/../photos", "link", "{here}/photos", "{here}/link/"]
+
+
+@pytest.mark.parametrize("earlier", NAMES)
+def test_a_file_has_one_row_under_all_names_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: str
+) -> None:
+    (tmp_path / "photos" / "summer").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("photos")
+    monkeypatch.chdir(tmp_path / "photos")  # relative names start at the base instead
+    output, base = tmp_path / "c.jsonl", str(tmp_path)
+    names = [name.format(here=tmp_path) for name in (earlier, *NAMES)]
+    append(output, 0, [captioned("summer/a.jpg", root=names[0])])
+    index = RowIndex(output, base=base)
+    for name in names:
+        assert index.is_done(name, "summer/a.jpg")
+        assert index.is_done(f"{name}/summer", "a.jpg")
+        assert not index.is_done(name, "a.jpg")
+        append(output, 1, [captioned("summer/a.jpg", root=name)])
+    index.close()
+    assert merge(output, base=base).num_rows == 1
+
+
+def test_an_earlier_working_folder_is_kept_where_all_names_are_absolute_now(tmp_path: Path) -> None:
+    output = tmp_path / "captions.jsonl"
+    append(output, 0, [captioned("a.jpg")])
+    for earlier, now, kept in (("/home", None, "/home"), (None, "/home", "/home"), (None, None, None)):
+        write_settings(output, {"working_folder": earlier})
+        assert check_settings(output, {"working_folder": now}) == {"working_folder": kept}
+    write_settings(output, {"working_folder": "/home"})
+    with pytest.raises(UserError, match='working_folder was "/home" and is "/tmp"'):
+        check_settings(output, {"working_folder": "/tmp"})

@@ -36,7 +36,7 @@ class ShardSettings:
     vocabulary: str | None = None
     """Use this vocabulary.json instead of making one from the training captions."""
     workers: int | None = None
-    """Processes that pack: all processors of this machine, or of the cluster, unless told otherwise."""
+    """Processes that pack. Without it one for each processor that this command may use, or that the cluster has."""
     engine: Literal["local", "ray"] = "local"
     """Where they run: on this machine, or on the Ray cluster that RAY_ADDRESS names (pip install -e '.[ray]')."""
     max_failures: float | None = None

@@ -84,7 +84,7 @@ def main() -> None:
         "folder": judge_folder(rows),
         "stages": stages,
     }
-    write_atomic(str(RUN / "summary.json"), json.dumps(summary, indent=1))
+    write_atomic(str(RUN / "summary.json"), json.dumps(summary, indent=1, allow_nan=False))
     print_summary(summary, seconds=time.monotonic() - started)
     if min(summary["right_shape"], summary["right_colour"]) < BAR:
         raise SystemExit(1)

@@ -54,8 +54,6 @@ simd: $(READY) ## pillow-simd in Pillow's place: resizes several times faster (a
 	@$(KEEP_SIMD)
 	@$(BIN)/python -c 'import PIL; print("PIL is now pillow-simd", PIL.__version__, "(make no-simd: back to Pillow)")'
 
-no-simd: back to Pillow)")'
-
 no-simd: $(READY) ## the pinned Pillow back in pillow-simd's place
 	rm -rf $(VENV)/simd
 	$(BIN)/python -m pip uninstall --quiet --yes pillow-simd pillow

@@ -6,6 +6,7 @@ Processes come from a server that has loaded torch once.
 import json
 import multiprocessing
 import os
+import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,6 +88,50 @@ def _rank(job: Job, rank: int, world_size: int, port: int, keys: dict[str, str])
         os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_PORT": str(port)}
     os.environ["ACCELERATE_USE_CPU"] = "true"
     consume(job)
+
+
+def wait_in_workers(shards: str, ending: str, pids: Path) -> None:
+    """A training process whose two loader workers wait for ever after the first batches, as for a server; it ends so.
+
+    Its workers' numbers are in `pids` when it has had its first batch.
+    """
+    from train.plan import EpochPlan
+    from train.reader import ShardReader
+    from train.split import read_merged_vocabulary, read_split
+    from train.stream import BatchStream, Share, ViewRules
+
+    plain, num_read = ShardReader.read, 0
+
+    def read(self: ShardReader, ref: Any) -> Any:
+        nonlocal num_read
+        num_read += 1
+        if num_read > GLOBAL_BATCH:
+            time.sleep(600)
+        return plain(self, ref)
+
+    ShardReader.read = read  # type: ignore[method-assign]
+    split = read_split([shards], "train", remedy="")
+    plan: EpochPlan = split.plan(seed=1, epoch=0, global_batch=GLOBAL_BATCH)
+    rules = ViewRules(crop=28, max_tokens=9, training=True)
+    vocabulary = read_merged_vocabulary([shards], remedy="")
+    iterator = iter(
+        BatchStream(split, plan=plan, share=Share(GLOBAL_BATCH), rules=rules, vocabulary=vocabulary, workers=2)
+    )
+    next(iterator)
+    workers = multiprocessing.active_children()
+    for worker in workers if ending == "signalled" else ():
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # as a launcher: not from this process
+    if ending == "signalled":
+        next(iterator)  # of the other worker
+    pids.with_suffix(".new").write_text(json.dumps([worker.pid for worker in workers]))
+    pids.with_suffix(".new").rename(pids)
+    if ending == "killed":
+        time.sleep(600)
+    if ending == "held":
+        multiprocessing.held = iterator  # type: ignore[attr-defined]
+    if ending == "traceback":
+        raise RuntimeError("as it may happen")
+    raise SystemExit(75)
 
 
 def consume(job: Job) -> None:

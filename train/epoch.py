@@ -21,11 +21,12 @@ from train.stream import Batch, StreamState
 from train.tracking import Tracker
 
 LOG_STEPS = 10
+LOOK_SECONDS = 5.0  # ranks agree on stopping this often, where ten steps take longer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """What all ranks' steps brought: their loss, images, cut captions, seconds, and the share of them spent waiting."""
+    """What all ranks' steps brought: their loss, images, cut captions, mean seconds, and how many went in waiting."""
 
     loss: StepLoss = field(default_factory=partial(StepLoss, 0.0, 0))
     num_images: int = 0
@@ -83,18 +84,19 @@ class Meter:
     def read(self, *, last_step: int, stop: bool) -> Reading:
         """What all ranks' steps brought; all ranks must call it. Raises UserError for a loss that is not a number."""
         records_S3 = torch.stack(self.records)
-        own = [float(self.num_images), float(self.num_cut), self.waiting_seconds, float(stop)]
+        seconds = time.monotonic() - self.started
+        own = [float(self.num_images), float(self.num_cut), self.waiting_seconds, seconds, float(stop)]
         sums = torch.cat((records_S3[:, :2].flatten(), torch.tensor(own, device=records_S3.device)))
         sums = self.accelerator.reduce(sums, reduction="sum").cpu()
-        records_S3 = torch.cat((sums[:-4].view(-1, 2), records_S3[:, 2:].cpu()), dim=1)
+        records_S3 = torch.cat((sums[:-5].view(-1, 2), records_S3[:, 2:].cpu()), dim=1)
         check_finite(records_S3, last_step=last_step, scaled=self.accelerator.scaler is not None)
-        num_images, num_cut, waiting_seconds, stops = sums[-4:].tolist()
+        num_images, num_cut, waiting_seconds, seconds, stops = sums[-5:].tolist()
         loss_sum, num_targets, _ = records_S3.double().sum(dim=0).tolist()
         return Reading(
             loss=StepLoss(loss_sum, round(num_targets)),
             num_images=round(num_images),
             num_cut=round(num_cut),
-            seconds=time.monotonic() - self.started,
+            seconds=seconds / self.accelerator.num_processes,
             waiting_seconds=waiting_seconds / self.accelerator.num_processes,
             stop=stops > 0,
         )
@@ -127,17 +129,20 @@ def train_epoch(
     title, total_steps = f"epoch {state.epoch + 1} of {num_epochs}", num_epochs * epoch_steps
     meter, total = Meter(accelerator=accelerator), Reading()
     alone, quiet = accelerator.num_processes == 1, not accelerator.is_main_process
+    next_look = -1 if alone else steps.start
     with cli.progress_bar(title, total=total_steps, unit="steps", quiet=quiet, done=steps.start - 1) as bar:
         for step, (parts, waiting_seconds) in zip(steps, timed(grouped(batches, accumulation_steps)), strict=True):
             meter.add(take_step(parts, step), parts, waiting_seconds=waiting_seconds)
             due = step % checkpoint_steps == 0 or step == steps[-1]
             stopping, note = False, ""
-            if due or step % LOG_STEPS == 0 or (alone and stop.requested):
+            if due or step % LOG_STEPS == 0 or step == next_look or (alone and stop.requested):
+                num_read = len(meter.records)
                 reading = meter.read(last_step=step, stop=stop.requested)
                 rate = {"epoch": step / epoch_steps, "train/learning_rate": float(schedule.get_last_lr()[0])}
                 tracker.log(step, rate | reading.values())
                 meter = Meter(accelerator=accelerator)
                 total, stopping, note = total + reading, reading.stop, str(reading.loss)
+                next_look = -1 if alone else step + steps_to_look(num_read, reading.seconds)
             bar.advance(note=note)
             if due or stopping:
                 state.position = min((step - before) * global_batch, num_samples)
@@ -145,6 +150,11 @@ def train_epoch(
             if stopping:
                 stop.leave()
     return total
+
+
+def steps_to_look(num_steps: int, seconds: float) -> int:
+    """Steps until all ranks look again, when the last ones took so long: the same for all."""
+    return max(1, min(LOG_STEPS, int(LOOK_SECONDS * num_steps / seconds)))
 
 
 def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

@@ -151,6 +151,7 @@ def score_model(settings: EvaluateSettings) -> None:
     from train.cache import ShardCache
     from train.calibrate import calibrate
     from train.launch import start_accelerator
+    from train.peers import in_main
     from train.plan import PACK_FIRST
     from train.split import check_fits, read_split, read_view
     from train.step import CaptionLoss
@@ -182,7 +183,8 @@ def score_model(settings: EvaluateSettings) -> None:
         accelerator=accelerator,
     )
     Ledger.of_all(gather_object([batches.ledger]), planned=split.num_samples)
-    if accelerator.is_main_process:
+
+    def score() -> None:
         write_results(str(settings.output), [(row.image_id, row.caption) for row in rows])
         captions = {row.image_id: row.caption for row in rows}
         references = {row.image_id: row.references for row in rows}
@@ -196,6 +198,8 @@ def score_model(settings: EvaluateSettings) -> None:
             "results": str(settings.output),
         }
         report(metrics, captions, references, facts, settings=settings)
+
+    in_main(score)
     if settings.calibrate:
         calibration = calibrate(
             rows, split, loss_model=loss_model, open_stream=open_stream, decoding=decoding, accelerator=accelerator

@@ -4,9 +4,11 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from threading import Thread
 from types import FrameType
 
 import torch
@@ -18,10 +20,11 @@ from captioner.cli import UserError
 
 EXIT_PREEMPTED = 75  # "try again later" (EX_TEMPFAIL of sysexits.h)
 # A machine that lost its power says nothing. A process that is alive is silent for as long as its loader is patient
-# with a server (5 minutes, train/cache.py), it has a shard more to encode, or rank 0 downloads weights, scores or
-# writes alone.
+# with a server (5 minutes, train/cache.py); work that takes one longer than the others is done in train/peers.py's way.
 PEER_SECONDS = 600.0
 PEER_VARIABLE = "CAPTIONER_PEER_TIMEOUT_SECONDS"
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND")  # what torchrun and `accelerate launch` set
+LAUNCHER_LOOK_SECONDS = 1.0
 LOST_PEER = (
     "gloo/transport/tcp/(pair|buffer|unbound_buffer)|caused pair closure"
     "|ncclRemoteError|Watchdog caught collective operation timeout"
@@ -31,8 +34,10 @@ LOST_PEER = (
 def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
     """Accelerate as it was launched. Raises UserError when it was not launched as the environment announced.
 
-    `thaws_later` says that parameters will begin to learn in the middle of the run.
+    From now on the end of the launcher counts as SIGTERM. `thaws_later` says that parameters will begin to learn in the
+    middle of the run.
     """
+    end_with_launcher()
     accelerator = Accelerator(
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=thaws_later),
@@ -53,6 +58,23 @@ def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
     set_seed(seed)
     torch.set_float32_matmul_precision("high")
     return accelerator
+
+
+def end_with_launcher() -> None:
+    """Send this process SIGTERM when the launcher that started it is gone.
+
+    One that is killed (kill -9) leaves its processes running. A process that no launcher started may outlive its
+    parent, as under nohup.
+    """
+    if any(name in os.environ for name in LAUNCHERS):
+        Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_after(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(LAUNCHER_LOOK_SECONDS)
+    print(f"the launcher (process {launcher}) is gone: this process stops as after SIGTERM", file=sys.stderr)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def peer_timeout() -> timedelta:

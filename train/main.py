@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from captioner import cli
@@ -21,6 +22,7 @@ from train.cache import ShardCache
 from train.encode import prepare_features
 from train.epoch import train_epoch
 from train.launch import Preemption, resumable_without_peers, start_accelerator
+from train.peers import in_main
 from train.plan import PACK_FIRST, num_steps
 from train.report import write_report
 from train.schedule import make_optimizer, make_schedule
@@ -33,12 +35,19 @@ from train.tracking import Tracker
 from train.validation import Evaluator
 
 
-def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the order of execution)
-    """The whole run, from top to bottom."""
+def main(settings: TrainSettings) -> None:
+    """The whole run, in a folder that no other job trains in meanwhile."""
     check_settings(settings)
+    accelerator = start_accelerator(seed=settings.seed, thaws_later=bool(settings.finetune_encoder_from_step))
+    stop = Preemption()
+    with run_folder.owned_by_job(Path(settings.output)):
+        train_model(settings, accelerator, stop)
+
+
+def train_model(settings: TrainSettings, accelerator: Accelerator, stop: Preemption) -> None:  # noqa: PLR0915 (a recipe)
+    """The run from top to bottom, in the order of execution."""
     thaw_step = settings.finetune_encoder_from_step
-    accelerator = start_accelerator(seed=settings.seed, thaws_later=bool(thaw_step))
-    stop, say, run, is_main = Preemption(), accelerator.print, Path(settings.output), accelerator.is_main_process
+    say, run, is_main = accelerator.print, Path(settings.output), accelerator.is_main_process
 
     # ---- data -------------------------------------------------------------------------------------------------
     train = read_split(settings.shards, "train", remedy=PACK_FIRST)
@@ -64,7 +73,7 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
     weights = run_folder.kept_encoder(run) or settings.weights
     model = make_model(
         settings.model_config(len(vocabulary)), vocabulary, initial, weights=weights, trainable=thaw_step is not None,
-        compiled=settings.compile_encoder, accelerator=accelerator)  # fmt: skip
+        compiled=settings.compile_encoder)  # fmt: skip
     loss_model = CaptionLoss(
         model, view=view, label_smoothing=settings.label_smoothing, scheduled_sampling=settings.scheduled_sampling,
         total_steps=total_steps, thaw_step=thaw_step or 0)  # fmt: skip
@@ -130,11 +139,14 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
     run_folder.load_best(run, progress, loss_model)
     calibration = evaluator.calibrate(run / run_folder.BEST_CAPTIONS) if evaluator else None
     tracker.close()
-    if is_main:
+
+    def finish() -> None:
         run_folder.write_figures(run, report, progress.metrics)
         write_report(run)
         run_folder.write_model(run, loss_model, vocabulary, settings.decoding(), progress.metrics,
                                calibration=calibration)  # fmt: skip
+
+    in_main(finish)
     accelerator.end_training()
     say(f"the model is in {run_folder.model_folder(run)}, its curves in {run / 'report.html'}; caption a folder with: "
         f"python infer/main.py --model {run_folder.model_folder(run)} --images PHOTOS")  # fmt: skip

@@ -9,16 +9,18 @@ import json
 import os
 import shutil
 import socket
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
@@ -27,9 +29,12 @@ from torch import Tensor, nn
 from captioner.bundle import DecodingDefaults, save_bundle
 from captioner.calibration import Calibration
 from captioner.cli import UserError
+from captioner.ownership import owned
 from captioner.storage import read_json, write_atomic
 from captioner.vocabulary import Vocabulary
 from train.epoch import Reading
+from train.launch import EXIT_PREEMPTED
+from train.peers import in_all, in_main
 from train.schedule import is_frozen
 from train.step import CaptionLoss
 from train.stream import Ledger, StreamState
@@ -37,13 +42,12 @@ from train.validation import Evaluation, write_captions
 
 BEST_CAPTIONS = "validation.jsonl"
 COMPLETE = "complete.json"
+OWNER = "owner.json"
 SKIPPED = "skipped.jsonl"
 WEIGHTS = "model.safetensors"  # Accelerate's name
 ENCODER = "encoder.safetensors"
 VISIBLE_SECONDS = 75.0  # NFS clients may trust for a minute what they knew of a folder
 OF_A_MACHINE = ("shards", "output", "resume", "init", "weights", "cache", "cache_gigabytes", "workers", "wandb")
-
-Decision = TypeVar("Decision")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -109,7 +113,32 @@ def model_folder(run: Path) -> Path:
 
 def is_finished(run: Path) -> bool:
     """Whether its model is there, as the main process sees it."""
-    return _in_main(model_folder(run).exists)
+    return in_main(model_folder(run).exists)
+
+
+# ---- one job for a folder -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def owned_by_job(run: Path) -> Iterator[None]:
+    """Own the run folder within; the main process does for all. Raises UserError, in all, while another job does."""
+    with ExitStack() as stack:
+        owner = owned(str(run / OWNER), doing="is training in this folder", on_loss=_end_without_saving)
+        in_main(lambda: stack.enter_context(owner))
+        yield
+
+
+def _end_without_saving(owner: str) -> None:
+    print(
+        f"{owner} trains in this run folder now, since this process was silent for a minute or {OWNER} was removed: "
+        "it ends without saving",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_PREEMPTED)
+
+
+# ---- settings -----------------------------------------------------------------------------------------------
 
 
 def record_settings(run: Path, settings: Mapping[str, Any], *, ignored: tuple[str, ...], resume: bool) -> None:
@@ -120,7 +149,7 @@ def record_settings(run: Path, settings: Mapping[str, Any], *, ignored: tuple[st
     """
     check_shared(run)
     check_same_settings(settings)
-    _in_main(lambda: _record_settings(run, settings, ignored=ignored, resume=resume))
+    in_main(lambda: _record_settings(run, settings, ignored=ignored, resume=resume))
 
 
 def _record_settings(run: Path, settings: Mapping[str, Any], *, ignored: tuple[str, ...], resume: bool) -> None:
@@ -138,14 +167,14 @@ def _record_settings(run: Path, settings: Mapping[str, Any], *, ignored: tuple[s
         raise UserError(f"{run} holds an unfinished run: go on with --resume, give another --output, or delete {run}")
 
 
-# ---- one folder for all processes, one decision for all -------------------------------------------------------
+# ---- one folder for all processes ---------------------------------------------------------------------------
 
 
 def check_shared(run: Path) -> None:
     """Raise UserError unless all processes see what the main process writes into the run folder."""
     if PartialState().num_processes == 1:
         return
-    mark = run / _in_main(lambda: _leave_mark(run))
+    mark = run / in_main(lambda: _leave_mark(run))
     try:
         _wait_until_all_see(mark)
     finally:
@@ -184,22 +213,6 @@ def _wait_until_all_see(path: Path) -> None:
         )
 
 
-def _in_main(action: Callable[[], Decision]) -> Decision:
-    """What the main process's `action` returns, or the UserError that it raises, in all processes."""
-    decision: list[Any] = [None, None]
-    if PartialState().is_main_process:
-        try:
-            decision[0] = action()
-        except UserError as error:
-            decision[1] = str(error)
-        except OSError as error:
-            decision[1] = f"cannot use {error.filename} ({error.strerror}): mend that, or give another --output"
-    value, refusal = broadcast_object_list(decision)
-    if refusal:
-        raise UserError(refusal)
-    return value
-
-
 # ---- checkpoints --------------------------------------------------------------------------------------------
 
 
@@ -222,34 +235,37 @@ def save_checkpoint(
     cannot be written; the checkpoints before it stay.
     """
     folder = run / "checkpoints" / checkpoint_name(state)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process and folder.exists():
-        _remove(folder)
-    accelerator.wait_for_everyone()
-    failure = None
-    try:
-        accelerator.save_state(str(folder))
-    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
-        failure = next(iter(str(error).splitlines()), type(error).__name__)
-    failures = [text for text in gather_object([failure]) if text]
-    if accelerator.is_main_process and not failures:
+
+    def write() -> None:
+        try:
+            accelerator.save_state(str(folder))
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+            raise UserError(next(iter(str(error).splitlines()), type(error).__name__)) from error
+
+    def complete() -> None:
         try:
             _to_disk(folder)  # all ranks have written
             write_atomic(str(folder / COMPLETE), json.dumps(state.state_dict()))
         except OSError as error:
-            failure = str(error)
-    failures += [text for text in gather_object([failure]) if text]
-    if failures:
+            raise UserError(str(error)) from error
+
+    in_main(lambda: _remove(folder))
+    try:
+        in_all(write)
+        in_main(complete)
+    except UserError as error:
         if accelerator.is_main_process:
             _remove(folder)
         newest = next(iter(complete_checkpoints(run)[::-1]), None)
         left = f"{newest} is whole" if newest else "there is none before it"
-        raise UserError(f"cannot write {folder} ({failures[0]}); {left}: make room, then go on with --resume")
-    if accelerator.is_main_process:
-        for old in complete_checkpoints(run)[:-keep]:
-            if old.name != progress.best:
-                _remove(old)
-    accelerator.wait_for_everyone()
+        raise UserError(f"cannot write {folder} ({error}); {left}: make room, then go on with --resume") from error
+    in_main(lambda: _remove_old(run, keep=keep, best=progress.best))
+
+
+def _remove_old(run: Path, *, keep: int, best: str) -> None:
+    for old in complete_checkpoints(run)[:-keep]:
+        if old.name != best:
+            _remove(old)
 
 
 def _to_disk(folder: Path) -> None:
@@ -274,7 +290,7 @@ def resume(run: Path, accelerator: Accelerator) -> None:
 
     The main process chooses it for all. Raises UserError when it was made on other data.
     """
-    newest = _in_main(lambda: next((path.name for path in complete_checkpoints(run)[::-1]), None))
+    newest = in_main(lambda: next((path.name for path in complete_checkpoints(run)[::-1]), None))
     if newest is not None:
         checkpoint = run / "checkpoints" / newest
         _wait_until_all_see(checkpoint / COMPLETE)
@@ -294,9 +310,11 @@ def checkpoint_trained_weights(run: Path, loss_model: CaptionLoss, accelerator: 
     A frozen encoder's are stored in the run folder once.
     """
     encoder = loss_model.model.encoder
-    if is_frozen(encoder) and accelerator.is_main_process and not kept_encoder(run):
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in encoder.backbone.state_dict().items()}
-        write_atomic(str(run / ENCODER), save_tensors(tensors))
+
+    def keep_encoder() -> None:
+        if is_frozen(encoder) and not kept_encoder(run):
+            tensors = {name: tensor.contiguous().cpu() for name, tensor in encoder.backbone.state_dict().items()}
+            write_atomic(str(run / ENCODER), save_tensors(tensors))
 
     def save(_models: list[nn.Module], states: list[dict[str, Tensor]], _folder: str) -> None:
         states[:] = [{name: tensor.contiguous() for name, tensor in _trained_weights(loss_model).items()}]
@@ -305,6 +323,7 @@ def checkpoint_trained_weights(run: Path, loss_model: CaptionLoss, accelerator: 
         models.clear()
         load_weights(Path(folder), loss_model)
 
+    in_main(keep_encoder)
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from captioner.bundle import Bundle
@@ -17,6 +16,7 @@ from captioner.encoders import check_crop, load_encoder_weights, preprocessing
 from captioner.model import CaptionModel, ModelConfig
 from captioner.views import ViewSpec
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
+from train.peers import in_main_of_each_machine_first
 from train.settings import TrainSettings
 from train.split import Split, check_fits, read_view
 
@@ -43,14 +43,13 @@ def make_model(
     weights: str,
     trainable: bool,
     compiled: bool,
-    accelerator: Accelerator,
 ) -> CaptionModel:
     """A model that is the initial one with new words, or new behind an encoder with `weights`.
 
     One process of a machine downloads these for all. Raises UserError.
     """
     if initial is None:
-        model = _new_model(config, weights=weights, trainable=trainable, accelerator=accelerator)
+        model = _new_model(config, weights=weights, trainable=trainable)
     else:
         model = _grown_model(config, vocabulary, initial, trainable=trainable)
         if weights != "default":  # others are asked for, or a resumed run has kept its own
@@ -60,14 +59,13 @@ def make_model(
     return model
 
 
-def _new_model(config: ModelConfig, *, weights: str, trainable: bool, accelerator: Accelerator) -> CaptionModel:
+def _new_model(config: ModelConfig, *, weights: str, trainable: bool) -> CaptionModel:
     if weights == "none" and not trainable:
         raise UserError(
             "--weights none leaves the frozen encoder random: add --finetune-encoder-from-step 0, or give weights"
         )
     model = CaptionModel(config, encoder_trainable=trainable)
-    with accelerator.local_main_process_first():
-        load_encoder_weights(model.encoder, name=config.encoder, weights=weights)
+    in_main_of_each_machine_first(lambda: load_encoder_weights(model.encoder, name=config.encoder, weights=weights))
     return model
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from captioner.bundle import DecodingDefaults
 from captioner.calibration import Calibration
@@ -19,6 +19,7 @@ from captioner.metrics import References
 from captioner.storage import read_bytes, write_atomic
 from captioner.vocabulary import Vocabulary
 from train.calibrate import calibrate
+from train.peers import in_main
 from train.split import Split
 from train.step import CaptionLoss, StepLoss
 from train.stream import Batch, BatchStream, Ledger, Share
@@ -141,15 +142,15 @@ class Evaluator:
 
     def _score(self, rows: list[ValidationCaption]) -> dict[str, float]:
         """Corpus scores by name, computed by the main process for all."""
-        scores: list[dict[str, float]] = [{}]
-        if self._accelerator.is_main_process:
+
+        def score() -> dict[str, float]:
             positions = [row.position for row in rows]
             if self._references is None or positions != self._positions:  # other bad samples were left out before
                 self._references = References({row.position: row.references for row in rows})
                 self._positions = positions
-            scores = [self._references.scores({row.position: row.caption for row in rows})]
-        broadcast_object_list(scores)
-        return scores[0]
+            return self._references.scores({row.position: row.caption for row in rows})
+
+        return in_main(score)
 
     def calibrate(self, captions: Path) -> Calibration | None:
         """The calibration of the model that made the captions in this file of the split's pictures.

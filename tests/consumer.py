@@ -6,6 +6,7 @@ Processes come from a server that has loaded torch once.
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -83,10 +84,7 @@ def seen(run: Path) -> list[Seen]:
 
 def _rank(job: Job, rank: int, world_size: int, port: int, keys: dict[str, str]) -> None:
     os.environ |= keys
-    if world_size > 1:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
-        os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_PORT": str(port)}
-    os.environ["ACCELERATE_USE_CPU"] = "true"
+    _join(rank, world_size, port)
     consume(job)
 
 
@@ -132,6 +130,56 @@ def wait_in_workers(shards: str, ending: str, pids: Path) -> None:
     if ending == "traceback":
         raise RuntimeError("as it may happen")
     raise SystemExit(75)
+
+
+def start_side_by_side(world_size: int, *, peer_seconds: float, actions: Sequence[str]) -> list[Any]:
+    """Ranks that do unequal things side by side: `sleep SECONDS`, `fail`, `kill`, `stop` or `leave`; they exit so.
+
+    With 0 where all have what all returned, else as a command does.
+    """
+    port = free_port()
+    ranks = [
+        context.Process(target=_side_by_side, args=(rank, world_size, port, peer_seconds, action))
+        for rank, action in enumerate(actions)
+    ]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def _side_by_side(rank: int, world_size: int, port: int, peer_seconds: float, action: str) -> None:
+    from train.launch import Preemption, resumable_without_peers, start_accelerator
+    from train.peers import in_all
+
+    _join(rank, world_size, port)
+    os.environ["CAPTIONER_PEER_TIMEOUT_SECONDS"] = str(peer_seconds)
+    start_accelerator(seed=0)
+    Preemption()
+
+    def act() -> int:
+        word, *numbers = action.split()
+        if word == "sleep":
+            time.sleep(float(numbers[0]))
+        elif word == "fail":
+            raise FileNotFoundError(2, "No such file", "it")
+        else:
+            time.sleep(0.5)
+            signals = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "leave": signal.SIGTERM}
+            os.kill(os.getpid(), signals[word])
+        return rank
+
+    try:
+        with resumable_without_peers():
+            assert in_all(act) == list(range(world_size))
+    except FileNotFoundError as error:
+        raise SystemExit(2 if error.filename == "it" else 3) from error
+
+
+def _join(rank: int, world_size: int, port: int) -> None:
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    if world_size > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_PORT": str(port)}
 
 
 def consume(job: Job) -> None:

@@ -21,12 +21,12 @@ from train import run_folder
 from train.cache import ShardCache
 from train.encode import prepare_features
 from train.epoch import train_epoch
-from train.launch import Preemption, resumable_without_peers, start_accelerator
+from train.job import as_job
+from train.launch import Preemption, resumable_without_peers
 from train.peers import in_main
 from train.plan import PACK_FIRST, num_steps
-from train.report import write_report
 from train.schedule import make_optimizer, make_schedule
-from train.settings import CHANGEABLE, TrainSettings, check_settings, count_steps
+from train.settings import CHANGEABLE, TrainSettings, count_steps
 from train.split import read_merged_vocabulary, read_split, read_validation
 from train.starting_model import choose_view, make_model
 from train.step import CaptionLoss, check_same_weights, train_step
@@ -35,17 +35,9 @@ from train.tracking import Tracker
 from train.validation import Evaluator
 
 
-def main(settings: TrainSettings) -> None:
-    """The whole run, in a folder that no other job trains in meanwhile."""
-    check_settings(settings)
-    accelerator = start_accelerator(seed=settings.seed, thaws_later=bool(settings.finetune_encoder_from_step))
-    stop = Preemption()
-    with run_folder.owned_by_job(Path(settings.output)):
-        train_model(settings, accelerator, stop)
-
-
-def train_model(settings: TrainSettings, accelerator: Accelerator, stop: Preemption) -> None:  # noqa: PLR0915 (a recipe)
-    """The run from top to bottom, in the order of execution."""
+@as_job
+def main(settings: TrainSettings, accelerator: Accelerator, stop: Preemption) -> None:  # noqa: PLR0915 (a recipe)
+    """The whole run, from top to bottom, in the order of execution."""
     thaw_step = settings.finetune_encoder_from_step
     say, run, is_main = accelerator.print, Path(settings.output), accelerator.is_main_process
 
@@ -139,14 +131,8 @@ def train_model(settings: TrainSettings, accelerator: Accelerator, stop: Preempt
     run_folder.load_best(run, progress, loss_model)
     calibration = evaluator.calibrate(run / run_folder.BEST_CAPTIONS) if evaluator else None
     tracker.close()
-
-    def finish() -> None:
-        run_folder.write_figures(run, report, progress.metrics)
-        write_report(run)
-        run_folder.write_model(run, loss_model, vocabulary, settings.decoding(), progress.metrics,
-                               calibration=calibration)  # fmt: skip
-
-    in_main(finish)
+    in_main(partial(run_folder.finish, run, report, loss_model, vocabulary, settings.decoding(),
+                    metrics=progress.metrics, calibration=calibration))  # fmt: skip
     accelerator.end_training()
     say(f"the model is in {run_folder.model_folder(run)}, its curves in {run / 'report.html'}; caption a folder with: "
         f"python infer/main.py --model {run_folder.model_folder(run)} --images PHOTOS")  # fmt: skip

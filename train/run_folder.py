@@ -9,10 +9,8 @@ import json
 import os
 import shutil
 import socket
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -29,12 +27,11 @@ from torch import Tensor, nn
 from captioner.bundle import DecodingDefaults, save_bundle
 from captioner.calibration import Calibration
 from captioner.cli import UserError
-from captioner.ownership import owned
 from captioner.storage import read_json, write_atomic
 from captioner.vocabulary import Vocabulary
 from train.epoch import Reading
-from train.launch import EXIT_PREEMPTED
 from train.peers import in_all, in_main
+from train.report import write_report
 from train.schedule import is_frozen
 from train.step import CaptionLoss
 from train.stream import Ledger, StreamState
@@ -42,7 +39,6 @@ from train.validation import Evaluation, write_captions
 
 BEST_CAPTIONS = "validation.jsonl"
 COMPLETE = "complete.json"
-OWNER = "owner.json"
 SKIPPED = "skipped.jsonl"
 WEIGHTS = "model.safetensors"  # Accelerate's name
 ENCODER = "encoder.safetensors"
@@ -100,12 +96,6 @@ class Progress:
         self.epochs_since_best = state["epochs_since_best"]
 
 
-def write_figures(run: Path, report: RunReport, metrics: Mapping[str, float]) -> None:
-    """Write `report.json` and `metrics.json`."""
-    write_atomic(str(run / "report.json"), json.dumps(asdict(report), indent=1))
-    write_atomic(str(run / "metrics.json"), json.dumps(dict(metrics), indent=1))
-
-
 def model_folder(run: Path) -> Path:
     """Where a run's model lies once it is finished."""
     return run / "model"
@@ -114,31 +104,6 @@ def model_folder(run: Path) -> Path:
 def is_finished(run: Path) -> bool:
     """Whether its model is there, as the main process sees it."""
     return in_main(model_folder(run).exists)
-
-
-# ---- one job for a folder -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def owned_by_job(run: Path) -> Iterator[None]:
-    """Own the run folder within; the main process does for all. Raises UserError, in all, while another job does."""
-    with ExitStack() as stack:
-        owner = owned(str(run / OWNER), doing="is training in this folder", on_loss=_end_without_saving)
-        in_main(lambda: stack.enter_context(owner))
-        yield
-
-
-def _end_without_saving(owner: str) -> None:
-    print(
-        f"{owner} trains in this run folder now, since this process was silent for a minute or {OWNER} was removed: "
-        "it ends without saving",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(EXIT_PREEMPTED)
-
-
-# ---- settings -----------------------------------------------------------------------------------------------
 
 
 def record_settings(run: Path, settings: Mapping[str, Any], *, ignored: tuple[str, ...], resume: bool) -> None:
@@ -370,19 +335,23 @@ def append_skipped(run: Path, ledger: Ledger, *, split: str, epoch: int) -> None
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def write_model(
+def finish(
     run: Path,
+    report: RunReport,
     loss_model: CaptionLoss,
     vocabulary: Vocabulary,
     decoding: DecodingDefaults,
-    metrics: Mapping[str, float],
     *,
+    metrics: Mapping[str, float],
     calibration: Calibration | None,
 ) -> None:
-    """Write the model folder, which ends the run, and delete the checkpoints, of which it holds what they were for.
+    """Write figures, the page and, to end the run, the model folder; delete the checkpoints, since it holds the best.
 
-    Raises UserError where it cannot be written; the checkpoints stay then.
+    Raises UserError where the model cannot be written; the checkpoints stay then.
     """
+    write_atomic(str(run / "report.json"), json.dumps(asdict(report), indent=1))
+    write_atomic(str(run / "metrics.json"), json.dumps(dict(metrics), indent=1))
+    write_report(run)
     model, view = loss_model.model, loss_model.view
     try:
         save_bundle(

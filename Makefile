@@ -50,16 +50,11 @@ format: $(TESTS_READY) ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
 
 simd: $(READY) ## pillow-simd in Pillow's place: resizes several times faster (a minute; needs a compiler)
-	@for header in jpeglib.h zlib.h; do \
-		printf '#include <stdio.h>\n#include <%s>\n' $$header | $${CC:-cc} -mavx2 -E -x c - >/dev/null 2>&1 \
-		|| { echo "error: no C compiler that takes -mavx2 finds $$header: apt-get install gcc libjpeg-dev zlib1g-dev" \
-			"(dnf: gcc libjpeg-turbo-devel zlib-devel)" >&2; exit 2; }; \
-	done
-	@[ ! -r /proc/cpuinfo ] || grep -q avx2 /proc/cpuinfo \
-		|| { echo "error: this processor has no AVX2, which pillow-simd is compiled for: stay with Pillow" >&2; exit 2; }
-	CC="$${CC:-cc} -mavx2" $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(VENV)/simd $(PILLOW_SIMD)
+	@$(BIN)/python simd.py $(PILLOW_SIMD) --into $(VENV)/simd --lose "$(LOSE)"
 	@$(KEEP_SIMD)
 	@$(BIN)/python -c 'import PIL; print("PIL is now pillow-simd", PIL.__version__, "(make no-simd: back to Pillow)")'
+
+no-simd: back to Pillow)")'
 
 no-simd: $(READY) ## the pinned Pillow back in pillow-simd's place
 	rm -rf $(VENV)/simd

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from captioner import cli
-from captioner.cli import UserError
+from captioner.flags import Count, File
 from measure import Bar, describe_run, print_bars, print_rows, write_json
 from photos import draw_photos, find_photos, tile_photos
 
@@ -40,30 +40,29 @@ COCO, PHONE = "COCO", "12 megapixels"
 class CaptioningSettings:
     """What is measured, on what, and how long."""
 
-    images: Path | None = None
+    images: File | None = None
     """Folder of photos such as COCO's; without it pictures in COCO's sizes are drawn, which compress like photos."""
     encoders: tuple[str, ...] = (LIGHT, HEAVY)
     """Encoders on the CPU; on a GPU resnet152 is measured as well."""
-    pictures: int | None = None
+    pictures: Count | None = None
     """Files of a turn of ours with the light encoder, a fourth of it with others: 1,000, with --quick 48."""
-    large_pictures: int | None = None
+    large_pictures: Count | None = None
     """12-megapixel files of a turn: 320, with --quick 8."""
-    rounds: int | None = None
+    rounds: Count | None = None
     """Turns of each contender: 3, with --quick 1."""
     quick: bool = False
     """Everything small, to see that it runs: the figures are rough."""
-    json: Path | None = None
+    json: File | None = None
     """Write run, rows and bars to this file."""
 
 
 def main(settings: CaptioningSettings) -> None:
     """Make the pictures, measure, and tell."""
-    check_settings(settings)
     import torch  # not above: reading processes import this file
 
     from captioning_parts import make_job, measure, start
 
-    state = start()
+    device = start()
     on_gpu = torch.cuda.is_available()
     rounds = settings.rounds or (1 if settings.quick else 3)
     rows: list[dict[str, Any]] = []
@@ -83,7 +82,7 @@ def main(settings: CaptioningSettings) -> None:
             for kind, files in sets.items():
                 if on_gpu or encoder == LIGHT or kind == COCO:
                     number = len(files) if on_gpu or encoder == LIGHT else max(len(files) // 4, 16)
-                    job = make_job(files[:number], encoder, state, scratch, quick=settings.quick)
+                    job = make_job(files[:number], encoder, device, scratch, quick=settings.quick)
                     cli.console.print(f"\n{encoder} on {kind}: {number:,} files")
                     found_rows, found_bars = measure(job, kind=kind, rounds=rounds)
                     rows += found_rows
@@ -92,13 +91,6 @@ def main(settings: CaptioningSettings) -> None:
     print_bars(bars)
     if settings.json is not None:
         write_json(settings.json, run=run, rows=rows, bars=bars)
-
-
-def check_settings(settings: CaptioningSettings) -> None:
-    """Raise UserError for numbers that make no sense."""
-    numbers = (settings.rounds, settings.pictures, settings.large_pictures)
-    if any(number is not None and number < 1 for number in numbers):
-        raise UserError("--rounds, --pictures and --large-pictures must be at least 1")
 
 
 def make_sets(originals: Sequence[Path], scratch: Path, settings: CaptioningSettings) -> dict[str, list[Path]]:

@@ -1,6 +1,5 @@
 """The contenders of benchmarks/captioning.py: the book's way, the captioning command's work, and its parts alone."""
 
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
@@ -24,8 +22,10 @@ from captioner.describe import Captioner
 from captioner.model import CaptionModel, ModelConfig
 from captioner.views import ViewSpec, normalise, read_eval_view
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
+from captioner.workers import count_processors
 from captioning import COCO, LIGHT
 from infer import main as command
+from infer.peers import Peers
 from infer.results import RowWriter, part_path
 from infer.row_index import RowIndex, merge
 from infer.settings import CaptionSettings
@@ -47,7 +47,7 @@ NUM_WORDS = 9956  # COCO's, in the book
 CAPTION_STEPS, BOOK_STEPS = 12, 20
 CPU_BATCHES, GPU_BATCHES = (4, 8), (64, 256)
 DECODER_BATCH = 256
-NUM_CORES = os.cpu_count() or 1
+NUM_CORES = count_processors()
 BOOK = "the book's way"
 READ, ENCODER, CAPTION = "decode and resize", "encoder", "greedy"
 ALONE, BUSY = "alone", "all cores busy"
@@ -62,7 +62,6 @@ class Job:
     num_alone: int
     encoder: str
     captioner: Captioner
-    state: PartialState
     scratch: Path
 
     @property
@@ -70,18 +69,18 @@ class Job:
         return self.captioner.bundle.device
 
 
-def start() -> PartialState:
-    """One process; torch with one thread, as the captioning command has it."""
+def start() -> torch.device:
+    """The command's device; torch with one thread, as the command has it."""
     torch.set_num_threads(1)
-    return PartialState(cpu=not torch.cuda.is_available())
+    return command.find_device()
 
 
-def make_job(files: list[Path], encoder: str, state: PartialState, scratch: Path, *, quick: bool) -> Job:
+def make_job(files: list[Path], encoder: str, device: torch.device, scratch: Path, *, quick: bool) -> Job:
     """A captioner with random weights, and the number of pictures for what is measured alone."""
     words = tuple(f"word-{number}" for number in range(NUM_WORDS - len(SPECIAL_WORDS)))
     vocabulary = Vocabulary(words=(*SPECIAL_WORDS, *words), counts=(1,) * NUM_WORDS, threshold=1)
     torch.manual_seed(0)
-    model = CaptionModel(ModelConfig(encoder=encoder, vocabulary_size=NUM_WORDS)).eval().to(state.device)
+    model = CaptionModel(ModelConfig(encoder=encoder, vocabulary_size=NUM_WORDS)).eval().to(device)
     bundle = Bundle(
         model=model,
         view=ViewSpec(),
@@ -91,9 +90,7 @@ def make_job(files: list[Path], encoder: str, state: PartialState, scratch: Path
         calibration=None,
     )
     captioner = Captioner(bundle, precision="bfloat16" if torch.cuda.is_available() else "float32")
-    return Job(
-        files=files, num_alone=16 if quick else 128, encoder=encoder, captioner=captioner, state=state, scratch=scratch
-    )
+    return Job(files=files, num_alone=16 if quick else 128, encoder=encoder, captioner=captioner, scratch=scratch)
 
 
 # ---- contenders -------------------------------------------------------------------------------------------
@@ -119,10 +116,11 @@ def ours(job: Job, *, workers: int, beam_size: int = 1) -> Contender:
 def caption_folder(job: Job, captioner: Captioner, settings: CaptionSettings) -> None:
     """What infer/main.py does when it has loaded the model, on the job's files."""
     names = {path.name for path in job.files}
-    listing = command.open_listing(settings, job.state)
+    alone = Peers(settings.output)
+    listing = command.open_listing(settings, alone)
     own = (entry for entry in listing if getattr(entry, "path", None) in names)
     with closing(RowIndex(settings.output)) as index, closing(RowWriter(part_path(settings.output, 0))) as writer:
-        num_rows = command.caption_files(own, index, writer, captioner, settings=settings, state=job.state)  # type: ignore[arg-type]
+        num_rows = command.caption_files(own, index, writer, captioner, settings=settings, peers=alone)  # type: ignore[arg-type]
     summary = merge(settings.output)
     assert num_rows == summary.num_rows == len(job.files), "files were lost"
     assert not summary.failures

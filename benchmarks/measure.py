@@ -13,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from captioner import cli
+from captioner import cli, storage
+from captioner.workers import count_processors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +110,7 @@ def describe_run(packages: Sequence[str], **facts: object) -> dict[str, str]:
     versions = [f"{name} {found}" for name in packages if (found := version(name))]
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start",
+        "machine": f"{_processor()}, {count_processors()} cores, load {os.getloadavg()[0]:.1f} at the start",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "versions": ", ".join(versions),
         **{name: str(fact) for name, fact in facts.items()},
@@ -152,7 +153,7 @@ def write_json(path: Path, *, run: Mapping[str, str], rows: Sequence[Mapping[str
     """Write `{"run": {...}, "rows": [...], "bars": [{"name", "value", "bar", "holds"}]}`. Raises UserError."""
     content = {"run": dict(run), "rows": [dict(row) for row in rows], "bars": [asdict(bar) for bar in bars]}
     try:
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        storage.write_atomic(str(path), json.dumps(content, indent=1) + "\n")
     except OSError as error:
         remedy = "name a file in a folder that can be written"
         raise cli.UserError(f"cannot write --json {path} ({error.strerror}): {remedy}") from error

@@ -34,6 +34,7 @@ from PIL import Image, features
 import jpeg_table
 from captioner import cli, images
 from captioner.cli import UserError
+from captioner.flags import Count, File, Workers
 from measure import (
     Bar,
     Contender,
@@ -74,15 +75,15 @@ JOB = "ours: sharding/make_shards.py"
 class PackingSettings:
     """What is measured, on which pictures, and how long."""
 
-    images: Path | None = None
+    images: File | None = None
     """Folder of photos such as COCO's; without it pictures in COCO's sizes are drawn, which compress like photos."""
-    rounds: int | None = None
+    rounds: Count | None = None
     """Turns of each contender: 5, with --quick 2; of the whole jobs 3, with --quick 1, and never more than this."""
-    pictures: int | None = None
+    pictures: Count | None = None
     """Pictures to pack in all rounds together: 3,000, with --quick 160. The whole jobs take twice as many."""
-    workers: int = 2
+    workers: Workers = 2
     """Processes of the whole jobs, ours and img2dataset's."""
-    peers: Path | None = None
+    peers: File | None = None
     """The Python that has img2dataset: .venv-peers/bin/python, as make bench-peers makes it."""
     quick: bool = False
     """Everything small, to see that it runs: the figures are rough."""
@@ -90,13 +91,12 @@ class PackingSettings:
     """Also watch a worker's memory over 20,000 pictures (minutes)."""
     quality_table: bool = False
     """Also tell what each JPEG quality costs in bytes, time and truth to the picture."""
-    json: Path | None = None
+    json: File | None = None
     """Write run, rows and bars to this file."""
 
 
 def main(settings: PackingSettings) -> None:
     """Make the pictures, measure, and tell."""
-    check_settings(settings)
     peers = find_peers(settings.peers)
     plain_pillow(peers)
     use_one_thread()
@@ -130,16 +130,6 @@ def main(settings: PackingSettings) -> None:
     print_bars(bars)
     if settings.json:
         write_json(settings.json, run=run, rows=rows, bars=bars)
-
-
-def check_settings(settings: PackingSettings) -> None:
-    """Raise UserError for numbers that make no sense, before minutes are spent."""
-    for name in ("rounds", "pictures", "workers"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value} is too small: give at least 1")
-    if settings.json and not settings.json.absolute().parent.is_dir():
-        raise UserError(f"there is no folder for --json {settings.json}: make it, or name another file")
 
 
 def use_one_thread() -> None:

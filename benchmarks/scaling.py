@@ -38,6 +38,7 @@ import numpy as np
 
 from captioner import cli
 from captioner.cli import UserError
+from captioner.flags import Count, File
 from captioner.shards import Manifest, ShardEntry, read_manifest
 from measure import Bar, at_most, describe_run, median_of, print_bars, print_rows, take_turns, time_here, write_json
 from photos import draw_photo, draw_photos, find_photos, repeat_photos, write_captions, write_data
@@ -57,15 +58,15 @@ PARTS: tuple[Part, ...] = ("plan", "bytes", "cache", "start", "packing", "doctor
 class ScalingSettings:
     """What is measured, and how long."""
 
-    images: Path | None = None
+    images: File | None = None
     """Folder of photos such as COCO's, for packing and doctor; without it such pictures are drawn."""
     parts: tuple[Part, ...] = PARTS
     """Only these."""
-    rounds: int | None = None
+    rounds: Count | None = None
     """How often each thing is measured: 3, with --quick once."""
     quick: bool = False
     """Everything small, to see that it runs: the figures are rough."""
-    json: Path | None = None
+    json: File | None = None
     """Write run, rows and bars to this file."""
 
 
@@ -590,8 +591,6 @@ MEASURES = {
 
 def main(settings: ScalingSettings) -> None:
     """Measure the parts, tell."""
-    if settings.rounds is not None and settings.rounds < 1:
-        raise UserError(f"--rounds {settings.rounds} is too small: give at least 1")
     if settings.images:
         find_photos(settings.images)
     rounds = settings.rounds or (1 if settings.quick else 3)

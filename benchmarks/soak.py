@@ -30,6 +30,7 @@ from typing import Any
 
 from captioner import cli
 from captioner.cli import UserError
+from captioner.flags import Count, File, Positive
 from measure import at_least, at_most, describe_run, print_bars, print_rows, write_json
 from photos import draw_photo, write_data
 
@@ -47,15 +48,15 @@ WARM_SHARE = 0.1  # of the time, in which caches fill and libraries load
 class SoakSettings:
     """How long, how fast, over how much."""
 
-    minutes: float = 60.0
+    minutes: Positive = 60.0
     """How long to stream; the epoch under way is finished."""
-    images_per_second: float = 400.0
+    images_per_second: Positive = 400.0
     """What both processes together take, as a GPU would; a stream that is slower goes as fast as it can."""
-    pictures: int = 24_000
+    pictures: Count = 24_000
     """Samples of an epoch."""
     quick: bool = False
     """A tenth of the samples, and a server that restarts every few seconds."""
-    json: Path | None = None
+    json: File | None = None
     """Write run, rows and bars to this file."""
 
 

@@ -49,9 +49,11 @@ from torchvision import transforms
 from captioner import cli, images
 from captioner.cli import UserError
 from captioner.encoders import Encoder
+from captioner.flags import Count, File, Workers, WorkersOrZero
 from captioner.model import CaptionModel, ModelConfig
 from captioner.views import ViewSpec, normalise
 from captioner.vocabulary import END, PAD, START, Vocabulary, count_words, read_vocabulary, tokenize
+from captioner.workers import count_processors
 from loaders import CAPTIONS, CROP, MEAN, SHARDS, STD, loader_options, write_loose
 from measure import (
     Bar,
@@ -75,9 +77,9 @@ from train.encode import prepare_features
 from train.features import FeatureFiles
 from train.plan import num_steps
 from train.schedule import make_optimizer, make_schedule
-from train.settings import TrainSettings
+from train.settings import NEW_MODEL, TrainSettings
 from train.split import read_split
-from train.step import MAX_GRADIENT_NORM, CaptionLoss, train_step
+from train.step import MAX_GRADIENT_NORM, CaptionLoss, distribute, train_step
 from train.stream import Batch, BatchStream, Share, ViewRules
 
 PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "pillow", "pillow-simd", "nltk", "numpy")
@@ -87,6 +89,7 @@ BATCH, GPU_BATCHES = 128, (128, 512)
 CAPTIONS_A_PICTURE = 5
 WARM_UP_SAMPLES = 2
 DEFAULTS = TrainSettings()
+WIDTHS = TrainSettings(**NEW_MODEL).model_config(0)
 BOOK, OURS, CACHED = "the book's loop", "ours", "ours, cached features"
 ENCODER, DECODER, PADDED = "encoder alone", "decoder alone, packed", "decoder alone, padded"
 NO_BF16 = "not measured: this CPU has no bf16"
@@ -99,31 +102,30 @@ Costs = Mapping[str, Sequence[Cost | None]]
 class TrainingSettings:
     """What is measured, on what, and how long."""
 
-    images: Path | None = None
+    images: File | None = None
     """Folder of photos such as COCO's; without it pictures in COCO's sizes are drawn, which compress like photos."""
-    captions: Path | None = None
+    captions: File | None = None
     """Real captions in COCO's JSON (or .json.gz), given to the pictures in turn; without it words are drawn."""
     parts: Literal["all", "cpu", "gpu"] = "all"
     """The CPU's figures, the GPU's, or both; the GPU's are left out where there is none."""
-    rounds: int | None = None
+    rounds: Count | None = None
     """Turns of each contender: 3, with --quick 1."""
-    steps: int | None = None
+    steps: Count | None = None
     """Batches of a CPU turn: 2, with --quick 1."""
-    workers: int = 0
+    workers: WorkersOrZero = 0
     """Loader processes of both contenders in the CPU's figures."""
-    gpu_workers: int | None = None
+    gpu_workers: WorkersOrZero | None = None
     """Loader processes in the GPU's figures: all processors, unless told otherwise."""
-    threads: int = 1
+    threads: Workers = 1
     """Threads of torch in the training process."""
     quick: bool = False
     """Everything small, to see that it runs: the figures are rough."""
-    json: Path | None = None
+    json: File | None = None
     """Write run, rows and bars to this file."""
 
 
 def main(settings: TrainingSettings) -> None:
     """Make the samples, measure, and tell."""
-    check_settings(settings)
     torch.set_num_threads(settings.threads)
     torch.set_float32_matmul_precision("high")  # as the training command has it
     rows: list[dict[str, Any]] = []
@@ -147,18 +149,6 @@ def main(settings: TrainingSettings) -> None:
     print_bars(bars)
     if settings.json:
         write_json(settings.json, run=run, rows=rows, bars=bars)
-
-
-def check_settings(settings: TrainingSettings) -> None:
-    """Raise UserError for numbers that make no sense, before minutes are spent."""
-    for name, least in (("rounds", 1), ("steps", 1), ("threads", 1), ("workers", 0), ("gpu_workers", 0)):
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value} is too small: give at least {least}")
-    if settings.json and not settings.json.absolute().parent.is_dir():
-        raise UserError(f"there is no folder for --json {settings.json}: make it, or name another file")
-    if settings.parts == "gpu" and not torch.cuda.is_available():
-        raise UserError("--parts gpu, and torch sees no GPU here: leave it out, or go to a machine with one")
 
 
 def has_bf16() -> bool:
@@ -206,7 +196,7 @@ def pack(
         "split": "train",
         "output": folder / SHARDS,
         "vocabulary": words,
-        "workers": 1 if num_samples < 1000 else os.cpu_count(),
+        "workers": 1 if num_samples < 1000 else count_processors(),
         "shard-megabytes": shard_megabytes(num_samples, shards=16),
     }
     given = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
@@ -276,11 +266,11 @@ class BookModel(nn.Module):
     def __init__(self, encoder: str, *, num_words: int) -> None:
         super().__init__()
         self.encoder = Encoder(encoder, trainable=False).to(memory_format=torch.contiguous_format)
-        self.linear = nn.Linear(self.encoder.num_features, DEFAULTS.embedding_size)
-        self.norm = nn.BatchNorm1d(DEFAULTS.embedding_size, momentum=0.01)
-        self.embed = nn.Embedding(num_words, DEFAULTS.embedding_size)
-        self.lstm = nn.LSTM(DEFAULTS.embedding_size, DEFAULTS.hidden_size, batch_first=True)
-        self.predict = nn.Linear(DEFAULTS.hidden_size, num_words)
+        self.linear = nn.Linear(self.encoder.num_features, WIDTHS.embedding_size)
+        self.norm = nn.BatchNorm1d(WIDTHS.embedding_size, momentum=0.01)
+        self.embed = nn.Embedding(num_words, WIDTHS.embedding_size)
+        self.lstm = nn.LSTM(WIDTHS.embedding_size, WIDTHS.hidden_size, batch_first=True)
+        self.predict = nn.Linear(WIDTHS.hidden_size, num_words)
 
     def forward(self, images_B3PP: Tensor, tokens_BT: Tensor, lengths: list[int]) -> Tensor:
         """Logits (M, V) of all tokens, `<start>` included."""
@@ -348,7 +338,7 @@ class Trainer:
             self.model, DEFAULTS.learning_rate, encoder_learning_rate=DEFAULTS.encoder_learning_rate
         )
         self.schedule = make_schedule(optimizer, DEFAULTS.schedule, total_steps=10_000)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.loss_model, optimizer)
+        self.wrapped, self.optimizer = distribute(self.loss_model, optimizer, self.accelerator)
         self.wrapped.train()
         self.rules = ViewRules(crop=CROP, max_tokens=DEFAULTS.max_tokens, training=False)
         self.cache = str(job.folder / "cache")
@@ -359,6 +349,7 @@ class Trainer:
             rules=self.rules,
             workers=job.workers,
             cache=ShardCache(self.cache, max_bytes=10**9),
+            device=self.accelerator.device,
         )
 
     def features(self) -> FeatureFiles:
@@ -615,10 +606,10 @@ def measure_on_gpu(
     """Ours, with and without cached features, against encoder and decoder on a batch that is there already."""
     if settings.parts == "cpu" or not torch.cuda.is_available():
         return [], gpu_bars([])
-    torch.set_num_threads(os.cpu_count() or 1)  # which the training command leaves as it is beside a GPU
+    torch.set_num_threads(count_processors())  # which the training command leaves as it is beside a GPU
     folder = scratch / "gpu"
     pack(originals, captions, folder, num_samples=5120 if settings.quick else 30_720)
-    workers = (os.cpu_count() or 1) if settings.gpu_workers is None else settings.gpu_workers
+    workers = (count_processors()) if settings.gpu_workers is None else settings.gpu_workers
     rounds = settings.rounds or (1 if settings.quick else 3)
     job = Job(folder=folder, encoder=LARGE, batch=BATCH, workers=workers, precision="bf16", on_cpu=False)
     Trainer(job).features()

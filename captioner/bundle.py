@@ -10,9 +10,10 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import safetensors
@@ -20,7 +21,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from captioner import storage
+from captioner import __version__, storage
 from captioner.calibration import Calibration, Reliability, from_files, to_files
 from captioner.cli import UserError
 from captioner.model import CaptionModel, ModelConfig
@@ -28,7 +29,7 @@ from captioner.views import ViewSpec
 from captioner.vocabulary import Vocabulary
 
 FORMAT_VERSION = 1
-LIBRARIES = ("captioner", "torch", "torchvision", "nltk")
+LIBRARIES = ("torch", "torchvision", "nltk")
 MAKE_AGAIN = "copy the whole model folder again, or write it anew with train/main.py"
 CALIBRATE_AGAIN = (
     "copy the whole model folder again, or delete calibration.json and add --calibrate to train/evaluate.py"
@@ -87,15 +88,16 @@ def save_bundle(
         "decoding": asdict(decoding),
         "vocabulary_fingerprint": vocabulary.fingerprint,
         "weights_sha256": digest,
-        "libraries": {library: version(library) for library in LIBRARIES},
+        "libraries": {"captioner": __version__, **{library: version(library) for library in LIBRARIES}},
     }
+    folder = folder.resolve()  # a symbolic link stays
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(weights)
-    (partial / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    (partial / "config.json").write_text(json.dumps(config, indent=1, allow_nan=False), encoding="utf-8")
     (partial / "vocabulary.json").write_text(vocabulary.to_json(), encoding="utf-8")
-    (partial / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    (partial / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False), encoding="utf-8")
     (partial / "README.md").write_text(model_card(config, metrics, calibration), encoding="utf-8")
     if calibration is not None:
         content, arrays = to_files(calibration, model=digest[:NAME_LETTERS])
@@ -111,15 +113,19 @@ def save_bundle(
 def save_calibration(folder: Path, calibration: Calibration, *, model: str) -> None:
     """Add the calibration of a model, or a new one, to its folder; a kill meanwhile leaves none. `model` is its name.
 
-    Raises OSError, and UserError where the folder's own files cannot be read.
+    Raises OSError, and UserError where the folder's own files cannot be read; the old calibration is there still.
     """
     content, arrays = to_files(calibration, model=model)
     config = storage.read_json(str(folder / "config.json"), remedy=MAKE_AGAIN)
     metrics = storage.read_json(str(folder / "metrics.json"), remedy=MAKE_AGAIN)
-    (folder / CALIBRATION).unlink(missing_ok=True)  # the old one does not fit the new arrays
-    storage.write_atomic(str(folder / CALIBRATION_ARRAYS), arrays)
-    storage.write_atomic(str(folder / "README.md"), model_card(config, metrics, calibration))
-    storage.write_atomic(str(folder / CALIBRATION), content)
+    card = model_card(config, metrics, calibration).encode()
+    files = {CALIBRATION_ARRAYS: arrays, "README.md": card, CALIBRATION: content}
+    with TemporaryDirectory(prefix=".calibration-", dir=folder) as new:  # a full disk is noticed there
+        for name, data in files.items():
+            storage.write_atomic(str(Path(new, name)), data)
+        (folder / CALIBRATION).unlink(missing_ok=True)  # the old one does not fit the new arrays
+        for name in files:
+            Path(new, name).replace(folder / name)
 
 
 def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], calibration: Calibration | None) -> str:
@@ -170,7 +176,7 @@ def load_bundle(folder: str | Path, *, device: torch.device | str = "cpu") -> Bu
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{config_file} is not as it was written ({error!r}): {MAKE_AGAIN}") from error
     bundle.model.to(device)
-    return bundle
+    return replace(bundle, calibration=bundle.calibration and bundle.calibration.to(device))
 
 
 def _read(folder: str, name: str, *, remedy: str = MAKE_AGAIN) -> bytes:
@@ -219,6 +225,8 @@ def _assemble(folder: str, config: dict[str, Any]) -> Bundle:
     except (safetensors.SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{weights_file} does not fit its config.json ({reason}): {MAKE_AGAIN}") from error
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise UserError(f"{weights_file} holds weights that are no finite numbers: train the model again")
     name = digest[:NAME_LETTERS]
     return Bundle(
         model=model.eval(),

@@ -14,16 +14,18 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import safetensors
 import torch
+from safetensors.numpy import save as save_arrays
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from captioner.content import content_sha256
 
 FORMAT_VERSION = 1
 FEWEST_PICTURES = 100  # fewer tell too little
@@ -91,20 +93,20 @@ class FeatureSpace:
     threshold: Tensor
 
     def distances(self, features_BF: Tensor) -> Tensor:
-        """Squared Mahalanobis distances (B) from the known pictures."""
-        mean_F, directions_KF, variances_K, rest = (
-            tensor.to(features_BF.device)
-            for tensor in (self.mean_F, self.directions_KF, self.variances_K, self.rest_variance)
-        )
-        from_mean_BF = _direction(features_BF) - mean_F
-        along_BK = from_mean_BF @ directions_KF.T
+        """Squared Mahalanobis distances (B) from the known pictures, on the space's device."""
+        from_mean_BF = _direction(features_BF) - self.mean_F
+        along_BK = from_mean_BF @ self.directions_KF.T
         outside_B = (from_mean_BF.square().sum(dim=1) - along_BK.square().sum(dim=1)).clamp_min(0)
-        return (along_BK.square() / variances_K).sum(dim=1) + outside_B / rest
+        return (along_BK.square() / self.variances_K).sum(dim=1) + outside_B / self.rest_variance
+
+    def to(self, device: torch.device | str) -> "FeatureSpace":
+        """The same space on `device`."""
+        return FeatureSpace(**{name: getattr(self, name).to(device) for name in FeatureSpace.__slots__})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """What was measured for captions decoded as `decoding` says, the fields of `DecodingDefaults`.
+    """What was measured for captions decoded in float32 as `decoding` says, the fields of `DecodingDefaults`.
 
     `curve` and `reliability` are None together, where there were too few captions, or all alike; `space` where there
     were too few pictures.
@@ -131,17 +133,24 @@ class Calibration:
     @property
     def fingerprint(self) -> str:
         """Tells it from other calibrations."""
-        return hashlib.sha256(to_files(self, model="")[0]).hexdigest()[:12]
+        return content_sha256(json.dumps(_content(self)), _arrays(self))[:12]
 
     def confidence(self, scores: Sequence[float]) -> list[float] | None:
         """For each caption's score the chance, 0 to 1, that it is good; None where that is not known."""
         return None if self.curve is None else self.curve(scores).tolist()
 
     def is_unlike(self, features_BF: Tensor) -> list[bool] | None:
-        """For each picture's encoder features whether it is unlike the training data; None where that is not known."""
+        """For each picture's encoder features whether it is unlike the training data; None where that is not known.
+
+        The features are on the calibration's device.
+        """
         if self.space is None:
             return None
-        return (self.space.distances(features_BF) > self.space.threshold.to(features_BF.device)).tolist()
+        return (self.space.distances(features_BF) > self.space.threshold).tolist()
+
+    def to(self, device: torch.device | str) -> "Calibration":
+        """The same calibration, for features on `device`."""
+        return replace(self, space=self.space and self.space.to(device))
 
 
 # ---- confidence -----------------------------------------------------------------------------------------------
@@ -259,18 +268,28 @@ def _direction(features_BF: Tensor) -> Tensor:
 
 def to_files(calibration: Calibration, *, model: str) -> tuple[bytes, bytes]:
     """The contents of `calibration.json` and `calibration.safetensors`; `model` is the name of the weights."""
-    space = calibration.space
-    names = () if space is None else FeatureSpace.__slots__
-    arrays = save_tensors({name: getattr(space, name) for name in names})
+    arrays = save_arrays(_arrays(calibration))
     content = {
         "format_version": FORMAT_VERSION,
         "model": model,
         "arrays_sha256": hashlib.sha256(arrays).hexdigest(),
+        **_content(calibration),
+    }
+    return json.dumps(content, indent=1, allow_nan=False).encode(), arrays
+
+
+def _content(calibration: Calibration) -> dict[str, Any]:
+    """All but the arrays."""
+    return {
         "decoding": calibration.decoding,
         "curve": calibration.curve and asdict(calibration.curve),
         "reliability": calibration.reliability and asdict(calibration.reliability),
     }
-    return json.dumps(content, indent=1).encode(), arrays
+
+
+def _arrays(calibration: Calibration) -> dict[str, np.ndarray]:
+    names = () if calibration.space is None else FeatureSpace.__slots__
+    return {name: getattr(calibration.space, name).cpu().numpy() for name in names}
 
 
 def from_files(text: bytes, arrays: bytes, *, model: str) -> Calibration:

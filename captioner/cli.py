@@ -1,11 +1,14 @@
 """What every command shares: flags from a dataclass, one-line errors, progress bars, tables."""
 
 import errno
+import io
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn, TypeVar
+from dataclasses import is_dataclass
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import tyro
 from rich.console import Console
@@ -14,14 +17,31 @@ from rich.progress import TimeRemainingColumn as TimeLeftColumn
 from rich.table import Table
 from rich.text import Text
 
+from captioner.flags import Number, Range
+
 EXIT_USER_ERROR = 2
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+REMEDIES = {
+    errno.ENOENT: "check the path",
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EROFS: "give a folder on a disk that can be written to",
+    errno.EACCES: "give a path that this user may use",
+    errno.EPERM: "give a path that this user may use",
+    errno.ENOTDIR: "a part of that path is a file: give another path",
+    errno.EISDIR: "give the path of a file",
+    errno.EEXIST: "give another path, or remove it",
+    errno.ELOOP: "its symbolic links lead back to each other: give another path",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ENXIO: "give the path of a file",
+    errno.EPIPE: "the program that read it has ended",
+}
+READER_GONE = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal
 EXIT_INTERRUPTED = 130
 SECONDS_BETWEEN_LINES = 60.0  # where a progress bar cannot be drawn
 
 Settings = TypeVar("Settings")
 
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout and sys.stdout.isatty() else 140)
 
 
 class UserError(Exception):
@@ -31,22 +51,86 @@ class UserError(Exception):
 def run(main: Callable[[Settings], None], settings_class: type[Settings], *, description: str) -> None:
     """Parse the command line into `settings_class`, call `main`, and turn failures into exit codes.
 
-    A `UserError` becomes one line on stderr and exit code 2 (as a wrong flag does); Ctrl-C becomes 130.
+    A `UserError` becomes one line on stderr and exit code 2 (as a wrong flag does); Ctrl-C becomes 130. Output that
+    nobody reads (`| head -1`) is dropped: the work and the exit code are the same. Output for which a disk has no room
+    is dropped too, and said at the end.
     """
-    settings = tyro.cli(settings_class, description=description)
+    stdout = outlive_readers()
     try:
-        main(settings)
+        main(parse(settings_class, description=description))
     except UserError as error:
         fail(str(error))
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in REMEDIES:
             raise
-        fail(
-            f"cannot write {error.filename or 'a file'} ({error.strerror}): make room or give a folder you may write to"
-        )
+        fail(describe_refusal(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    sys.stdout.flush()
+    if stdout.error:
+        fail(f"the work is done, but not all that it printed was written ({stdout.error.strerror}): make room for that")
+
+
+def outlive_readers() -> "Stream":
+    """Replace stdout, which is returned, and stderr by streams that drop what they cannot write."""
+    shown = []
+    for name in ("stdout", "stderr"):
+        old = getattr(sys, name)  # None where it was closed: no file that is opened later may get its number
+        raw = Stream(os.open(os.devnull, os.O_WRONLY) if old is None else old.fileno(), "w", closefd=False)
+        raw.replaced = old
+        by_line = old is None or old.line_buffering or old.write_through
+        format_of = {} if old is None else {"encoding": old.encoding, "errors": old.errors}
+        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), line_buffering=by_line, **format_of))
+        shown.append(raw)
+    return shown[0]
+
+
+class Stream(io.FileIO):
+    """A standard stream that outlives its reader; `error` is the first other reason why something was not written."""
+
+    error: OSError | None = None
+    replaced: object = None  # which would close its descriptor with its last reference
+
+    def write(self, data: Any, /) -> int:
+        """Write what can be written; all counts as written."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in READER_GONE:
+                self.error = self.error or error
+            return memoryview(data).nbytes
+
+
+def parse(settings_class: type[Settings], *, description: str, args: Sequence[str] | None = None) -> Settings:
+    """The settings in the command line (or `args`). Raises UserError for a number out of its flag's range."""
+    settings = tyro.cli(settings_class, description=description, args=args)
+    check_numbers(settings)
+    return settings
+
+
+def check_numbers(settings: object) -> None:
+    """Raise UserError for a number that is not in the range of its type in `captioner.flags`."""
+    for name, hint in get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, name)
+        if is_dataclass(value):
+            check_numbers(value)
+        for numbers in _ranges(hint):
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None and number not in numbers:
+                    raise UserError(f"--{name.replace('_', '-')} is {number}: give {str(numbers) or 'a finite number'}")
+
+
+def _ranges(hint: Any) -> Iterator[Range]:
+    """The ranges in an annotation, which may be of an optional value or of several."""
+    yield from (note.numbers for note in getattr(hint, "__metadata__", ()) if isinstance(note, Number))
+    for inner in get_args(hint):
+        yield from _ranges(inner)
+
+
+def describe_refusal(error: OSError) -> str:
+    """The line for what the system refused to read or write."""
+    return f"{error.filename or 'a file'}: {error.strerror}: {REMEDIES[error.errno or 0]}"
 
 
 def fail(message: str) -> NoReturn:
@@ -126,6 +210,12 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[objec
     for row in rows:
         table.add_row(*(Text(_cell(value)) for value in row))
     console.print(table)
+
+
+def print_damaged(num_damaged: int) -> None:
+    """Say how many pictures were decoded although they are damaged, if any were."""
+    if num_damaged:
+        console.print(f"{num_damaged:,} pictures are damaged, but could be decoded: parts of them may look wrong")
 
 
 def _cell(value: object) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from captioner.model import CaptionModel, LSTMState
-from captioner.vocabulary import END, PAD, START, UNK
+from captioner.vocabulary import END, PAD, SPECIAL_WORDS, START, UNK
 
 NEVER_SAID = [PAD, START, UNK]
 DIVERSITY = 0.5
@@ -54,6 +54,8 @@ def decode(
     """
     if beam_size < 1 or max_tokens < 1:
         raise ValueError(f"beam_size {beam_size} and max_tokens {max_tokens} must be at least 1")
+    if model.config.vocabulary_size <= len(SPECIAL_WORDS):
+        raise ValueError("the model's vocabulary holds no word to say")
     if not len(image_BE):
         return []
     if beam_size == 1:

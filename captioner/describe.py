@@ -3,7 +3,9 @@
 Shapes: B images, P sides of a view in pixels, F pooled features, E embedding width.
 """
 
-import io
+import errno
+import os
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
@@ -24,12 +26,10 @@ from captioner.images import ImageError
 from captioner.views import normalise, read_eval_view
 
 Precision = Literal["float32", "bfloat16"]
-Picture = str | Path | bytes | Image.Image
+Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 LOW_CONFIDENCE, UNLIKE = "low confidence", "unlike training data"
 MAX_LENGTH_PENALTY = 10.0
 CPU_IMAGES = 4  # encoded at once: what is computed of more does not stay in a core's cache
-PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
-TIFF_MODES = ("CMYK", "F", "I", "LAB", "YCbCr")
 IMAGES_AT_ONCE = 128
 
 
@@ -101,10 +101,14 @@ class Captioner:
             )
 
     def __call__(self, pictures: Iterable[Picture]) -> list[Description]:
-        """What is said of each picture: a path, a URL, a file's bytes or a Pillow image. Raises ImageError, OSError."""
-        if isinstance(pictures, str | bytes):
+        """What is said of each picture: a path, a URL, a file's bytes, a Pillow image, or an array (H, W, 3) of uint8.
+
+        Images are turned as their EXIF block says, arrays are upright. Raises ImageError for a picture that cannot be
+        used, TypeError for what is none, and OSError where a server or a disk fails.
+        """
+        if isinstance(pictures, str | bytes | os.PathLike | Image.Image):
             raise TypeError("give a list of pictures, be it of one")
-        views = (read_eval_view(_to_bytes(picture), self.bundle.view)[0] for picture in pictures)
+        views = (read_eval_view(_read(picture), self.bundle.view)[0] for picture in pictures)
         found: list[Description] = []
         while group := list(islice(views, IMAGES_AT_ONCE)):
             found += self.describe_views(np.stack(group))
@@ -156,29 +160,38 @@ class Captioner:
         )
 
 
-def _to_bytes(picture: Picture) -> bytes:
-    """A picture as a file's bytes, so that every picture goes the same way."""
-    if isinstance(picture, bytes):
+def _read(picture: Picture) -> bytes | Image.Image:
+    """A file's bytes or an image, which go the same way from here on."""
+    if isinstance(picture, bytes | Image.Image):
         return picture
-    if isinstance(picture, Image.Image):
-        return _save(picture)
+    if isinstance(picture, np.ndarray):
+        return _to_image(picture)
+    if isinstance(picture, str | os.PathLike):
+        return _read_file(os.fsdecode(picture))
+    raise TypeError(
+        f"{type(picture).__name__} is no picture: give a path, a URL, a file's bytes, a Pillow image or a NumPy array"
+    )
+
+
+def _to_image(pixels_HW3: np.ndarray) -> Image.Image:
+    if pixels_HW3.dtype != np.uint8 or pixels_HW3.ndim != 3 or pixels_HW3.shape[2] != 3:
+        found = f"{pixels_HW3.dtype} of shape {pixels_HW3.shape}"
+        raise TypeError(f"an array of {found} is no picture: give uint8 of shape (height, width, 3)")
+    if not pixels_HW3.size:
+        raise ImageError("empty", f"an array of shape {pixels_HW3.shape} has no pixels")
+    return Image.fromarray(np.ascontiguousarray(pixels_HW3))
+
+
+def _read_file(location: str) -> bytes:
     try:
-        return storage.read_bytes(str(picture))
+        if not storage.is_remote(location) and not stat.S_ISREG(Path(location).stat().st_mode):
+            raise ImageError("special file", f"{location} is no regular file: give the pictures in a folder one by one")
+        return storage.read_bytes(location)
     except FileNotFoundError as error:
-        raise ImageError("missing", f"there is no file {picture}") from error
-
-
-def _save(picture: Image.Image) -> bytes:
-    """A file of the picture, with its orientation, in a format that keeps its mode where there is one."""
-    buffer = io.BytesIO()
-    try:
-        exif = picture.getexif()
-        if picture.mode in PNG_MODES:
-            picture.save(buffer, "PNG", compress_level=0, exif=exif)
-        elif picture.mode in TIFF_MODES:
-            picture.save(buffer, "TIFF", exif=exif)
-        else:
-            picture.convert("RGB").save(buffer, "PNG", compress_level=0, exif=exif)
-    except (OSError, ValueError) as error:
-        raise ImageError("undecodable", f"an image of mode {picture.mode} cannot be used ({error})") from error
-    return buffer.getvalue()
+        raise ImageError("missing", f"there is no file {location}") from error
+    except ValueError as error:  # a name that no file can have
+        raise ImageError("missing", f"there is no file {location!r}: {error}") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM):
+            raise
+        raise ImageError("unreadable", f"{error.strerror}: {location}") from error

@@ -77,7 +77,19 @@ def small_cnn() -> nn.Module:
         convolution = nn.Conv2d(width_before, width, kernel_size=3, stride=stride, padding=1, bias=False)
         layers += (convolution, nn.BatchNorm2d(width), nn.ReLU())
         width_before = width
-    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(width_before, 1000))
+    return nn.Sequential(*layers, MaxPool(), nn.Flatten(), nn.Linear(width_before, 1000))
+
+
+class MaxPool(nn.Module):
+    """Each channel's largest value: (B, C, H, W) to (B, C, 1, 1).
+
+    `nn.AdaptiveMaxPool2d(1)` is the same, but torch 2.11 cannot export it to ONNX, and on CUDA its gradient is not the
+    same in each run.
+    """
+
+    def forward(self, values_BCHW: Tensor) -> Tensor:
+        """The values (B, C, 1, 1)."""
+        return values_BCHW.amax(dim=(2, 3), keepdim=True)
 
 
 def preprocessing(name: str) -> Preprocessing:

@@ -1,6 +1,7 @@
 """Bytes to upright RGB pictures, their resizing, and JPEG. Imports no torch until the first picture is resized."""
 
 import io
+import logging
 import math
 import re
 import warnings
@@ -13,7 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import PIL
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
+
+from captioner import decoder_output
+from captioner.metadata import TIFF_STARTS, without_metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,15 +51,36 @@ HAS_SIMD = ".post" in PIL.__version__  # how pillow-simd numbers its versions
 PLAIN_JPEG_MODES = ("RGB", "L")
 JPEG_START = b"\xff\xd8\xff"
 HEIC_START = re.compile(rb".{4}ftyp(?:.{4}){0,12}?(?:hei[cmsx]|hev[cmsx])", re.DOTALL)  # one of its brands
-AVIF_START = re.compile(rb".{4}ftypavi[fs]", re.DOTALL)
 NEVER_DECODED = ("EPS", "WMF", "IPTC")  # drawn by Ghostscript, drawn by Windows, and a wrapper around any other format
 LARGE_PIXELS = 1 << 20
 HUGE_PIXELS = 1 << 26  # from here on Pillow resizes: torch wants three more copies of the pixels
 RGB_MODE = 3  # torchvision.io.ImageReadMode.RGB
 DRAFT_SCALE = 2.75  # a JPEG decoded at a reduced scale is at least this much larger than wanted: 45 dB on 110 photos
 
+
+class Format(NamedTuple):
+    """A format's name, how its files start, and what Pillow needs: its name in `PIL.features`, and the library."""
+
+    name: str
+    start: re.Pattern[bytes]
+    feature: str | None = None
+    library: str = ""
+
+
+FORMATS = (
+    Format("JPEG", re.compile(JPEG_START), "jpg", "libjpeg"),
+    Format("PNG", re.compile(rb"\x89PNG\r\n\x1a\n"), "zlib", "zlib"),
+    Format("WebP", re.compile(rb"RIFF.{4}WEBP", re.DOTALL), "webp", "libwebp"),
+    Format("AVIF", re.compile(rb".{4}ftypavi[fs]", re.DOTALL), "avif", "libavif"),
+    Format("JPEG 2000", re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"), "jpg_2000", "OpenJPEG"),
+    Format("TIFF", re.compile(rb"II\*\0|MM\0\*|II\+\0|MM\0\+"), "libtiff", "libtiff"),
+    Format("GIF", re.compile(rb"GIF8[79]a")),
+    Format("JPEG XL", re.compile(rb"\xff\x0a|\0\0\0\x0cJXL ")),
+)
+
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow looks inside ICO and ICNS; all else `_open` refuses, with its own error
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged or large files, which get their errors from here
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # or Python prints them where nobody has set up logging
 
 
 class StoredJpeg(NamedTuple):
@@ -63,6 +88,13 @@ class StoredJpeg(NamedTuple):
 
     data: bytes
     original_size: tuple[int, int]
+
+
+class Opened(NamedTuple):
+    """A picture of which only the header was read, and the file that it was read from, without damaged metadata."""
+
+    image: Image.Image
+    data: bytes
 
 
 class ImageError(Exception):
@@ -110,11 +142,12 @@ def decode_rgb(data: bytes, *, at_least: int | None = None) -> tuple[Image.Image
     still at least that many pixels. Raises ImageError.
     """
     with _image_errors(data):
-        image = _open(data)
+        image, _ = _open(data)
+        turn = _turn(image)
         original_size = image.size
         if at_least is not None:
             image.draft("RGB", (at_least, at_least))
-        return _upright(_to_rgb(image), original_size, turn=_turn(image))
+        return _upright(_to_rgb(image), original_size, turn=turn)
 
 
 def decode_stored(data: bytes | bytearray) -> np.ndarray:
@@ -122,25 +155,25 @@ def decode_stored(data: bytes | bytearray) -> np.ndarray:
 
     libjpeg-turbo's pixels whichever way they come: torchvision's operator where it is there, else Pillow.
     """
-    decode = _jpeg_decoder() if data.startswith(JPEG_START) else None
-    if decode is not None:
-        import torch
-
-        content = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
-        with suppress(RuntimeError):  # Pillow must say why not
-            return decode(content, RGB_MODE, False).permute(1, 2, 0).numpy()
-    return np.array(decode_rgb(bytes(data))[0])
+    pixels_3HW = _decode_jpeg(data) if data.startswith(JPEG_START) else None
+    return np.array(decode_rgb(bytes(data))[0]) if pixels_3HW is None else pixels_3HW.permute(1, 2, 0).numpy()
 
 
-def load_resized(data: bytes, *, size: int, resize: Resize) -> tuple[Image.Image, tuple[int, int]]:
+def load_resized(source: bytes | Image.Image, *, size: int, resize: Resize) -> tuple[Image.Image, tuple[int, int]]:
     """The one way from a file's bytes to an RGB picture of the wanted size, and its original upright (width, height).
+
+    A Pillow image goes the same way, turned as its EXIF block says; its pixels are not changed.
 
     `squash` gives `size` x `size` pixels whatever the sides' ratio was; `keep-ratio` makes the shorter side `size`;
     `center-crop` keeps the middle square of that; `none` leaves the size alone. Antialiased LANCZOS; a JPEG is
     decoded at a reduced scale only while that is far larger than the wanted size (DRAFT_SCALE). Raises ImageError.
     """
-    with _image_errors(data):
-        return _load_resized(_open(data), data, size=size, resize=resize)
+    with _image_errors(source if isinstance(source, bytes) else b""):
+        if isinstance(source, bytes):
+            return _load_resized(_open(source), size=size, resize=resize)
+        source.load()  # so that nothing is decoded at a reduced scale, which would change the caller's image
+        _check_size(source)
+        return _load_resized(Opened(source, b""), size=size, resize=resize)
 
 
 def to_stored_jpegs(
@@ -150,39 +183,44 @@ def to_stored_jpegs(
     resize: Resize,
     quality: int,
     mark: Callable[[int], None] = lambda place: None,
+    note_damage: Callable[[int], None] = lambda place: None,
 ) -> "list[StoredJpeg | ImageError]":
     """Files' bytes as the JPEGs that a shard holds, or why not; `mark` hears of a file's place before it is worked on.
 
-    An error stands for a file that could not be read, and stays where it is.
+    An error stands for a file that could not be read, and stays where it is. `note_damage` gets the place of a file
+    that could be used although its decoder complained.
 
     An upright RGB JPEG that already has the wanted size is kept as it is, byte for byte, once it was seen to decode.
     All are opened, then all resized, then all encoded: decoding a picture empties the processor's caches of the code
     for the rest, which is a twentieth of the time of small ones. Large ones are encoded at once, so that few are held.
     """
 
-    def resized(image: Image.Image, data: bytes) -> StoredJpeg | tuple[Image.Image, tuple[int, int]]:
+    def resized(opened: Opened) -> StoredJpeg | tuple[Image.Image, tuple[int, int]]:
+        image = opened.image
         fits = (image.format, image.mode, image.size) == ("JPEG", "RGB", _final_size(image.size, size, resize))
         untouched = fits and _turn(image) is None
-        picture, original_size = _load_resized(image, data, size=size, resize=resize)
+        picture, original_size = _load_resized(opened, size=size, resize=resize)
         if untouched:
-            return StoredJpeg(data, original_size)
+            return StoredJpeg(opened.data, original_size)
         large = picture.width * picture.height > LARGE_PIXELS
-        return encoded((picture, original_size), data) if large else (picture, original_size)
+        return encoded((picture, original_size)) if large else (picture, original_size)
 
-    def encoded(found: StoredJpeg | tuple[Image.Image, tuple[int, int]], _: bytes) -> StoredJpeg:
+    def encoded(found: StoredJpeg | tuple[Image.Image, tuple[int, int]]) -> StoredJpeg:
         if isinstance(found, StoredJpeg):
             return found
         return StoredJpeg(encode_jpeg(found[0], quality=quality), found[1])
 
     results: list[Any] = list(contents)
-    for work in (lambda _, data: _open(data), resized, encoded):
+    for work in (_open, resized, encoded):
         for place, data in enumerate(contents):
             if isinstance(data, ImageError) or isinstance(results[place], ImageError):
                 continue
             mark(place)
             try:
-                with _image_errors(data):
-                    results[place] = work(results[place], data)
+                with _image_errors(data) as complaints:
+                    results[place] = work(results[place])
+                if complaints:
+                    note_damage(place)
             except ImageError as error:
                 results[place] = error
     return results
@@ -196,34 +234,82 @@ def encode_jpeg(image: Image.Image, *, quality: int) -> bytes:
 
 
 @contextmanager
-def _image_errors(data: bytes) -> Iterator[None]:
-    """Whatever goes wrong with a picture as an ImageError; Pillow's plugins raise nearly anything on damaged files."""
-    try:
-        yield
-    except ImageError:
-        raise
-    except MemoryError as error:
-        raise ImageError("too large", "there is not enough memory to decode it") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError("too large", str(error)) from error
-    except UnidentifiedImageError as error:
-        if AVIF_START.match(data) and find_spec("PIL._avif") is None:
-            raise ImageError("undecodable", "an AVIF picture: pip install 'pillow>=11.3' brings its reader") from error
-        raise ImageError("undecodable", f"no known image format (starts with {data[:8]!r})") from error
-    except Exception as error:
-        raise ImageError(_reason(error), f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+def _image_errors(data: bytes) -> Iterator[list[str]]:
+    """Whatever goes wrong with a picture as an ImageError; Pillow's plugins raise nearly anything on damaged files.
+
+    Yields what its decoder complains of.
+    """
+    with decoder_output.collect() as complaints:
+        try:
+            yield complaints
+        except ImageError:
+            raise
+        except Exception as error:
+            raise _image_error(error, data, complaints) from error
 
 
-def _open(data: bytes) -> Image.Image:
+def _image_error(error: Exception, data: bytes, complaints: Sequence[str]) -> ImageError:
+    if isinstance(error, MemoryError):
+        return ImageError("too large", "there is not enough memory to decode it")
+    if isinstance(error, Image.DecompressionBombError):
+        return ImageError("too large", str(error))
+    found = next((known for known in FORMATS if known.start.match(data)), None)
+    if found and _is_left_out(found, error):
+        remedy = "make no-simd" if HAS_SIMD else "pip install --upgrade --force-reinstall pillow"
+        lack = f"this Pillow ({PIL.__version__}) was built without {found.name} ({found.library})"
+        return ImageError("undecodable", f"{_a(found)} picture, and {lack}: {remedy} brings it")
+    if isinstance(error, UnidentifiedImageError):
+        if found is None:
+            return ImageError("undecodable", f"no known image format (starts with {data[:8]!r})")
+        problem = "which Pillow does not read: convert it" if found.name == "JPEG XL" else "whose header is damaged"
+        return ImageError("undecodable", f"{_a(found)} picture {problem}")
+    said = f" ({'; '.join(complaints)})" if complaints else ""
+    return ImageError(_reason(error), " ".join(f"{type(error).__name__}: {error}{said}".split()))
+
+
+def _a(found: Format) -> str:
+    return f"{'an' if found.name.startswith('A') else 'a'} {found.name}"
+
+
+def _is_left_out(found: Format, error: Exception) -> bool:
+    """Whether this Pillow was built without the format; uncompressed TIFFs it always reads."""
+    if found.feature is None or features.check(found.feature):
+        return False
+    return found.feature != "libtiff" or "libtiff" in str(error)
+
+
+def _open(data: bytes) -> Opened:
     """The picture with its header read and its size checked; no pixel is decoded yet."""
     if not data:
         raise ImageError("empty", "the file has no content")
-    image = _open_heic(data) if HEIC_START.match(data) else Image.open(io.BytesIO(data))
+    opened = _read_header(data)
+    image = opened.image
     if image.format in NEVER_DECODED:
         raise ImageError("undecodable", f"{image.format} files are refused: reading one can start other programs")
+    _check_size(image)
+    return opened
+
+
+def _read_header(data: bytes) -> Opened:
+    if data.startswith(JPEG_START):
+        try:
+            return Opened(Image.open(io.BytesIO(data)), data)
+        except Exception:  # of damaged metadata, in most cases; what is wrong with the rest is found again
+            data = without_metadata(data)
+    elif HEIC_START.match(data):
+        return Opened(_open_heic(data), data)
+    else:
+        data = without_metadata(data)
+        if data.startswith(TIFF_STARTS):
+            decoder_output.watch_libtiff()
+    return Opened(Image.open(io.BytesIO(data)), data)
+
+
+def _check_size(image: Image.Image) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise ImageError("too large", f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,} in all")
-    return image
+    if image.width * image.height == 0:
+        raise ImageError("empty", f"{image.width}x{image.height} pixels")
 
 
 def _open_heic(data: bytes) -> Image.Image:
@@ -238,9 +324,14 @@ def _open_heic(data: bytes) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What turns the picture upright by its EXIF orientation; None where there is none or the block is damaged."""
+    """What turns the picture upright once it is decoded; None where nothing need, or where EXIF is damaged.
+
+    It follows the EXIF orientation, or that in XMP where there is no other. The image's size is right only after this.
+    """
     if image.format == "PNG":
         image.load()  # getexif would, and here the error of a damaged picture is not lost
+    if image.format == "TIFF":
+        image.load()  # which turns the picture, and takes the orientation away
     try:
         return UPRIGHT_BY_ORIENTATION.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a damaged EXIF block raises nearly anything, and does no harm to the pixels
@@ -266,6 +357,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
+    if image.mode in ("La", "RGBa"):  # with alpha already multiplied in
+        image = image.convert(image.mode.upper())
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_grey_bytes(image))
     if image.has_transparency_data:
@@ -280,7 +373,7 @@ def _grey_bytes(image: Image.Image) -> np.ndarray:
     values_HW = np.asarray(image)
     if image.mode.startswith("I;16"):
         return (values_HW >> 8).astype(np.uint8)
-    values_HW = np.nan_to_num(values_HW.astype(np.float32), posinf=0, neginf=0)
+    values_HW = np.nan_to_num(values_HW.astype(np.float32), posinf=0, neginf=0).clip(min=0)
     largest = float(values_HW.max(initial=0))
     scale = 1.0 if largest <= 255 else 256 / max(largest + 1, 65536)
     if image.mode == "F" and largest <= 1:
@@ -306,20 +399,22 @@ def _final_size(original: tuple[int, int], size: int, resize: Resize) -> tuple[i
     return (size, size) if resize == "center-crop" else _scaled_size(original, size, resize)
 
 
-def _load_resized(image: Image.Image, data: bytes, *, size: int, resize: Resize) -> tuple[Image.Image, tuple[int, int]]:
-    original_size, turn = image.size, _turn(image)
+def _load_resized(opened: Opened, *, size: int, resize: Resize) -> tuple[Image.Image, tuple[int, int]]:
+    turn = _turn(opened.image)
+    original_size = opened.image.size
     wanted = _scaled_size(original_size, size, resize)
     if wanted[0] * wanted[1] > MAX_PIXELS:
         raise ImageError("too large", f"{original_size[0]}x{original_size[1]} pixels become {wanted[0]}x{wanted[1]}")
-    picture, upright_size = _upright(_scale(image, data, wanted), original_size, turn=turn)
+    picture, upright_size = _upright(_scale(opened, wanted), original_size, turn=turn)
     if resize == "center-crop":
         left, top = ((side - size) // 2 for side in picture.size)
         picture = picture.crop((left, top, left + size, top + size))
     return picture, upright_size
 
 
-def _scale(image: Image.Image, data: bytes, wanted: tuple[int, int]) -> Image.Image:
+def _scale(opened: Opened, wanted: tuple[int, int]) -> Image.Image:
     """The RGB picture of `wanted` (width, height), still turned as it is stored."""
+    image = opened.image
     full_size = image.size
     draft = image.draft("RGB", (math.ceil(DRAFT_SCALE * wanted[0]), math.ceil(DRAFT_SCALE * wanted[1])))
     # A reduced picture's last row and column may stand for less than a whole one: the box says where it really ends.
@@ -327,7 +422,8 @@ def _scale(image: Image.Image, data: bytes, wanted: tuple[int, int]) -> Image.Im
     if wanted == full_size or backend() != "native" or image.width * image.height > HUGE_PIXELS:
         picture = _to_rgb(image)
         return picture if wanted == full_size else picture.resize(wanted, Image.Resampling.LANCZOS, box=box)
-    pixels_3HW = _decode_native(image, data) if image.size == full_size else None
+    is_plain = image.format in ("JPEG", "MPO") and image.mode in PLAIN_JPEG_MODES and image.size == full_size
+    pixels_3HW = _decode_jpeg(opened.data) if is_plain and opened.data else None
     if pixels_3HW is None:
         import torch
 
@@ -336,15 +432,19 @@ def _scale(image: Image.Image, data: bytes, wanted: tuple[int, int]) -> Image.Im
     return Image.merge("RGB", [Image.frombuffer("L", wanted, band, "raw", "L", 0, 1) for band in bands])
 
 
-def _decode_native(image: Image.Image, data: bytes) -> "Tensor | None":
-    """A plain JPEG's pixels (3, H, W) without Pillow's copies; None for all else, and where Pillow must say why not."""
-    decode = _jpeg_decoder() if image.format in ("JPEG", "MPO") and image.mode in PLAIN_JPEG_MODES else None
+def _decode_jpeg(data: bytes | bytearray) -> "Tensor | None":
+    """A plain JPEG's RGB pixels (3, H, W) without Pillow's copies; None where Pillow must decode, or say why not.
+
+    torchvision's decoder prints to stderr, which only some processes own.
+    """
+    decode = _jpeg_decoder() if decoder_output.owns_stderr() else None
     if decode is None:
         return None
     import torch
 
+    content = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
     try:
-        return decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), RGB_MODE, False)
+        return decoder_output.without_stderr(decode, content, RGB_MODE, False)
     except RuntimeError:
         return None
 

@@ -172,5 +172,5 @@ def remember(lstm: nn.LSTM) -> None:
 
 def _caption_of_token(captions: PackedCaptions) -> Tensor:
     """For each of the M packed tokens the index of its caption among the N."""
-    steps = [torch.arange(size) for size in captions.batch_sizes_T.tolist()]
-    return torch.cat(steps).to(captions.inputs_M.device, non_blocking=True)
+    device = captions.inputs_M.device
+    return torch.cat([torch.arange(size, device=device) for size in captions.batch_sizes_T.tolist()])

@@ -19,9 +19,10 @@ from safetensors.numpy import save as save_arrays
 
 from captioner import storage
 from captioner.cli import UserError
+from captioner.content import content_sha256
 from captioner.vocabulary import count_words, tokenize
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 BLOCK_BYTES = 512
 TAR_NAME_BYTES = 100
 TAR_HEADER = (  # of an empty name and size, with blanks for the checksum, which counts them so
@@ -149,7 +150,7 @@ class ShardIndex:
     `keys_S` holds bytes strings. The members' arrays (S, 2) have the image in column 0 and the JSON in column 1.
     Caption lengths, in tokens, of sample s are `caption_lengths[first_caption[s]:first_caption[s + 1]]`.
     `facts` are the shard's sha256, bytes, fingerprint, backend and failures; `words_json` counts its captions' words
-    (an object, not parsed here, since only the making of a vocabulary reads it).
+    (a JSON object, not parsed here, since only the making of a vocabulary reads it).
     """
 
     keys_S: np.ndarray
@@ -173,11 +174,10 @@ class ShardIndex:
         return Counter(json.loads(self.words_json))
 
     def to_bytes(self) -> bytes:
-        """The index file: the arrays in the safetensors format, with `facts` and a checksum as JSON in its header."""
-        facts = {"format_version": FORMAT_VERSION, "words": self.words_json, **self.facts}
-        return self._save(facts | {"crc32": zlib.crc32(self._save(facts))})
+        """The index file: arrays in the safetensors format, and in its header a checksum with `facts` as JSON.
 
-    def _save(self, facts: dict[str, Any]) -> bytes:
+        The checksum is of the content (`content_sha256`), so that any safetensors file that says the same is whole.
+        """
         arrays = {
             "keys": self.keys_S.view(np.uint8).reshape(len(self), self.keys_S.itemsize),
             "offsets": self.offsets_S2,
@@ -185,17 +185,23 @@ class ShardIndex:
             "crc32s": self.crc32s_S2,
             "first_caption": self.first_caption,
             "caption_lengths": self.caption_lengths,
+            "words": np.frombuffer(self.words_json.encode(), dtype=np.uint8),
         }
+        facts = json.dumps({"format_version": FORMAT_VERSION, **self.facts}, sort_keys=True)
         # One entry only: safetensors writes several in any order, and equal indexes shall be equal bytes.
-        return save_arrays(arrays, metadata={"facts": json.dumps(facts, sort_keys=True)})
+        return save_arrays(arrays, metadata={"facts": content_sha256(facts, arrays) + facts})
 
     @classmethod
     def from_bytes(cls, data: bytes, *, origin: str) -> "ShardIndex":
         """Read `to_bytes`; `origin` names the file in errors. Raises UserError where it cannot be used."""
         try:
             arrays = load_arrays(data)
-            header_size = int.from_bytes(data[:8], "little")
-            facts = json.loads(json.loads(data[8 : 8 + header_size])["__metadata__"]["facts"])
+            header = data[8 : 8 + int.from_bytes(data[:8], "little")].decode("ascii")
+            checksum, brace, rest = json.loads(header)["__metadata__"]["facts"].partition("{")
+            facts = json.loads(brace + rest)
+            check_format(facts.pop("format_version", None), origin=origin)
+            if checksum != content_sha256(brace + rest, arrays) or not header.isprintable():
+                raise UserError(f"{origin} is damaged (its checksum differs): {PACK_AGAIN}")
             keys = arrays["keys"]
             index = cls(
                 keys_S=np.ascontiguousarray(keys).view(f"S{keys.shape[1]}").reshape(len(keys)),
@@ -205,15 +211,11 @@ class ShardIndex:
                 first_caption=arrays["first_caption"],
                 caption_lengths=arrays["caption_lengths"],
                 facts=facts,
-                words_json=facts.pop("words", "{}"),
+                words_json=arrays["words"].tobytes().decode(),
             )
             index._check_shapes()
         except (safetensors.SafetensorError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise UserError(f"{origin} is not a readable shard index ({error}): {PACK_AGAIN}") from error
-        check_format(facts.pop("format_version", None), origin=origin)
-        facts.pop("crc32", None)
-        if index.to_bytes() != data:
-            raise UserError(f"{origin} is damaged (its checksum differs): {PACK_AGAIN}")
         return index
 
     def _check_shapes(self) -> None:
@@ -257,7 +259,10 @@ class FormatError(UserError):
 def check_format(found: object, *, origin: str) -> None:
     """Raise FormatError unless `found` is the version of shards, indexes and manifests that this code reads."""
     if found != FORMAT_VERSION:
-        raise FormatError(f"{origin} has format {found}, this version reads {FORMAT_VERSION}: {PACK_AGAIN}")
+        raise FormatError(
+            f"{origin} has format {found}, this version reads {FORMAT_VERSION}: {PACK_AGAIN}; tars of another program "
+            "want sharding/check_shards.py index again"
+        )
 
 
 # ---- manifest ---------------------------------------------------------------------------------------------
@@ -313,7 +318,6 @@ def read_manifest(folder: str, split: str, *, remedy: str) -> Manifest:
     try:
         check_format(content.pop("format_version"), origin=origin)
         del content["totals"]
-        content.pop("lanes", None)  # which early ones have, and nobody reads
         shards = tuple(ShardEntry(**entry) for entry in content.pop("shards"))
         return Manifest(shards=shards, **content)
     except (KeyError, TypeError, AttributeError) as error:

@@ -20,7 +20,7 @@ from fnmatch import fnmatch
 from html import unescape
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, unquote
 from uuid import uuid4
 
@@ -337,7 +337,8 @@ def read_json(location: str, *, remedy: str) -> Any:
 def write_atomic(location: str, content: bytes | str) -> None:
     """Write a file so that its name holds either the whole content or what it held before. Raises OSError.
 
-    On disk the content and the new name are there to stay (fsync) when this returns.
+    On disk the content and the new name are there to stay (fsync) when this returns. Symbolic links are followed; pipes
+    and character devices, which cannot be replaced, are written to.
     """
     data = content.encode() if isinstance(content, str) else content
     if is_remote(location):
@@ -345,6 +346,12 @@ def write_atomic(location: str, content: bytes | str) -> None:
         _patiently(lambda: _put(filesystem, path, data), location)
         return
     path = Path(location)
+    stream = _open_stream(path)
+    if stream is not None:
+        with stream:
+            stream.write(data)
+        return
+    path = path.resolve()  # a symbolic link stays, and what it points to is written
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")  # two machines may write the same file
     try:
@@ -356,6 +363,26 @@ def write_atomic(location: str, content: bytes | str) -> None:
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _open_stream(path: Path) -> BinaryIO | None:
+    """What is at `path` opened for writing, where it cannot be replaced: a pipe, a device, this process's output.
+
+    None where there is nothing, or a file or folder. Raises OSError for disks and sockets.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    for descriptor in (1, 2):  # /dev/stdout may be a file, and a renamed one would take the rest of the output along
+        with suppress(OSError):
+            if os.path.samestat(found, os.fstat(descriptor)):
+                return os.fdopen(os.dup(descriptor), "wb")
+    if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode):
+        return None
+    if stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(found.st_mode):
+        return path.open("wb")
+    raise OSError(errno.ENXIO, "is neither a file nor a pipe", str(path))
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from captioner import images
 
@@ -55,9 +56,12 @@ def speaks_of_sides(captions: list[str]) -> bool:
     return ("left" in text or "right" in text) and SIDE_WORDS.search(text) is not None
 
 
-def read_eval_view(data: bytes, spec: ViewSpec) -> tuple[np.ndarray, tuple[int, int]]:
-    """A file's bytes to the (P, P, 3) uint8 evaluation view, and the original (width, height). Raises ImageError."""
-    image, original_size = images.load_resized(data, size=spec.size, resize=spec.resize)
+def read_eval_view(source: bytes | Image.Image, spec: ViewSpec) -> tuple[np.ndarray, tuple[int, int]]:
+    """A file's bytes, or an image, to the (P, P, 3) uint8 evaluation view, and the original (width, height).
+
+    Raises ImageError.
+    """
+    image, original_size = images.load_resized(source, size=spec.size, resize=spec.resize)
     return eval_view(np.asarray(image), crop=spec.crop), original_size
 
 

@@ -21,6 +21,8 @@ FORMAT_VERSION = 1
 TOKENIZER = "nltk-word-tokenize-lower"
 PAD, START, END, UNK = 0, 1, 2, 3
 SPECIAL_WORDS = ("<pad>", "<start>", "<end>", "<unk>")
+THRESHOLD = 4
+LEAST_COVERAGE = 0.9
 GLUED_TOKENS = frozenset((".", ",", ";", ":", "!", "?", ")", "'s", "n't", "'re", "'ll", "'ve", "'m", "'d"))
 
 
@@ -95,6 +97,11 @@ class Vocabulary:
             threshold=threshold,
             tokenizer_version=version("nltk"),
         )
+
+    def coverage(self, counts: Mapping[str, int]) -> float:
+        """The fraction of running words, in captions with these counts, that the vocabulary holds."""
+        known = sum(count for word, count in counts.items() if word in self.ids)
+        return known / max(1, sum(counts.values()))
 
     def extended(self, other: "Vocabulary") -> "Vocabulary":
         """This vocabulary with its ids kept, followed by the words only `other` has as `from_counts` orders them.
@@ -177,10 +184,24 @@ def read_vocabulary(location: str, *, remedy: str) -> Vocabulary:
     return Vocabulary.from_json(text, origin=location)
 
 
+def choose_threshold(counts: Mapping[str, int]) -> int:
+    """THRESHOLD, or the greatest below it at which the vocabulary covers LEAST_COVERAGE of the running words.
+
+    Small data needs the latter: of 300 real captions a threshold of 4 leaves a fifth of the words unknown.
+    """
+    wanted = LEAST_COVERAGE * sum(counts.values())
+    covered = {least: sum(n for n in counts.values() if n >= least) for least in range(THRESHOLD, 0, -1)}
+    return next((least for least, known in covered.items() if known >= wanted), 1)
+
+
 def _check(vocabulary: Vocabulary, fingerprint: str | None, *, origin: str) -> None:
     if vocabulary.words[: len(SPECIAL_WORDS)] != SPECIAL_WORDS or len(set(vocabulary.words)) != len(vocabulary):
         raise UserError(
             f"{origin} does not start with {SPECIAL_WORDS} or repeats a word: pack the training split again"
+        )
+    if len(vocabulary) == len(SPECIAL_WORDS):
+        raise UserError(
+            f"{origin} holds no word beside {SPECIAL_WORDS}: pack the training split again with a smaller --threshold"
         )
     if vocabulary.tokenizer != TOKENIZER:
         raise UserError(f"{origin} was made with tokenizer {vocabulary.tokenizer!r}, this version has {TOKENIZER!r}")

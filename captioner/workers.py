@@ -1,11 +1,14 @@
 """Worker processes that come from a server which has loaded their code once: importing torch costs seconds."""
 
+import math
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from captioner import images
@@ -39,9 +42,33 @@ def receive(pipe: Connection) -> Any:
         return None
 
 
-def count_processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def count_processors(*, membership: Path = Path("/proc/self/cgroup"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """How many processors this process may use: those it may run on, or fewer where a container has a quota of time.
+
+    A quota of 1.5 counts as 2. `membership` names this process's control groups, which lie below `cgroups`.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    lines = membership.read_text().splitlines() if membership.exists() else []
+    quotas = [quota for line in lines for quota in _quotas(*line.split(":", 2)[1:], cgroups=cgroups)]
+    return max(1, min([allowed, *map(math.ceil, quotas)]))
+
+
+def _quotas(controllers: str, path: str, *, cgroups: Path) -> Iterator[float]:
+    """The processors that a control group and those it lies in may use, of cgroup version 2 or 1.
+
+    A container may see its own group as the root, under whatever path the line says.
+    """
+    if controllers and "cpu" not in controllers.split(","):
+        return
+    root, names = cgroups, ["cpu.max"]
+    if controllers:
+        root, names = cgroups / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+    own = PurePosixPath(path.lstrip("/"))
+    for folder in (root / own, *(root / parent for parent in own.parents)):
+        with suppress(OSError, ValueError):  # there is no such file where there is no quota, and "max" is none
+            quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+            if quota > 0:
+                yield quota / period
 
 
 def use_one_thread() -> None:

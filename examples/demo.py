@@ -43,8 +43,9 @@ PACK = (
     f"python sharding/make_shards.py --images {SCENES} --captions {SCENES}/annotations --output {SHARDS} "
     "--size 68 --shard-megabytes 1"
 )
-TRAIN = (
-    f"accelerate launch train/main.py --shards {SHARDS} --output {RUN} --encoder small_cnn --weights none "
+TRAIN = (  # what the launcher is not told it guesses, and warns that it did
+    "accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no "
+    f"train/main.py --shards {SHARDS} --output {RUN} --encoder small_cnn --weights none "
     "--finetune-encoder-from-step 0 --crop 60 --embedding-size 192 --hidden-size 192 --epochs 9 --batch-size 32 "
     "--learning-rate 2.5e-3 --encoder-learning-rate 2.5e-3 --input-dropout 0 --dropout 0"
 )
@@ -201,6 +202,7 @@ def print_summary(summary: dict[str, Any], *, seconds: float) -> None:
 
 
 if __name__ == "__main__":
+    cli.outlive_readers()
     try:
         main()
     except UserError as error:

@@ -21,6 +21,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from captioner import cli
+from captioner.flags import Count, File, Seed
+from captioner.storage import write_atomic
+from captioner.workers import count_processors
 
 SHAPES = {  # name used in captions: (singular words, plural words)
     "circle": (("circle", "disc"), ("circles", "discs")),
@@ -89,13 +92,13 @@ class Scene:
 class SceneSettings:
     """What to draw, and where."""
 
-    output: Path = Path("data/scenes")
+    output: File = Path("data/scenes")
     """Folder that receives the pictures and annotations."""
-    train: int = 6000
+    train: Count = 6000
     """Number of training scenes."""
-    val: int = 500
+    val: Count = 500
     """Number of validation scenes; a fifth of them hold a colour-shape pair that training never shows."""
-    seed: int = 2026
+    seed: Seed = 2026
     """Equal seeds draw equal pictures and captions."""
 
 
@@ -357,15 +360,8 @@ def write_split(settings: SceneSettings, split: str, count: int, *, pool: Proces
         ],
     }
     facts = {name: asdict(scene) | {"pairs": sorted(scene.pairs)} for name, scene in zip(names, scenes, strict=True)}
-    _write_json(settings.output / f"scenes_{split}.json", facts)
-    _write_json(settings.output / "annotations" / f"captions_{split}2026.json", coco)
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    partial.replace(path)
+    write_atomic(str(settings.output / f"scenes_{split}.json"), json.dumps(facts, indent=1))
+    write_atomic(str(settings.output / "annotations" / f"captions_{split}2026.json"), json.dumps(coco, indent=1))
 
 
 def main(settings: SceneSettings) -> None:
@@ -375,10 +371,10 @@ def main(settings: SceneSettings) -> None:
     if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == wanted:
         cli.console.print(f"{settings.output} is complete")
         return
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(count_processors()) as pool:
         write_split(settings, "train", settings.train, pool=pool)
         write_split(settings, "val", settings.val, pool=pool)
-    _write_json(marker, wanted)
+    write_atomic(str(marker), json.dumps(wanted, indent=1))
     cli.console.print(f"drew {settings.train} + {settings.val} scenes into {settings.output}")
 
 

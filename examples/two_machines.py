@@ -34,9 +34,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 from captioner import cli
 from captioner.cli import UserError
+from captioner.flags import Count, File, int_flag
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAMS = Path(sys.executable).parent
@@ -70,11 +72,11 @@ http {{
 class RehearsalSettings:
     """How large the rehearsal is, and where it happens."""
 
-    output: Path = Path("data/two_machines")
+    output: File = Path("data/two_machines")
     """New folder for pictures, shards, caches, run folders and logs."""
-    pictures: int = 480
+    pictures: Count = 480
     """Training pictures, drawn."""
-    epochs: int = 3
+    epochs: Annotated[int, int_flag(at_least=2)] = 3
     """Passes over them; the power cut comes in the second."""
 
 

@@ -10,6 +10,7 @@ around them in numpy. Both take any batch. Both are compared with PyTorch, in fl
 Shapes: B images, N captions under way, P sides of a view in pixels, E embedding width, H hidden width, V vocabulary.
 """
 
+import os
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from captioner import cli
 from captioner.bundle import Bundle, load_bundle
 from captioner.cli import UserError
+from captioner.flags import File, Location
 from captioner.model import CaptionModel
 from captioner.views import ViewSpec, normalise
 from captioner.vocabulary import END, GLUED_TOKENS, PAD, START, UNK
@@ -41,16 +43,16 @@ PILLOW_RESIZES = {
 class ExportSettings:
     """Which model, and where its ONNX files go."""
 
-    model: str
+    model: Location
     """Model folder that train/main.py wrote, or its URL."""
-    output: Path
+    output: File
     """Folder to make, for encoder.onnx, decoder.onnx, vocabulary.json and README.md."""
 
 
 def main(settings: ExportSettings) -> None:
     """Export, compare with PyTorch, and print what was written."""
     check_packages()
-    if settings.output.exists():
+    if os.path.lexists(settings.output):
         raise UserError(f"--output {settings.output} is there already: give a new folder, or delete this one")
     rows = export(load_bundle(settings.model), settings.output)
     cli.print_table(str(settings.output), ("file", "MB", "largest difference from PyTorch"), rows)

@@ -22,10 +22,11 @@ from urllib.parse import quote, unquote
 
 from PIL import Image
 
-from captioner.cli import UserError, progress_bar
+from captioner.cli import UserError, console, progress_bar
 from captioner.images import ImageError, decode_rgb
 from captioner.pages import load_template
 from captioner.storage import WEB, is_remote
+from captioner.workers import count_processors
 from infer.listing import ImageFile, locate
 from infer.reading import MAX_FILE_BYTES
 from infer.results import Row
@@ -49,8 +50,11 @@ def check_folder(folder: Path, *, images: Sequence[str]) -> None:
     """Raise UserError for a gallery folder that is no folder, or holds pictures to caption or files of others."""
     if any(not is_remote(root) and Path(root).resolve().is_relative_to(folder.resolve()) for root in images):
         raise UserError(f"--gallery {folder} holds the pictures themselves: give a folder of its own")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--gallery {folder} is a file: give a folder")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"--gallery {folder} is a file, or a link to nothing: give a folder")
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"--gallery {folder} cannot be written, as {above} is no folder that can: give another folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / STATIC[0]).is_file():
         raise UserError(f"--gallery {folder} holds files that are no gallery: give a new or an empty folder")
 
@@ -103,7 +107,9 @@ def _link(file: ImageFile, folder: Path) -> str | None:
 
 def _data(entries: Sequence[dict[str, Any]], *, roots: Sequence[str], thumbnails: Mapping[str, str | None]) -> str:
     """The script that holds the entries, one a line, in pure ASCII: no name ends it, or a string in it."""
-    lines = (json.dumps({**entry, "thumbnail": thumbnails.get(entry["thumbnail"])}) for entry in entries)
+    lines = (
+        json.dumps({**entry, "thumbnail": thumbnails.get(entry["thumbnail"])}, allow_nan=False) for entry in entries
+    )
     return "const ROWS = [\n" + ",\n".join(lines) + "\n];\nconst ROOTS = " + json.dumps(name_roots(roots)) + ";\n"
 
 
@@ -144,42 +150,50 @@ def _page(entries: Sequence[dict[str, Any]], *, roots: Sequence[str], title: str
 def _make_thumbnails(pictures: Mapping[str, ImageFile], folder: Path) -> dict[str, str | None]:
     """The name of each picture's thumbnail, made or reused; None where none can be made. Keys are checksums."""
     names: dict[str, str | None] = {}
-    num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+    failures: dict[str, list[str]] = {}
+    num_threads = min(MAX_THREADS, count_processors())
     with (
         ThreadPoolExecutor(num_threads) as pool,
         progress_bar("gallery", total=len(pictures), unit="pictures") as bar,
     ):
         made = pool.map(_thumbnail_name, pictures, pictures.values(), repeat(folder))
-        for sha256, name in zip(pictures, made, strict=True):
+        for (sha256, file), (name, reason) in zip(pictures.items(), made, strict=True):
             names[sha256] = name
+            if reason is not None:
+                failures.setdefault(reason, []).append(file.location)
             bar.advance()
+    for reason, locations in sorted(failures.items()):
+        console.print(f"gallery: {len(locations):,} without a thumbnail, {reason}: {locations[0]!r}", markup=False)
     return names
 
 
-def _thumbnail_name(sha256: str, file: ImageFile, folder: Path) -> str | None:
-    """Named by the picture's checksum, a thumbnail that is there is of the very bytes that were captioned."""
+def _thumbnail_name(sha256: str, file: ImageFile, folder: Path) -> tuple[str | None, str | None]:
+    """The name of a picture's thumbnail, or why there is none (the page shows a placeholder).
+
+    It is the picture's checksum, so that a thumbnail that is there is of the very bytes that were captioned.
+    """
     name = f"{sha256[:32]}.jpg"
     if not (folder / name).exists():
-        data = _thumbnail(sha256, file)
+        try:
+            data = _thumbnail(sha256, file)
+        except ImageError as error:
+            return None, error.reason
         if data is None:
-            return None
+            return None, "changed since it was captioned"
         _write(folder / name, data)
-    return name
+    return name, None
 
 
 def _thumbnail(sha256: str, file: ImageFile) -> bytes | None:
-    """A small upright JPEG of a picture; None if it is gone or another by now (the page shows a placeholder).
+    """A small upright JPEG of a picture, None for one that is another by now. Raises ImageError.
 
     A large photo is decoded at a reduced scale, which makes it several times cheaper.
     """
     side = THUMBNAIL_SIDE_PIXELS
-    try:
-        data = file.read(max_bytes=MAX_FILE_BYTES)
-        if hashlib.sha256(data).hexdigest() != sha256:
-            return None
-        small, _ = decode_rgb(data, at_least=2 * side)
-    except (OSError, ImageError):
+    data = file.read(max_bytes=MAX_FILE_BYTES)
+    if hashlib.sha256(data).hexdigest() != sha256:
         return None
+    small, _ = decode_rgb(data, at_least=2 * side)
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY, optimize=True)

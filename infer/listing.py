@@ -133,8 +133,8 @@ def list_files(
 class Listing(Iterator[ImageFile | Refused]):
     """Gives each file once, or why it cannot be read; its counts are of all processes' files, and grow meanwhile.
 
-    `num_linked_folders` were not followed, `num_skipped` files have an ending that is left out, `num_repeated` times
-    a file was named again.
+    `num_found` files are to be captioned, `num_linked_folders` were not followed, `num_skipped` files have an ending
+    that is left out, `num_repeated` times a file was named again.
     """
 
     def __init__(
@@ -148,6 +148,7 @@ class Listing(Iterator[ImageFile | Refused]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        self.num_found = 0
         self.num_linked_folders = 0
         self.num_skipped = 0
         self.num_repeated = 0
@@ -159,7 +160,7 @@ class Listing(Iterator[ImageFile | Refused]):
             chain.from_iterable(map(self._read_list, lists)),
             chain.from_iterable(_list_split(folder, manifest) for folder, manifest in manifests),
         )
-        seen = _Seen() if lists or len(roots) + len({folder for folder, _ in manifests}) > 1 else None
+        seen = Seen() if lists or len(roots) + len({folder for folder, _ in manifests}) > 1 else None
         self._files = self._share(found, seen, endings=tuple(skip_endings), rank=rank, world_size=world_size)
 
     def __iter__(self) -> "Listing":
@@ -171,7 +172,7 @@ class Listing(Iterator[ImageFile | Refused]):
     def _share(
         self,
         found: Iterable[ImageFile | Refused],
-        seen: "_Seen | None",
+        seen: "Seen | None",
         *,
         endings: tuple[str, ...],
         rank: int,
@@ -183,9 +184,11 @@ class Listing(Iterator[ImageFile | Refused]):
             if file.path.endswith(endings):
                 self.num_skipped += 1
                 continue
-            if seen and not seen.add(_hash(_join(real(file.root), file.path))):
+            if seen and not seen.add(hash_location(_join(real(file.root), file.path))):
                 self.num_repeated += 1
-            elif world_size == 1 or _hash(file.location) % world_size == rank:
+                continue
+            self.num_found += 1
+            if world_size == 1 or hash_location(file.location) % world_size == rank:
                 yield item
 
     def _give_named(self, root: "_Root") -> Iterator[ImageFile | Refused]:
@@ -397,7 +400,7 @@ def _split_line(line: str) -> tuple[str, str]:
     return "/" if line.startswith("/") else ".", path
 
 
-def _hash(location: str) -> int:
+def hash_location(location: str) -> int:
     """64 bits of a file's place that are the same in all processes and versions."""
     place = location.encode("utf-8", "surrogatepass")
     return int.from_bytes(blake2b(place, digest_size=8).digest(), "little")
@@ -408,7 +411,7 @@ def _real(root: str) -> str:
     return root if storage.is_remote(root) else os.path.realpath(root)
 
 
-class _Seen:
+class Seen:
     """A set of 64-bit hashes in about 20 bytes each: a sorted array, and a set of the few that came last."""
 
     def __init__(self) -> None:

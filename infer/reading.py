@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from captioner import workers
+from captioner import decoder_output, workers
 from captioner.cli import UserError
 from captioner.images import ImageError
 from captioner.views import ViewSpec, read_eval_view
@@ -40,11 +40,15 @@ MAX_SECONDS_BETWEEN_LOOKS = 10.0  # after more nobody's silence counts
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """What became of a file: the original (width, height), upright, and the bytes' hex sha256; or why it has none."""
+    """What became of a file: the original (width, height), upright, and the bytes' hex sha256; or why it has none.
+
+    `complaint` is what the decoder said of a picture that can be used nevertheless.
+    """
 
     file: ImageFile
     size: tuple[int, int] = (0, 0)
     sha256: str = ""
+    complaint: str = ""
     error: ImageError | None = None
 
 
@@ -90,7 +94,8 @@ class _Worker:
 class Reader:
     """Worker processes and their buffers, as long as they are needed.
 
-    `num_held` is how many batches their receiver may hold before it releases one.
+    `num_held` is how many batches their receiver may hold before it releases one. `num_damaged` counts the pictures
+    that can be used although their decoder complained.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class Reader:
         self._view = view
         self._free = deque(range(num_buffers))
         self._ready: deque[Batch] = deque()
+        self.num_damaged = 0
         self._num_deaths = 0
         self._has_read = False
         self._looked = time.monotonic()
@@ -188,6 +194,7 @@ class Reader:
         task = worker.task
         assert task is not None
         task.pictures.append(picture)
+        self.num_damaged += bool(picture.complaint)
         task.num_deaths, worker.heard = 0, time.monotonic()
         if len(task.pictures) == len(task.files):
             self._ready.append(Batch(task.pictures, self._buffers[task.buffer, : task.num_views], task.buffer))
@@ -229,7 +236,7 @@ def _work(pipe: Connection, memory: Any, shape: tuple[int, ...], view: ViewSpec)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
     use_one_thread()
     buffers = _as_array(memory, shape)
-    with suppress(EOFError, OSError):
+    with suppress(EOFError, OSError), decoder_output.own_stderr():
         while True:
             files, buffer, row = pipe.recv()
             for file in files:
@@ -246,7 +253,8 @@ def read_picture(file: ImageFile, view: ViewSpec, *, out_PP3: np.ndarray) -> Pic
     """Read a file's view into `out_PP3`; one that cannot be used says why."""
     try:
         data = file.read(max_bytes=MAX_FILE_BYTES)
-        out_PP3[:], size = read_eval_view(data, view)
+        with decoder_output.collect() as complaints:
+            out_PP3[:], size = read_eval_view(data, view)
     except ImageError as error:
         return Picture(file, error=error)
-    return Picture(file, size, hashlib.sha256(data).hexdigest())
+    return Picture(file, size, hashlib.sha256(data).hexdigest(), complaint="; ".join(complaints))

@@ -10,8 +10,9 @@ import glob
 import io
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -58,7 +59,7 @@ class Row(TypedDict):
 
 def to_line(row: Row) -> str:
     """A row as a line of pure ASCII, so that undecodable file names survive."""
-    return json.dumps(row) + "\n"
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def duplicate_row(first: Row, *, root: str, path: str) -> Row:
@@ -67,6 +68,39 @@ def duplicate_row(first: Row, *, root: str, path: str) -> Row:
 
 
 # ---- files ------------------------------------------------------------------------------------------------
+
+
+def find_output(output: Path) -> Path:
+    """The file of rows, there or not, that --output names: links are followed, so that all files stand next to it.
+
+    Raises UserError for what is no file, which cannot be replaced by the merged rows.
+    """
+    if ":/" in str(output):
+        raise UserError(f"--output {output} is a URL: give a file on this machine")
+    try:
+        found = output.stat()
+    except FileNotFoundError:
+        return _follow(output)
+    except OSError as error:
+        raise UserError(f"cannot use --output {output} ({error.strerror}): give the name of a JSONL file") from error
+    if stat.S_ISDIR(found.st_mode):
+        raise UserError(f"--output {output} is a folder: give the name of a JSONL file")
+    if not stat.S_ISREG(found.st_mode) or any(os.path.samestat(found, stream) for stream in _standard_streams()):
+        raise UserError(
+            f"--output {output} is a device, a pipe, or what this command reads or prints: rows are merged in a file, "
+            "give the name of one"
+        )
+    return _follow(output)
+
+
+def _follow(path: Path) -> Path:
+    return path.resolve() if path.is_symlink() else path
+
+
+def _standard_streams() -> Iterator[os.stat_result]:
+    for descriptor in range(3):
+        with suppress(OSError):  # it is closed
+            yield os.fstat(descriptor)
 
 
 def part_path(output: Path, rank: int) -> Path:
@@ -89,10 +123,21 @@ def merging_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.partial")
 
 
+def process_path(output: Path, rank: int) -> Path:
+    """The file by which process `rank` of several tells the others that it is there."""
+    return output.with_name(f"{output.name}.process-{rank}")
+
+
+def find_process_files(output: Path) -> list[Path]:
+    """The files of all processes, also of those that were killed; rank 0's is the last."""
+    return sorted(output.parent.glob(f"{glob.escape(output.name)}.process-*"), reverse=True)
+
+
 def own_files(output: Path, *, num_processes: int) -> list[Path]:
-    """All that a run of `num_processes` keeps on disk, there or not, and the parts of an earlier run."""
+    """All that a run of `num_processes` keeps on disk, there or not, and what an earlier run left."""
     parts = {*find_parts(output), *(part_path(output, rank) for rank in range(num_processes))}
-    return [output, settings_path(output), merging_path(output), *sorted(parts)]
+    processes = {*find_process_files(output), *(process_path(output, rank) for rank in range(num_processes))}
+    return [output, settings_path(output), merging_path(output), *sorted(parts), *sorted(processes)]
 
 
 def check_settings(output: Path, settings: Mapping[str, Any]) -> None:
@@ -116,7 +161,7 @@ def check_settings(output: Path, settings: Mapping[str, Any]) -> None:
 
 def write_settings(output: Path, settings: Mapping[str, Any]) -> None:
     """Keep the settings beside the output; call it before the first part is opened."""
-    storage.write_atomic(str(settings_path(output)), json.dumps(settings, indent=1) + "\n")
+    storage.write_atomic(str(settings_path(output)), json.dumps(settings, indent=1, allow_nan=False) + "\n")
 
 
 def _shown(settings: Mapping[str, Any], key: str) -> str:
@@ -143,18 +188,33 @@ class RowWriter:
         lines = [to_line(row).encode("ascii") for row in rows]
         *offsets, self._end = accumulate(map(len, lines), initial=self._end)
         left = memoryview(b"".join(lines))
-        while left:  # a nearly full disk takes a part first, and then says so
-            left = left[self._file.write(left) :]
+        with writing(self.path):
+            while left:  # a nearly full disk takes a part first, and then says so
+                left = left[self._file.write(left) :]
         return offsets
 
     def close(self) -> None:
         """Flush to disk, give the lock back and close; a part without rows is removed."""
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            os.fsync(self._file.fileno())
         if not self._end:
             self.path.unlink(missing_ok=True)
         with suppress(OSError):
             fcntl.flock(self._file, fcntl.LOCK_UN)  # workers forked meanwhile hold it as well, and may outlive us
         self._file.close()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, a failure to write to the file of rows, which is open, names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename:  # another file's
+            raise
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}): make room for it; the same command goes on from there"
+        ) from error
 
 
 def open_part(path: Path) -> io.FileIO:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from captioner import storage
 from captioner.cli import UserError
-from infer.results import FORMAT_VERSION, Row, duplicate_row, find_parts, merging_path, open_part, to_line
+from infer.results import FORMAT_VERSION, Row, duplicate_row, find_parts, merging_path, open_part, to_line, writing
 
 Entry = tuple[bytes, bytes, bytes | None]  # root, path, sha256 (None: a failure)
 
@@ -171,7 +171,7 @@ def merge(output: Path) -> Summary:
     with ExitStack() as stack:
         for part in parts:
             stack.enter_context(open_part(part))
-        with _room_for_database():
+        with _room_for_database(), writing(merging_path(output)):
             summary = _write_merged(_merged_rows(output, parts), output)
         for part in parts:
             part.unlink()

@@ -3,7 +3,8 @@
 import errno
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
@@ -11,9 +12,14 @@ from PIL import Image
 
 from captioner import storage
 from captioner.cli import UserError
+from infer.listing import Seen, hash_location
 from infer.results import Row
 
 NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
+
+SHARED = "left out, since another picture of the same name has it"
+UNREMARKABLE = frozenset(("written", "kept", "abstained", "not local"))
+SHOWN_NAMES = 5  # of each other outcome
 
 
 def check_ending(ending: str) -> None:
@@ -22,31 +28,66 @@ def check_ending(ending: str) -> None:
         raise UserError(f"{ending!r} is no ending of sidecar files: give one such as .txt")
 
 
-def write_sidecars(rows: Iterable[Row], *, ending: str) -> Counter[str]:
-    """Write `photo.txt` with the caption beside each captioned `photo.jpg`; the number of rows by what became of them.
+@dataclass(kw_only=True)
+class Sidecars:
+    """What became of the sidecars of captioned pictures: their numbers by outcome.
 
-    A file or link that has the name is kept. A sidecar is whole or absent. Counted are "written", "kept", "abstained"
-    (no alt text), "not local" (behind a URL or in a shard) and "failed" (a folder that takes no file); rows of failures
-    are not. Raises UserError for an impossible ending.
+    `names` has the first pictures of each outcome that a person should know of. `num_failed` sidecars could not be
+    written.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    names: dict[str, list[str]] = field(default_factory=dict)
+    num_failed: int = 0
+
+    def lines(self) -> Iterator[str]:
+        """A line for each outcome."""
+        for outcome, count in self.counts.most_common():
+            names = self.names.get(outcome, [])
+            shown = f": {', '.join(map(repr, names))}{', ...' if count > len(names) else ''}" if names else ""
+            yield f"sidecars: {count:,} {outcome}{shown}"
+
+
+def write_sidecars(rows: Iterable[Row], *, ending: str) -> Sidecars:
+    """Write `photo.txt` with the caption beside each captioned `photo.jpg`; failures have no sidecar.
+
+    A file or link that has the name is kept. Of pictures with the same name but for its ending, which would have the
+    same sidecar, the first one gets it. A sidecar is whole or absent. Raises UserError for an impossible ending.
     """
     check_ending(ending)
-    return Counter(_write_sidecar(row, ending) for row in rows if "error" not in row)
+    sidecars, seen = Sidecars(), Seen()
+    for row in rows:
+        if "error" in row:
+            continue
+        try:
+            outcome = _write_sidecar(row, ending, seen)
+        except FileExistsError:
+            outcome = "kept"
+        except NotADirectoryError:  # the tar that holds the picture
+            outcome = "not local"
+        except OSError as error:
+            outcome = f"could not be written ({error.strerror or error})"
+            sidecars.num_failed += 1
+        sidecars.counts[outcome] += 1
+        if outcome not in UNREMARKABLE:
+            names = sidecars.names.setdefault(outcome, [])
+            names += [storage.join(row["root"], row["path"])][: SHOWN_NAMES - len(names)]
+    return sidecars
 
 
-def _write_sidecar(row: Row, ending: str) -> str:
+def _write_sidecar(row: Row, ending: str, seen: Seen) -> str:
+    """What became of a row's sidecar. `seen` are the pictures and sidecars of earlier rows. Raises OSError."""
     if not row["alt"]:
         return "abstained"
     if storage.is_remote(row["root"]):
         return "not local"
-    target = Path(row["root"], row["path"]).with_suffix(ending)
-    try:
-        _write_new(target, row["caption"].encode("utf-8") + b"\n")
-    except FileExistsError:
+    picture = Path(os.path.abspath(Path(row["root"], row["path"])))  # noqa: PTH100 - a link is a name of its own
+    target = picture.with_suffix(ending)
+    if not seen.add(hash_location(str(picture))):  # by another root
         return "kept"
-    except NotADirectoryError:  # the tar that holds the picture
-        return "not local"
-    except OSError:
-        return "failed"
+    if not seen.add(hash_location(str(target))):
+        return SHARED
+    _write_new(target, row["caption"].encode("utf-8") + b"\n")
     return "written"
 
 

@@ -12,19 +12,19 @@ import re
 import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 from pycocotools.coco import COCO
 
 from captioner.cli import UserError
+from captioner.image_ids import ImageId, ImageIds, as_image_id
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 ENDINGS = (".json", ".csv", ".tsv", ".jsonl")
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
+_NUMBER_OR_TEXT = "a whole number or text"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-Id = int | str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,10 +43,10 @@ class Failure:
 class Picture:
     """A picture as the file has it, at `place`; captions are (annotation id, text) pairs, stripped and not empty."""
 
-    image_id: Id
+    image_id: ImageId
     file_name: str
     place: str
-    captions: list[tuple[Id | None, str]]
+    captions: list[tuple[ImageId | None, str]]
 
 
 def parse_pictures(data: bytes, *, kind: str, split: str, location: str) -> Iterator[Picture | Failure]:
@@ -89,10 +89,6 @@ def _has_surrogates(text: str) -> bool:
     return not text.isascii() and _SURROGATE.search(text) is not None
 
 
-def _is_id(value: object) -> TypeGuard[Id]:
-    return isinstance(value, int | str) and not isinstance(value, bool)
-
-
 def _first(entry: Any, *keys: str) -> Any:
     """What an entry has under the first of `keys` that it has, None where it has none or is no object."""
     if isinstance(entry, dict):
@@ -112,17 +108,19 @@ def _text(entry: Any, *keys: str) -> str:
 
 
 def _coco_pictures(content: Any, *, location: str) -> Iterator[Picture | Failure]:
-    images = []
+    images: list[dict[str, Any]] = []
     for position, image in enumerate(_coco_list(content, "images", "id", "file_name", location=location)):
-        if _is_id(_first(image, "id")) and isinstance(_first(image, "file_name"), str):
-            images.append(image)
+        image_id, name = as_image_id(_first(image, "id")), _first(image, "file_name")
+        if image_id is not None and isinstance(name, str):
+            images.append({"id": image_id, "file_name": name})
         else:
-            message = f"images[{position}] lacks an id or a file_name: {reprlib.repr(image)}"
+            message = f"images[{position}] lacks {_NUMBER_OR_TEXT} as id, or a file_name: {reprlib.repr(image)}"
             yield Failure(image=_text(image, "file_name"), reason="bad row", message=message)
     names = {image["id"]: image["file_name"] for image in reversed(images)}  # of equal ids the first counts
+    ids = ImageIds(names)
     annotations = []
     for position, entry in enumerate(_coco_list(content, "annotations", "image_id", "caption", location=location)):
-        annotation = _check_annotation(entry, position, names)
+        annotation = _check_annotation(entry, position, names, ids)
         if isinstance(annotation, Failure):
             yield annotation
         else:
@@ -152,15 +150,16 @@ def _has(entry: Any, *keys: str) -> bool:
     return isinstance(entry, dict) and set(keys) <= entry.keys()
 
 
-def _check_annotation(entry: Any, position: int, names: dict[Id, str]) -> dict[str, Any] | Failure:
+def _check_annotation(entry: Any, position: int, names: dict[ImageId, str], ids: ImageIds) -> dict[str, Any] | Failure:
     """What the index needs of an annotation, or why it is not used."""
-    number, image_id = _first(entry, "id"), _first(entry, "image_id")
-    place = f"annotation {number}" if _is_id(number) else f"annotations[{position}]"
-    if not _is_id(image_id) or not (number is None or _is_id(number)):
-        message = f"{place} lacks an image_id, or its id is no number: {reprlib.repr(entry)}"
+    number, wanted = as_image_id(_first(entry, "id")), as_image_id(_first(entry, "image_id"))
+    place = f"annotations[{position}]" if number is None else f"annotation {number}"
+    if wanted is None or (number is None and _first(entry, "id") is not None):
+        message = f"{place} lacks {_NUMBER_OR_TEXT} as image_id, or has an id of another kind: {reprlib.repr(entry)}"
         return Failure(image="", reason="bad row", message=message)
-    if image_id not in names:
-        return Failure(image="", reason="no picture", message=f"{place}: there is no image of id {image_id}")
+    image_id = ids.find(wanted)
+    if image_id is None:
+        return Failure(image="", reason="no picture", message=f"{place}: there is no image of id {wanted!r}")
     caption = _check_caption(entry.get("caption"), image=names[image_id], place=place)
     return caption if isinstance(caption, Failure) else {"id": number, "image_id": image_id, "caption": caption}
 
@@ -207,25 +206,25 @@ def _is_karpathy_picture(image: Any) -> bool:
         and isinstance(image.get("filename"), str)
         and isinstance(image.get("filepath"), str | None)
         and isinstance(image.get("sentences"), list | None)
-        and _is_id(_first(image, "cocoid", "imgid", "filename"))
+        and as_image_id(_first(image, "cocoid", "imgid", "filename")) is not None
     )
 
 
 def _karpathy_picture(image: dict[str, Any]) -> Iterator[Picture | Failure]:
     name = "/".join(part for part in (image.get("filepath"), image["filename"]) if part)
-    image_id = _first(image, "cocoid", "imgid")
+    image_id = as_image_id(_first(image, "cocoid", "imgid"))
     image_id = name if image_id is None else image_id
-    captions: list[tuple[Id | None, str]] = []
+    captions: list[tuple[ImageId | None, str]] = []
     for position, sentence in enumerate(image.get("sentences") or []):
-        number = _first(sentence, "sentid")
-        place = f"sentence {number}" if _is_id(number) else f"image id {image_id}, sentences[{position}]"
+        number = as_image_id(_first(sentence, "sentid"))
+        place = f"image id {image_id}, sentences[{position}]" if number is None else f"sentence {number}"
         caption = _check_caption(_first(sentence, "raw"), image=name, place=place)
         if isinstance(caption, Failure):
             yield caption
-        elif number is None or _is_id(number):
+        elif number is not None or _first(sentence, "sentid") is None:
             captions.append((number, caption))
         else:
-            message = f"{place}: the sentid is no number: {reprlib.repr(number)}"
+            message = f"{place}: the sentid is not {_NUMBER_OR_TEXT}: {reprlib.repr(sentence['sentid'])}"
             yield Failure(image=name, reason="bad row", message=message)
     yield Picture(image_id=image_id, file_name=name, place=f"image id {image_id}", captions=captions)
 
@@ -246,7 +245,7 @@ def _merge(rows: Iterable[Picture | Failure]) -> Iterator[Picture | Failure]:
 
 def _row(name: str, captions: Iterable[object], *, place: str) -> Iterator[Picture | Failure]:
     """A row's picture, after those of its captions that fail."""
-    texts: list[tuple[Id | None, str]] = []
+    texts: list[tuple[ImageId | None, str]] = []
     for value in captions:
         caption = _check_caption(value, image=name, place=place)
         if isinstance(caption, Failure):

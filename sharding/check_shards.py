@@ -20,6 +20,7 @@ from typing import Annotated
 import tyro
 
 from captioner import cli
+from captioner.flags import Count, Location, Pixels
 from sharding.foreign_split import index_split
 from sharding.repair import SourceFlags, repair_split
 from sharding.settings import Split
@@ -41,7 +42,7 @@ EXIT_BROKEN = 1
 class VerifySettings:
     """Read every byte of the shards and compare all that their files say of each other."""
 
-    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
+    folder: Annotated[tyro.conf.Positional[Location], tyro.conf.arg(metavar="DIR")]
     """Dataset folder (or URL)."""
     split: Split | None = None
     """Look at this split only."""
@@ -51,13 +52,13 @@ class VerifySettings:
 class RepairSettings:
     """Find what is broken and rebuild only that, to the same bytes: indexes from tars, tars from their pictures."""
 
-    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
+    folder: Annotated[tyro.conf.Positional[Location], tyro.conf.arg(metavar="DIR")]
     """Dataset folder (or URL)."""
     split: Split | None = None
     """Look at this split only."""
-    images: str | None = None
+    images: Location | None = None
     """Where the pictures are now, if not where they were when they were packed."""
-    captions: str | None = None
+    captions: Location | None = None
     """Where the captions are now: a file, or a folder as make_shards.py takes it."""
 
 
@@ -65,7 +66,7 @@ class RepairSettings:
 class ShowSettings:
     """Print what the shards hold, how they were made, and one sample."""
 
-    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
+    folder: Annotated[tyro.conf.Positional[Location], tyro.conf.arg(metavar="DIR")]
     """Dataset folder (or URL)."""
     split: Split | None = None
     """Look at this split only."""
@@ -77,15 +78,16 @@ class ShowSettings:
 class IndexSettings:
     """Make webdataset tars of another program trainable: an index beside each, a manifest, and a vocabulary."""
 
-    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
+    folder: Annotated[tyro.conf.Positional[Location], tyro.conf.arg(metavar="DIR")]
     """Folder (or URL) that holds the tars and receives the other files."""
     split: Split
     """What the tars are for."""
     pattern: str | None = None
     """Which files, such as "cc3m-train-*.tar"; without it SPLIT*.tar where there are any, else *.tar."""
-    threshold: int = 4
-    """A word enters the vocabulary when the captions hold it at least this often (train, or where there is none)."""
-    size: int = 256
+    threshold: Count | None = None
+    """A word enters the vocabulary when the captions hold it at least this often (train, or where there is none).
+    Without it 4, or fewer on small data: as many as let the vocabulary cover 90 % of the captions' words."""
+    size: Pixels = 256
     """Sides in pixels that pictures are squashed to when training reads them."""
 
 

@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from captioner.cli import UserError, console, progress_bar
+from captioner.storage import write_atomic
 
 FORMAT_VERSION = 1
 MEGABYTE = 1_000_000
@@ -335,10 +336,7 @@ def check_room(folder: Path, num_bytes: int, purpose: str) -> None:
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write `record` and the format version as JSON, by rename."""
-    part = path.with_name(f"{path.name}.part")
-    text = json.dumps({"format_version": FORMAT_VERSION, **record}, indent=2)
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(path)
+    write_atomic(str(path), json.dumps({"format_version": FORMAT_VERSION, **record}, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

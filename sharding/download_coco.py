@@ -14,6 +14,7 @@ from typing import Literal
 
 from captioner import cli
 from captioner.cli import UserError
+from captioner.flags import File
 from sharding.download import download, read_json, say, source_path, unzip, write_json
 
 DESCRIPTION = """Download COCO's photos and captions and unpack them for make_shards.py.
@@ -33,7 +34,7 @@ Next: python sharding/make_shards.py"""
 class DownloadSettings:
     """What to download and where to."""
 
-    output: Path = Path("data/coco")
+    output: File = Path("data/coco")
     """Folder for train2014/*.jpg, val2014/*.jpg and annotations/captions_*.json; made if it is not there."""
 
     year: Literal[2014, 2017] = 2014

@@ -8,24 +8,42 @@ from dataclasses import asdict
 from typing import Any
 
 from captioner import cli, storage
+from captioner.cli import UserError
 from captioner.shards import Manifest, ShardEntry, manifest_location
-from captioner.vocabulary import Vocabulary
+from captioner.vocabulary import LEAST_COVERAGE, SPECIAL_WORDS, THRESHOLD, Vocabulary, choose_threshold
 from sharding.pack import PackedShard, write
 from sharding.sources import Failure
 
 
 def write_vocabulary(
-    folder: str, shards: Sequence[PackedShard], *, threshold: int, given: Vocabulary | None = None
+    folder: str, shards: Sequence[PackedShard], *, threshold: int | None, given: Vocabulary | None = None
 ) -> None:
-    """Write vocabulary.json: the given one, or that of the shards' captions. Raises UserError."""
-    vocabulary = given
-    if vocabulary is None:
-        counts: Counter[str] = Counter()
-        for shard in shards:
-            counts.update(shard.words)
-        vocabulary = Vocabulary.from_counts(counts, threshold=threshold)
+    """Write vocabulary.json: the given one, or that of the shards' captions, and print what it covers.
+
+    Without a threshold `choose_threshold` decides. Raises UserError where no word reaches the threshold.
+    """
+    counts: Counter[str] = Counter()
+    for shard in shards:
+        counts.update(shard.words)
+    vocabulary = given or Vocabulary.from_counts(counts, threshold=threshold or choose_threshold(counts))
+    num_words = len(vocabulary) - len(SPECIAL_WORDS)
+    if not num_words:
+        most = max(counts.values(), default=0)
+        raise UserError(
+            f"no word occurs {vocabulary.threshold} times in the captions, the most frequent one {most} times: give a "
+            "smaller --threshold, or leave it out"
+        )
     write(storage.join(folder, "vocabulary.json"), vocabulary.to_json())
-    cli.console.print(f"vocabulary: {len(vocabulary):,} words, 4 of them special")
+    origin = "as given" if given else f"seen at least {vocabulary.threshold} times"
+    cli.console.print(
+        f"vocabulary: {num_words:,} words ({origin}) and {len(SPECIAL_WORDS)} special ones; they cover "
+        f"{vocabulary.coverage(counts):.1%} of the captions' {sum(counts.values()):,} running words"
+    )
+    if given is None and threshold is None and vocabulary.threshold < THRESHOLD:
+        cli.console.print(
+            f"the data is small: words seen at least {THRESHOLD} times, as usual, would cover less than "
+            f"{LEAST_COVERAGE:.0%}; --threshold {THRESHOLD} takes these only"
+        )
 
 
 def write_manifest(

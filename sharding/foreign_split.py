@@ -1,7 +1,6 @@
 """Index files, vocabulary and manifest for a folder of tars that somebody else wrote."""
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +8,8 @@ from contextlib import suppress
 
 from captioner import cli, storage
 from captioner.cli import UserError
-from captioner.shards import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
+from captioner.shards import SPLITS, FormatError, Manifest, ShardIndex, manifest_location, read_manifest
+from captioner.workers import count_processors
 from sharding.claim import claim
 from sharding.finish import failure_text, write_manifest, write_vocabulary
 from sharding.foreign import BACKEND, foreign_recipe, index_scan, is_foreign, scan_tar
@@ -22,11 +22,8 @@ COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 UNPACK = "samples are read out of the middle of a tar, so unpack it to a plain one first (gunzip, unxz, unzstd)"
 
 
-def index_split(folder: str, *, split: str, pattern: str | None, threshold: int, size: int) -> Manifest:
+def index_split(folder: str, *, split: str, pattern: str | None, threshold: int | None, size: int) -> Manifest:
     """Index the split's tars and write, last of all, its manifest. Raises UserError."""
-    for name, value in (("--threshold", threshold), ("--size", size)):
-        if value < 1:
-            raise UserError(f"{name} {value} is too small: give at least 1")
     names, pattern = _find_tars(folder, split, pattern)
     with claim(folder, split):
         _refuse_others(folder, split, names)
@@ -75,7 +72,13 @@ def _refuse_others(folder: str, split: str, names: Sequence[str]) -> None:
     for other in SPLITS:
         if not storage.exists(manifest_location(folder, other)):
             continue
-        manifest = read_manifest(folder, other, remedy="")
+        try:
+            manifest = read_manifest(folder, other, remedy="")
+        except FormatError as error:
+            raise UserError(
+                f"split {other} in {folder} is of another version of this program: delete its manifest and .index "
+                "files, and run the same command again"
+            ) from error
         if other == split and not is_foreign(manifest):
             raise UserError(f"{folder} holds a {split} split of sharding/make_shards.py: it needs no indexing")
         both = {entry.name for entry in manifest.shards}.intersection(names)
@@ -99,7 +102,7 @@ def _index_tars(folder: str, split: str, names: Sequence[str], *, size: int) -> 
     """Each tar's index by name."""
     indexes: dict[str, ShardIndex] = {}
     num_samples = num_failures = 0
-    threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
+    threads = ThreadPoolExecutor(min(MAX_THREADS, count_processors()))
     with cli.progress_bar(f"indexing {split}", total=len(names), unit="tars") as bar:
         try:
             for name, index in threads.map(lambda name: (name, _index_tar(folder, name, size=size)), names):

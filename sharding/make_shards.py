@@ -15,7 +15,6 @@ result. Next: accelerate launch train/main.py
 Exit codes: 0 done; 2 something to mend, told in one line; 3 packed, but with more failures than --max-failures.
 """
 
-import os
 import re
 import sys
 import time
@@ -30,6 +29,7 @@ from captioner import cli, storage
 from captioner.cli import UserError
 from captioner.shards import Manifest, manifest_location, read_manifest
 from captioner.vocabulary import read_vocabulary
+from captioner.workers import count_processors
 from sharding.claim import claim
 from sharding.engine import prepare, run_local
 from sharding.finish import failure_text, write_manifest, write_vocabulary
@@ -46,7 +46,6 @@ GIVE_VOCABULARY = "give --vocabulary a vocabulary.json that the packing of a tra
 
 def main(settings: ShardSettings) -> None:
     """Pack every wanted split, training first, since the others need its vocabulary."""
-    check_settings(settings)
     vocabulary = read_vocabulary(settings.vocabulary, remedy=GIVE_VOCABULARY) if settings.vocabulary else None
     sources = find_sources(images=settings.images, captions=settings.captions, split=settings.split)
     if settings.dry_run:
@@ -56,6 +55,7 @@ def main(settings: ShardSettings) -> None:
         prepare()
     manifests = []
     rows = []
+    num_damaged = 0
     for source in sources:
         needs_vocabulary(source.split, settings)
         with claim(settings.output, source.split):
@@ -63,6 +63,7 @@ def main(settings: ShardSettings) -> None:
             refuse_foreign(source.split, settings.output)
             plans, failures = plan_split(source, settings)
             shards = pack_split(plans, split=source.split, settings=settings)
+            refuse_empty(shards, source, settings.output)
             if source.split == "train" or vocabulary:
                 write_vocabulary(settings.output, shards, threshold=settings.threshold, given=vocabulary)
             manifest = write_manifest(
@@ -75,19 +76,9 @@ def main(settings: ShardSettings) -> None:
             )
         manifests.append(manifest)
         rows.append(summary_row(manifest, shards, seconds=time.monotonic() - started))
+        num_damaged += sum(shard.num_damaged for shard in shards)
+    cli.print_damaged(num_damaged)
     show_summary(rows, manifests, settings)
-
-
-def check_settings(settings: ShardSettings) -> None:
-    """Raise UserError for numbers that make no sense."""
-    if not 1 <= settings.quality <= 100:
-        raise UserError(f"--quality {settings.quality} is not a JPEG quality: give 1 to 100")
-    for name in ("size", "shard_megabytes", "threshold", "workers"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} is too small: give at least 1")
-    if settings.max_failures is not None and settings.max_failures < 0:
-        raise UserError(f"--max-failures {settings.max_failures} is negative: give a count, or a share such as 0.01")
 
 
 def needs_vocabulary(split: str, settings: ShardSettings) -> None:
@@ -98,6 +89,27 @@ def needs_vocabulary(split: str, settings: ShardSettings) -> None:
             f"split {split} needs the training vocabulary, and there is no {location}: "
             "pack --split train first, or give --vocabulary FILE"
         )
+
+
+def refuse_empty(shards: Sequence[PackedShard], source: Source, folder: str) -> None:
+    """Raise UserError, and leave none of the shards behind, when they hold no sample at all."""
+    if any(shard.entry.samples for shard in shards):
+        return
+    for shard in shards:
+        for ending in ("index", "tar"):
+            storage.delete(storage.join(folder, f"{shard.entry.name}.{ending}"))
+    failures = [failure for shard in shards for failure in shard.failures]
+    raise UserError(f"no picture of split {source.split} in {source.images} could be packed{why_none(failures)}")
+
+
+def why_none(failures: Sequence[Failure]) -> str:
+    """The failures by reason, and the first of the commonest reason, as the end of an error."""
+    if not failures:
+        return ": name another file with --captions, or another --split"
+    reasons = Counter(failure.reason for failure in failures)
+    commonest = reasons.most_common(1)[0][0]
+    first = next(failure for failure in failures if failure.reason == commonest)
+    return f" ({failure_text(reasons)}), such as {first.image or 'a row'}: {commonest}, {first.message}"
 
 
 def refuse_foreign(split: str, folder: str) -> None:
@@ -124,8 +136,8 @@ def refuse_foreign(split: str, folder: str) -> None:
 def plan_split(source: Source, settings: ShardSettings) -> tuple[list[ShardPlan], list[Failure]]:
     """A split's shards to make, and what of its caption file cannot be packed. Raises UserError."""
     records, failures = read_records(source)
-    if not records and not failures:
-        raise UserError(f"{source.captions} holds no caption of split {source.split}")
+    if not records:
+        raise UserError(f"{source.captions} holds no picture of split {source.split} to pack{why_none(failures)}")
     file_bytes = storage.sizes_bytes(source.images, [record.file_name for record in records])
     if records and not any(size is not None for size in file_bytes):
         raise UserError(
@@ -229,7 +241,7 @@ def run_engine(plans: Sequence[ShardPlan], settings: ShardSettings, report: Repo
         from sharding.cluster import run_ray
 
         return run_ray(plans, settings.output, workers=settings.workers, report=report)
-    return run_local(plans, settings.output, workers=settings.workers or os.cpu_count() or 1, report=report)
+    return run_local(plans, settings.output, workers=settings.workers or count_processors(), report=report)
 
 
 def without_query(location: str) -> str:

@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import get_args
 
 from captioner import images, storage
@@ -27,13 +27,17 @@ BETWEEN = -1  # the place of a worker that is at no picture
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedShard:
-    """A finished shard: its manifest entry, what could not be packed, its words, and whether it was there already."""
+    """A finished shard: its manifest entry, what could not be packed, its words, and whether it was there already.
+
+    `num_damaged` counts the pictures packed now that could be used although their decoder complained.
+    """
 
     entry: ShardEntry
     failures: tuple[Failure, ...]
     words: Counter[str]
     backend: str
     reused: bool
+    num_damaged: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,10 +69,13 @@ def pack_shard(
     """
     stored: list[tuple[int, images.StoredJpeg]] = []
     failures: list[Failure] = []
+    damaged: list[int] = []
     bytes_read = 0
     reported = time.monotonic()
     for first, contents in _read_groups(plan, refused=refused):
-        for place, result in enumerate(_to_stored_jpegs(plan, first, contents, mark=mark), start=first):
+        for place, result in enumerate(
+            _to_stored_jpegs(plan, first, contents, mark=mark, note_damage=damaged.append), start=first
+        ):
             if isinstance(result, images.StoredJpeg):
                 stored.append((place, result))
             else:
@@ -104,11 +111,16 @@ def pack_shard(
     write(storage.join(folder, f"{plan.name}.tar"), data)
     write(storage.join(folder, f"{plan.name}.index"), index.to_bytes())
     report(Progress(shard=plan.name, pictures=len(plan.records), failures=len(failures), bytes=bytes_read))
-    return packed_shard(plan.name, index, reused=False)
+    return replace(packed_shard(plan.name, index, reused=False), num_damaged=len(damaged))
 
 
 def _to_stored_jpegs(
-    plan: ShardPlan, first: int, contents: Sequence[bytes | images.ImageError], *, mark: Callable[[int], None]
+    plan: ShardPlan,
+    first: int,
+    contents: Sequence[bytes | images.ImageError],
+    *,
+    mark: Callable[[int], None],
+    note_damage: Callable[[int], None],
 ) -> list[images.StoredJpeg | images.ImageError]:
     """The pictures from place `first` on as JPEGs, or why not."""
     recipe = plan.recipe
@@ -118,6 +130,7 @@ def _to_stored_jpegs(
         resize=recipe.resize,
         quality=recipe.quality,
         mark=lambda number: mark(first + number),
+        note_damage=note_damage,
     )
 
 

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from captioner.images import Resize
 from captioner.shards import FORMAT_VERSION, sample_key, shard_name
+from captioner.splitmix import random_order
 from captioner.storage import UNKNOWN
 from sharding.sources import Record
 
@@ -84,7 +84,7 @@ def plan_shards(
     """
     ordered = list(zip(records, file_bytes, strict=True))
     if split == "train":
-        random.Random(ORDER_SEED).shuffle(ordered)
+        ordered = [ordered[place] for place in random_order(len(ordered), ORDER_SEED).tolist()]
     sample_bytes = estimate_sample_bytes(recipe, file_bytes)
     per_shard = max(1, recipe.shard_megabytes * 1_000_000 // sample_bytes)
     plans = []

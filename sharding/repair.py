@@ -4,7 +4,6 @@ A lost index comes from its tar, a lost tar from the pictures and captions that 
 """
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from captioner import images as pictures
 from captioner import storage
 from captioner.cli import UserError
 from captioner.shards import Manifest, ShardEntry, ShardIndex
+from captioner.workers import count_processors
 from sharding.claim import claim
 from sharding.engine import run_local
 from sharding.foreign import is_foreign
@@ -25,7 +25,7 @@ from sharding.settings import ShardSettings
 from sharding.sources import Source, find_sources
 from sharding.tar_walk import open_tar
 from sharding.verify import SplitCheck, read_failures
-from sharding.verify_shard import Problem, ShardCheck, check_shard
+from sharding.verify_shard import Problem, ShardCheck, check_shard, index_differences
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +130,7 @@ def _pack_anew(
         return
     plans = replan(manifest, source, [shard.entry for shard in shards])
     by_name = {shard.entry.name: shard for shard in shards}
-    workers = min(len(plans), os.cpu_count() or 1)
+    workers = min(len(plans), count_processors())
     with tempfile.TemporaryDirectory(prefix="captioner-repair-") as scratch:
         for packed in run_local(plans, scratch, workers=workers, report=lambda _: None):
             shard = by_name[packed.entry.name]
@@ -149,8 +149,12 @@ def _pack_anew(
 
 
 def _differs(folder: str, index: Path) -> bool:
-    """Whether the index in the folder is not what was packed; the tar's damage had hidden whether it is whole."""
-    return storage.read_bytes(storage.join(folder, index.name)) != index.read_bytes()
+    """Whether the index in the folder says other than what was packed; the tar's damage had hidden that."""
+    old, new = (
+        ShardIndex.from_bytes(data, origin=index.name)
+        for data in (storage.read_bytes(storage.join(folder, index.name)), index.read_bytes())
+    )
+    return any(True for _ in index_differences(old, new))
 
 
 def _other_bytes(name: str, manifest: Manifest) -> str:

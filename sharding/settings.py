@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from captioner.flags import Count, Location, NotNegative, Pixels, Quality, Workers
 from captioner.images import Resize
 
 Split = Literal["train", "val", "test"]
@@ -12,33 +13,34 @@ Split = Literal["train", "val", "test"]
 class ShardSettings:
     """Which pictures and captions to pack, how, and where to."""
 
-    images: str = "data/coco"
+    images: Location = "data/coco"
     """Folder (or URL) of the pictures; `captions_train2014.json` finds its own in `train2014/` below it."""
-    captions: str = "data/coco/annotations"
+    captions: Location = "data/coco/annotations"
     """COCO captions or Karpathy's JSON, CSV or TSV with columns image and caption, or JSONL with path (or image) and
     caption (or captions); or a folder of `captions_SPLIT*` files, all of whose splits are packed."""
-    output: str = "data/shards"
+    output: Location = "data/shards"
     """Dataset folder (or URL) that receives shards, vocabulary and manifests."""
     split: Split | None = None
     """Pack only this split; without it all that are found, training first."""
-    size: int = 256
+    size: Pixels = 256
     """Sides of a stored picture in pixels."""
     resize: Resize = "squash"
     """How a picture comes to that size: squash (sides' ratio not kept, as in the book), center-crop (the middle
     square), keep-ratio (the shorter side becomes --size), none (stored as it is; training squashes when reading)."""
-    quality: int = 95
+    quality: Quality = 95
     """JPEG quality of stored pictures; a JPEG that has the wanted size already is stored untouched."""
-    shard_megabytes: int = 64
+    shard_megabytes: Count = 64
     """About how large a shard becomes."""
-    threshold: int = 4
-    """A word enters the vocabulary when the training captions hold it at least this often."""
-    vocabulary: str | None = None
+    threshold: Count | None = None
+    """A word enters the vocabulary when the training captions hold it at least this often. Without it 4, or fewer on
+    small data: as many as let the vocabulary cover 90 % of the captions' words."""
+    vocabulary: Location | None = None
     """Use this vocabulary.json instead of making one from the training captions."""
-    workers: int | None = None
+    workers: Workers | None = None
     """Processes that pack: all processors of this machine, or of the cluster, unless told otherwise."""
     engine: Literal["local", "ray"] = "local"
     """Where they run: on this machine, or on the Ray cluster that RAY_ADDRESS names (pip install -e '.[ray]')."""
-    max_failures: float | None = None
+    max_failures: NotNegative | None = None
     """Leave with exit code 3 when more than this could not be packed: a count, or a share below 1 such as 0.01."""
     dry_run: bool = False
     """Only show the plan: shards, bytes, what is missing, what would be reused."""

@@ -166,7 +166,7 @@ def read_records(source: Source) -> tuple[list[Record], list[Failure]]:
     failures: list[Failure] = []
     seen: set[int | str] = set()
     for found in parse_pictures(data, kind=kind, split=source.split, location=source.captions):
-        refused = found if isinstance(found, Failure) else _refuse(found, seen=seen)
+        refused = found if isinstance(found, Failure) else _refuse(found, seen=seen, images=source.images)
         if refused is None:
             assert isinstance(found, Picture)
             seen.add(found.image_id)
@@ -176,15 +176,26 @@ def read_records(source: Source) -> tuple[list[Record], list[Failure]]:
     return records, failures
 
 
-def _refuse(picture: Picture, *, seen: set[int | str]) -> Failure | None:
-    """Why a picture cannot be a record, if so; `seen` are the ids of those that are."""
+def _refuse(picture: Picture, *, seen: set[int | str], images: str) -> Failure | None:
+    """Why a picture of the folder `images` cannot be a record, if so; `seen` are the ids of those that are."""
     name, place = picture.file_name, picture.place
-    if unsafe := _UNSAFE.search(name):
-        what = f"{unsafe[0]!a} in the name" if name else "the name is empty"
-        return Failure(image=name, reason="unsafe name", message=f"{place}: {what}")
+    if _UNSAFE.search(name):
+        return Failure(image=name, reason="unsafe name", message=f"{place}: {_what_is_unsafe(name, images)}")
     if picture.image_id in seen:
         return Failure(image=name, reason="duplicate id", message=place)
     return None if picture.captions else Failure(image=name, reason="no caption", message=place)
+
+
+def _what_is_unsafe(name: str, images: str) -> str:
+    """What is wrong with an unsafe name, and what to write instead."""
+    if not name:
+        return "the name is empty"
+    folder = images if storage.is_remote(images) else str(Path(images).absolute())
+    below = name.removeprefix(f"{folder.rstrip('/')}/")
+    if below != name and not _UNSAFE.search(below):
+        return f"the name is absolute: write {below!r}, as names start from --images"
+    unsafe = _UNSAFE.findall(name)[0]
+    return f"{unsafe!a} in the name: write it as it is below --images, with / between folders"
 
 
 def _to_record(picture: Picture) -> Record:

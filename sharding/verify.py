@@ -4,7 +4,6 @@ Shards are read one after the other (a few at once, in threads).
 """
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from captioner import images, storage
 from captioner.cli import Bar, UserError
 from captioner.shards import SPLITS, Manifest, manifest_location, read_manifest, shard_name
 from captioner.vocabulary import Vocabulary, read_vocabulary
+from captioner.workers import count_processors
 from sharding.finish import manifest_fingerprint
 from sharding.foreign import BACKEND as FOREIGN
 from sharding.foreign import is_foreign
@@ -124,10 +124,12 @@ def _check_manifest(manifest: Manifest, *, split: str, raw: bytes) -> Iterator[s
     wanted = {"split", "records", "pattern"} if is_foreign(manifest) else {"split", "records", "captions", "images"}
     if missing := wanted - manifest.source.keys():
         yield f"its source lacks {', '.join(sorted(missing))}"
+    if not manifest.num_samples:
+        yield "lists no sample"
     if manifest.fingerprint != manifest_fingerprint(manifest.shards):
         yield "its fingerprint is not that of its shards"
-    if manifest.to_json().encode() != raw:
-        yield "its totals or its form are not what was written: it was edited or is damaged"
+    if json.loads(manifest.to_json()) != json.loads(raw):
+        yield "its totals are not those of its shards: it was edited or is damaged"
 
 
 # ---- all shards together ----------------------------------------------------------------------------------
@@ -139,7 +141,7 @@ def check_split(folder: str, check: SplitCheck, bar: Bar) -> None:
     if manifest is None:
         return
     entries = manifest.shards
-    threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
+    threads = ThreadPoolExecutor(min(MAX_THREADS, count_processors()))
     try:
         for shard in threads.map(lambda entry: check_shard(folder, entry, manifest), entries):
             check.shards.append(shard)
@@ -231,8 +233,8 @@ def check_vocabulary(folder: str, train: SplitCheck | None) -> Problem | None:
     problem = None
     try:
         vocabulary = read_vocabulary(location, remedy="")
-        if vocabulary.to_json().encode() != storage.read_bytes(location):
-            problem = "its form is not what was written: it was edited or is damaged"
+        if json.loads(vocabulary.to_json()) != json.loads(storage.read_bytes(location)):
+            problem = "it holds more than what was written: it was edited or is damaged"
         elif train is not None and train.manifest is not None and all(s.words is not None for s in train.shards):
             counts: Counter[str] = Counter()
             for shard in train.shards:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageColor, ImageOps
+import PIL
+from PIL import ExifTags, Image, ImageCms, ImageColor, ImageOps, features
 
 WIDTH, HEIGHT = 60, 40
 PNG_START = b"\x89PNG\r\n\x1a\n"
 READS_HEIC = find_spec("pillow_heif") is not None
-READS_AVIF = find_spec("PIL._avif") is not None
+READS_AVIF = features.check("avif")
+READS_WEBP = features.check("webp")
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n0 0 9 9 rectfill\nshowpage\n%%EOF\n"
 
 
@@ -70,10 +72,6 @@ def whole_files() -> dict[str, bytes]:
     turned[ExifTags.Base.Orientation] = 6
     jpeg, png = file_of(rgb, "JPEG", quality=90), file_of(rgb, "PNG")
     frames = {"save_all": True, "append_images": [picture(1), picture(2)]}
-    lab = ImageCms.profileToProfile(
-        rgb, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
-    )
-    assert lab is not None
     files = {
         "cmyk.jpg": file_of(cmyk, "JPEG"),
         "cmyk_not_inverted.jpg": _without_adobe_segment(file_of(cmyk, "JPEG", quality=91)),
@@ -88,8 +86,6 @@ def whole_files() -> dict[str, bytes]:
         "grey_16.tif": file_of(Image.fromarray(grey_16), "TIFF"),
         "grey_16_big_endian.tif": file_of(Image.frombytes("I;16B", grey.size, grey_16.astype(">u2").tobytes()), "TIFF"),
         "float.tif": file_of(Image.fromarray(np.asarray(grey, np.float32) / 255), "TIFF"),
-        "lab.tif": file_of(lab, "TIFF"),
-        "ycbcr.tif": file_of(rgb.convert("YCbCr"), "TIFF"),
         "cmyk.tif": file_of(cmyk, "TIFF"),
         "giant_tag.tif": _tiff_with_giant_tag(),
         "palette_index.png": file_of(palette, "PNG", transparency=0),
@@ -98,16 +94,15 @@ def whole_files() -> dict[str, bytes]:
         "alpha.png": file_of(alpha, "PNG"),
         "one_bit.png": file_of(rgb.convert("1"), "PNG"),
         "interlaced.png": _interlaced_png(),
+        "huge_text.png": png[:33] + chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(20_000_000))) + png[33:],
         "one_pixel.png": file_of(Image.new("RGB", (1, 1), "red"), "PNG"),
         "thread.png": file_of(Image.new("RGB", (1, 20_000), "red"), "PNG"),
         "animated.gif": file_of(rgb, "GIF", **frames),
-        "animated.webp": file_of(rgb, "WEBP", **frames),
         "animated.png": file_of(rgb, "PNG", **frames),
         "larger_than_its_canvas.gif": _with(file_of(rgb, "GIF"), struct.pack("<HH", 9, 9), at=6),
         "icon.ico": file_of(rgb, "ICO"),
         "icon.icns": file_of(rgb.resize((128, 128)), "ICNS"),
         "texture.dds": file_of(alpha, "DDS"),
-        "jpeg_2000.jp2": file_of(rgb, "JPEG2000"),
         "layers.psd": _psd(),
         "no_magic.tga": file_of(rgb, "TGA"),
         "upside_down.bmp": _with(file_of(ImageOps.flip(rgb), "BMP"), struct.pack("<i", -HEIGHT), at=22),
@@ -117,6 +112,17 @@ def whole_files() -> dict[str, bytes]:
         "a_png_named.jpg": png,
         "no_ending": jpeg,
     }
+    if features.check("littlecms2"):
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        lab = ImageCms.profileToProfile(rgb, *profiles, outputMode="LAB")
+        assert lab is not None
+        files["lab.tif"] = file_of(lab, "TIFF")
+    if int(PIL.__version__.partition(".")[0]) >= 13:  # older ones read none that is not compressed
+        files["ycbcr.tif"] = file_of(rgb.convert("YCbCr"), "TIFF")
+    if READS_WEBP:
+        files["animated.webp"] = file_of(rgb, "WEBP", **frames)
+    if features.check("jpg_2000"):
+        files["jpeg_2000.jp2"] = file_of(rgb, "JPEG2000")
     if READS_HEIC:
         files["phone.heic"] = _heic()
     if READS_AVIF:
@@ -196,15 +202,12 @@ def _interlaced_png() -> bytes:
 
 def broken_files() -> dict[str, tuple[bytes, str]]:
     """Files that are no usable pictures, by name, each with the reason that it must get."""
-    rows = (b"\0" + bytes(3 * WIDTH)) * HEIGHT
-    text_bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(20_000_000)))
     bmp = file_of(picture(), "BMP")
     files = {
         "empty.jpg": (b"", "empty"),
         "huge_header.png": (png_of((100_000, 100_000), b""), "too large"),
         "huge_header.bmp": (_with(bmp, struct.pack("<ii", 1 << 30, -(1 << 30)), at=18), "too large"),
         "huge_header.ppm": (b"P6 2000000000 2000000000 255\n", "too large"),
-        "huge_text.png": (png_of((WIDTH, HEIGHT), rows, before=text_bomb), "undecodable"),
         "program.eps": (EPS, "undecodable"),
         "program.jpg": (EPS + b"% named jpg\n", "undecodable"),
         "program_inside.iim": (iptc_around(EPS), "undecodable"),

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from train import batch_norm
 from train.batch_norm import GlobalBatchNorm, counting_rows, synchronise_batch_norm
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -32,19 +33,26 @@ class Scenario:
     offset: float = 0.0
     momentum: float | None = 0.3
     tolerance: float = 1e-5
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
 
     def batches(self) -> list[tuple[Tensor, Tensor]]:
         """For each step all rows, and the gradients of what batch norm makes of them."""
         generator = torch.Generator().manual_seed(0)
         shape = (2, sum(self.rows_of_ranks), CHANNELS, *self.image)
         pairs = [torch.randn(shape, generator=generator) for _ in range(STEPS)]
-        return [(pair[0] * 2 + self.offset, pair[1]) for pair in pairs]
+        return [(self._as_input(pair[0] * 2 + self.offset), self._as_input(pair[1] + 0.5)) for pair in pairs]
+
+    def _as_input(self, rows: Tensor) -> Tensor:
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return rows.to(self.dtype, memory_format=layout)
 
     def shares(self, rank: int) -> list[tuple[Tensor, Tensor]]:
         """A rank's part of the batches; a filler's gradients are not zero here, so that they would be noticed."""
         num_rows, first = self.rows_of_ranks[rank], sum(self.rows_of_ranks[:rank])
         if not num_rows:
-            return [(torch.zeros(1, CHANNELS, *self.image), torch.ones(1, CHANNELS, *self.image))] * STEPS
+            shape = (1, CHANNELS, *self.image)
+            return [(torch.zeros(shape, dtype=self.dtype), torch.ones(shape, dtype=self.dtype))] * STEPS
         return [(x[first : first + num_rows], dy[first : first + num_rows]) for x, dy in self.batches()]
 
     def model(self) -> nn.Sequential:
@@ -67,6 +75,16 @@ SCENARIOS = {
     "averaged statistics": Scenario(rows_of_ranks=(3, 5), momentum=None),
     "one row": Scenario(rows_of_ranks=(1, 0)),
 }
+LOW_PRECISION = {
+    f"{dtype}, {name}": replace(scenario, dtype=getattr(torch, dtype))
+    for dtype in ("bfloat16", "float16")
+    for name, scenario in {
+        "flat": Scenario(rows_of_ranks=(30, 50)),
+        "images": Scenario(rows_of_ranks=(3, 5), image=(4, 2), channels_last=True),
+        "images and a filler": Scenario(rows_of_ranks=(0, 8), image=(4, 2)),
+        "far from zero": Scenario(rows_of_ranks=(3, 5), offset=30.0),
+    }.items()
+}
 
 
 def train_on(model: nn.Module, batches: list[tuple[Tensor, Tensor]], *, num_rows: int | None = None) -> dict[str, Any]:
@@ -87,7 +105,7 @@ def run_rank(rank: int, folder: Path) -> None:
     """One rank's way through all scenarios."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
     results = {}
-    for name, scenario in SCENARIOS.items():
+    for name, scenario in (SCENARIOS | LOW_PRECISION).items():
         model = scenario.model()
         synchronise_batch_norm(model)
         num_rows = None if scenario.rows_of_ranks[rank] else 0
@@ -126,6 +144,22 @@ def test_two_ranks_are_one_process_with_all_rows(ranks: list[dict[str, dict[str,
     torch.testing.assert_close(sums, wanted["weights"], **close)
     for one in found:
         torch.testing.assert_close(dict(one["state"]), dict(wanted["state"]), **close)
+
+
+@pytest.mark.parametrize("name", LOW_PRECISION)
+def test_two_ranks_round_low_precision_once(ranks: list[dict[str, dict[str, Any]]], name: str) -> None:
+    """Against one process in float64, outputs and gradients are off by half a unit in the last place at most."""
+    scenario = LOW_PRECISION[name]
+    exact = train_on(scenario.model().double(), [(x.double(), dy.double()) for x, dy in scenario.batches()])
+    found = [rank[name] for rank in ranks]
+    rounding = torch.finfo(scenario.dtype).eps / 2
+    for part in ("outputs", "gradients"):
+        for step in range(STEPS):
+            rows = [one[part][step][:n] for one, n in zip(found, scenario.rows_of_ranks, strict=True)]
+            assert {row.dtype for row in rows} == {scenario.dtype}
+            torch.testing.assert_close(torch.cat(rows).double(), exact[part][step], rtol=1.01 * rounding, atol=1e-5)
+    sums = {name: sum(one["weights"][name].double() for one in found) for name in exact["weights"]}
+    torch.testing.assert_close(sums, exact["weights"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name, scenario in SCENARIOS.items() if 0 in scenario.rows_of_ranks])
@@ -196,6 +230,34 @@ def test_gradients_are_those_of_finite_differences(image: tuple[int, ...]) -> No
             return torch.func.functional_call(model, {"0.weight": weight, "0.bias": bias}, rows)[:4]
 
     assert torch.autograd.gradcheck(counted, (rows, *model.parameters()))
+
+
+@pytest.mark.parametrize("image", [(), (4, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_is_given_what_its_kernel_takes(
+    monkeypatch: pytest.MonkeyPatch, image: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """The kernel's formula and its demands, read in PyTorch's `Normalization.cuh`, stand in for it on the CPU."""
+
+    def kernel(dy: Tensor, x: Tensor, *others: Tensor) -> Tensor:
+        *channels, count = others
+        assert dy.dtype == x.dtype == dtype
+        assert count.dtype == torch.int32
+        assert all(one.dtype == torch.float32 and one.is_contiguous() for one in channels)
+        dy, x = dy.double(), x.double()
+        mean, scale, weight, sum_dy, sum_dy_xmu = (one.double().view(-1, *[1] * len(image)) for one in channels)
+        dx = (dy - sum_dy / count.sum() - (x - mean) * scale**2 * sum_dy_xmu / count.sum()) * scale * weight
+        return dx.to(dtype)
+
+    monkeypatch.setattr(torch, "batch_norm_backward_elemt", kernel)
+    scenario = Scenario(rows_of_ranks=(6,), image=image, dtype=dtype)
+    found = []
+    for gradient in (batch_norm._input_gradient, batch_norm._cuda_input_gradient):
+        monkeypatch.setattr(batch_norm, "_input_gradient", gradient)
+        model = scenario.model()
+        synchronise_batch_norm(model)
+        found.append(train_on(model, scenario.batches(), num_rows=5)["gradients"])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize(("num_rows", "num_counting"), [(1, None), (1, 0), (4, 1), (4, 0)])

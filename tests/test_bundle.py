@@ -1,5 +1,6 @@
 """The model folder: what is saved is what is loaded, and anything else is refused in one line."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from servers import Bucket
 from tiny_model import DECODING, VIEW, VOCABULARY, WORDS, caption_views, make_model, make_views
 
+from captioner import storage
 from captioner.bundle import Bundle, load_bundle, save_bundle, save_calibration
 from captioner.calibration import Calibration, fit_confidence, fit_space
 from captioner.cli import UserError
@@ -147,7 +149,7 @@ def test_a_kill_while_calibrating_anew_leaves_a_model_that_loads(
     replace_file = Path.replace
 
     def replace_or_die(self: Path, target: Path) -> Path:
-        if target.name == name:
+        if Path(target) == calibrated / name:
             raise KeyboardInterrupt
         return replace_file(self, target)
 
@@ -159,6 +161,24 @@ def test_a_kill_while_calibrating_anew_leaves_a_model_that_loads(
     assert load_bundle(calibrated).calibration is None
     save_calibration(calibrated, make_calibration(num_captions=300), model=model)
     assert load_bundle(calibrated).calibration is not None
+
+
+@pytest.mark.parametrize("name", ["calibration.json", "calibration.safetensors", "README.md"])
+def test_a_full_disk_while_calibrating_anew_leaves_the_old_calibration(
+    calibrated: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write = storage.write_atomic
+
+    def write_or_fail(location: str, content: bytes | str) -> None:
+        if location.endswith(name):
+            raise OSError(errno.ENOSPC, "No space left on device", location)
+        write(location, content)
+
+    before = {path.name: path.read_bytes() for path in calibrated.iterdir()}
+    monkeypatch.setattr(storage, "write_atomic", write_or_fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_calibration(calibrated, make_calibration(num_captions=300), model=load_bundle(calibrated).name)
+    assert {path.name: path.read_bytes() for path in calibrated.iterdir()} == before
 
 
 @pytest.mark.parametrize("name", ["calibration.json", "calibration.safetensors"])
@@ -252,6 +272,14 @@ def test_a_damaged_vocabulary_is_refused(folder: Path, content: bytes) -> None:
 def test_another_format_version_is_refused(folder: Path, version: object) -> None:
     edit_config(folder, lambda config: config.update(format_version=version))
     assert f"format {version}" in refusal(folder)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    """As they would be after a training that diverged; their captions would have scores that JSON cannot hold."""
+    model = make_model()
+    with torch.no_grad():
+        model.predict.weight[5, 0] = torch.nan
+    assert "model.safetensors holds weights that are no finite numbers: train" in refusal(save(tmp_path / "m", model))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.00001, 0.001, 0.3, 0.999999])

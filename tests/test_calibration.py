@@ -7,6 +7,8 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +16,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
+from safetensors.numpy import save as save_arrays
 from tiny import write_shards
+from tiny_model import DECODING, VIEW, VOCABULARY, make_model, write_model
 from trainer import run_training
 
-from captioner.bundle import DecodingDefaults, load_bundle
+from captioner.bundle import Bundle, DecodingDefaults, load_bundle
 from captioner.calibration import (
     Bin,
     Calibration,
@@ -30,7 +34,10 @@ from captioner.calibration import (
     measure_reliability,
     to_files,
 )
+from captioner.cli import UserError
+from captioner.describe import Captioner, Encoded
 from captioner.encoders import Encoder, load_encoder_weights
+from captioner.model import ImageInput, PackedCaptions
 from captioner.views import ViewSpec, normalise, read_eval_view
 from train.calibrate import are_good, sample_features
 from train.evaluate import EvaluateSettings
@@ -38,8 +45,8 @@ from train.evaluate import main as evaluate
 from train.launch import start_accelerator
 from train.split import read_split
 from train.step import CaptionLoss
-from train.stream import BatchStream, ViewRules
-from train.validation import ValidationCaption
+from train.stream import Batch, BatchStream, ViewRules
+from train.validation import ValidationCaption, evaluate_split
 
 VALUES = st.lists(st.tuples(st.integers(-8, 8), st.integers(1, 4)), min_size=1, max_size=7)
 
@@ -198,6 +205,26 @@ def test_too_few_pictures_tell_nothing_and_dead_features_do_no_harm() -> None:
     assert dead.is_unlike(torch.ones(2, NUM_FEATURES)) == [True] * 2
 
 
+def test_distances_are_measured_where_the_space_is() -> None:
+    """Everything on the device `meta`: it refuses a tensor that had to be brought there first."""
+    space = fit_space(draw_features(200, seed=1))
+    assert space is not None
+    features_BF = draw_features(3, seed=2)
+    assert space.to("meta").distances(features_BF.to("meta")).device.type == "meta"
+    with pytest.raises(RuntimeError):
+        space.distances(features_BF.to("meta"))
+
+
+def test_a_model_folders_calibration_is_loaded_to_the_models_device(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", calibration=with_space(draw_features(200, seed=1)))
+    assert load_space(folder).mean_F.device.type == "cpu"
+    found = load_bundle(folder, device="meta")
+    assert found.device.type == "meta"
+    assert found.calibration is not None
+    assert found.calibration.space is not None
+    assert {getattr(found.calibration.space, name).device for name in FeatureSpace.__slots__} == {found.device}
+
+
 # ---- files ----------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +251,26 @@ def test_what_is_written_is_what_is_read(calibration: Calibration) -> None:
     nothing = from_files(*to_files(Calibration(decoding={}), model="abc"), model="abc")
     assert nothing.confidence([-1.0]) is None
     assert nothing.is_unlike(features_BF) is None
+
+
+def test_the_fingerprint_is_of_what_is_measured_and_not_of_how_a_library_writes_it(
+    calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = to_files(calibration, model="abc")
+    monkeypatch.setattr("captioner.calibration.save_arrays", lambda arrays: save_arrays(arrays, {"version": "next"}))
+    other_files = to_files(calibration, model="abc")
+    assert other_files[1] != files[1]
+    again = from_files(*other_files, model="abc")
+    assert again.fingerprint == from_files(*files, model="abc").fingerprint == calibration.fingerprint
+    space = calibration.space
+    assert space is not None
+    others = [
+        replace(calibration, space=None),
+        replace(calibration, space=replace(space, threshold=space.threshold + 1)),
+        replace(calibration, curve=None),
+        replace(calibration, decoding={}),
+    ]
+    assert len({calibration.fingerprint, *(other.fingerprint for other in others)}) == 5
 
 
 def test_files_of_another_model_are_refused(calibration: Calibration) -> None:
@@ -262,6 +309,7 @@ def test_an_impossible_curve_is_refused(calibration: Calibration, edit: str) -> 
 # ---- real runs ------------------------------------------------------------------------------------------------
 
 NUM_VAL = 130
+NUM_IMAGES = 12
 
 
 @pytest.fixture(scope="module")
@@ -334,6 +382,36 @@ def test_evaluation_calibrates_as_training_did(trained: Path, shards: str, tmp_p
     assert load_calibration(folder).decoding["beam_size"] == 2
 
 
+@pytest.mark.parametrize("lost", ["pictures", "references", "variety", "everything"])
+def test_a_poorer_calibration_does_not_replace_a_good_one(
+    trained: Path, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """Too few pictures, too few with two references, none that is bad; the last may also become an empty first one."""
+    folder = Path(shutil.copytree(trained, tmp_path / "model"))
+    settings = EvaluateSettings(model=folder, shards=(shards,), output=tmp_path / "r.json", workers=0, calibrate=True)
+    if lost == "pictures":
+        few = write_shards(tmp_path / "few", [9], split="val", size=36, first=100)
+        settings = replace(settings, shards=(few,))
+        said = "--calibrate needs 100 pictures, and the val split"
+    elif lost == "references":
+        monkeypatch.setattr("train.calibrate.fit_confidence", lambda *_: None)
+        said = r"is kept, the new one has no confidence \(fewer than 100 captions"
+    elif lost == "variety":
+        monkeypatch.setattr("train.calibrate.fit_space", lambda _: None)
+        said = "is kept, the new one has confidence"
+    else:
+        monkeypatch.setattr("train.calibrate.fit_confidence", lambda *_: None)
+        monkeypatch.setattr("train.calibrate.fit_space", lambda _: None)
+        for name in ("calibration.json", "calibration.safetensors"):
+            (folder / name).unlink()
+        said = "there is nothing to keep"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match=said):
+        evaluate(settings)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert (tmp_path / "r.json").exists() == (lost != "pictures")  # the scores were asked for too
+
+
 def test_features_of_large_splits_are_those_of_pictures_at_equal_distances(
     trained: Path, shards: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,6 +428,32 @@ def test_features_of_large_splits_are_those_of_pictures_at_equal_distances(
     assert len(all_BF) == NUM_VAL
     monkeypatch.setattr("train.calibrate.MOST_PICTURES", 50)
     assert torch.allclose(sample(), all_BF[::3], atol=1e-5)
+
+
+@pytest.mark.parametrize("image_input", ["first", "every-step"])
+def test_validation_scores_captions_in_the_precision_of_captioning(image_input: ImageInput) -> None:
+    """Training in bfloat16; cached features, which no encoder rounds once more, are the inputs."""
+    bundle = Bundle(model=make_model(image_input), view=VIEW, vocabulary=VOCABULARY, decoding=DECODING, name="abc")
+    features_BF = torch.rand(NUM_IMAGES, bundle.model.encoder.num_features)
+    captions = PackedCaptions.pack([[[4, 5]]] * NUM_IMAGES, max_tokens=7)
+    names = [str(number) for number in range(NUM_IMAGES)]
+    batch = Batch(features_BF, captions, list(range(NUM_IMAGES)), names, list(names), [["a dog"]] * NUM_IMAGES, 0, [])
+    in_bfloat16: Any = SimpleNamespace(
+        device=torch.device("cpu"),
+        autocast=lambda: torch.autocast("cpu", torch.bfloat16),
+    )
+    _, rows = evaluate_split(
+        CaptionLoss(bundle.model, view=VIEW).eval(),
+        [batch],
+        vocabulary=VOCABULARY,
+        decoding=DECODING,
+        accelerator=in_bfloat16,
+    )
+    with torch.inference_mode():
+        encoded = Encoded(bundle.model.encode(features_BF), unlike=[False] * NUM_IMAGES)
+    wanted = Captioner(bundle).describe([encoded])
+    assert [row.caption for row in rows] == [one.caption for one in wanted]
+    assert [row.score for row in rows] == pytest.approx([one.score for one in wanted], abs=1e-5)
 
 
 # ---- real pictures --------------------------------------------------------------------------------------------

@@ -4,15 +4,19 @@ import json
 import os
 import random
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from odd_pictures import write_odd_pictures
 from tiny import picture, write_shards
 from tiny_model import write_model
@@ -22,6 +26,7 @@ from captioner.bundle import load_bundle
 from captioner.describe import Captioner
 from infer.captioning import Captioning
 from infer.listing import list_files
+from infer.main import find_device
 from infer.reading import Reader
 from infer.results import RowWriter, part_path
 from infer.row_index import RowIndex, merge
@@ -54,14 +59,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 NUM_FILES, NUM_PICTURES, NUM_TWINS = 83, 80, 10
+NUM_MANY = 300
 
 
 def flags(model: Path, photos: Path, output: Path, *more: object) -> list[object]:
     return ["--model", model, "--images", photos, "--output", output, "--batch-size", 2, "--workers", 2, *more]
 
 
-def start_captioning(arguments: Sequence[object], *, log: Path, world_size: int = 1) -> Running:
-    return start("infer/main.py", arguments, log=log, world_size=world_size)
+def start_captioning(arguments: Sequence[object], *, log: Path, world_size: int = 1, **more: Any) -> Running:
+    return start("infer/main.py", arguments, log=log, world_size=world_size, **more)
 
 
 def run_captioning(arguments: Sequence[object], *, log: Path, world_size: int = 1) -> Done:
@@ -156,6 +162,86 @@ def test_ten_kills_lose_and_repeat_nothing(model: Path, tmp_path: Path) -> None:
 def count_rows(folder: Path) -> int:
     """Whole rows in all parts."""
     return sum(path.read_bytes().count(b"\n") for path in folder.glob("c.jsonl.part-*"))
+
+
+# ---- processes that are lost, and slow ones ---------------------------------------------------------------
+
+
+def start_two(model: Path, photos: Path, folder: Path, *, peer_seconds: float) -> Running:
+    """Two processes, of which both have written rows."""
+    running = start_captioning(
+        flags(model, photos, folder / "c.jsonl", "--batch-size", 1),
+        log=folder / "log",
+        world_size=2,
+        peer_seconds=peer_seconds,
+    )
+    parts = [part_path(folder / "c.jsonl", rank) for rank in (0, 1)]
+    deadline = time.monotonic() + 60
+    while not all(part.exists() and part.stat().st_size for part in parts):
+        assert time.monotonic() < deadline, running.log.read_text()
+        time.sleep(0.001)
+    return running
+
+
+@pytest.fixture(scope="module")
+def many_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("many")
+    for number in range(NUM_MANY):
+        picture(number, width=24, height=20).save(folder / f"{number:03d}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("lost", "number"),
+    [(1, signal.SIGKILL), (0, signal.SIGSTOP), (1, signal.SIGTERM)],
+    ids=["killed", "machine gone", "terminated"],
+)
+def test_a_lost_process_ends_the_others_resumably(
+    model: Path, many_photos: Path, tmp_path: Path, lost: int, number: signal.Signals
+) -> None:
+    running = start_two(model, many_photos, tmp_path, peer_seconds=2.0)
+    os.kill(running.ranks[lost].pid, number)
+    running.ranks[1 - lost].join(30)
+    assert running.ranks[1 - lost].exitcode == 75
+    if number == signal.SIGTERM:
+        running.ranks[lost].join(10)
+        assert running.ranks[lost].exitcode == 75
+    running.kill()
+    output = running.log.read_text()
+    seen = "has failed, and what" if number == signal.SIGTERM else "was silent for 2 s, so it or its machine is gone"
+    assert f"process {lost} of this job {seen}" in output
+    assert "all rows are kept, and the same command goes on" in output
+    assert "Traceback" not in output
+    num_kept = count_rows(tmp_path)
+    assert 2 <= num_kept < NUM_MANY
+    done = run_captioning(flags(model, many_photos, tmp_path / "c.jsonl"), log=tmp_path / "log 2")
+    assert done.code == 0, done.output
+    assert len(read(tmp_path / "c.jsonl")) == NUM_MANY
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "c.jsonl.settings.json", "log", "log 2"]
+
+
+def test_a_slow_process_is_waited_for(model: Path, many_photos: Path, tmp_path: Path) -> None:
+    """Its readers stand still for several times as long as a lost process is given."""
+    running = start_two(model, many_photos, tmp_path, peer_seconds=1.0)
+    pid = running.ranks[1].pid
+    readers = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    assert readers
+    for reader in readers:
+        os.kill(reader, signal.SIGSTOP)
+    process_0 = tmp_path / "c.jsonl.process-0"
+    while b"finished" not in process_0.read_bytes():
+        time.sleep(0.01)
+    time.sleep(3)
+    assert all(rank.is_alive() for rank in running.ranks), running.log.read_text()
+    for reader in readers:
+        os.kill(reader, signal.SIGCONT)
+    done = running.wait()
+    assert done.code == 0, done.output
+    assert running.ranks[1].exitcode == 0
+    assert len(read(tmp_path / "c.jsonl")) == NUM_MANY
+
+
+# ---- again ------------------------------------------------------------------------------------------------
 
 
 def test_what_has_a_row_is_not_done_again(model: Path, photos: Path, tmp_path: Path) -> None:
@@ -265,7 +351,9 @@ def test_relative_names_are_refused_from_another_folder(
 def test_a_gallery_takes_no_folder_of_others(model: Path, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "index.html").write_text("mine")
-    for gallery in (tmp_path / "site", photos, tmp_path / "site" / "index.html"):
+    (tmp_path / "link").symlink_to("nowhere")
+    page = tmp_path / "site" / "index.html"
+    for gallery in (tmp_path / "site", photos, page, page / "new", tmp_path / "link"):
         done = run_captioning(flags(model, photos, tmp_path / "c.jsonl", "--gallery", gallery), log=tmp_path / "log")
         assert done.code == 2
         assert "--gallery" in done.output
@@ -316,6 +404,128 @@ def test_sidecars_gallery_and_several_captions(model: Path, photos: Path, tmp_pa
     again = run_captioning(flags(model, images, output, *more), log=tmp_path / "log")
     assert again.code == 3, again.output
     assert {row["path"]: row for row in read(output)} == rows
+
+
+def test_all_that_was_asked_for_is_there_when_nobody_reads_what_is_printed(
+    model: Path, photos: Path, tmp_path: Path
+) -> None:
+    """As with `| head -1`: the pipe's reader ends before anything is printed."""
+    images, output, pipe = tmp_path / "images", tmp_path / "c.jsonl", tmp_path / "pipe"
+    shutil.copytree(photos / "1", images)
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    more = ("--sidecar", ".txt", "--gallery", tmp_path / "gallery")
+    running = start_captioning(flags(model, images, output, *more), log=pipe)
+    with suppress(BlockingIOError):  # when the command has opened it
+        while not os.read(reader, 1):
+            time.sleep(0.001)
+    os.close(reader)
+    running.ranks[0].join(60)
+    assert running.ranks[0].exitcode == 3
+    captioned = [row["path"] for row in read(output) if "error" not in row]
+    assert sorted(path.name for path in images.glob("*.txt")) == [f"{Path(path).stem}.txt" for path in captioned]
+    assert (tmp_path / "gallery" / "index.html").exists()
+
+
+def test_sidecars_that_cannot_be_written_are_named_with_the_reason_and_cost_the_exit_code(
+    model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        picture(number).save(tmp_path / "photos" / f"{'x' * 60}{number}.png")
+    arguments = flags(model, tmp_path / "photos", tmp_path / "c.jsonl", "--gallery", tmp_path / "gallery", "--sidecar")
+    done = run_captioning([*arguments, "." + "y" * 200], log=tmp_path / "log")
+    assert done.code == 3, done.output
+    assert f"sidecars: 3 could not be written (File name too long): '{tmp_path}/photos/xxx" in done.output
+    assert (tmp_path / "gallery" / "index.html").exists()
+    assert run_captioning([*arguments, ".txt"], log=tmp_path / "log").code == 0
+
+
+def test_a_command_without_a_file_to_caption_fails_and_touches_nothing(model: Path, tmp_path: Path) -> None:
+    """Nothing is there, all is left out, or all is this command's own; with and without rows of an earlier run."""
+    empty, texts, linked = (tmp_path / name for name in ("empty", "texts", "linked"))
+    for folder in (empty, texts, linked):
+        folder.mkdir()
+    (texts / "a.txt").write_text("a sidecar")
+    (linked / "folder").symlink_to(texts)
+    (tmp_path / "list").write_text("\n\n")
+    shards = write_shards(tmp_path / "shards", [])
+    picture(1).save(tmp_path / "a.png")
+    earlier, new = tmp_path / "earlier.jsonl", tmp_path / "new.jsonl"
+    run_captioning(["--model", model, "--images", tmp_path / "a.png", "--output", earlier], log=tmp_path / "log")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for number, (arguments, output, named) in enumerate(
+        [
+            (["--images", empty], new, f"no file in {empty} but"),
+            (["--images", empty], earlier, f"no file in {empty} but"),
+            (["--list", tmp_path / "list"], new, f"no file in {tmp_path / 'list'} but"),
+            (["--shards", shards], earlier, f"no file in {shards} but"),
+            (["--images", texts, "--sidecar", ".txt"], new, "1 .txt files are no pictures"),
+            (["--images", linked, empty], new, "1 links to folders were not followed"),
+            (["--images", earlier], earlier, f"no file in {earlier} but"),
+            (["--images", tmp_path / "*.jsonl*"], earlier, "no file in"),
+        ]
+    ):
+        command = ["--model", model, *arguments, "--output", output]
+        done = run_captioning(command, log=tmp_path / "said", world_size=1 + number % 2)
+        assert done.code == 2, done.output
+        assert done.output.startswith("error: nothing to caption: ")
+        assert named in done.output
+        (tmp_path / "said").unlink()
+        assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_an_output_that_is_a_link_is_followed(model: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    output = tmp_path / "c.jsonl"
+    output.symlink_to("disk/rows.jsonl")  # which is not there yet
+    for _ in range(2):
+        done = run_captioning(flags(model, photos / "0", output), log=tmp_path / "log")
+        assert done.code == 3, done.output
+    assert output.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "disk", "log"]
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["rows.jsonl", "rows.jsonl.settings.json"]
+    assert len(read(output)) == len(list((photos / "0").iterdir()))
+
+
+def test_an_output_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    """Before the model is looked at, which is not there, and without waiting for a reader."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "file").touch()
+    outputs = [tmp_path / "pipe", tmp_path / "circle", tmp_path / "file" / "x.jsonl", tmp_path, "/dev/stdout"]
+    if os.geteuid() == 0:
+        os.mknod(tmp_path / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        outputs.append(tmp_path / "null")
+    names = sorted(tmp_path.iterdir())
+    for output in outputs:
+        done = run_captioning(["--model", "nowhere", "--images", ".", "--output", output], log=tmp_path / "log")
+        assert done.code == 2
+        (line,) = done.output.splitlines()
+        assert "--output" in line
+        assert "give the name of" in line
+        (tmp_path / "log").unlink()
+        assert sorted(tmp_path.iterdir()) == names
+    if os.geteuid() == 0:
+        assert stat.S_ISCHR((tmp_path / "null").stat().st_mode)
+
+
+@pytest.mark.parametrize(("local_rank", "expected"), [(None, "cuda:0"), ("1", "cuda:1"), ("2", "cuda:0")])
+def test_each_process_has_an_accelerator_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, local_rank: str | None, expected: str
+) -> None:
+    """Of two that a machine has; three processes share them."""
+    taken: list[int] = []
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", taken.append)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert str(find_device()) == expected
+    assert taken == [int(expected[-1])]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert str(find_device()) == "cpu"
 
 
 def test_one_command_at_a_time_writes_an_output(model: Path, photos: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from captioner.vocabulary import Vocabulary, read_vocabulary, tokenize
 from sharding import check_shards, make_shards
 from sharding.check_shards import IndexSettings, RepairSettings, ShowSettings, VerifySettings
 from sharding.claim import claim
+from sharding.finish import manifest_fingerprint
 from sharding.settings import ShardSettings
 from sharding.verify_shard import Problem
 from train.split import read_split, read_view
@@ -170,6 +171,29 @@ def test_swapped_files_are_found(shards: Path) -> None:
         for ending in endings:
             swap(shards / f"train-000000.{ending}", shards / f"train-000001.{ending}")
     assert named(shards) == set()
+
+
+def test_files_that_say_the_same_in_another_form_are_whole(whole: Path, shards: Path) -> None:
+    """As another version of safetensors or of Python's json may write them; repair leaves them alone, too."""
+    path = shards / "train-000001.index"
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    path.write_bytes((size + 16).to_bytes(8, "little") + data[8 : 8 + size] + b" " * 16 + data[8 + size :])
+    for name in ("train.manifest.json", "vocabulary.json"):
+        (shards / name).write_text(json.dumps(json.loads((shards / name).read_text()), separators=(" ,", ": ")))
+    assert named(shards) == set()
+    (shards / "train-000001.tar").unlink()
+    before = path.read_bytes()
+    repair(shards)
+    assert path.read_bytes() == before
+    assert (shards / "train-000001.tar").read_bytes() == (whole / "train-000001.tar").read_bytes()
+
+
+def test_a_split_without_samples_is_no_whole_one(shards: Path) -> None:
+    manifest = replace(read_manifest(str(shards), "val", remedy=""), shards=(), failures={})
+    manifest = replace(manifest, fingerprint=manifest_fingerprint(()), source=manifest.source | {"records": 0})
+    (shards / "val.manifest.json").write_text(manifest.to_json())
+    assert "lists no sample" in " ".join(problem.what for problem in problems(shards, "val"))
 
 
 def test_a_damaged_sample_is_named(shards: Path) -> None:
@@ -662,6 +686,20 @@ def test_our_own_shards_are_not_indexed_and_others_not_packed_over(whole: Path, 
     with pytest.raises(UserError, match="tars of another program"):
         pack(whole.parent / "coco", tmp_path)
     assert (tmp_path / "train-000000.tar").read_bytes() == before
+
+
+def test_a_foreign_folder_of_another_version_says_what_to_delete(
+    foreign: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as context:
+        context.setattr("captioner.shards.FORMAT_VERSION", 99)
+        index_folder(foreign)
+    with pytest.raises(UserError, match=r"another version .* delete its manifest and \.index files"):
+        index_folder(foreign)
+    for path in [*foreign.glob("*.index"), foreign / "train.manifest.json"]:
+        path.unlink()
+    index_folder(foreign)
+    assert problems(foreign, "train") == []
 
 
 def test_faults_in_a_foreign_folder_are_found_and_its_indexes_mended(foreign: Path) -> None:

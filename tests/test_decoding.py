@@ -369,6 +369,37 @@ def test_more_beams_than_words_are_harmless(image_input: ImageInput, max_tokens:
             assert_same(caption, naive_beam_search(model, image_E, beam_size=30, max_tokens=max_tokens))
 
 
+@settings(deadline=None, max_examples=25)
+@given(
+    num_words=st.integers(1, 5),
+    beam_size=st.integers(1, 60),
+    num_captions=st.integers(1, 8),
+    max_tokens=st.integers(1, 12),
+    no_repeat_trigram=st.booleans(),
+)
+def test_no_search_fails_or_scores_without_end_for_a_small_vocabulary(
+    num_words: int, beam_size: int, num_captions: int, max_tokens: int, no_repeat_trigram: bool
+) -> None:
+    found = diverse(
+        make_model("first", seed=1, num_words=num_words),
+        make_images(2),
+        num_captions=num_captions,
+        beam_size=beam_size,
+        max_tokens=max_tokens,
+        no_repeat_trigram=no_repeat_trigram,
+    )
+    for caption in itertools.chain.from_iterable(found):
+        assert caption.tokens
+        assert min(caption.tokens) > UNK
+        assert all(map(math.isfinite, caption.token_scores))
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_a_vocabulary_without_words_is_refused(beam_size: int) -> None:
+    with pytest.raises(ValueError, match="no word"):
+        decode(make_model("first", seed=0, num_words=0), make_images(1), beam_size=beam_size, max_tokens=5)
+
+
 @pytest.mark.parametrize("image_input", FORMS)
 @pytest.mark.parametrize("beam_size", [1, 3])
 def test_scores_are_those_of_the_training_forward_pass(image_input: ImageInput, beam_size: int) -> None:

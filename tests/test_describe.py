@@ -1,6 +1,7 @@
 """Descriptions from Python: of paths, bytes and images alike, in any company, and what a person should look at."""
 
 import io
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -70,7 +71,24 @@ def test_paths_bytes_and_images_are_described_alike(model: Path, tmp_path: Path)
 
 def test_images_of_any_mode_are_described(model: Path) -> None:
     captioner = load_captioner(model)
-    for mode in ("RGB", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "1", "I;16", "F"):
+    for mode in (
+        "RGB",
+        "L",
+        "LA",
+        "La",
+        "P",
+        "PA",
+        "RGBA",
+        "RGBa",
+        "RGBX",
+        "CMYK",
+        "YCbCr",
+        "HSV",
+        "1",
+        "I;16",
+        "I",
+        "F",
+    ):
         (found,) = captioner([picture(3).convert("L").convert(mode) if mode in "I;16F" else picture(3).convert(mode)])
         assert found.caption
 
@@ -92,6 +110,93 @@ def test_pictures_that_cannot_be_used_are_errors(model: Path, tmp_path: Path) ->
         captioner([tmp_path / "nowhere.png"])
     with pytest.raises(ImageError, match="undecodable"):
         captioner([b"no picture"])
+
+
+def test_arrays_are_described_as_images_are(model: Path) -> None:
+    captioner = load_captioner(model)
+    arrays = [np.asarray(picture(number)) for number in range(3)]
+    wanted = captioner([picture(number) for number in range(3)])
+    check_alike(captioner(arrays), wanted)
+    check_alike(captioner([np.asfortranarray(array) for array in arrays]), wanted)
+    check_alike(captioner([array[::-1, ::-1][::-1, ::-1] for array in arrays]), wanted)
+    check_alike(captioner(np.stack(arrays)), wanted)
+
+
+NO_PICTURES: dict[str, object] = {
+    "nothing": None,
+    "a number": 7,
+    "a float": 0.5,
+    "a list": [[0]],
+    "a tuple": (3, 4, 3),
+    "a dictionary": {"path": "a.jpg"},
+    "a set": {"a.jpg"},
+    "an open file": io.BytesIO(b""),
+    "a bytearray": bytearray(b"a"),
+    "a scalar": np.uint8(3),
+    "a tensor": torch.zeros((8, 8, 3), dtype=torch.uint8),
+    "a float array": np.zeros((8, 8, 3), np.float32),
+    "an int64 array": np.zeros((8, 8, 3), np.int64),
+    "an array of booleans": np.zeros((8, 8, 3), bool),
+    "an array of objects": np.array([None]),
+    "an array of names": np.array(["a.jpg"]),
+    "a grey array": np.zeros((8, 8), np.uint8),
+    "channels first": np.zeros((3, 8, 8), np.uint8),
+    "four channels": np.zeros((8, 8, 4), np.uint8),
+    "one channel": np.zeros((8, 8, 1), np.uint8),
+    "a batch": np.zeros((2, 8, 8, 3), np.uint8),
+    "an array without dimensions": np.array(3, np.uint8),
+    "no rows": np.zeros((0, 8, 3), np.uint8),
+    "no columns": np.zeros((8, 0, 3), np.uint8),
+    "an empty array": np.zeros(0, np.uint8),
+    "an empty image": Image.new("RGB", (0, 9)),
+    "no bytes": b"",
+    "an empty name": "",
+    "a name with a null byte": "a\0.jpg",
+    "a name that is too long": "a" * 5000,
+    "a name below a file": f"{__file__}/a.jpg",
+}
+
+
+@pytest.mark.parametrize("name", NO_PICTURES)
+def test_what_is_no_picture_is_refused(model: Path, name: str) -> None:
+    captioner = load_captioner(model)
+    wrong: list = [picture(1), NO_PICTURES[name]]
+    with pytest.raises((ImageError, TypeError)) as caught:
+        captioner(wrong)
+    assert str(caught.value)
+
+
+def test_files_that_are_no_regular_ones_are_refused_and_none_is_waited_for(model: Path, tmp_path: Path) -> None:
+    captioner = load_captioner(model)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path, tmp_path / "pipe.jpg", Path("/dev/null")):
+        for name in (path, str(path)):
+            with pytest.raises(ImageError, match="special file"):
+                captioner([name])
+
+
+def test_a_picture_that_stands_alone_is_no_list_of_pictures(model: Path) -> None:
+    captioner = load_captioner(model)
+    for alone in ("a.jpg", b"a", Path("a.jpg"), picture(1)):
+        with pytest.raises(TypeError, match="give a list"):
+            captioner(alone)  # type: ignore[bad-argument-type]
+    with pytest.raises(TypeError, match=r"uint8 of shape \(48, 3\)"):
+        captioner(np.asarray(picture(1)))
+
+
+def test_an_image_with_damaged_exif_is_described(model: Path) -> None:
+    image = picture(3)
+    image.info["exif"] = b"Exif\0\0II*\0\xf0\xff\xff\x7f"
+    captioner = load_captioner(model)
+    check_alike(captioner([image]), captioner([picture(3)]))
+
+
+def test_a_closed_image_is_an_error(model: Path, tmp_path: Path) -> None:
+    picture(3).save(tmp_path / "a.png")
+    image = Image.open(tmp_path / "a.png")
+    image.close()
+    with pytest.raises(ImageError):
+        load_captioner(model)([image])
 
 
 @pytest.mark.parametrize("options", [{"beam_size": 1}, {}, {"captions_per_image": 3}, {"length_penalty": 0.5}])

@@ -104,12 +104,30 @@ def test_images_without_a_result_are_counted_and_change_no_score(
     assert "3 of 5 images" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", [str, float])
+@pytest.mark.parametrize("of_results", [True, False])
+def test_ids_may_be_text_in_one_file_and_numbers_in_the_other(tmp_path: Path, kind: type, of_results: bool) -> None:
+    expected = score_files(tmp_path)["metrics"]
+    results, references = (
+        [row | {"image_id": kind(row["image_id"])} for row in rows] for rows in (RESULTS, ANNOTATIONS)
+    )
+    if of_results:
+        assert score_files(tmp_path, results)["metrics"] == expected
+    else:
+        assert score_files(tmp_path, references=coco(references))["metrics"] == expected
+        mixed = coco(ANNOTATIONS) | {"annotations": [*ANNOTATIONS[:1], *references[1:]]}
+        assert score_files(tmp_path, references=mixed)["metrics"] == expected
+
+
 @pytest.mark.parametrize(
     ("results", "said"),
     [
         ([*RESULTS, {"image_id": 7, "caption": "a dog"}], "has image 7 2 times"),
         ([*RESULTS, {"image_id": 99, "caption": "a dog"}], "no captions of 1 of the images"),
-        ([{"image_id": "7", "caption": "a dog"}], "such as '7'"),
+        ([{"image_id": "07", "caption": "a dog"}], "such as '07'"),
+        ([*RESULTS, {"image_id": "7", "caption": "a dog"}], "has image 7 2 times"),
+        ([{"image_id": 7.5, "caption": "a dog"}], "in row 0"),
+        ([{"image_id": True, "caption": "a dog"}], "in row 0"),
         ([*RESULTS, {"image_id": 8}], "in row 2"),
         ([{"image_id": 7, "caption": None}], "in row 0"),
         ([{"image_id": None, "caption": "a dog"}], "in row 0"),
@@ -132,6 +150,7 @@ def test_other_results_are_refused(tmp_path: Path, results: Any, said: str) -> N
         ({"annotations": {}}, "no list of captions"),
         (coco([*ANNOTATIONS, {"image_id": 8, "caption": 5}]), "in row 3"),
         (coco(ANNOTATIONS[:2]), "such as 8"),
+        ({"annotations": [*ANNOTATIONS, {"image_id": "8", "caption": "a"}]}, "image 8 and of image '8'"),
     ],
 )
 def test_other_references_are_refused(tmp_path: Path, references: Any, said: str) -> None:
@@ -157,8 +176,8 @@ def test_files_that_are_absent_or_no_json_are_named(tmp_path: Path) -> None:
         (EvaluateSettings(references=Path("r")), "both --results and --references"),
         (EvaluateSettings(results=Path("r"), references=Path("c"), model=Path("m")), "--model is for captioning"),
         (EvaluateSettings(results=Path("r"), references=Path("c"), beam_size=5), "--beam-size is for captioning"),
-        (EvaluateSettings(model=Path("m"), shards=("s",), batch_size=0), "at least 1"),
-        (EvaluateSettings(model=Path("m"), shards=("s",), beam_size=0), "at least 1"),
+        (EvaluateSettings(results=Path("r"), references=Path("c"), batch_size=128), "--batch-size is for captioning"),
+        (EvaluateSettings(results=Path("r"), references=Path("c"), split="val"), "--split is for captioning"),
     ],
 )
 def test_flags_of_two_uses_and_halves_of_one_are_refused(settings: EvaluateSettings, said: str) -> None:
@@ -327,6 +346,21 @@ def test_a_model_captions_each_image_once_and_its_results_file_scores_the_same(t
     assert again["bleu_counts"] == found["bleu_counts"]
 
 
+def test_a_loss_that_is_no_number_is_one_line(tmp_path: Path, model: Path, shards: str) -> None:
+    """Its weights are numbers, but too large to compute with; nothing of it is written."""
+    bundle = load_bundle(model)
+    with torch.no_grad():
+        bundle.model.predict.weight.mul_(1e37)
+    save_bundle(
+        tmp_path / "model", model=bundle.model, view=bundle.view, vocabulary=bundle.vocabulary, metrics={},
+        decoding=bundle.decoding,
+    )  # fmt: skip
+    output = tmp_path / "r.json"
+    settings = EvaluateSettings(model=tmp_path / "model", shards=(shards,), output=output, batch_size=BATCH, workers=0)
+    assert "the loss of the evaluated split is" in refusal(settings)
+    assert not output.exists()
+
+
 def test_beams_and_length_penalty_are_the_folders_unless_others_are_asked_for(
     tmp_path: Path, model: Path, shards: str, scored: Any
 ) -> None:
@@ -379,6 +413,47 @@ def test_two_processes_find_what_one_finds(tmp_path: Path, model: Path, shards: 
     found = json.loads((tmp_path / "two-scores.json").read_text())
     assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
     assert done.stdout.count("cider") == 1
+
+
+@pytest.fixture
+def before_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path, shards: str) -> EvaluateSettings:
+    """The current folder holds shards, a folder, and the results of yesterday."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(shards, "shards")
+    write_shards(Path("shards"), [0], split="empty")
+    Path("there").mkdir()
+    Path("results.json").write_text("of yesterday")
+    return EvaluateSettings(model=model, shards=("shards",), workers=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"json": "there/"}, "--json there is a folder"),
+        ({"output": "there/"}, "--output there is a folder"),
+        ({"json": "results.json"}, "--json results.json is also --output"),
+        ({"json": "mine.json", "output": "there/../mine.json"}, "--json mine.json is also --output"),
+        ({"calibrate": True}, "--calibrate needs 100 pictures"),
+        ({"split": "empty"}, "the empty split in shards holds no samples"),
+    ],
+)
+def test_a_refused_evaluation_leaves_nothing_and_overwrites_nothing(
+    before_evaluation: EvaluateSettings, flags: dict[str, Any], said: str
+) -> None:
+    before = {path: path.read_bytes() for path in Path.cwd().rglob("*") if path.is_file()}
+    paths: dict[str, Any] = {
+        name: Path(value) if name in ("json", "output") else value for name, value in flags.items()
+    }
+    assert said in refusal(replace(before_evaluation, **paths))
+    assert {path: path.read_bytes() for path in Path.cwd().rglob("*") if path.is_file()} == before
+
+
+def test_scores_do_not_overwrite_what_is_scored(tmp_path: Path) -> None:
+    results, references = write(tmp_path / "r.json", RESULTS), write(tmp_path / "c.json", coco(ANNOTATIONS))
+    for path, flag in ((results, "--results"), (references, "--references")):
+        settings = EvaluateSettings(results=results, references=references, json=path)
+        assert f"is also {flag}" in refusal(settings)
+    assert json.loads(results.read_text()) == RESULTS
 
 
 def test_pictures_of_another_size_are_refused(tmp_path: Path, model: Path) -> None:

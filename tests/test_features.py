@@ -1,6 +1,7 @@
 """Cached features: the same losses as without them, made once by all ranks, refused when they are of anything else."""
 
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,15 @@ def test_they_are_made_once(shards: Path) -> None:
     assert [path.stat().st_mtime_ns == time for path, time in zip(files.paths, before, strict=True)] == [
         True, True, False, True,
     ]  # fmt: skip
+
+
+def test_behind_urls_they_are_known_by_the_shard_and_not_by_its_address(shards: Path, tmp_path: Path) -> None:
+    split = read_split([str(shards)], "train", remedy="")
+    facts: dict[str, Any] = {"encoder": "small_cnn", "num_features": 256, "fingerprint": "f", "cache": tmp_path}
+    addresses = ("s3://bucket/shards", "s3://bucket/shards/", "http://host/shards")
+    found = {FeatureFiles.of(replace(split, folders=(address,)), **facts).paths for address in addresses}
+    assert len(found) == 1
+    assert len(set(*found)) == len(SIZES)
 
 
 def test_pictures_are_not_read_for_them(shards: Path) -> None:

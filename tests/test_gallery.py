@@ -17,7 +17,7 @@ from PIL import Image
 from tiny import write_shards
 
 from captioner.cli import UserError
-from infer.gallery import THUMBNAIL_SIDE_PIXELS, name_roots, write_gallery
+from infer.gallery import THUMBNAIL_SIDE_PIXELS, check_folder, name_roots, write_gallery
 from infer.listing import locate
 
 ODD_NAMES = [
@@ -183,7 +183,9 @@ def test_a_picture_inside_a_shard_has_a_thumbnail_but_no_name_to_correct(tmp_pat
 # ---- pictures -------------------------------------------------------------------------------------------------
 
 
-def test_a_vanished_broken_or_changed_picture_has_no_thumbnail(tmp_path: Path) -> None:
+def test_a_vanished_broken_or_changed_picture_has_no_thumbnail(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 and no more")
     save(tmp_path / "changed.jpg")
     rows = [success(tmp_path, name) for name in ("broken.jpg", "changed.jpg", "gone.jpg")]
@@ -191,6 +193,10 @@ def test_a_vanished_broken_or_changed_picture_has_no_thumbnail(tmp_path: Path) -
     made = gallery(rows, tmp_path)
     assert [row["thumbnail"] for row in made.rows] == [None, None, None]
     assert [row["link"] for row in made.rows] == ["../broken.jpg", "../changed.jpg", None]
+    printed = capsys.readouterr().out
+    assert f"gallery: 1 without a thumbnail, undecodable: '{tmp_path}/broken.jpg'" in printed
+    assert f"gallery: 1 without a thumbnail, changed since it was captioned: '{tmp_path}/changed.jpg'" in printed
+    assert f"gallery: 1 without a thumbnail, missing: '{tmp_path}/gone.jpg'" in printed
 
 
 def test_thumbnails_are_small_and_keep_their_shape(tmp_path: Path) -> None:
@@ -295,6 +301,15 @@ def test_without_javascript_the_page_says_where_the_captions_are(tmp_path: Path)
     (note,) = page.text("noscript")
     assert "captions.jsonl" in note
     assert "hidden" in page.attributes("form")[0]  # JavaScript shows it; without, nothing on the page is dead
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_captioned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_folder(tmp_path / "new" / "gallery", images=[])
+    monkeypatch.setattr(os, "access", lambda path, mode: not (path == tmp_path and mode == os.W_OK))
+    with pytest.raises(UserError, match="cannot be written"):
+        check_folder(tmp_path / "new" / "gallery", images=[])
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

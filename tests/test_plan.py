@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny import write_coco
+from tiny import write_coco, write_shards
 
+from captioner import splitmix
 from captioner.cli import UserError
 from captioner.shards import Manifest, ShardEntry
+from captioner.splitmix import random_bits, random_order
 from sharding import make_shards
 from sharding.settings import ShardSettings
 from train import plan as plan_module
-from train.plan import EpochPlan, PlanSettings, num_steps, random_bits, random_order, rank_positions
+from train.plan import EpochPlan, PlanSettings, num_steps, rank_positions
 from train.stream import Share
 
 manifests = st.lists(st.integers(0, 40), min_size=1, max_size=30)
@@ -197,7 +199,7 @@ def test_random_numbers_are_the_published_ones_and_will_stay() -> None:
     """SplitMix64 from state 0, as its authors print it, begins so; orders of old runs depend on these bits."""
     golden = 0x9E3779B97F4A7C15
     state = np.array([golden, 2 * golden % 2**64, 3 * golden % 2**64], dtype=np.uint64)
-    assert [hex(bits) for bits in plan_module._mix(state).tolist()] == [
+    assert [hex(bits) for bits in splitmix._mix(state).tolist()] == [
         "0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4", "0x6c45d188009454f"]  # fmt: skip
     assert random_order(10, 1, 2, 3).tolist() == [5, 7, 3, 1, 2, 4, 6, 9, 8, 0]
 
@@ -302,6 +304,11 @@ def test_the_plan_is_printed_before_any_gpu_is_taken(shards: Path, capsys: pytes
         assert fact in text, text
 
 
+def test_a_plan_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the train split in .* holds no samples"):
+        plan_module.main(PlanSettings(shards=(write_shards(tmp_path / "shards", [0]),)))
+
+
 def test_the_plans_rows_add_up(shards: Path) -> None:
     sizes = [7, 9, 4, 3]
     rows = plan_module.rank_rows(EpochPlan(shard_sizes=sizes, global_batch=8), [100] * 4, world_size=4)
@@ -313,7 +320,6 @@ def test_the_plans_rows_add_up(shards: Path) -> None:
     ("changed", "message"),
     [
         ({"processes": 3}, "must be a multiple of the 3 processes"),
-        ({"batch_size": 0}, "--batch-size 0 is too small"),
         ({"shards": ("/nowhere",)}, "make_shards.py"),
     ],
 )

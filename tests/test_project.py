@@ -54,15 +54,6 @@ def test_no_stage_module_hides_a_standard_or_third_party_one() -> None:
     assert not names & (others | set(STAGES))
 
 
-def test_main_modules_define_functions_only_in_train() -> None:
-    assert not re.search(r"^class ", (REPOSITORY / "train" / "main.py").read_text(), flags=re.MULTILINE)
-
-
-def test_training_reads_as_one_page() -> None:
-    lines = (REPOSITORY / "train" / "main.py").read_text().splitlines()
-    assert len(lines) < 150
-
-
 def test_constraints_are_bare_names_and_versions() -> None:
     lines = (REPOSITORY / "constraints.txt").read_text().split()
     assert len(lines) > 30

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from itertools import count
 from multiprocessing.connection import Connection
@@ -35,6 +36,7 @@ from infer.results import (
     merging_path,
     own_files,
     part_path,
+    process_path,
     read_rows,
     settings_path,
     to_line,
@@ -249,15 +251,35 @@ def test_a_caption_is_found_by_content_in_earlier_rows_and_in_new_ones(tmp_path:
     writer.close()
 
 
-def test_a_full_disk_of_temporary_files_is_named(tmp_path: Path) -> None:
-    write_many(tmp_path / "captions.jsonl", 30_000)
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """As on a disk that is nearly full."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
     try:
-        with pytest.raises(UserError, match="set SQLITE_TMPDIR to"):
-            RowIndex(tmp_path / "captions.jsonl")
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_of_temporary_files_is_named(tmp_path: Path) -> None:
+    write_many(tmp_path / "captions.jsonl", 30_000)
+    with files_of_at_most(100_000), pytest.raises(UserError, match="set SQLITE_TMPDIR to"):
+        RowIndex(tmp_path / "captions.jsonl")
+
+
+def test_a_full_disk_of_rows_is_named_and_loses_none(tmp_path: Path) -> None:
+    output = tmp_path / "captions.jsonl"
+    rows = [captioned(f"{number}.jpg") for number in range(9)]
+    writer = RowWriter(part_path(output, 0))
+    writer.write(rows[:2])
+    with files_of_at_most(1_000), pytest.raises(UserError, match=r"cannot write .*captions\.jsonl\.part-0 \(File too"):
+        writer.write(rows[2:])
+    writer.close()
+    with files_of_at_most(500), pytest.raises(UserError, match=r"cannot write .*captions\.jsonl\.partial \(File too"):
+        merge(output)
+    append(output, 0, rows[2:])
+    assert merged(output) == rows
 
 
 # ---- merging ----------------------------------------------------------------------------------------------
@@ -394,7 +416,8 @@ def test_an_output_with_glob_signs_in_its_name_keeps_its_parts(tmp_path: Path) -
 def test_own_files_are_those_of_this_run_and_of_earlier_ones(tmp_path: Path) -> None:
     output = tmp_path / "captions.jsonl"
     append(output, 7, [captioned("a.jpg")])
-    parts = [part_path(output, rank) for rank in (0, 1, 7)]
+    process_path(output, 7).touch()
+    parts = [path(output, rank) for path in (part_path, process_path) for rank in (0, 1, 7)]
     assert own_files(output, num_processes=2) == [output, settings_path(output), merging_path(output), *parts]
 
 

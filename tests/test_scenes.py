@@ -1,11 +1,16 @@
 """The demo's scenes and their judge: what the drawn data promises, and that the judge cannot be fooled."""
 
+import os
 import random
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import demo
 from awkward import ODD_NAME, write_folder
 from captioner.images import ImageError, decode_rgb
 from scenes import (
@@ -115,3 +120,14 @@ def test_the_folder_holds_what_people_have(tmp_path: Path) -> None:
     for path in broken:
         with pytest.raises(ImageError):
             decode_rgb(path.read_bytes())
+
+
+def test_the_demos_launcher_has_nothing_to_warn_of(tmp_path: Path) -> None:
+    """A terminal shows the training's own lines only."""
+    script = tmp_path / "hello.py"
+    script.write_text("print('hello')")
+    launcher, *flags = shlex.split(demo.TRAIN.partition("train/main.py")[0])
+    command = [Path(sys.executable).with_name(launcher), *flags, script]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("hello\n", "")

@@ -8,6 +8,7 @@ import subprocess
 import tarfile
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save as save_file
 from tiny import captions_of, write_coco
 
 from captioner import images
@@ -237,8 +239,56 @@ def test_an_index_of_another_format_is_refused_in_one_line(monkeypatch: pytest.M
     monkeypatch.setattr("captioner.shards.FORMAT_VERSION", 99)
     data = small_index().to_bytes()
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r"t\.index has format 99, this version reads 2: .*make_shards"):
+    with pytest.raises(UserError, match=r"t\.index has format 99, this version reads 3: .*make_shards"):
         ShardIndex.from_bytes(data, origin="t.index")
+
+
+def test_an_index_of_the_format_before_is_refused_in_one_line() -> None:
+    """That had its checksum among the facts, and the words too."""
+    facts = {"format_version": 2, "words": "{}", "bytes": 1, "crc32": 7}
+    data = save_file({"keys": np.zeros((0, 1), np.uint8)}, metadata={"facts": json.dumps(facts)})
+    with pytest.raises(UserError, match=r"t\.index has format 2, this version reads 3: .*make_shards"):
+        ShardIndex.from_bytes(data, origin="t.index")
+
+
+def rewritten(data: bytes, *, order: Callable[[list[str]], list[str]], padding: int) -> bytes:
+    """The same safetensors file as another version of the library may write it."""
+    size = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+    metadata = header.pop("__metadata__")
+    new, parts = {}, []
+    for name in order(list(header)):
+        start, end = header[name]["data_offsets"]
+        offset = sum(map(len, parts))
+        parts.append(body[start:end])
+        new[name] = header[name] | {"data_offsets": [offset, offset + end - start]}
+    text = json.dumps(new | {"__metadata__": metadata}, separators=(",", ":")).encode() + b" " * padding
+    return len(text).to_bytes(8, "little") + text + b"".join(parts)
+
+
+@pytest.mark.parametrize("order", [list, sorted, lambda names: sorted(names, reverse=True)])
+@pytest.mark.parametrize("padding", [0, 8, 13])
+def test_an_index_that_another_version_of_safetensors_writes_is_the_same(
+    order: Callable[[list[str]], list[str]], padding: int
+) -> None:
+    index = small_index()
+    data = rewritten(index.to_bytes(), order=order, padding=padding)
+    read = ShardIndex.from_bytes(data, origin="t.index")
+    assert data != index.to_bytes()
+    assert (read.facts, read.count_words()) == (index.facts, index.count_words())
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(read, name), getattr(index, name))
+
+
+@pytest.mark.parametrize("padding", [0, 8])
+def test_any_changed_byte_of_an_index_is_found(padding: int) -> None:
+    data = rewritten(small_index().to_bytes(), order=sorted, padding=padding)
+    rng = np.random.default_rng(0)
+    for place, byte in enumerate(data):
+        others = {byte ^ 1 << bit for bit in range(8)} | {*b" \t\n\r0Ee", *rng.integers(0, 256, 4).tolist()}
+        for other in others - {byte}:
+            with pytest.raises(UserError, match=r"t\.index"):
+                ShardIndex.from_bytes(data[:place] + bytes([other]) + data[place + 1 :], origin="t.index")
 
 
 def test_a_sample_survives_its_json_whatever_its_text() -> None:
@@ -282,7 +332,7 @@ def test_a_manifest_survives_its_file_and_sums_its_shards(tmp_path: Path) -> Non
         ("not JSON", "cannot read .*val.manifest.json"),
         ("{}", "is not a manifest"),
         ("[]", "is not a manifest"),
-        (make_manifest().to_json().replace('"format_version": 2', '"format_version": 1'), "has format 1"),
+        (make_manifest().to_json().replace('"format_version": 3', '"format_version": 2'), "has format 2"),
         (make_manifest().to_json().replace('"source"', '"sauce"'), "is not a manifest"),
     ],
 )

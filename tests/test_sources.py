@@ -17,6 +17,7 @@ from captioner import storage
 from captioner.cli import UserError
 from sharding.sources import Failure, Record, Source, find_sources, read_records
 
+CASES = Path(__file__).resolve().parents[2] / "shared" / "data" / "cases"
 REASONS = {
     "no caption",
     "empty caption",
@@ -222,6 +223,17 @@ def test_a_name_that_may_lead_elsewhere_is_unsafe(kind: str, name: str) -> None:
     assert counted(failures) == [(name, "unsafe name")]
 
 
+@pytest.mark.parametrize("images", ["/data/pictures", "/data/pictures/", "s3://bucket/pictures", "pictures"])
+def test_an_absolute_name_below_the_picture_folder_says_what_to_write(images: str) -> None:
+    folder = str(Path.cwd() / "pictures") if images == "pictures" else images.rstrip("/")
+    names = [f"{folder}/a/b.jpg", f"{folder}x/b.jpg", f"{folder}/../b.jpg"]
+    storage.write_atomic("memory://sources/captions.csv", as_table([(name, "a cat") for name in names], delimiter=","))
+    records, failures = read_records(Source(split="train", captions="memory://sources/captions.csv", images=images))
+    assert records == []
+    assert "write 'a/b.jpg'" in failures[0].message
+    assert all("in the name: write it as it is below --images" in failure.message for failure in failures[1:])
+
+
 @pytest.mark.parametrize("kind", ["COCO", "Karpathy", "CSV", "TSV", "JSONL"])
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_a_name_that_is_only_odd_stays_as_it_is(kind: str, name: str) -> None:
@@ -342,13 +354,50 @@ def test_single_bad_images_of_coco_are_failures() -> None:
 
 def test_annotations_that_belong_to_no_picture_are_named_one_by_one() -> None:
     images = [{"id": 1, "file_name": "1.jpg"}]
-    ids = [1, 2, "1", None, [1], {}, True, 1.0]
+    ids = [1, 2, "01", None, [1], {}, True, 1.5]
     annotations = [{"id": 10 + number, "image_id": image_id, "caption": "a"} for number, image_id in enumerate(ids)]
     records, failures = read({"images": images, "annotations": [*annotations, 3]}, ".json")
     assert captions_of(records) == {"1.jpg": ["a"]}
     assert [failure.reason for failure in failures] == ["no picture"] * 2 + ["bad row"] * 6
     assert all(f"annotation {10 + number}" in failures[number - 1].message for number in range(1, 8))
     assert "annotations[8]" in failures[-1].message
+
+
+@pytest.mark.parametrize(
+    ("image_ids", "caption_ids"),
+    [((1, 2), ("1", "2")), (("1", "2"), (1, 2)), ((1.0, 2.0), (1, "2")), ((1, 2), (1.0, 2))],
+)
+def test_cocos_ids_may_be_text_in_one_list_and_numbers_in_the_other(image_ids: tuple, caption_ids: tuple) -> None:
+    images = [{"id": image_id, "file_name": f"{n}.jpg"} for n, image_id in enumerate(image_ids)]
+    annotations = [{"id": float(n), "image_id": own, "caption": f"a {n}"} for n, own in enumerate(caption_ids)]
+    records, failures = read({"images": images, "annotations": annotations}, ".json")
+    assert captions_of(records) == {"0.jpg": ["a 0"], "1.jpg": ["a 1"]}
+    assert failures == []
+    assert [str(record.image_id) for record in records] == ["1", "2"]
+    assert [record.annotation_ids for record in records] == [(0,), (1,)]
+
+
+def test_a_number_and_a_text_that_read_the_same_are_two_images_where_both_are_listed() -> None:
+    images = [{"id": 1, "file_name": "number.jpg"}, {"id": "1", "file_name": "text.jpg"}]
+    annotations = [{"id": n, "image_id": own, "caption": f"a {own!r}"} for n, own in enumerate((1, "1", 1.0))]
+    records, failures = read({"images": images, "annotations": annotations}, ".json")
+    assert captions_of(records) == {"number.jpg": ["a 1", "a 1.0"], "text.jpg": ["a '1'"]}
+    assert failures == []
+
+
+def test_an_id_without_image_is_shown_as_it_is_written() -> None:
+    content = {
+        "images": [{"id": 1, "file_name": "1.jpg"}],
+        "annotations": [{"id": 5, "image_id": "x1", "caption": "a"}],
+    }
+    assert "there is no image of id 'x1'" in read(content, ".json")[1][0].message
+
+
+@pytest.mark.skipif(not CASES.exists(), reason=f"there is no {CASES}")
+def test_the_case_of_text_and_number_ids_loses_no_caption() -> None:
+    records, failures = read((CASES / "text_and_number_ids.json").read_bytes(), ".json")
+    assert captions_of(records) == {"a.jpg": ["string id one"], "x.PNG": ["two"]}
+    assert failures == []
 
 
 @pytest.mark.parametrize("kind", ["COCO", "Karpathy"])

@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import re
+import stat
 import subprocess
 import sys
 import threading
@@ -115,6 +116,75 @@ def test_a_file_is_written_whole_with_its_folders_or_replaced(tmp_path: Path) ->
         storage.write_atomic(str(path), content)
         assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("target", ["there", "dangling"])
+def test_a_symbolic_link_stays_and_its_target_is_written(target: str, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    real, middle, link = tmp_path / "disk" / "real.json", tmp_path / "middle", tmp_path / "link.json"
+    if target == "there":
+        real.write_text("old")
+    middle.symlink_to("disk/real.json")
+    link.symlink_to(middle)
+    storage.write_atomic(str(link), "new")
+    assert link.is_symlink()
+    assert middle.is_symlink()
+    assert real.read_text() == "new"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "link.json", "middle", "real.json"]
+
+
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit(pipe.read_bytes)
+        storage.write_atomic(str(pipe), "through")
+        assert read.result(timeout=10) == b"through"
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make devices")
+def test_devices_stay_devices(tmp_path: Path) -> None:
+    null, disk = tmp_path / "null", tmp_path / "disk"
+    os.mknod(null, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    storage.write_atomic(str(null), "gone")
+    assert null.is_char_device()
+    os.mknod(disk, stat.S_IFBLK | 0o666, os.makedev(240, 77))
+    with pytest.raises(OSError, match="neither a file nor a pipe"):
+        storage.write_atomic(str(disk), "harm")
+    assert disk.is_block_device()
+    assert sorted(tmp_path.iterdir()) == [disk, null]
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError):
+        storage.write_atomic(str(tmp_path), "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+WRITE = """
+import sys
+from captioner import storage
+print("before", flush=True)
+storage.write_atomic(sys.argv[1], "text\\n")
+print("after")
+"""
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "out.txt"])
+@pytest.mark.parametrize("kind", ["file", "pipe"])
+def test_the_own_output_keeps_what_was_printed(name: str, kind: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", WRITE, name]
+    if kind == "file":
+        with (tmp_path / "out.txt").open("w") as out:
+            subprocess.run(words, stdout=out, check=True, cwd=tmp_path)
+        printed = (tmp_path / "out.txt").read_text()
+    elif name.startswith("/"):
+        printed = subprocess.run(words, stdout=subprocess.PIPE, check=True, cwd=tmp_path, text=True).stdout
+    else:
+        pytest.skip("a file is no pipe")
+    assert printed == "before\ntext\nafter\n"
 
 
 def test_content_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

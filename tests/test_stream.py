@@ -6,10 +6,12 @@ import random
 import re
 import shutil
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from sharding.sources import Record
 from train.plan import EpochPlan
 from train.ring import Ring, Slot
 from train.split import Split
-from train.stream import Batch, BatchStream, Ledger, Share, ViewRules
+from train.stream import Batch, BatchStream, Ledger, Share, ViewRules, pinned_ahead
 
 COCO = Path(__file__).parents[2] / "shared/data/coco/images"
 SHARD_SIZES = (5, 1, 7, 4, 6)
@@ -563,3 +565,132 @@ def test_a_loop_that_keeps_all_batches_of_workers_has_them_unchanged(shared_data
     wanted = shared_dataset.read()
     for found, batch in zip(shared_dataset.read(workers=2), wanted, strict=True):
         assert torch.equal(found.inputs, batch.inputs)
+
+
+# ---- page-locked memory -------------------------------------------------------------------------------------
+
+
+def copied(batch: Batch) -> Batch:
+    """Stands for a copy into page-locked memory, by a thread of its own."""
+    assert threading.current_thread().name.startswith("pin")
+    return replace(batch, inputs=batch.inputs.clone())
+
+
+def pin_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("pin")]
+
+
+def assert_same_batches(found: list[Batch], wanted: list[Batch]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert one.keys == other.keys
+        assert torch.equal(one.inputs, other.inputs)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pinned_batches_come_whole_and_in_order(shared_dataset: Dataset, workers: int) -> None:
+    """Workers fill few buffers again and again: one that were free before its copy is made would hold another batch."""
+    stream, wanted = shared_dataset.stream(workers=workers), shared_dataset.read()
+    for _ in range(3):
+        assert_same_batches(list(pinned_ahead(stream._batches(), copied)), wanted)
+    assert not pin_threads()
+
+
+def test_a_batchs_buffer_is_free_when_it_is_copied() -> None:
+    ring = Ring((1, 2, 2, 3), np.dtype(np.uint8), workers=1, slots=2)
+    taken = []
+
+    def batches() -> Iterator[Any]:
+        for value in range(6):
+            number, buffer = ring.take()
+            assert number is not None, "no buffer was free"
+            taken.append(number)
+            buffer[:] = value
+            yield SimpleNamespace(inputs=ring.tensor(Slot(number, 1)))
+
+    def copy(batch: Any) -> Any:
+        return int(batch.inputs.unique())
+
+    found = []
+    for value in pinned_ahead(batches(), copy):
+        wait_until(lambda: ring._taken.sum() == 0)
+        found.append(value)
+    assert found == list(range(6))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    waiting = threading.Event()
+    assert any(condition() or waiting.wait(0.01) for _ in range(1000))
+
+
+def test_the_next_batch_is_pinned_while_one_is_used(shared_dataset: Dataset) -> None:
+    wanted, used = shared_dataset.read(), threading.Event()
+
+    def pin(batch: Batch) -> Batch:
+        assert batch.keys == wanted[0].keys or used.wait(30), "the first batch was held back for the second"
+        return batch
+
+    batches = pinned_ahead(iter(wanted), pin)
+    found = [next(batches)]
+    used.set()
+    assert_same_batches([*found, *batches], wanted)
+
+
+@pytest.mark.parametrize("failing", [0, 2, 3])
+def test_an_error_comes_after_the_batches_before_it(shared_dataset: Dataset, failing: int) -> None:
+    wanted = shared_dataset.read()
+
+    def pin(batch: Batch) -> Batch:
+        if batch.keys == wanted[failing].keys:
+            raise MemoryError("no page-locked memory")
+        return batch
+
+    def read() -> Iterator[Batch]:
+        yield from wanted[:failing]
+        raise UserError("damaged")
+
+    for batches, error in ((pinned_ahead(wanted, pin), MemoryError), (pinned_ahead(read(), copied), UserError)):
+        found: list[Batch] = []
+        with pytest.raises(error):
+            found.extend(batches)
+        assert_same_batches(found, wanted[:failing])
+    assert not pin_threads()
+
+
+def test_the_pin_thread_ends_with_an_iterator_that_is_abandoned(shared_dataset: Dataset) -> None:
+    for batch in pinned_ahead(shared_dataset.stream(workers=1)._batches(), copied):
+        assert batch.num_samples
+        assert pin_threads()
+        break
+    wait_until(lambda: not pin_threads())
+
+
+@pytest.mark.parametrize(("device", "pinned"), [(None, False), ("cpu", False), ("mps", False), ("cuda:1", True)])
+def test_the_device_decides_what_is_pinned(
+    shared_dataset: Dataset, monkeypatch: pytest.MonkeyPatch, device: str | None, pinned: bool
+) -> None:
+    """And a run without a GPU asks nothing that would load CUDA."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append("cuda"))
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _tensor: asked.append("tensor"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: asked.append(f"device {index}"))
+    monkeypatch.setattr(Batch, "pin_memory", copied)
+    stream = shared_dataset.stream(device=device and torch.device(device))
+    found = [batch.to(torch.device("cpu")) for batch in stream]
+    assert asked == ["device 1"] * len(found) * pinned
+    monkeypatch.undo()
+    assert_same_batches(found, shared_dataset.read())
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "cuda", "xpu"])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_only_pinned_memory_is_left_before_its_copy_is_made(
+    shared_dataset: Dataset, monkeypatch: pytest.MonkeyPatch, device: str, pinned: bool
+) -> None:
+    left = []
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _tensor: pinned)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda tensor, _device, *, non_blocking: left.append(non_blocking) or tensor
+    )
+    next(iter(shared_dataset.stream())).to(torch.device(device))
+    assert left == [pinned and device in ("cuda", "xpu")] * 4

@@ -11,21 +11,29 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import tiny
 import torch
+from consumer import context, wait
 from safetensors.torch import load_file, save_file
+from servers import free_port
 from tiny_model import caption_views
 from trainer import Done, Running, run_training, start_training
 
 from captioner.bundle import load_bundle
 from captioner.encoders import Encoder
+from captioner.model import CaptionModel, ModelConfig
+from captioner.views import ViewSpec
 from scenes import SceneSettings
 from scenes import main as draw_scenes
 from sharding.make_shards import main as make_shards
 from sharding.settings import ShardSettings
+from train.launch import start_accelerator
+from train.schedule import make_optimizer
 from train.split import read_split
+from train.step import CaptionLoss, distribute
 from train.stream import BatchStream, Share, ViewRules
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -161,6 +169,55 @@ def test_two_processes_train_as_one_does(shards: Path, tmp_path: Path) -> None:
             assert two[step][name] == pytest.approx(row[name], abs=1e-4), (step, name)
     rows = validation_rows(tmp_path / "2")
     assert [row["image_id"] for row in rows] == list(range(1, NUM_VAL + 1))
+
+
+def _draw(rank: int, world_size: int, port: int, folder: Path) -> None:
+    """One rank: its initial weights, and what it draws at first, after a checkpoint, and after going back to that."""
+    os.environ |= {"ACCELERATE_USE_CPU": "true"}
+    if world_size > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
+    accelerator = start_accelerator(seed=3)
+    config = ModelConfig(encoder="small_cnn", vocabulary_size=10, embedding_size=6, hidden_size=7, dropout=0.5)
+    model = CaptionModel(config, encoder_trainable=True)
+    optimizer = make_optimizer(model, 1e-3, encoder_learning_rate=1e-3)
+    wrapped, _ = distribute(CaptionLoss(model, view=ViewSpec(size=32, crop=32)), optimizer, accelerator)
+    assert not wrapped.broadcast_buffers
+
+    def mask() -> torch.Tensor:
+        return model.drop(torch.ones(64))
+
+    def saved_by(num_ranks: int) -> str:
+        return str(folder / f"checkpoint-{num_ranks}")
+
+    found: dict[str, Any] = {"weights": model.state_dict(), "first": mask()}
+    accelerator.save_state(saved_by(world_size))
+    found["after the checkpoint"] = mask()
+    for num_ranks in (1, world_size):
+        accelerator.load_state(saved_by(num_ranks))
+        found[f"resumed after {num_ranks}"] = mask()
+    torch.save(found, folder / f"{world_size}-{rank}.pt")
+    accelerator.end_training()
+
+
+def test_ranks_draw_their_own_noise_and_start_with_the_same_weights(tmp_path: Path) -> None:
+    """On a resume too, of a run that had fewer ranks."""
+    found = {}
+    for world_size in (1, 2):
+        port = free_port()
+        ranks = [context.Process(target=_draw, args=(rank, world_size, port, tmp_path)) for rank in range(world_size)]
+        for rank in ranks:
+            rank.start()
+        wait(ranks)
+        found |= {(world_size, rank): torch.load(tmp_path / f"{world_size}-{rank}.pt") for rank in range(world_size)}
+    one, first, second = found[1, 0], found[2, 0], found[2, 1]
+    assert one["first"].unique().tolist() == [0, 2]
+    for rank in (first, second):
+        torch.testing.assert_close(rank["weights"], one["weights"], rtol=0, atol=0)
+        assert torch.equal(rank["resumed after 2"], rank["after the checkpoint"])
+    assert torch.equal(first["first"], one["first"])
+    for name in ("first", "after the checkpoint", "resumed after 1"):
+        assert not torch.equal(first[name], second[name]), name
 
 
 def test_parts_of_a_batch_add_up_on_two_processes(shards: Path, tmp_path: Path) -> None:

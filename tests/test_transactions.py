@@ -271,7 +271,7 @@ def test_a_caption_file_without_captions_leaves_a_finished_split_alone(coco: Pat
     make_shards.main(flags(coco, output))
     before = files(output)
     empty.write_text("image,caption\n")
-    with pytest.raises(UserError, match="holds no caption"):
+    with pytest.raises(UserError, match="holds no picture of split train to pack"):
         make_shards.main(flags(coco, output, captions=str(empty)))
     assert files(output) == before
 

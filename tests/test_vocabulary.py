@@ -18,11 +18,14 @@ from nltk import word_tokenize
 from captioner.cli import UserError
 from captioner.vocabulary import (
     END,
+    LEAST_COVERAGE,
     PAD,
     SPECIAL_WORDS,
     START,
+    THRESHOLD,
     UNK,
     Vocabulary,
+    choose_threshold,
     count_words,
     join_tokens,
     tokenize,
@@ -150,7 +153,29 @@ def test_more_words_leave_ids_and_lose_nothing(own: dict[str, int], others: dict
     assert all(made.counts[made.ids[word]] >= count for word, count in said.items())
     assert (made.fingerprint == known.fingerprint) == (not new)
     assert made.extended(Vocabulary.from_counts({}, threshold=1)) == made
-    assert Vocabulary.from_json(made.to_json(), origin="v.json") == made
+    if len(made) > len(SPECIAL_WORDS):
+        assert Vocabulary.from_json(made.to_json(), origin="v.json") == made
+
+
+@given(counts=word_counts)
+@settings(deadline=None)
+def test_the_chosen_threshold_is_the_greatest_that_covers_enough(counts: dict[str, int]) -> None:
+    words = {word: count for word, count in counts.items() if word not in SPECIAL_WORDS}
+    chosen = choose_threshold(words)
+    assert 1 <= chosen <= THRESHOLD
+    made, next_ones = (Vocabulary.from_counts(words, threshold=least) for least in (chosen, chosen + 1))
+    assert not words or made.coverage(words) >= LEAST_COVERAGE
+    assert chosen == THRESHOLD or not words or next_ones.coverage(words) < LEAST_COVERAGE
+
+
+def test_large_data_keeps_the_books_threshold_and_small_data_lowers_it() -> None:
+    assert choose_threshold({"a": 900, "cat": 4, "once": 1}) == 4
+    assert choose_threshold({"a": 20, "cat": 3, "once": 1}) == 3
+    assert choose_threshold({"a": 3, "cat": 1, "dog": 1}) == 1
+
+
+def test_coco_like_data_keeps_the_books_threshold(real_captions: list[str]) -> None:
+    assert choose_threshold(count_words(map(tokenize, real_captions))) == 4
 
 
 def test_new_words_follow_by_count_then_name_and_counts_are_added() -> None:
@@ -172,6 +197,7 @@ def test_new_words_follow_by_count_then_name_and_counts_are_added() -> None:
         ({"words": ["a", *SPECIAL_WORDS]}, "does not start"),
         ({"words": None}, "not a vocabulary"),
         ({"fingerprint": None}, "edited"),
+        ({"words": SPECIAL_WORDS}, "no word .* smaller --threshold"),
     ],
 )
 def test_a_file_that_cannot_be_trusted_is_refused_in_one_line(change: dict[str, object], said: str) -> None:

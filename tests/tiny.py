@@ -96,7 +96,7 @@ def write_shards(folder: Path, sizes: Sequence[int], *, split: str = "train", si
             estimated_bytes=0,
         )
         shards.append(pack_shard(plan, str(folder)))
-    if split == "train":
+    if split == "train" and any(sizes):
         write_vocabulary(str(folder), shards, threshold=1)
     write_manifest(str(folder), split, shards, recipe=asdict(recipe), source={})
     return str(folder)

@@ -1,6 +1,10 @@
 """Batch norm over the global batch: the statistics are those of all ranks' rows together, on any device.
 
 Shapes: B rows of this rank, C channels, W ranks. A suffix says a tensor's shape: `mean_C`.
+
+Outputs and gradients are computed in the statistics' type, float32, and rounded once to the input's. What has run: all
+of it on the CPU over gloo, but for `_cuda_input_gradient`, which the tests call with a stand-in for its kernel. No line
+has run on CUDA: the operators' CUDA side was only read, in PyTorch's sources and against `nn.SyncBatchNorm`.
 """
 
 from collections.abc import Iterator
@@ -38,7 +42,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @torch.no_grad()
     def _statistics(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and variance to normalise with, and each value's share in them; updates the running statistics.
+        """Mean and variance to normalise with, and the values per channel; updates the running statistics.
 
         All is decided on the device, so that a GPU need not wait: one value alone leaves everything as it was.
         """
@@ -53,7 +57,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         unbiased_C = torch.where(enough, squares_C / (total - 1), running_var_C)
         running_mean_C += pace * (mean_C - running_mean_C)
         running_var_C += pace * (unbiased_C - running_var_C)
-        return mean_C, var_C, enough / total.clamp(min=1)
+        return mean_C, var_C, total
 
 
 class _Normalise(torch.autograd.Function):
@@ -61,28 +65,51 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        x, weight_C, bias_C, mean_C, var_C, share, ctx.num_counting_rows, ctx.eps = arguments
-        ctx.save_for_backward(x, weight_C, mean_C, var_C, share)
+        x, weight_C, bias_C, mean_C, var_C, total, ctx.num_counting_rows, ctx.eps = arguments
+        ctx.save_for_backward(x, weight_C, mean_C, var_C, total)
         return batch_norm(x, mean_C, var_C, weight_C, bias_C, training=False, eps=ctx.eps)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
-        x, weight_C, mean_C, var_C, share = ctx.saved_tensors
+        x, weight_C, mean_C, var_C, total = ctx.saved_tensors
         rows, eps = ctx.num_counting_rows, ctx.eps
         if rows < len(dy):
             dy = dy.clone()
             dy[rows:] = 0
         scale_C = torch.rsqrt(var_C + eps)  # CUDA's kernels want it, the CPU's compute it again
-        dx, dweight_C, dbias_C = torch.ops.aten.native_batch_norm_backward(
-            dy, x, weight_C, mean_C, var_C, mean_C, scale_C, False, eps, [True, True, True]
+        _, dweight_C, dbias_C = torch.ops.aten.native_batch_norm_backward(
+            dy, x, weight_C, mean_C, var_C, mean_C, scale_C, False, eps, [False, True, True]
         )
+        dx = None
         if ctx.needs_input_grad[0]:
-            means_2C = _sum_over_ranks(torch.stack((dweight_C, dbias_C))) * share
-            # What the statistics take back is the same normalisation with another weight and bias.
-            taken_2C = means_2C * weight_C * scale_C
-            dx[:rows] -= batch_norm(x[:rows], mean_C, var_C, taken_2C[0], taken_2C[1], training=False, eps=eps)
+            # Running statistics, which one value alone is normalised by, take nothing back.
+            sums_2C = _sum_over_ranks(torch.stack((dweight_C, dbias_C))) * (total > 1)
+            input_gradient = _cuda_input_gradient if x.is_cuda else _input_gradient
+            dx = input_gradient(
+                dy, x, weight_C=weight_C, mean_C=mean_C, scale_C=scale_C, sums_2C=sums_2C, total=total.clamp(min=1)
+            )
+            dx[rows:] = 0
         return dx, dweight_C, dbias_C, None, None, None, None, None
+
+
+def _input_gradient(
+    dy: Tensor, x: Tensor, *, weight_C: Tensor, mean_C: Tensor, scale_C: Tensor, sums_2C: Tensor, total: Tensor
+) -> Tensor:
+    """The gradient of the rows, through the statistics too, from the gradients of weight and bias of all ranks."""
+    shape = (-1, *[1] * (x.dim() - 2))
+    slope_C, offset_C = sums_2C / total
+    gradient = (x - mean_C.view(shape)).mul_((-slope_C * scale_C).view(shape))
+    gradient.add_(dy).sub_(offset_C.view(shape)).mul_((weight_C * scale_C).view(shape))
+    return gradient.to(x.dtype)
+
+
+def _cuda_input_gradient(
+    dy: Tensor, x: Tensor, *, weight_C: Tensor, mean_C: Tensor, scale_C: Tensor, sums_2C: Tensor, total: Tensor
+) -> Tensor:
+    """`_input_gradient` by the kernel that `nn.SyncBatchNorm` ends with: in one pass, in any memory format."""
+    sum_dy_C, sum_dy_x_C = sums_2C[1], sums_2C[0] / scale_C  # the second of dy times distance from the mean
+    return torch.batch_norm_backward_elemt(dy, x, mean_C, scale_C, weight_C, sum_dy_C, sum_dy_x_C, total.int())
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:
@@ -140,12 +167,12 @@ def _num_ranks() -> int:
 
 
 def _gather(tensor: Tensor) -> Tensor:
-    """All ranks' tensors, stacked."""
+    """All ranks' vectors, stacked."""
     if _num_ranks() == 1:
         return tensor[None]
-    tensors = [torch.empty_like(tensor) for _ in range(_num_ranks())]
-    dist.all_gather(tensors, tensor)
-    return torch.stack(tensors)
+    gathered = tensor.new_empty(_num_ranks() * len(tensor))
+    dist.all_gather_into_tensor(gathered, tensor)
+    return gathered.view(-1, len(tensor))
 
 
 def _sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -25,14 +25,16 @@ import torch
 
 from captioner import cli, storage
 from captioner.cli import UserError
+from captioner.flags import Count, File, Location, Pixels, Positive, Workers
 from captioner.shards import ShardEntry
+from captioner.splitmix import random_bits, random_order
 from captioner.workers import count_processors
 from train.cache import ShardCache
 from train.diagnosis import STAGES, Measured, verdict
-from train.plan import PACK_FIRST, SAMPLE_CHANCE, EpochPlan, SampleRef, random_bits, random_order
+from train.plan import PACK_FIRST, SAMPLE_CHANCE, EpochPlan, SampleRef
 from train.reader import OpenShard, SampleError, ShardReader
 from train.settings import TrainSettings
-from train.split import Split, read_merged_vocabulary, read_split
+from train.split import Split, check_filled, read_merged_vocabulary, read_split
 from train.stream import (
     BATCHES_AHEAD,
     BatchStream,
@@ -54,21 +56,21 @@ Result = TypeVar("Result")
 class DoctorSettings:
     """What would be trained on, and how fast it should come."""
 
-    shards: tuple[str, ...] = ("data/shards",)
+    shards: tuple[Location, ...] = ("data/shards",)
     """Dataset folders (or URLs), as for train/main.py."""
     split: str = "train"
     """Which split."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Images of a batch of one training process."""
-    crop: int = 224
+    crop: Pixels = 224
     """Sides in pixels of the square that is cut from a stored picture."""
-    images_per_second: float = 1000.0
+    images_per_second: Positive = 1000.0
     """What one training process should get."""
-    workers: int = 2
+    workers: Workers = 2
     """Loader processes to measure with."""
-    seconds: float = 10.0
+    seconds: Positive = 10.0
     """For the stream with workers; all other measurements together take about as long again."""
-    json: Path | None = None
+    json: File | None = None
     """Write the numbers and the verdict there too."""
 
 
@@ -274,15 +276,10 @@ def stage_rows(m: Measured) -> list[tuple[object, ...]]:
 
 def main(settings: DoctorSettings) -> None:
     """Measure and tell."""
-    for name in ("batch_size", "crop", "workers", "seconds", "images_per_second"):
-        value = getattr(settings, name)
-        if value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} is too small: give at least 1")
     split = read_split(settings.shards, settings.split, remedy=PACK_FIRST)
-    if not split.num_samples:
-        raise UserError(
-            f"the {split.name} split in {split.folders[0]} holds no samples: see its {split.name}.failures.jsonl"
-        )
+    check_filled(split)
+    if settings.json is not None and settings.json.is_dir():
+        raise UserError(f"--json {settings.json} is a folder: give the name of a file")
     torch.set_num_threads(1)
     with cli.progress_bar("measuring", total=4, unit="parts") as bar, tempfile.TemporaryDirectory() as place:
         try:
@@ -295,7 +292,9 @@ def main(settings: DoctorSettings) -> None:
     for line in lines:
         cli.console.print(line, markup=False)
     if settings.json:
-        text = json.dumps({**asdict(measured), "wanted": settings.images_per_second, "verdict": lines}, indent=1)
+        text = json.dumps(
+            {**asdict(measured), "wanted": settings.images_per_second, "verdict": lines}, indent=1, allow_nan=False
+        )
         try:
             storage.write_atomic(str(settings.json), text)
         except OSError as error:

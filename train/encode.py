@@ -20,10 +20,10 @@ from captioner import cli, storage
 from captioner.cli import UserError
 from captioner.views import ViewSpec
 from train.features import FORMAT_VERSION, ROW_DTYPE, FeatureFiles
-from train.peers import waiting_for_all
 from train.split import Split
 from train.step import CaptionLoss
 from train.stream import BatchStream, Share
+from train.uneven import refused_together, waiting_for_all
 
 ENCODED_TOGETHER = 64  # pictures of a batch
 
@@ -35,6 +35,27 @@ def encoder_fingerprint(encoder: nn.Module, view: ViewSpec, *, precision: str = 
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def find_features(
+    splits: Sequence[Split], *, loss_model: CaptionLoss, cache: str, precision: str
+) -> dict[str, FeatureFiles]:
+    """Where the features of splits belong, by their names. Raises UserError for files of another encoder or shard."""
+    if not splits:
+        return {}
+    encoder, name = loss_model.model.encoder, loss_model.model.config.encoder
+    fingerprint = encoder_fingerprint(encoder, loss_model.view, precision=precision)
+    found = {}
+    for split in splits:
+        found[split.name] = FeatureFiles.of(
+            split,
+            encoder=name,
+            num_features=encoder.num_features,
+            fingerprint=fingerprint,
+            cache=Path(cache).expanduser(),
+        )
+        found[split.name].missing()
+    return found
 
 
 def prepare_features(
@@ -51,21 +72,10 @@ def prepare_features(
     written whole or not at all, so that a killed run goes on. Raises UserError for files of another encoder, view or
     shard, and where they cannot be written.
     """
-    if not splits:
-        return {}
-    encoder, name = loss_model.model.encoder, loss_model.model.config.encoder
-    fingerprint = encoder_fingerprint(encoder, loss_model.view, precision=accelerator.mixed_precision)
-    found = {}
+    with refused_together():
+        found = find_features(splits, loss_model=loss_model, cache=cache, precision=accelerator.mixed_precision)
     for split in splits:
-        files = FeatureFiles.of(
-            split,
-            encoder=name,
-            num_features=encoder.num_features,
-            fingerprint=fingerprint,
-            cache=Path(cache).expanduser(),
-        )
-        _make_missing(files, split, loss_model=loss_model, open_stream=open_stream, accelerator=accelerator)
-        found[split.name] = files
+        _make_missing(found[split.name], split, loss_model=loss_model, open_stream=open_stream, accelerator=accelerator)
     return found
 
 

@@ -56,7 +56,7 @@ class Reading:
             "train/images_per_second": self.num_images / self.seconds,
             "train/waiting_share": self.waiting_seconds / self.seconds,
         }
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # a run on the CPU does not load it
             found["train/gpu_gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
         return found
 

@@ -19,51 +19,64 @@ from typing import TYPE_CHECKING, Any
 
 from captioner import cli, storage
 from captioner.cli import UserError
+from captioner.flags import AnyNumber, Count, File, Location, Positive, WorkersOrZero
+from captioner.image_ids import ImageId
 from captioner.metrics import References
-from train.coco_results import ImageId, read_references, read_results, write_results
+from train.coco_results import by_reference_id, read_references, read_results, write_results
 from train.java_metrics import JavaMetric, check_java, java_scores
 
 if TYPE_CHECKING:
     from captioner.calibration import Calibration
+    from train.split import Split
 
 SCORING_FLAGS = ("results", "references", "java_metrics", "json")  # the others are for captioning a split
+CAPTIONING_DEFAULTS: dict[str, Any] = {
+    "split": "val",
+    "batch_size": 128,
+    "workers": 2,
+    "cache": "~/.cache/captioner/shards",
+    "cache_gigabytes": 50.0,
+    "output": Path("results.json"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
     """Either --model and --shards, or --results and --references. GPUs are `accelerate launch`'s flags."""
 
-    model: Path | None = None
+    model: File | None = None
     """Model folder that train/main.py wrote."""
-    shards: tuple[str, ...] = ()
+    shards: tuple[Location, ...] = ()
     """Dataset folders (or URLs) that sharding/make_shards.py wrote."""
-    split: str = "val"
-    """Split of the shards that is captioned and scored."""
-    beam_size: int | None = None
+    split: str | None = None
+    """Split of the shards that is captioned and scored. Without it val."""
+    beam_size: Count | None = None
     """Beams of the search; 1 is greedy. Without it the model folder's default."""
-    length_penalty: float | None = None
+    length_penalty: AnyNumber | None = None
     """A beam's score is its log-probability over its length to this power. Without it the model folder's default."""
-    batch_size: int = 128
-    """Images that all processes together caption at once."""
-    workers: int = 2
-    """Loader processes for each captioning process; 0 loads in the captioning process."""
-    cache: str = "~/.cache/captioner/shards"
-    """Folder where shards behind URLs are kept, for all processes of a machine."""
-    cache_gigabytes: float = 50.0
-    """What that folder may hold, downloads under way included; the least recently used shards go first."""
+    batch_size: Count | None = None
+    """Images that all processes together caption at once. Without it 128."""
+    workers: WorkersOrZero | None = None
+    """Loader processes for each captioning process; 0 loads in the captioning process. Without it 2."""
+    cache: Location | None = None
+    """Folder where shards behind URLs are kept, for all processes of a machine. Without it
+    ~/.cache/captioner/shards."""
+    cache_gigabytes: Positive | None = None
+    """What that folder may hold, downloads under way included; the least recently used shards go first. Without it
+    50."""
     calibrate: bool = False
     """Also measure the model's confidence and what its pictures are like, and keep both in its folder."""
-    output: Path = Path("results.json")
-    """COCO results file that receives the model's captions."""
+    output: File | None = None
+    """COCO results file that receives the model's captions. Without it results.json."""
 
-    results: Path | None = None
+    results: File | None = None
     """COCO results file of any model, to be scored."""
-    references: Path | None = None
+    references: File | None = None
     """COCO caption file with the references of its images."""
 
     java_metrics: tuple[JavaMetric, ...] = ()
     """Also METEOR or SPICE, which need Java and `pip install -e '.[java]'`."""
-    json: Path | None = None
+    json: File | None = None
     """JSON file that receives the scores and what was scored."""
 
 
@@ -89,9 +102,29 @@ def check_settings(settings: EvaluateSettings, *, scoring: bool) -> None:
             raise UserError("a results file is scored against references: give both --results and --references")
     elif settings.model is None or not settings.shards:
         raise UserError("give --model and --shards to caption a split, or --results and --references to score a file")
-    beam_size = 1 if settings.beam_size is None else settings.beam_size
-    if min(settings.batch_size, beam_size) < 1 or settings.workers < 0:
-        raise UserError("--batch-size and --beam-size must be at least 1, --workers at least 0")
+    check_files(settings, scoring=scoring)
+
+
+def check_files(settings: EvaluateSettings, *, scoring: bool) -> None:
+    """Raise UserError where a file that is to be written is a folder, or another file of this command."""
+    own = {"results": settings.results, "references": settings.references, "json": settings.json}
+    if not scoring:
+        own["output"] = filled(settings)["output"]
+    for name in ("json", "output"):
+        path = own.pop(name, None)
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UserError(f"{_flag(name)} {path} is a folder: give the name of a file")
+        same = [_flag(other) for other, file in own.items() if file and file.resolve() == path.resolve()]
+        if same:
+            raise UserError(f"{_flag(name)} {path} is also {same[0]}: give another file")
+
+
+def filled(settings: EvaluateSettings) -> dict[str, Any]:
+    """The flags of CAPTIONING_DEFAULTS: a default, where one is not given."""
+    given = {name: getattr(settings, name) for name in CAPTIONING_DEFAULTS}
+    return CAPTIONING_DEFAULTS | {name: value for name, value in given.items() if value is not None}
 
 
 def _flag(name: str) -> str:
@@ -104,13 +137,8 @@ def _flag(name: str) -> str:
 def score_results(settings: EvaluateSettings) -> None:
     """Score the images of a results file; like the official program, leave out images that have no result."""
     results, references = str(settings.results), str(settings.references)
-    captions, all_captions = read_results(results), read_references(references)
-    unknown = [image_id for image_id in captions if image_id not in all_captions]
-    if unknown:
-        raise UserError(
-            f"{references} has no captions of {len(unknown):,} of the images in {results}, such as {unknown[0]!r}: "
-            "give the file with the references of these images"
-        )
+    found, all_captions = read_results(results), read_references(references)
+    captions = by_reference_id(found, all_captions, results=results, location=references)
     num_left = len(all_captions) - len(captions)
     if num_left:
         cli.console.print(f"{num_left:,} of {len(all_captions):,} images in {references} have no result: not scored")
@@ -137,7 +165,7 @@ def report(
     cli.print_table(f"{len(captions):,} images", ("metric", "value"), list(metrics.items()))
     if settings.json is not None:
         content = {"metrics": metrics, "bleu_counts": corpus.bleu_counts(captions)._asdict(), **facts}
-        storage.write_atomic(str(settings.json), json.dumps(content, indent=1))
+        storage.write_atomic(str(settings.json), json.dumps(content, indent=1, allow_nan=False))
 
 
 # ---- a model ----------------------------------------------------------------------------------------------------
@@ -151,29 +179,33 @@ def score_model(settings: EvaluateSettings) -> None:
     from train.cache import ShardCache
     from train.calibrate import calibrate
     from train.launch import start_accelerator
-    from train.peers import in_main
     from train.plan import PACK_FIRST
-    from train.split import check_fits, read_split, read_view
+    from train.split import check_filled, check_fits, read_split, read_view
     from train.step import CaptionLoss
     from train.stream import BatchStream, Ledger, Share, ViewRules
+    from train.uneven import refused_together
     from train.validation import evaluate_split
 
+    flags = filled(settings)
     accelerator = start_accelerator(seed=0)
-    bundle = load_bundle(str(settings.model), device=accelerator.device)
-    split = read_split(settings.shards, settings.split, remedy=PACK_FIRST)
-    if not split.num_samples:
-        raise UserError(f"the {split.name} split in {split.folders[0]} holds no samples: give another --split")
-    check_fits(bundle.view, read_view([split], crop=bundle.view.crop))
+    with refused_together():
+        bundle = load_bundle(str(settings.model), device=accelerator.device)
+        split = read_split(settings.shards, flags["split"], remedy=PACK_FIRST)
+        check_filled(split)
+        check_fits(bundle.view, read_view([split], crop=bundle.view.crop))
+        if settings.calibrate:
+            check_enough(split)
     given: dict[str, Any] = {"beam_size": settings.beam_size, "length_penalty": settings.length_penalty}
     decoding = replace(bundle.decoding, **{name: value for name, value in given.items() if value is not None})
     open_stream = partial(
         BatchStream,
         rules=ViewRules(crop=bundle.view.crop, max_tokens=decoding.max_tokens, training=False),
         vocabulary=bundle.vocabulary,
-        workers=settings.workers,
-        cache=ShardCache(settings.cache, max_bytes=int(settings.cache_gigabytes * 1e9)),
+        workers=flags["workers"],
+        cache=ShardCache(flags["cache"], max_bytes=int(flags["cache_gigabytes"] * 1e9)),
+        device=accelerator.device,
     )
-    batches = open_stream(split, plan=split.plain_plan(), share=Share.of(accelerator, settings.batch_size))
+    batches = open_stream(split, plan=split.plain_plan(), share=Share.of(accelerator, flags["batch_size"]))
     loss_model = CaptionLoss(bundle.model, view=bundle.view)
     loss, rows = evaluate_split(
         loss_model,
@@ -183,37 +215,56 @@ def score_model(settings: EvaluateSettings) -> None:
         accelerator=accelerator,
     )
     Ledger.of_all(gather_object([batches.ledger]), planned=split.num_samples)
-
-    def score() -> None:
-        write_results(str(settings.output), [(row.image_id, row.caption) for row in rows])
-        captions = {row.image_id: row.caption for row in rows}
-        references = {row.image_id: row.references for row in rows}
-        metrics = {"validation_loss": loss.per_token, "validation_perplexity": loss.perplexity}
-        facts = {
-            "num_images": len(rows),
-            "model": bundle.name,
-            "decoding": asdict(decoding),
-            "split": settings.split,
-            "shards": list(settings.shards),
-            "results": str(settings.output),
-        }
-        report(metrics, captions, references, facts, settings=settings)
-
-    in_main(score)
+    with refused_together():
+        if accelerator.is_main_process:
+            write_results(str(flags["output"]), [(row.image_id, row.caption) for row in rows])
+            captions = {row.image_id: row.caption for row in rows}
+            references = {row.image_id: row.references for row in rows}
+            metrics = {"validation_loss": loss.per_token, "validation_perplexity": loss.perplexity}
+            facts = {
+                "num_images": len(rows),
+                "model": bundle.name,
+                "decoding": asdict(decoding),
+                "split": split.name,
+                "shards": list(settings.shards),
+                "results": str(flags["output"]),
+            }
+            report(metrics, captions, references, facts, settings=settings)
     if settings.calibrate:
         calibration = calibrate(
             rows, split, loss_model=loss_model, open_stream=open_stream, decoding=decoding, accelerator=accelerator
         )
-        if settings.model is not None and calibration is not None:
-            keep_calibration(settings.model, calibration, name=bundle.name)
+        with refused_together():
+            if settings.model is not None and calibration is not None:
+                keep_calibration(settings.model, calibration, old=bundle.calibration, name=bundle.name)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
-def keep_calibration(folder: Path, calibration: "Calibration", *, name: str) -> None:
-    """Put a calibration into the folder of the model with this name. Raises UserError."""
+def check_enough(split: "Split") -> None:
+    """Raise UserError for a split that is too small to calibrate on, before anything is done with it."""
+    from captioner.calibration import FEWEST_PICTURES
+
+    if split.num_samples < FEWEST_PICTURES:
+        raise UserError(
+            f"--calibrate needs {FEWEST_PICTURES} pictures, and the {split.name} split in {split.folders[0]} holds "
+            f"{split.num_samples}: give more of them with --shards or --split, or leave out --calibrate"
+        )
+
+
+def keep_calibration(folder: Path, calibration: "Calibration", *, old: "Calibration | None", name: str) -> None:
+    """Put a calibration into the folder of the model with this name, unless the old one there can do more.
+
+    Raises UserError then, and where it cannot be written.
+    """
     from captioner.bundle import save_calibration
 
+    if calibration.curve is None and calibration.space is None:
+        raise UserError(f"there is nothing to keep in {folder}, {calibration}: calibrate on other shards")
+    if old and ((old.curve and not calibration.curve) or (old.space and not calibration.space)):
+        raise UserError(
+            f"the calibration in {folder} is kept, the new one has {calibration}: calibrate on other shards"
+        )
     try:
         save_calibration(folder, calibration, model=name)
     except OSError as error:

@@ -1,13 +1,13 @@
 """Features of a frozen encoder, kept beside the shards: each picture is encoded once, and never decoded again.
 
-For each shard one file `features-ENCODER/train-000000.features` in its dataset folder (in the shard cache, for folders
-behind URLs): a safetensors file of `features` (S, F) float32, `crc32s` (S) of the rows, and `usable` (S), 0 where a
-picture could not be read. It names the shard's sha256 and the fingerprint of encoder and view; others are refused.
+For each shard one file `features-ENCODER/train-000000.features` in its dataset folder (in the shard cache, under the
+shard's sha256, for folders behind URLs): a safetensors file of `features` (S, F) float32, `crc32s` (S) of the rows, and
+`usable` (S), 0 where a picture could not be read. It names the shard's sha256 and the fingerprint of encoder and view;
+others are refused.
 
 Shapes: S samples of a shard, F features of a picture, B images of a batch.
 """
 
-import hashlib
 import json
 import os
 import zlib
@@ -40,8 +40,11 @@ class FeatureFiles:
     @classmethod
     def of(cls, split: Split, *, encoder: str, num_features: int, fingerprint: str, cache: Path) -> "FeatureFiles":
         """Where a split's features belong."""
+        name = f"features-{encoder}"
         paths = tuple(
-            _folder(folder, cache=cache) / f"features-{encoder}" / f"{entry.name}.features"
+            cache / "features" / name / f"{entry.sha256}.features"  # one shard may have several addresses
+            if storage.is_remote(folder)
+            else Path(folder) / name / f"{entry.name}.features"
             for folder, entry in split.shards
         )
         return cls(paths, tuple(entry for _, entry in split.shards), fingerprint, num_features)
@@ -136,10 +139,3 @@ class FeatureReader:
         if num_bytes != row_F.nbytes or zlib.crc32(row_F.data) != found.crc32s[ref.place]:
             message = f"{path} is damaged at sample {ref.place} (checksum differs): delete it to have it made again"
             raise SampleError("checksum", message)
-
-
-def _folder(folder: str, *, cache: Path) -> Path:
-    """Where a dataset folder's features go."""
-    if storage.is_remote(folder):
-        return cache / "features" / hashlib.sha256(folder.encode()).hexdigest()[:16]
-    return Path(folder)

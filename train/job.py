@@ -9,12 +9,13 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from captioner.cli import UserError
 from captioner.ownership import owned
-from train.launch import EXIT_PREEMPTED, Preemption, start_accelerator
-from train.peers import in_main
-from train.settings import TrainSettings, check_settings
-
-OWNER = "owner.json"
+from captioner.peers import EXIT_PREEMPTED
+from train.launch import Preemption, start_accelerator
+from train.run_folder import OWNER
+from train.settings import TrainSettings
+from train.uneven import in_main
 
 Recipe = Callable[[TrainSettings, Accelerator, Preemption], None]
 
@@ -24,7 +25,6 @@ def as_job(recipe: Recipe) -> Callable[[TrainSettings], None]:
 
     @functools.wraps(recipe)
     def job(settings: TrainSettings) -> None:
-        check_settings(settings)
         accelerator = start_accelerator(seed=settings.seed, thaws_later=bool(settings.finetune_encoder_from_step))
         stop = Preemption()
         with owning(Path(settings.output)):
@@ -38,7 +38,13 @@ def owning(run: Path) -> Iterator[None]:
     """Own the run folder within; the main process does for all. Raises UserError, in all, while another job does."""
     with ExitStack() as stack:
         owner = owned(str(run / OWNER), doing="is training in this folder", on_loss=_end_without_saving)
-        in_main(lambda: stack.enter_context(owner))
+
+        def own() -> None:
+            if run.exists() and not run.is_dir():
+                raise UserError(f"{run} is a file: give a folder with --output")
+            stack.enter_context(owner)
+
+        in_main(own)
         yield
 
 

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from threading import Thread
 from types import FrameType
 
@@ -17,12 +16,10 @@ from accelerate.utils import set_seed
 from torch.distributed import DistNetworkError, DistStoreError
 
 from captioner.cli import UserError
+from captioner.peers import EXIT_PREEMPTED, peer_timeout
+from captioner.workers import count_processors
 
-EXIT_PREEMPTED = 75  # "try again later" (EX_TEMPFAIL of sysexits.h)
-# A machine that lost its power says nothing. A process that is alive is silent for as long as its loader is patient
-# with a server (5 minutes, train/cache.py); work that takes one longer than the others is done in train/peers.py's way.
-PEER_SECONDS = 600.0
-PEER_VARIABLE = "CAPTIONER_PEER_TIMEOUT_SECONDS"
+PRECISIONS = ("no", "bf16", "fp16")
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND")  # what torchrun and `accelerate launch` set
 LAUNCHER_LOOK_SECONDS = 1.0
 LOST_PEER = (
@@ -35,8 +32,12 @@ def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
     """Accelerate as it was launched. Raises UserError when it was not launched as the environment announced.
 
     From now on the end of the launcher counts as SIGTERM. `thaws_later` says that parameters will begin to learn in the
-    middle of the run.
+    middle of the run. Each rank draws its own random numbers; data-parallel training starts all of them with rank 0's
+    weights.
     """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in PRECISIONS:
+        raise UserError(f"--mixed_precision {precision} is not supported: launch with {', '.join(PRECISIONS)}")
     end_with_launcher()
     accelerator = Accelerator(
         kwargs_handlers=[
@@ -54,8 +55,8 @@ def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
         )
     if accelerator.device.type == "cpu":  # `accelerate launch` leaves a lone CPU process one thread
         here = int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))  # of this machine, says torchrun
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
-    set_seed(seed)
+        torch.set_num_threads(max(1, count_processors() // here))
+    set_seed(seed, device_specific=True)
     torch.set_float32_matmul_precision("high")
     return accelerator
 
@@ -75,15 +76,6 @@ def _end_after(launcher: int) -> None:
         time.sleep(LAUNCHER_LOOK_SECONDS)
     print(f"the launcher (process {launcher}) is gone: this process stops as after SIGTERM", file=sys.stderr)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def peer_timeout() -> timedelta:
-    """How long another process may be silent. Raises UserError where the environment gives no number."""
-    text = os.environ.get(PEER_VARIABLE, str(PEER_SECONDS))
-    try:
-        return timedelta(seconds=float(text))
-    except (ValueError, OverflowError) as error:
-        raise UserError(f"{PEER_VARIABLE} is {text!r}: give a number of seconds") from error
 
 
 @contextmanager

@@ -16,22 +16,22 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from captioner import cli
-from captioner.bundle import load_bundle
 from train import run_folder
 from train.cache import ShardCache
 from train.encode import prepare_features
 from train.epoch import train_epoch
 from train.job import as_job
 from train.launch import Preemption, resumable_without_peers
-from train.peers import in_main
 from train.plan import PACK_FIRST, num_steps
+from train.report import write_report
 from train.schedule import make_optimizer, make_schedule
-from train.settings import CHANGEABLE, TrainSettings, count_steps
-from train.split import read_merged_vocabulary, read_split, read_validation
-from train.starting_model import choose_view, make_model
-from train.step import CaptionLoss, check_same_weights, train_step
+from train.settings import CHANGEABLE, TrainSettings, check_settings, count_steps
+from train.split import read_data
+from train.starting_model import choose_model, make_model
+from train.step import CaptionLoss, check_same_weights, distribute, train_step
 from train.stream import BatchStream, Share, StreamState, ViewRules, check_ranks, rank_facts
-from train.tracking import Tracker
+from train.tracking import Tracker, check_wandb
+from train.uneven import refused_together
 from train.validation import Evaluator
 
 
@@ -42,38 +42,36 @@ def main(settings: TrainSettings, accelerator: Accelerator, stop: Preemption) ->
     say, run, is_main = accelerator.print, Path(settings.output), accelerator.is_main_process
 
     # ---- data -------------------------------------------------------------------------------------------------
-    train = read_split(settings.shards, "train", remedy=PACK_FIRST)
-    val = read_validation(settings.shards, remedy=PACK_FIRST)
-    vocabulary = read_merged_vocabulary(settings.shards, remedy=PACK_FIRST)
-    epoch_steps = num_steps(train.num_samples, global_batch=settings.batch_size)
-    total_steps = count_steps(settings, epoch_steps, has_val=val is not None)
-    share = Share.of(accelerator, settings.batch_size, accumulation_steps=settings.accumulation_steps)
-    state = StreamState.start(train, seed=settings.seed, global_batch=settings.batch_size,
-                              shuffle_shards=settings.shuffle_shards)  # fmt: skip
+    with refused_together():
+        check_settings(settings)
+        check_wandb(settings.wandb)
+        train, val, vocabulary = read_data(settings.shards, remedy=PACK_FIRST)
+        epoch_steps = num_steps(train.num_samples, global_batch=settings.batch_size)
+        total_steps = count_steps(settings, epoch_steps, has_val=val is not None)
+        share = Share.of(accelerator, settings.batch_size, accumulation_steps=settings.accumulation_steps)
+        state = StreamState.start(train, seed=settings.seed, global_batch=settings.batch_size,
+                                  shuffle_shards=settings.shuffle_shards)  # fmt: skip
     check_ranks(gather_object([rank_facts(state, share, vocabulary=vocabulary, val=val)]))
 
-    # ---- where to start: 1. a finished run stays as it is --------------------------------------------------------
-    run_folder.record_settings(run, asdict(settings), ignored=CHANGEABLE, resume=settings.resume)
-    if run_folder.is_finished(run):
+    # ---- where to start: 1. a finished run stays as it is; 2. --init's model with new words, 3. else a new one ------
+    with refused_together():
+        settings, initial, vocabulary, view = choose_model(settings, vocabulary, splits=[train, val])
+        parts = run_folder.made_of(train, val, vocabulary, initial=initial, weights=settings.weights)
+    if run_folder.is_finished(run, asdict(settings), parts, ignored=CHANGEABLE, resume=settings.resume):
         say(f"{run} is finished already: its model is in {run_folder.model_folder(run)}")
         return
-
-    # ---- where to start: 2. --init's model, 3. else a pretrained encoder and a new decoder ----------------------
-    initial = load_bundle(settings.init) if settings.init else None
-    vocabulary = initial.vocabulary.extended(vocabulary) if initial else vocabulary
-    view = choose_view([train, val], encoder=settings.encoder, crop=settings.crop, initial=initial)
-    weights = run_folder.kept_encoder(run) or settings.weights
     model = make_model(
-        settings.model_config(len(vocabulary)), vocabulary, initial, weights=weights, trainable=thaw_step is not None,
-        compiled=settings.compile_encoder)  # fmt: skip
+        settings.model_config(len(vocabulary)), vocabulary, initial, crop=view.crop, trainable=thaw_step is not None,
+        weights=run_folder.kept_encoder(run) or settings.weights, compiled=settings.compile_encoder,
+        accelerator=accelerator)  # fmt: skip
     loss_model = CaptionLoss(
         model, view=view, label_smoothing=settings.label_smoothing, scheduled_sampling=settings.scheduled_sampling,
         total_steps=total_steps, thaw_step=thaw_step or 0)  # fmt: skip
     optimizer = make_optimizer(model, settings.learning_rate, encoder_learning_rate=settings.encoder_learning_rate)
     schedule = make_schedule(optimizer, settings.schedule, total_steps=total_steps, encoder_from_step=thaw_step or 0)
     progress, report = run_folder.Progress(), run_folder.RunReport()
-    wrapped, optimizer = accelerator.prepare(loss_model, optimizer)
-    run_folder.checkpoint_trained_weights(run, loss_model, accelerator)
+    wrapped, optimizer = distribute(loss_model, optimizer, accelerator)
+    run_folder.checkpoint_trained_weights(loss_model, accelerator)
     accelerator.register_for_checkpointing(schedule, state, progress)
 
     # ---- where to start: 4. with --resume, instead of these, the newest complete checkpoint ----------------------
@@ -88,14 +86,16 @@ def main(settings: TrainSettings, accelerator: Accelerator, stop: Preemption) ->
     open_stream = partial(
         BatchStream, share=share, vocabulary=vocabulary, rules=replace(rules, training=False), workers=settings.workers,
         cache=ShardCache(settings.cache, max_bytes=int(settings.cache_gigabytes * 1e9)),
-        tolerate=settings.tolerate_bad_samples)  # fmt: skip
+        tolerate=settings.tolerate_bad_samples, device=accelerator.device)  # fmt: skip
     cached = [split for split in (train, val) if split and settings.cache_features]
     features = prepare_features(cached, loss_model=loss_model, open_stream=open_stream, cache=settings.cache,
                                 accelerator=accelerator)  # fmt: skip
     open_val = partial(open_stream, features=features.get("val"))
     evaluator = Evaluator(val, loss_model, open_val, settings.decoding(), accelerator) if val is not None else None
-    tracker = Tracker(run, first_step=done_steps, wandb_project=settings.wandb, settings=asdict(settings),
-                      quiet=not is_main)  # fmt: skip
+    with run_folder.starting(run, asdict(settings), parts):
+        tracker = Tracker(run, first_step=done_steps, wandb_project=settings.wandb, settings=asdict(settings),
+                          quiet=not is_main)  # fmt: skip
+        run_folder.keep_encoder(run, model.encoder, accelerator)
     save = partial(run_folder.save_checkpoint, run, state, progress, accelerator, keep=settings.keep_checkpoints)
     take_step = partial(train_step, wrapped, optimizer=optimizer, schedule=schedule, accelerator=accelerator)
 
@@ -123,7 +123,8 @@ def main(settings: TrainSettings, accelerator: Accelerator, stop: Preemption) ->
             ledger = run_folder.settle(run, found.ledger, "val", epoch=state.epoch, planned=evaluator.num_images)
             say(f"epoch {state.epoch}: validation {found}; {ledger}")
             tracker.log(state.epoch * epoch_steps, {"epoch": state.epoch, **found.curves()})
-            tracker.show(state.epoch * epoch_steps, *evaluator.samples(found))
+            if is_main:
+                tracker.show(state.epoch * epoch_steps, *evaluator.samples(found))
             progress.note(run, found, state)
         save()
 
@@ -131,8 +132,12 @@ def main(settings: TrainSettings, accelerator: Accelerator, stop: Preemption) ->
     run_folder.load_best(run, progress, loss_model)
     calibration = evaluator.calibrate(run / run_folder.BEST_CAPTIONS) if evaluator else None
     tracker.close()
-    in_main(partial(run_folder.finish, run, report, loss_model, vocabulary, settings.decoding(),
-                    metrics=progress.metrics, calibration=calibration))  # fmt: skip
+    with refused_together():
+        if is_main:
+            run_folder.write_figures(run, report, progress.metrics)
+            write_report(run)
+            run_folder.write_model(run, loss_model, vocabulary, settings.decoding(), progress.metrics,
+                                   calibration=calibration)  # fmt: skip
     accelerator.end_training()
     say(f"the model is in {run_folder.model_folder(run)}, its curves in {run / 'report.html'}; caption a folder with: "
         f"python infer/main.py --model {run_folder.model_folder(run)} --images PHOTOS")  # fmt: skip

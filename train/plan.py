@@ -8,7 +8,7 @@ positions [tG, (t+1)G) of the order, whatever the number of processes: G/L sampl
 the second, and so on. Rank r of W takes the r-th of W equal parts of each batch. When W divides L, that comes from the
 r-th of W equal parts of the sequence: the rank opens its part of the shards and at most one more.
 
-Imports no torch. Random numbers are hashes written out here, so that no library's new version changes an order.
+Imports no torch. Random numbers are hashes (`captioner/splitmix.py`): no library's new version changes an order.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,6 +19,8 @@ import numpy as np
 
 from captioner import cli
 from captioner.cli import UserError
+from captioner.flags import Count, CountOrZero, Location, Seed
+from captioner.splitmix import random_order
 
 SHUFFLE_SHARDS = 256
 SHARD_ORDER, WINDOW_ORDER, SAMPLE_CHANCE = range(3)  # the streams of random numbers
@@ -170,31 +172,6 @@ def rank_positions(step: int, *, num_samples: int, global_batch: int, rank: int,
     return range(start + rank * length // world_size, start + (rank + 1) * length // world_size)
 
 
-# ---- chance -----------------------------------------------------------------------------------------------
-
-MASK = (1 << 64) - 1
-GOLDEN = 0x9E3779B97F4A7C15
-
-
-def random_bits(counters: np.ndarray, *key: int) -> np.ndarray:
-    """64 random bits (uint64) for each counter, a function of key and counter alone: SplitMix64's output function."""
-    state = np.zeros(1, dtype=np.uint64)
-    for part in key:
-        state = _mix(state + np.uint64((part * GOLDEN + GOLDEN) & MASK))
-    return _mix(state + counters.astype(np.uint64) * np.uint64(GOLDEN))
-
-
-def _mix(bits: np.ndarray) -> np.ndarray:
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
-
-
-def random_order(length: int, *key: int) -> np.ndarray:
-    """A permutation of `length` numbers, a function of the key alone."""
-    return np.argsort(random_bits(np.arange(length), *key), kind="stable")
-
-
 # ---- printed ----------------------------------------------------------------------------------------------
 
 
@@ -202,35 +179,33 @@ def random_order(length: int, *key: int) -> np.ndarray:
 class PlanSettings:
     """What would be trained on, and by how many processes."""
 
-    shards: tuple[str, ...] = ("data/shards",)
+    shards: tuple[Location, ...] = ("data/shards",)
     """Dataset folders (or URLs), as for train/main.py."""
     split: str = "train"
     """Which split."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Images of a *global* batch, over all processes."""
-    processes: int = 1
+    processes: Count = 1
     """Training processes (GPUs) in all."""
-    shuffle_shards: int = SHUFFLE_SHARDS
+    shuffle_shards: Count = SHUFFLE_SHARDS
     """Shards that are mixed with each other, as for train/main.py."""
-    seed: int = 0
+    seed: Seed = 0
     """The run's seed."""
-    epoch: int = 0
+    epoch: CountOrZero = 0
     """Which epoch, from 0; each has an order of its own."""
 
 
 def main(settings: PlanSettings) -> None:
     """Print what an epoch would read, and what each process of it."""
-    from train.split import read_split
+    from train.split import check_filled, read_split
 
-    for name in ("batch_size", "processes", "shuffle_shards"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)} is too small: give at least 1")
     if settings.batch_size % settings.processes:
         raise UserError(
             f"--batch-size {settings.batch_size} is the global batch and must be a multiple of the "
             f"{settings.processes} processes"
         )
     split = read_split(settings.shards, settings.split, remedy=PACK_FIRST)
+    check_filled(split)
     plan = split.plan(
         seed=settings.seed,
         epoch=settings.epoch,

@@ -195,6 +195,8 @@ def _setting(value: Any) -> str:
             return "yes" if value else "no"
         case list():
             return ", ".join(map(str, value))
+        case dict():  # fingerprints
+            return ", ".join(f"{name} {part[:12]}" for name, part in value.items() if part)
         case _:
             return str(value)
 

@@ -1,16 +1,20 @@
 """The run folder: settings, checkpoints that are whole or absent, and where everything lies.
 
+It appears when nothing is left that could refuse the start, see docs/decisions/0019-what-a-run-is.md.
+
 `settings.json` · `encoder.safetensors` (a frozen one, once) · `checkpoints/epoch-0001-000000128000/` (epoch, position)
 `history.jsonl` · `samples.jsonl` and `samples/` · `tensorboard/` · `skipped.jsonl` · `validation.jsonl` (of the best
 epoch) · `metrics.json` · `report.json` · `report.html` · `model/` (last)
 """
 
+import hashlib
 import json
 import os
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,21 +28,26 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from captioner.bundle import DecodingDefaults, save_bundle
+from captioner.bundle import Bundle, DecodingDefaults, save_bundle
 from captioner.calibration import Calibration
 from captioner.cli import UserError
+from captioner.encoders import Encoder
 from captioner.storage import read_json, write_atomic
 from captioner.vocabulary import Vocabulary
 from train.epoch import Reading
-from train.peers import in_all, in_main
-from train.report import write_report
 from train.schedule import is_frozen
+from train.split import Split
 from train.step import CaptionLoss
 from train.stream import Ledger, StreamState
+from train.uneven import in_main, refused_together
 from train.validation import Evaluation, write_captions
 
+SETTINGS = "settings.json"
+MADE_OF = "made_of"
+ENCODER_WEIGHTS = "encoder weights"
 BEST_CAPTIONS = "validation.jsonl"
 COMPLETE = "complete.json"
+OWNER = "owner.json"
 SKIPPED = "skipped.jsonl"
 WEIGHTS = "model.safetensors"  # Accelerate's name
 ENCODER = "encoder.safetensors"
@@ -96,40 +105,151 @@ class Progress:
         self.epochs_since_best = state["epochs_since_best"]
 
 
+def write_figures(run: Path, report: RunReport, metrics: Mapping[str, float]) -> None:
+    """Write `report.json` and `metrics.json`."""
+    write_atomic(str(run / "report.json"), json.dumps(asdict(report), indent=1, allow_nan=False))
+    write_atomic(str(run / "metrics.json"), json.dumps(dict(metrics), indent=1, allow_nan=False))
+
+
 def model_folder(run: Path) -> Path:
     """Where a run's model lies once it is finished."""
     return run / "model"
 
 
-def is_finished(run: Path) -> bool:
-    """Whether its model is there, as the main process sees it."""
-    return in_main(model_folder(run).exists)
+def made_of(
+    train: Split, val: Split | None, vocabulary: Vocabulary, *, initial: Bundle | None, weights: str | None
+) -> dict[str, str | None]:
+    """What a run is made of, each by a fingerprint of its content: the same wherever it lies, whatever it is called.
 
-
-def record_settings(run: Path, settings: Mapping[str, Any], *, ignored: tuple[str, ...], resume: bool) -> None:
-    """Save the run's settings, in the main process.
-
-    Raises UserError where the processes do not share the folder or have different settings, where an unfinished run is
-    not to be resumed, or one stands that was started with others than these, the `ignored` ones apart.
+    None for what there is not, and for a weights file that is gone.
     """
-    check_shared(run)
+    return {
+        "train shards": train.fingerprint,
+        "val shards": val.fingerprint if val else None,
+        "vocabulary": vocabulary.fingerprint,
+        "model of --init": initial.name if initial else None,
+        ENCODER_WEIGHTS: _weights_fingerprint(weights),
+    }
+
+
+def _weights_fingerprint(weights: str | None) -> str | None:
+    if weights in (None, "default", "none"):
+        return weights
+    if not Path(weights).is_file():
+        return None
+    with Path(weights).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_finished(
+    run: Path,
+    settings: Mapping[str, Any],
+    parts: Mapping[str, str | None],
+    *,
+    ignored: tuple[str, ...],
+    resume: bool,
+) -> bool:
+    """Whether the run's model is there, as the main process sees it; nothing is written.
+
+    Raises UserError where the processes have different settings, where the folder holds a run that was started with
+    others than these, the `ignored` ones apart, or of other `parts` (`made_of`), and where an unfinished run is not to
+    be resumed.
+    """
     check_same_settings(settings)
-    in_main(lambda: _record_settings(run, settings, ignored=ignored, resume=resume))
+    return in_main(lambda: _is_finished(run, settings, parts, ignored=ignored, resume=resume))
 
 
-def _record_settings(run: Path, settings: Mapping[str, Any], *, ignored: tuple[str, ...], resume: bool) -> None:
-    path = run / "settings.json"
-    settings = json.loads(json.dumps(settings))  # as it comes back: lists for tuples
-    if not path.exists():
-        write_atomic(str(path), json.dumps(settings, indent=1))
-        return
-    old = read_json(str(path), remedy=f"delete {run} or give another --output")
-    changed = [name for name in settings if name not in ignored and old.get(name) != settings[name]]
-    if changed:
-        what = ", ".join(f"{name} was {old.get(name)}, is {settings[name]}" for name in changed)
-        raise UserError(f"{run} was started with other settings ({what}): give another --output, or delete {run}")
-    if complete_checkpoints(run) and not resume and not model_folder(run).exists():
+def _is_finished(
+    run: Path,
+    settings: Mapping[str, Any],
+    parts: Mapping[str, str | None],
+    *,
+    ignored: tuple[str, ...],
+    resume: bool,
+) -> bool:
+    path, finished = run / SETTINGS, model_folder(run).exists()
+    if path.exists():
+        old = read_json(str(path), remedy=f"delete {run} or give another --output")
+        if not isinstance(old, dict) or MADE_OF not in old:
+            raise UserError(f"{path} is damaged or of an older version: give another --output, or delete {run}")
+        changes = _changes(old, settings, parts, ignored=ignored)
+        if changes:
+            raise UserError(
+                f"{run} was started with other settings ({', '.join(changes)}): give another --output, or delete {run}"
+            )
+    if complete_checkpoints(run) and not resume and not finished:
         raise UserError(f"{run} holds an unfinished run: go on with --resume, give another --output, or delete {run}")
+    return finished
+
+
+def _changes(
+    old: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    parts: Mapping[str, str | None],
+    *,
+    ignored: tuple[str, ...],
+) -> list[str]:
+    """What differs between the recorded settings and these, in words."""
+    settings, old_parts = _as_read(settings), old[MADE_OF]
+    found = [
+        f"{name} was {old.get(name)}, is {settings[name]}"
+        for name in settings
+        if name not in ignored and old.get(name) != settings[name]
+    ]
+    for name, fingerprint in parts.items():
+        before = old_parts.get(name)
+        is_gone = name == ENCODER_WEIGHTS and fingerprint is None and old.get("weights") == settings["weights"]
+        if fingerprint != before and not is_gone:  # weights are kept in the run folder
+            order = ", or in another order" if name.endswith("shards") else ""
+            found.append(f"different {name}{order}: fingerprint {_short(before)} became {_short(fingerprint)}")
+    return found
+
+
+def _as_read(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they come back from a file: lists for tuples."""
+    return json.loads(json.dumps(settings))
+
+
+def _short(fingerprint: str | None) -> str:
+    return fingerprint[:12] if fingerprint else "none"
+
+
+@contextmanager
+def starting(run: Path, settings: Mapping[str, Any], parts: Mapping[str, str | None]) -> Iterator[None]:
+    """Make the run folder before, and write its settings after what happens within, which may still refuse the start.
+
+    Then, and where the processes do not share the folder, UserError is raised in all, and no new folder is left.
+    """
+    made = in_main(lambda: _make(run))
+    try:
+        check_shared(run)
+        with refused_together():
+            yield
+        content = json.dumps({**settings, MADE_OF: parts}, indent=1)
+        in_main(lambda: write_atomic(str(run / SETTINGS), content))
+    except BaseException:
+        if PartialState().is_main_process:
+            _unmake(made)
+        raise
+
+
+def _make(run: Path) -> list[Path]:
+    """Make the folder with its parents; returns those that were not there, the innermost first, or held no run yet."""
+    new = [folder for folder in (run, *run.parents) if not folder.exists()]
+    run.mkdir(parents=True, exist_ok=True)
+    return new or ([run] if {path.name for path in run.iterdir()} <= {OWNER} else [])
+
+
+def _unmake(made: Sequence[Path]) -> None:
+    """Take back what `_make` made: what is in the run folder, but for its owner, and folders that are empty then."""
+    for path in made[0].iterdir() if made else ():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != OWNER:
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        for folder in made:
+            folder.rmdir()
 
 
 # ---- one folder for all processes ---------------------------------------------------------------------------
@@ -216,7 +336,8 @@ def save_checkpoint(
 
     in_main(lambda: _remove(folder))
     try:
-        in_all(write)
+        with refused_together():
+            write()
         in_main(complete)
     except UserError as error:
         if accelerator.is_main_process:
@@ -259,27 +380,23 @@ def resume(run: Path, accelerator: Accelerator) -> None:
     if newest is not None:
         checkpoint = run / "checkpoints" / newest
         _wait_until_all_see(checkpoint / COMPLETE)
-        try:
-            accelerator.load_state(str(checkpoint))
-        except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(
-                f"cannot read the checkpoint {checkpoint} ({reason}): delete it to go on from the one before, and "
-                "launch with the same --mixed_precision as before"
-            ) from error
+        with refused_together():
+            _load(checkpoint, accelerator)
 
 
-def checkpoint_trained_weights(run: Path, loss_model: CaptionLoss, accelerator: Accelerator) -> None:
-    """Have checkpoints hold the weights that training changes, under names that are the same for all world sizes.
+def _load(checkpoint: Path, accelerator: Accelerator) -> None:
+    try:
+        accelerator.load_state(str(checkpoint))
+    except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"cannot read the checkpoint {checkpoint} ({reason}): delete it to go on from the one before, and "
+            "launch with the same --mixed_precision as before"
+        ) from error
 
-    A frozen encoder's are stored in the run folder once.
-    """
-    encoder = loss_model.model.encoder
 
-    def keep_encoder() -> None:
-        if is_frozen(encoder) and not kept_encoder(run):
-            tensors = {name: tensor.contiguous().cpu() for name, tensor in encoder.backbone.state_dict().items()}
-            write_atomic(str(run / ENCODER), save_tensors(tensors))
+def checkpoint_trained_weights(loss_model: CaptionLoss, accelerator: Accelerator) -> None:
+    """Have checkpoints hold the weights that training changes, under names that are the same for all world sizes."""
 
     def save(_models: list[nn.Module], states: list[dict[str, Tensor]], _folder: str) -> None:
         states[:] = [{name: tensor.contiguous() for name, tensor in _trained_weights(loss_model).items()}]
@@ -288,7 +405,6 @@ def checkpoint_trained_weights(run: Path, loss_model: CaptionLoss, accelerator: 
         models.clear()
         load_weights(Path(folder), loss_model)
 
-    in_main(keep_encoder)
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
 
@@ -314,16 +430,31 @@ def load_best(run: Path, progress: Progress, loss_model: CaptionLoss) -> None:
         load_weights(run / "checkpoints" / progress.best, loss_model)
 
 
+def keep_encoder(run: Path, encoder: Encoder, accelerator: Accelerator) -> None:
+    """Store the weights of a frozen encoder in the run folder, once: checkpoints hold none of them."""
+    if is_frozen(encoder) and accelerator.is_main_process and not kept_encoder(run):
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in encoder.backbone.state_dict().items()}
+        write_atomic(str(run / ENCODER), save_tensors(tensors))
+
+
 def kept_encoder(run: Path) -> str | None:
     """The weights of the frozen encoder that a run was started with."""
     return str(run / ENCODER) if (run / ENCODER).exists() else None
 
 
 def settle(run: Path, ledger: Ledger, split: str, *, epoch: int, planned: int) -> Ledger:
-    """What became of all ranks' samples; skipped ones are listed in the run folder. RuntimeError when some are lost."""
+    """What became of all ranks' samples; skipped ones are listed in the run folder.
+
+    Raises UserError where none of them could be used, and RuntimeError when some are lost.
+    """
     total = Ledger.of_all(gather_object([ledger]), planned=planned)
     if PartialState().is_main_process:
         append_skipped(run, total, split=split, epoch=epoch)
+    if planned and not total.decoded:
+        raise UserError(
+            f"none of the {planned:,} {split} samples of epoch {epoch} could be used ({total.skipped[0].message}): see "
+            f"{run / SKIPPED}"
+        )
     return total
 
 
@@ -335,23 +466,19 @@ def append_skipped(run: Path, ledger: Ledger, *, split: str, epoch: int) -> None
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def finish(
+def write_model(
     run: Path,
-    report: RunReport,
     loss_model: CaptionLoss,
     vocabulary: Vocabulary,
     decoding: DecodingDefaults,
-    *,
     metrics: Mapping[str, float],
+    *,
     calibration: Calibration | None,
 ) -> None:
-    """Write figures, the page and, to end the run, the model folder; delete the checkpoints, since it holds the best.
+    """Write the model folder, which ends the run, and delete the checkpoints, of which it holds what they were for.
 
-    Raises UserError where the model cannot be written; the checkpoints stay then.
+    Raises UserError where it cannot be written; the checkpoints stay then.
     """
-    write_atomic(str(run / "report.json"), json.dumps(asdict(report), indent=1))
-    write_atomic(str(run / "metrics.json"), json.dumps(dict(metrics), indent=1))
-    write_report(run)
     model, view = loss_model.model, loss_model.view
     try:
         save_bundle(

@@ -77,12 +77,33 @@ class Split:
 
 
 def read_split(folders: Sequence[str], name: str, *, remedy: str) -> Split:
-    """The split of all `folders`. Raises UserError, with `remedy`, where one of them does not hold it."""
-    if len(set(folders)) < len(folders):
-        raise UserError(f"--shards names a folder twice ({', '.join(folders)}): name each once")
+    """The split of all `folders`.
+
+    Raises UserError, with `remedy`, where one of them does not hold it, and where two hold the same shard.
+    """
     if not folders:
         raise UserError("--shards names no folder: give at least one")
-    return Split(name, tuple(folders), tuple(read_manifest(folder, name, remedy=remedy) for folder in folders))
+    split = Split(name, tuple(folders), tuple(read_manifest(folder, name, remedy=remedy) for folder in folders))
+    counts = Counter(entry.sha256 for _, entry in split.shards if entry.samples)
+    twice = [f"{folder}/{entry.name}" for folder, entry in split.shards if counts[entry.sha256] > 1]
+    if twice:
+        raise UserError(f"--shards names the same shards twice ({', '.join(twice[:4])}): name each folder once")
+    return split
+
+
+def check_filled(split: Split) -> None:
+    """Raise UserError for a split without samples: nothing could be done with it."""
+    if not split.num_samples:
+        raise UserError(
+            f"the {split.name} split in {split.folders[0]} holds no samples: see its {split.name}.failures.jsonl, or "
+            "give another --split"
+        )
+
+
+def read_data(folders: Sequence[str], *, remedy: str) -> tuple[Split, Split | None, Vocabulary]:
+    """The train and val splits of all folders, and their vocabulary. Raises UserError."""
+    train, val = read_split(folders, "train", remedy=remedy), read_validation(folders, remedy=remedy)
+    return train, val, read_merged_vocabulary(folders, remedy=remedy)
 
 
 def read_validation(folders: Sequence[str], *, remedy: str) -> Split | None:

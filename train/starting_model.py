@@ -8,17 +8,56 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from captioner.bundle import Bundle
+from captioner.bundle import Bundle, load_bundle
 from captioner.cli import UserError
-from captioner.encoders import check_crop, load_encoder_weights, preprocessing
+from captioner.encoders import Encoder, check_crop, load_encoder_weights, preprocessing
 from captioner.model import CaptionModel, ModelConfig
 from captioner.views import ViewSpec
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
-from train.peers import in_main_of_each_machine_first
-from train.settings import TrainSettings
+from train.settings import NEW_MODEL, TrainSettings
 from train.split import Split, check_fits, read_view
+from train.uneven import refused_together
+
+
+def choose_model(
+    settings: TrainSettings, words: Vocabulary, *, splits: Sequence[Split | None]
+) -> tuple[TrainSettings, Bundle | None, Vocabulary, ViewSpec]:
+    """The settings with all that describes the model filled in, the initial model, the words, and how it sees pictures.
+
+    Raises UserError where flags, initial model and shards do not fit together.
+    """
+    initial = load_bundle(settings.init) if settings.init else None
+    settings = complete(settings, initial)
+    vocabulary = initial.vocabulary.extended(words) if initial else words
+    encoder = settings.model_config(len(vocabulary)).encoder
+    view = choose_view(splits, encoder=encoder, crop=settings.crop, initial=initial)
+    return replace(settings, crop=view.crop), initial, vocabulary, view
+
+
+def complete(settings: TrainSettings, initial: Bundle | None) -> TrainSettings:
+    """The settings with what describes the model filled in where no flag gives it: as the initial model, or NEW_MODEL.
+
+    The weights of an initial model stay None. Raises UserError for a flag that asks for another model than that.
+    """
+    if initial is None:
+        own = NEW_MODEL
+    else:
+        own = {name: getattr(initial.model.config, name) for name in NEW_MODEL if name != "weights"}
+        _check_asked(settings, own)
+    return replace(settings, **{name: value for name, value in own.items() if getattr(settings, name) is None})
+
+
+def _check_asked(settings: TrainSettings, own: Mapping[str, object]) -> None:
+    """Raise UserError for a flag that an initial model with these figures of its `own` does not fit."""
+    for name, value in own.items():
+        asked, flag = getattr(settings, name), f"--{name.replace('_', '-')}"
+        if asked not in (None, value):
+            raise UserError(f"{flag} is {asked}, but the model of --init has {value}: leave out {flag} or --init")
+    if settings.weights == "none":
+        raise UserError("--weights none is a random encoder, and --init brings a trained one: leave out one of them")
 
 
 def choose_view(splits: Sequence[Split | None], *, encoder: str, crop: int | None, initial: Bundle | None) -> ViewSpec:
@@ -40,45 +79,60 @@ def make_model(
     vocabulary: Vocabulary,
     initial: Bundle | None,
     *,
-    weights: str,
+    weights: str | None,
     trainable: bool,
+    crop: int,
     compiled: bool,
+    accelerator: Accelerator,
 ) -> CaptionModel:
-    """A model that is the initial one with new words, or new behind an encoder with `weights`.
+    """A model that is the initial one with new words, or new; None for `weights` is what the initial encoder has.
 
-    One process of a machine downloads these for all. Raises UserError.
+    All processes must call it; one of a machine downloads the weights for all. Raises UserError, also where the
+    encoder cannot see pictures of `crop` pixels.
     """
-    if initial is None:
-        model = _new_model(config, weights=weights, trainable=trainable)
-    else:
-        model = _grown_model(config, vocabulary, initial, trainable=trainable)
-        if weights != "default":  # others are asked for, or a resumed run has kept its own
-            load_encoder_weights(model.encoder, name=model.config.encoder, weights=weights)
+    with refused_together():
+        if initial is not None:
+            model = _grown_model(config, vocabulary, initial, trainable=trainable)
+        else:
+            model = _new_model(config, weights=weights, trainable=trainable)
+    for goes_first in (True, False):
+        with refused_together():
+            if weights is not None and goes_first == accelerator.is_local_main_process:
+                load_encoder_weights(model.encoder, name=config.encoder, weights=weights)
+    with refused_together():
+        _check_sees(model.encoder, name=config.encoder, crop=crop)
     if compiled:
         model.encoder.backbone.compile()  # in place: its weights keep their names
     return model
 
 
-def _new_model(config: ModelConfig, *, weights: str, trainable: bool) -> CaptionModel:
+def _new_model(config: ModelConfig, *, weights: str | None, trainable: bool) -> CaptionModel:
     if weights == "none" and not trainable:
         raise UserError(
             "--weights none leaves the frozen encoder random: add --finetune-encoder-from-step 0, or give weights"
         )
-    model = CaptionModel(config, encoder_trainable=trainable)
-    in_main_of_each_machine_first(lambda: load_encoder_weights(model.encoder, name=config.encoder, weights=weights))
-    return model
+    return CaptionModel(config, encoder_trainable=trainable)
 
 
 def _grown_model(config: ModelConfig, vocabulary: Vocabulary, initial: Bundle, *, trainable: bool) -> CaptionModel:
-    for name in ("encoder", "embedding_size", "hidden_size", "image_input"):
-        wanted, own = getattr(config, name), getattr(initial.model.config, name)
-        if wanted not in (own, getattr(TrainSettings, name)):
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is {wanted}, but the model of --init has {own}: leave out --{flag} or --init")
     model = start_from(initial, vocabulary=vocabulary, encoder_trainable=trainable)
     model.config = replace(model.config, input_dropout=config.input_dropout, dropout=config.dropout)
     model.drop_input.p, model.drop.p = config.input_dropout, config.dropout
     return model
+
+
+@torch.no_grad()
+def _check_sees(encoder: Encoder, *, name: str, crop: int) -> None:
+    """Raise UserError where nothing is left of a picture of `crop` pixels behind the encoder's strides."""
+    was_training = encoder.training
+    try:
+        encoder.eval()(torch.zeros(1, 3, crop, crop))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"encoder {name} cannot see pictures of {crop} pixels ({reason}): give a larger --crop"
+        ) from error
+    encoder.train(was_training)
 
 
 def start_from(bundle: Bundle, *, vocabulary: Vocabulary, encoder_trainable: bool) -> CaptionModel:

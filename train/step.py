@@ -5,6 +5,7 @@ Shapes: B images, M target tokens, H hidden width, V vocabulary.
 
 import hashlib
 import math
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from captioner.views import ViewSpec, normalise
 from train.batch_norm import counting_rows, synchronise_batch_norm
 from train.loss import linear_cross_entropy
 from train.schedule import is_frozen, let_encoder_learn
-from train.stream import Batch
+from train.stream import PINNED_FOR, Batch
 
 MAX_GRADIENT_NORM = 5.0
 
@@ -42,11 +43,12 @@ class StepLoss:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean cross-entropy; infinite where that is beyond a float."""
-        return math.exp(self.per_token) if self.per_token < 700 else math.inf
+        """exp of the mean cross-entropy, at most the greatest number a float holds, so that JSON can hold it too."""
+        return math.exp(self.per_token) if self.per_token < 700 else sys.float_info.max
 
     def __str__(self) -> str:
-        return f"loss {self.per_token:.3f}, perplexity {self.perplexity:.2f}"
+        perplexity = f"{self.perplexity:.2f}" if self.perplexity < 1e6 else f"{self.perplexity:.1e}"
+        return f"loss {self.per_token:.3f}, perplexity {perplexity}"
 
 
 class CaptionLoss(nn.Module):
@@ -115,13 +117,28 @@ def with_guesses(model: CaptionModel, image_BE: Tensor, captions: PackedCaptions
     replaced = (torch.rand(num_inputs - first) < share).nonzero()[:, 0]
     if not len(replaced):
         return captions
-    before = before_M[replaced].to(image_BE.device, non_blocking=True)
+    before, after = (_to_device(rows, image_BE.device) for rows in (before_M[replaced], replaced + first))
     logits_RV = model.predict(model.hidden(image_BE, captions)[before]).float()
     # The greatest of logits with Gumbel noise is a draw from their softmax; `multinomial` would wait, and refuse NaN.
     guesses_R = (logits_RV - torch.empty_like(logits_RV).exponential_().log_()).argmax(dim=1)
     inputs_M = captions.inputs_M.clone()
-    inputs_M[(replaced + first).to(image_BE.device, non_blocking=True)] = guesses_R
+    inputs_M[after] = guesses_R
     return replace(captions, inputs_M=inputs_M)
+
+
+def _to_device(rows: Tensor, device: torch.device) -> Tensor:
+    """Rows' numbers on `device`, on a GPU without waiting for what it was given before."""
+    return rows.pin_memory().to(device, non_blocking=True) if device.type in PINNED_FOR else rows.to(device)
+
+
+def distribute(loss_model: CaptionLoss, optimizer: Optimizer, accelerator: Accelerator) -> tuple[nn.Module, Optimizer]:
+    """What `train_step` wants of both: all ranks start with rank 0's weights, and average their gradients.
+
+    Buffers are copied to the other ranks once and not, as by default, in each forward: batch norm keeps them equal.
+    """
+    wrapped, optimizer = accelerator.prepare(loss_model, optimizer)
+    wrapped.broadcast_buffers = False
+    return wrapped, optimizer
 
 
 def train_step(

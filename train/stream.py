@@ -11,8 +11,9 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -29,12 +30,14 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from captioner import images, storage, views
 from captioner.cli import UserError
+from captioner.decoder_output import own_stderr
 from captioner.model import PackedCaptions
 from captioner.shards import read_content
+from captioner.splitmix import random_bits
 from captioner.vocabulary import Vocabulary
 from train.cache import RESTORE, Prefetcher, ShardCache
 from train.features import ROW_DTYPE, FeatureFiles, FeatureReader
-from train.plan import SAMPLE_CHANCE, EpochPlan, SampleRef, random_bits, rank_positions
+from train.plan import SAMPLE_CHANCE, EpochPlan, SampleRef, rank_positions
 from train.reader import Reason, SampleError, ShardReader
 from train.ring import Ring, Slot
 from train.split import Split
@@ -44,6 +47,7 @@ SHOWN = 5
 FOLLOW_SECONDS = 0.2  # a worker ends so soon after training
 MAX_OPEN_FILES = 800  # of a process, half of them features; systems allow 1,024
 FETCHED_SHARDS = 8  # that a process lets wait in the cache before they are needed
+PINNED_FOR = ("cuda", "xpu")  # types of devices that copy from page-locked memory while the process goes on
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +88,12 @@ class Batch:
         return len(self.captions.targets_M) if self.positions else 0
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch with its tensors on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """The batch with its tensors on `device`; from page-locked memory it returns before they are there.
+
+        Other memory might be reused before it is copied, so that copy is waited for.
+        """
+        may_pin = device.type in PINNED_FOR  # `is_pinned` would load CUDA for a run on the CPU
+        return self._map(lambda tensor: tensor.to(device, non_blocking=may_pin and tensor.is_pinned()))
 
     def pin_memory(self) -> "Batch":
         """The batch with its tensors in page-locked memory."""
@@ -221,6 +229,8 @@ class MakeBatches:
 
     def __call__(self, batches: Iterable[list[SampleRef]]) -> Iterator[Batch | UserError]:
         with ExitStack() as stack:
+            if get_worker_info() is not None:  # a process of its own, in which one thread decodes
+                stack.enter_context(own_stderr())
             prefetcher = None
             if self.cache is not None:
                 ahead = (self.split.shards[shard] for shard in self.source.shards())
@@ -402,7 +412,8 @@ class BatchStream(DataLoader[Batch]):
 
     `ledger` counts them. Shards behind URLs are read through `cache`. With `features` the pictures stay unread. Up to
     `tolerate` samples that cannot be used are left out and counted; one more, the first for 0, is a UserError that
-    names it. It shares the samples out by itself: Accelerate must not.
+    names it. Batches for a `device` that is a GPU come in page-locked memory. It shares the samples out by itself:
+    Accelerate must not.
     """
 
     def __init__(
@@ -418,8 +429,10 @@ class BatchStream(DataLoader[Batch]):
         cache: ShardCache | None = None,
         tolerate: int = 0,
         features: FeatureFiles | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.ledger = Ledger()
+        self._pinned = device is not None and device.type in PINNED_FOR
         self._plan, self._share, self._first_part, self._tolerate = plan, share, first_part, tolerate
         row: tuple[tuple[int, ...], np.dtype] = ((rules.crop, rules.crop, 3), np.dtype(np.uint8))
         if features is not None:
@@ -460,6 +473,11 @@ class BatchStream(DataLoader[Batch]):
         return max(0, self._share.num_parts(self._plan.num_samples) - self._first_part)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        if not self._pinned:
+            return self._batches()
+        return pinned_ahead(self._batches(), partial(pin_batch, device_index=torch.accelerator.current_device_index()))
+
+    def _batches(self) -> Iterator[Batch]:
         part, self._over.value = self._first_part, False
         end_workers = partial(setattr, self._over, "value", True)
         items = super().__iter__()
@@ -468,17 +486,18 @@ class BatchStream(DataLoader[Batch]):
             for item in items:
                 if isinstance(item, UserError):
                     raise item
-                batch = item
-                if isinstance(batch.inputs, Slot):
-                    batch = replace(batch, inputs=self._ring.tensor(batch.inputs))
-                self._count(batch, part)
+                yield self._received(item, part)
                 part += 1
-                yield batch.pin_memory() if torch.cuda.is_available() else batch
         finally:
             end_workers()
             atexit.unregister(end_workers)
         if part < self._first_part + len(self):
             raise RuntimeError(f"the loader ended before part {part} of the epoch")
+
+    def _received(self, batch: Batch, part: int) -> Batch:
+        """A batch as it left a worker, counted, with the tensor that its slot of the ring stands for."""
+        self._count(batch, part)
+        return replace(batch, inputs=self._ring.tensor(batch.inputs)) if isinstance(batch.inputs, Slot) else batch
 
     def _count(self, batch: Batch, part: int) -> None:
         self.ledger.count(batch, self._share.positions(part, num_samples=self._plan.num_samples), part=part)
@@ -487,6 +506,37 @@ class BatchStream(DataLoader[Batch]):
                 f"{len(self.ledger.skipped)} samples cannot be used, more than --tolerate-bad-samples "
                 f"{self._tolerate}; the last: {self.ledger.skipped[-1].message}"
             )
+
+
+def pinned_ahead(batches: Iterable[Batch], pin: Callable[[Batch], Batch]) -> Iterator[Batch]:
+    """The batches as `pin` copies them, in order, each copied by a thread while the one before it is trained on.
+
+    A batch's buffer is free as soon as it is copied. What `batches` or `pin` raises comes after the batches before it.
+    The thread ends with the iterator.
+    """
+    copies: deque[Future[Batch]] = deque()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="pin") as thread:
+        for copy in _submit_each(batches, partial(thread.submit, pin)):
+            copies.append(copy)
+            if len(copies) > 1:
+                yield copies.popleft().result()
+        while copies:
+            yield copies.popleft().result()
+
+
+def _submit_each(batches: Iterable[Batch], submit: Callable[[Batch], Future[Batch]]) -> Iterator[Future[Batch]]:
+    try:
+        yield from map(submit, batches)
+    except Exception as error:  # it waits for the batches before it
+        failed: Future[Batch] = Future()
+        failed.set_exception(error)
+        yield failed
+
+
+def pin_batch(batch: Batch, *, device_index: int) -> Batch:
+    """The batch in page-locked memory."""
+    torch.accelerator.set_device_index(device_index)  # a thread starts on device 0
+    return batch.pin_memory()
 
 
 def follow_training(training: int, over: Any, _worker: int) -> None:

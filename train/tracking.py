@@ -52,10 +52,10 @@ class Tracker:
         self._quiet = quiet
         if quiet:
             return
+        self._wandb = _start_wandb(run, wandb_project, settings) if wandb_project else None  # or nothing is changed
         for name in (HISTORY, SAMPLES):
             _forget(run / name, after_step=first_step)
         self._run = run
-        self._wandb = _start_wandb(run, wandb_project, settings) if wandb_project else None
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)  # it purges this step too
         self._pictures_saved = False
 
@@ -132,7 +132,7 @@ def _append(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row) + "\n"
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------
@@ -172,23 +172,32 @@ def _wrap(caption: str, font: Any, *, width: int) -> list[str]:
 # ---- Weights & Biases -----------------------------------------------------------------------------------------
 
 
-def _start_wandb(run: Path, project: str, settings: Mapping[str, Any]) -> Any:
-    """The run there, the same one when this run resumes. Raises UserError when it does not start."""
+def check_wandb(project: str | None) -> None:
+    """Raise UserError where a project is asked for and Weights & Biases is not installed."""
+    if project is None:
+        return
     try:
-        import wandb  # type: ignore[missing-import]
+        import wandb  # type: ignore[missing-import]  # noqa: F401
     except ImportError as error:
         raise UserError(
             f"--wandb {project} needs Weights & Biases, which is not installed: pip install wandb"
         ) from error
+
+
+def _start_wandb(run: Path, project: str, settings: Mapping[str, Any]) -> Any:
+    """The run there, the same one when this run resumes. Raises UserError when it does not start."""
+    check_wandb(project)
+    import wandb  # type: ignore[missing-import]
+
     path = run / WANDB_ID
-    if not path.exists():
-        write_atomic(str(path), uuid4().hex)
+    run_id = path.read_text() if path.exists() else uuid4().hex
     try:
-        return wandb.init(
-            project=project, dir=str(run), id=path.read_text(), name=run.resolve().name, resume="allow",
-            config=dict(settings),
-        )  # fmt: skip
+        started = wandb.init(
+            project=project, dir=str(run), id=run_id, name=run.resolve().name, resume="allow", config=dict(settings)
+        )
     except wandb.Error as error:
         raise UserError(
             f"Weights & Biases did not start ({error}): run wandb login, set WANDB_MODE=offline, or leave out --wandb"
         ) from error
+    write_atomic(str(path), run_id)
+    return started

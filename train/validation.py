@@ -1,6 +1,7 @@
 """The validation split: its loss, generated captions, and how they score; exact on any number of processes."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -19,10 +20,10 @@ from captioner.metrics import References
 from captioner.storage import read_bytes, write_atomic
 from captioner.vocabulary import Vocabulary
 from train.calibrate import calibrate
-from train.peers import in_main
 from train.split import Split
 from train.step import CaptionLoss, StepLoss
 from train.stream import Batch, BatchStream, Ledger, Share
+from train.uneven import in_main
 
 NUM_SAMPLES = 8  # pictures whose captions are shown as they change
 
@@ -49,11 +50,13 @@ def evaluate_split(
 ) -> tuple[StepLoss, list[ValidationCaption]]:
     """The split's loss, and a caption for each of its images in the split's order, the same on every rank.
 
-    Each picture is decoded and encoded once for both.
+    Each picture is decoded and encoded once for both. The captions are generated in float32 as they are outside of
+    training, whatever the precision of training: their scores are what confidence is calibrated on. Raises UserError
+    for a loss that is not a number.
     """
     model, was_training = loss_model.model, loss_model.training
     loss_model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    loss_sum, num_targets = 0.0, 0
     rows: list[ValidationCaption] = []
     for batch in batches:
         if not batch.num_samples:
@@ -62,8 +65,8 @@ def evaluate_split(
         with accelerator.autocast():
             features_BF = loss_model.features(on_device.inputs)
             _, cross_entropy = loss_model(features_BF, on_device.captions)
-            captions = decode(model, model.encode(features_BF), **asdict(decoding))
-        total += torch.stack((cross_entropy.double(), torch.tensor(float(batch.num_targets), device=total.device)))
+        captions = decode(model, model.encode(features_BF.float()), **asdict(decoding))
+        loss_sum, num_targets = loss_sum + float(cross_entropy), num_targets + batch.num_targets
         columns = zip(batch.positions, batch.image_ids, batch.references, captions, strict=True)
         rows += [
             ValidationCaption(
@@ -76,8 +79,14 @@ def evaluate_split(
             for position, image_id, refs, caption in columns
         ]
     loss_model.train(was_training)
-    loss_sum, num_targets = accelerator.reduce(total, reduction="sum").tolist()
-    return StepLoss(loss_sum, int(num_targets)), sorted(gather_object(rows), key=lambda row: row.position)
+    loss_sums, nums_targets = zip(*gather_object([(loss_sum, num_targets)]), strict=True)
+    loss = StepLoss(sum(loss_sums), sum(nums_targets))
+    if not math.isfinite(loss.loss_sum):
+        raise UserError(
+            f"the loss of the evaluated split is {loss.loss_sum}: this model is of no use, train one again with a "
+            "smaller learning rate"
+        )
+    return loss, sorted(gather_object(rows), key=lambda row: row.position)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,6 +146,8 @@ class Evaluator:
             decoding=self._decoding,
             accelerator=self._accelerator,
         )
+        if not rows:
+            raise UserError(f"none of the {self.num_images:,} {self._split.name} samples can be used: {batches.ledger}")
         metrics = {"validation_loss": loss.per_token, "validation_perplexity": loss.perplexity, **self._score(rows)}
         return Evaluation(captions=rows, metrics=metrics, ledger=batches.ledger, seconds=time.monotonic() - started)
 
@@ -195,4 +206,4 @@ def read_captions(path: Path) -> list[ValidationCaption]:
 def write_captions(path: Path, rows: list[ValidationCaption]) -> None:
     """Write the captions as JSONL: `image_id`, `caption`, `score`, `references`."""
     fields = [{name: value for name, value in asdict(row).items() if name != "position"} for row in rows]
-    write_atomic(str(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in fields))
+    write_atomic(str(path), "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in fields))

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils import reduce as sum_over_ranks
 
 from captioner.cli import UserError
@@ -17,39 +17,33 @@ LOOK_SECONDS = 1.0  # far below any timeout of the process group
 Outcome = TypeVar("Outcome")
 
 
-def in_all(action: Callable[[], Outcome]) -> list[Outcome]:
-    """What `action` returns in each process, by rank, in all of them; all must call it, and it may take unequal time.
+@contextmanager
+def refused_together() -> Iterator[None]:
+    """Within, what one process refuses is refused by all, with its words: otherwise they would wait for it.
 
-    It must not use the process group. A UserError or OSError that it raises in one process is raised in all.
+    All processes must enter, each may take its time, and within none may wait for another. Raises the UserError or
+    OSError of this process, and UserError for that of another one.
     """
+    failure = None
     with waiting_for_all():
-        outcome = _attempt(action)
-    outcomes = gather_object([outcome])
-    for _, error in outcomes:
-        if error is not None:
-            raise error
-    return [value for value, _ in outcomes]
+        try:
+            yield
+        except (UserError, OSError) as error:
+            failure = error
+    failures = [text for text in gather_object([str(failure) if failure else None]) if text]
+    if failure:
+        raise failure
+    if failures:
+        raise UserError(failures[0])
 
 
 def in_main(action: Callable[[], Outcome]) -> Outcome:
-    """What the main process's `action` returns, or the error that it raises, in all processes."""
-    is_main = PartialState().is_main_process
-    found: Any = in_all(lambda: action() if is_main else None)
-    return found[0]
-
-
-def in_main_of_each_machine_first(action: Callable[[], None]) -> None:
-    """Run `action` in all processes: first in one of each machine, for the others to find what it leaves there."""
-    is_first = PartialState().is_local_main_process
-    in_all(lambda: action() if is_first else None)
-    in_all(lambda: None if is_first else action())
-
-
-def _attempt(action: Callable[[], Outcome]) -> tuple[Outcome | None, Exception | None]:
-    try:
-        return action(), None
-    except (UserError, OSError) as error:
-        return None, error
+    """What the main process's `action` returns, in all processes; its UserError or OSError is raised in all."""
+    found: list[Any] = [None]
+    with refused_together():
+        if PartialState().is_main_process:
+            found = [action()]
+    return broadcast_object_list(found)[0]
 
 
 @contextmanager

@@ -1,0 +1,134 @@
+"""The step loop of training against encoder and decoder on a batch that lies on the device, in turns, in one process.
+
+    python benchmarks/gpu_speed.py pack FOLDER NUM_SAMPLES ENCODER
+    python benchmarks/gpu_speed.py measure FOLDER '{"encoder": "resnet152", "batch": 128, ...}'
+
+`pack` makes shards of pictures of 256 pixels that compress like photos, with five captions each and a vocabulary of
+COCO's size, and a file of random weights. `measure` prints one line of JSON. The loop is train/epoch.py's own, with
+loader processes, curves and readings of the loss; its first and its last readings, each of ten steps, do not count, and
+each ends when the device has done all that it was told.
+"""
+
+import gc
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.models import get_model
+
+import training
+from measure import Cost, take_turns
+from photos import draw_photos
+from train.epoch import LOG_STEPS, train_epoch
+from train.launch import Preemption
+from train.settings import TrainSettings
+from train.step import train_step
+from train.stream import Batch, StreamState
+from train.tracking import HISTORY, Tracker, read_rows
+from training import CAPTIONS_A_PICTURE, Job, Trainer, num_captions_of, time_all
+
+WEIGHTS = "weights.pth"
+NUM_PHOTOS = 24
+SETTLED_READINGS = slice(1, -1)
+WARM_UP_STEPS = 5
+
+
+def pack(folder: Path, num_samples: int, encoder: str) -> None:
+    """Shards in `folder`/shards, and the random weights of an encoder."""
+    photos = draw_photos(folder / "photos", count=min(NUM_PHOTOS, num_samples))
+    training.pack(photos, None, folder, num_samples=num_samples)
+    torch.manual_seed(0)
+    torch.save(get_model(encoder, weights=None).state_dict(), folder / WEIGHTS)
+
+
+def measure(folder: Path, options: Mapping[str, Any]) -> dict[str, float]:
+    """Images/s of the loop and of its parts, each the median of the rounds, and their ratio's."""
+    torch.set_float32_matmul_precision("high")  # as the training command has it
+    job = Job(
+        folder=folder, encoder=options["encoder"], batch=options["batch"], workers=options["workers"],
+        precision=options["precision"], on_cpu=options["device"] == "cpu",
+    )  # fmt: skip
+    trainer = Trainer(job)
+    batch = trainer.batch_of(job.batch, None)
+    features = with_features(trainer, batch)
+    for _ in range(WARM_UP_STEPS if torch.cuda.is_available() else 1):
+        trainer.step(batch)
+        trainer.step(features)
+    readings: list[list[dict[str, Any]]] = []
+    times = options["times"]
+    contenders = {
+        "encoder": lambda _number: time_all(lambda: repeat(trainer.encode, batch, times=times)),
+        "decoder": lambda _number: time_all(lambda: repeat(trainer.step, features, times=times)),
+        "loop": lambda number: run_loop(trainer, number, readings),
+    }
+    costs = take_turns(contenders, rounds=options["rounds"])
+    wall_ms = {name: [cost.wall_ms for cost in turns if cost] for name, turns in costs.items()}
+    parts_ms = [encoder + decoder for encoder, decoder in zip(wall_ms["encoder"], wall_ms["decoder"], strict=True)]
+    ratios = [parts / loop for parts, loop in zip(parts_ms, wall_ms["loop"], strict=True)]
+    rows = [row for own in readings for row in own]
+    return {
+        "images_a_second": 1000 / statistics.median(wall_ms["loop"]) / CAPTIONS_A_PICTURE,
+        "captions_a_second": 1000 / statistics.median(wall_ms["loop"]),
+        "parts_images_a_second": 1000 / statistics.median(parts_ms) / CAPTIONS_A_PICTURE,
+        "ratio": statistics.median(ratios),
+        "waiting_share": statistics.fmean(row["train/waiting_share"] for row in rows),
+        "peak_gigabytes": max(row.get("train/gpu_gigabytes", 0.0) for row in rows),
+    }
+
+
+def with_features(trainer: Trainer, batch: Batch) -> Batch:
+    """The batch with the encoder's features in its pictures' place: what is left to do is the decoder's."""
+    from dataclasses import replace
+
+    with torch.no_grad(), trainer.accelerator.autocast():
+        features_BF = trainer.loss_model.features(batch.inputs)
+    return replace(batch, inputs=features_BF.float())
+
+
+def repeat(action: Any, batch: Batch, *, times: int) -> int:
+    """Do it so many times; returns the captions that this was."""
+    for _ in range(times):
+        action(batch)
+    return times * num_captions_of(batch)
+
+
+def run_loop(trainer: Trainer, number: int, readings: list[list[dict[str, Any]]]) -> Cost:
+    """An epoch of the training command's loop; what its settled readings took. They are added to `readings`."""
+    gc.collect()
+    split, accelerator = trainer.split, trainer.accelerator
+    state = StreamState.start(split, seed=0, global_batch=trainer.batch, shuffle_shards=TrainSettings().shuffle_shards)
+    state.epoch = number
+    take_step = partial(
+        train_step, trainer.wrapped, optimizer=trainer.optimizer, schedule=trainer.schedule, accelerator=accelerator
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        tracker = Tracker(Path(folder), first_step=0, settings={})
+        train_epoch(
+            trainer.epoch(number, None), take_step, state=state, num_samples=split.num_samples, num_epochs=number + 1,
+            global_batch=trainer.batch, accumulation_steps=1, checkpoint_steps=sys.maxsize, schedule=trainer.schedule,
+            save=lambda: None, tracker=tracker, stop=Preemption(), accelerator=accelerator,
+        )  # fmt: skip
+        tracker.close()
+        rows = settled(read_rows(Path(folder) / HISTORY))
+    readings.append(rows)
+    seconds = [LOG_STEPS * trainer.batch / row["train/images_per_second"] for row in rows]
+    return Cost(items=LOG_STEPS * trainer.batch * CAPTIONS_A_PICTURE * len(rows), wall_seconds=sum(seconds))
+
+
+def settled(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The readings between the first and the last; all where there are not so many."""
+    return list(rows[SETTLED_READINGS] or rows)
+
+
+if __name__ == "__main__":
+    command, folder, *more = sys.argv[1:]
+    if command == "pack":
+        pack(Path(folder), int(more[0]), more[1])
+    else:
+        print(json.dumps(measure(Path(folder), json.loads(more[0]))))

@@ -1,0 +1,138 @@
+"""Files without the metadata that decide nothing about their pixels, so that damage in it costs no picture.
+
+Every function returns a file of the same length with the same pixels at the same offsets. What tells the orientation
+stays, unless it is damaged itself.
+"""
+
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Literal
+
+PNG_START = b"\x89PNG\r\n\x1a\n"
+MAY_HOLD_PNG = (PNG_START, b"\0\0\1\0", b"\0\0\2\0", b"icns")  # icons and cursors as well
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+MAX_TEXT_BYTES = 1 << 20  # of a compressed text in a PNG; Pillow refuses the picture where there are more
+
+_AVIF_EXIF = re.compile(rb"(infe(?:\x02.{7}|\x03.{9}))Exif", re.DOTALL)  # an entry of the list of what the file holds
+_NOTHING = b"skIp"  # an ancillary, private chunk that no reader knows
+_ORIENTATION_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+_COMMENT = 0xFE
+_SHORTEST_JPEG_SEGMENTS = {0xE0: 14, 0xEE: 12}  # JFIF and Adobe, which decide colours; libjpeg ignores shorter ones
+_ORIENTATION, _XMP = 274, 700
+# fmt: off
+_PIXEL_TAGS = frozenset((
+    256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 332, 334, 338, 339,
+    347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532, 32997, 32998, 50674,
+))
+# fmt: on
+"""Baseline, extension and JPEG tags that say what the bytes of the pixels mean."""
+
+
+def without_metadata(data: bytes) -> bytes:
+    """The file without metadata; `data` itself where its format is none that has any known here."""
+    if data.startswith(MAY_HOLD_PNG):
+        return _bare_png(data)
+    if data.startswith(TIFF_STARTS):
+        return _bare_tiff(data)
+    if data.startswith(b"\xff\xd8"):
+        return _bare_jpeg(data)
+    return _AVIF_EXIF.sub(rb"\1" + _NOTHING, data) if data[4:8] == b"ftyp" else data
+
+
+# ---- PNG --------------------------------------------------------------------------------------------------
+
+
+def _bare_png(data: bytes) -> bytes:
+    bare = bytearray(data)
+    for start in re.finditer(re.escape(PNG_START), data):
+        for place, kind, content in _png_chunks(data, start.end()):
+            is_ancillary = bool(kind[0] & 0x20)
+            if not is_ancillary or kind == b"tRNS" or (_may_orient(kind, content) and _is_whole(data, place, content)):
+                continue
+            bare[place + 4 : place + 8] = _NOTHING
+            end = place + 8 + len(content)
+            bare[end : end + 4] = struct.pack(">I", zlib.crc32(_NOTHING + content))
+    return bytes(bare)
+
+
+def _png_chunks(data: bytes, place: int) -> Iterator[tuple[int, bytes, bytes]]:
+    """The offset, kind and content of each chunk that is there in full, up to the last one."""
+    kind = b""
+    while kind != b"IEND" and place + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        if place + 12 + length > len(data) or not kind.isalpha():
+            return
+        yield place, kind, b"" if kind == b"IDAT" else data[place + 8 : place + 8 + length]
+        place += 12 + length
+
+
+def _may_orient(kind: bytes, content: bytes) -> bool:
+    """Whether the orientation is read from the chunk, and its text is not too long to be read."""
+    if kind not in (b"iTXt", b"tEXt", b"zTXt"):
+        return kind == b"eXIf"
+    keyword = next((text for text in _ORIENTATION_TEXTS if content.startswith(text)), None)
+    if keyword is None:
+        return False
+    inflate = zlib.decompressobj()
+    try:
+        inflate.decompress(content[len(keyword) :].lstrip(b"\0\1"), MAX_TEXT_BYTES)
+    except zlib.error:  # it is not compressed
+        return len(content) <= MAX_TEXT_BYTES
+    return not inflate.unconsumed_tail
+
+
+def _is_whole(data: bytes, place: int, content: bytes) -> bool:
+    end = place + 8 + len(content)
+    return zlib.crc32(data[place + 4 : end]) == int.from_bytes(data[end : end + 4])
+
+
+# ---- JPEG -------------------------------------------------------------------------------------------------
+
+
+def _bare_jpeg(data: bytes) -> bytes:
+    """Application segments become comments, but for EXIF, XMP, and those that decide colours."""
+    bare = bytearray(data)
+    place = 2
+    while place + 4 <= len(data) and data[place] == 0xFF and data[place + 1] != 0xDA:
+        kind, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4])
+        if kind == 0xFF:  # a fill byte
+            place += 1
+            continue
+        if 0xE0 <= kind <= 0xEF and kind != 0xE1 and length - 2 < _SHORTEST_JPEG_SEGMENTS.get(kind, 1 << 16):
+            bare[place + 1] = _COMMENT
+        place += 2 + length
+    return bytes(bare)
+
+
+# ---- TIFF -------------------------------------------------------------------------------------------------
+
+
+def _bare_tiff(data: bytes) -> bytes:
+    """Only the first directory, which is all that is read, without the entries of other tags."""
+    order: Literal["little", "big"] = "little" if data.startswith(b"I") else "big"
+    is_big = data[2:4] in (b"+\0", b"\0+")
+    count_bytes, entry_bytes, offset_bytes = (8, 20, 8) if is_big else (2, 12, 4)
+
+    def read(place: int, num_bytes: int) -> int:
+        return int.from_bytes(data[place : place + num_bytes], order)
+
+    def decides_pixels(place: int) -> bool:
+        tag, kind, count = read(place, 2), read(place + 2, 2), read(place + 4, offset_bytes)
+        if tag == _ORIENTATION:
+            return (kind, count) == (3, 1)
+        if tag == _XMP:
+            start = read(place + 4 + offset_bytes, offset_bytes)
+            return kind in (1, 7) and count > offset_bytes and start + count <= len(data)
+        return tag in _PIXEL_TAGS
+
+    directory = read(offset_bytes, offset_bytes)
+    first = directory + count_bytes
+    end = first + read(directory, count_bytes) * entry_bytes
+    if end > len(data):
+        return data
+    kept = [data[place : place + entry_bytes] for place in range(first, end, entry_bytes) if decides_pixels(place)]
+    entries = b"".join(kept) + bytes(offset_bytes)  # and no next directory
+    bare = data[:directory] + len(kept).to_bytes(count_bytes, order) + entries
+    return (bare + data[len(bare) :])[: len(data)]

@@ -1,0 +1,24 @@
+"""How long the other processes of a job may be silent, and how a process ends that can be started again."""
+
+import os
+from datetime import timedelta
+
+from captioner.cli import UserError
+
+EXIT_PREEMPTED = 75  # "try again later" (EX_TEMPFAIL of sysexits.h)
+# A machine that lost its power says nothing. A process that is alive is silent for as long as its loader is patient
+# with a server (5 minutes, train/cache.py); train/uneven.py has work that takes one longer than the others.
+PEER_SECONDS = 600.0
+PEER_VARIABLE = "CAPTIONER_PEER_TIMEOUT_SECONDS"
+
+
+def peer_timeout() -> timedelta:
+    """How long another process may be silent. Raises UserError where the environment gives no such time."""
+    text = os.environ.get(PEER_VARIABLE, str(PEER_SECONDS))
+    try:
+        found = timedelta(seconds=float(text))
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{PEER_VARIABLE} is {text!r}: give a number of seconds") from error
+    if found <= timedelta(0):
+        raise UserError(f"{PEER_VARIABLE} is {text!r}: give a number of seconds above 0")
+    return found

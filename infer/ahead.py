@@ -1,0 +1,72 @@
+"""A listing that runs ahead of captioning, so that the number of files is known long before its end.
+
+What is not captioned yet waits in a temporary file: memory stays flat, and nothing is listed twice.
+"""
+
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import mkstemp
+from threading import Condition, Thread
+
+from captioner.cli import UserError
+from infer.listing import ImageFile, Refused
+
+Entry = ImageFile | Refused
+
+
+class Ahead(Iterator[Entry]):
+    """The entries as they come; a thread lists them at its own pace, and then calls `on_end` with their number.
+
+    What the listing raises is raised behind the last entry. Raises UserError where the temporary file cannot grow.
+    """
+
+    def __init__(self, entries: Iterator[Entry], *, on_end: Callable[[int], None]) -> None:
+        handle, name = mkstemp()
+        self._writer = io.FileIO(handle, "w")
+        self._reader = open(name, "rb")  # noqa: PTH123, SIM115 - closed behind the last entry
+        Path(name).unlink()  # so that no kill leaves it
+        self._changed = Condition()
+        self._num_waiting = 0  # entries in the file
+        self._num_ready = 0  # those of them that the reader knows of, and needs no lock for
+        self._is_over = False
+        self._error: BaseException | None = None
+        Thread(target=self._list, args=(entries, on_end), daemon=True).start()
+
+    def __next__(self) -> Entry:
+        if not self._num_ready:
+            with self._changed:
+                self._changed.wait_for(lambda: self._num_waiting or self._is_over)
+                self._num_ready, self._num_waiting = self._num_waiting, 0
+            if not self._num_ready:
+                self._reader.close()
+                raise self._error or StopIteration
+        self._num_ready -= 1
+        return pickle.load(self._reader)
+
+    def _list(self, entries: Iterator[Entry], on_end: Callable[[int], None]) -> None:
+        num_listed = 0
+        try:
+            with self._writer:
+                for num_listed, entry in enumerate(entries, start=1):  # noqa: B007
+                    self._keep(pickle.dumps(entry))
+            on_end(num_listed)
+        except BaseException as error:
+            self._error = error
+        finally:
+            with self._changed:
+                self._is_over = True
+                self._changed.notify()
+
+    def _keep(self, data: bytes) -> None:
+        try:
+            while data:  # a nearly full disk takes a part first
+                data = data[self._writer.write(data) :]
+        except OSError as error:
+            raise UserError(
+                f"the temporary file of the listing cannot grow ({error.strerror}): set TMPDIR to a folder with room"
+            ) from error
+        with self._changed:
+            self._num_waiting += 1
+            self._changed.notify()

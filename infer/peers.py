@@ -1,0 +1,182 @@
+"""The processes of a captioning job, which know of each other by small files beside the output.
+
+Each rewrites its own every few seconds. Rank 0 watches all others, and they watch it: a process whose file does not
+change for ten minutes is lost, and the job ends. A slow one is never taken for lost, however much it has to do, and
+none waits for the network of a machine that is gone.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from threading import Event, Lock, Thread
+from types import FrameType
+from typing import Any
+from uuid import uuid4
+
+from captioner.cli import UserError
+from captioner.peers import EXIT_PREEMPTED, peer_timeout
+from infer.results import find_process_files, process_path
+
+BEATS = 60  # in the time after which a silent process is lost
+POLL_SECONDS = 0.2  # when this process has nothing else to do
+RECORD_BYTES = 128  # always as many, so that a record replaces another in one write
+GOES_ON = "all rows are kept, and the same command goes on, on fewer processes too"
+
+
+class Peers:
+    """The job as this process sees it, from entering on; alone it has no files.
+
+    Leaving with an exception tells the others that this process has failed, and SIGTERM is one, with code 75.
+    """
+
+    def __init__(self, output: Path, *, rank: int = 0, world_size: int = 1) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._output = output
+        self._path = process_path(output, rank)
+        self._record: dict[str, Any] = {"id": uuid4().hex, "state": "working", "counts": (), "beat": 0}
+        watched = (range(1, world_size) if rank == 0 else range(1)) if world_size > 1 else ()
+        self._watched = [_Peer(process_path(output, other), other) for other in watched]
+        self._limit_seconds = peer_timeout().total_seconds()
+        self._looked = time.monotonic()
+        self._lock = Lock()
+        self._left = Event()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process merges the rows of all."""
+        return self.rank == 0
+
+    def __enter__(self) -> "Peers":
+        signal.signal(signal.SIGTERM, _leave)
+        if self._watched:
+            self._output.parent.mkdir(parents=True, exist_ok=True)
+            self._look()  # what is there already may be of a job that was killed
+            self._write()
+            Thread(target=self._keep_beating, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._left.set()
+        if self._watched and kind is not None:
+            with suppress(OSError):
+                self._write(state="failed")
+
+    def check(self) -> None:
+        """Raise SystemExit with code 75, and say why, when another process is lost."""
+        for peer in self._watched:
+            loss = peer.loss(self._limit_seconds)
+            if loss is not None:
+                print(f"process {peer.rank} of this job {loss}; {GOES_ON}", file=sys.stderr)
+                raise SystemExit(EXIT_PREEMPTED)
+
+    def finish(self, *counts: int) -> list[int]:
+        """Wait for the end of all processes' captioning; in rank 0 each count summed over them.
+
+        The others wait until rank 0 dismisses them. Raises SystemExit as `check` does.
+        """
+        if self._watched:
+            self._write(state="finished", counts=counts)
+        while not self._is_over():
+            self.check()
+            time.sleep(POLL_SECONDS)
+            self._look()
+        others = [peer.record["counts"] for peer in self._watched if self.is_main]
+        return [sum(of_all) for of_all in zip(counts, *others, strict=True)]
+
+    def dismiss(self) -> None:
+        """Let all other processes end: their rows are merged. Call it in rank 0."""
+        self._left.set()
+        self._watched = []
+        with self._lock:
+            for path in find_process_files(self._output):
+                path.unlink(missing_ok=True)
+
+    def _is_over(self) -> bool:
+        if self.is_main:
+            return all(peer.record.get("state") == "finished" for peer in self._watched)
+        return not self._path.exists()
+
+    def _keep_beating(self) -> None:
+        while not self._left.wait(self._limit_seconds / BEATS):
+            with suppress(OSError):  # the others will miss it
+                self._write()
+            self._look()
+
+    def _write(self, **changes: Any) -> None:
+        """Write this process's record over the last one. One that has finished makes no new file: it was dismissed."""
+        with self._lock:
+            self._record |= {**changes, "beat": self._record["beat"] + 1}
+            may_create = os.O_CREAT if self._record["state"] == "working" and not self._left.is_set() else 0
+            file = os.open(self._path, os.O_WRONLY | may_create, 0o666)
+            try:
+                os.write(file, json.dumps(self._record).encode().ljust(RECORD_BYTES))
+            finally:
+                os.close(file)  # which hands it to a file server
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        was_stopped = now - self._looked > self._limit_seconds / 2  # this process, and perhaps the whole machine
+        self._looked = now
+        for peer in self._watched:
+            peer.look(now, forgive=was_stopped)
+
+
+class _Peer:
+    """What another process's file said last, in `record`: nothing yet where it is of an earlier job."""
+
+    def __init__(self, path: Path, rank: int) -> None:
+        self.rank = rank
+        self.record: dict[str, Any] = {}
+        self._path = path
+        self._content: bytes | None = None
+        self._changed: float | None = None  # when it did last, in monotonic seconds
+
+    def look(self, now: float, *, forgive: bool) -> None:
+        """Read the file, which is of a process that lives when it has changed."""
+        content = _read(self._path)
+        if self._changed is None:
+            self._content, self._changed = content, now
+        elif content not in (b"", self._content):
+            self._content, self._changed = content, now
+            self.record = json.loads(content)
+        elif forgive:
+            self._changed = now
+
+    def loss(self, limit_seconds: float) -> str | None:
+        """What shows that the process is lost, if anything does."""
+        if self.record.get("state") == "failed":
+            return "has failed, and what it printed last says why"
+        if self._changed is None or time.monotonic() - self._changed < limit_seconds:
+            return None
+        if self.record:
+            return f"was silent for {limit_seconds:.0f} s, so it or its machine is gone"
+        return f"has not begun within {limit_seconds:.0f} s (all must see {self._path.parent})"
+
+
+def _read(path: Path) -> bytes:
+    """A record; nothing where there is none."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return b""
+    return content if len(content) == RECORD_BYTES else b""
+
+
+def find_peers(output: Path) -> Peers:
+    """The job as torchrun and `accelerate launch` announce it. Raises UserError where that is half of it."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and "RANK" not in os.environ:
+        raise UserError(
+            f"WORLD_SIZE announces {world_size} processes, but RANK does not say which one this is: unset it"
+        )
+    return Peers(output, rank=int(os.environ.get("RANK", "0")) if world_size > 1 else 0, world_size=world_size)
+
+
+def _leave(_number: int, _frame: FrameType | None) -> None:
+    print(f"stopped by SIGTERM: {GOES_ON}", file=sys.stderr)
+    raise SystemExit(EXIT_PREEMPTED)

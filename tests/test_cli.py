@@ -1,0 +1,15 @@
+"""What every command shares: errors as one line."""
+
+import os
+
+import pytest
+
+from captioner import cli
+
+
+@pytest.mark.parametrize("number", sorted(cli.REMEDIES))
+def test_what_the_system_refuses_is_one_line_with_the_path_and_a_remedy(number: int) -> None:
+    """Whether it was read or written is not known here, so the line fits both."""
+    line = cli.describe_refusal(OSError(number, os.strerror(number), "photos/a.jpg"))
+    assert line == f"photos/a.jpg: {os.strerror(number)}: {cli.REMEDIES[number]}"
+    assert "write" not in line.removesuffix("on a disk that can be written to")

@@ -17,6 +17,7 @@ from torch.fx.experimental.optimization import fuse
 from torchvision import transforms
 
 from captioner.bundle import Bundle, DecodingDefaults
+from captioner.decoder_output import own_stderr
 from captioner.decoding import decode
 from captioner.describe import Captioner
 from captioner.model import CaptionModel, ModelConfig
@@ -172,7 +173,7 @@ def alone(job: Job, *, cores: int = 1) -> dict[str, Contender]:
     def add(part: str, action: Callable[[], object], *, items: int) -> None:
         found[f"{part}, {BUSY if cores > 1 else ALONE}"] = on_cores(action, items=items, cores=cores)
 
-    add(READ, lambda: [read_eval_view(data, view) for data in contents], items=len(contents))
+    add(READ, own_stderr()(lambda: [read_eval_view(data, view) for data in contents]), items=len(contents))
     for name, encode, count in encoders(job, images_B3PP):
         add(f"{ENCODER} {name}", encode, items=count)
     model, options = job.captioner.bundle.model, asdict(job.captioner.decoding)

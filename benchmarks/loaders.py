@@ -286,8 +286,10 @@ def decoded_by(decode: Callable[[bytes], Any], folder: Path) -> Iterator[None]:
 def decode_as_ours(folder: Path, *, workers: int, epoch: int) -> Iterator[None]:
     """The decoder that we ship."""
     from captioner import images
+    from captioner.decoder_output import own_stderr
 
-    return decoded_by(images.decode_stored, folder)
+    with own_stderr():
+        yield from decoded_by(images.decode_stored, folder)
 
 
 def decode_by_simplejpeg(folder: Path, *, workers: int, epoch: int) -> Iterator[None]:

@@ -45,16 +45,17 @@ def without_metadata(data: bytes) -> bytes:
 
 
 def _bare_png(data: bytes) -> bytes:
-    bare = bytearray(data)
+    bare = bytearray()  # of a picture without any, which may be large, no copy is made
     for start in re.finditer(re.escape(PNG_START), data):
         for place, kind, content in _png_chunks(data, start.end()):
             is_ancillary = bool(kind[0] & 0x20)
             if not is_ancillary or kind == b"tRNS" or (_may_orient(kind, content) and _is_whole(data, place, content)):
                 continue
+            bare = bare or bytearray(data)
             bare[place + 4 : place + 8] = _NOTHING
             end = place + 8 + len(content)
             bare[end : end + 4] = struct.pack(">I", zlib.crc32(_NOTHING + content))
-    return bytes(bare)
+    return bytes(bare) or data
 
 
 def _png_chunks(data: bytes, place: int) -> Iterator[tuple[int, bytes, bytes]]:

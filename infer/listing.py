@@ -382,6 +382,8 @@ def _open_list(name: str, *, world_size: int) -> BinaryIO:
 
     Processes that share an input, or a pipe, would each get only what the others left.
     """
+    if name == "-" and sys.stdin is None:
+        raise UserError("the list - is the standard input, which is closed: write the list to a file, and name that")
     try:
         if world_size > 1 and (name == "-" or not stat.S_ISREG(Path(name).stat().st_mode)):
             raise UserError(f"several processes cannot share the list {name}: write it to a file, and name that")

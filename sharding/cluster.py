@@ -17,7 +17,6 @@ import captioner
 import sharding
 from captioner import storage
 from captioner.cli import UserError
-from captioner.decoder_output import own_stderr
 from sharding.claim import claim_location
 from sharding.engine import use_one_thread
 from sharding.pack import PackedShard, Progress, Report, pack_shard
@@ -98,8 +97,7 @@ def _pack(plan: ShardPlan, folder: str, cwd: str) -> tuple[PackedShard, Progress
                 "nodes share, or as URLs"
             )
         use_one_thread()
-        with own_stderr():
-            shard = pack_shard(plan, folder, report=heard.append)
+        shard = pack_shard(plan, folder, report=heard.append)
     except (UserError, OSError) as error:
         return UserError(f"on node {socket.gethostname()}: {error}")
     return shard, heard[-1]

@@ -18,7 +18,6 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 from captioner.cli import UserError
-from captioner.decoder_output import own_stderr
 from captioner.workers import hire, receive, start_server, use_one_thread
 from sharding.pack import BETWEEN, PackedShard, Progress, Report, pack_shard
 from sharding.plan import ShardPlan
@@ -34,8 +33,7 @@ def run_local(plans: Sequence[ShardPlan], folder: str, *, workers: int, report: 
     """
     if workers == 1:
         use_one_thread()
-        with own_stderr():
-            yield from (pack_shard(plan, folder, report=report) for plan in plans)
+        yield from (pack_shard(plan, folder, report=report) for plan in plans)
         return
     with _Crew(folder, size=min(workers, len(plans))) as crew:
         yield from crew.run(plans, report=report)
@@ -130,7 +128,7 @@ def _work(pipe: Connection, place: Any, folder: str) -> None:
     """A worker's life: shards come in, progress and packed shards go out, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
     use_one_thread()
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError), own_stderr():
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             plan, refused = pipe.recv()
             try:

@@ -13,6 +13,7 @@ from typing import get_args
 
 from captioner import images, storage
 from captioner.cli import UserError
+from captioner.decoder_output import own_stderr
 from captioner.shards import FormatError, Member, Sample, ShardEntry, ShardIndex, TarBuilder, build_index
 from captioner.vocabulary import tokenize
 from sharding.plan import ShardPlan
@@ -53,6 +54,7 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
+@own_stderr()
 def pack_shard(
     plan: ShardPlan,
     folder: str,
@@ -64,7 +66,7 @@ def pack_shard(
     """Write `NAME.tar` and then `NAME.index` into `folder`; `report` hears several times a second how far it is.
 
     `mark` hears of each picture's place before it is worked on, and of BETWEEN after that; pictures at `refused` places
-    are failures, undecoded.
+    are failures, undecoded. No other thread of the process may decode meanwhile, nor print to stderr but by Python.
     Raises UserError when the output cannot be written, or when pictures vanish or change while they are packed.
     """
     stored: list[tuple[int, images.StoredJpeg]] = []

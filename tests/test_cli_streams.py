@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from captioner.cli import console, print_table
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMMAND = """
 import sys
@@ -73,6 +75,13 @@ def test_a_reader_that_leaves_after_the_first_line(tmp_path: Path) -> None:
     )
     assert done.stdout == "by print\n0\n"
     assert (tmp_path / "x").read_text() == "done"
+
+
+def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print("photos/a:smile:[bold].jpg", markup=False)
+    print_table("photos/b:smile:", ("name",), [("c:smile:",)])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("photos/a:smile:[bold].jpg", "photos/b:smile:", "c:smile:"))
 
 
 def test_help_for_nobody(tmp_path: Path) -> None:

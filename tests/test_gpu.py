@@ -35,6 +35,7 @@ from gpu_table import Finding, Table, run_row, run_rows
 from gpu_training_rows import fp32, half_precision
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+HANGS = "import time; time.sleep(60)"
 LOSSES = [4.0, 3.5, 3.2, 3.0, 2.9, 2.8, 2.7, 2.6]
 
 
@@ -87,17 +88,6 @@ def test_rows_of_real_commands_pass_on_the_cpu(tmp_path: Path) -> None:
     assert "weights differ by 0.0e+00" in resumed["note"]
 
 
-def test_the_whole_ends_in_time_with_what_it_has(tmp_path: Path) -> None:
-    started = time.monotonic()
-    done = run_benchmark("--minutes", "0.03", "--json", tmp_path / "gpu.json", "--only", "pack", "bf16")
-    assert time.monotonic() - started < 30
-    assert done.returncode == 1, done.stderr
-    first, second = json.loads((tmp_path / "gpu.json").read_text())["rows"]
-    assert (first["result"], second["result"]) == ("fail", "skipped")
-    assert "killed when its time was over: python examples/scenes.py" in first["reason"]
-    assert "1 failed, 1 skipped" in done.stdout
-
-
 def test_a_row_that_is_not_there_is_refused_with_those_that_are() -> None:
     done = run_benchmark("--only", "fp64")
     assert done.returncode == 2
@@ -131,7 +121,7 @@ def test_a_command_that_hangs_is_killed_with_all_that_it_started(bench: Bench, t
 
 def test_of_several_commands_the_one_that_fails_is_told_at_once(bench: Bench) -> None:
     job = Job(bench, seconds=30)
-    ranks = [job.start(python(code)) for code in ("import time; time.sleep(60)", "raise SystemExit('rank 1 died')")]
+    ranks = [job.start(python(code)) for code in (HANGS, "raise SystemExit('rank 1 died')")]
     started = time.monotonic()
     with pytest.raises(CheckError) as caught:
         wait_for_all(ranks)
@@ -139,6 +129,19 @@ def test_of_several_commands_the_one_that_fails_is_told_at_once(bench: Bench) ->
     assert (caught.value.reason[:11], caught.value.output) == ("exit code 1", "rank 1 died")
     assert ranks[0].process.poll() is not None
     assert wait_for_all([job.start(python(f"print({rank})")) for rank in range(2)]) == "0\n"
+
+
+def test_when_the_time_for_all_is_over_commands_are_killed_and_other_rows_skipped(bench: Bench, tmp_path: Path) -> None:
+    bench.ends = time.monotonic() + 1
+    table = Table(json=tmp_path / "gpu.json", width=5)
+    rows = [Row(name=name, check=lambda job: Outcome(figure=len(job.run(python(HANGS))), bar=0)) for name in "abc"]
+    run_rows(rows, bench, table, parallel=2)
+    assert time.monotonic() < bench.ends + 5
+    assert table.close() == 1
+    rows_found = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert sorted(row["result"] for row in rows_found) == ["fail", "fail", "skipped"]
+    assert "killed when its time was over" in rows_found[0]["reason"]
+    assert rows_found[2]["reason"] == "the time for all rows was over before"
 
 
 def test_commands_see_the_checkout_and_no_launcher(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

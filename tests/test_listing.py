@@ -383,6 +383,12 @@ def test_the_standard_input_is_a_list_for_one_process(monkeypatch: pytest.Monkey
         list_files([], lists=["-"], world_size=2)
 
 
+def test_a_closed_standard_input_is_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="standard input, which is closed"):
+        list_files([], lists=["-"])
+
+
 def test_a_list_that_is_a_pipe_is_for_one_process() -> None:
     source, sink = os.pipe()
     try:

@@ -43,6 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_shards(folder / "shards", [3], size=40, split="val", first=50)
     tiny.write_shards(folder / "other", [5], size=40, first=20)
     tiny.write_shards(folder / "empty", [0], size=40)
+    shutil.copy(folder / "shards" / "vocabulary.json", folder / "empty")
     shutil.copytree(folder / "shards", folder / "wordless")
     (folder / "wordless" / "vocabulary.json").unlink()
     shutil.copytree(folder / "shards", folder / "encoded")
@@ -186,7 +187,7 @@ def test_the_corrected_command_runs_where_the_refused_one_was_to(tmp_path: Path)
         (["--init", "cut"], "is cut or changed"),
         (["--shards", "wordless"], "wordless/vocabulary.json"),
         (["--shards", "other"], "sees other data than rank 0"),
-        (["--epochs", "0"], "--epochs"),
+        (["--accumulation-steps", "3"], "--accumulation-steps 3"),
     ],
 )
 def test_what_one_rank_refuses_ends_all_with_the_same_line(tmp_path: Path, own: list[str], said: str) -> None:

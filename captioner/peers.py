@@ -7,8 +7,7 @@ from captioner.cli import UserError
 
 EXIT_PREEMPTED = 75  # "try again later" (EX_TEMPFAIL of sysexits.h)
 # A machine that lost its power says nothing. A process that is alive is silent for as long as its loader is patient
-# with a server (5 minutes, train/cache.py), it has a shard more to encode, or rank 0 downloads weights, scores or
-# writes alone.
+# with a server (5 minutes, train/cache.py); train/uneven.py has work that takes one longer than the others.
 PEER_SECONDS = 600.0
 PEER_VARIABLE = "CAPTIONER_PEER_TIMEOUT_SECONDS"
 

@@ -6,6 +6,8 @@ Processes come from a server that has loaded torch once.
 import json
 import multiprocessing
 import os
+import signal
+import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,11 +84,102 @@ def seen(run: Path) -> list[Seen]:
 
 def _rank(job: Job, rank: int, world_size: int, port: int, keys: dict[str, str]) -> None:
     os.environ |= keys
+    _join(rank, world_size, port)
+    consume(job)
+
+
+def wait_in_workers(shards: str, ending: str, pids: Path) -> None:
+    """A training process whose two loader workers wait for ever after the first batches, as for a server; it ends so.
+
+    Its workers' numbers are in `pids` when it has had its first batch.
+    """
+    from train.plan import EpochPlan
+    from train.reader import ShardReader
+    from train.split import read_merged_vocabulary, read_split
+    from train.stream import BatchStream, Share, ViewRules
+
+    plain, num_read = ShardReader.read, 0
+
+    def read(self: ShardReader, ref: Any) -> Any:
+        nonlocal num_read
+        num_read += 1
+        if num_read > GLOBAL_BATCH:
+            time.sleep(600)
+        return plain(self, ref)
+
+    ShardReader.read = read  # type: ignore[method-assign]
+    split = read_split([shards], "train", remedy="")
+    plan: EpochPlan = split.plan(seed=1, epoch=0, global_batch=GLOBAL_BATCH)
+    rules = ViewRules(crop=28, max_tokens=9, training=True)
+    vocabulary = read_merged_vocabulary([shards], remedy="")
+    iterator = iter(
+        BatchStream(split, plan=plan, share=Share(GLOBAL_BATCH), rules=rules, vocabulary=vocabulary, workers=2)
+    )
+    next(iterator)
+    workers = multiprocessing.active_children()
+    for worker in workers if ending == "signalled" else ():
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # as a launcher: not from this process
+    if ending == "signalled":
+        next(iterator)  # of the other worker
+    pids.with_suffix(".new").write_text(json.dumps([worker.pid for worker in workers]))
+    pids.with_suffix(".new").rename(pids)
+    if ending == "killed":
+        time.sleep(600)
+    if ending == "held":
+        multiprocessing.held = iterator  # type: ignore[attr-defined]
+    if ending == "traceback":
+        raise RuntimeError("as it may happen")
+    raise SystemExit(75)
+
+
+def start_side_by_side(world_size: int, *, peer_seconds: float, actions: Sequence[str]) -> list[Any]:
+    """Ranks that do unequal things side by side: `sleep SECONDS`, `fail`, `kill`, `stop` or `leave`; they exit so.
+
+    With 0 where all came through, with 2 where one of them failed, else as a command does.
+    """
+    port = free_port()
+    ranks = [
+        context.Process(target=_side_by_side, args=(rank, world_size, port, peer_seconds, action))
+        for rank, action in enumerate(actions)
+    ]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def _side_by_side(rank: int, world_size: int, port: int, peer_seconds: float, action: str) -> None:
+    from captioner.cli import UserError
+    from train.launch import Preemption, resumable_without_peers, start_accelerator
+    from train.uneven import refused_together
+
+    _join(rank, world_size, port)
+    os.environ["CAPTIONER_PEER_TIMEOUT_SECONDS"] = str(peer_seconds)
+    start_accelerator(seed=0)
+    Preemption()
+
+    def act() -> None:
+        word, *numbers = action.split()
+        if word == "sleep":
+            time.sleep(float(numbers[0]))
+        elif word == "fail":
+            raise FileNotFoundError(2, "No such file", "it")
+        else:
+            time.sleep(0.5)
+            signals = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "leave": signal.SIGTERM}
+            os.kill(os.getpid(), signals[word])
+
+    try:
+        with resumable_without_peers(), refused_together():
+            act()
+    except (UserError, FileNotFoundError) as error:
+        raise SystemExit(2 if "No such file" in str(error) else 3) from error
+
+
+def _join(rank: int, world_size: int, port: int) -> None:
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     if world_size > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
         os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_PORT": str(port)}
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    consume(job)
 
 
 def consume(job: Job) -> None:

@@ -538,8 +538,8 @@ def test_other_caption_files_give_the_same_samples(coco: Path, tmp_path: Path, e
 
 
 def test_the_output_can_be_a_url(coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sharding.claim.SETTLE_SECONDS", 0.1)
-    monkeypatch.setattr("sharding.claim.BEAT_SECONDS", 0.2)
+    monkeypatch.setattr("captioner.ownership.SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr("captioner.ownership.BEAT_SECONDS", 0.2)
     pack(coco, "memory://packing/shards", size=64)
     pack(coco, tmp_path / "shards", size=64)
     filesystem = fsspec.filesystem("memory")

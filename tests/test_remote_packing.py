@@ -15,9 +15,8 @@ import pytest
 from servers import Bucket, Proxy, run_nginx, use_s3
 from tiny import picture, write_captions
 
-from captioner import storage
+from captioner import ownership, storage
 from captioner.cli import UserError
-from sharding import claim as claim_module
 from sharding import make_shards
 from sharding.claim import claim
 from sharding.settings import ShardSettings
@@ -61,8 +60,8 @@ def expected(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 @pytest.fixture
 def bucket(bucket: Bucket, data: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     """A bucket that holds the data."""
-    monkeypatch.setattr(claim_module, "SETTLE_SECONDS", 0.05)
-    monkeypatch.setattr(claim_module, "BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(ownership, "SETTLE_SECONDS", 0.05)
+    monkeypatch.setattr(ownership, "BEAT_SECONDS", 0.2)
     bucket.put_folder(data, "data")
     return bucket
 
@@ -76,9 +75,9 @@ def pack(source: str, output: str, **changed: Any) -> None:
 HASTY = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from captioner import storage
-from sharding import claim, make_shards
-storage.NUM_TRIES, claim.SETTLE_SECONDS, claim.BEAT_SECONDS = 2, 0.1, 0.3
+from captioner import ownership, storage
+from sharding import make_shards
+storage.NUM_TRIES, ownership.SETTLE_SECONDS, ownership.BEAT_SECONDS = 2, 0.1, 0.3
 make_shards.run()
 """
 

@@ -1,13 +1,17 @@
 """Real ranks consume the stream: killed and resumed with others they see exactly the rest; none hangs, none repeats."""
 
+import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from consumer import CHECKPOINT_STEPS, GLOBAL_BATCH, Job, Seen, finish, seen, start, wait
+from consumer import CHECKPOINT_STEPS, GLOBAL_BATCH, Job, Seen, context, finish, seen, start, wait, wait_in_workers
 from servers import Bucket, free_port, run_nginx
 from tiny import write_shards
 
@@ -17,6 +21,7 @@ from train.reader import ShardReader
 from train.split import read_merged_vocabulary, read_split, read_validation
 from train.stream import BatchStream, Share, StreamState, ViewRules, check_ranks, rank_facts
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 SIZES = (5, 11, 1, 9, 14, 0, 8, 3, 12)
 EPOCHS, NUM_KILLS = 3, 10
 ORDER = {"seed": 1, "global_batch": GLOBAL_BATCH, "shuffle_shards": 8}
@@ -121,6 +126,57 @@ def test_a_checkpoint_of_another_order_is_refused(shards: str) -> None:
     for changed in ({"seed": 2}, {"shuffle_shards": 3}, {"global_batch": 8}):
         with pytest.raises(UserError, match=f"{next(iter(changed))} was"):
             StreamState.start(split, **(ORDER | changed)).load_state_dict(state.state_dict())
+
+
+# ---- loader workers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ending", "forked"),
+    [(ending, True) for ending in ("exit", "held", "traceback", "signalled", "killed")] + [("held", False)],
+)
+def test_workers_that_wait_for_a_server_end_with_training_and_not_before(
+    shards: str, tmp_path: Path, ending: str, forked: bool
+) -> None:
+    """However it ends, and though a launcher has sent SIGTERM to all processes."""
+    pids = tmp_path / "pids"
+    if forked:
+        process = context.Process(target=wait_in_workers, args=(shards, ending, pids))
+        process.start()
+    else:
+        arguments = f"({shards!r}, {ending!r}, Path({str(pids)!r}))"
+        code = f"from pathlib import Path; import consumer; consumer.wait_in_workers{arguments}"
+        path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
+        process = Interpreter([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path})
+    while not pids.exists():
+        assert process.is_alive()
+        time.sleep(0.02)
+    if ending == "killed":
+        process.kill()
+    started = time.monotonic()
+    process.join(30)
+    assert not process.is_alive()
+    while alive := [pid for pid in json.loads(pids.read_text()) if is_running(pid)]:
+        assert time.monotonic() - started < 4, alive
+        time.sleep(0.02)
+
+
+class Interpreter(subprocess.Popen):
+    """A process that ends as an interpreter does, with the methods of one from the server."""
+
+    def is_alive(self) -> bool:
+        return self.poll() is None
+
+    def join(self, seconds: float) -> None:
+        self.wait(seconds)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and not only waits for its parent to look."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 # ---- odd datasets on two ranks ------------------------------------------------------------------------------

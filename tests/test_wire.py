@@ -19,9 +19,9 @@ from faulty_wire import RETRANSMISSION_SECONDS, STATUSES, Weather, Wire, told_in
 from servers import Bucket, use_s3
 from tiny import write_coco, write_shards
 
-from captioner import storage, troubles
+from captioner import ownership, storage, troubles
 from captioner.storage import StorageError
-from sharding import claim, make_shards
+from sharding import make_shards
 from sharding.settings import ShardSettings
 from train import cache
 
@@ -191,7 +191,7 @@ def pack(source: str, output: str) -> None:
 def test_a_pack_over_a_bad_wire_has_the_same_bytes(
     bucket: Bucket, s3: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claim, "SETTLE_SECONDS", 0.05)
+    monkeypatch.setattr(ownership, "SETTLE_SECONDS", 0.05)
     bucket.put_folder(write_coco(tmp_path, num_train=12, num_val=0), "data")
     pack(f"s3://{bucket.name}/data", f"s3://{bucket.name}/calm")
     assert not told_here(caplog)

@@ -1,10 +1,12 @@
 """Real runs of train/main.py and infer/main.py, in processes of a server that has loaded torch: they start at once."""
 
+import itertools
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -57,8 +59,12 @@ def start(
     world_size: int = 1,
     rank_flags: Sequence[Sequence[object]] = (),
     peer_seconds: float = 60.0,
+    slow: Sequence[str] = (),
 ) -> Running:
-    """A stage's command (`train/main.py`) with these flags, on so many gloo ranks; each may have flags of its own."""
+    """A stage's command (`train/main.py`) with these flags, on so many gloo ranks; each may have flags of its own.
+
+    `slow` names functions (`module:name:rank`) that take that rank longer than `peer_seconds` when it calls them first.
+    """
     shared = {"ACCELERATE_USE_CPU": "true", "CAPTIONER_PEER_TIMEOUT_SECONDS": str(peer_seconds)}
     if world_size > 1:
         shared |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -66,7 +72,7 @@ def start(
     for rank, own_flags in enumerate(rank_flags or [()] * world_size):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
         arguments = [script, *map(str, [*flags, *own_flags])]
-        ranks.append(context.Process(target=_rank, args=(arguments, log, shared | own)))
+        ranks.append(context.Process(target=_rank, args=(arguments, log, shared | own, [*slow])))
     for rank in ranks:
         rank.start()
     return Running(ranks, log)
@@ -82,7 +88,31 @@ def run_training(flags: Sequence[object], *, log: Path, world_size: int = 1) -> 
     return start_training(flags, log=log, world_size=world_size).wait()
 
 
-def _rank(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+def _slow_down(names: Sequence[str], *, seconds: float) -> None:
+    """Have this rank sleep before the first call of its functions among these."""
+    for name in names:
+        module, function, rank = name.split(":")
+        if rank == os.environ["RANK"]:
+            owner: Any = import_module(module)
+            *classes, function = function.split(".")
+            for each in classes:
+                owner = getattr(owner, each)
+            setattr(owner, function, _slowed(getattr(owner, function), name, seconds=seconds))
+
+
+def _slowed(function: Callable[..., Any], name: str, *, seconds: float) -> Callable[..., Any]:
+    calls = itertools.count()
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == 0:
+            time.sleep(seconds)
+            print(f"{name} was slow")
+        return function(*arguments, **options)
+
+    return slow
+
+
+def _rank(arguments: list[str], log: Path, environment: dict[str, str], slow: Sequence[str]) -> None:
     os.setsid()
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
@@ -103,4 +133,5 @@ def _rank(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
     captioning.DESCRIBED_AT_ONCE = 4  # type: ignore[assignment]  # rows come now and then, of few pictures too
     run_folder.VISIBLE_SECONDS = 1.0  # type: ignore[assignment]  # one disk needs none
     sys.stdout = os.fdopen(1, "w", buffering=1)
+    _slow_down(slow, seconds=float(environment["CAPTIONER_PEER_TIMEOUT_SECONDS"]) * 1.5)
     import_module(arguments[0].removesuffix(".py").replace("/", ".")).run()

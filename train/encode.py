@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from safetensors.numpy import save as save_arrays
 from torch import nn
 
@@ -21,10 +20,10 @@ from captioner import cli, storage
 from captioner.cli import UserError
 from captioner.views import ViewSpec
 from train.features import FORMAT_VERSION, ROW_DTYPE, FeatureFiles
-from train.launch import refused_together
 from train.split import Split
 from train.step import CaptionLoss
 from train.stream import BatchStream, Share
+from train.uneven import refused_together, waiting_for_all
 
 ENCODED_TOGETHER = 64  # pictures of a batch
 
@@ -91,15 +90,16 @@ def _make_missing(
     missing = files.missing()
     accelerator.wait_for_everyone()  # all have looked before the first writes
     own = missing[accelerator.process_index :: accelerator.num_processes]
-    failure = None
-    try:
-        if own:
-            _encode_shards(files, split, own, loss_model=loss_model, open_stream=open_stream, accelerator=accelerator)
-    except OSError as error:
-        failure = f"cannot keep features beside the shards ({error}): mend that, or leave out --cache-features"
-    failures = [text for text in gather_object([failure]) if text]
-    if failures:
-        raise UserError(failures[0])
+    with waiting_for_all():  # one may be hours faster than another; where one fails, the others keep what they made
+        try:
+            if own:
+                _encode_shards(
+                    files, split, own, loss_model=loss_model, open_stream=open_stream, accelerator=accelerator
+                )
+        except OSError as error:
+            raise UserError(
+                f"cannot keep features beside the shards ({error}): mend that, or leave out --cache-features"
+            ) from error
     absent = [str(files.paths[number]) for number in missing if not files.paths[number].exists()]
     if absent:
         raise UserError(f"{absent[0]} was written by another machine: keep the shards where all machines see them")

@@ -21,6 +21,7 @@ from train.stream import Batch, StreamState
 from train.tracking import Tracker
 
 LOG_STEPS = 10
+ASK_SECONDS = 5.0  # ranks ask each other at least so often whether to stop, or after each step that takes longer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +33,6 @@ class Reading:
     num_cut: int = 0
     seconds: float = 0.0
     waiting_seconds: float = 0.0
-    stop: bool = False
 
     def __add__(self, other: "Reading") -> "Reading":
         loss = StepLoss(self.loss.loss_sum + other.loss.loss_sum, self.loss.num_targets + other.loss.num_targets)
@@ -42,7 +42,6 @@ class Reading:
             num_cut=self.num_cut + other.num_cut,
             seconds=self.seconds + other.seconds,
             waiting_seconds=self.waiting_seconds + other.waiting_seconds,
-            stop=self.stop or other.stop,
         )
 
     def __str__(self) -> str:
@@ -80,15 +79,15 @@ class Meter:
         self.num_cut += sum(part.num_cut for part in parts)
         self.waiting_seconds += waiting_seconds
 
-    def read(self, *, last_step: int, stop: bool) -> Reading:
+    def read(self, *, last_step: int) -> Reading:
         """What all ranks' steps brought; all ranks must call it. Raises UserError for a loss that is not a number."""
         records_S3 = torch.stack(self.records)
-        own = [float(self.num_images), float(self.num_cut), self.waiting_seconds, float(stop)]
+        own = [float(self.num_images), float(self.num_cut), self.waiting_seconds]
         sums = torch.cat((records_S3[:, :2].flatten(), torch.tensor(own, device=records_S3.device)))
         sums = self.accelerator.reduce(sums, reduction="sum").cpu()
-        records_S3 = torch.cat((sums[:-4].view(-1, 2), records_S3[:, 2:].cpu()), dim=1)
+        records_S3 = torch.cat((sums[:-3].view(-1, 2), records_S3[:, 2:].cpu()), dim=1)
         check_finite(records_S3, last_step=last_step, scaled=self.accelerator.scaler is not None)
-        num_images, num_cut, waiting_seconds, stops = sums[-4:].tolist()
+        num_images, num_cut, waiting_seconds = sums[-3:].tolist()
         loss_sum, num_targets, _ = records_S3.double().sum(dim=0).tolist()
         return Reading(
             loss=StepLoss(loss_sum, round(num_targets)),
@@ -96,8 +95,30 @@ class Meter:
             num_cut=round(num_cut),
             seconds=time.monotonic() - self.started,
             waiting_seconds=waiting_seconds / self.accelerator.num_processes,
-            stop=stops > 0,
         )
+
+
+@dataclass(kw_only=True)
+class Agreement:
+    """Whether any rank wants to stop. The ranks ask each other at the same steps, from the first one on."""
+
+    accelerator: Accelerator
+    num_steps: int = 0
+    started: float = field(default_factory=time.monotonic)
+    steps_until_asked: int = 1
+
+    def wants_stop(self, stop: bool, *, now: bool) -> bool:
+        """After a step of all ranks: whether one wants to stop, if this is a step to ask at, or they ask `now`."""
+        if self.accelerator.num_processes == 1:
+            return stop
+        self.num_steps += 1
+        if self.num_steps < self.steps_until_asked and not now:
+            return False
+        own = torch.tensor([float(stop), time.monotonic() - self.started], device=self.accelerator.device)
+        stops, seconds = self.accelerator.reduce(own, reduction="sum").tolist()
+        fitting = int(ASK_SECONDS * self.num_steps * self.accelerator.num_processes / seconds)
+        self.num_steps, self.started, self.steps_until_asked = 0, time.monotonic(), max(1, min(fitting, LOG_STEPS))
+        return stops > 0
 
 
 def train_epoch(
@@ -125,19 +146,19 @@ def train_epoch(
     before = state.epoch * epoch_steps
     steps = range(before + num_steps(state.position, global_batch=global_batch) + 1, before + epoch_steps + 1)
     title, total_steps = f"epoch {state.epoch + 1} of {num_epochs}", num_epochs * epoch_steps
-    meter, total = Meter(accelerator=accelerator), Reading()
-    alone, quiet = accelerator.num_processes == 1, not accelerator.is_main_process
+    meter, total, agreement = Meter(accelerator=accelerator), Reading(), Agreement(accelerator=accelerator)
+    quiet = not accelerator.is_main_process
     with cli.progress_bar(title, total=total_steps, unit="steps", quiet=quiet, done=steps.start - 1) as bar:
         for step, (parts, waiting_seconds) in zip(steps, timed(grouped(batches, accumulation_steps)), strict=True):
             meter.add(take_step(parts, step), parts, waiting_seconds=waiting_seconds)
             due = step % checkpoint_steps == 0 or step == steps[-1]
-            stopping, note = False, ""
-            if due or step % LOG_STEPS == 0 or (alone and stop.requested):
-                reading = meter.read(last_step=step, stop=stop.requested)
+            stopping, note = agreement.wants_stop(stop.requested, now=due), ""
+            if due or stopping or step % LOG_STEPS == 0:
+                reading = meter.read(last_step=step)
                 rate = {"epoch": step / epoch_steps, "train/learning_rate": float(schedule.get_last_lr()[0])}
                 tracker.log(step, rate | reading.values())
                 meter = Meter(accelerator=accelerator)
-                total, stopping, note = total + reading, reading.stop, str(reading.loss)
+                total, note = total + reading, str(reading.loss)
             bar.advance(note=note)
             if due or stopping:
                 state.position = min((step - before) * global_batch, num_samples)

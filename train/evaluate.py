@@ -178,11 +178,12 @@ def score_model(settings: EvaluateSettings) -> None:
     from captioner.bundle import load_bundle
     from train.cache import ShardCache
     from train.calibrate import calibrate
-    from train.launch import refused_together, start_accelerator
+    from train.launch import start_accelerator
     from train.plan import PACK_FIRST
     from train.split import check_filled, check_fits, read_split, read_view
     from train.step import CaptionLoss
     from train.stream import BatchStream, Ledger, Share, ViewRules
+    from train.uneven import refused_together
     from train.validation import evaluate_split
 
     flags = filled(settings)

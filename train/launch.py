@@ -4,13 +4,15 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Thread
 from types import FrameType
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from torch.distributed import DistNetworkError, DistStoreError
 
 from captioner.cli import UserError
@@ -18,6 +20,8 @@ from captioner.peers import EXIT_PREEMPTED, peer_timeout
 from captioner.workers import count_processors
 
 PRECISIONS = ("no", "bf16", "fp16")
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND")  # what torchrun and `accelerate launch` set
+LAUNCHER_LOOK_SECONDS = 1.0
 LOST_PEER = (
     "gloo/transport/tcp/(pair|buffer|unbound_buffer)|caused pair closure"
     "|ncclRemoteError|Watchdog caught collective operation timeout"
@@ -27,12 +31,14 @@ LOST_PEER = (
 def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
     """Accelerate as it was launched. Raises UserError when it was not launched as the environment announced.
 
-    `thaws_later` says that parameters will begin to learn in the middle of the run. Each rank draws its own random
-    numbers; data-parallel training starts all of them with rank 0's weights.
+    From now on the end of the launcher counts as SIGTERM. `thaws_later` says that parameters will begin to learn in the
+    middle of the run. Each rank draws its own random numbers; data-parallel training starts all of them with rank 0's
+    weights.
     """
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in PRECISIONS:
         raise UserError(f"--mixed_precision {precision} is not supported: launch with {', '.join(PRECISIONS)}")
+    end_with_launcher()
     accelerator = Accelerator(
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=thaws_later),
@@ -55,23 +61,21 @@ def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
     return accelerator
 
 
-@contextmanager
-def refused_together() -> Iterator[None]:
-    """Within, what one process refuses is refused by all, with its words: otherwise they would wait for it.
+def end_with_launcher() -> None:
+    """Send this process SIGTERM when the launcher that started it is gone.
 
-    All processes must enter, and within none may wait for another. Raises the UserError or OSError of this process,
-    and UserError for that of another one.
+    One that is killed (kill -9) leaves its processes running. A process that no launcher started may outlive its
+    parent, as under nohup.
     """
-    failure = None
-    try:
-        yield
-    except (UserError, OSError) as error:
-        failure = error
-    failures = [text for text in gather_object([str(failure) if failure else None]) if text]
-    if failure:
-        raise failure
-    if failures:
-        raise UserError(failures[0])
+    if any(name in os.environ for name in LAUNCHERS):
+        Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_after(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(LAUNCHER_LOOK_SECONDS)
+    print(f"the launcher (process {launcher}) is gone: this process stops as after SIGTERM", file=sys.stderr)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from captioner import cli
@@ -19,7 +20,8 @@ from train import run_folder
 from train.cache import ShardCache
 from train.encode import prepare_features
 from train.epoch import train_epoch
-from train.launch import Preemption, refused_together, resumable_without_peers, start_accelerator
+from train.job import as_job
+from train.launch import Preemption, resumable_without_peers
 from train.plan import PACK_FIRST, num_steps
 from train.report import write_report
 from train.schedule import make_optimizer, make_schedule
@@ -29,14 +31,15 @@ from train.starting_model import choose_model, make_model
 from train.step import CaptionLoss, check_same_weights, distribute, train_step
 from train.stream import BatchStream, Share, StreamState, ViewRules, check_ranks, rank_facts
 from train.tracking import Tracker, check_wandb
+from train.uneven import refused_together
 from train.validation import Evaluator
 
 
-def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the order of execution)
-    """The whole run, from top to bottom."""
+@as_job
+def main(settings: TrainSettings, accelerator: Accelerator, stop: Preemption) -> None:  # noqa: PLR0915 (a recipe)
+    """The whole run, from top to bottom, in the order of execution."""
     thaw_step = settings.finetune_encoder_from_step
-    accelerator = start_accelerator(seed=settings.seed, thaws_later=bool(thaw_step))
-    stop, say, run, is_main = Preemption(), accelerator.print, Path(settings.output), accelerator.is_main_process
+    say, run, is_main = accelerator.print, Path(settings.output), accelerator.is_main_process
 
     # ---- data -------------------------------------------------------------------------------------------------
     with refused_together():
@@ -129,11 +132,12 @@ def main(settings: TrainSettings) -> None:  # noqa: PLR0915 (a recipe, in the or
     run_folder.load_best(run, progress, loss_model)
     calibration = evaluator.calibrate(run / run_folder.BEST_CAPTIONS) if evaluator else None
     tracker.close()
-    if is_main:
-        run_folder.write_figures(run, report, progress.metrics)
-        write_report(run)
-        run_folder.write_model(run, loss_model, vocabulary, settings.decoding(), progress.metrics,
-                               calibration=calibration)  # fmt: skip
+    with refused_together():
+        if is_main:
+            run_folder.write_figures(run, report, progress.metrics)
+            write_report(run)
+            run_folder.write_model(run, loss_model, vocabulary, settings.decoding(), progress.metrics,
+                                   calibration=calibration)  # fmt: skip
     accelerator.end_training()
     say(f"the model is in {run_folder.model_folder(run)}, its curves in {run / 'report.html'}; caption a folder with: "
         f"python infer/main.py --model {run_folder.model_folder(run)} --images PHOTOS")  # fmt: skip

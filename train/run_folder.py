@@ -13,16 +13,16 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
@@ -35,11 +35,11 @@ from captioner.encoders import Encoder
 from captioner.storage import read_json, write_atomic
 from captioner.vocabulary import Vocabulary
 from train.epoch import Reading
-from train.launch import refused_together
 from train.schedule import is_frozen
 from train.split import Split
 from train.step import CaptionLoss
 from train.stream import Ledger, StreamState
+from train.uneven import in_main, refused_together
 from train.validation import Evaluation, write_captions
 
 SETTINGS = "settings.json"
@@ -47,13 +47,12 @@ MADE_OF = "made_of"
 ENCODER_WEIGHTS = "encoder weights"
 BEST_CAPTIONS = "validation.jsonl"
 COMPLETE = "complete.json"
+OWNER = "owner.json"
 SKIPPED = "skipped.jsonl"
 WEIGHTS = "model.safetensors"  # Accelerate's name
 ENCODER = "encoder.safetensors"
 VISIBLE_SECONDS = 75.0  # NFS clients may trust for a minute what they knew of a folder
 OF_A_MACHINE = ("shards", "output", "resume", "init", "weights", "cache", "cache_gigabytes", "workers", "wandb")
-
-Decision = TypeVar("Decision")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -157,12 +156,7 @@ def is_finished(
     be resumed.
     """
     check_same_settings(settings)
-    for others in gather_object([dict(parts)]):
-        for name in parts:
-            is_gone = name == ENCODER_WEIGHTS and None in (parts[name], others[name])  # which loading them will tell
-            if others[name] != parts[name] and not is_gone:
-                raise UserError(f"the machines do not see the same {name}: give all of them the same")
-    return _in_main(lambda: _is_finished(run, settings, parts, ignored=ignored, resume=resume))
+    return in_main(lambda: _is_finished(run, settings, parts, ignored=ignored, resume=resume))
 
 
 def _is_finished(
@@ -173,8 +167,6 @@ def _is_finished(
     ignored: tuple[str, ...],
     resume: bool,
 ) -> bool:
-    if run.exists() and not run.is_dir():
-        raise UserError(f"{run} is a file: give a folder with --output")
     path, finished = run / SETTINGS, model_folder(run).exists()
     if path.exists():
         old = read_json(str(path), remedy=f"delete {run} or give another --output")
@@ -228,13 +220,13 @@ def starting(run: Path, settings: Mapping[str, Any], parts: Mapping[str, str | N
 
     Then, and where the processes do not share the folder, UserError is raised in all, and no new folder is left.
     """
-    made = _in_main(lambda: _make(run))
+    made = in_main(lambda: _make(run))
     try:
         check_shared(run)
         with refused_together():
             yield
         content = json.dumps({**settings, MADE_OF: parts}, indent=1)
-        _in_main(lambda: write_atomic(str(run / SETTINGS), content))
+        in_main(lambda: write_atomic(str(run / SETTINGS), content))
     except BaseException:
         if PartialState().is_main_process:
             _unmake(made)
@@ -242,29 +234,32 @@ def starting(run: Path, settings: Mapping[str, Any], parts: Mapping[str, str | N
 
 
 def _make(run: Path) -> list[Path]:
-    """Make the folder with its parents; returns those that were not there, the innermost first."""
+    """Make the folder with its parents; returns those that were not there, the innermost first, or held no run yet."""
     new = [folder for folder in (run, *run.parents) if not folder.exists()]
     run.mkdir(parents=True, exist_ok=True)
-    return new
+    return new or ([run] if {path.name for path in run.iterdir()} <= {OWNER} else [])
 
 
 def _unmake(made: Sequence[Path]) -> None:
-    """Take back what `_make` made: the run folder with what is in it, parents only where they are empty."""
-    if made:
-        shutil.rmtree(made[0], ignore_errors=True)
+    """Take back what `_make` made: what is in the run folder, but for its owner, and folders that are empty then."""
+    for path in made[0].iterdir() if made else ():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != OWNER:
+            path.unlink(missing_ok=True)
     with suppress(OSError):
-        for folder in made[1:]:
+        for folder in made:
             folder.rmdir()
 
 
-# ---- one folder for all processes, one decision for all -------------------------------------------------------
+# ---- one folder for all processes ---------------------------------------------------------------------------
 
 
 def check_shared(run: Path) -> None:
     """Raise UserError unless all processes see what the main process writes into the run folder."""
     if PartialState().num_processes == 1:
         return
-    mark = run / _in_main(lambda: _leave_mark(run))
+    mark = run / in_main(lambda: _leave_mark(run))
     try:
         _wait_until_all_see(mark)
     finally:
@@ -303,22 +298,6 @@ def _wait_until_all_see(path: Path) -> None:
         )
 
 
-def _in_main(action: Callable[[], Decision]) -> Decision:
-    """What the main process's `action` returns, or the UserError that it raises, in all processes."""
-    decision: list[Any] = [None, None]
-    if PartialState().is_main_process:
-        try:
-            decision[0] = action()
-        except UserError as error:
-            decision[1] = str(error)
-        except OSError as error:
-            decision[1] = f"cannot use {error.filename} ({error.strerror}): mend that, or give another --output"
-    value, refusal = broadcast_object_list(decision)
-    if refusal:
-        raise UserError(refusal)
-    return value
-
-
 # ---- checkpoints --------------------------------------------------------------------------------------------
 
 
@@ -341,34 +320,38 @@ def save_checkpoint(
     cannot be written; the checkpoints before it stay.
     """
     folder = run / "checkpoints" / checkpoint_name(state)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process and folder.exists():
-        _remove(folder)
-    accelerator.wait_for_everyone()
-    failure = None
-    try:
-        accelerator.save_state(str(folder))
-    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
-        failure = next(iter(str(error).splitlines()), type(error).__name__)
-    failures = [text for text in gather_object([failure]) if text]
-    if accelerator.is_main_process and not failures:
+
+    def write() -> None:
+        try:
+            accelerator.save_state(str(folder))
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+            raise UserError(next(iter(str(error).splitlines()), type(error).__name__)) from error
+
+    def complete() -> None:
         try:
             _to_disk(folder)  # all ranks have written
             write_atomic(str(folder / COMPLETE), json.dumps(state.state_dict()))
         except OSError as error:
-            failure = str(error)
-    failures += [text for text in gather_object([failure]) if text]
-    if failures:
+            raise UserError(str(error)) from error
+
+    in_main(lambda: _remove(folder))
+    try:
+        with refused_together():
+            write()
+        in_main(complete)
+    except UserError as error:
         if accelerator.is_main_process:
             _remove(folder)
         newest = next(iter(complete_checkpoints(run)[::-1]), None)
         left = f"{newest} is whole" if newest else "there is none before it"
-        raise UserError(f"cannot write {folder} ({failures[0]}); {left}: make room, then go on with --resume")
-    if accelerator.is_main_process:
-        for old in complete_checkpoints(run)[:-keep]:
-            if old.name != progress.best:
-                _remove(old)
-    accelerator.wait_for_everyone()
+        raise UserError(f"cannot write {folder} ({error}); {left}: make room, then go on with --resume") from error
+    in_main(lambda: _remove_old(run, keep=keep, best=progress.best))
+
+
+def _remove_old(run: Path, *, keep: int, best: str) -> None:
+    for old in complete_checkpoints(run)[:-keep]:
+        if old.name != best:
+            _remove(old)
 
 
 def _to_disk(folder: Path) -> None:
@@ -393,7 +376,7 @@ def resume(run: Path, accelerator: Accelerator) -> None:
 
     The main process chooses it for all. Raises UserError when it was made on other data.
     """
-    newest = _in_main(lambda: next((path.name for path in complete_checkpoints(run)[::-1]), None))
+    newest = in_main(lambda: next((path.name for path in complete_checkpoints(run)[::-1]), None))
     if newest is not None:
         checkpoint = run / "checkpoints" / newest
         _wait_until_all_see(checkpoint / COMPLETE)

@@ -17,9 +17,9 @@ from captioner.encoders import Encoder, check_crop, load_encoder_weights, prepro
 from captioner.model import CaptionModel, ModelConfig
 from captioner.views import ViewSpec
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
-from train.launch import refused_together
 from train.settings import NEW_MODEL, TrainSettings
 from train.split import Split, check_fits, read_view
+from train.uneven import refused_together
 
 
 def choose_model(

@@ -5,8 +5,12 @@ training loop in the plan's order. Batches leave a worker as uint8 views and pac
 with the plan: a sample that is lost, repeated or another is an error.
 """
 
+import atexit
+import multiprocessing
+import os
 import signal
 import sys
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +18,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -39,7 +44,7 @@ from train.split import Split
 
 BATCHES_AHEAD = 3  # that each worker makes before they are asked for
 SHOWN = 5
-GRACE_SECONDS = 150  # as long as the launchers of examples/cluster leave training to save
+FOLLOW_SECONDS = 0.2  # a worker ends so soon after training
 MAX_OPEN_FILES = 800  # of a process, half of them features; systems allow 1,024
 FETCHED_SHARDS = 8  # that a process lets wait in the cache before they are needed
 PINNED_FOR = ("cuda", "xpu")  # types of devices that copy from page-locked memory while the process goes on
@@ -448,13 +453,14 @@ class BatchStream(DataLoader[Batch]):
             features=features,
         )
         pipeline: Any = wds.DataPipeline(source, self.stage)
+        self._over: Any = multiprocessing.RawValue("b", False)
         super().__init__(
             pipeline,
             batch_size=None,
             num_workers=workers,
             prefetch_factor=BATCHES_AHEAD if workers else None,
             generator=torch.Generator(),  # what it draws must not move the model's random numbers
-            worker_init_fn=outlive_sigterm if workers else None,
+            worker_init_fn=partial(follow_training, os.getpid(), self._over) if workers else None,
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # the ring's memory
         )
 
@@ -472,12 +478,19 @@ class BatchStream(DataLoader[Batch]):
         return pinned_ahead(self._batches(), partial(pin_batch, device_index=torch.accelerator.current_device_index()))
 
     def _batches(self) -> Iterator[Batch]:
-        part = self._first_part
-        for item in super().__iter__():
-            if isinstance(item, UserError):
-                raise item
-            yield self._received(item, part)
-            part += 1
+        part, self._over.value = self._first_part, False
+        end_workers = partial(setattr, self._over, "value", True)
+        items = super().__iter__()
+        atexit.register(end_workers)  # before the loader's own, which waits for each of them
+        try:
+            for item in items:
+                if isinstance(item, UserError):
+                    raise item
+                yield self._received(item, part)
+                part += 1
+        finally:
+            end_workers()
+            atexit.unregister(end_workers)
         if part < self._first_part + len(self):
             raise RuntimeError(f"the loader ended before part {part} of the epoch")
 
@@ -526,12 +539,24 @@ def pin_batch(batch: Batch, *, device_index: int) -> Batch:
     return batch.pin_memory()
 
 
-def outlive_sigterm(_worker: int) -> None:
-    """Let a worker live on for a while after SIGTERM, which some schedulers send to all processes of a job at once.
+def follow_training(training: int, over: Any, _worker: int) -> None:
+    """Let a worker live as long as the training process wants its batches, whatever it is doing then, and no longer.
 
-    The training process saves meanwhile, and needs its batches until then.
+    SIGTERM, which launchers and schedulers send to all processes of a job, does not end it, since training needs
+    batches until it has saved; SIGTERM of the training process does, and so do `over` and that process's own end.
     """
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
+    if sys.platform == "linux":  # elsewhere nobody tells who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    Thread(target=_end_after, args=(training, over), daemon=True).start()
+
+
+def _end_after(training: int, over: Any) -> None:
+    while os.getppid() == training and not over.value:
+        if sys.platform != "linux":
+            time.sleep(FOLLOW_SECONDS)
+        elif (received := signal.sigtimedwait({signal.SIGTERM}, FOLLOW_SECONDS)) and received.si_pid == training:
+            break
+    os._exit(0)
 
 
 # ---- where a stream stands, and whether all ranks agree -------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from captioner.bundle import DecodingDefaults
 from captioner.calibration import Calibration
@@ -23,6 +23,7 @@ from train.calibrate import calibrate
 from train.split import Split
 from train.step import CaptionLoss, StepLoss
 from train.stream import Batch, BatchStream, Ledger, Share
+from train.uneven import in_main
 
 NUM_SAMPLES = 8  # pictures whose captions are shown as they change
 
@@ -152,15 +153,15 @@ class Evaluator:
 
     def _score(self, rows: list[ValidationCaption]) -> dict[str, float]:
         """Corpus scores by name, computed by the main process for all."""
-        scores: list[dict[str, float]] = [{}]
-        if self._accelerator.is_main_process:
+
+        def score() -> dict[str, float]:
             positions = [row.position for row in rows]
             if self._references is None or positions != self._positions:  # other bad samples were left out before
                 self._references = References({row.position: row.references for row in rows})
                 self._positions = positions
-            scores = [self._references.scores({row.position: row.caption for row in rows})]
-        broadcast_object_list(scores)
-        return scores[0]
+            return self._references.scores({row.position: row.caption for row in rows})
+
+        return in_main(score)
 
     def calibrate(self, captions: Path) -> Calibration | None:
         """The calibration of the model that made the captions in this file of the split's pictures.

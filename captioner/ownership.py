@@ -1,0 +1,344 @@
+"""One owner at a time, on all machines that see a folder: of a run folder, or of a split that is packed.
+
+The owner keeps a small file, or behind a URL an object, that says which process of which machine it is, and rewrites
+it every 15 seconds. On disk it also locks that file, and the system releases the lock however the process ends. Who
+wants to own the same:
+
+1. takes it where there is no file;
+2. is refused by an owner on this machine that is alive; takes over at once from one that is not, also when another
+   process has its number by now, or the machine was rebooted;
+3. watches the file of an owner on another machine: is refused when the file changes, and takes over when it has not
+   changed for a minute. No clocks are compared, only what the file says with what it said before.
+
+An owner that was silent for a minute, and finds another's file instead of its own, has lost it.
+"""
+
+import errno
+import fcntl
+import io
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from captioner import storage
+from captioner.cli import UserError, console
+
+BEAT_SECONDS = 15.0
+SILENT_SECONDS = 60.0
+SETTLE_SECONDS = 2.0  # another that found it free at the same moment has written its own by then
+LOCK_TRIES = 100
+RETRY_SECONDS = 0.05
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+RECORD_BYTES = 512  # always as many, so that a record replaces another in one write
+INITIAL_PIDS = "pid:[4026531836]"  # Linux's process numbers outside of containers
+
+Record = dict[str, Any]
+
+
+@contextmanager
+def owned(location: str, *, doing: str, on_loss: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Own what the file or object at `location` stands for. Raises UserError while another process does.
+
+    `doing` says what an owner does, for the refusal of others. `on_loss` is called, in a thread of its own, with the
+    new owner when another took over from this process.
+    """
+    claim = _Claim(location, doing)
+    with _hold_object(claim, on_loss) if storage.is_remote(location) else _hold_file(claim, on_loss):
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """One process's wish to own a location."""
+
+    location: str
+    doing: str
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def record(self, beat: int = 0) -> str:
+        """What the file says of this process; another text for each beat."""
+        pid = os.getpid()
+        found = {"id": self.id, "host": socket.gethostname(), "machine": _machine(), "boot": _boot(), "pid": pid,
+                 "started": _started(pid), "beat": beat}  # fmt: skip
+        return json.dumps(found).ljust(RECORD_BYTES - 1) + "\n"
+
+    def read(self) -> Record:
+        """What the file says now; empty where there is none, or nothing to understand. Raises OSError."""
+        with suppress(FileNotFoundError, ValueError):
+            content = json.loads(storage.read_bytes(self.location))
+            if isinstance(content, dict):
+                return content
+        return {}
+
+    def refusal(self, owner: Record) -> UserError:
+        """The error that names the owner."""
+        return UserError(
+            f"{_name(owner)} {self.doing} ({self.location}): wait for it, stop it, or give another --output"
+        )
+
+    def watch(self, owner: Record, *, seconds: float) -> None:
+        """Return when an owner on another machine was silent for so long, or is gone. Raises UserError otherwise."""
+        console.print(f"{self.location} is of {_name(owner)}: watching for up to {seconds:.0f} s whether that is alive")
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            time.sleep(BEAT_SECONDS / 5)
+            found = self.read()
+            if not found:
+                return
+            if found != owner:
+                raise self.refusal(found)
+
+
+def _name(owner: Record) -> str:
+    return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
+
+
+# ---- machines and processes -------------------------------------------------------------------------------
+
+
+def _machine() -> str:
+    """This machine, also after a reboot, or this container on it, until the reboot: process numbers count within."""
+    own = f"{socket.gethostname()} {_read_line('/etc/machine-id')}"
+    space = ""
+    with suppress(OSError):
+        space = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - no path
+    return own if space in ("", INITIAL_PIDS) else f"{own} {_boot()} {space}"
+
+
+def _boot() -> str:
+    """The machine's start; the same text until the next one."""
+    return _read_line("/proc/sys/kernel/random/boot_id")
+
+
+def _read_line(path: str) -> str:
+    with suppress(OSError):
+        return Path(path).read_text().strip()
+    return ""
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine started; None for one that is gone, and "" where the system does not say."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:  # another user's
+        pass
+    state, *fields = _read_line(f"/proc/{pid}/stat").rpartition(")")[2].split() or [""]
+    if state and state in "ZX":  # it has ended, and its parent has not looked
+        return None
+    return fields[18] if fields else ""
+
+
+def _is_of_this_machine(owner: Record) -> bool:
+    return owner.get("machine") == _machine() and isinstance(owner.get("pid"), int)
+
+
+def _is_over(owner: Record) -> bool:
+    """Whether there is no owner, or it is known to be gone."""
+    if not _is_of_this_machine(owner):
+        return not owner
+    started = _started(owner["pid"])
+    return owner.get("boot") != _boot() or started is None or (started != "" and started != owner.get("started"))
+
+
+# ---- a locked file ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _hold_file(claim: _Claim, on_loss: Callable[[str], None] | None) -> Iterator[None]:
+    path = Path(claim.location)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_folder(path.parent))
+            file = _lock(path, claim)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                with _hold_object(claim, on_loss):
+                    yield
+                return
+            reason = error.strerror or error
+            raise UserError(f"cannot write to {path.parent} ({reason}): give another --output") from error
+        stack.callback(file.close)
+        stack.callback(_remove, claim)
+        # A child that outlives this process must not keep the lock, which belongs to the open file.
+        os.register_at_fork(after_in_child=partial(_close, weakref.ref(file)))
+        stack.enter_context(_beating(claim, partial(_rewrite, file), on_loss))
+        yield
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """A folder, made where it is missing; then it is removed at the end if it is empty."""
+    made = [each for each in (path, *path.parents) if not each.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for each in made:
+            with suppress(OSError):
+                each.rmdir()
+
+
+def _lock(path: Path, claim: _Claim) -> io.FileIO:
+    """The open, locked file that says who owns it. Raises UserError when it is another, and OSError."""
+    for _ in range(LOCK_TRIES):
+        try:
+            file, is_new = io.FileIO(path, "x+"), True
+        except FileExistsError:
+            try:
+                file, is_new = io.FileIO(path, "r+"), False
+            except FileNotFoundError:  # its owner has ended
+                continue
+        try:
+            if _take_file(path, file, claim, is_new=is_new):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+    raise claim.refusal(claim.read())
+
+
+def _take_file(path: Path, file: io.FileIO, claim: _Claim, *, is_new: bool) -> bool:
+    """Whether the open file is this process's now; where it is not, another attempt may succeed. Raises UserError."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _wait_for_lock(path, claim)
+        return False
+    if not _is_at(path, file):  # its owner has removed it after it was opened here
+        return False
+    owner = claim.read()
+    certain = is_new or _is_of_this_machine(owner)  # a machine's own locks are seen by all its processes
+    if owner and not certain:
+        claim.watch(owner, seconds=SILENT_SECONDS)
+    elif not certain:
+        time.sleep(SETTLE_SECONDS)  # another machine may have made it, and be about to write
+    if not certain and claim.read() != owner:
+        return False
+    _rewrite(file, claim.record())
+    if not certain:
+        time.sleep(SETTLE_SECONDS)
+        if claim.read().get("id") != claim.id:
+            raise claim.refusal(claim.read())
+    return True
+
+
+def _wait_for_lock(path: Path, claim: _Claim) -> None:
+    """Return when another's lock may be gone. Raises UserError when its owner is alive."""
+    owner = claim.read()
+    if _is_over(owner):  # the one that has the lock is about to write who it is
+        time.sleep(RETRY_SECONDS)
+    elif _is_of_this_machine(owner):
+        raise claim.refusal(owner)
+    else:  # a server of files may keep the lock of a machine that is gone
+        claim.watch(owner, seconds=SILENT_SECONDS + 2 * SETTLE_SECONDS)
+        if claim.read() == owner:
+            path.unlink(missing_ok=True)
+
+
+def _is_at(path: Path, file: io.FileIO) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    return False
+
+
+def _rewrite(file: io.FileIO, record: str) -> None:
+    """Replace what the file says, in one write, and for other machines too."""
+    os.pwrite(file.fileno(), record.encode(), 0)
+    os.ftruncate(file.fileno(), len(record))
+    os.fsync(file.fileno())
+
+
+def _close(reference: "weakref.ref[io.FileIO]") -> None:
+    file = reference()
+    if file is not None:
+        file.close()
+
+
+# ---- an object, or a file on a disk without locks -----------------------------------------------------------
+
+
+@contextmanager
+def _hold_object(claim: _Claim, on_loss: Callable[[str], None] | None) -> Iterator[None]:
+    try:
+        _take_object(claim)
+    except OSError as error:
+        raise UserError(f"cannot write {claim.location} ({error}): give another --output") from error
+    with ExitStack() as stack:
+        stack.callback(_remove, claim)
+        write = partial(storage.write_atomic, claim.location)
+        stack.enter_context(_beating(claim, write, on_loss, trusting=True))
+        yield
+
+
+def _take_object(claim: _Claim) -> None:
+    """Write the claim and look whether it stays. Raises UserError when another owns it, and OSError."""
+    watched = None
+    claim.read()  # the first question opens the connection, which takes time
+    while True:
+        started = time.monotonic()
+        owner = claim.read()
+        if _is_over(owner) or owner == watched:
+            break
+        if _is_of_this_machine(owner):
+            raise claim.refusal(owner)
+        claim.watch(owner, seconds=SILENT_SECONDS)
+        watched = owner
+    storage.write_atomic(claim.location, claim.record())
+    # A slow write may have hit the claim of one that has looked already; that one's next beat shows.
+    was_slow = time.monotonic() - started > SETTLE_SECONDS
+    time.sleep(SETTLE_SECONDS + (BEAT_SECONDS if was_slow else 0))
+    owner = claim.read()
+    if owner.get("id") != claim.id:
+        raise claim.refusal(owner)
+
+
+# ---- while it is owned --------------------------------------------------------------------------------------
+
+
+def _remove(claim: _Claim) -> None:
+    with suppress(OSError):
+        if claim.read().get("id") == claim.id:
+            storage.delete(claim.location)
+
+
+@contextmanager
+def _beating(
+    claim: _Claim, write: Callable[[str], None], on_loss: Callable[[str], None] | None, *, trusting: bool = False
+) -> Iterator[None]:
+    """Show within that the owner is alive. A `trusting` one looks for another's claim only when it was silent."""
+    done = threading.Event()
+
+    def beat() -> None:
+        number, renewed = 0, time.time()
+        while not done.wait(BEAT_SECONDS):
+            number += 1
+            with suppress(OSError):
+                if not trusting or time.time() - renewed > SILENT_SECONDS:
+                    owner = claim.read()
+                    if owner.get("id") != claim.id:
+                        if on_loss is not None:
+                            on_loss(_name(owner))
+                        return
+                write(claim.record(number))
+                renewed = time.time()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,88 @@
+"""Uneven work of ranks: a slow one is waited for, a lost one is noticed, an error is everybody's."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from consumer import start_side_by_side
+from tiny import write_shards
+from trainer import start, start_training
+
+from captioner.encoders import Encoder
+
+PEER_SECONDS = 3.0
+
+
+@pytest.mark.parametrize(
+    ("actions", "wanted"),
+    [
+        (("sleep 0", "sleep 6"), [0, 0]),
+        (("sleep 6", "sleep 0"), [0, 0]),
+        (("sleep 0", "fail"), [2, 2]),
+        (("sleep 0", "kill"), [75, -signal.SIGKILL]),
+        (("kill", "sleep 2"), [-signal.SIGKILL, 75]),
+        (("sleep 0", "stop"), [75, None]),
+        (("leave", "sleep 2"), [75, 75]),
+    ],
+    ids=lambda given: ", ".join(given) if isinstance(given, tuple) else "",
+)
+def test_a_slow_rank_is_waited_for_and_a_lost_one_is_noticed(
+    actions: tuple[str, ...], wanted: list[int | None]
+) -> None:
+    ranks = start_side_by_side(2, peer_seconds=PEER_SECONDS, actions=actions)
+    deadline = time.monotonic() + 30
+    while [rank.exitcode for rank in ranks] != wanted and time.monotonic() < deadline:
+        time.sleep(0.02)
+    found = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    assert found == wanted
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("uneven") / "shards"
+    write_shards(folder, (4,), split="val")
+    return write_shards(folder, (5, 4))
+
+
+def test_whatever_one_rank_does_alone_in_training_may_take_long(shards: str, tmp_path: Path) -> None:
+    """Everything that takes it longer than the patience with a lost peer; then a split is scored so."""
+    weights = tmp_path / "weights.pt"
+    torch.save(Encoder("small_cnn", trainable=False).backbone.state_dict(), weights)
+    slow = [
+        "train.starting_model:load_encoder_weights:0",  # a download
+        "train.encode:_encode_shards:1",
+        "accelerate:Accelerator.save_state:1",
+        "captioner.metrics:References.scores:0",
+        "train.run_folder:save_bundle:0",
+    ]
+    run = tmp_path / "run"
+    flags = [
+        "--shards",
+        shards,
+        "--encoder",
+        "small_cnn",
+        "--crop",
+        28,
+        "--batch-size",
+        4,
+        "--epochs",
+        1,
+        "--workers",
+        0,
+    ]
+    more = ["--weights", weights, "--cache-features", "--embedding-size", 8, "--hidden-size", 8, "--output", run]
+    running = start_training([*flags, *more], log=tmp_path / "log", world_size=2, peer_seconds=PEER_SECONDS, slow=slow)
+    done = running.wait()
+    assert [rank.exitcode for rank in running.ranks] == [0, 0], done.output
+    assert done.output.count("was slow") == len(slow)
+
+    scoring = ["--model", run / "model", "--shards", shards, "--output", tmp_path / "results.json", "--workers", 0]
+    running = start("train/evaluate.py", scoring, log=tmp_path / "scoring", world_size=2, peer_seconds=PEER_SECONDS,
+                    slow=["train.evaluate:report:0"])  # fmt: skip
+    done = running.wait()
+    assert [rank.exitcode for rank in running.ranks] == [0, 0], done.output
+    assert "was slow" in done.output

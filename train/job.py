@@ -1,0 +1,58 @@
+"""A training job from its launch to its end: its processes, their signals, and the run folder that is its own."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from captioner.cli import UserError
+from captioner.ownership import owned
+from captioner.peers import EXIT_PREEMPTED
+from train.launch import Preemption, start_accelerator
+from train.run_folder import OWNER
+from train.settings import TrainSettings
+from train.uneven import in_main
+
+Recipe = Callable[[TrainSettings, Accelerator, Preemption], None]
+
+
+def as_job(recipe: Recipe) -> Callable[[TrainSettings], None]:
+    """A recipe of training as a job that owns its run folder. The job raises UserError while another one does."""
+
+    @functools.wraps(recipe)
+    def job(settings: TrainSettings) -> None:
+        accelerator = start_accelerator(seed=settings.seed, thaws_later=bool(settings.finetune_encoder_from_step))
+        stop = Preemption()
+        with owning(Path(settings.output)):
+            recipe(settings, accelerator, stop)
+
+    return job
+
+
+@contextmanager
+def owning(run: Path) -> Iterator[None]:
+    """Own the run folder within; the main process does for all. Raises UserError, in all, while another job does."""
+    with ExitStack() as stack:
+        owner = owned(str(run / OWNER), doing="is training in this folder", on_loss=_end_without_saving)
+
+        def own() -> None:
+            if run.exists() and not run.is_dir():
+                raise UserError(f"{run} is a file: give a folder with --output")
+            stack.enter_context(owner)
+
+        in_main(own)
+        yield
+
+
+def _end_without_saving(owner: str) -> None:
+    print(
+        f"{owner} trains in this run folder now, since this process was silent for a minute or {OWNER} was removed: "
+        "it ends without saving",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_PREEMPTED)

@@ -36,13 +36,8 @@ class ShardSettings:
     small data: as many as let the vocabulary cover 90 % of the captions' words."""
     vocabulary: Location | None = None
     """Use this vocabulary.json instead of making one from the training captions."""
-<<<<<<< HEAD
     workers: Workers | None = None
-    """Processes that pack: all processors of this machine, or of the cluster, unless told otherwise."""
-=======
-    workers: int | None = None
     """Processes that pack. Without it one for each processor that this command may use, or that the cluster has."""
->>>>>>> packing
     engine: Literal["local", "ray"] = "local"
     """Where they run: on this machine, or on the Ray cluster that RAY_ADDRESS names (pip install -e '.[ray]')."""
     max_failures: NotNegative | None = None

@@ -20,7 +20,6 @@ Exit codes: 0 nothing failed; 1 a row failed; 2 nothing was run, for what one li
 import argparse
 import importlib.util
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -49,6 +48,7 @@ def main() -> int:
         sys.path += [str(REPOSITORY), *([str(packages)] if packages else [])]
         num_gpus = count_gpus() if settings.device == "cuda" else 0
         import gpu_rows
+        from captioner.workers import count_processors
         from gpu_jobs import Bench
         from gpu_table import Table, run_rows
 
@@ -61,7 +61,7 @@ def main() -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: end(bench))
         table = Table(json=settings.json, width=max(len(row.name) for row in rows))
-        run_rows(rows, bench, table, parallel=1 if small else max(1, min(PARALLEL_ON_GPU, (os.cpu_count() or 1) // 4)))
+        run_rows(rows, bench, table, parallel=1 if small else max(1, min(PARALLEL_ON_GPU, count_processors() // 4)))
         return table.close()
 
 

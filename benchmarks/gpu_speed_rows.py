@@ -1,7 +1,6 @@
 """The rows of speed: ResNet-152, a vocabulary of COCO's size and 256-pixel JPEGs, by the loop and by the command."""
 
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+from captioner.workers import count_processors
 from gpu_commands import PYTHON, TRAIN, check_trained_on, launch, new_run
 from gpu_jobs import REPOSITORY, CheckError, Job, Outcome
 
@@ -33,7 +33,7 @@ def batch_size(job: Job, batch: int) -> int:
 
 def num_workers(job: Job) -> int:
     """Loader processes: all processors but two."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    available = count_processors()
     return 1 if job.small else max(2, available - 2)
 
 

@@ -149,7 +149,7 @@ def start_side_by_side(world_size: int, *, peer_seconds: float, actions: Sequenc
 
 def _side_by_side(rank: int, world_size: int, port: int, peer_seconds: float, action: str) -> None:
     from captioner.cli import UserError
-    from train.launch import Preemption, resumable_without_peers, start_accelerator
+    from train.launch import Preemption, ending_without_peers, start_accelerator
     from train.uneven import refused_together
 
     _join(rank, world_size, port)
@@ -169,7 +169,7 @@ def _side_by_side(rank: int, world_size: int, port: int, peer_seconds: float, ac
             os.kill(os.getpid(), signals[word])
 
     try:
-        with resumable_without_peers(), refused_together():
+        with ending_without_peers(remedy="start again"), refused_together():
             act()
     except (UserError, FileNotFoundError) as error:
         raise SystemExit(2 if "No such file" in str(error) else 3) from error

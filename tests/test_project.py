@@ -80,29 +80,3 @@ def test_shell_blocks_of_the_readme_run(tmp_path: Path) -> None:
     rows = (tmp_path / "runs/small/captions.jsonl").read_text().splitlines()
     assert len(rows) == 16
     assert (tmp_path / "runs/small/gallery/index.html").stat().st_size > 1000
-
-
-SCRIPTS = (
-    "sharding/make_shards.py",
-    "sharding/download_coco.py",
-    "train/plan.py",
-    "train/doctor.py",
-    "train/main.py",
-    "train/evaluate.py",
-    "infer/main.py",
-)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_is_explained_and_read(script: str) -> None:
-    done = subprocess.run(
-        [sys.executable, script, "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
-    flags = set(re.findall(r"--([a-z][a-z-]+)(?!\w)", done.stdout)) - {"help"}
-    assert len(flags) >= 4
-    stage = Path(script).parent
-    code = "".join(path.read_text() for path in (REPOSITORY / stage).glob("*.py"))
-    fields = {flag.replace("-", "_") for flag in flags if not flag.startswith("no-")}
-    unread = {name for name in fields if not re.search(rf"settings\.{name}\b", code) and f'"{name}"' not in code}
-    own = set(re.findall(r"^    (\w+): .*$", code, flags=re.MULTILINE))
-    assert not (unread & own), f"flags nothing reads: {unread & own}"

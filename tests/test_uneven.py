@@ -49,7 +49,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_whatever_one_rank_does_alone_in_training_may_take_long(shards: str, tmp_path: Path) -> None:
-    """Everything that takes it longer than the patience with a lost peer; then a split is scored so."""
+    """Everything takes it longer than the timeout for a lost rank; then a split is scored so, and with a lost rank."""
     weights = tmp_path / "weights.pt"
     torch.save(Encoder("small_cnn", trainable=False).backbone.state_dict(), weights)
     slow = [
@@ -86,3 +86,16 @@ def test_whatever_one_rank_does_alone_in_training_may_take_long(shards: str, tmp
     done = running.wait()
     assert [rank.exitcode for rank in running.ranks] == [0, 0], done.output
     assert "was slow" in done.output
+
+    results = tmp_path / "again.json"
+    again = [results if value == tmp_path / "results.json" else value for value in scoring]
+    running = start("train/evaluate.py", again, log=tmp_path / "lost", world_size=2, peer_seconds=PEER_SECONDS,
+                    slow=["train.evaluate:report:0"])  # fmt: skip
+    while not results.exists():
+        time.sleep(0.02)
+    running.ranks[1].kill()
+    lines = running.wait().output.splitlines()
+    assert running.ranks[0].exitcode == 75
+    (line,) = [line for line in lines if "another process of this job is gone or silent" in line]
+    assert line.endswith("run the same command again")
+    assert not any("Traceback" in line for line in lines)

@@ -173,6 +173,13 @@ def report(
 
 def score_model(settings: EvaluateSettings) -> None:
     """Caption a split with a model, on all processes; the main one writes the results file and scores it."""
+    from train.launch import ending_without_peers
+
+    with ending_without_peers(remedy="run the same command again"):
+        _score_model(settings)
+
+
+def _score_model(settings: EvaluateSettings) -> None:
     from accelerate.utils import gather_object
 
     from captioner.bundle import load_bundle

@@ -79,8 +79,8 @@ def _end_after(launcher: int) -> None:
 
 
 @contextmanager
-def resumable_without_peers() -> Iterator[None]:
-    """Within, the loss of another process of the job ends this one with one line and code 75, resumable.
+def ending_without_peers(*, remedy: str) -> Iterator[None]:
+    """Within, the loss of another process of the job ends this one with code 75 and one line, which ends in `remedy`.
 
     On GPUs NCCL's own watchdog mostly is the first to notice, and aborts the process.
     """
@@ -91,8 +91,7 @@ def resumable_without_peers() -> Iterator[None]:
             raise
         reason = str(error).partition("\n")[0].partition(". This is")[0]  # gloo goes on with guesses
         print(
-            "another process of this job is gone or silent: what it printed last may say why; the same command with "
-            f"--resume goes on from the newest checkpoint, on fewer machines too ({reason})",
+            f"another process of this job is gone or silent ({reason}): what it printed last may say why; {remedy}",
             file=sys.stderr,
         )
         raise SystemExit(EXIT_PREEMPTED) from None

@@ -21,7 +21,7 @@ from train.cache import ShardCache
 from train.encode import prepare_features
 from train.epoch import train_epoch
 from train.job import as_job
-from train.launch import Preemption, resumable_without_peers
+from train.launch import Preemption, ending_without_peers
 from train.plan import PACK_FIRST, num_steps
 from train.report import write_report
 from train.schedule import make_optimizer, make_schedule
@@ -145,7 +145,8 @@ def main(settings: TrainSettings, accelerator: Accelerator, stop: Preemption) ->
 
 def run() -> None:
     """The console entry."""
-    cli.run(resumable_without_peers()(main), TrainSettings, description=__doc__ or "")
+    remedy = "the same command with --resume continues from the newest checkpoint, on fewer machines too"
+    cli.run(ending_without_peers(remedy=remedy)(main), TrainSettings, description=__doc__ or "")
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def alone(job: Job, *, cores: int = 1) -> dict[str, Contender]:
     def add(part: str, action: Callable[[], object], *, items: int) -> None:
         found[f"{part}, {BUSY if cores > 1 else ALONE}"] = on_cores(action, items=items, cores=cores)
 
-    add(READ, own_stderr()(lambda: [read_eval_view(data, view) for data in contents]), items=len(contents))
+    add(READ, lambda: [read_eval_view(data, view) for data in contents], items=len(contents))
     for name, encode, count in encoders(job, images_B3PP):
         add(f"{ENCODER} {name}", encode, items=count)
     model, options = job.captioner.bundle.model, asdict(job.captioner.decoding)
@@ -241,7 +241,8 @@ def measure(job: Job, *, kind: str, rounds: int) -> tuple[list[dict[str, Any]], 
     else:
         contenders |= alone(job, cores=NUM_CORES)
     ours(replace(job, files=job.files[:2]), workers=1)(0)  # starts the server of the reading processes
-    costs = take_turns(contenders, rounds=rounds)
+    with own_stderr():  # or JPEGs would not be decoded as in the reading processes; its threads share that here
+        costs = take_turns(contenders, rounds=rounds)
     rows = [
         {
             "pictures": kind,

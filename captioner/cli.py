@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from rich.progress import TimeRemainingColumn as TimeLeftColumn
 from rich.table import Table
 from rich.text import Text
 
-from captioner.flags import Number, Range
+from captioner.flags import Local, Number
 
 EXIT_USER_ERROR = 2
 REMEDIES = {
@@ -63,7 +64,7 @@ def run(main: Callable[[Settings], None], settings_class: type[Settings], *, des
     except UserError as error:
         fail(str(error))
     except OSError as error:
-        if error.errno not in REMEDIES:
+        if error.errno not in REMEDIES and error.filename is None:  # the program's own fault
             raise
         fail(describe_refusal(error))
     except KeyboardInterrupt:
@@ -76,10 +77,13 @@ def run(main: Callable[[Settings], None], settings_class: type[Settings], *, des
 
 def outlive_readers() -> "Stream":
     """Replace stdout, which is returned, and stderr by streams that drop what they cannot write."""
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed one: no file opened later may get its number
+        pass
+    os.close(opened)
     shown = []
-    for name in ("stdout", "stderr"):
-        old = getattr(sys, name)  # None where it was closed: no file that is opened later may get its number
-        raw = Stream(os.open(os.devnull, os.O_WRONLY) if old is None else old.fileno(), "w", closefd=False)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        old = getattr(sys, name)  # None where it was closed
+        raw = Stream(descriptor if old is None else old.fileno(), "w", closefd=False)
         raw.replaced = old
         by_line = old is None or old.line_buffering or old.write_through
         format_of = {} if old is None else {"encoding": old.encoding, "errors": old.errors}
@@ -105,34 +109,40 @@ class Stream(io.FileIO):
 
 
 def parse(settings_class: type[Settings], *, description: str, args: Sequence[str] | None = None) -> Settings:
-    """The settings in the command line (or `args`). Raises UserError for a number out of its flag's range."""
+    """The settings in the command line (or `args`). Raises UserError for values that no flag of theirs takes."""
     settings = tyro.cli(settings_class, description=description, args=args)
-    check_numbers(settings)
+    check_values(settings)
     return settings
 
 
-def check_numbers(settings: object) -> None:
-    """Raise UserError for a number that is not in the range of its type in `captioner.flags`."""
+def check_values(settings: object) -> None:
+    """Raise UserError for a number out of its range, and for a URL where a path is wanted: see `captioner.flags`."""
     for name, hint in get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
         if is_dataclass(value):
-            check_numbers(value)
-        for numbers in _ranges(hint):
-            for number in value if isinstance(value, tuple) else (value,):
-                if number is not None and number not in numbers:
-                    raise UserError(f"--{name.replace('_', '-')} is {number}: give {str(numbers) or 'a finite number'}")
+            check_values(value)
+        for each in value if isinstance(value, tuple) else (value,):
+            for note in _notes(hint) if each is not None else ():
+                _check(f"--{name.replace('_', '-')}", each, note)
 
 
-def _ranges(hint: Any) -> Iterator[Range]:
-    """The ranges in an annotation, which may be of an optional value or of several."""
-    yield from (note.numbers for note in getattr(hint, "__metadata__", ()) if isinstance(note, Number))
+def _check(flag: str, value: Any, note: object) -> None:
+    if isinstance(note, Number) and value not in note.numbers:
+        raise UserError(f"{flag} is {value}: give {str(note.numbers) or 'a finite number'}")
+    if isinstance(note, Local) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value)):  # Path makes one slash of two
+        raise UserError(f"{flag} {value} is a URL: give a path on this machine")
+
+
+def _notes(hint: Any) -> Iterator[object]:
+    """What an annotation says beside the type, which may be of an optional value or of several."""
+    yield from getattr(hint, "__metadata__", ())
     for inner in get_args(hint):
-        yield from _ranges(inner)
+        yield from _notes(inner)
 
 
 def describe_refusal(error: OSError) -> str:
     """The line for what the system refused to read or write."""
-    return f"{error.filename or 'a file'}: {error.strerror}: {REMEDIES[error.errno or 0]}"
+    return f"{error.filename or 'a file'}: {error.strerror}: {REMEDIES.get(error.errno or 0, 'check that file and its disk')}"
 
 
 def fail(message: str) -> NoReturn:

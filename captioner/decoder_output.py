@@ -101,13 +101,20 @@ def own_stderr() -> Iterator[None]:
     earlier = sys.stderr
     with (
         os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace") as real,
-        tempfile.TemporaryFile(buffering=0) as file,
+        _open_unnamed() as file,
     ):
         _stderr, sys.stderr = _Stderr(real.fileno(), file), real
         try:
             yield
         finally:
             _stderr, sys.stderr = None, earlier
+
+
+def _open_unnamed() -> FileIO:
+    """A file that needs no folder, where the system has such files."""
+    if hasattr(os, "memfd_create"):
+        return FileIO(os.memfd_create("stderr"), "r+")
+    return tempfile.TemporaryFile(buffering=0)
 
 
 def owns_stderr() -> bool:

@@ -72,9 +72,16 @@ def _number(kind: type[int] | type[float], numbers: Range) -> Number:
     )
 
 
-def _path(kind: type[str] | type[Path], metavar: str) -> PrimitiveConstructorSpec[Any]:
+@dataclass(frozen=True, kw_only=True)
+class Local(PrimitiveConstructorSpec[Any]):
+    """A path on this machine; URLs are for `captioner.cli` to refuse."""
+
+
+def _path(
+    kind: type[str] | type[Path], metavar: str, spec: type[PrimitiveConstructorSpec[Any]] = PrimitiveConstructorSpec
+) -> PrimitiveConstructorSpec[Any]:
     """Shells expand `~` in `--flag ~/x` and not in `--flag=~/x`."""
-    return PrimitiveConstructorSpec(
+    return spec(
         nargs=1,
         metavar=metavar,
         instance_from_str=lambda words: kind(os.path.expanduser(words[0])),  # noqa: PTH111 - Path would join s3://
@@ -97,4 +104,5 @@ FractionBelow1 = Annotated[float, _number(float, Range(at_least=0, below=1))]
 AnyNumber = Annotated[float, _number(float, Range())]
 
 Location = Annotated[str, _path(str, "PATH|URL")]  # a path, or the URL of one
-File = Annotated[Path, _path(Path, "PATH")]
+LocalPath = Annotated[str, _path(str, "PATH", Local)]
+File = Annotated[Path, _path(Path, "PATH", Local)]

@@ -19,6 +19,7 @@ import io
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -32,6 +33,7 @@ from typing import Any
 
 from captioner import storage
 from captioner.cli import UserError, console
+from captioner.peers import EXIT_PREEMPTED
 
 BEAT_SECONDS = 15.0
 SILENT_SECONDS = 60.0
@@ -46,14 +48,14 @@ Record = dict[str, Any]
 
 
 @contextmanager
-def owned(location: str, *, doing: str, on_loss: Callable[[str], None] | None = None) -> Iterator[None]:
+def owned(location: str, *, doing: str) -> Iterator[None]:
     """Own what the file or object at `location` stands for. Raises UserError while another process does.
 
-    `doing` says what an owner does, for the refusal of others. `on_loss` is called, in a thread of its own, with the
-    new owner when another took over from this process.
+    `doing` says what an owner does, for the refusal of others. A process that loses it to another, after a minute of
+    silence, ends with code 75: two must not write the same.
     """
     claim = _Claim(location, doing)
-    with _hold_object(claim, on_loss) if storage.is_remote(location) else _hold_file(claim, on_loss):
+    with _hold_object(claim) if storage.is_remote(location) else _hold_file(claim):
         yield
 
 
@@ -156,7 +158,7 @@ def _is_over(owner: Record) -> bool:
 
 
 @contextmanager
-def _hold_file(claim: _Claim, on_loss: Callable[[str], None] | None) -> Iterator[None]:
+def _hold_file(claim: _Claim) -> Iterator[None]:
     path = Path(claim.location)
     with ExitStack() as stack:
         try:
@@ -164,7 +166,7 @@ def _hold_file(claim: _Claim, on_loss: Callable[[str], None] | None) -> Iterator
             file = _lock(path, claim)
         except OSError as error:
             if error.errno in NO_LOCKS:
-                with _hold_object(claim, on_loss):
+                with _hold_object(claim):
                     yield
                 return
             reason = error.strerror or error
@@ -173,7 +175,7 @@ def _hold_file(claim: _Claim, on_loss: Callable[[str], None] | None) -> Iterator
         stack.callback(_remove, claim)
         # A child that outlives this process must not keep the lock, which belongs to the open file.
         os.register_at_fork(after_in_child=partial(_close, weakref.ref(file)))
-        stack.enter_context(_beating(claim, partial(_rewrite, file), on_loss))
+        stack.enter_context(_beating(claim, partial(_rewrite, file)))
         yield
 
 
@@ -271,7 +273,7 @@ def _close(reference: "weakref.ref[io.FileIO]") -> None:
 
 
 @contextmanager
-def _hold_object(claim: _Claim, on_loss: Callable[[str], None] | None) -> Iterator[None]:
+def _hold_object(claim: _Claim) -> Iterator[None]:
     try:
         _take_object(claim)
     except OSError as error:
@@ -279,7 +281,7 @@ def _hold_object(claim: _Claim, on_loss: Callable[[str], None] | None) -> Iterat
     with ExitStack() as stack:
         stack.callback(_remove, claim)
         write = partial(storage.write_atomic, claim.location)
-        stack.enter_context(_beating(claim, write, on_loss, trusting=True))
+        stack.enter_context(_beating(claim, write, trusting=True))
         yield
 
 
@@ -305,6 +307,16 @@ def _take_object(claim: _Claim) -> None:
         raise claim.refusal(owner)
 
 
+def _end_process(claim: _Claim, owner: Record) -> None:
+    print(
+        f"{_name(owner)} {claim.doing} now ({claim.location}), since this process was silent for a minute or that file "
+        "was removed: this process ends at once",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_PREEMPTED)
+
+
 # ---- while it is owned --------------------------------------------------------------------------------------
 
 
@@ -315,9 +327,7 @@ def _remove(claim: _Claim) -> None:
 
 
 @contextmanager
-def _beating(
-    claim: _Claim, write: Callable[[str], None], on_loss: Callable[[str], None] | None, *, trusting: bool = False
-) -> Iterator[None]:
+def _beating(claim: _Claim, write: Callable[[str], None], *, trusting: bool = False) -> Iterator[None]:
     """Show within that the owner is alive. A `trusting` one looks for another's claim only when it was silent."""
     done = threading.Event()
 
@@ -329,8 +339,7 @@ def _beating(
                 if not trusting or time.time() - renewed > SILENT_SECONDS:
                     owner = claim.read()
                     if owner.get("id") != claim.id:
-                        if on_loss is not None:
-                            on_loss(_name(owner))
+                        _end_process(claim, owner)
                         return
                 write(claim.record(number))
                 renewed = time.time()

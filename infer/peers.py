@@ -159,10 +159,11 @@ class _Peer:
 
 
 def _read(path: Path) -> bytes:
-    """A record; nothing where there is none."""
+    """A record; nothing where there is none, or half of one."""
     try:
         content = path.read_bytes()
-    except OSError:
+        json.loads(content)
+    except (OSError, ValueError):
         return b""
     return content if len(content) == RECORD_BYTES else b""
 

@@ -236,7 +236,7 @@ def _work(pipe: Connection, memory: Any, shape: tuple[int, ...], view: ViewSpec)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
     use_one_thread()
     buffers = _as_array(memory, shape)
-    with suppress(EOFError, OSError), decoder_output.own_stderr():
+    with decoder_output.own_stderr(), suppress(EOFError, OSError):
         while True:
             files, buffer, row = pipe.recv()
             for file in files:

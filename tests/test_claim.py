@@ -285,10 +285,13 @@ def test_another_machine_that_is_alive_keeps_its_claim(bucket: Bucket) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_who_slept_and_lost_the_claim_leaves_it_to_the_other(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(ownership, "_end_process", lambda _claim, owner: ended.append(owner["id"]))
     with claim(f"s3://{bucket.name}/shards", "train"):
         put_claim(bucket)
         monkeypatch.setattr(ownership, "SILENT_SECONDS", -1.0)
         time.sleep(1.0)
+    assert ended == ["other"]
     assert json.loads(bucket.read_all("shards")["train.packing"])["id"] == "other"
 
 

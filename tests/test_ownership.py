@@ -149,9 +149,12 @@ def test_of_many_that_find_another_machines_dead_owner_one_takes_over(path: Path
 
 
 @pytest.mark.parametrize("found", ["another", "none"])
-def test_an_owner_that_lost_its_file_hears_of_it_and_leaves_the_others(path: Path, found: str) -> None:
+def test_an_owner_that_lost_its_file_ends_and_leaves_the_others(
+    path: Path, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lost: list[str] = []
-    with owned(str(path), doing="holds this", on_loss=lost.append):
+    monkeypatch.setattr(ownership, "_end_process", lambda _claim, owner: lost.append(ownership._name(owner)))
+    with owned(str(path), doing="holds this"):
         path.unlink()
         if found == "another":
             put(path, host="elsewhere", pid=7)

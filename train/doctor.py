@@ -233,7 +233,8 @@ def measure(settings: DoctorSettings, split: Split, cache: ShardCache, bar: cli.
     make, reader = open_stream(part, workers=0).stage, TimedReader(part, cache)
     again = cycle(refs[:num_read])
     batches = iter(lambda: list(islice(again, settings.batch_size)), [])
-    run_stages(make, reader, batches, seconds=settings.seconds / 4)
+    with own_stderr():  # as the loader's workers do: else another decoder would be measured
+        run_stages(make, reader, batches, seconds=settings.seconds / 4)
     reader.close()
     seconds = reader.seconds | {"parse": reader.seconds["sample"] - reader.seconds["read's work"]}
     stage_us = {stage: 1e6 * seconds[stage] / reader.runs["transform"] for stage in STAGES}

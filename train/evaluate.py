@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from captioner import cli, storage
 from captioner.cli import UserError
-from captioner.flags import AnyNumber, Count, File, Location, Positive, WorkersOrZero
+from captioner.flags import AnyNumber, Count, File, LocalPath, Location, Positive, WorkersOrZero
 from captioner.image_ids import ImageId
 from captioner.metrics import References
 from train.coco_results import by_reference_id, read_references, read_results, write_results
@@ -58,7 +58,7 @@ class EvaluateSettings:
     """Images that all processes together caption at once. Without it 128."""
     workers: WorkersOrZero | None = None
     """Loader processes for each captioning process; 0 loads in the captioning process. Without it 2."""
-    cache: Location | None = None
+    cache: LocalPath | None = None
     """Folder where shards behind URLs are kept, for all processes of a machine. Without it
     ~/.cache/captioner/shards."""
     cache_gigabytes: Positive | None = None

@@ -1,8 +1,6 @@
 """A training job from its launch to its end: its processes, their signals, and the run folder that is its own."""
 
 import functools
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,7 +9,6 @@ from accelerate import Accelerator
 
 from captioner.cli import UserError
 from captioner.ownership import owned
-from captioner.peers import EXIT_PREEMPTED
 from train.launch import Preemption, start_accelerator
 from train.run_folder import OWNER
 from train.settings import TrainSettings
@@ -37,7 +34,7 @@ def as_job(recipe: Recipe) -> Callable[[TrainSettings], None]:
 def owning(run: Path) -> Iterator[None]:
     """Own the run folder within; the main process does for all. Raises UserError, in all, while another job does."""
     with ExitStack() as stack:
-        owner = owned(str(run / OWNER), doing="is training in this folder", on_loss=_end_without_saving)
+        owner = owned(str(run / OWNER), doing="is training in this folder")
 
         def own() -> None:
             if run.exists() and not run.is_dir():
@@ -46,13 +43,3 @@ def owning(run: Path) -> Iterator[None]:
 
         in_main(own)
         yield
-
-
-def _end_without_saving(owner: str) -> None:
-    print(
-        f"{owner} trains in this run folder now, since this process was silent for a minute or {OWNER} was removed: "
-        "it ends without saving",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(EXIT_PREEMPTED)

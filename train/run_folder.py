@@ -438,8 +438,8 @@ def keep_encoder(run: Path, encoder: Encoder, accelerator: Accelerator) -> None:
 
 
 def kept_encoder(run: Path) -> str | None:
-    """The weights of the frozen encoder that a run was started with."""
-    return str(run / ENCODER) if (run / ENCODER).exists() else None
+    """The weights of the frozen encoder that a run was started with; a start that was killed left no settings."""
+    return str(run / ENCODER) if (run / ENCODER).exists() and (run / SETTINGS).exists() else None
 
 
 def settle(run: Path, ledger: Ledger, split: str, *, epoch: int, planned: int) -> Ledger:

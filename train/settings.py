@@ -51,9 +51,9 @@ NEW_MODEL: dict[str, Any] = {
 class TrainSettings:
     """What to train on, which model, and for how long. Mixed precision and GPUs are `accelerate launch`'s flags."""
 
-    shards: tuple[Location, ...] = ("data/shards",)
+    shards: tuple[Location, LocalPath, ...] = ("data/shards",)
     """Dataset folders (or URLs) that sharding/make_shards.py wrote, mixed into one; `val` in them is for evaluation."""
-    output: Location = "runs/coco"
+    output: LocalPath = "runs/coco"
     """Run folder: checkpoints, curves, report.html, and the model in `model/`."""
     resume: bool = False
     """Go on from the newest complete checkpoint in the run folder; where there is none, start."""
@@ -64,7 +64,7 @@ class TrainSettings:
     encoder: str | None = None
     """Any torchvision classification model by name; its pooled features are what the decoder sees. Without it
     resnet152, or that of --init."""
-    weights: Location | None = None
+    weights: LocalPath | None = None
     """Encoder weights: `default` (torchvision's best, downloaded once), `none`, or the path of a state dict. Without it
     `default`, or those of --init."""
     finetune_encoder_from_step: CountOrZero | None = None
@@ -123,7 +123,7 @@ class TrainSettings:
     processes give at least their number, so that none reads another's shards."""
     tolerate_bad_samples: CountOrZero = 0
     """Samples of an epoch that each process may leave out as missing or damaged; they are counted and listed."""
-    cache: Location = "~/.cache/captioner/shards"
+    cache: LocalPath = "~/.cache/captioner/shards"
     """Folder where shards behind URLs are kept, for all processes of a machine."""
     cache_gigabytes: Positive = 50.0
     """What that folder may hold, downloads under way included; the least recently used shards go first."""

@@ -55,7 +55,7 @@ def run(main: Callable[[Settings], None], settings_class: type[Settings], *, des
 
     A `UserError` becomes one line on stderr and exit code 2 (as a wrong flag does); Ctrl-C becomes 130. Output that
     nobody reads (`| head -1`) is dropped: the work and the exit code are the same. Output for which a disk has no room
-    is dropped too, and said at the end.
+    is dropped too, and reported at the end.
     """
     stdout = outlive_readers()
     try:
@@ -71,7 +71,7 @@ def run(main: Callable[[Settings], None], settings_class: type[Settings], *, des
         sys.exit(EXIT_INTERRUPTED)
     sys.stdout.flush()
     if stdout.error:
-        fail(f"the work is done, but not all that it printed was written ({stdout.error.strerror}): make room for that")
+        fail(f"the work is done, but its output was not fully written ({stdout.error.strerror}): make room for it")
 
 
 def outlive_readers() -> "Stream":

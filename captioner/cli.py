@@ -56,7 +56,7 @@ def run(main: Callable[[Settings], None], settings_class: type[Settings], *, des
 
     A `UserError` becomes one line on stderr and exit code 2 (as a wrong flag does); Ctrl-C becomes 130. Output that
     nobody reads (`| head -1`) is dropped: the work and the exit code are the same. Output for which a disk has no room
-    is dropped too, and said at the end.
+    is dropped too, and reported at the end.
     """
     stdout = outlive_readers()
     try:
@@ -72,7 +72,7 @@ def run(main: Callable[[Settings], None], settings_class: type[Settings], *, des
         sys.exit(EXIT_INTERRUPTED)
     sys.stdout.flush()
     if stdout.error:
-        fail(f"the work is done, but not all that it printed was written ({stdout.error.strerror}): make room for that")
+        fail(f"the work is done, but its output was not fully written ({stdout.error.strerror}): make room for it")
 
 
 def outlive_readers() -> "Stream":
@@ -142,7 +142,8 @@ def _notes(hint: Any) -> Iterator[object]:
 
 def describe_refusal(error: OSError) -> str:
     """The line for what the system refused to read or write."""
-    return f"{error.filename or 'a file'}: {error.strerror}: {REMEDIES.get(error.errno or 0, 'check that file and its disk')}"
+    remedy = REMEDIES.get(error.errno or 0, "check that file and its disk")
+    return f"{error.filename or 'a file'}: {error.strerror}: {remedy}"
 
 
 def fail(message: str) -> NoReturn:

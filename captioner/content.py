@@ -1,4 +1,4 @@
-"""A checksum of what arrays and text say, whatever way a library writes them down. Imports no torch."""
+"""A checksum of the content of arrays and text, independent of how a library serialises them. Imports no torch."""
 
 import hashlib
 from collections.abc import Mapping

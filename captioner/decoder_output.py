@@ -1,4 +1,4 @@
-"""What decoders written in C print of a damaged picture, collected for that picture instead.
+"""Capture what decoders written in C print about a damaged picture, separately for each picture.
 
 libtiff hands each line to a function of ours, whatever thread it runs in. libjpeg inside torchvision writes to file
 descriptor 2, which is shared by all threads: only a process that `owns_stderr` lets that decoder run.
@@ -36,7 +36,7 @@ _stderr: _Stderr | None = None
 
 @contextmanager
 def collect() -> Iterator[list[str]]:
-    """The lines that decoders called by this thread print, up to MAX_LINES of them; of no other thread."""
+    """Collect up to MAX_LINES lines that decoders print in this thread; other threads are not affected."""
     outer = getattr(_thread, "lines", None)
     _thread.lines = [] if outer is None else outer
     try:
@@ -90,7 +90,7 @@ def watch_libtiff() -> Any:
 
 @contextmanager
 def own_stderr() -> Iterator[None]:
-    """Say that this process decodes in one thread, and that file descriptor 2 may be turned aside while it does.
+    """Declare that this process decodes in one thread, so file descriptor 2 may be redirected while it does.
 
     Python's own `sys.stderr` goes to the real one all the time, from any thread.
     """
@@ -123,7 +123,7 @@ def owns_stderr() -> bool:
 
 
 def without_stderr(decode: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a decoder with file descriptor 2 turned aside, and keep what it has printed. Needs `own_stderr`."""
+    """Call a decoder with file descriptor 2 redirected, and keep what it prints. Requires `own_stderr`."""
     assert _stderr is not None
     real, file = _stderr
     os.dup2(file.fileno(), 2)

@@ -182,13 +182,13 @@ def to_stored_jpegs(
     size: int,
     resize: Resize,
     quality: int,
-    mark: Callable[[int], None] = lambda place: None,
-    note_damage: Callable[[int], None] = lambda place: None,
+    mark: Callable[[int], None] = lambda index: None,
+    note_damage: Callable[[int], None] = lambda index: None,
 ) -> "list[StoredJpeg | ImageError]":
-    """Files' bytes as the JPEGs that a shard holds, or why not; `mark` hears of a file's place before it is worked on.
+    """Files' bytes as the JPEGs that a shard holds, or why not; `mark(i)` is called before file i is processed.
 
-    An error stands for a file that could not be read, and stays where it is. `note_damage` gets the place of a file
-    that could be used although its decoder complained.
+    An error in `contents` stands for an unreadable file, and is returned unchanged. `note_damage(i)` is called if file
+    i was decoded although its decoder reported damage.
 
     An upright RGB JPEG that already has the wanted size is kept as it is, byte for byte, once it was seen to decode.
     All are opened, then all resized, then all encoded: decoding a picture empties the processor's caches of the code
@@ -212,17 +212,17 @@ def to_stored_jpegs(
 
     results: list[Any] = list(contents)
     for work in (_open, resized, encoded):
-        for place, data in enumerate(contents):
-            if isinstance(data, ImageError) or isinstance(results[place], ImageError):
+        for index, data in enumerate(contents):
+            if isinstance(data, ImageError) or isinstance(results[index], ImageError):
                 continue
-            mark(place)
+            mark(index)
             try:
                 with _image_errors(data) as complaints:
-                    results[place] = work(results[place])
+                    results[index] = work(results[index])
                 if complaints:
-                    note_damage(place)
+                    note_damage(index)
             except ImageError as error:
-                results[place] = error
+                results[index] = error
     return results
 
 
@@ -235,9 +235,9 @@ def encode_jpeg(image: Image.Image, *, quality: int) -> bytes:
 
 @contextmanager
 def _image_errors(data: bytes) -> Iterator[list[str]]:
-    """Whatever goes wrong with a picture as an ImageError; Pillow's plugins raise nearly anything on damaged files.
+    """Turn any exception into an ImageError: Pillow's plugins raise almost any type on damaged files.
 
-    Yields what its decoder complains of.
+    Yields the list of messages that the decoder prints.
     """
     with decoder_output.collect() as complaints:
         try:
@@ -294,7 +294,7 @@ def _read_header(data: bytes) -> Opened:
     if data.startswith(JPEG_START):
         try:
             return Opened(Image.open(io.BytesIO(data)), data)
-        except Exception:  # of damaged metadata, in most cases; what is wrong with the rest is found again
+        except Exception:  # usually damaged metadata; any other fault is found again below
             data = without_metadata(data)
     elif HEIC_START.match(data):
         return Opened(_open_heic(data), data)
@@ -324,9 +324,9 @@ def _open_heic(data: bytes) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What turns the picture upright once it is decoded; None where nothing need, or where EXIF is damaged.
+    """The transpose that turns the decoded picture upright; None if it is upright already or its EXIF is damaged.
 
-    It follows the EXIF orientation, or that in XMP where there is no other. The image's size is right only after this.
+    Uses the EXIF orientation, or that in XMP if there is no other. The image's size is correct only after this call.
     """
     if image.format == "PNG":
         image.load()  # getexif would, and here the error of a damaged picture is not lost
@@ -433,7 +433,7 @@ def _scale(opened: Opened, wanted: tuple[int, int]) -> Image.Image:
 
 
 def _decode_jpeg(data: bytes | bytearray) -> "Tensor | None":
-    """A plain JPEG's RGB pixels (3, H, W) without Pillow's copies; None where Pillow must decode, or say why not.
+    """RGB pixels (3, H, W) of a plain JPEG, without Pillow's copies; None if Pillow must decode it or report its error.
 
     torchvision's decoder prints to stderr, which only some processes own.
     """

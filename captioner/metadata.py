@@ -1,7 +1,7 @@
-"""Files without the metadata that decide nothing about their pixels, so that damage in it costs no picture.
+"""Remove metadata that does not affect pixels, so that a picture with damaged metadata can still be decoded.
 
-Every function returns a file of the same length with the same pixels at the same offsets. What tells the orientation
-stays, unless it is damaged itself.
+Every function returns a file of the same length with the same pixels at the same offsets. Orientation metadata is kept
+unless it is damaged itself.
 """
 
 import re
@@ -31,7 +31,7 @@ _PIXEL_TAGS = frozenset((
 
 
 def without_metadata(data: bytes) -> bytes:
-    """The file without metadata; `data` itself where its format is none that has any known here."""
+    """The file without metadata; `data` unchanged if the format is not handled here."""
     if data.startswith(MAY_HOLD_PNG):
         return _bare_png(data)
     if data.startswith(TIFF_STARTS):
@@ -45,32 +45,32 @@ def without_metadata(data: bytes) -> bytes:
 
 
 def _bare_png(data: bytes) -> bytes:
-    bare = bytearray()  # of a picture without any, which may be large, no copy is made
+    bare = bytearray()  # stays empty, without a copy of the file, if there is nothing to remove
     for start in re.finditer(re.escape(PNG_START), data):
-        for place, kind, content in _png_chunks(data, start.end()):
+        for offset, kind, content in _png_chunks(data, start.end()):
             is_ancillary = bool(kind[0] & 0x20)
-            if not is_ancillary or kind == b"tRNS" or (_may_orient(kind, content) and _is_whole(data, place, content)):
+            if not is_ancillary or kind == b"tRNS" or (_may_orient(kind, content) and _is_whole(data, offset, content)):
                 continue
             bare = bare or bytearray(data)
-            bare[place + 4 : place + 8] = _NOTHING
-            end = place + 8 + len(content)
+            bare[offset + 4 : offset + 8] = _NOTHING
+            end = offset + 8 + len(content)
             bare[end : end + 4] = struct.pack(">I", zlib.crc32(_NOTHING + content))
     return bytes(bare) or data
 
 
-def _png_chunks(data: bytes, place: int) -> Iterator[tuple[int, bytes, bytes]]:
-    """The offset, kind and content of each chunk that is there in full, up to the last one."""
+def _png_chunks(data: bytes, offset: int) -> Iterator[tuple[int, bytes, bytes]]:
+    """The offset, type and content of each complete chunk, up to IEND."""
     kind = b""
-    while kind != b"IEND" and place + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, place)
-        if place + 12 + length > len(data) or not kind.isalpha():
+    while kind != b"IEND" and offset + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, offset)
+        if offset + 12 + length > len(data) or not kind.isalpha():
             return
-        yield place, kind, b"" if kind == b"IDAT" else data[place + 8 : place + 8 + length]
-        place += 12 + length
+        yield offset, kind, b"" if kind == b"IDAT" else data[offset + 8 : offset + 8 + length]
+        offset += 12 + length
 
 
 def _may_orient(kind: bytes, content: bytes) -> bool:
-    """Whether the orientation is read from the chunk, and its text is not too long to be read."""
+    """Whether Pillow may read the orientation from this chunk, and the chunk is not too long for Pillow."""
     if kind not in (b"iTXt", b"tEXt", b"zTXt"):
         return kind == b"eXIf"
     keyword = next((text for text in _ORIENTATION_TEXTS if content.startswith(text)), None)
@@ -84,26 +84,26 @@ def _may_orient(kind: bytes, content: bytes) -> bool:
     return not inflate.unconsumed_tail
 
 
-def _is_whole(data: bytes, place: int, content: bytes) -> bool:
-    end = place + 8 + len(content)
-    return zlib.crc32(data[place + 4 : end]) == int.from_bytes(data[end : end + 4])
+def _is_whole(data: bytes, offset: int, content: bytes) -> bool:
+    end = offset + 8 + len(content)
+    return zlib.crc32(data[offset + 4 : end]) == int.from_bytes(data[end : end + 4])
 
 
 # ---- JPEG -------------------------------------------------------------------------------------------------
 
 
 def _bare_jpeg(data: bytes) -> bytes:
-    """Application segments become comments, but for EXIF, XMP, and those that decide colours."""
+    """Turn application segments into comments, except EXIF, XMP, and segments that affect colours."""
     bare = bytearray(data)
-    place = 2
-    while place + 4 <= len(data) and data[place] == 0xFF and data[place + 1] != 0xDA:
-        kind, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4])
+    offset = 2
+    while offset + 4 <= len(data) and data[offset] == 0xFF and data[offset + 1] != 0xDA:
+        kind, length = data[offset + 1], int.from_bytes(data[offset + 2 : offset + 4])
         if kind == 0xFF:  # a fill byte
-            place += 1
+            offset += 1
             continue
         if 0xE0 <= kind <= 0xEF and kind != 0xE1 and length - 2 < _SHORTEST_JPEG_SEGMENTS.get(kind, 1 << 16):
-            bare[place + 1] = _COMMENT
-        place += 2 + length
+            bare[offset + 1] = _COMMENT
+        offset += 2 + length
     return bytes(bare)
 
 
@@ -111,20 +111,20 @@ def _bare_jpeg(data: bytes) -> bytes:
 
 
 def _bare_tiff(data: bytes) -> bytes:
-    """Only the first directory, which is all that is read, without the entries of other tags."""
+    """Keep only the first directory, which is all that is read, and its tags that affect pixels or orientation."""
     order: Literal["little", "big"] = "little" if data.startswith(b"I") else "big"
     is_big = data[2:4] in (b"+\0", b"\0+")
     count_bytes, entry_bytes, offset_bytes = (8, 20, 8) if is_big else (2, 12, 4)
 
-    def read(place: int, num_bytes: int) -> int:
-        return int.from_bytes(data[place : place + num_bytes], order)
+    def read(offset: int, num_bytes: int) -> int:
+        return int.from_bytes(data[offset : offset + num_bytes], order)
 
-    def decides_pixels(place: int) -> bool:
-        tag, kind, count = read(place, 2), read(place + 2, 2), read(place + 4, offset_bytes)
+    def decides_pixels(offset: int) -> bool:
+        tag, kind, count = read(offset, 2), read(offset + 2, 2), read(offset + 4, offset_bytes)
         if tag == _ORIENTATION:
             return (kind, count) == (3, 1)
         if tag == _XMP:
-            start = read(place + 4 + offset_bytes, offset_bytes)
+            start = read(offset + 4 + offset_bytes, offset_bytes)
             return kind in (1, 7) and count > offset_bytes and start + count <= len(data)
         return tag in _PIXEL_TAGS
 
@@ -133,7 +133,7 @@ def _bare_tiff(data: bytes) -> bytes:
     end = first + read(directory, count_bytes) * entry_bytes
     if end > len(data):
         return data
-    kept = [data[place : place + entry_bytes] for place in range(first, end, entry_bytes) if decides_pixels(place)]
+    kept = [data[offset : offset + entry_bytes] for offset in range(first, end, entry_bytes) if decides_pixels(offset)]
     entries = b"".join(kept) + bytes(offset_bytes)  # and no next directory
     bare = data[:directory] + len(kept).to_bytes(count_bytes, order) + entries
     return (bare + data[len(bare) :])[: len(data)]

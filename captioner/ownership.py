@@ -1,16 +1,16 @@
 """One owner at a time, on all machines that see a folder: of a run folder, or of a split that is packed.
 
-The owner keeps a small file, or behind a URL an object, that says which process of which machine it is, and rewrites
-it every 15 seconds. On disk it also locks that file, and the system releases the lock however the process ends. Who
-wants to own the same:
+The owner keeps a small file, or behind a URL an object, that says which process on which machine it is, and rewrites
+it every 15 seconds. On disk it also locks that file; the system releases the lock however the process ends. Another
+process that wants to be the owner
 
-1. takes it where there is no file;
-2. is refused by an owner on this machine that is alive; takes over at once from one that is not, also when another
-   process has its number by now, or the machine was rebooted;
-3. watches the file of an owner on another machine: is refused when the file changes, and takes over when it has not
-   changed for a minute. No clocks are compared, only what the file says with what it said before.
+1. becomes it if there is no file;
+2. is refused if the owner is on the same machine and alive, and takes over at once if that owner is dead, even if its
+   process number has been reused or the machine was rebooted;
+3. watches the file if the owner is on another machine: it is refused if the file changes, and takes over if the file
+   does not change for a minute. Only the file's contents are compared, never clocks.
 
-An owner that was silent for a minute, and finds another's file instead of its own, has lost it.
+An owner that was silent for a minute and then finds another owner's file has lost ownership.
 """
 
 import errno
@@ -37,11 +37,11 @@ from captioner.peers import EXIT_PREEMPTED
 
 BEAT_SECONDS = 15.0
 SILENT_SECONDS = 60.0
-SETTLE_SECONDS = 2.0  # another that found it free at the same moment has written its own by then
+SETTLE_SECONDS = 2.0  # by then, a process that found it free at the same moment has written its own record
 LOCK_TRIES = 100
 RETRY_SECONDS = 0.05
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-RECORD_BYTES = 512  # always as many, so that a record replaces another in one write
+RECORD_BYTES = 512  # fixed size, so that one write replaces a record
 INITIAL_PIDS = "pid:[4026531836]"  # Linux's process numbers outside of containers
 
 Record = dict[str, Any]
@@ -51,8 +51,8 @@ Record = dict[str, Any]
 def owned(location: str, *, doing: str) -> Iterator[None]:
     """Own what the file or object at `location` stands for. Raises UserError while another process does.
 
-    `doing` says what an owner does, for the refusal of others. A process that loses it to another, after a minute of
-    silence, ends with code 75: two must not write the same.
+    `doing` says what the owner does, for the error that other processes get. A process that loses it to another, after
+    a minute of silence, ends with code 75: two must not write the same files.
     """
     claim = _Claim(location, doing)
     with _hold_object(claim) if storage.is_remote(location) else _hold_file(claim):
@@ -61,21 +61,21 @@ def owned(location: str, *, doing: str) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Claim:
-    """One process's wish to own a location."""
+    """One process's attempt to own a location."""
 
     location: str
     doing: str
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def record(self, beat: int = 0) -> str:
-        """What the file says of this process; another text for each beat."""
+        """The file's content for this process; different for each heartbeat."""
         pid = os.getpid()
         found = {"id": self.id, "host": socket.gethostname(), "machine": _machine(), "boot": _boot(), "pid": pid,
                  "started": _started(pid), "beat": beat}  # fmt: skip
         return json.dumps(found).ljust(RECORD_BYTES - 1) + "\n"
 
     def read(self) -> Record:
-        """What the file says now; empty where there is none, or nothing to understand. Raises OSError."""
+        """The record in the file; empty if there is no file or it is not valid JSON. Raises OSError."""
         with suppress(FileNotFoundError, ValueError):
             content = json.loads(storage.read_bytes(self.location))
             if isinstance(content, dict):
@@ -89,8 +89,10 @@ class _Claim:
         )
 
     def watch(self, owner: Record, *, seconds: float) -> None:
-        """Return when an owner on another machine was silent for so long, or is gone. Raises UserError otherwise."""
-        console.print(f"{self.location} is of {_name(owner)}: watching for up to {seconds:.0f} s whether that is alive")
+        """Return once an owner on another machine was silent for `seconds` or left. Raises UserError if it is alive."""
+        console.print(
+            f"{self.location} is owned by {_name(owner)}: waiting up to {seconds:.0f} s to see if it is alive"
+        )
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(BEAT_SECONDS / 5)
@@ -109,7 +111,7 @@ def _name(owner: Record) -> str:
 
 
 def _machine() -> str:
-    """This machine, also after a reboot, or this container on it, until the reboot: process numbers count within."""
+    """Identifies the machine (across reboots) or container (until a reboot) in which process numbers are valid."""
     own = f"{socket.gethostname()} {_read_line('/etc/machine-id')}"
     space = ""
     with suppress(OSError):
@@ -118,7 +120,7 @@ def _machine() -> str:
 
 
 def _boot() -> str:
-    """The machine's start; the same text until the next one."""
+    """Identifies the current boot of the machine."""
     return _read_line("/proc/sys/kernel/random/boot_id")
 
 
@@ -137,7 +139,7 @@ def _started(pid: int) -> str | None:
     except OSError:  # another user's
         pass
     state, *fields = _read_line(f"/proc/{pid}/stat").rpartition(")")[2].split() or [""]
-    if state and state in "ZX":  # it has ended, and its parent has not looked
+    if state and state in "ZX":  # a zombie: it has ended, and its parent has not waited for it
         return None
     return fields[18] if fields else ""
 
@@ -147,7 +149,7 @@ def _is_of_this_machine(owner: Record) -> bool:
 
 
 def _is_over(owner: Record) -> bool:
-    """Whether there is no owner, or it is known to be gone."""
+    """Whether there is no owner, or the owner is known to be dead."""
     if not _is_of_this_machine(owner):
         return not owner
     started = _started(owner["pid"])
@@ -181,7 +183,7 @@ def _hold_file(claim: _Claim) -> Iterator[None]:
 
 @contextmanager
 def _folder(path: Path) -> Iterator[None]:
-    """A folder, made where it is missing; then it is removed at the end if it is empty."""
+    """Create a folder if it is missing; at the end remove what was created, if empty."""
     made = [each for each in (path, *path.parents) if not each.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -213,7 +215,7 @@ def _lock(path: Path, claim: _Claim) -> io.FileIO:
 
 
 def _take_file(path: Path, file: io.FileIO, claim: _Claim, *, is_new: bool) -> bool:
-    """Whether the open file is this process's now; where it is not, another attempt may succeed. Raises UserError."""
+    """Try to lock the open file and write the record; False if the caller should try again. Raises UserError."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -240,11 +242,11 @@ def _take_file(path: Path, file: io.FileIO, claim: _Claim, *, is_new: bool) -> b
 def _wait_for_lock(path: Path, claim: _Claim) -> None:
     """Return when another's lock may be gone. Raises UserError when its owner is alive."""
     owner = claim.read()
-    if _is_over(owner):  # the one that has the lock is about to write who it is
+    if _is_over(owner):  # the process that holds the lock has not yet written its record
         time.sleep(RETRY_SECONDS)
     elif _is_of_this_machine(owner):
         raise claim.refusal(owner)
-    else:  # a server of files may keep the lock of a machine that is gone
+    else:  # a file server may keep the lock of a dead machine
         claim.watch(owner, seconds=SILENT_SECONDS + 2 * SETTLE_SECONDS)
         if claim.read() == owner:
             path.unlink(missing_ok=True)
@@ -286,7 +288,7 @@ def _hold_object(claim: _Claim) -> Iterator[None]:
 
 
 def _take_object(claim: _Claim) -> None:
-    """Write the claim and look whether it stays. Raises UserError when another owns it, and OSError."""
+    """Write the claim and check that it remains. Raises UserError if another process owns the location, and OSError."""
     watched = None
     claim.read()  # the first question opens the connection, which takes time
     while True:
@@ -299,7 +301,7 @@ def _take_object(claim: _Claim) -> None:
         claim.watch(owner, seconds=SILENT_SECONDS)
         watched = owner
     storage.write_atomic(claim.location, claim.record())
-    # A slow write may have hit the claim of one that has looked already; that one's next beat shows.
+    # A slow write may have overwritten a claim already checked by its owner, whose next heartbeat restores it.
     was_slow = time.monotonic() - started > SETTLE_SECONDS
     time.sleep(SETTLE_SECONDS + (BEAT_SECONDS if was_slow else 0))
     owner = claim.read()
@@ -328,7 +330,7 @@ def _remove(claim: _Claim) -> None:
 
 @contextmanager
 def _beating(claim: _Claim, write: Callable[[str], None], *, trusting: bool = False) -> Iterator[None]:
-    """Show within that the owner is alive. A `trusting` one looks for another's claim only when it was silent."""
+    """Write heartbeats while entered. A `trusting` owner checks for another's claim only after it was silent."""
     done = threading.Event()
 
     def beat() -> None:

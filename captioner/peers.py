@@ -1,4 +1,4 @@
-"""How long the other processes of a job may be silent, and how a process ends that can be started again."""
+"""The timeout after which another process of a job counts as lost, and the exit code of a resumable job."""
 
 import os
 from datetime import timedelta
@@ -13,7 +13,7 @@ PEER_VARIABLE = "CAPTIONER_PEER_TIMEOUT_SECONDS"
 
 
 def peer_timeout() -> timedelta:
-    """How long another process may be silent. Raises UserError where the environment gives no such time."""
+    """How long another process may be silent. Raises UserError for an invalid value in the environment."""
     text = os.environ.get(PEER_VARIABLE, str(PEER_SECONDS))
     try:
         found = timedelta(seconds=float(text))

@@ -337,7 +337,7 @@ def read_json(location: str, *, remedy: str) -> Any:
 def write_atomic(location: str, content: bytes | str) -> None:
     """Write a file so that its name holds either the whole content or what it held before. Raises OSError.
 
-    On disk the content and the new name are there to stay (fsync) when this returns. Symbolic links are followed; pipes
+    On disk, content and name are durable (fsync) when this returns. Symbolic links are followed; pipes
     and character devices, which cannot be replaced, are written to.
     """
     data = content.encode() if isinstance(content, str) else content

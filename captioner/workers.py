@@ -43,7 +43,7 @@ def receive(pipe: Connection) -> Any:
 
 
 def count_processors(*, membership: Path = Path("/proc/self/cgroup"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """How many processors this process may use: those it may run on, or fewer where a container has a quota of time.
+    """How many processors this process may use: those in its affinity mask, or fewer under a cgroup CPU quota.
 
     A quota of 1.5 counts as 2. `membership` names this process's control groups, which lie below `cgroups`.
     """

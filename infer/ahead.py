@@ -1,6 +1,6 @@
 """A listing that runs ahead of captioning, so that the number of files is known long before its end.
 
-What is not captioned yet waits in a temporary file: memory stays flat, and nothing is listed twice.
+Entries not yet captioned are queued in a temporary file: memory stays flat, and nothing is listed twice.
 """
 
 import io
@@ -17,9 +17,9 @@ Entry = ImageFile | Refused
 
 
 class Ahead(Iterator[Entry]):
-    """The entries as they come; a thread lists them at its own pace, and then calls `on_end` with their number.
+    """The entries in order; a thread lists them at its own pace, and then calls `on_end` with their number.
 
-    What the listing raises is raised behind the last entry. Raises UserError where the temporary file cannot grow.
+    An exception of the listing is raised after the last entry. Raises UserError if the temporary file cannot grow.
     """
 
     def __init__(self, entries: Iterator[Entry], *, on_end: Callable[[int], None]) -> None:
@@ -61,7 +61,7 @@ class Ahead(Iterator[Entry]):
 
     def _keep(self, data: bytes) -> None:
         try:
-            while data:  # a nearly full disk takes a part first
+            while data:  # a nearly full disk may write only some of it
                 data = data[self._writer.write(data) :]
         except OSError as error:
             raise UserError(

@@ -6,7 +6,7 @@
 Files that are no usable picture get a row that says why. A job that was stopped goes on where it stood when it is
 started again with the same --output, with as many processes as you like. Exit code 0: every file has a caption; 3: some
 have none, or a sidecar could not be written, and what is printed counts why (accelerate launch makes 1 of it); 2: there
-was no file to caption, or something else to mend, told in one line; 75: stopped by SIGTERM, or because another process
+was no file to caption, or another error to fix, printed in one line; 75: stopped by SIGTERM, or because another process
 of the job was lost: start it again.
 """
 
@@ -191,8 +191,8 @@ def caption_files(
     num_threads = num_processors if on_cpu else 1
     captioning = Captioning(captioner, index, writer)
     num_failed = num_rows = 0
-    share = f" (share 1 of {peers.world_size})" if peers.world_size > 1 else ""
-    with cli.progress_bar(f"captioning{share}", total=None, unit="images", quiet=not peers.is_main) as bar:
+    process = f" (process 1 of {peers.world_size})" if peers.world_size > 1 else ""
+    with cli.progress_bar(f"captioning{process}", total=None, unit="images", quiet=not peers.is_main) as bar:
         reader = Reader(
             left_to_do(Ahead(files, on_end=bar.set_total), index, bar),
             captioner.bundle.view,

@@ -1,8 +1,8 @@
-"""The processes of a captioning job, which know of each other by small files beside the output.
+"""The processes of a captioning job watch each other through small heartbeat files beside the output.
 
-Each rewrites its own every few seconds. Rank 0 watches all others, and they watch it: a process whose file does not
-change for ten minutes is lost, and the job ends. A slow one is never taken for lost, however much it has to do, and
-none waits for the network of a machine that is gone.
+Each process rewrites its own file every few seconds. Rank 0 watches all others, and they watch rank 0: a process whose
+file does not change for ten minutes is lost, and the job ends. A slow process is never mistaken for a lost one, and no
+process blocks on the network of a dead machine.
 """
 
 import json
@@ -23,14 +23,14 @@ from infer.results import find_process_files, process_path
 
 BEATS = 60  # in the time after which a silent process is lost
 POLL_SECONDS = 0.2  # when this process has nothing else to do
-RECORD_BYTES = 128  # always as many, so that a record replaces another in one write
-GOES_ON = "all rows are kept, and the same command goes on, on fewer processes too"
+RECORD_BYTES = 128  # fixed size, so that one write replaces a record
+RESUMABLE = "all rows are kept: run the same command again to resume, with fewer processes if needed"
 
 
 class Peers:
-    """The job as this process sees it, from entering on; alone it has no files.
+    """This process's view of the job, while entered; a single process writes no files.
 
-    Leaving with an exception tells the others that this process has failed, and SIGTERM is one, with code 75.
+    An exception tells the other processes that this one has failed; SIGTERM raises SystemExit with code 75.
     """
 
     def __init__(self, output: Path, *, rank: int = 0, world_size: int = 1) -> None:
@@ -55,7 +55,7 @@ class Peers:
         signal.signal(signal.SIGTERM, _leave)
         if self._watched:
             self._output.parent.mkdir(parents=True, exist_ok=True)
-            self._look()  # what is there already may be of a job that was killed
+            self._look()  # existing files may be from a job that was killed
             self._write()
             Thread(target=self._keep_beating, daemon=True).start()
         return self
@@ -71,11 +71,11 @@ class Peers:
         for peer in self._watched:
             loss = peer.loss(self._limit_seconds)
             if loss is not None:
-                print(f"process {peer.rank} of this job {loss}; {GOES_ON}", file=sys.stderr)
+                print(f"process {peer.rank} of this job {loss}; {RESUMABLE}", file=sys.stderr)
                 raise SystemExit(EXIT_PREEMPTED)
 
     def finish(self, *counts: int) -> list[int]:
-        """Wait for the end of all processes' captioning; in rank 0 each count summed over them.
+        """Wait until all processes have finished captioning; in rank 0, returns each count summed over them.
 
         The others wait until rank 0 dismisses them. Raises SystemExit as `check` does.
         """
@@ -137,7 +137,7 @@ class _Peer:
         self._changed: float | None = None  # when it did last, in monotonic seconds
 
     def look(self, now: float, *, forgive: bool) -> None:
-        """Read the file, which is of a process that lives when it has changed."""
+        """Read the file; a change shows that its process is alive."""
         content = _read(self._path)
         if self._changed is None:
             self._content, self._changed = content, now
@@ -150,7 +150,7 @@ class _Peer:
     def loss(self, limit_seconds: float) -> str | None:
         """What shows that the process is lost, if anything does."""
         if self.record.get("state") == "failed":
-            return "has failed, and what it printed last says why"
+            return "has failed: see the end of its output"
         if self._changed is None or time.monotonic() - self._changed < limit_seconds:
             return None
         if self.record:
@@ -169,7 +169,7 @@ def _read(path: Path) -> bytes:
 
 
 def find_peers(output: Path) -> Peers:
-    """The job as torchrun and `accelerate launch` announce it. Raises UserError where that is half of it."""
+    """The job described by the variables of torchrun or `accelerate launch`. Raises UserError if RANK is missing."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1 and "RANK" not in os.environ:
         raise UserError(
@@ -179,5 +179,5 @@ def find_peers(output: Path) -> Peers:
 
 
 def _leave(_number: int, _frame: FrameType | None) -> None:
-    print(f"stopped by SIGTERM: {GOES_ON}", file=sys.stderr)
+    print(f"stopped by SIGTERM: {RESUMABLE}", file=sys.stderr)
     raise SystemExit(EXIT_PREEMPTED)

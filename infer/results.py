@@ -72,9 +72,9 @@ def duplicate_row(first: Row, *, root: str, path: str) -> Row:
 
 
 def find_output(output: Path) -> Path:
-    """The file of rows, there or not, that --output names: links are followed, so that all files stand next to it.
+    """The file of rows that --output names, existing or not. Links are followed, so all other files are beside it.
 
-    Raises UserError for what is no file, which cannot be replaced by the merged rows.
+    Raises UserError if it is not a regular file, and so cannot be replaced by the merged rows.
     """
     if ":/" in str(output):
         raise UserError(f"--output {output} is a URL: give a file on this machine")
@@ -88,7 +88,7 @@ def find_output(output: Path) -> Path:
         raise UserError(f"--output {output} is a folder: give the name of a JSONL file")
     if not stat.S_ISREG(found.st_mode) or any(os.path.samestat(found, stream) for stream in _standard_streams()):
         raise UserError(
-            f"--output {output} is a device, a pipe, or what this command reads or prints: rows are merged in a file, "
+            f"--output {output} is a device, a pipe, or this command's own input or output: rows are merged in a file, "
             "give the name of one"
         )
     return _follow(output)
@@ -125,7 +125,7 @@ def merging_path(output: Path) -> Path:
 
 
 def process_path(output: Path, rank: int) -> Path:
-    """The file by which process `rank` of several tells the others that it is there."""
+    """The heartbeat file of process `rank`, in a job of several processes."""
     return output.with_name(f"{output.name}.process-{rank}")
 
 
@@ -197,7 +197,7 @@ class RowWriter:
         *offsets, self._end = accumulate(map(len, lines), initial=self._end)
         left = memoryview(b"".join(lines))
         with writing(self.path):
-            while left:  # a nearly full disk takes a part first, and then says so
+            while left:  # a nearly full disk may write only some of it before it fails
                 left = left[self._file.write(left) :]
         return offsets
 
@@ -214,14 +214,14 @@ class RowWriter:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within, a failure to write to the file of rows, which is open, names it."""
+    """While entered, an OSError in writing the open file of rows becomes a UserError that names the file."""
     try:
         yield
     except OSError as error:
         if error.filename:  # another file's
             raise
         raise UserError(
-            f"cannot write {path} ({error.strerror or error}): make room for it; the same command goes on from there"
+            f"cannot write {path} ({error.strerror or error}): make room for it; the same command resumes from there"
         ) from error
 
 

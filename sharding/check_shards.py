@@ -86,7 +86,7 @@ class IndexSettings:
     """Which files, such as "cc3m-train-*.tar"; without it SPLIT*.tar where there are any, else *.tar."""
     threshold: Count | None = None
     """A word enters the vocabulary when the captions hold it at least this often (train, or where there is none).
-    Without it 4, or fewer on small data: as many as let the vocabulary cover 90 % of the captions' words."""
+    Without it 4, or on small data the highest lower value at which the vocabulary covers 90 % of all words in them."""
     size: Pixels = 256
     """Sides in pixels that pictures are squashed to when training reads them."""
 

@@ -32,8 +32,8 @@ class ShardSettings:
     shard_megabytes: Count = 64
     """About how large a shard becomes."""
     threshold: Count | None = None
-    """A word enters the vocabulary when the training captions hold it at least this often. Without it 4, or fewer on
-    small data: as many as let the vocabulary cover 90 % of the captions' words."""
+    """A word enters the vocabulary when the training captions hold it at least this often. Without it 4, or
+    on small data the highest lower value at which the vocabulary covers 90 % of all words in the captions."""
     vocabulary: Location | None = None
     """Use this vocabulary.json instead of making one from the training captions."""
     workers: Workers | None = None

@@ -208,9 +208,13 @@ def test_a_lost_process_ends_the_others_resumably(
         assert running.ranks[lost].exitcode == 75
     running.kill()
     output = running.log.read_text()
-    seen = "has failed, and what" if number == signal.SIGTERM else "was silent for 2 s, so it or its machine is gone"
+    seen = (
+        "has failed: see the end of its output"
+        if number == signal.SIGTERM
+        else "was silent for 2 s, so it or its machine is gone"
+    )
     assert f"process {lost} of this job {seen}" in output
-    assert "all rows are kept, and the same command goes on" in output
+    assert "all rows are kept: run the same command again to resume" in output
     assert "Traceback" not in output
     num_kept = count_rows(tmp_path)
     assert 2 <= num_kept < NUM_MANY

@@ -105,5 +105,5 @@ def test_a_full_disk_for_what_is_printed_is_said_at_the_end(tmp_path: Path) -> N
         assert run_command(tmp_path / "x", "--code", 3, stdout=full)[0] == 3
     assert code == 2
     (line,) = [line for line in errors.splitlines() if line != "to stderr"]
-    assert line.startswith("error: the work is done, but not all that it printed was written (No space left on device)")
+    assert line.startswith("error: the work is done, but its output was not fully written (No space left on device)")
     assert (tmp_path / "x").read_text() == "done"

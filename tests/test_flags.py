@@ -151,3 +151,13 @@ def test_paths_begin_at_home_where_the_shell_leaves_the_tilde(settings_class: ty
                 args = [*required(settings_class), flag, "~/x"]
             found = getattr(cli.parse(settings_class, description="", args=args), name)
             assert os.fspath(found[0] if isinstance(found, tuple) else found) == "/home/of/somebody/x", name
+
+
+@pytest.mark.parametrize("settings_class", settings_classes())
+def test_a_path_on_this_machine_is_no_url(settings_class: type) -> None:
+    """`pathlib` would make a folder named `s3:` of it."""
+    for name, hint in get_type_hints(settings_class, include_extras=True).items():
+        if "Local(" in str(hint):
+            flag = f"--{name.replace('_', '-')}"
+            with pytest.raises(cli.UserError, match=f"{flag} s3:/.* is a URL"):
+                cli.parse(settings_class, description="", args=[*required(settings_class), flag, "s3://bucket/x"])

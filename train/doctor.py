@@ -25,6 +25,7 @@ import torch
 
 from captioner import cli, storage
 from captioner.cli import UserError
+from captioner.decoder_output import own_stderr
 from captioner.flags import Count, File, Location, Pixels, Positive, Workers
 from captioner.shards import ShardEntry
 from captioner.splitmix import random_bits, random_order

@@ -98,7 +98,7 @@ def _make_missing(
                 )
         except OSError as error:
             raise UserError(
-                f"cannot keep features beside the shards ({error}): mend that, or leave out --cache-features"
+                f"cannot keep features beside the shards ({error}): fix that, or leave out --cache-features"
             ) from error
     absent = [str(files.paths[number]) for number in missing if not files.paths[number].exists()]
     if absent:

@@ -21,7 +21,7 @@ from train.stream import Batch, StreamState
 from train.tracking import Tracker
 
 LOG_STEPS = 10
-ASK_SECONDS = 5.0  # ranks ask each other at least so often whether to stop, or after each step that takes longer
+ASK_SECONDS = 5.0  # longest time between agreements on stopping, or one step if that takes longer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +100,7 @@ class Meter:
 
 @dataclass(kw_only=True)
 class Agreement:
-    """Whether any rank wants to stop. The ranks ask each other at the same steps, from the first one on."""
+    """Agreement of all ranks on whether to stop; all of them vote at the same steps."""
 
     accelerator: Accelerator
     num_steps: int = 0

@@ -260,9 +260,9 @@ def check_enough(split: "Split") -> None:
 
 
 def keep_calibration(folder: Path, calibration: "Calibration", *, old: "Calibration | None", name: str) -> None:
-    """Put a calibration into the folder of the model with this name, unless the old one there can do more.
+    """Write a calibration into the folder of the model with this name, unless the old one has more.
 
-    Raises UserError then, and where it cannot be written.
+    Raises UserError if the old one has more, or if writing fails.
     """
     from captioner.bundle import save_calibration
 

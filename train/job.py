@@ -1,4 +1,4 @@
-"""A training job from its launch to its end: its processes, their signals, and the run folder that is its own."""
+"""A training job from launch to end: its processes, their signals, and ownership of its run folder."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ Recipe = Callable[[TrainSettings, Accelerator, Preemption], None]
 
 
 def as_job(recipe: Recipe) -> Callable[[TrainSettings], None]:
-    """A recipe of training as a job that owns its run folder. The job raises UserError while another one does."""
+    """Run a training recipe as a job that owns its run folder. Raises UserError while another job owns it."""
 
     @functools.wraps(recipe)
     def job(settings: TrainSettings) -> None:
@@ -32,7 +32,7 @@ def as_job(recipe: Recipe) -> Callable[[TrainSettings], None]:
 
 @contextmanager
 def owning(run: Path) -> Iterator[None]:
-    """Own the run folder within; the main process does for all. Raises UserError, in all, while another job does."""
+    """Own the run folder while entered, in the main process for all. Raises UserError, in all, if another job does."""
     with ExitStack() as stack:
         owner = owned(str(run / OWNER), doing="is training in this folder")
 

@@ -62,9 +62,9 @@ def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
 
 
 def end_with_launcher() -> None:
-    """Send this process SIGTERM when the launcher that started it is gone.
+    """Send this process SIGTERM when the launcher that started it has died.
 
-    One that is killed (kill -9) leaves its processes running. A process that no launcher started may outlive its
+    A launcher killed by kill -9 leaves its processes running. A process started without a launcher may outlive its
     parent, as under nohup.
     """
     if any(name in os.environ for name in LAUNCHERS):

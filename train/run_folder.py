@@ -1,6 +1,6 @@
 """The run folder: settings, checkpoints that are whole or absent, and where everything lies.
 
-It appears when nothing is left that could refuse the start, see docs/decisions/0019-what-a-run-is.md.
+It is created after all checks of the start have passed, see docs/decisions/0019-what-a-run-is.md.
 
 `settings.json` · `encoder.safetensors` (a frozen one, once) · `checkpoints/epoch-0001-000000128000/` (epoch, position)
 `history.jsonl` · `samples.jsonl` and `samples/` · `tensorboard/` · `skipped.jsonl` · `validation.jsonl` (of the best
@@ -119,9 +119,9 @@ def model_folder(run: Path) -> Path:
 def made_of(
     train: Split, val: Split | None, vocabulary: Vocabulary, *, initial: Bundle | None, weights: str | None
 ) -> dict[str, str | None]:
-    """What a run is made of, each by a fingerprint of its content: the same wherever it lies, whatever it is called.
+    """A content fingerprint of each input of a run, independent of the input's location and name.
 
-    None for what there is not, and for a weights file that is gone.
+    None for an input that is absent, and for a weights file that no longer exists.
     """
     return {
         "train shards": train.fingerprint,
@@ -178,7 +178,9 @@ def _is_finished(
                 f"{run} was started with other settings ({', '.join(changes)}): give another --output, or delete {run}"
             )
     if complete_checkpoints(run) and not resume and not finished:
-        raise UserError(f"{run} holds an unfinished run: go on with --resume, give another --output, or delete {run}")
+        raise UserError(
+            f"{run} holds an unfinished run: continue with --resume, give another --output, or delete {run}"
+        )
     return finished
 
 
@@ -396,7 +398,7 @@ def _load(checkpoint: Path, accelerator: Accelerator) -> None:
 
 
 def checkpoint_trained_weights(loss_model: CaptionLoss, accelerator: Accelerator) -> None:
-    """Have checkpoints hold the weights that training changes, under names that are the same for all world sizes."""
+    """Make checkpoints hold only the weights that training changes, under names independent of the world size."""
 
     def save(_models: list[nn.Module], states: list[dict[str, Tensor]], _folder: str) -> None:
         states[:] = [{name: tensor.contiguous() for name, tensor in _trained_weights(loss_model).items()}]

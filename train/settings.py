@@ -10,6 +10,7 @@ from captioner.flags import (
     Count,
     CountOrZero,
     FractionBelow1,
+    LocalPath,
     Location,
     NotNegative,
     Pixels,
@@ -51,7 +52,7 @@ NEW_MODEL: dict[str, Any] = {
 class TrainSettings:
     """What to train on, which model, and for how long. Mixed precision and GPUs are `accelerate launch`'s flags."""
 
-    shards: tuple[Location, LocalPath, ...] = ("data/shards",)
+    shards: tuple[Location, ...] = ("data/shards",)
     """Dataset folders (or URLs) that sharding/make_shards.py wrote, mixed into one; `val` in them is for evaluation."""
     output: LocalPath = "runs/coco"
     """Run folder: checkpoints, curves, report.html, and the model in `model/`."""

@@ -44,7 +44,7 @@ from train.split import Split
 
 BATCHES_AHEAD = 3  # that each worker makes before they are asked for
 SHOWN = 5
-FOLLOW_SECONDS = 0.2  # a worker ends so soon after training
+FOLLOW_SECONDS = 0.2  # how soon a worker ends after training does
 MAX_OPEN_FILES = 800  # of a process, half of them features; systems allow 1,024
 FETCHED_SHARDS = 8  # that a process lets wait in the cache before they are needed
 PINNED_FOR = ("cuda", "xpu")  # types of devices that copy from page-locked memory while the process goes on
@@ -509,9 +509,9 @@ class BatchStream(DataLoader[Batch]):
 
 
 def pinned_ahead(batches: Iterable[Batch], pin: Callable[[Batch], Batch]) -> Iterator[Batch]:
-    """The batches as `pin` copies them, in order, each copied by a thread while the one before it is trained on.
+    """The batches as `pin` copies them, in order, each copied by a thread during the step on the batch before it.
 
-    A batch's buffer is free as soon as it is copied. What `batches` or `pin` raises comes after the batches before it.
+    A batch's buffer is free once copied. Exceptions of `batches` or `pin` are raised after the batches before them.
     The thread ends with the iterator.
     """
     copies: deque[Future[Batch]] = deque()
@@ -540,12 +540,12 @@ def pin_batch(batch: Batch, *, device_index: int) -> Batch:
 
 
 def follow_training(training: int, over: Any, _worker: int) -> None:
-    """Let a worker live as long as the training process wants its batches, whatever it is doing then, and no longer.
+    """Keep a worker alive exactly as long as the training process needs its batches, even while it is blocked.
 
     SIGTERM, which launchers and schedulers send to all processes of a job, does not end it, since training needs
     batches until it has saved; SIGTERM of the training process does, and so do `over` and that process's own end.
     """
-    if sys.platform == "linux":  # elsewhere nobody tells who sent a signal
+    if sys.platform == "linux":  # elsewhere the sender of a signal is unknown
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     Thread(target=_end_after, args=(training, over), daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""What the processes of a job do side by side, however long it takes one of them: a slow one is no lost one."""
+"""Work that may take one rank much longer than the others, without the slow rank being mistaken for a lost one."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,10 +19,10 @@ Outcome = TypeVar("Outcome")
 
 @contextmanager
 def refused_together() -> Iterator[None]:
-    """Within, what one process refuses is refused by all, with its words: otherwise they would wait for it.
+    """While entered, an error in one process is raised in all, with its message: otherwise they would wait for it.
 
-    All processes must enter, each may take its time, and within none may wait for another. Raises the UserError or
-    OSError of this process, and UserError for that of another one.
+    All processes must enter; each may take as long as it needs, and none may wait for another inside. Raises the
+    UserError or OSError of this process, and UserError for that of another one.
     """
     failure = None
     with waiting_for_all():
@@ -48,10 +48,10 @@ def in_main(action: Callable[[], Outcome]) -> Outcome:
 
 @contextmanager
 def waiting_for_all() -> Iterator[None]:
-    """Return from within when all processes do; all must enter it, and none may use the process group within.
+    """Exit when all processes exit; all must enter, and none may use the process group inside.
 
-    Every second they tell each other, in a thread, that they are alive, so that none takes a slow one for lost. Raises
-    RuntimeError when one is: where it is known at once (a closed connection), else after the group's timeout.
+    A thread of each exchanges a heartbeat every second, so that a slow process does not count as lost. Raises
+    RuntimeError if one is lost: at once if its connection closes, else after the process group's timeout.
     """
     state = PartialState()
     if state.num_processes == 1:

@@ -293,7 +293,7 @@ def test_an_unfinished_run_is_resumed_only_when_asked(shards: Path, tmp_path: Pa
     running.kill()
     done = run(shards, output, "--epochs", 3)
     assert done.code == 2
-    assert "go on with --resume" in done.output.splitlines()[-1]
+    assert "continue with --resume" in done.output.splitlines()[-1]
 
 
 def test_checkpoints_hold_no_frozen_weights_and_are_few(shards: Path, tmp_path: Path, pretrained: Path) -> None:
@@ -340,7 +340,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_usable(shards: Path, tmp_path:
         assert done.code == 2, done.output
         (last,) = [line for line in done.output.splitlines() if line.startswith("error:")]
         assert "cannot write" in last
-        assert "is whole: make room, then go on with --resume" in last
+        assert "is whole: make room, then continue with --resume" in last
         assert str(checkpoints(output)[-1]) in last
         subprocess.run(["mount", "-o", "remount,size=400m", str(disk)], check=True)
         assert run_training(flags(shards, output, *more, "--resume"), log=log).code == 0

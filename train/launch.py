@@ -129,7 +129,7 @@ class Preemption:
 
     def leave(self) -> None:
         """End the process."""
-        print("stopped by SIGTERM: the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        print("stopped by SIGTERM: the same command with --resume continues from the last checkpoint", file=sys.stderr)
         raise SystemExit(EXIT_PREEMPTED)
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:

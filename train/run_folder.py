@@ -346,7 +346,7 @@ def save_checkpoint(
             _remove(folder)
         newest = next(iter(complete_checkpoints(run)[::-1]), None)
         left = f"{newest} is whole" if newest else "there is none before it"
-        raise UserError(f"cannot write {folder} ({error}); {left}: make room, then go on with --resume") from error
+        raise UserError(f"cannot write {folder} ({error}); {left}: make room, then continue with --resume") from error
     in_main(lambda: _remove_old(run, keep=keep, best=progress.best))
 
 
@@ -488,6 +488,8 @@ def write_model(
             calibration=calibration,
         )  # fmt: skip
     except OSError as error:
-        raise UserError(f"cannot write {model_folder(run)} ({error}): make room, then go on with --resume") from error
+        raise UserError(
+            f"cannot write {model_folder(run)} ({error}): make room, then continue with --resume"
+        ) from error
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     (run / ENCODER).unlink(missing_ok=True)

@@ -44,6 +44,9 @@ from train.split import Split
 
 BATCHES_AHEAD = 3  # that each worker makes before they are asked for
 SHOWN = 5
+# Before workers are forked. A thread of gloo takes one of Python's locks to free the tensors of the last collective, and
+# a worker forked at that moment waits for the lock forever (seen with Python 3.11).
+QUIET_SECONDS = 0.1
 FOLLOW_SECONDS = 0.2  # how soon a worker ends after training does
 MAX_OPEN_FILES = 800  # of a process, half of them features; systems allow 1,024
 FETCHED_SHARDS = 8  # that a process lets wait in the cache before they are needed
@@ -480,6 +483,8 @@ class BatchStream(DataLoader[Batch]):
     def _batches(self) -> Iterator[Batch]:
         part, self._over.value = self._first_part, False
         end_workers = partial(setattr, self._over, "value", True)
+        if self.num_workers and torch.distributed.is_initialized():
+            time.sleep(QUIET_SECONDS)
         items = super().__iter__()
         atexit.register(end_workers)  # before the loader's own, which waits for each of them
         try:

@@ -44,7 +44,7 @@ from train.split import Split
 
 BATCHES_AHEAD = 3  # that each worker makes before they are asked for
 SHOWN = 5
-# Before workers are forked. A thread of gloo takes one of Python's locks to free the tensors of the last collective, and
+# Before workers are forked. A gloo thread takes one of Python's locks to free the tensors of the last collective, and
 # a worker forked at that moment waits for the lock forever (seen with Python 3.11).
 QUIET_SECONDS = 0.1
 FOLLOW_SECONDS = 0.2  # how soon a worker ends after training does

@@ -59,7 +59,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 NUM_FILES, NUM_PICTURES, NUM_TWINS = 83, 80, 10
-NUM_MANY = 300
+NUM_MANY = 900
 
 
 def flags(model: Path, photos: Path, output: Path, *more: object) -> list[object]:

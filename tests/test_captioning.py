@@ -59,7 +59,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 NUM_FILES, NUM_PICTURES, NUM_TWINS = 83, 80, 10
-NUM_MANY = 900
+NUM_MANY = 600
 
 
 def flags(model: Path, photos: Path, output: Path, *more: object) -> list[object]:
@@ -199,7 +199,7 @@ def many_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_lost_process_ends_the_others_resumably(
     model: Path, many_photos: Path, tmp_path: Path, lost: int, number: signal.Signals
 ) -> None:
-    running = start_two(model, many_photos, tmp_path, peer_seconds=5.0)
+    running = start_two(model, many_photos, tmp_path, peer_seconds=3.0)
     os.kill(running.ranks[lost].pid, number)
     running.ranks[1 - lost].join(30)
     assert running.ranks[1 - lost].exitcode == 75
@@ -211,7 +211,7 @@ def test_a_lost_process_ends_the_others_resumably(
     seen = (
         "has failed: see the end of its output"
         if number == signal.SIGTERM
-        else "was silent for 5 s, so it or its machine is gone"
+        else "was silent for 3 s, so it or its machine is gone"
     )
     assert f"process {lost} of this job {seen}" in output
     assert "all rows are kept: run the same command again to resume" in output
@@ -226,7 +226,7 @@ def test_a_lost_process_ends_the_others_resumably(
 
 def test_a_slow_process_is_waited_for(model: Path, many_photos: Path, tmp_path: Path) -> None:
     """Its readers stand still for several times as long as a lost process is given."""
-    running = start_two(model, many_photos, tmp_path, peer_seconds=3.0)
+    running = start_two(model, many_photos, tmp_path, peer_seconds=2.0)
     pid = running.ranks[1].pid
     readers = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     assert readers
@@ -235,7 +235,7 @@ def test_a_slow_process_is_waited_for(model: Path, many_photos: Path, tmp_path: 
     process_0 = tmp_path / "c.jsonl.process-0"
     while b"finished" not in process_0.read_bytes():
         time.sleep(0.01)
-    time.sleep(7)
+    time.sleep(5)
     assert all(rank.is_alive() for rank in running.ranks), running.log.read_text()
     for reader in readers:
         os.kill(reader, signal.SIGCONT)

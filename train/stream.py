@@ -548,15 +548,20 @@ def follow_training(training: int, over: Any, _worker: int) -> None:
     """Keep a worker alive exactly as long as the training process needs its batches, even while it is blocked.
 
     SIGTERM, which launchers and schedulers send to all processes of a job, does not end it, since training needs
-    batches until it has saved; `over` and the end of the training process do.
+    batches until it has saved; SIGTERM of the training process does, and so do `over` and that process's own end.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # in all threads, also those of libraries
+    if sys.platform == "linux":  # elsewhere the sender of a signal is unknown
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a thread of a library may not block it
     Thread(target=_end_after, args=(training, over), daemon=True).start()
 
 
 def _end_after(training: int, over: Any) -> None:
     while os.getppid() == training and not over.value:
-        time.sleep(FOLLOW_SECONDS)
+        if sys.platform != "linux":
+            time.sleep(FOLLOW_SECONDS)
+        elif (received := signal.sigtimedwait({signal.SIGTERM}, FOLLOW_SECONDS)) and received.si_pid == training:
+            break
     os._exit(0)
 
 

@@ -159,7 +159,7 @@ def train(
 
 
 def check_trained_on(device: Device, printed: str, *, processes: int = 1) -> None:
-    """Raise CheckError unless the training command said that it has so many processes on the device."""
+    """Raise CheckError unless the training command printed this number of processes on the device."""
     if f" steps on {processes} x {device}" not in printed:
         raise CheckError(f"it did not train with {processes} process(es) on {device}", printed)
 

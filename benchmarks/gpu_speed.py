@@ -92,7 +92,7 @@ def with_features(trainer: Trainer, batch: Batch) -> Batch:
 
 
 def repeat(action: Any, batch: Batch, *, times: int) -> int:
-    """Do it so many times; returns the captions that this was."""
+    """Run it this number of times; returns the number of captions."""
     for _ in range(times):
         action(batch)
     return times * num_captions_of(batch)
@@ -122,7 +122,7 @@ def run_loop(trainer: Trainer, number: int, readings: list[list[dict[str, Any]]]
 
 
 def settled(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The readings between the first and the last; all where there are not so many."""
+    """The readings without the first and the last; all of them where there are few."""
     return list(rows[SETTLED_READINGS] or rows)
 
 

@@ -4,7 +4,6 @@ While a job runs, each process appends to a part of its own beside the output. W
 beside the output too. `row_index` finds rows again, and merges the parts.
 """
 
-import errno
 import fcntl
 import glob
 import io
@@ -19,11 +18,11 @@ from typing import Any, NotRequired, TypedDict
 
 from captioner import storage
 from captioner.cli import UserError
+from captioner.ownership import NO_LOCKS
 
 FORMAT_VERSION = 2
 TAIL_BYTES = 1 << 16  # read at once to find where a part's last whole row ends
 WORKING_FOLDER = "working_folder"  # where relative roots start
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Row(TypedDict):

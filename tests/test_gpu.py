@@ -53,7 +53,7 @@ def python(code: str) -> list[str]:
 
 
 def write_run(folder: Path, losses: Sequence[float | None], *, weight: float = 1.0) -> Run:
-    """A run folder that tells of these losses, a step each."""
+    """A run folder whose history holds these losses, one for each step."""
     (folder / "model").mkdir(parents=True)
     rows = [{"step": step, "train/loss": loss} for step, loss in enumerate(losses, start=1)]
     lines = [json.dumps(row) + "\n" for row in [*rows, {"step": len(rows), "validation/cider": 0.1}]]

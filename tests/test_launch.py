@@ -53,7 +53,7 @@ def is_refused(output: str, pid: int) -> bool:
 
 
 def steps_done(running: Running) -> int:
-    """The step at which a run goes on, which is killed then."""
+    """The step at which a resumed run starts; the run is then killed."""
     while not (found := re.search(r", (\d+) of them done", running.log.read_text() if running.log.exists() else "")):
         assert running.ranks[0].exitcode is None, running.log.read_text()
         time.sleep(0.02)
@@ -63,7 +63,7 @@ def steps_done(running: Running) -> int:
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_processes_of_a_killed_launcher_save_and_end(shards: str, tmp_path: Path, launcher: str) -> None:
-    """Until then nobody else trains there; afterwards --resume goes on at what they saved."""
+    """Until then no other job trains there; afterwards --resume continues from their checkpoint."""
     run, log = tmp_path / "run", tmp_path / "log"
     program, *options = LAUNCHERS[launcher]
     command = [Path(sys.executable).parent / program, *options, "train/main.py", *flags(shards, run)]

@@ -307,7 +307,7 @@ def test_settings_that_cannot_be_compared_are_refused(tmp_path: Path, content: s
 
 
 def test_other_words_make_another_run(data: Path, tmp_path: Path, moved: Callable[[str], str]) -> None:
-    """As many, so that the checkpoint would load."""
+    """The same number of words, so that the checkpoint would load."""
     settings = replace(GOOD, shards=(moved("shards"),), output=str(tmp_path / "run"))
     train_unfinished(settings)
     path = Path(settings.shards[0], "vocabulary.json")
@@ -318,7 +318,7 @@ def test_other_words_make_another_run(data: Path, tmp_path: Path, moved: Callabl
     assert "different vocabulary" in refusal(replace(settings, resume=True))
 
 
-# ---- what was started is what is told -----------------------------------------------------------------------------
+# ---- the report names the model that was trained ------------------------------------------------------------
 
 
 def test_settings_and_report_tell_the_model_that_was_trained(tmp_path: Path) -> None:

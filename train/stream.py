@@ -50,7 +50,7 @@ QUIET_SECONDS = 0.1
 FOLLOW_SECONDS = 0.2  # how soon a worker ends after training does
 MAX_OPEN_FILES = 800  # of a process, half of them features; systems allow 1,024
 FETCHED_SHARDS = 8  # that a process lets wait in the cache before they are needed
-PINNED_FOR = ("cuda", "xpu")  # types of devices that copy from page-locked memory while the process goes on
+PINNED_FOR = ("cuda", "xpu")  # device types that copy from page-locked memory asynchronously
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,7 +126,7 @@ def loader_options(workers: int) -> dict[str, Any]:
 
 def ours(folder: Path, *, workers: int, epoch: int) -> Iterator[Any]:
     """What train/main.py iterates."""
-    from train.split import read_split
+    from captioner.streaming.dataset import read_split
     from train.stream import BatchStream, Share, ViewRules
 
     split = read_split([str(folder / SHARDS)], "train", remedy="pack again")

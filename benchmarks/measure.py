@@ -13,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from captioner import cli, storage
+from captioner import cli
+from captioner.files import storage
 from captioner.workers import count_processors
 
 

@@ -33,7 +33,7 @@ from PIL import Image, features
 
 import jpeg_table
 from captioner import cli, images
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.flags import Count, File, Workers
 from measure import (
     Bar,

@@ -11,7 +11,7 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 
 ENDINGS = (".jpg", ".jpeg")
 COCO_SIZES = ((640, 480), (640, 427), (480, 640), (640, 426), (500, 375), (427, 640), (640, 360), (612, 612))

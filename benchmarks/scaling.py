@@ -37,9 +37,9 @@ from typing import Any, Literal
 import numpy as np
 
 from captioner import cli
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.flags import Count, File
-from captioner.shards import Manifest, ShardEntry, read_manifest
+from captioner.shards.format import Manifest, ShardEntry, read_manifest
 from measure import Bar, at_most, describe_run, median_of, print_bars, print_rows, take_turns, time_here, write_json
 from photos import draw_photo, draw_photos, find_photos, repeat_photos, write_captions, write_data
 from soak import import_servers
@@ -158,8 +158,8 @@ def write_synthetic(folder: Path, num_samples: int) -> Row:
 
 def plan_alone(folder: Path, world_size: int) -> Row:
     """Read a manifest, plan an epoch and seek to its middle, as rank 0."""
-    from train.plan import rank_positions
-    from train.split import read_split
+    from captioner.streaming.dataset import read_split
+    from captioner.streaming.order import rank_positions
 
     laps = Laps()
     split = read_split([str(folder)], "train", remedy="")
@@ -273,8 +273,9 @@ def count_answers(log: Path) -> tuple[Counter[str], Counter[str], Counter[str]]:
 
 def stream_all(url: str, cache: Path, *, rank: int, world_size: int) -> None:
     """An epoch of one rank, as if on a machine of its own."""
-    from train.cache import ShardCache
-    from train.split import read_merged_vocabulary, read_split
+    from captioner.streaming.cache import ShardCache
+    from captioner.streaming.dataset import read_split
+    from train.split import read_merged_vocabulary
     from train.stream import BatchStream, Share, ViewRules
 
     split = read_split([url], "train", remedy="see the log of nginx")
@@ -288,7 +289,8 @@ def stream_all(url: str, cache: Path, *, rank: int, world_size: int) -> None:
 
 def planned_share(ranks: int, shards_a_rank: int, shuffle_shards: int) -> Row:
     """The largest share by the plan of an epoch over shards whose sizes differ as packed ones do; 32 images a rank."""
-    from train.plan import EpochPlan, rank_rows
+    from captioner.streaming.order import EpochPlan
+    from train.plan import rank_rows
 
     rng, num_shards = np.random.default_rng(1), ranks * shards_a_rank
     sizes = [SHARD_SAMPLES] * (num_shards - 1) + [SHARD_SAMPLES // 2]  # the last one is shorter
@@ -314,7 +316,7 @@ def measure_cache(work: Work) -> tuple[list[Row], list[Bar]]:
 
 def reserve_some(place: Path, num_kept: int) -> Row:
     """Reserve room for a fifth as many shards, one after the other, where files without content are kept."""
-    from train.cache import ShardCache
+    from captioner.streaming.cache import ShardCache
 
     with tempfile.TemporaryDirectory(dir=place) as folder:
         for number in range(num_kept):
@@ -392,8 +394,9 @@ def first_batch(folder: str, at: float, place: Path) -> Row:
     """Open a split and take one batch, with an empty cache."""
     import torch
 
-    from train.cache import ShardCache
-    from train.split import read_merged_vocabulary, read_split
+    from captioner.streaming.cache import ShardCache
+    from captioner.streaming.dataset import read_split
+    from train.split import read_merged_vocabulary
     from train.stream import BatchStream, Share, StreamState, ViewRules
 
     torch.set_num_threads(1)
@@ -516,8 +519,8 @@ class Figures:
 
 def measure_doctor(work: Work) -> tuple[list[Row], list[Bar]]:
     """The doctor's numbers from nginx, and what they mean for more GPUs."""
+    from captioner.streaming.dataset import read_split
     from streaming import pack
-    from train.split import read_split
 
     pack(photos_of(work), work.folder, num_samples=600 if work.quick else 6_000)
     with logging_nginx(work.folder, work.folder / "nginx") as address:
@@ -551,7 +554,7 @@ def ask_doctor(flags: Sequence[str | Path | int], file: Path) -> Row:
 
 def bring(split: Any, folder: Path) -> float:
     """Processor time, µs an image, to fetch a Split's shards, all but the first one, for which libraries load."""
-    from train.cache import ShardCache
+    from captioner.streaming.cache import ShardCache
 
     cache, (first, *others) = ShardCache(str(folder), max_bytes=1 << 40), split.shards
     cache.fetch(*first)

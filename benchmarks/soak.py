@@ -29,7 +29,7 @@ from random import Random
 from typing import Any
 
 from captioner import cli
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.flags import Count, File, Positive
 from measure import at_least, at_most, describe_run, print_bars, print_rows, write_json
 from photos import draw_photo, write_data
@@ -97,8 +97,9 @@ def run_rank(job: Job, rank: int) -> None:
     from accelerate import Accelerator
     from accelerate.utils import broadcast_object_list, gather_object
 
-    from train.cache import ShardCache
-    from train.split import read_merged_vocabulary, read_split
+    from captioner.streaming.cache import ShardCache
+    from captioner.streaming.dataset import read_split
+    from train.split import read_merged_vocabulary
     from train.stream import BatchStream, Ledger, Share, StreamState, ViewRules, check_ranks, rank_facts
 
     torch.set_num_threads(1)
@@ -135,7 +136,7 @@ def run_rank(job: Job, rank: int) -> None:
 
 def known_keys(folder: Path) -> set[str]:
     """The keys in the indexes that lie on disk."""
-    from captioner.shards import ShardIndex
+    from captioner.shards.format import ShardIndex
 
     indexes = [ShardIndex.from_bytes(path.read_bytes(), origin=str(path)) for path in folder.glob("shards/*.index")]
     return {index.key(place) for index in indexes for place in range(len(index.offsets_S2))}

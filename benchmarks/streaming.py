@@ -31,7 +31,7 @@ from typing import Any
 from PIL import Image
 
 from captioner import cli, images
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.flags import Count, File
 from measure import (
     Bar,

@@ -47,10 +47,13 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
 from captioner import cli, images
-from captioner.cli import UserError
 from captioner.encoders import Encoder
+from captioner.errors import UserError
 from captioner.flags import Count, File, Workers, WorkersOrZero
 from captioner.model import CaptionModel, ModelConfig
+from captioner.streaming.cache import ShardCache
+from captioner.streaming.dataset import read_split
+from captioner.streaming.order import num_steps
 from captioner.views import ViewSpec, normalise
 from captioner.vocabulary import END, PAD, START, Vocabulary, count_words, read_vocabulary, tokenize
 from captioner.workers import count_processors
@@ -72,13 +75,10 @@ from measure import (
 from packing import QUALITY, REPOSITORY, SIZE, shard_megabytes
 from photos import draw_photos, find_photos, make_captions, repeat_photos
 from streaming import clock_of
-from train.cache import ShardCache
 from train.encode import prepare_features
 from train.features import FeatureFiles
-from train.plan import num_steps
 from train.schedule import make_optimizer, make_schedule
 from train.settings import NEW_MODEL, TrainSettings
-from train.split import read_split
 from train.step import MAX_GRADIENT_NORM, CaptionLoss, distribute, train_step
 from train.stream import Batch, BatchStream, Share, ViewRules
 

@@ -34,8 +34,9 @@ import pytest  # noqa: E402
 from faulty_wire import RETRANSMISSION_SECONDS, Weather, Wire, told_in  # noqa: E402
 from servers import Bucket, run_nginx, run_s3, use_s3  # noqa: E402
 
-from captioner import cli, storage  # noqa: E402
-from captioner.cli import UserError  # noqa: E402
+from captioner import cli  # noqa: E402
+from captioner.errors import UserError  # noqa: E402
+from captioner.files import storage  # noqa: E402
 from captioner.flags import Count, File  # noqa: E402
 from measure import Bar, at_least, at_most, describe_run, print_bars, print_rows, write_json  # noqa: E402
 from photos import draw_photos, find_photos, write_data  # noqa: E402

@@ -21,9 +21,10 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from captioner import __version__, storage
+from captioner import __version__
 from captioner.calibration import Calibration, Reliability, from_files, to_files
-from captioner.cli import UserError
+from captioner.errors import UserError
+from captioner.files import storage
 from captioner.model import CaptionModel, ModelConfig
 from captioner.views import ViewSpec
 from captioner.vocabulary import Vocabulary

@@ -25,7 +25,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from captioner.content import content_sha256
+from captioner.shards.content import content_sha256
 
 FORMAT_VERSION = 1
 FEWEST_PICTURES = 100  # fewer tell too little

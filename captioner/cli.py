@@ -18,6 +18,7 @@ from rich.progress import TimeRemainingColumn as TimeLeftColumn
 from rich.table import Table
 from rich.text import Text
 
+from captioner.errors import UserError
 from captioner.flags import Local, Number
 
 EXIT_USER_ERROR = 2
@@ -45,10 +46,6 @@ Settings = TypeVar("Settings")
 console = Console(
     highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout and sys.stdout.isatty() else 140
 )
-
-
-class UserError(Exception):
-    """Something only the user can mend. The message is one line: what happened, where, and what to do."""
 
 
 def run(main: Callable[[Settings], None], settings_class: type[Settings], *, description: str) -> None:

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from captioner import storage
 from captioner.alt_text import alt_text
 from captioner.bundle import Bundle
-from captioner.cli import UserError
 from captioner.decoding import Caption, diverse
+from captioner.errors import UserError
+from captioner.files import storage
 from captioner.images import ImageError
 from captioner.views import normalise, read_eval_view
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights, list_models
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.views import IMAGENET_MEAN, IMAGENET_STD
 
 HEADS = ("fc", "classifier", "heads", "head")

@@ -1,13 +1,12 @@
-"""The timeout after which another process of a job counts as lost, and the exit code of a resumable job."""
+"""The timeout after which another process of a job counts as lost."""
 
 import os
 from datetime import timedelta
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 
-EXIT_PREEMPTED = 75  # "try again later" (EX_TEMPFAIL of sysexits.h)
 # A machine that lost its power says nothing. A process that is alive is silent for as long as its loader is patient
-# with a server (5 minutes, train/cache.py); train/uneven.py has work that takes one longer than the others.
+# with a server (5 minutes, see the shard cache); train/uneven.py has work that takes one longer than the others.
 PEER_SECONDS = 600.0
 PEER_VARIABLE = "CAPTIONER_PEER_TIMEOUT_SECONDS"
 

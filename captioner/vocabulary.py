@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 
-from captioner import storage
-from captioner.cli import UserError
+from captioner.errors import UserError
+from captioner.files import storage
 
 FORMAT_VERSION = 1
 TOKENIZER = "nltk-word-tokenize-lower"

@@ -19,9 +19,9 @@ from rich.table import Table
 
 from awkward import write_folder
 from captioner import cli
-from captioner.cli import UserError
+from captioner.errors import UserError
+from captioner.files.storage import read_json, write_atomic
 from captioner.metrics import caption_scores
-from captioner.storage import read_json, write_atomic
 from scenes import UNSEEN_PAIRS, SceneSettings, named_pairs, named_shapes, share_right
 
 DATA, RUN = Path("data/demo"), Path("runs/demo")

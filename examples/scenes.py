@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from captioner import cli
+from captioner.files.storage import write_atomic
 from captioner.flags import Count, File, Seed
-from captioner.storage import write_atomic
 from captioner.workers import count_processors
 
 SHAPES = {  # name used in captions: (singular words, plural words)

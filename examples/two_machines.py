@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Annotated
 
 from captioner import cli
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.flags import Count, File, int_flag
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import mkstemp
 from threading import Condition, Thread
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 from infer.listing import ImageFile, Refused
 
 Entry = ImageFile | Refused

@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import torch
 
-from captioner.cli import UserError
 from captioner.describe import Captioner, Description, Encoded
+from captioner.errors import UserError
 from infer.reading import Batch, Picture, Reader
 from infer.results import FORMAT_VERSION, Row, RowWriter, duplicate_row
 from infer.row_index import RowIndex

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from captioner import cli
 from captioner.bundle import Bundle, load_bundle
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.flags import File, Location
 from captioner.model import CaptionModel
 from captioner.views import ViewSpec, normalise

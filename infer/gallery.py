@@ -22,10 +22,11 @@ from urllib.parse import quote, unquote
 
 from PIL import Image
 
-from captioner.cli import UserError, console, progress_bar
+from captioner.cli import console, progress_bar
+from captioner.errors import UserError
+from captioner.files.storage import WEB, is_remote
 from captioner.images import ImageError, decode_rgb
 from captioner.pages import load_template
-from captioner.storage import WEB, is_remote
 from captioner.workers import count_processors
 from infer.listing import ImageFile, locate
 from infer.reading import MAX_FILE_BYTES

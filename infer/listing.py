@@ -21,10 +21,10 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 
-from captioner import storage
-from captioner.cli import UserError
+from captioner.errors import UserError
+from captioner.files import storage
 from captioner.images import ImageError
-from captioner.shards import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
+from captioner.shards.format import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
 
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 NO_FILE = (errno.EISDIR, errno.ENXIO, errno.ENODEV)  # a folder, a socket, a device without a driver

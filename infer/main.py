@@ -19,8 +19,9 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from captioner import cli
-from captioner.cli import Bar, UserError
-from captioner.storage import is_remote
+from captioner.cli import Bar
+from captioner.errors import UserError
+from captioner.files.storage import is_remote
 from captioner.workers import count_processors
 from infer.ahead import Ahead
 from infer.gallery import check_folder, write_gallery

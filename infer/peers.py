@@ -17,8 +17,8 @@ from types import FrameType
 from typing import Any
 from uuid import uuid4
 
-from captioner.cli import UserError
-from captioner.peers import EXIT_PREEMPTED, peer_timeout
+from captioner.errors import EXIT_PREEMPTED, UserError
+from captioner.peers import peer_timeout
 from infer.results import find_process_files, process_path
 
 BEATS = 60  # in the time after which a silent process is lost

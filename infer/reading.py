@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from captioner import decoder_output, workers
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.images import ImageError
 from captioner.views import ViewSpec, read_eval_view
 from captioner.workers import hire, receive, use_one_thread

@@ -16,9 +16,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from captioner import storage
-from captioner.cli import UserError
-from captioner.ownership import NO_LOCKS
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.files.ownership import NO_LOCKS
 
 FORMAT_VERSION = 2
 TAIL_BYTES = 1 << 16  # read at once to find where a part's last whole row ends

@@ -15,9 +15,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from captioner import storage
-from captioner.cli import UserError
-from captioner.storage import is_remote
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.files.storage import is_remote
 from infer.listing import real_root
 from infer.results import FORMAT_VERSION, Row, duplicate_row, find_parts, merging_path, open_part, to_line, writing
 

@@ -10,8 +10,8 @@ from uuid import uuid4
 
 from PIL import Image
 
-from captioner import storage
-from captioner.cli import UserError
+from captioner.errors import UserError
+from captioner.files import storage
 from infer.listing import Seen, hash_location
 from infer.results import Row
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.image_ids import ImageId, ImageIds, as_image_id
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from captioner import storage
-from captioner.ownership import owned
+from captioner.files import storage
+from captioner.files.ownership import owned
 
 
 def claim_location(folder: str, split: str) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 
 import captioner
 import sharding
-from captioner import storage
-from captioner.cli import UserError
+from captioner.errors import UserError
+from captioner.files import storage
 from sharding.claim import claim_location
 from sharding.engine import use_one_thread
 from sharding.pack import PackedShard, Progress, Report, pack_shard

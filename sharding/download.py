@@ -25,8 +25,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from captioner.cli import UserError, console, progress_bar
-from captioner.storage import write_atomic
+from captioner.cli import console, progress_bar
+from captioner.errors import UserError
+from captioner.files.storage import write_atomic
 
 FORMAT_VERSION = 1
 MEGABYTE = 1_000_000

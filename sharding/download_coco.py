@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from captioner import cli
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.flags import File
 from sharding.download import download, read_json, say, source_path, unzip, write_json
 

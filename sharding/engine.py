@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.workers import hire, receive, start_server, use_one_thread
 from sharding.pack import BETWEEN, PackedShard, Progress, Report, pack_shard
 from sharding.plan import ShardPlan

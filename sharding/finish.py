@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from captioner import cli, storage
-from captioner.cli import UserError
-from captioner.shards import Manifest, ShardEntry, manifest_location
+from captioner import cli
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.shards.format import Manifest, ShardEntry, manifest_location
 from captioner.vocabulary import LEAST_COVERAGE, SPECIAL_WORDS, THRESHOLD, Vocabulary, choose_threshold
 from sharding.pack import PackedShard, write
 from sharding.sources import Failure

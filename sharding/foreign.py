@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from captioner import images
-from captioner.shards import Manifest, Member, ShardIndex, build_index, read_content
+from captioner.samples import build_index, read_content
+from captioner.shards.format import Manifest, Member, ShardIndex
+from captioner.shards.tar_walk import Buffer, DamagedTarError, TarMember, walk
 from sharding.pack import MAX_FILE_BYTES
 from sharding.sources import Failure
-from sharding.tar_walk import Buffer, DamagedTarError, TarMember, walk
 
 BACKEND = "foreign"
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "pbm", "pnm", "gif", "bmp", "tif", "tiff", "avif", "jp2")

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from captioner import cli, storage
-from captioner.cli import UserError
-from captioner.shards import SPLITS, FormatError, Manifest, ShardIndex, manifest_location, read_manifest
+from captioner import cli
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.shards.format import SPLITS, FormatError, Manifest, ShardIndex, manifest_location, read_manifest
+from captioner.shards.tar_walk import open_tar
 from captioner.workers import count_processors
 from sharding.claim import claim
 from sharding.finish import failure_text, write_manifest, write_vocabulary
 from sharding.foreign import BACKEND, foreign_recipe, index_scan, is_foreign, scan_tar
 from sharding.pack import packed_shard, write
-from sharding.tar_walk import open_tar
 from sharding.verify import MAX_THREADS, list_names
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}

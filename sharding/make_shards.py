@@ -25,9 +25,10 @@ from contextlib import suppress
 from dataclasses import asdict
 from itertools import repeat
 
-from captioner import cli, storage
-from captioner.cli import UserError
-from captioner.shards import Manifest, manifest_location, read_manifest
+from captioner import cli
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.shards.format import Manifest, manifest_location, read_manifest
 from captioner.vocabulary import read_vocabulary
 from captioner.workers import count_processors
 from sharding.claim import claim

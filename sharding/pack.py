@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import get_args
 
-from captioner import images, storage
-from captioner.cli import UserError
+from captioner import images
 from captioner.decoder_output import own_stderr
-from captioner.shards import FormatError, Member, Sample, ShardEntry, ShardIndex, TarBuilder, build_index
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.samples import Sample, build_index
+from captioner.shards.format import FormatError, Member, ShardEntry, ShardIndex, TarBuilder
 from captioner.vocabulary import tokenize
 from sharding.plan import ShardPlan
 from sharding.sources import Failure, Record

@@ -5,10 +5,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from captioner.files.storage import UNKNOWN
 from captioner.images import Resize
-from captioner.shards import FORMAT_VERSION, sample_key, shard_name
-from captioner.splitmix import random_order
-from captioner.storage import UNKNOWN
+from captioner.shards.format import FORMAT_VERSION, sample_key, shard_name
+from captioner.shards.splitmix import random_order
 from sharding.sources import Record
 
 ORDER_SEED = 0

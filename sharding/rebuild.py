@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from captioner import images
-from captioner.shards import SAMPLE_FIELDS, Manifest, Member, ShardEntry, ShardIndex, build_index
+from captioner.samples import SAMPLE_FIELDS, build_index
+from captioner.shards.format import Manifest, Member, ShardEntry, ShardIndex
+from captioner.shards.tar_walk import Buffer, DamagedTarError, TarMember, walk
 from sharding.foreign import Scan, index_scan, is_foreign, scan_tar
 from sharding.plan import Recipe
-from sharding.tar_walk import Buffer, DamagedTarError, TarMember, walk
 
 SHOWN_PROBLEMS = 3
 RECIPE_FIELDS = tuple(Recipe.__slots__)

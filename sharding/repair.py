@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from captioner import images as pictures
-from captioner import storage
-from captioner.cli import UserError
-from captioner.shards import Manifest, ShardEntry, ShardIndex
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.shards.format import Manifest, ShardEntry, ShardIndex
+from captioner.shards.tar_walk import open_tar
 from captioner.workers import count_processors
 from sharding.claim import claim
 from sharding.engine import run_local
@@ -23,7 +24,6 @@ from sharding.plan import ShardPlan
 from sharding.rebuild import facts_of, index_from_tar, reindex_foreign
 from sharding.settings import ShardSettings
 from sharding.sources import Source, find_sources
-from sharding.tar_walk import open_tar
 from sharding.verify import SplitCheck, read_failures
 from sharding.verify_shard import Problem, ShardCheck, check_shard, index_differences
 

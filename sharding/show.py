@@ -7,9 +7,11 @@ from typing import Any
 from PIL import Image
 from rich.markup import escape
 
-from captioner import cli, storage
-from captioner.cli import UserError
-from captioner.shards import SPLITS, Manifest, ShardIndex, manifest_location, read_content, read_manifest
+from captioner import cli
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.samples import read_content
+from captioner.shards.format import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
 from captioner.vocabulary import read_vocabulary
 from sharding.foreign import BACKEND as FOREIGN
 from sharding.verify_shard import INDEX_FIRST

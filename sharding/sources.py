@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote
 
-from captioner import storage
-from captioner.cli import UserError
-from captioner.shards import SPLITS
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.shards.format import SPLITS
 from sharding.caption_files import (
     ENDINGS,
     Failure,

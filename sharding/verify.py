@@ -12,9 +12,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from captioner import images, storage
-from captioner.cli import Bar, UserError
-from captioner.shards import SPLITS, Manifest, manifest_location, read_manifest, shard_name
+from captioner import images
+from captioner.cli import Bar
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.shards.format import SPLITS, Manifest, manifest_location, read_manifest, shard_name
 from captioner.vocabulary import Vocabulary, read_vocabulary
 from captioner.workers import count_processors
 from sharding.finish import manifest_fingerprint

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from zlib import crc32
 
-from captioner import storage
-from captioner.cli import UserError
-from captioner.shards import Manifest, ShardEntry, ShardIndex
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.shards.format import Manifest, ShardEntry, ShardIndex
+from captioner.shards.tar_walk import open_tar
 from sharding.finish import manifest_fingerprint
 from sharding.foreign import is_foreign
 from sharding.rebuild import index_from_tar
-from sharding.tar_walk import open_tar
 
 PACK_SAME = "run sharding/make_shards.py again with the same flags: whole shards are kept"
 INDEX_FIRST = "pack again, or, if another program made them, run sharding/check_shards.py index"

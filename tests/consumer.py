@@ -93,9 +93,10 @@ def wait_in_workers(shards: str, ending: str, pids: Path) -> None:
 
     Its workers' numbers are in `pids` when it has had its first batch.
     """
-    from train.plan import EpochPlan
-    from train.reader import ShardReader
-    from train.split import read_merged_vocabulary, read_split
+    from captioner.streaming.dataset import read_split
+    from captioner.streaming.order import EpochPlan
+    from captioner.streaming.reader import ShardReader
+    from train.split import read_merged_vocabulary
     from train.stream import BatchStream, Share, ViewRules
 
     plain, num_read = ShardReader.read, 0
@@ -148,7 +149,7 @@ def start_side_by_side(world_size: int, *, peer_seconds: float, actions: Sequenc
 
 
 def _side_by_side(rank: int, world_size: int, port: int, peer_seconds: float, action: str) -> None:
-    from captioner.cli import UserError
+    from captioner.errors import UserError
     from train.launch import Preemption, ending_without_peers, start_accelerator
     from train.uneven import refused_together
 
@@ -187,10 +188,11 @@ def consume(job: Job) -> None:
     from accelerate import Accelerator
     from accelerate.utils import gather_object
 
-    from train.cache import ShardCache
-    from train.plan import num_steps
+    from captioner.streaming.cache import ShardCache
+    from captioner.streaming.dataset import read_split
+    from captioner.streaming.order import num_steps
     from train.run_folder import Progress, resume, save_checkpoint
-    from train.split import read_merged_vocabulary, read_split
+    from train.split import read_merged_vocabulary
     from train.stream import BatchStream, Ledger, Share, StreamState, ViewRules, check_ranks, rank_facts
 
     accelerator = Accelerator()

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.images import ImageError
 from infer.ahead import Ahead, Entry
 from infer.listing import ImageFile, Refused

@@ -12,7 +12,7 @@ from tiny import picture
 
 import scaling
 import training
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.vocabulary import START
 
 REPOSITORY = Path(__file__).resolve().parent.parent

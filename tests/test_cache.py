@@ -20,11 +20,13 @@ from typing import Any
 import pytest
 from servers import NGINX, NGINX_CONFIGURATION, Bucket, Proxy, _Handler, free_port, use_s3, wait_for_port
 
-from captioner import shards, storage
-from captioner.cli import UserError
-from captioner.shards import ShardEntry, TarBuilder, build_index
-from train import cache as cache_module
-from train.cache import DamagedShardError, MissingShardError, Prefetcher, ShardCache
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.samples import build_index
+from captioner.shards import format as shards
+from captioner.shards.format import ShardEntry, TarBuilder
+from captioner.streaming import cache as cache_module
+from captioner.streaming.cache import DamagedShardError, MissingShardError, Prefetcher, ShardCache
 
 CHUNK = 16_384
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,7 +213,7 @@ def test_shards_of_one_name_in_two_folders_are_two(web: tuple[Watcher, str, Path
 
 
 def test_the_cache_needs_no_torch() -> None:
-    code = "import sys, train.cache; sys.exit('torch' in sys.modules)"
+    code = "import sys, captioner.streaming.cache; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

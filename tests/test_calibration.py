@@ -34,19 +34,20 @@ from captioner.calibration import (
     measure_reliability,
     to_files,
 )
-from captioner.cli import UserError
 from captioner.describe import Captioner, Encoded
 from captioner.encoders import Encoder, load_encoder_weights
+from captioner.errors import UserError
 from captioner.model import ImageInput, PackedCaptions
+from captioner.streaming.dataset import read_split
 from captioner.views import ViewSpec, normalise, read_eval_view
 from train.calibrate import are_good, sample_features
 from train.evaluate import EvaluateSettings
 from train.evaluate import main as evaluate
 from train.launch import start_accelerator
-from train.split import read_split
+from train.predictions import ValidationCaption
 from train.step import CaptionLoss
 from train.stream import Batch, BatchStream, ViewRules
-from train.validation import ValidationCaption, evaluate_split
+from train.validation import evaluate_split
 
 VALUES = st.lists(st.tuples(st.integers(-8, 8), st.integers(1, 4)), min_size=1, max_size=7)
 

@@ -24,8 +24,10 @@ from hypothesis import strategies as st
 from tiny import captions_of, picture, write_coco
 
 from captioner import views
-from captioner.cli import UserError
-from captioner.shards import Manifest, ShardIndex, TarBuilder, manifest_location, read_content, read_manifest
+from captioner.errors import UserError
+from captioner.samples import read_content
+from captioner.shards.format import Manifest, ShardIndex, TarBuilder, manifest_location, read_manifest
+from captioner.streaming.dataset import read_split
 from captioner.vocabulary import Vocabulary, read_vocabulary, tokenize
 from sharding import check_shards, make_shards
 from sharding.check_shards import IndexSettings, RepairSettings, ShowSettings, VerifySettings
@@ -33,7 +35,7 @@ from sharding.claim import claim
 from sharding.finish import manifest_fingerprint
 from sharding.settings import ShardSettings
 from sharding.verify_shard import Problem
-from train.split import read_split, read_view
+from train.split import read_view
 from train.stream import Batch, BatchStream, Share, ViewRules
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -692,7 +694,7 @@ def test_a_foreign_folder_of_another_version_says_what_to_delete(
     foreign: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as context:
-        context.setattr("captioner.shards.FORMAT_VERSION", 99)
+        context.setattr("captioner.shards.format.FORMAT_VERSION", 99)
         index_folder(foreign)
     with pytest.raises(UserError, match=r"another version .* delete its manifest and \.index files"):
         index_folder(foreign)

@@ -18,16 +18,16 @@ from typing import Any
 import pytest
 from servers import Bucket
 
-from captioner import ownership, storage
-from captioner.cli import UserError
+from captioner.errors import UserError
+from captioner.files import ownership, storage
 from sharding.claim import claim
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKER = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from captioner.cli import UserError
-from captioner import ownership
+from captioner.errors import UserError
+from captioner.files import ownership
 from sharding.claim import claim
 
 folder, split = sys.argv[1:3]

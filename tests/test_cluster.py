@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tiny import write_coco
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 from sharding import cluster, make_shards
 from sharding.pack import PackedShard, Report
 from sharding.plan import ShardPlan

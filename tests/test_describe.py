@@ -17,8 +17,8 @@ from tiny_model import DECODING, VIEW, make_model, make_views, write_model
 from captioner import load_captioner
 from captioner.bundle import load_bundle
 from captioner.calibration import Calibration, Curve, fit_space
-from captioner.cli import UserError
 from captioner.describe import Captioner, Description
+from captioner.errors import UserError
 from captioner.images import ImageError
 from captioner.views import normalise
 

@@ -9,7 +9,7 @@ import pytest
 from servers import run_nginx
 from tiny import write_shards
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 from train import diagnosis, doctor
 from train.diagnosis import Measured, verdict
 from train.doctor import DoctorSettings, main, stage_rows

@@ -29,7 +29,7 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 from sharding import download as download_module
 from sharding.download import download, read_source, source_path, unzip
 from sharding.download_coco import DownloadSettings, main

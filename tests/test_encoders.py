@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights, list_models, regnet
 
-from captioner.cli import UserError
 from captioner.encoders import Encoder, Preprocessing, check_crop, load_encoder_weights, preprocessing
+from captioner.errors import UserError
 from captioner.model import CaptionModel, ModelConfig
 from captioner.views import IMAGENET_MEAN, IMAGENET_STD, ViewSpec, eval_view, normalise
 

@@ -16,7 +16,7 @@ from tiny import captions_of, write_shards
 from tiny_model import caption_views
 
 from captioner.bundle import DecodingDefaults, load_bundle, save_bundle
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.metrics import bleu_counts, caption_scores
 from captioner.model import CaptionModel, ModelConfig
 from captioner.views import ViewSpec, normalise

@@ -14,17 +14,18 @@ from accelerate import Accelerator
 from torch.optim.lr_scheduler import LambdaLR
 from trainer import run_training
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.model import CaptionModel, ModelConfig
+from captioner.streaming.cache import ShardCache
+from captioner.streaming.dataset import Split, read_split
+from captioner.streaming.order import SampleRef
+from captioner.streaming.reader import SampleError
 from captioner.views import ViewSpec
 from captioner.vocabulary import Vocabulary
-from train.cache import ShardCache
 from train.encode import encoder_fingerprint, prepare_features
 from train.features import FeatureFiles, FeatureReader
-from train.plan import SampleRef
-from train.reader import SampleError
 from train.schedule import make_optimizer
-from train.split import Split, read_merged_vocabulary, read_split
+from train.split import read_merged_vocabulary
 from train.step import CaptionLoss, train_step
 from train.stream import Batch, BatchStream, Share, ViewRules
 

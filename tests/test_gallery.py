@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import write_shards
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 from infer.gallery import THUMBNAIL_SIDE_PIXELS, check_folder, name_roots, write_gallery
 from infer.listing import locate
 

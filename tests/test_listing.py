@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import write_shards
 
-from captioner import storage
-from captioner.cli import UserError
+from captioner.errors import UserError
+from captioner.files import storage
 from captioner.images import ImageError, decode_rgb
 from infer import listing
 from infer.listing import ImageFile, Listing, Refused, list_files, locate

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from captioner import ownership
-from captioner.cli import UserError
-from captioner.ownership import owned
+from captioner.errors import UserError
+from captioner.files import ownership
+from captioner.files.ownership import owned
 
 ROOT = Path(__file__).resolve().parents[1]
 OWNER = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from captioner.ownership import owned
+from captioner.files.ownership import owned
 
 with owned(sys.argv[1], doing="holds this"):
     if sys.argv[2:] == ["child"] and os.fork() == 0:

@@ -21,8 +21,8 @@ import webdataset
 from PIL import Image
 from tiny import picture, write_captions, write_coco
 
-from captioner.cli import UserError
-from captioner.shards import Manifest, ShardIndex, read_manifest
+from captioner.errors import UserError
+from captioner.shards.format import Manifest, ShardIndex, read_manifest
 from captioner.vocabulary import Vocabulary
 from sharding import make_shards
 from sharding.settings import ShardSettings
@@ -538,8 +538,8 @@ def test_other_caption_files_give_the_same_samples(coco: Path, tmp_path: Path, e
 
 
 def test_the_output_can_be_a_url(coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("captioner.ownership.SETTLE_SECONDS", 0.1)
-    monkeypatch.setattr("captioner.ownership.BEAT_SECONDS", 0.2)
+    monkeypatch.setattr("captioner.files.ownership.SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr("captioner.files.ownership.BEAT_SECONDS", 0.2)
     pack(coco, "memory://packing/shards", size=64)
     pack(coco, tmp_path / "shards", size=64)
     filesystem = fsspec.filesystem("memory")

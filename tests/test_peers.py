@@ -7,7 +7,7 @@ from threading import Thread
 
 import pytest
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 from infer.peers import Peers, find_peers
 from infer.results import find_process_files, process_path
 

@@ -13,14 +13,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny import write_coco, write_shards
 
-from captioner import splitmix
-from captioner.cli import UserError
-from captioner.shards import Manifest, ShardEntry
-from captioner.splitmix import random_bits, random_order
+from captioner.errors import UserError
+from captioner.shards import splitmix
+from captioner.shards.format import Manifest, ShardEntry
+from captioner.shards.splitmix import random_bits, random_order
+from captioner.streaming.order import EpochPlan, num_steps, rank_positions
 from sharding import make_shards
 from sharding.settings import ShardSettings
 from train import plan as plan_module
-from train.plan import EpochPlan, PlanSettings, num_steps, rank_positions
+from train.plan import PlanSettings
 from train.stream import Share
 
 manifests = st.lists(st.integers(0, 40), min_size=1, max_size=30)
@@ -245,8 +246,8 @@ LARGE = """
 import re, sys, time
 from pathlib import Path
 started = time.monotonic()
-from train.split import read_split
-from train.plan import rank_positions
+from captioner.streaming.dataset import read_split
+from captioner.streaming.order import rank_positions
 split = read_split([sys.argv[1]], "train", remedy="")
 plan = split.plan(seed=1, epoch=3, global_batch=1024)
 step = plan.num_samples // 1024 // 2

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny import picture
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.images import ImageError
 from captioner.views import ViewSpec, read_eval_view
 from infer import reading

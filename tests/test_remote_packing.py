@@ -15,8 +15,8 @@ import pytest
 from servers import Bucket, Proxy, run_nginx, use_s3
 from tiny import picture, write_captions
 
-from captioner import ownership, storage
-from captioner.cli import UserError
+from captioner.errors import UserError
+from captioner.files import ownership, storage
 from sharding import make_shards
 from sharding.claim import claim
 from sharding.settings import ShardSettings
@@ -75,7 +75,7 @@ def pack(source: str, output: str, **changed: Any) -> None:
 HASTY = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from captioner import ownership, storage
+from captioner.files import ownership, storage
 from sharding import make_shards
 storage.NUM_TRIES, ownership.SETTLE_SECONDS, ownership.BEAT_SECONDS = 2, 0.1, 0.3
 make_shards.run()

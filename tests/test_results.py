@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 from infer.results import (
     FORMAT_VERSION,
     TAIL_BYTES,

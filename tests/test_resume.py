@@ -15,10 +15,11 @@ from consumer import CHECKPOINT_STEPS, GLOBAL_BATCH, Job, Seen, context, finish,
 from servers import Bucket, free_port, run_nginx
 from tiny import write_shards
 
-from captioner.cli import UserError
-from train.cache import ShardCache
-from train.reader import ShardReader
-from train.split import read_merged_vocabulary, read_split, read_validation
+from captioner.errors import UserError
+from captioner.streaming.cache import ShardCache
+from captioner.streaming.dataset import read_split
+from captioner.streaming.reader import ShardReader
+from train.split import read_merged_vocabulary, read_validation
 from train.stream import BatchStream, Share, StreamState, ViewRules, check_ranks, rank_facts
 
 REPOSITORY = Path(__file__).resolve().parent.parent

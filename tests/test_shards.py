@@ -22,16 +22,15 @@ from safetensors.numpy import save as save_file
 from tiny import captions_of, write_coco
 
 from captioner import images
-from captioner.cli import UserError
-from captioner.shards import (
+from captioner.errors import UserError
+from captioner.samples import Sample, build_index
+from captioner.shards.format import (
     Manifest,
     Member,
-    Sample,
     ShardEntry,
     ShardIndex,
     TarBuilder,
     _tar_header,
-    build_index,
     manifest_location,
     read_manifest,
     sample_key,
@@ -236,7 +235,7 @@ def test_a_cut_index_is_refused_in_one_line(kept: float) -> None:
 
 
 def test_an_index_of_another_format_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("captioner.shards.FORMAT_VERSION", 99)
+    monkeypatch.setattr("captioner.shards.format.FORMAT_VERSION", 99)
     data = small_index().to_bytes()
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"t\.index has format 99, this version reads 3: .*make_shards"):

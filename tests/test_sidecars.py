@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from test_results import captioned, failed
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 from infer.results import Row
 from infer.sidecars import SHARED, SHOWN_NAMES, Sidecars, write_sidecars
 

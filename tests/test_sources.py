@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioner import storage
-from captioner.cli import UserError
+from captioner.errors import UserError
+from captioner.files import storage
 from sharding.sources import Failure, Record, Source, find_sources, read_records
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "data" / "cases"

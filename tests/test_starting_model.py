@@ -13,12 +13,13 @@ from tiny_model import caption_views
 from torch.nn.functional import cross_entropy
 
 from captioner.bundle import Bundle, DecodingDefaults, load_bundle, save_bundle
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.model import CaptionModel, ImageInput, ModelConfig, PackedCaptions
+from captioner.streaming.dataset import read_split
 from captioner.views import ViewSpec, normalise
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
 from train.settings import TrainSettings, check_settings, count_steps
-from train.split import check_fits, read_split
+from train.split import check_fits
 from train.starting_model import choose_view, start_from
 
 VIEW = ViewSpec(size=40, crop=32)

@@ -20,8 +20,8 @@ from trainer import start
 
 from captioner import cli
 from captioner.bundle import load_bundle
-from captioner.cli import UserError
 from captioner.encoders import Encoder
+from captioner.errors import UserError
 from captioner.vocabulary import Vocabulary
 from train import run_folder
 from train.main import main

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.model import CaptionModel, ModelConfig, PackedCaptions
 from captioner.views import ViewSpec, normalise
 from captioner.vocabulary import START

@@ -24,9 +24,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from servers import Bucket, Proxy, free_port, use_s3
 
-from captioner import storage, troubles
-from captioner.cli import UserError
-from captioner.storage import RefusedError, StorageError
+from captioner.errors import UserError
+from captioner.files import storage, troubles
+from captioner.files.storage import RefusedError, StorageError
 
 ODD_NAMES = ["a b.txt", 'it\'s "q".txt', "50%.txt", "%20.txt", "a#b?c=d&e;f.txt", "кот é 猫.txt", "x+y~[z]{*}.txt"]
 
@@ -165,7 +165,7 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
 
 WRITE = """
 import sys
-from captioner import storage
+from captioner.files import storage
 print("before", flush=True)
 storage.write_atomic(sys.argv[1], "text\\n")
 print("after")

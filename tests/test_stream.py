@@ -19,16 +19,17 @@ import pytest
 import torch
 from PIL import Image
 
-from captioner import images, storage, views
-from captioner.cli import UserError
-from captioner.shards import Manifest, ShardIndex, sample_key, shard_name
+from captioner import images, views
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.shards.format import Manifest, ShardIndex, sample_key, shard_name
+from captioner.streaming.dataset import Split
+from captioner.streaming.order import EpochPlan
 from captioner.vocabulary import END, START, Vocabulary, tokenize
 from sharding.pack import pack_shard
 from sharding.plan import Recipe, ShardPlan
 from sharding.sources import Record
-from train.plan import EpochPlan
 from train.ring import Ring, Slot
-from train.split import Split
 from train.stream import Batch, BatchStream, Ledger, Share, ViewRules, pinned_ahead
 
 COCO = Path(__file__).parents[2] / "shared/data/coco/images"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 from train.tracking import Tracker, read_rows
 
 NO_PROJECT: Any = {"wandb_project": None, "settings": {}}

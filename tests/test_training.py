@@ -25,6 +25,7 @@ from trainer import Done, Running, run_training, start_training
 from captioner.bundle import load_bundle
 from captioner.encoders import Encoder
 from captioner.model import CaptionModel, ModelConfig
+from captioner.streaming.dataset import read_split
 from captioner.views import ViewSpec
 from scenes import SceneSettings
 from scenes import main as draw_scenes
@@ -32,7 +33,6 @@ from sharding.make_shards import main as make_shards
 from sharding.settings import ShardSettings
 from train.launch import start_accelerator
 from train.schedule import make_optimizer
-from train.split import read_split
 from train.step import CaptionLoss, distribute
 from train.stream import BatchStream, Share, ViewRules
 

@@ -20,9 +20,10 @@ import crash
 import pytest
 from tiny import picture, write_coco
 
-from captioner import images, storage
-from captioner.cli import UserError
-from captioner.shards import read_manifest
+from captioner import images
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.shards.format import read_manifest
 from sharding import make_shards
 from sharding.settings import ShardSettings
 
@@ -291,7 +292,7 @@ def test_shards_of_another_format_are_refused_with_the_remedies(
 ) -> None:
     make_shards.main(flags(coco, tmp_path / "shards"))
     before = files(tmp_path / "shards")
-    monkeypatch.setattr("captioner.shards.FORMAT_VERSION", 99)
+    monkeypatch.setattr("captioner.shards.format.FORMAT_VERSION", 99)
     with pytest.raises(UserError, match=r"another --output, or delete .*train\*"):
         make_shards.main(flags(coco, tmp_path / "shards"))
     (tmp_path / "shards" / "train.manifest.json").unlink()

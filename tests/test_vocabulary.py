@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk import word_tokenize
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.vocabulary import (
     END,
     LEAST_COVERAGE,

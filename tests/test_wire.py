@@ -19,11 +19,11 @@ from faulty_wire import RETRANSMISSION_SECONDS, STATUSES, Weather, Wire, told_in
 from servers import Bucket, use_s3
 from tiny import write_coco, write_shards
 
-from captioner import ownership, storage, troubles
-from captioner.storage import StorageError
+from captioner.files import ownership, storage, troubles
+from captioner.files.storage import StorageError
+from captioner.streaming import cache
 from sharding import make_shards
 from sharding.settings import ShardSettings
-from train import cache
 
 STORM = Weather(latency_seconds=0.003, loss=0.01, reset=0.05, half_open=0.03, status=0.08)
 STALL_SECONDS = 1.0
@@ -179,7 +179,7 @@ def test_an_upload_to_a_server_that_takes_nothing_ends_soon(s3: str, monkeypatch
 
 
 def told_here(caplog: pytest.LogCaptureFixture) -> str:
-    return "\n".join(record.getMessage() for record in caplog.records if record.name == "captioner.troubles")
+    return "\n".join(record.getMessage() for record in caplog.records if record.name == "captioner.files.troubles")
 
 
 def pack(source: str, output: str) -> None:

@@ -10,8 +10,8 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from captioner import storage
-from captioner.shards import sample_key, shard_name
+from captioner.files import storage
+from captioner.shards.format import sample_key, shard_name
 from sharding.finish import write_manifest, write_vocabulary
 from sharding.pack import pack_shard
 from sharding.plan import Recipe, ShardPlan

@@ -6,7 +6,6 @@ Shapes: B pictures, F features of a picture.
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from statistics import median
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,19 +16,17 @@ from torch import Tensor
 from captioner.bundle import DecodingDefaults
 from captioner.calibration import Calibration, fit_confidence, fit_space
 from captioner.metrics import cider
-from train.split import Split
+from captioner.streaming.dataset import Split
+from train.predictions import ValidationCaption
 from train.step import CaptionLoss
 from train.stream import BatchStream, Share
-
-if TYPE_CHECKING:  # it imports this module
-    from train.validation import ValidationCaption
 
 MOST_PICTURES = 4096  # of large splits so many are enough, taken at equal distances
 ENCODED_TOGETHER = 64  # pictures of a rank's batch
 
 
 def calibrate(
-    captions: "Sequence[ValidationCaption]",
+    captions: Sequence[ValidationCaption],
     split: Split,
     *,
     loss_model: CaptionLoss,
@@ -54,7 +51,7 @@ def calibrate(
     return calibration
 
 
-def thinned(captions: "Sequence[ValidationCaption]") -> "Sequence[ValidationCaption]":
+def thinned(captions: Sequence[ValidationCaption]) -> Sequence[ValidationCaption]:
     """At most MOST_PICTURES of them, at equal distances."""
     return captions[:: _stride(len(captions))]
 
@@ -63,7 +60,7 @@ def _stride(num_pictures: int) -> int:
     return max(1, -(-num_pictures // MOST_PICTURES))
 
 
-def are_good(captions: "Sequence[ValidationCaption]") -> list[bool]:
+def are_good(captions: Sequence[ValidationCaption]) -> list[bool]:
     """Whether each caption is at least as near to its picture's references as half of what people write is.
 
     One reference of each picture is left out, and stands for what people write. Nearness is CIDEr-D to the others: of

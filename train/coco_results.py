@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from captioner import storage
-from captioner.cli import UserError
+from captioner.errors import UserError
+from captioner.files import storage
 from captioner.image_ids import ImageId, ImageIds, as_image_id
 
 RESULTS_FORM = 'give a COCO results file, [{"image_id": 1, "caption": "a dog"}, ...]'

@@ -23,19 +23,22 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from captioner import cli, storage
-from captioner.cli import UserError
+from captioner import cli
 from captioner.decoder_output import own_stderr
+from captioner.errors import UserError
+from captioner.files import storage
 from captioner.flags import Count, File, Location, Pixels, Positive, Workers
-from captioner.shards import ShardEntry
-from captioner.splitmix import random_bits, random_order
+from captioner.shards.format import ShardEntry
+from captioner.shards.splitmix import random_bits, random_order
+from captioner.streaming.cache import ShardCache
+from captioner.streaming.dataset import Split, check_filled, read_split
+from captioner.streaming.order import SAMPLE_CHANCE, EpochPlan, SampleRef
+from captioner.streaming.reader import OpenShard, SampleError, ShardReader
 from captioner.workers import count_processors
-from train.cache import ShardCache
 from train.diagnosis import STAGES, Measured, verdict
-from train.plan import PACK_FIRST, SAMPLE_CHANCE, EpochPlan, SampleRef
-from train.reader import OpenShard, SampleError, ShardReader
+from train.plan import PACK_FIRST
 from train.settings import TrainSettings
-from train.split import Split, check_filled, read_merged_vocabulary, read_split
+from train.split import read_merged_vocabulary
 from train.stream import (
     BATCHES_AHEAD,
     BatchStream,

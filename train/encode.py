@@ -16,11 +16,12 @@ from accelerate import Accelerator
 from safetensors.numpy import save as save_arrays
 from torch import nn
 
-from captioner import cli, storage
-from captioner.cli import UserError
+from captioner import cli
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.streaming.dataset import Split
 from captioner.views import ViewSpec
 from train.features import FORMAT_VERSION, ROW_DTYPE, FeatureFiles
-from train.split import Split
 from train.step import CaptionLoss
 from train.stream import BatchStream, Share
 from train.uneven import refused_together, waiting_for_all

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from captioner import cli
+from captioner.streaming.order import num_steps
 from train.launch import Preemption
-from train.plan import num_steps
 from train.step import StepLoss, check_finite
 from train.stream import Batch, StreamState
 from train.tracking import Tracker

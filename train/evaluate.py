@@ -17,8 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captioner import cli, storage
-from captioner.cli import UserError
+from captioner import cli
+from captioner.errors import UserError
+from captioner.files import storage
 from captioner.flags import AnyNumber, Count, File, LocalPath, Location, Positive, WorkersOrZero
 from captioner.image_ids import ImageId
 from captioner.metrics import References
@@ -27,7 +28,7 @@ from train.java_metrics import JavaMetric, check_java, java_scores
 
 if TYPE_CHECKING:
     from captioner.calibration import Calibration
-    from train.split import Split
+    from captioner.streaming.dataset import Split
 
 SCORING_FLAGS = ("results", "references", "java_metrics", "json")  # the others are for captioning a split
 CAPTIONING_DEFAULTS: dict[str, Any] = {
@@ -183,11 +184,12 @@ def _score_model(settings: EvaluateSettings) -> None:
     from accelerate.utils import gather_object
 
     from captioner.bundle import load_bundle
-    from train.cache import ShardCache
+    from captioner.streaming.cache import ShardCache
+    from captioner.streaming.dataset import check_filled, read_split
     from train.calibrate import calibrate
     from train.launch import start_accelerator
     from train.plan import PACK_FIRST
-    from train.split import check_filled, check_fits, read_split, read_view
+    from train.split import check_fits, read_view
     from train.step import CaptionLoss
     from train.stream import BatchStream, Ledger, Share, ViewRules
     from train.uneven import refused_together

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from captioner import storage
-from captioner.cli import UserError
-from captioner.shards import ShardEntry
-from train.plan import SampleRef
-from train.reader import SampleError
-from train.split import Split
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.shards.format import ShardEntry
+from captioner.streaming.dataset import Split
+from captioner.streaming.order import SampleRef
+from captioner.streaming.reader import SampleError
 
 FORMAT_VERSION = 1
 ROW_DTYPE = np.dtype(np.float32)

@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeVar
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.metrics import ptb_tokenize
 
 JavaMetric = Literal["meteor", "spice"]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from captioner.cli import UserError
-from captioner.ownership import owned
+from captioner.errors import UserError
+from captioner.files.ownership import owned
 from train.launch import Preemption, start_accelerator
 from train.run_folder import OWNER
 from train.settings import TrainSettings

@@ -15,8 +15,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import set_seed
 from torch.distributed import DistNetworkError, DistStoreError
 
-from captioner.cli import UserError
-from captioner.peers import EXIT_PREEMPTED, peer_timeout
+from captioner.errors import EXIT_PREEMPTED, UserError
+from captioner.peers import peer_timeout
 from captioner.workers import count_processors
 
 PRECISIONS = ("no", "bf16", "fp16")

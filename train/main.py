@@ -16,13 +16,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from captioner import cli
+from captioner.streaming.cache import ShardCache
+from captioner.streaming.order import num_steps
 from train import run_folder
-from train.cache import ShardCache
 from train.encode import prepare_features
 from train.epoch import train_epoch
 from train.job import as_job
 from train.launch import Preemption, ending_without_peers
-from train.plan import PACK_FIRST, num_steps
+from train.plan import PACK_FIRST
 from train.report import write_report
 from train.schedule import make_optimizer, make_schedule
 from train.settings import CHANGEABLE, TrainSettings, check_settings, count_steps

@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from captioner.files.storage import read_json, write_atomic
 from captioner.pages import load_template
-from captioner.storage import read_json, write_atomic
 from train.tracking import HISTORY, PICTURES, SAMPLES, read_rows
 
 REPORT = "report.html"

@@ -30,17 +30,18 @@ from torch import Tensor, nn
 
 from captioner.bundle import Bundle, DecodingDefaults, save_bundle
 from captioner.calibration import Calibration
-from captioner.cli import UserError
 from captioner.encoders import Encoder
-from captioner.storage import read_json, write_atomic
+from captioner.errors import UserError
+from captioner.files.storage import read_json, write_atomic
+from captioner.streaming.dataset import Split
 from captioner.vocabulary import Vocabulary
 from train.epoch import Reading
+from train.predictions import write_captions
 from train.schedule import is_frozen
-from train.split import Split
 from train.step import CaptionLoss
 from train.stream import Ledger, StreamState
 from train.uneven import in_main, refused_together
-from train.validation import Evaluation, write_captions
+from train.validation import Evaluation
 
 SETTINGS = "settings.json"
 MADE_OF = "made_of"

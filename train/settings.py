@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from captioner.bundle import DecodingDefaults
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.flags import (
     AnyNumber,
     Count,
@@ -19,7 +19,7 @@ from captioner.flags import (
     WorkersOrZero,
 )
 from captioner.model import ImageInput, ModelConfig
-from train.plan import SHUFFLE_SHARDS
+from captioner.streaming.order import SHUFFLE_SHARDS
 
 Schedule = Literal["cosine", "constant"]
 # settings that may differ when a run is resumed; what the names of shards, model and weights lead to is compared itself

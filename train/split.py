@@ -1,103 +1,14 @@
-"""A split of one or several dataset folders as one sequence of shards. Imports no torch."""
+"""The splits of captioned pictures in one or several dataset folders, and their words. Imports no torch."""
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
 
-from captioner import storage
-from captioner.cli import UserError
-from captioner.shards import Manifest, ShardEntry, manifest_location, read_manifest
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.shards.format import manifest_location
+from captioner.streaming.dataset import Split, read_split
 from captioner.views import ViewSpec
 from captioner.vocabulary import Vocabulary, read_vocabulary
-from train.plan import SHUFFLE_SHARDS, EpochPlan
-
-PLAIN_SHARDS = 4  # that are read from at once in the shards' own order: each worker is in another batch
-
-
-@dataclass(frozen=True)
-class Split:
-    """The shards of the folders' manifests, one manifest after the other."""
-
-    name: str
-    folders: tuple[str, ...]
-    manifests: tuple[Manifest, ...]
-
-    @cached_property
-    def shards(self) -> list[tuple[str, ShardEntry]]:
-        """Each shard's folder and manifest entry."""
-        pairs = zip(self.folders, self.manifests, strict=True)
-        return [(folder, entry) for folder, manifest in pairs for entry in manifest.shards]
-
-    @cached_property
-    def stored_sizes(self) -> list[int | None]:
-        """For each shard the size to squash its pictures to on reading; None where packing has done so."""
-        return [
-            manifest.settings["size"] if manifest.settings.get("resize") == "none" else None
-            for manifest in self.manifests
-            for _ in manifest.shards
-        ]
-
-    def only(self, numbers: Sequence[int]) -> "Split":
-        """The split of some of the shards, given by their numbers, in the order of these."""
-        pairs = [self.shards[number] for number in numbers]
-        manifest_of = dict(zip(self.folders, self.manifests, strict=True))
-        manifests = tuple(replace(manifest_of[folder], shards=(entry,)) for folder, entry in pairs)
-        return Split(self.name, tuple(folder for folder, _ in pairs), manifests)
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of all shards."""
-        return sum(manifest.num_samples for manifest in self.manifests)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all shards."""
-        return sum(entry.bytes for _, entry in self.shards)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hex sha256 of what decides which sample stands where."""
-        content = [[entry.sha256, entry.samples] for _, entry in self.shards]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-    def plan(self, *, seed: int, epoch: int, global_batch: int, shuffle_shards: int = SHUFFLE_SHARDS) -> EpochPlan:
-        """An epoch's order."""
-        sizes = [entry.samples for _, entry in self.shards]
-        return EpochPlan(
-            shard_sizes=sizes, seed=seed, epoch=epoch, global_batch=global_batch, shuffle_shards=shuffle_shards
-        )
-
-    def plain_plan(self, *, every: int = 1) -> EpochPlan:
-        """The shards' own order, for evaluation; of `every` so many neighbours the first."""
-        sizes = [entry.samples for _, entry in self.shards]
-        return EpochPlan(shard_sizes=sizes, shuffle_shards=PLAIN_SHARDS, shuffled=False, every=every)
-
-
-def read_split(folders: Sequence[str], name: str, *, remedy: str) -> Split:
-    """The split of all `folders`.
-
-    Raises UserError, with `remedy`, where one of them does not hold it, and where two hold the same shard.
-    """
-    if not folders:
-        raise UserError("--shards names no folder: give at least one")
-    split = Split(name, tuple(folders), tuple(read_manifest(folder, name, remedy=remedy) for folder in folders))
-    counts = Counter(entry.sha256 for _, entry in split.shards if entry.samples)
-    twice = [f"{folder}/{entry.name}" for folder, entry in split.shards if counts[entry.sha256] > 1]
-    if twice:
-        raise UserError(f"--shards names the same shards twice ({', '.join(twice[:4])}): name each folder once")
-    return split
-
-
-def check_filled(split: Split) -> None:
-    """Raise UserError for a split without samples: nothing could be done with it."""
-    if not split.num_samples:
-        raise UserError(
-            f"the {split.name} split in {split.folders[0]} holds no samples: see its {split.name}.failures.jsonl, or "
-            "give another --split"
-        )
 
 
 def read_data(folders: Sequence[str], *, remedy: str) -> tuple[Split, Split | None, Vocabulary]:

@@ -12,13 +12,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from captioner.bundle import Bundle, load_bundle
-from captioner.cli import UserError
 from captioner.encoders import Encoder, check_crop, load_encoder_weights, preprocessing
+from captioner.errors import UserError
 from captioner.model import CaptionModel, ModelConfig
+from captioner.streaming.dataset import Split
 from captioner.views import ViewSpec
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
 from train.settings import NEW_MODEL, TrainSettings
-from train.split import Split, check_fits, read_view
+from train.split import check_fits, read_view
 from train.uneven import refused_together
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 from captioner.model import CaptionModel, PackedCaptions
 from captioner.views import ViewSpec, normalise
 from train.batch_norm import counting_rows, synchronise_batch_norm

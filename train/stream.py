@@ -28,19 +28,20 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from captioner import images, storage, views
-from captioner.cli import UserError
+from captioner import images, views
 from captioner.decoder_output import own_stderr
+from captioner.errors import UserError
+from captioner.files import storage
 from captioner.model import PackedCaptions
-from captioner.shards import read_content
-from captioner.splitmix import random_bits
+from captioner.samples import read_content
+from captioner.shards.splitmix import random_bits
+from captioner.streaming.cache import RESTORE, Prefetcher, ShardCache
+from captioner.streaming.dataset import Split
+from captioner.streaming.order import SAMPLE_CHANCE, EpochPlan, SampleRef, rank_positions
+from captioner.streaming.reader import Reason, SampleError, ShardReader
 from captioner.vocabulary import Vocabulary
-from train.cache import RESTORE, Prefetcher, ShardCache
 from train.features import ROW_DTYPE, FeatureFiles, FeatureReader
-from train.plan import SAMPLE_CHANCE, EpochPlan, SampleRef, rank_positions
-from train.reader import Reason, SampleError, ShardReader
 from train.ring import Ring, Slot
-from train.split import Split
 
 BATCHES_AHEAD = 3  # that each worker makes before they are asked for
 SHOWN = 5

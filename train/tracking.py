@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard import SummaryWriter
 
-from captioner.cli import UserError
-from captioner.storage import write_atomic
+from captioner.errors import UserError
+from captioner.files.storage import write_atomic
 
 HISTORY = "history.jsonl"
 SAMPLES = "samples.jsonl"

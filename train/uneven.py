@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils import reduce as sum_over_ranks
 
-from captioner.cli import UserError
+from captioner.errors import UserError
 
 LOOK_SECONDS = 1.0  # far below any timeout of the process group
 

@@ -1,6 +1,5 @@
 """The validation split: its loss, generated captions, and how they score; exact on any number of processes."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -14,29 +13,18 @@ from accelerate.utils import gather_object
 
 from captioner.bundle import DecodingDefaults
 from captioner.calibration import Calibration
-from captioner.cli import UserError
 from captioner.decoding import decode
+from captioner.errors import UserError
 from captioner.metrics import References
-from captioner.storage import read_bytes, write_atomic
+from captioner.streaming.dataset import Split
 from captioner.vocabulary import Vocabulary
 from train.calibrate import calibrate
-from train.split import Split
+from train.predictions import ValidationCaption, read_captions
 from train.step import CaptionLoss, StepLoss
 from train.stream import Batch, BatchStream, Ledger, Share
 from train.uneven import in_main
 
 NUM_SAMPLES = 8  # pictures whose captions are shown as they change
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ValidationCaption:
-    """One validation image: its caption, mean log-probability a token, and the references."""
-
-    position: int
-    image_id: int | str
-    caption: str
-    score: float
-    references: list[str]
 
 
 @torch.no_grad()
@@ -189,21 +177,3 @@ class Evaluator:
         captions = {row.position: row.caption for row in found.captions}
         shown = [position for position in self._samples if position in captions]
         return [self._samples[position] for position in shown], [captions[position] for position in shown]
-
-
-def read_captions(path: Path) -> list[ValidationCaption]:
-    """The captions that `write_captions` wrote, numbered anew. Raises UserError."""
-    try:
-        rows = read_bytes(str(path)).splitlines()
-        return [ValidationCaption(position=number, **json.loads(row)) for number, row in enumerate(rows)]
-    except (OSError, TypeError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path} ({error}): put it back, or an empty one for a model without confidence, and go on "
-            "with --resume"
-        ) from error
-
-
-def write_captions(path: Path, rows: list[ValidationCaption]) -> None:
-    """Write the captions as JSONL: `image_id`, `caption`, `score`, `references`."""
-    fields = [{name: value for name, value in asdict(row).items() if name != "position"} for row in rows]
-    write_atomic(str(path), "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in fields))

@@ -2,7 +2,7 @@
 
 A location is a string: a local path, or a URL that fsspec knows (`s3://bucket/coco`, `http://host/shards`). Remote
 operations are tried several times, with growing pauses, before they fail; those that take `patience_seconds` go on for
-so long. What is tried again is logged (`captioner/troubles.py`). Every failure is an OSError: what is not there a
+so long. What is tried again is logged (`captioner/files/troubles.py`). Every failure is an OSError: what is not there a
 FileNotFoundError, what a server does not do a StorageError.
 """
 
@@ -29,8 +29,8 @@ from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from captioner import troubles
-from captioner.cli import UserError
+from captioner.errors import UserError
+from captioner.files import troubles
 
 NUM_TRIES = 6
 FIRST_PAUSE_SECONDS = 0.3

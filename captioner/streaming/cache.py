@@ -23,9 +23,9 @@ from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import TypeVar
 
-from captioner import storage
-from captioner.cli import UserError
-from captioner.shards import PACK_AGAIN, FormatError, ShardEntry, ShardIndex
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.shards.format import PACK_AGAIN, FormatError, ShardEntry, ShardIndex
 
 CHUNK_BYTES = 8 << 20  # of one request; so much is lost at most when a connection or a process ends
 NUM_DOWNLOADS = 3  # of a shard that differs from its manifest; transfer errors are rare, but they happen

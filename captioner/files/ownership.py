@@ -17,6 +17,7 @@ import errno
 import fcntl
 import io
 import json
+import logging
 import os
 import socket
 import sys
@@ -31,9 +32,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from captioner import storage
-from captioner.cli import UserError, console
-from captioner.peers import EXIT_PREEMPTED
+from captioner.errors import EXIT_PREEMPTED, UserError
+from captioner.files import storage
 
 BEAT_SECONDS = 15.0
 SILENT_SECONDS = 60.0
@@ -43,6 +43,8 @@ RETRY_SECONDS = 0.05
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 RECORD_BYTES = 512  # fixed size, so that one write replaces a record
 INITIAL_PIDS = "pid:[4026531836]"  # Linux's process numbers outside of containers
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -90,9 +92,8 @@ class _Claim:
 
     def watch(self, owner: Record, *, seconds: float) -> None:
         """Return once an owner on another machine was silent for `seconds` or left. Raises UserError if it is alive."""
-        console.print(
-            f"{self.location} is owned by {_name(owner)}: waiting up to {seconds:.0f} s to see if it is alive"
-        )
+        found = (self.location, _name(owner), seconds)
+        log.warning("%s is owned by %s: waiting up to %.0f s to see if it is alive", *found)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(BEAT_SECONDS / 5)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
-from captioner import storage
-from captioner.shards import BLOCK_BYTES
+from captioner.files import storage
+from captioner.shards.format import BLOCK_BYTES
 
 Buffer = mmap.mmap | bytes
 

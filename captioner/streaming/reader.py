@@ -8,11 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from captioner import storage
-from captioner.cli import UserError
-from captioner.shards import ShardEntry, ShardIndex
-from train.cache import RESTORE, DamagedShardError, MissingShardError, Prefetcher, ShardCache, tar_location
-from train.plan import SampleRef
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.shards.format import ShardEntry, ShardIndex
+from captioner.streaming.cache import (
+    RESTORE,
+    DamagedShardError,
+    MissingShardError,
+    Prefetcher,
+    ShardCache,
+    tar_location,
+)
+from captioner.streaming.order import SampleRef
 
 NEAR_BYTES = 4096
 Reason = Literal["shard missing", "shard damaged", "checksum", "undecodable", "no captions", "no features"]

@@ -1,0 +1,1 @@
+"""Samples of tar shards for any training loop: each exactly once an epoch, in one order, resumed by a seek."""

@@ -1,0 +1,37 @@
+"""The captions that a model made of the validation pictures, and their file. Imports no torch."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from captioner.errors import UserError
+from captioner.files.storage import read_bytes, write_atomic
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationCaption:
+    """One validation image: its caption, mean log-probability a token, and the references."""
+
+    position: int
+    image_id: int | str
+    caption: str
+    score: float
+    references: list[str]
+
+
+def read_captions(path: Path) -> list[ValidationCaption]:
+    """The captions that `write_captions` wrote, numbered anew. Raises UserError."""
+    try:
+        rows = read_bytes(str(path)).splitlines()
+        return [ValidationCaption(position=number, **json.loads(row)) for number, row in enumerate(rows)]
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(
+            f"cannot read {path} ({error}): put it back, or an empty one for a model without confidence, and go on "
+            "with --resume"
+        ) from error
+
+
+def write_captions(path: Path, rows: list[ValidationCaption]) -> None:
+    """Write the captions as JSONL: `image_id`, `caption`, `score`, `references`."""
+    fields = [{name: value for name, value in asdict(row).items() if name != "position"} for row in rows]
+    write_atomic(str(path), "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in fields))

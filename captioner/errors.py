@@ -5,3 +5,18 @@ EXIT_PREEMPTED = 75  # "try again later" (EX_TEMPFAIL of sysexits.h)
 
 class UserError(Exception):
     """Something that only the user can fix. The message is one line: what happened, where, and what to do."""
+
+
+class StreamingError(UserError):
+    """An argument, a state or data that captioner.streaming cannot work with."""
+
+
+class TooManyBadSamplesError(StreamingError):
+    """More samples of an epoch cannot be used than are tolerated; `last` says what is wrong with the last one."""
+
+    def __init__(self, found: int, tolerated: int, last: str) -> None:
+        super().__init__(found, tolerated, last)
+        self.found, self.tolerated, self.last = found, tolerated, last
+
+    def __str__(self) -> str:
+        return f"{self.found} samples cannot be used, and {self.tolerated} are tolerated; the last: {self.last}"

@@ -1,1 +1,24 @@
-"""Samples of tar shards for any training loop: each exactly once an epoch, in one order, resumed by a seek."""
+"""Samples of tar shards for any training loop: each exactly once an epoch, in one order, resumed by a seek.
+
+from captioner.streaming import StreamingLoader
+loader = StreamingLoader("data/shards", split="train", batch_size=256)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from captioner.streaming.buffers import batch_buffer
+    from captioner.streaming.loader import StreamingLoader
+    from captioner.streaming.reader import SampleError
+
+__all__ = ["SampleError", "StreamingLoader", "batch_buffer"]
+
+_MODULES = {"StreamingLoader": "loader", "SampleError": "reader", "batch_buffer": "buffers"}
+
+
+def __getattr__(name: str) -> Any:  # the order and the cache are for programs without torch too
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

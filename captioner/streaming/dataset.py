@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from captioner.errors import UserError
+from captioner.errors import StreamingError
 from captioner.shards.format import Manifest, ShardEntry, read_manifest
 from captioner.streaming.order import SHUFFLE_SHARDS, EpochPlan
 
+NOT_THERE = "index_shards makes it for tars that are there"
 PLAIN_SHARDS = 4  # that are read from at once in the shards' own order: each worker is in another batch
 
 
@@ -73,25 +74,26 @@ class Split:
         return EpochPlan(shard_sizes=sizes, shuffle_shards=PLAIN_SHARDS, shuffled=False, every=every)
 
 
-def read_split(folders: Sequence[str], name: str, *, remedy: str) -> Split:
+def read_split(folders: Sequence[str], name: str, *, remedy: str = NOT_THERE) -> Split:
     """The split of all `folders`.
 
-    Raises UserError, with `remedy`, where one of them does not hold it, and where two hold the same shard.
+    Raises UserError, with `remedy`, where one of them does not hold it, and StreamingError where two hold the same
+    shard.
     """
     if not folders:
-        raise UserError("--shards names no folder: give at least one")
+        raise StreamingError("no dataset folder is named: give at least one")
     split = Split(name, tuple(folders), tuple(read_manifest(folder, name, remedy=remedy) for folder in folders))
     counts = Counter(entry.sha256 for _, entry in split.shards if entry.samples)
     twice = [f"{folder}/{entry.name}" for folder, entry in split.shards if counts[entry.sha256] > 1]
     if twice:
-        raise UserError(f"--shards names the same shards twice ({', '.join(twice[:4])}): name each folder once")
+        raise StreamingError(f"the same shards are named twice ({', '.join(twice[:4])}): name each folder once")
     return split
 
 
 def check_filled(split: Split) -> None:
-    """Raise UserError for a split without samples: nothing could be done with it."""
+    """Raise StreamingError for a split without samples: nothing could be done with it."""
     if not split.num_samples:
-        raise UserError(
+        raise StreamingError(
             f"the {split.name} split in {split.folders[0]} holds no samples: see its {split.name}.failures.jsonl, or "
-            "give another --split"
+            "name another split"
         )

@@ -18,7 +18,7 @@ import numpy as np
 from captioner.shards.splitmix import random_order
 
 SHUFFLE_SHARDS = 256
-SHARD_ORDER, WINDOW_ORDER, SAMPLE_CHANCE = range(3)  # the streams of random numbers
+SHARD_ORDER, WINDOW_ORDER, SAMPLE_CHANCE, SAMPLE_RNG = range(4)  # the streams of random numbers
 
 
 class SampleRef(NamedTuple):
@@ -161,3 +161,33 @@ def rank_positions(step: int, *, num_samples: int, global_batch: int, rank: int,
     start = step * global_batch
     length = max(0, min(global_batch, num_samples - start))
     return range(start + rank * length // world_size, start + (rank + 1) * length // world_size)
+
+
+class ShardOrder:
+    def __init__(self, shard_sizes, *, seed, batch_size, shuffle_shards=SHUFFLE_SHARDS, shuffle=True, every=1):
+        self.args = dict(
+            shard_sizes=shard_sizes,
+            seed=seed,
+            global_batch=batch_size if shuffle else 1,
+            shuffle_shards=shuffle_shards if shuffle else 4,
+            shuffled=shuffle,
+            every=every,
+        )
+        self._plans = {}
+        self.num_samples = EpochPlan(**self.args).num_samples
+
+    def copy(self):
+        import copy
+
+        c = copy.copy(self)
+        c._plans = {}
+        return c
+
+    def refs(self, epoch, positions):
+        if epoch not in self._plans:
+            self._plans = {epoch: EpochPlan(epoch=epoch, **self.args)}
+        return self._plans[epoch].refs(positions)
+
+    def open_shards(self, world_size):
+        p = EpochPlan(**self.args)
+        return p.lanes_of_rank(world_size=world_size) * (p.window_shards + 1)

@@ -65,6 +65,7 @@ class ShardReader:
         cache: ShardCache | None = None,
         prefetcher: Prefetcher | None = None,
         pictures: bool = True,
+        fields=None,
     ) -> None:
         self._shards = shards
         self._pictures = pictures
@@ -83,7 +84,11 @@ class ShardReader:
         """Where a shard's tar lies."""
         return tar_location(*self._shards[shard])
 
-    def read(self, ref: SampleRef) -> tuple[str, bytearray, bytearray]:
+    def read(self, shard, place):
+        key, p, t = self.read2(SampleRef(0, shard, place))
+        return key, {"jpg": bytes(p), "json": bytes(t)}
+
+    def read2(self, ref: SampleRef) -> tuple[str, bytearray, bytearray]:
         """A sample's key, and the content of its picture and of its captions, which torch takes without a copy.
 
         Raises SampleError for a missing or damaged shard or member, and UserError when a server or disk fails.

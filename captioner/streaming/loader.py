@@ -1,0 +1,528 @@
+"""The loader: batches of a global order for this rank, with a state that resumes them anywhere."""
+
+import atexit
+import os
+import pickle
+import sys
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler, default_collate
+
+from captioner.errors import StreamingError, TooManyBadSamplesError
+from captioner.files import storage
+from captioner.streaming.buffers import Buffers, pinned
+from captioner.streaming.cache import ShardCache
+from captioner.streaming.dataset import Split, check_filled, read_split
+from captioner.streaming.ledger import Ledger
+from captioner.streaming.mixture import MixtureOrder, Since
+from captioner.streaming.order import SHUFFLE_SHARDS, ShardOrder
+from captioner.streaming.worker import (
+    BatchMaker,
+    Collate,
+    Decode,
+    Failed,
+    FieldDecoder,
+    Item,
+    Made,
+    Parts,
+    Transform,
+    TransformError,
+    follow_training,
+)
+
+CACHE = "~/.cache/captioner/shards"
+CACHE_GIGABYTES = 50.0
+STATE_VERSION = 1
+LAST_BATCHES = ("keep", "drop", "pad")
+# Before workers are forked. A gloo thread takes one of Python's locks to free the tensors of the last collective, and
+# a worker forked at that moment waits for the lock forever (seen with Python 3.11).
+QUIET_SECONDS = 0.1
+
+
+class StreamingLoader:
+    """Batches of samples from tar shards, for any training loop: each sample once an epoch, in one order for any number
+    of ranks and workers, resumed by a seek.
+
+        loader = StreamingLoader("data/shards", split="train", batch_size=256, transform=prepare, num_workers=8)
+        while loader.epoch < 10:
+            for batch in loader:
+                ...
+
+    `sources` is a dataset folder, path or URL, or several. Without `weights` several are read as one, in each epoch once.
+    With `weights`, one for each, they are mixed: a source with twice the weight of another gives twice as many samples,
+    and starts over when it is at its end; an epoch has `epoch_samples`, without it as many as all sources together.
+
+    Order
+        `batch_size` samples make a global batch, one optimizer step of all ranks together; each of `world_size` ranks
+        gets an equal part of it. `seed` decides the order; `shuffle_shards` shards are mixed with each other at a time.
+        With `shuffle=False` samples come as they are stored, for validation: each iteration starts at the beginning,
+        and takes the first of `every` so many neighbours.
+        `last_batch`: "keep" a shorter last batch, of which ranks may get nothing (`collate([])`); "drop" it; or "pad" it
+        with the epoch's first samples (`num_padded` of the rows that came last).
+    Samples
+        are dictionaries of bytes by extension (`jpg`, `json`, `seg.png`, …), with `__key__`, `__url__`, `__epoch__`,
+        `__position__`, `__shard__` and `__place__`. `fields` are the extensions to read, without it all.
+        `decode` is what webdataset calls the form of pictures ("pil", "torchrgb8", …), which decodes text, JSON, NumPy
+        arrays and so on as well, or a function of a sample. `transform(sample, rng)` makes anything of it, where `rng`,
+        a numpy.random.Generator, and the global generators of torch, NumPy and Python are seeded by (seed, epoch,
+        position). `collate(list)` makes a batch; torch's default_collate unless given.
+    Processes
+        `num_workers` processes make batches, each `prefetch_batches` ahead; they start at the first iteration and live
+        as long as the loader (`close`). `start_method` is "fork", "spawn" or "forkserver", of the platform unless given.
+        With `pin_memory` batches come in page-locked memory.
+        `rank` and `world_size` are those of torch.distributed, or of the launcher's RANK and WORLD_SIZE, unless given.
+    Errors
+        Up to `tolerate_bad_samples` samples of an epoch and rank that cannot be read or decoded, or for which a function
+        raises SampleError, are left out and counted in `ledger`; one more raises. Any other exception in a function is
+        raised as TransformError. Raises StreamingError for arguments and states that do not fit.
+    Remote shards
+        are kept in `cache`, a folder that all processes of a machine share, of at most `cache_gigabytes`.
+    """
+
+    def __init__(
+        self,
+        sources: str | Path | Sequence[str | Path] | Split,
+        *,
+        split: str = "train",
+        batch_size: int,
+        seed: int = 0,
+        weights: Sequence[float] | None = None,
+        epoch_samples: int | None = None,
+        shuffle: bool = True,
+        shuffle_shards: int = SHUFFLE_SHARDS,
+        last_batch: str = "keep",
+        every: int = 1,
+        fields: Collection[str] | None = None,
+        decode: str | Decode | None = None,
+        transform: Transform | None = None,
+        collate: Collate | None = None,
+        num_workers: int = 0,
+        start_method: str | None = None,
+        prefetch_batches: int = 2,
+        pin_memory: bool = False,
+        tolerate_bad_samples: int = 0,
+        allow_new_weights: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+        cache: str | Path = CACHE,
+        cache_gigabytes: float = CACHE_GIGABYTES,
+    ) -> None:
+        self.split = sources if isinstance(sources, Split) else read_sources(sources, split)
+        check_filled(self.split)
+        _check_at_least(1, batch_size=batch_size, every=every, shuffle_shards=shuffle_shards)
+        _check_at_least(1, prefetch_batches=prefetch_batches)
+        _check_at_least(0, num_workers=num_workers, tolerate_bad_samples=tolerate_bad_samples)
+        if last_batch not in LAST_BATCHES:
+            raise StreamingError(f"last_batch is {last_batch!r}: give one of {', '.join(LAST_BATCHES)}")
+        if (rank is None) != (world_size is None):
+            raise StreamingError("rank and world_size belong together: give both or neither")
+        if epoch_samples is not None and weights is None:
+            raise StreamingError(
+                "epoch_samples is the length of a mixture's epoch: give weights too, [1] for one source"
+            )
+        if every > 1 and (shuffle or weights is not None):
+            raise StreamingError("every is for shuffle=False without weights: a thinner validation split")
+        self.batch_size, self.seed, self.shuffle, self.shuffle_shards = batch_size, seed, shuffle, shuffle_shards
+        self.weights, self.epoch_samples, self.every = weights, epoch_samples, every
+        self.last_batch, self.tolerate_bad_samples = last_batch, tolerate_bad_samples
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.ledger = Ledger()
+        self._fields, self._transform, self._collate = fields, transform, collate
+        self._decode = FieldDecoder(decode) if isinstance(decode, str) else decode
+        self._start_method, self._prefetch = start_method, prefetch_batches
+        self._allow_new_weights, self._given_rank = allow_new_weights, (rank, world_size)
+        self._cache = None
+        if any(storage.is_remote(folder) for folder in self.split.folders):
+            self._cache = ShardCache(str(cache), max_bytes=int(cache_gigabytes * 1e9))
+        self._since: Since | None = None
+        self._epoch = self._steps = 0
+        self._loaded = False
+        self._turn = 0  # of the iterator that may go on
+        self._padded = 0
+        self._parts: Parts | None = None
+        self._workers: _Workers | None = None
+        self.order = self._make_order()
+
+    def _make_order(self) -> ShardOrder | MixtureOrder:
+        common: dict[str, Any] = {
+            "seed": self.seed, "batch_size": self.batch_size, "shuffle_shards": self.shuffle_shards,
+            "shuffle": self.shuffle,
+        }  # fmt: skip
+        if self.weights is None:
+            return ShardOrder([entry.samples for _, entry in self.split.shards], every=self.every, **common)
+        sizes = [[entry.samples for entry in manifest.shards] for manifest in self.split.manifests]
+        return MixtureOrder(sizes, weights=self.weights, epoch_samples=self.epoch_samples, since=self._since, **common)
+
+    # ---- ranks --------------------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        """This process's number among those that share each batch."""
+        return self._resolve().rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes share each batch."""
+        return self._resolve().world_size
+
+    def _resolve(self) -> Parts:
+        rank, world_size = resolve_rank(*self._given_rank)
+        if self.batch_size % world_size:
+            raise StreamingError(
+                f"batch_size {self.batch_size} is that of all ranks together and must be a multiple of their number, "
+                f"{world_size}"
+            )
+        found = Parts(
+            num_samples=self.order.num_samples, batch_size=self.batch_size, rank=rank, world_size=world_size,
+            last_batch=self.last_batch,
+        )  # fmt: skip
+        if self._parts is None:
+            if not found.num_steps:
+                raise StreamingError(
+                    f"{found.num_samples:,} samples make no batch of {self.batch_size:,}: give a smaller batch_size, or "
+                    'another last_batch than "drop"'
+                )
+            if self._collate is None and not all(len(self._replaced(found, r)) for r in range(world_size)):
+                raise StreamingError(
+                    f"the last batch is too short for all of {world_size} ranks, and torch's default_collate takes no "
+                    'empty list: give last_batch="pad" or "drop", or a collate that does'
+                )
+            self._parts = found
+        if found != self._parts:
+            raise StreamingError(
+                f"this process was rank {self._parts.rank} of {self._parts.world_size} and is rank {rank} of "
+                f"{world_size}: start torch.distributed before the loader's first use, or give rank and world_size"
+            )
+        return found
+
+    def _replaced(self, parts: Parts, rank: int) -> range:
+        """The last step's positions of a rank."""
+        return Parts(**{**vars(parts), "rank": rank}).positions(parts.num_steps - 1)
+
+    # ---- where it stands ----------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next batch is of, from 0; it moves when an iteration ends."""
+        return self._epoch
+
+    @property
+    def steps_done(self) -> int:
+        """How many of the epoch's batches were taken, also before a resume."""
+        return self._steps
+
+    @property
+    def num_padded(self) -> int:
+        """How many rows of the batch that was taken last repeat samples of the epoch's beginning; they come last."""
+        return self._padded
+
+    def __len__(self) -> int:
+        """Steps of a whole epoch, the same on every rank."""
+        return self._resolve().num_steps
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch; nothing where the loader is in it."""
+        if epoch != self._epoch:
+            self._go_to(epoch, 0)
+
+    def state_dict(self, steps: int | None = None) -> dict[str, Any]:
+        """The state after the batches that were taken, or after `steps` of this epoch: numbers and text, for JSON.
+
+        It is the same on every rank. A loop that fetches batches before it uses them gives `steps`.
+        """
+        steps = self._steps if steps is None else steps
+        position = min(steps * self.batch_size, self.order.num_samples)
+        state = {**self._identity(), "epoch": self._epoch, "position": position}
+        if isinstance(self.order, MixtureOrder):
+            since = self._since
+            state |= {"parts": list(self.order.parts), "since": [since.position, *since.counts] if since else None}
+        return state
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION, "fingerprint": self.split.fingerprint, "num_samples": self.order.num_samples,
+            "seed": self.seed, "batch_size": self.batch_size, "shuffle_shards": self.shuffle_shards,
+            "shuffle": self.shuffle, "every": self.every,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to where a state stands, on any number of ranks and workers; the end of an epoch is the next one's start.
+
+        Raises StreamingError for a state of other data, and inside an epoch for one of another order: another seed,
+        batch size or window may begin with an epoch only, for a mixture only with the run. New weights need
+        `allow_new_weights`.
+        """
+        try:
+            epoch, position = int(state["epoch"]), int(state["position"])
+            stored = {name: state[name] for name in self._identity()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise StreamingError(f"this is not the state of a StreamingLoader ({error!r})") from error
+        if position >= stored["num_samples"]:
+            epoch, position = epoch + 1, 0
+        at_start = position == 0 and (self.weights is None or epoch == 0)
+        free = {"seed", "batch_size", "shuffle_shards"} if at_start else set()
+        differing = [
+            f"{name} was {stored[name]}, is {value}"
+            for name, value in self._identity().items()
+            if stored[name] != value and name not in free
+        ]
+        if differing:
+            raise StreamingError(
+                f"the state is of other data or of another order ({'; '.join(differing)}): give what it was made with"
+            )
+        if isinstance(self.order, MixtureOrder):
+            self._load_weights(state, epoch * self.order.num_samples + position)
+        elif "parts" in state:
+            raise StreamingError("the state is of a mixture: give its weights")
+        self._go_to(epoch, position // self.batch_size)
+        self._loaded = True
+
+    def _load_weights(self, state: dict[str, Any], position: int) -> None:
+        """Take a mixture's history from a state; where its weights were others, these hold from here on."""
+        assert isinstance(self.order, MixtureOrder) and self.weights is not None
+        if "parts" not in state:
+            raise StreamingError("the state is not of a mixture: leave out weights")
+        parts, since = state["parts"], state["since"]
+        self._since = Since(since[0], tuple(since[1:])) if since else None
+        if parts != list(self.order.parts):
+            if not self._allow_new_weights:
+                raise StreamingError(
+                    f"the state's weights were {parts}, they are {list(self.order.parts)}, in parts of "
+                    f"{sum(parts)}: give those, or allow_new_weights=True to have the new ones from here on"
+                )
+            given, self.weights = self.weights, parts
+            before = self._make_order()
+            assert isinstance(before, MixtureOrder)
+            self._since, self.weights = Since(position, before.counts(position)), given
+        self.order = self._make_order()
+        self.close()
+
+    def _go_to(self, epoch: int, steps: int) -> None:
+        self._epoch, self._steps, self._turn = epoch, steps, self._turn + 1
+        self._loaded = False
+
+    # ---- batches ------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Any]:
+        """This rank's batches from where the state stands to the end of the epoch.
+
+        After a break the next iteration goes on behind the last batch that was taken. A new iterator ends older ones.
+        """
+        parts = self._resolve()
+        if not self.shuffle and not self._loaded:
+            self._steps = 0
+        if self._steps >= parts.num_steps:  # all were taken by one who did not ask for the end
+            self._epoch, self._steps = self._epoch + 1, 0
+        self._loaded = False
+        self._turn += 1
+        self.ledger = Ledger()
+        return self._iterate(parts, self._turn)
+
+    def _iterate(self, parts: Parts, turn: int) -> Iterator[Any]:
+        epoch, first = self._epoch, self._steps
+        if self._workers is None:
+            self._workers = _Workers(
+                partial(self._make_maker, parts), self.num_workers, self._start_method, self._prefetch
+            )
+        made = self._workers.batches(Item(epoch, step) for step in range(first, parts.num_steps))
+        if self.pin_memory and torch.accelerator.is_available():
+            made = pinned_ahead(made, partial(_pin, device_index=torch.accelerator.current_device_index()))
+        for step, each in enumerate(made, start=first):
+            self._check_turn(turn)
+            self._count(each, parts, step)
+            yield each.batch
+            self._check_turn(turn)
+        if self._steps < parts.num_steps:
+            raise RuntimeError(f"the workers ended before step {self._steps} of the epoch")
+        self.ledger.dropped += parts.num_dropped if parts.rank == 0 else 0
+        self._epoch, self._steps = epoch + 1, 0
+
+    def _check_turn(self, turn: int) -> None:
+        if turn != self._turn:
+            raise RuntimeError("a newer iterator of this loader, or another state, has taken over: iterate that one")
+
+    def _count(self, made: Made, parts: Parts, step: int) -> None:
+        """Let a batch be taken. Raises StreamingError after too many bad samples."""
+        self.ledger.count(made.positions, made.skipped, planned=parts.positions(step), num_samples=parts.num_samples)
+        if len(self.ledger.skipped) > self.tolerate_bad_samples:
+            raise TooManyBadSamplesError(
+                len(self.ledger.skipped), self.tolerate_bad_samples, self.ledger.skipped[-1].message
+            )
+        self._steps = step + 1
+        self._padded = sum(position >= parts.num_samples for position in made.positions)
+
+    def _make_maker(self, parts: Parts, taken: Tensor | None, buffers: int) -> BatchMaker:
+        return BatchMaker(
+            self.split, self.order, parts, seed=self.seed, fields=self._fields, decode=self._decode,
+            transform=self._transform, collate=self._collate or default_collate,
+            is_random=self._transform is not None or self._collate is not None, cache=self._cache,
+            tolerant=self.tolerate_bad_samples > 0, follows_on=self.shuffle, taken=taken, buffers=buffers,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """End the workers; the next iteration starts others."""
+        self._turn += 1
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
+
+    # ---- told before anything is read -----------------------------------------------------------------------
+
+    def describe(self) -> str:
+        """What an epoch reads and how well it is mixed, in lines for people."""
+        raise NotImplementedError
+
+
+# ---- processes --------------------------------------------------------------------------------------------
+
+
+class _Workers:
+    """The processes that make batches, or this one where there are none, until closed or dropped."""
+
+    def __init__(
+        self,
+        make_maker: Callable[[Tensor | None, int], BatchMaker],
+        num_workers: int,
+        start_method: str | None,
+        prefetch: int,
+    ) -> None:
+        self._buffers = Buffers(num_workers=num_workers, count=prefetch + 2)
+        taken = self._buffers.taken if num_workers else None
+        self._maker = make_maker(taken, prefetch + 2)
+        self._items = _Items()
+        self._loader: DataLoader[Any] | None = None
+        self._end: Callable[[], None] | None = None
+        if num_workers:
+            over = torch.zeros(1, dtype=torch.uint8).share_memory_()
+            self._end = partial(over.numpy().__setitem__, 0, 1)
+            weakref.finalize(self, self._end)
+            self._loader = DataLoader(
+                self._maker, batch_size=None, sampler=self._items, num_workers=num_workers, prefetch_factor=prefetch,
+                persistent_workers=True, worker_init_fn=partial(follow_training, os.getpid(), over),
+                multiprocessing_context=start_method or ("fork" if sys.platform == "linux" else None),
+                generator=torch.Generator(),  # what it draws must not move the global random numbers
+            )  # fmt: skip
+            self._started = False
+
+    def batches(self, items: Iterable[Item]) -> Iterator[Made]:
+        """The batches of the items, in their order. Raises what a worker met."""
+        if self._loader is None:
+            found: Iterable[Made | Failed] = map(self._maker.__getitem__, items)
+        else:
+            self._items.given = items
+            found = self._start()
+        for made in found:
+            if isinstance(made, Failed):
+                raise made.error from (RuntimeError(made.trace) if isinstance(made.error, TransformError) else None)
+            yield replace(made, batch=self._buffers.open(made.batch)) if made.in_buffers else made
+
+    def _start(self) -> Iterator[Made | Failed]:
+        assert self._loader is not None and self._end is not None
+        if self._started:
+            return iter(self._loader)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            time.sleep(QUIET_SECONDS)
+        try:
+            found = iter(self._loader)
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            raise StreamingError(
+                f"decode, transform and collate are sent to the workers and cannot be pickled ({error}): define them at "
+                "the top of a module"
+            ) from error
+        atexit.register(self._end)  # before torch's own, which waits for each of them
+        self._started = True
+        return found
+
+    def close(self) -> None:
+        """End them."""
+        self._maker.close()
+        if self._end is not None:
+            self._end()
+            atexit.unregister(self._end)
+        self._loader = None
+
+
+class _Items(Sampler[Item]):
+    """What the workers are asked for next."""
+
+    given: Iterable[Item] = ()
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.given)
+
+
+def pinned_ahead(batches: Iterable[Made], pin: Callable[[Made], Made]) -> Iterator[Made]:
+    """The batches as `pin` copies them, in order, each copied by a thread during the step on the batch before it.
+
+    A batch's buffer is free once copied. Exceptions of `batches` or `pin` are raised after the batches before them.
+    The thread ends with the iterator.
+    """
+    copies: deque[Future[Made]] = deque()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="pin") as thread:
+        for copy in _submit_each(batches, partial(thread.submit, pin)):
+            copies.append(copy)
+            if len(copies) > 1:
+                yield copies.popleft().result()
+        while copies:
+            yield copies.popleft().result()
+
+
+def _submit_each(batches: Iterable[Made], submit: Callable[[Made], Future[Made]]) -> Iterator[Future[Made]]:
+    try:
+        yield from map(submit, batches)
+    except Exception as error:  # it waits for the batches before it
+        failed: Future[Made] = Future()
+        failed.set_exception(error)
+        yield failed
+
+
+def _pin(made: Made, *, device_index: int) -> Made:
+    torch.accelerator.set_device_index(device_index)  # a thread starts on device 0
+    return replace(made, batch=pinned(made.batch))
+
+
+# ---- arguments --------------------------------------------------------------------------------------------
+
+
+def read_sources(sources: str | Path | Sequence[str | Path], split: str) -> Split:
+    """The split in the folders. Raises StreamingError and UserError."""
+    found = [sources] if isinstance(sources, str | Path) else list(sources)
+    return read_split([str(source) for source in found], split)
+
+
+def resolve_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """This process's rank and the number of ranks: as given, or of torch.distributed, or of the launcher, or 0 of 1.
+
+    Raises StreamingError where torch.distributed and the launcher disagree.
+    """
+    if rank is not None and world_size is not None:
+        if not 0 <= rank < world_size:
+            raise StreamingError(f"rank {rank} is not one of 0 to {world_size - 1}")
+        return rank, world_size
+    launched = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    of_launcher = None if None in launched else (int(launched[0] or 0), int(launched[1] or 1))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        of_group = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        if of_launcher not in (None, of_group):
+            raise StreamingError(
+                f"torch.distributed says rank {of_group[0]} of {of_group[1]}, RANK and WORLD_SIZE say "
+                f"{launched[0]} of {launched[1]}: give rank and world_size"
+            )
+        return of_group
+    return of_launcher or (0, 1)
+
+
+def _check_at_least(least: int, **given: int) -> None:
+    for name, value in given.items():
+        if value < least:
+            raise StreamingError(f"{name} is {value}: give {least} or more")

@@ -1,0 +1,412 @@
+"""What a loader's worker does: read the samples of a batch, decode and transform each, collate them.
+
+A batch is asked for by its epoch and step; everything else is a function of these. So a worker needs no state, lives as
+long as its loader, and takes any epoch and any step next.
+"""
+
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from threading import Thread
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from captioner.errors import UserError
+from captioner.shards.splitmix import random_bits
+from captioner.streaming.buffers import WorkerBuffers, use_buffers
+from captioner.streaming.cache import Prefetcher, ShardCache
+from captioner.streaming.dataset import Split
+from captioner.streaming.ledger import Skip
+from captioner.streaming.mixture import MixtureOrder
+from captioner.streaming.order import SAMPLE_RNG, SampleRef, ShardOrder, rank_positions
+from captioner.streaming.reader import SampleError, ShardReader
+
+MAX_OPEN_FILES = 400  # of a process; systems allow 1,024
+FETCHED_SHARDS = 8  # that a process lets wait in the cache before they are needed
+FOLLOW_SECONDS = 0.2  # how soon a worker ends after training does
+MOST_SEED = (1 << 63) - 1  # that torch takes
+PICKLES = (".pkl", ".pickle", ".pyd", ".pth")
+
+Sample = dict[str, Any]
+Decode = Callable[[Sample], Sample]
+Transform = Callable[[Any, np.random.Generator], Any]
+Collate = Callable[[list[Any]], Any]
+
+
+class Item(NamedTuple):
+    """What a worker is asked for: the part of its rank of one global batch."""
+
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A batch as it leaves a worker, the positions of its samples, and what is not in it."""
+
+    batch: Any
+    positions: list[int]
+    skipped: list[Skip]
+    in_buffers: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Why there is no batch: an error of ours, or one of the user's functions with its traceback."""
+
+    error: Exception
+    trace: str
+
+
+class TransformError(RuntimeError):
+    """An exception in the user's `decode`, `transform` or `collate`, with the sample's key, URL, epoch and position."""
+
+    def __init__(self, function: str, reason: str, key: str, url: str, epoch: int, position: int) -> None:
+        super().__init__(function, reason, key, url, epoch, position)
+        self.function, self.reason, self.key, self.url = function, reason, key, url
+        self.epoch, self.position = epoch, position
+
+    def __str__(self) -> str:
+        where = f"sample {self.key} of {self.url}, " if self.key else ""
+        return f"{self.function} failed at {where}epoch {self.epoch}, position {self.position}: {self.reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Which positions of an epoch are in which step of a rank."""
+
+    num_samples: int
+    batch_size: int
+    rank: int
+    world_size: int
+    last_batch: str
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of an epoch, the same on every rank."""
+        full, rest = divmod(self.num_samples, self.batch_size)
+        return full + (rest > 0 and self.last_batch != "drop")
+
+    @property
+    def num_dropped(self) -> int:
+        """Samples that are in no step."""
+        return max(0, self.num_samples - self.num_steps * self.batch_size)
+
+    def positions(self, step: int) -> range:
+        """This rank's positions of a step; those from `num_samples` on repeat the epoch's beginning."""
+        num_samples = self.num_samples
+        if self.last_batch == "pad":
+            num_samples = self.num_steps * self.batch_size
+        return rank_positions(
+            step, num_samples=num_samples, global_batch=self.batch_size, rank=self.rank, world_size=self.world_size
+        )
+
+
+class BatchMaker(Dataset):  # type: ignore[type-arg]
+    """Makes the batch of an `Item`: in a worker, or in the training process where there are none."""
+
+    def __init__(
+        self,
+        split: Split,
+        order: ShardOrder | MixtureOrder,
+        parts: Parts,
+        *,
+        seed: int,
+        fields: Collection[str] | None,
+        decode: Decode | None,
+        transform: Transform | None,
+        collate: Collate,
+        is_random: bool,
+        cache: ShardCache | None,
+        tolerant: bool,
+        follows_on: bool,
+        taken: Tensor | None,
+        buffers: int,
+    ) -> None:
+        self.split, self.order, self.parts, self.seed = split, order, parts, seed
+        self.fields, self.decode, self.transform, self.collate = fields, decode, transform, collate
+        self.cache, self.tolerant, self.follows_on = cache, tolerant, follows_on
+        self.taken, self.buffers = taken, buffers
+        self.is_random = is_random
+        self._expected: Item | None = None
+        self._reader: ShardReader | None = None
+        self._prefetcher: Prefetcher | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")} | {
+            "_expected": None, "_reader": None, "_prefetcher": None,
+        }  # fmt: skip
+
+    def __getitem__(self, item: Item) -> Made | Failed:
+        try:
+            return self._make(item)
+        except Exception as error:
+            if self.own_buffers is not None:
+                self.own_buffers.drop()
+            return Failed(as_sent(error), traceback.format_exc())
+
+    def close(self) -> None:
+        """Close what is open; it opens again when it is asked for more."""
+        for opened in (self._prefetcher, self._reader):
+            if opened is not None:
+                opened.close()
+        self._expected = self._reader = self._prefetcher = None
+
+    @cached_property
+    def own_buffers(self) -> WorkerBuffers | None:
+        """This worker's buffers, from now on those of `batch_buffer`; None in the training process."""
+        worker = get_worker_info()
+        if worker is None or self.taken is None:
+            return None
+        found = WorkerBuffers(self.taken, first=worker.id * self.buffers, count=self.buffers)
+        use_buffers(found)
+        return found
+
+    @cached_property
+    def randomness(self) -> "Randomness":
+        """The random numbers of this process's samples."""
+        return Randomness()
+
+    # ---- one batch ----------------------------------------------------------------------------------------
+
+    def _make(self, item: Item) -> Made:
+        buffers = self.own_buffers
+        reader = self._follow(item)
+        positions = self.parts.positions(item.step)
+        num_samples = self.order.num_samples
+        refs = self.order.refs(item.epoch, [position % num_samples for position in positions])
+        samples: list[Any] = []
+        found: list[int] = []
+        skipped: list[Skip] = []
+        read: list[Sample] = []
+        for position, ref in zip(positions, refs, strict=True):
+            try:
+                read.append(self._read(reader, item.epoch, position, ref))
+            except SampleError as error:
+                skipped.append(self._skip(position, error))
+        with self.randomness.batch(self.seed, item.epoch, positions) if self.is_random else nullcontext():
+            for sample in read:
+                position = sample["__position__"]
+                try:
+                    samples.append(self._transformed(sample))
+                except SampleError as error:
+                    skipped.append(self._skip(position, error))
+                else:
+                    found.append(position)
+            batch = self._collated(samples, item, positions)
+        if buffers is None:
+            return Made(batch, found, skipped, in_buffers=False)
+        batch, in_buffers = buffers.give(batch)
+        return Made(batch, found, skipped, in_buffers)
+
+    def _read(self, reader: ShardReader, epoch: int, position: int, ref: SampleRef) -> Sample:
+        key, content = reader.read(ref.shard, ref.place)
+        return {
+            "__key__": key, "__url__": reader.location(ref.shard), "__epoch__": epoch, "__position__": position,
+            "__shard__": ref.shard, "__place__": ref.place, **content,
+        }  # fmt: skip
+
+    def _transformed(self, sample: Sample) -> Any:
+        """The sample as `decode` and `transform` leave it. Raises SampleError and TransformError."""
+        function, value = "decode", sample
+        try:
+            if self.decode is not None:
+                value = self.decode(sample)
+            if self.transform is None:
+                return value
+            function = "transform"
+            return self.transform(value, self.randomness.start(sample["__position__"]))
+        except (SampleError, UserError):
+            raise
+        except Exception as error:
+            where = (sample["__key__"], sample["__url__"], sample["__epoch__"], sample["__position__"])
+            raise TransformError(function, describe(error), *where) from error
+
+    def _collated(self, samples: list[Any], item: Item, positions: range) -> Any:
+        try:
+            if self.is_random and positions:
+                self.randomness.start(positions.start, stream=1)
+            return self.collate(samples)
+        except UserError:
+            raise
+        except Exception as error:
+            raise TransformError("collate", describe(error), "", "", item.epoch, positions.start) from error
+
+    def _skip(self, position: int, error: SampleError) -> Skip:
+        if not self.tolerant:
+            raise error
+        return Skip(position, error.reason, error.message)
+
+    # ---- its shards ---------------------------------------------------------------------------------------
+
+    def _follow(self, item: Item) -> ShardReader:
+        """The reader. After a seek the shards that are fetched ahead are others."""
+        worker = get_worker_info()
+        number, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        at_seek = self._expected != item
+        following = Item(item.epoch, item.step + stride)
+        if following.step >= self.parts.num_steps:
+            following = Item(item.epoch + 1, number)
+        self._expected = following
+        if self._reader is None or (at_seek and self.cache is not None):
+            self.close()
+            self._expected = following
+            max_open = min(MAX_OPEN_FILES, self.order.open_shards(self.parts.world_size))
+            if self.cache is not None:
+                shards = (self.split.shards[shard] for shard in self._shards_from(item, number, stride))
+                self._prefetcher = Prefetcher(self.cache, shards, ahead=FETCHED_SHARDS)
+            self._reader = ShardReader(
+                self.split.shards, max_open=max_open, cache=self.cache, prefetcher=self._prefetcher, fields=self.fields
+            )
+        return self._reader
+
+    def _shards_from(self, item: Item, number: int, stride: int) -> Iterator[int]:
+        """The numbers of this process's shards from a batch on, in the order of their first use in an epoch."""
+        epoch, first = item
+        order = self.order.copy()  # it runs in another thread
+        while True:
+            known: set[int] = set()
+            for step in range(first, self.parts.num_steps, stride):
+                positions = [position % self.order.num_samples for position in self.parts.positions(step)]
+                for ref in order.refs(epoch, positions):
+                    if ref.shard not in known:
+                        known.add(ref.shard)
+                        yield ref.shard
+            if not self.follows_on:
+                return
+            epoch, first = epoch + 1, number
+
+
+def as_sent(error: Exception) -> Exception:
+    """The error, or one that says the same where it cannot be sent to another process."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever the user's class does
+        return RuntimeError(describe(error))
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+# ---- decoding by webdataset -------------------------------------------------------------------------------
+
+
+class FieldDecoder:
+    """webdataset's decoders of a sample's fields, by the name of what pictures become ("pil", "torchrgb8", …).
+
+    Pickles are left as bytes: to load one can run anything. Raises SampleError for a field that cannot be decoded.
+    """
+
+    def __init__(self, name: str) -> None:
+        from webdataset.autodecode import imagespecs
+
+        if name not in imagespecs:
+            raise UserError(f"there is no decoding {name!r}: choose one of {', '.join(sorted(imagespecs))}")
+        self.name = name
+
+    @cached_property
+    def _decoder(self) -> Any:
+        from webdataset.autodecode import Decoder, gzfilter, imagehandler
+
+        return Decoder([imagehandler(self.name)], pre=[gzfilter, _leave_pickles])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    def __call__(self, sample: Sample) -> Sample:
+        """The sample with decoded fields."""
+        from webdataset.autodecode import DecodingError
+
+        try:
+            return self._decoder(sample)
+        except DecodingError as error:
+            reason = describe(error.__cause__ or error)
+            message = f"sample {sample['__key__']} of {sample['__url__']}: .{error.k} cannot be decoded ({reason})"
+            raise SampleError("undecodable", message) from error
+
+
+def _leave_pickles(key: str, data: bytes) -> bytes | None:
+    return data if key.lower().endswith(PICKLES) else None
+
+
+# ---- random numbers ---------------------------------------------------------------------------------------
+
+
+class Randomness:
+    """One generator for all samples, which is also NumPy's global one, and the global ones of torch and Python.
+
+    To seed these takes some microseconds; to make new ones would take many. What a sample draws is a function of (seed,
+    epoch, position) alone.
+    """
+
+    def __init__(self) -> None:
+        self._philox = np.random.Philox(key=0)
+        self._state = self._philox.state
+        self._generator = np.random.Generator(self._philox)
+        self._bits: dict[int, int] = {}
+
+    @contextmanager
+    def batch(self, seed: int, epoch: int, positions: range) -> Iterator[None]:
+        """Prepare for the samples of a batch; elsewhere than in a worker the global generators are restored after."""
+        self._bits = dict(zip(positions, random_bits(np.asarray(positions), seed, epoch, SAMPLE_RNG).tolist()))
+        if get_worker_info() is not None:
+            np.random.set_bit_generator(self._philox)
+            yield
+            return
+        numpys, torchs, pythons = np.random.get_bit_generator(), torch.get_rng_state(), random.getstate()
+        np.random.set_bit_generator(self._philox)
+        try:
+            yield
+        finally:
+            np.random.set_bit_generator(numpys)
+            torch.set_rng_state(torchs)
+            random.setstate(pythons)
+
+    def start(self, position: int, *, stream: int = 0) -> np.random.Generator:
+        """Seed all generators for a sample of the batch, or with stream 1 for the batch that begins with it."""
+        bits, state = self._bits[position], self._state
+        state["state"]["key"][0], state["state"]["key"][1] = bits, stream
+        self._philox.state = state
+        random.seed(bits + stream)
+        torch.default_generator.manual_seed((bits + stream) & MOST_SEED)
+        return self._generator
+
+
+# ---- a worker's life --------------------------------------------------------------------------------------
+
+
+def follow_training(training: int, over: Any, _worker: int) -> None:
+    """Keep a worker alive exactly as long as the training process needs its batches, even while it is blocked.
+
+    SIGTERM, which launchers and schedulers send to all processes of a job, does not end it, since training needs
+    batches until it has saved; SIGTERM of the training process does, and so do `over` and that process's own end.
+    """
+    if sys.platform == "linux":  # elsewhere the sender of a signal is unknown
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a thread of a library may not block it
+    Thread(target=_end_after, args=(training, over), daemon=True).start()
+
+
+def _end_after(training: int, over: Any) -> None:
+    parent = multiprocessing.parent_process()
+    while parent is not None and parent.is_alive() and not over[0]:
+        if sys.platform != "linux":
+            time.sleep(FOLLOW_SECONDS)
+        elif (received := signal.sigtimedwait({signal.SIGTERM}, FOLLOW_SECONDS)) and received.si_pid == training:
+            break
+    os._exit(0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from captioner.errors import UserError
+from captioner.errors import StreamingError, UserError
 from captioner.files import storage
 from captioner.shards.format import ShardEntry, ShardIndex
 from captioner.streaming.cache import (
@@ -25,13 +25,16 @@ NEAR_BYTES = 4096
 Reason = Literal["shard missing", "shard damaged", "checksum", "undecodable", "no captions", "no features"]
 
 
-class SampleError(Exception):
+class SampleError(StreamingError):
     """A sample that cannot be used: a reason to count by, and one line with the place and the remedy."""
 
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(reason, message)
         self.reason: Reason = reason
         self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,12 +33,12 @@ from captioner.decoder_output import own_stderr
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.model import PackedCaptions
-from captioner.samples import read_content
+from captioner.samples import CaptionFields, read_content, split_pair
 from captioner.shards.splitmix import random_bits
 from captioner.streaming.cache import RESTORE, Prefetcher, ShardCache
 from captioner.streaming.dataset import Split
 from captioner.streaming.order import SAMPLE_CHANCE, EpochPlan, SampleRef, rank_positions
-from captioner.streaming.reader import Reason, SampleError, ShardReader
+from captioner.streaming.reader import SampleError, ShardReader
 from captioner.vocabulary import Vocabulary
 from train.features import ROW_DTYPE, FeatureFiles, FeatureReader
 from train.ring import Ring, Slot
@@ -59,7 +59,7 @@ class Skip:
     """A sample, by its global position, that could not be used, and why."""
 
     position: int
-    reason: Reason
+    reason: str
     message: str
 
 
@@ -199,7 +199,7 @@ class Sample:
     ref: SampleRef
     key: str
     url: str
-    picture: bytearray
+    picture: bytes
     content: dict[str, Any]
 
 
@@ -247,7 +247,7 @@ class MakeBatches:
                 max_open=max_open,
                 cache=self.cache,
                 prefetcher=prefetcher,
-                pictures=self.features is None,
+                fields=None if self.features is None else CaptionFields(),
             )
             stack.callback(reader.close)
             fill: FillRow = self.fill_with_view
@@ -323,9 +323,10 @@ def fill_with_features(features: FeatureReader, row_F: np.ndarray, sample: Sampl
 
 def read_sample(reader: ShardReader, ref: SampleRef) -> Sample:
     """The sample at a place. Raises SampleError, and UserError when a disk or server fails."""
-    key, picture, text = reader.read(ref)
+    key, fields = reader.read(ref.shard, ref.place)
     url = reader.location(ref.shard)
     try:
+        picture, text = split_pair({"": b"", **fields} if len(fields) == 1 else fields)
         return Sample(ref, key, url, picture, read_content(text, key=key))
     except ValueError as error:
         raise SampleError("no captions", f"sample {key} in {url} has no captions ({error}): {RESTORE}") from error
@@ -339,7 +340,7 @@ def decode_picture(sample: Sample, *, squash_to: int | None) -> np.ndarray:
     try:
         if squash_to is None:
             return images.decode_stored(sample.picture)
-        return np.array(images.load_resized(bytes(sample.picture), size=squash_to, resize="squash")[0])
+        return np.array(images.load_resized(sample.picture, size=squash_to, resize="squash")[0])
     except images.ImageError as error:
         message = f"sample {sample.key} in {sample.url} is not a picture ({error}): {RESTORE}"
         raise SampleError("undecodable", message) from error

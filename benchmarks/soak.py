@@ -139,7 +139,7 @@ def known_keys(folder: Path) -> set[str]:
     from captioner.shards.format import ShardIndex
 
     indexes = [ShardIndex.from_bytes(path.read_bytes(), origin=str(path)) for path in folder.glob("shards/*.index")]
-    return {index.key(place) for index in indexes for place in range(len(index.offsets_S2))}
+    return {index.key(place) for index in indexes for place in range(len(index))}
 
 
 # ---- the server -------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""The errors of this library: one line that a user can act on. Imports nothing."""
+"""The errors of this library: one line that a user can act on. Imports nothing of ours."""
+
+from typing import Any
 
 EXIT_PREEMPTED = 75  # "try again later" (EX_TEMPFAIL of sysexits.h)
 
@@ -20,3 +22,15 @@ class TooManyBadSamplesError(StreamingError):
 
     def __str__(self) -> str:
         return f"{self.found} samples cannot be used, and {self.tolerated} are tolerated; the last: {self.last}"
+
+
+class TransformError(Exception):
+    """An exception in a function that was given to a loader: its name, the exception, and where it was (by name)."""
+
+    def __init__(self, function: str, reason: str, where: dict[str, Any]) -> None:
+        super().__init__(function, reason, where)
+        self.function, self.reason, self.where = function, reason, where
+
+    def __str__(self) -> str:
+        places = ", ".join(f"{name} {value}" for name, value in self.where.items())
+        return f"{self.function} failed at {places}: {self.reason}"

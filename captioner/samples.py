@@ -1,9 +1,10 @@
 """What a captioned picture's JSON says, and the index of a shard of such samples. Imports no torch."""
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from captioner.shards.format import Member, ShardIndex
 from captioner.vocabulary import count_words, tokenize
 
 MAX_LENGTH = 65_535  # a longer caption's length, in tokens, is written as this
+CAPTION_ENDINGS = ("json", "txt", "caption", "captions", "text")  # of the fields that hold captions
+
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,26 +69,56 @@ def read_content(data: bytes | bytearray, *, key: str) -> dict[str, Any]:
     return {"image_id": key, "captions": captions, "tokens": [tokenize(caption) for caption in captions]}
 
 
+# ---- index ------------------------------------------------------------------------------------------------
+
+
+def is_caption_field(field: str) -> bool:
+    """Whether a field of a captioned picture's index (it has two) holds the captions, not the picture."""
+    return field.rpartition(".")[2] in CAPTION_ENDINGS
+
+
+class CaptionFields:
+    """The fields that hold captions, for a ShardReader that needs no pictures."""
+
+    def __contains__(self, field: object) -> bool:
+        return isinstance(field, str) and is_caption_field(field)
+
+
+def split_pair(sample: Mapping[str, Content]) -> tuple[Content, Content]:
+    """What a captioned picture's two fields hold: the picture's and the captions'. Raises ValueError for others."""
+    (picture,) = (content for field, content in sample.items() if not is_caption_field(field))
+    (captions,) = (content for field, content in sample.items() if is_caption_field(field))
+    return picture, captions
+
+
 def build_index(
     keys: Sequence[str],
-    members: Sequence[tuple[Member, Member]],
+    members: Sequence[Mapping[str, Member]],
     tokens: Sequence[Sequence[Sequence[str]]],
     facts: dict[str, Any],
 ) -> ShardIndex:
-    """The index of samples in order: their keys, (image, JSON) members and the tokens of their captions."""
+    """The index of captioned pictures in order: keys, members (picture and captions) and the tokens of the captions.
+
+    The lengths of sample s's captions, in tokens, are `caption_lengths[first_caption[s]:first_caption[s + 1]]`; `words`
+    is JSON that counts the shard's tokens.
+    """
     num_captions = [len(captions) for captions in tokens]
     lengths = [min(len(caption), MAX_LENGTH) for captions in tokens for caption in captions]
     words = count_words(caption for captions in tokens for caption in captions)
-    pairs = [(image.offset, text.offset, image.size, text.size, image.crc32, text.crc32) for image, text in members]
-    table = np.array(pairs, dtype=np.int64).reshape(len(keys), 3, 2)
-    names = [key.encode(errors="surrogateescape") for key in keys]
-    return ShardIndex(
-        keys_S=np.array(names, dtype=f"S{max(map(len, names), default=1)}"),
-        offsets_S2=np.ascontiguousarray(table[:, 0]),
-        sizes_S2=np.ascontiguousarray(table[:, 1]),
-        crc32s_S2=table[:, 2].astype(np.uint32),
-        first_caption=np.cumsum([0, *num_captions], dtype=np.int64),
-        caption_lengths=np.array(lengths, dtype=np.uint16),
-        facts=facts,
-        words_json=json.dumps(words, sort_keys=True, separators=(",", ":")),
-    )
+    words_json = json.dumps(words, sort_keys=True, separators=(",", ":"))
+    optional = {
+        "first_caption": np.cumsum([0, *num_captions], dtype=np.int64),
+        "caption_lengths": np.array(lengths, dtype=np.uint16),
+        "words": np.frombuffer(words_json.encode(), dtype=np.uint8),
+    }
+    return ShardIndex.of(list(zip(keys, members, strict=True)), facts, optional)
+
+
+def num_captions(index: ShardIndex) -> int:
+    """How many captions a shard has; 0 where its samples are no captioned pictures."""
+    return len(index.optional.get("caption_lengths", ()))
+
+
+def words_of(index: ShardIndex) -> Counter[str]:
+    """How often each token occurs in the captions of a shard."""
+    return Counter(json.loads(index.optional["words"].tobytes() if "words" in index.optional else "{}"))

@@ -24,6 +24,7 @@ import numpy as np
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.images import ImageError
+from captioner.samples import split_pair
 from captioner.shards.format import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
 
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
@@ -466,10 +467,11 @@ def _read_spans(folder: str, shard: str, *, sha256: str | None = None) -> dict[s
     index = ShardIndex.from_bytes(storage.read_bytes(origin), origin=origin)
     if sha256 not in (None, index.facts.get("sha256")):
         raise UserError(f"{origin} is of another shard than its manifest says: pack the split again")
-    names = (f"{key.decode(errors='surrogateescape')}.jpg" for key in index.keys_S)
-    return dict(
-        zip(names, zip(index.offsets_S2[:, 0].tolist(), index.sizes_S2[:, 0].tolist(), strict=True), strict=True)
-    )
+    spans = {}
+    for place, key in enumerate(index.keys_S.tolist()):
+        picture, _ = split_pair(index.members(place))
+        spans[f"{key.decode(errors='surrogateescape')}.jpg"] = (picture.offset, picture.size)
+    return spans
 
 
 @lru_cache(maxsize=4)

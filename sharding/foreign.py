@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from captioner import images
-from captioner.samples import build_index, read_content
+from captioner.samples import CAPTION_ENDINGS, build_index, read_content
 from captioner.shards.format import Manifest, Member, ShardIndex
 from captioner.shards.tar_walk import Buffer, DamagedTarError, TarMember, walk
 from sharding.pack import MAX_FILE_BYTES
@@ -20,7 +20,6 @@ from sharding.sources import Failure
 
 BACKEND = "foreign"
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "pbm", "pnm", "gif", "bmp", "tif", "tiff", "avif", "jp2")
-CAPTION_ENDINGS = ("json", "txt", "caption", "captions", "text")
 MAX_CAPTION_BYTES = 1 << 24
 
 _KEY_AND_ENDING = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's `base_plus_ext`
@@ -38,10 +37,10 @@ class _UnusableError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scan:
-    """A tar's usable samples in order, with (image, captions) members and tokens, and what is of no use, and why."""
+    """A tar's usable samples in order (the members are picture and captions), and what is of no use, and why."""
 
     keys: list[str] = field(default_factory=list)
-    members: list[tuple[Member, Member]] = field(default_factory=list)
+    members: list[dict[str, Member]] = field(default_factory=list)
     tokens: list[list[list[str]]] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 
@@ -60,13 +59,13 @@ def scan_tar(data: Buffer, *, name: str) -> Scan:
         try:
             if key in seen:
                 raise _UnusableError("duplicate key", f"{name}.tar holds it twice")
-            picture, captions, tokens = _read_sample(data, key, members)
+            pair, tokens = _read_sample(data, key, members)
         except _UnusableError as error:
             scan.failures.append(Failure(image=key, reason=error.reason, message=error.message))
         else:
             seen.add(key)
             scan.keys.append(f"{name}/{key}")
-            scan.members.append((picture, captions))
+            scan.members.append(pair)
             scan.tokens.append(tokens)
     return scan
 
@@ -124,47 +123,53 @@ def _groups(data: Buffer, failures: list[Failure], *, name: str) -> Iterator[Gro
 
 def _read_sample(
     data: Buffer, key: str, members: Sequence[tuple[str, TarMember]]
-) -> tuple[Member, Member, list[list[str]]]:
+) -> tuple[dict[str, Member], list[list[str]]]:
     """Where a sample's picture and captions lie, and its captions' tokens. Raises _UnusableError."""
     endings = [ending for ending, _ in members]
     if twice := sorted({ending for ending in endings if endings.count(ending) > 1}):
         raise _UnusableError("duplicate member", f"two members .{twice[0]}")
     pictures = _choose(members, IMAGE_ENDINGS, what="picture")
     captions, tokens = _read_captions(data, key, _choose(members, CAPTION_ENDINGS, what="caption"))
-    picture, content = _read(data, pictures[0], limit=MAX_FILE_BYTES)
+    field, member = pictures[0]
+    picture, content = _read(data, member, limit=MAX_FILE_BYTES)
     try:
         images.decode_rgb(content)
     except images.ImageError as error:
         raise _UnusableError(error.reason, error.message) from error
-    return picture, captions, tokens
+    pair = sorted([(field, picture), captions], key=lambda pair: pair[1].offset)
+    return dict(pair), tokens
 
 
-def _choose(members: Sequence[tuple[str, TarMember]], wanted: Sequence[str], *, what: str) -> list[TarMember]:
+def _choose(
+    members: Sequence[tuple[str, TarMember]], wanted: Sequence[str], *, what: str
+) -> list[tuple[str, TarMember]]:
     """The members with a wanted ending, best first; a longer one such as `.large.jpg` serves where it is the only one.
 
     Raises _UnusableError where there is none, or it is not clear which is meant.
     """
-    exact = [member for ending in wanted for found, member in members if found == ending]
+    exact = [(found, member) for ending in wanted for found, member in members if found == ending]
     if exact:
         return exact
-    longer = [member for found, member in members if found.rpartition(".")[2] in wanted]
+    longer = [(found, member) for found, member in members if found.rpartition(".")[2] in wanted]
     if len(longer) > 1:
-        raise _UnusableError(f"several {what}s", ", ".join(member.name for member in longer))
+        raise _UnusableError(f"several {what}s", ", ".join(member.name for _, member in longer))
     if not longer:
         found = ", ".join(f".{ending}" for ending, _ in members)
         raise _UnusableError(f"no {what}", f"none of .{', .'.join(wanted)} among its members {found}")
     return longer
 
 
-def _read_captions(data: Buffer, key: str, candidates: Sequence[TarMember]) -> tuple[Member, list[list[str]]]:
+def _read_captions(
+    data: Buffer, key: str, candidates: Sequence[tuple[str, TarMember]]
+) -> tuple[tuple[str, Member], list[list[str]]]:
     """The first of the members that holds captions, and their tokens. Raises _UnusableError."""
     problems = []
-    for candidate in candidates:
+    for name, candidate in candidates:
         member, content = _read(data, candidate, limit=MAX_CAPTION_BYTES)
         try:
             if candidate.name.lower().endswith(".json"):
                 _check_object(content)
-            return member, read_content(content, key=key)["tokens"]
+            return (name, member), read_content(content, key=key)["tokens"]
         except ValueError as error:
             reason = "bad encoding" if isinstance(error, UnicodeError) else "no caption"
             problems.append((reason, f"{candidate.name}: {error}"))

@@ -15,7 +15,7 @@ from captioner import images
 from captioner.decoder_output import own_stderr
 from captioner.errors import UserError
 from captioner.files import storage
-from captioner.samples import Sample, build_index
+from captioner.samples import Sample, build_index, num_captions, words_of
 from captioner.shards.format import FormatError, Member, ShardEntry, ShardIndex, TarBuilder
 from captioner.vocabulary import tokenize
 from sharding.plan import ShardPlan
@@ -93,12 +93,12 @@ def pack_shard(
     # Text in a loop of its own: each picture empties the processor's cache of the code for it, 0.2 ms a picture.
     tar = TarBuilder()
     keys: list[str] = []
-    members: list[tuple[Member, Member]] = []
+    members: list[dict[str, Member]] = []
     tokens: list[list[list[str]]] = []
     for place, jpeg in stored:
         key, sample = plan.keys[place], _make_sample(plan.records[place], jpeg.original_size)
         keys.append(key)
-        members.append((tar.add(f"{key}.jpg", jpeg.data), tar.add(f"{key}.json", sample.to_json())))
+        members.append({"jpg": tar.add(f"{key}.jpg", jpeg.data), "json": tar.add(f"{key}.json", sample.to_json())})
         tokens.append(sample.tokens)
     data = tar.to_bytes()
     facts = {
@@ -300,10 +300,11 @@ def _what_differs(plan: ShardPlan, index: ShardIndex, folder: str) -> str:
 
 def _which_sample_differs(plan: ShardPlan, index: ShardIndex, tar: bytes) -> str:
     records = dict(zip(plan.keys, plan.records, strict=True))
-    for key, offset, size in zip(index.keys_S, index.offsets_S2[:, 1], index.sizes_S2[:, 1], strict=True):
-        stored, record = json.loads(tar[offset : offset + size]), records.get(key.decode())
+    for place in range(len(index)):
+        key, text = index.key(place), index.members(place)["json"]
+        stored, record = json.loads(tar[text.offset : text.offset + text.size]), records.get(key)
         if record is None or stored["file_name"] != record.file_name or stored["image_id"] != record.image_id:
-            return f"sample {key.decode()} was of {stored['file_name']}, is of {record and record.file_name}"
+            return f"sample {key} was of {stored['file_name']}, is of {record and record.file_name}"
         if stored["captions"] != list(record.captions) or stored["annotation_ids"] != list(record.annotation_ids):
             return f"the captions of {record.file_name} have changed"
     return "pictures were added, removed, or changed in size"
@@ -326,7 +327,7 @@ def packed_shard(name: str, index: ShardIndex, *, reused: bool) -> PackedShard:
     entry = ShardEntry(
         name=name,
         samples=len(index),
-        captions=len(index.caption_lengths),
+        captions=num_captions(index),
         failures=len(index.facts["failures"]),
         bytes=index.facts["bytes"],
         sha256=index.facts["sha256"],
@@ -335,7 +336,7 @@ def packed_shard(name: str, index: ShardIndex, *, reused: bool) -> PackedShard:
     return PackedShard(
         entry=entry,
         failures=tuple(Failure(**failure) for failure in index.facts["failures"]),
-        words=index.count_words(),
+        words=words_of(index),
         backend=index.facts["backend"],
         reused=reused,
     )

@@ -64,7 +64,7 @@ def _scan_packed(data: Buffer, problems: list[str], *, split: str, recipe: Mappi
         if problem:
             problems.append(f"{picture.name}: {problem}")
         scan.keys.append(key)
-        scan.members.append((_member(data, picture), _member(data, text)))
+        scan.members.append({"jpg": _member(data, picture), "json": _member(data, text)})
         scan.tokens.append(content)
     return scan
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from captioner import cli
 from captioner.errors import UserError
 from captioner.files import storage
-from captioner.samples import read_content
+from captioner.samples import read_content, split_pair
 from captioner.shards.format import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
 from captioner.vocabulary import read_vocabulary
 from sharding.foreign import BACKEND as FOREIGN
@@ -79,11 +79,12 @@ def _show_sample(folder: str, manifests: list[Manifest], key: str | None) -> Non
         data = storage.read_bytes(location)
     except OSError as error:
         raise UserError(f"cannot read {location} ({error}): check_shards.py repair brings it back") from error
-    (first, second), (size, text_size) = index.offsets_S2[place].tolist(), index.sizes_S2[place].tolist()
+    fields = {name: data[m.offset : m.offset + m.size] for name, m in index.members(place).items()}
     try:
-        content = read_content(data[second : second + text_size], key=index.key(place))
-        with Image.open(io.BytesIO(data[first : first + size])) as picture:
-            stored = f"{picture.width}x{picture.height} pixels, {picture.format}, {size:,} bytes"
+        encoded, captions = split_pair(fields)
+        content = read_content(captions, key=index.key(place))
+        with Image.open(io.BytesIO(encoded)) as picture:
+            stored = f"{picture.width}x{picture.height} pixels, {picture.format}, {len(encoded):,} bytes"
     except (ValueError, OSError) as error:
         raise UserError(
             f"sample {index.key(place)} in {location} cannot be read ({error}): check_shards.py verify tells more"

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from zlib import crc32
 
+import numpy as np
+
 from captioner.errors import UserError
 from captioner.files import storage
+from captioner.samples import num_captions, words_of
 from captioner.shards.format import Manifest, ShardEntry, ShardIndex
 from captioner.shards.tar_walk import open_tar
 from sharding.finish import manifest_fingerprint
@@ -104,8 +107,8 @@ def _take_over(check: ShardCheck, index: ShardIndex, manifest: Manifest, add: Ad
     """What an index that fits its tar says of the shard, compared with the manifest's entry."""
     entry, keys = check.entry, index.keys_S.tolist()
     check.keys = [*keys[:1], *keys[-1:]]
-    check.words = index.count_words()
-    found = (len(index), len(index.caption_lengths), len(index.facts["failures"]), index.facts["bytes"])
+    check.words = words_of(index)
+    found = (len(index), num_captions(index), len(index.facts["failures"]), index.facts["bytes"])
     if (entry.samples, entry.captions, entry.failures, entry.bytes) != found:
         add("manifest", f"does not fit {entry.name}: samples, captions, failures or bytes are others")
     if index.facts["fingerprint"] != entry.fingerprint:
@@ -153,11 +156,10 @@ def _what_is_damaged(data: Any, entry: ShardEntry, index: ShardIndex | None) -> 
         what = "is damaged (sha256 differs)"
     if index is None or index.facts["sha256"] != entry.sha256:
         return what
-    places = zip(index.offsets_S2.tolist(), index.sizes_S2.tolist(), index.crc32s_S2.tolist(), strict=True)
     hurt = [
         index.key(place)
-        for place, pairs in enumerate(places)
-        if any(crc32(data[offset : offset + size]) != crc for offset, size, crc in zip(*pairs, strict=True))
+        for place in range(len(index))
+        if any(crc32(data[m.offset : m.offset + m.size]) != m.crc32 for m in index.members(place).values())
     ]
     if hurt:
         return f"{what}: {len(hurt):,} of {len(index):,} samples, the first {hurt[0]}"
@@ -171,20 +173,26 @@ def index_differences(index: ShardIndex, found: ShardIndex) -> Iterator[str]:
         return
     names = {
         "keys_S": "keys",
-        "offsets_S2": "offsets",
-        "sizes_S2": "sizes",
-        "crc32s_S2": "checksums",
-        "first_caption": "numbers of captions",
-        "caption_lengths": "token counts of captions",
-        "words_json": "counts of words",
+        "first_member": "numbers of members",
+        "member_fields_M": "fields",
+        "fields": "names of fields",
+        "offsets_M": "offsets",
+        "sizes_M": "sizes",
+        "crc32s_M": "checksums",
         "facts": "facts",
     }
     differ = [text for name, text in names.items() if _differs(getattr(index, name), getattr(found, name))]
+    optional = {
+        "first_caption": "numbers of captions",
+        "caption_lengths": "token counts of captions",
+        "words": "counts of words",
+    }
+    differ += [text for name, text in optional.items() if _differs(index.optional.get(name), found.optional.get(name))]
     if differ:
         yield f"{', '.join(differ)} differ from what its tar holds"
 
 
 def _differs(first: Any, second: Any) -> bool:
-    if hasattr(first, "dtype"):
+    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
         return first.dtype != second.dtype or first.shape != second.shape or bool((first != second).any())
     return first != second

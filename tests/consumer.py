@@ -101,12 +101,12 @@ def wait_in_workers(shards: str, ending: str, pids: Path) -> None:
 
     plain, num_read = ShardReader.read, 0
 
-    def read(self: ShardReader, ref: Any) -> Any:
+    def read(self: ShardReader, shard: int, place: int) -> Any:
         nonlocal num_read
         num_read += 1
         if num_read > GLOBAL_BATCH:
             time.sleep(600)
-        return plain(self, ref)
+        return plain(self, shard, place)
 
     ShardReader.read = read  # type: ignore[method-assign]
     split = read_split([shards], "train", remedy="")

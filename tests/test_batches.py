@@ -332,11 +332,11 @@ def flip_bit(path: Path, place: int) -> None:
     path.write_bytes(data)
 
 
-def flip_in_member(folder: Path, column: int) -> None:
+def flip_in_member(folder: Path, field: str) -> None:
     origin = folder / f"{BROKEN}.index"
     index = ShardIndex.from_bytes(origin.read_bytes(), origin=str(origin))
-    middle = int(index.offsets_S2[3, column] + index.sizes_S2[3, column] // 2)
-    flip_bit(folder / f"{BROKEN}.tar", middle)
+    member = index.members(3)[field]
+    flip_bit(folder / f"{BROKEN}.tar", member.offset + member.size // 2)
 
 
 def cut(path: Path, num_bytes: int) -> None:
@@ -348,16 +348,8 @@ def shorten_index(path: Path) -> None:
     """An index that is right as far as it goes."""
     index = ShardIndex.from_bytes(path.read_bytes(), origin=str(path))
     last = len(index) - 1
-    shorter = replace(
-        index,
-        keys_S=index.keys_S[:last],
-        offsets_S2=index.offsets_S2[:last],
-        sizes_S2=index.sizes_S2[:last],
-        crc32s_S2=index.crc32s_S2[:last],
-        first_caption=index.first_caption[:-1],
-        caption_lengths=index.caption_lengths[: index.first_caption[last]],
-    )
-    path.write_bytes(shorter.to_bytes())
+    samples = [(index.key(place), index.members(place)) for place in range(last)]
+    path.write_bytes(ShardIndex.of(samples, index.facts).to_bytes())
 
 
 def swap(folder: Path, first: str, second: str, *, endings: tuple[str, ...] = ("tar", "index")) -> None:
@@ -379,8 +371,8 @@ def drop_member(path: Path) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "bit in a picture": lambda folder: flip_in_member(folder, 0),
-    "bit in a text": lambda folder: flip_in_member(folder, 1),
+    "bit in a picture": lambda folder: flip_in_member(folder, "jpg"),
+    "bit in a text": lambda folder: flip_in_member(folder, "json"),
     "shard cut": lambda folder: cut(folder / f"{BROKEN}.tar", 5_000),
     "shard cut by its end": lambda folder: cut(folder / f"{BROKEN}.tar", -512),
     "shard emptied": lambda folder: cut(folder / f"{BROKEN}.tar", 0),
@@ -480,7 +472,7 @@ def test_bits_flipped_anywhere_are_told_or_do_no_harm(dataset: Dataset) -> None:
 
 def test_batches_before_the_damage_are_still_whole(dataset: Dataset) -> None:
     wanted = dataset.read()
-    flip_in_member(dataset.folder, 0)
+    flip_in_member(dataset.folder, "jpg")
     broken_key = dataset.keys[2][3]
     (broken_step,) = (step for step, batch in enumerate(wanted) if broken_key in batch.keys)
     found: list[str] = []

@@ -36,7 +36,7 @@ def make_shard(folder: Path, number: int, *, kilobytes: int = 100, seed: int | N
     """Write `train-NUMBER.tar` of one sample, random bytes, and its index into a folder."""
     picture = random.Random(number if seed is None else seed).randbytes(1024 * kilobytes - 10_240)
     tar = TarBuilder()
-    members = (tar.add("train-0.jpg", picture), tar.add("train-0.json", b"{}"))
+    members = {"jpg": tar.add("train-0.jpg", picture), "json": tar.add("train-0.json", b"{}")}
     data = tar.to_bytes()
     sha256 = hashlib.sha256(data).hexdigest()
     facts = {"sha256": sha256, "bytes": len(data)}

@@ -25,7 +25,7 @@ from tiny import captions_of, picture, write_coco
 
 from captioner import views
 from captioner.errors import UserError
-from captioner.samples import read_content
+from captioner.samples import read_content, split_pair
 from captioner.shards.format import Manifest, ShardIndex, TarBuilder, manifest_location, read_manifest
 from captioner.streaming.dataset import read_split
 from captioner.vocabulary import Vocabulary, read_vocabulary, tokenize
@@ -200,7 +200,7 @@ def test_a_split_without_samples_is_no_whole_one(shards: Path) -> None:
 
 def test_a_damaged_sample_is_named(shards: Path) -> None:
     index = ShardIndex.from_bytes((shards / "train-000001.index").read_bytes(), origin="")
-    flip_bit(shards / "train-000001.tar", int(index.offsets_S2[1, 0]) + 99, 3)
+    flip_bit(shards / "train-000001.tar", index.members(1)["jpg"].offset + 99, 3)
     (found,) = problems(shards)
     assert f"1 of {len(index)} samples, the first {index.key(1)}" in found.what
 
@@ -515,8 +515,9 @@ def entries(folder: Path, manifest: Manifest) -> Iterator[tuple[str, bytes, byte
     for shard in manifest.shards:
         index = ShardIndex.from_bytes((folder / f"{shard.name}.index").read_bytes(), origin="")
         data = (folder / f"{shard.name}.tar").read_bytes()
-        for key, offsets, sizes in zip(index.keys_S, index.offsets_S2, index.sizes_S2, strict=True):
-            first, second = (data[o : o + s] for o, s in zip(offsets, sizes, strict=True))
+        for place, key in enumerate(index.keys_S):
+            members = split_pair(index.members(place))
+            first, second = (data[m.offset : m.offset + m.size] for m in members)
             name, in_tar = key.decode(errors="surrogateescape").split("/", 1)
             assert name == shard.name
             yield in_tar, first, second

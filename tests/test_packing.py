@@ -67,8 +67,8 @@ def image_ids(folder: Path, split: str) -> list[int | str]:
     for entry in manifest(folder, split).shards:
         index = ShardIndex.from_bytes((folder / f"{entry.name}.index").read_bytes(), origin=entry.name)
         data = (folder / f"{entry.name}.tar").read_bytes()
-        places = zip(index.offsets_S2[:, 1].tolist(), index.sizes_S2[:, 1].tolist(), strict=True)
-        found += [json.loads(data[offset : offset + size])["image_id"] for offset, size in places]
+        texts = [index.members(place)["json"] for place in range(len(index))]
+        found += [json.loads(data[text.offset : text.offset + text.size])["image_id"] for text in texts]
     return found
 
 

@@ -329,11 +329,13 @@ def test_accelerate_is_not_given_the_stream(shards: str) -> None:
 
 @pytest.mark.parametrize("first_part", [0, STEPS // 2, STEPS - 2])
 def test_a_seek_reads_nothing_but_its_batch(shards: str, first_part: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[int] = []
+    read: list[tuple[int, int]] = []
     plain = ShardReader.read
-    monkeypatch.setattr(ShardReader, "read", lambda self, ref: (read.append(ref.position), plain(self, ref))[1])
+    monkeypatch.setattr(ShardReader, "read", lambda self, *where: (read.append(where), plain(self, *where))[1])
     next(iter(make_stream(shards, first_part=first_part)))
-    assert read == list(range(first_part * GLOBAL_BATCH, (first_part + 1) * GLOBAL_BATCH))
+    plan = read_split([shards], "train", remedy="").plan(seed=1, epoch=0, global_batch=GLOBAL_BATCH)
+    refs = plan.refs(range(first_part * GLOBAL_BATCH, (first_part + 1) * GLOBAL_BATCH))
+    assert read == [(ref.shard, ref.place) for ref in refs]
 
 
 def test_a_stream_knows_how_many_batches_are_left(shards: str) -> None:

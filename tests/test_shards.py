@@ -23,7 +23,7 @@ from tiny import captions_of, write_coco
 
 from captioner import images
 from captioner.errors import UserError
-from captioner.samples import Sample, build_index
+from captioner.samples import Sample, build_index, words_of
 from captioner.shards.format import (
     Manifest,
     Member,
@@ -40,7 +40,7 @@ from captioner.vocabulary import tokenize
 from sharding import make_shards
 from sharding.settings import ShardSettings
 
-ARRAYS = ("keys_S", "offsets_S2", "sizes_S2", "crc32s_S2", "first_caption", "caption_lengths")
+ARRAYS = ("keys_S", "first_member", "member_fields_M", "offsets_M", "sizes_M", "crc32s_M")
 
 contents = st.binary(max_size=2_000)
 captions = st.lists(st.lists(st.sampled_from(["a", "cat", "ü", "\ud83d", '"']), max_size=9), min_size=1, max_size=4)
@@ -79,12 +79,15 @@ def read_with_webdataset(urls: list[str]) -> Any:
 
 
 def test_a_caption_of_any_length_is_indexed() -> None:
-    index = build_index(["train-0"], [(Member(0, 1, 2), Member(3, 4, 5))], [[["a"] * 70_000]], {})
-    assert index.caption_lengths.tolist() == [65_535]
+    index = build_index(["train-0"], [{"jpg": Member(0, 1, 2), "json": Member(3, 4, 5)}], [[["a"] * 70_000]], {})
+    assert index.optional["caption_lengths"].tolist() == [65_535]
 
 
 def small_index() -> ShardIndex:
-    members = [(Member(512, 10, 1), Member(1536, 20, 2)), (Member(2560, 30, 3), Member(3584, 40, 4))]
+    members = [
+        {"jpg": Member(512, 10, 1), "json": Member(1536, 20, 2)},
+        {"jpg": Member(2560, 30, 3), "json": Member(3584, 40, 4)},
+    ]
     return build_index(
         ["train-0", "train-10"], members, [[["a"] * 5, ["b"] * 6], [["a"] * 7]], {"bytes": 1, "fingerprint": "f"}
     )
@@ -137,12 +140,13 @@ def test_every_index_entry_is_what_the_tar_holds(packed: Path) -> None:
         data = path.read_bytes()
         with tarfile.open(path) as opened:
             members = opened.getmembers()
-        assert index.offsets_S2.ravel().tolist() == [member.offset_data for member in members]
-        assert index.sizes_S2.ravel().tolist() == [member.size for member in members]
+        assert index.offsets_M.tolist() == [member.offset_data for member in members]
+        assert index.sizes_M.tolist() == [member.size for member in members]
         pieces = [data[member.offset_data : member.offset_data + member.size] for member in members]
-        assert index.crc32s_S2.ravel().tolist() == [zlib.crc32(piece) for piece in pieces]
+        assert index.crc32s_M.tolist() == [zlib.crc32(piece) for piece in pieces]
         lengths = [[len(tokens) for tokens in json.loads(piece)["tokens"]] for piece in pieces[1::2]]
-        found = [index.caption_lengths[start:end].tolist() for start, end in pairwise(index.first_caption.tolist())]
+        caption_lengths, first_caption = (index.optional[name] for name in ("caption_lengths", "first_caption"))
+        found = [caption_lengths[start:end].tolist() for start, end in pairwise(first_caption.tolist())]
         assert found == lengths
 
 
@@ -203,21 +207,22 @@ def test_a_tar_gives_back_what_was_put_in(members: list[bytes]) -> None:
 @settings(deadline=None)
 def test_an_index_survives_its_file(tokens: list[list[list[str]]], start: int, crc: int) -> None:
     keys = [sample_key("train", number * 7) for number in range(len(tokens))]
-    members = [(Member(start + n, n, crc), Member(start + 2 * n, 3 * n, crc ^ n)) for n in range(len(tokens))]
+    members = [
+        {"jpg": Member(start + n, n, crc), "json": Member(start + 2 * n, 3 * n, crc ^ n)} for n in range(len(tokens))
+    ]
     facts = {"bytes": 5, "sha256": "ab", "failures": [{"image": "ü\udcff"}]}
     index = build_index(keys, members, tokens, facts)
     read = ShardIndex.from_bytes(index.to_bytes(), origin="x.index")
     assert len(read) == len(tokens)
     assert read.facts == facts
-    assert read.caption_lengths.tolist() == [len(caption) for sample in tokens for caption in sample]
-    assert read.count_words() == Counter(token for sample in tokens for caption in sample for token in caption)
+    assert read.optional["caption_lengths"].tolist() == [len(caption) for sample in tokens for caption in sample]
+    assert words_of(read) == Counter(token for sample in tokens for caption in sample for token in caption)
     assert [key.decode() for key in read.keys_S] == keys
     for name in ARRAYS:
         assert getattr(read, name).dtype == getattr(index, name).dtype
         np.testing.assert_array_equal(getattr(read, name), getattr(index, name))
     assert read.to_bytes() == index.to_bytes()
-    assert read.crc32s_S2.ravel().tolist() == [m.crc32 for pair in members for m in pair]
-    assert read.offsets_S2.ravel().tolist() == [m.offset for pair in members for m in pair]
+    assert [read.members(place) for place in range(len(read))] == members
 
 
 def test_keys_of_unequal_length_survive() -> None:
@@ -238,15 +243,17 @@ def test_an_index_of_another_format_is_refused_in_one_line(monkeypatch: pytest.M
     monkeypatch.setattr("captioner.shards.format.FORMAT_VERSION", 99)
     data = small_index().to_bytes()
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r"t\.index has format 99, this version reads 3: .*make_shards"):
+    with pytest.raises(UserError, match=r"t\.index has format 99, this version reads 4: .*make_shards"):
         ShardIndex.from_bytes(data, origin="t.index")
 
 
-def test_an_index_of_the_format_before_is_refused_in_one_line() -> None:
-    """That had its checksum among the facts, and the words too."""
-    facts = {"format_version": 2, "words": "{}", "bytes": 1, "crc32": 7}
-    data = save_file({"keys": np.zeros((0, 1), np.uint8)}, metadata={"facts": json.dumps(facts)})
-    with pytest.raises(UserError, match=r"t\.index has format 2, this version reads 3: .*make_shards"):
+@pytest.mark.parametrize(("version", "checksum"), [(2, ""), (3, "0" * 64)])
+def test_an_index_of_a_format_before_is_refused_in_one_line(version: int, checksum: str) -> None:
+    """Format 2 had its checksum among the facts; format 3 had two members for each sample."""
+    facts = checksum + json.dumps({"format_version": version, "bytes": 1})
+    data = save_file({"keys": np.zeros((0, 1), np.uint8)}, metadata={"facts": facts})
+    said = rf"t\.index has format {version}, this version reads 4: .*make_shards.* or index .*check_shards\.py index"
+    with pytest.raises(UserError, match=said):
         ShardIndex.from_bytes(data, origin="t.index")
 
 
@@ -274,7 +281,7 @@ def test_an_index_that_another_version_of_safetensors_writes_is_the_same(
     data = rewritten(index.to_bytes(), order=order, padding=padding)
     read = ShardIndex.from_bytes(data, origin="t.index")
     assert data != index.to_bytes()
-    assert (read.facts, read.count_words()) == (index.facts, index.count_words())
+    assert (read.facts, words_of(read)) == (index.facts, words_of(index))
     for name in ARRAYS:
         np.testing.assert_array_equal(getattr(read, name), getattr(index, name))
 
@@ -331,7 +338,7 @@ def test_a_manifest_survives_its_file_and_sums_its_shards(tmp_path: Path) -> Non
         ("not JSON", "cannot read .*val.manifest.json"),
         ("{}", "is not a manifest"),
         ("[]", "is not a manifest"),
-        (make_manifest().to_json().replace('"format_version": 3', '"format_version": 2'), "has format 2"),
+        (make_manifest().to_json().replace('"format_version": 4', '"format_version": 3'), "has format 3"),
         (make_manifest().to_json().replace('"source"', '"sauce"'), "is not a manifest"),
     ],
 )

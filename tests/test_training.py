@@ -439,7 +439,7 @@ def test_a_damaged_sample_stops_training_unless_it_is_tolerated(shards: Path, tm
     tar.write_bytes(data)
     refused = run(damaged, tmp_path / "refused", "--epochs", 1)
     assert refused.code == 2
-    assert f"{tar} is damaged at sample train-000000000 (checksum differs)" in refused.output
+    assert f"{tar} is damaged at sample train-000000000, field jpg (checksum differs)" in refused.output
     printed = finished(damaged, tmp_path / "run", "--epochs", 1, "--tolerate-bad-samples", 1)
     assert "planned 33, read 32, decoded 32, skipped 1 (1 checksum), repeated 0" in printed
     (row,) = map(json.loads, (tmp_path / "run/skipped.jsonl").read_text().splitlines())

@@ -98,8 +98,8 @@ class TimedReader(ShardReader):
             self.seconds[stage] += clock() - started
             self.runs[stage] += 1
 
-    def read(self, ref: SampleRef) -> tuple[str, bytearray, bytearray]:
-        return self.time("read", WALL, self.time, "read's work", CPU, super().read, ref)
+    def read(self, shard: int, place: int) -> tuple[str, dict[str, bytes]]:
+        return self.time("read", WALL, self.time, "read's work", CPU, super().read, shard, place)
 
     def _open_shard(self, number: int) -> OpenShard:
         return self.time("open", WALL, super()._open_shard, number)
@@ -152,7 +152,7 @@ def read_shards(
 ) -> tuple[list[bytes], float, bool, int]:
     """As `read_cold` with samples, and how many were read; an image's µs hold `opens` of shards."""
     with closing(TimedReader(split, cache)) as reader:
-        reads = (b"".join(reader.read(ref)[1:]) for ref in refs)
+        reads = (b"".join(reader.read(ref.shard, ref.place)[1].values()) for ref in refs)
         contents, _, from_disk = read_cold(forget, reads, seconds=seconds)
     return contents, reader.read_us(opens=opens), from_disk, reader.runs["read"]
 

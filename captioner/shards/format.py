@@ -1,14 +1,15 @@
 """The dataset folder's contract: keys, samples, tar members, index and manifest. Imports no torch.
 
-A sample is one image with all its captions: adjacent members `KEY.jpg` and `KEY.json` of a plain USTAR file. Beside
-`train-000000.tar` stands `train-000000.index`, and beside all shards `train.manifest.json`, which is written last.
+A sample is what webdataset makes of adjacent tar members with one key: `KEY.jpg` and `KEY.json` are the fields `jpg`
+and `json`. Beside `train-000000.tar` stands `train-000000.index`, and beside all shards `train.manifest.json`, which is
+written last.
 """
 
 import json
 import tarfile
 import zlib
-from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from captioner.errors import UserError
 from captioner.files import storage
 from captioner.shards.content import content_sha256
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 BLOCK_BYTES = 512
 TAR_NAME_BYTES = 100
 TAR_HEADER = (  # of an empty name and size, with blanks for the checksum, which counts them so
@@ -28,7 +29,10 @@ TAR_HEADER = (  # of an empty name and size, with blanks for the checksum, which
     + b"ustar\x0000" + bytes(247)
 )  # fmt: skip
 SPLITS = ("train", "val", "test")
-PACK_AGAIN = "pack the split again with sharding/make_shards.py"
+PACK_AGAIN = (
+    "pack the split again with sharding/make_shards.py, or index another program's tars again with "
+    "sharding/check_shards.py index"
+)
 
 
 def sample_key(split: str, position: int) -> str:
@@ -90,22 +94,48 @@ class TarBuilder:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardIndex:
-    """Where each of a shard's S samples lies, in order; loads without parsing anything sample by sample.
+    """Where the M members of a shard's S samples are, in the tar's order; loads without parsing each sample.
 
-    `keys_S` holds bytes strings. The members' arrays (S, 2) have the image in column 0 and the JSON in column 1.
-    Caption lengths, in tokens, of sample s are `caption_lengths[first_caption[s]:first_caption[s + 1]]`.
-    `facts` are the shard's sha256, bytes, fingerprint, backend and failures; `words_json` counts its captions' words
-    (a JSON object, not parsed here, since only the making of a vocabulary reads it).
+    `keys_S` holds bytes strings. The members of sample s are `first_member[s]:first_member[s + 1]` of the arrays with
+    suffix M; member m is the field `fields[member_fields_M[m]]` (`jpg`, `seg.png`, ...: lower case, as webdataset names
+    it). `facts` are the shard's sha256, bytes, fingerprint, backend and failures. `optional` holds arrays that only
+    some kinds of samples have; readers ignore those that they do not know.
     """
 
     keys_S: np.ndarray
-    offsets_S2: np.ndarray
-    sizes_S2: np.ndarray
-    crc32s_S2: np.ndarray
-    first_caption: np.ndarray
-    caption_lengths: np.ndarray
+    fields: tuple[str, ...]
+    first_member: np.ndarray
+    member_fields_M: np.ndarray
+    offsets_M: np.ndarray
+    sizes_M: np.ndarray
+    crc32s_M: np.ndarray
     facts: dict[str, Any]
-    words_json: str = "{}"
+    optional: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        samples: Sequence[tuple[str, Mapping[str, Member]]],
+        facts: dict[str, Any],
+        optional: Mapping[str, np.ndarray] | None = None,
+    ) -> "ShardIndex":
+        """The index of samples in order, each a key and its members by field, in the tar's order."""
+        names = [key.encode(errors="surrogateescape") for key, _ in samples]
+        fields = sorted({name for _, members in samples for name in members})
+        number_of = {name: number for number, name in enumerate(fields)}
+        table = [(number_of[name], m.offset, m.size, m.crc32) for _, found in samples for name, m in found.items()]
+        table_4M = np.array(table, dtype=np.int64).reshape(len(table), 4).T
+        return cls(
+            keys_S=np.array(names, dtype=f"S{max(map(len, names), default=1)}"),
+            fields=tuple(fields),
+            first_member=np.cumsum([0, *(len(members) for _, members in samples)], dtype=np.int64),
+            member_fields_M=table_4M[0].astype(np.uint16),
+            offsets_M=table_4M[1].copy(),
+            sizes_M=table_4M[2].copy(),
+            crc32s_M=table_4M[3].astype(np.uint32),
+            facts=facts,
+            optional=dict(optional or {}),
+        )
 
     def __len__(self) -> int:
         return len(self.keys_S)
@@ -114,25 +144,29 @@ class ShardIndex:
         """A sample's key as text that can be shown; bytes of other people's keys that are no UTF-8 become `\\xNN`."""
         return self.keys_S[place].decode(errors="backslashreplace")
 
-    def count_words(self) -> Counter[str]:
-        """How often each token occurs in the shard's captions."""
-        return Counter(json.loads(self.words_json))
+    def members(self, place: int) -> dict[str, Member]:
+        """A sample's members by field, in the tar's order."""
+        span = slice(*self.first_member[place : place + 2].tolist())
+        numbers, *columns = (
+            array_M[span].tolist() for array_M in (self.member_fields_M, self.offsets_M, self.sizes_M, self.crc32s_M)
+        )
+        return {self.fields[number]: Member(*row) for number, *row in zip(numbers, *columns, strict=True)}
 
     def to_bytes(self) -> bytes:
-        """The index file: arrays in the safetensors format, and in its header a checksum with `facts` as JSON.
+        """The index file: arrays in the safetensors format, and in its header a checksum with the rest as JSON.
 
         The checksum is of the content (`content_sha256`), so that any safetensors file that says the same is whole.
         """
         arrays = {
+            **self.optional,
             "keys": self.keys_S.view(np.uint8).reshape(len(self), self.keys_S.itemsize),
-            "offsets": self.offsets_S2,
-            "sizes": self.sizes_S2,
-            "crc32s": self.crc32s_S2,
-            "first_caption": self.first_caption,
-            "caption_lengths": self.caption_lengths,
-            "words": np.frombuffer(self.words_json.encode(), dtype=np.uint8),
+            "first_member": self.first_member,
+            "member_fields": self.member_fields_M,
+            "offsets": self.offsets_M,
+            "sizes": self.sizes_M,
+            "crc32s": self.crc32s_M,
         }
-        facts = json.dumps({"format_version": FORMAT_VERSION, **self.facts}, sort_keys=True)
+        facts = json.dumps({"format_version": FORMAT_VERSION, "fields": self.fields, **self.facts}, sort_keys=True)
         # One entry only: safetensors writes several in any order, and equal indexes shall be equal bytes.
         return save_arrays(arrays, metadata={"facts": content_sha256(facts, arrays) + facts})
 
@@ -147,16 +181,17 @@ class ShardIndex:
             check_format(facts.pop("format_version", None), origin=origin)
             if checksum != content_sha256(brace + rest, arrays) or not header.isprintable():
                 raise UserError(f"{origin} is damaged (its checksum differs): {PACK_AGAIN}")
-            keys = arrays["keys"]
+            keys = arrays.pop("keys")
             index = cls(
                 keys_S=np.ascontiguousarray(keys).view(f"S{keys.shape[1]}").reshape(len(keys)),
-                offsets_S2=arrays["offsets"],
-                sizes_S2=arrays["sizes"],
-                crc32s_S2=arrays["crc32s"],
-                first_caption=arrays["first_caption"],
-                caption_lengths=arrays["caption_lengths"],
+                fields=tuple(facts.pop("fields")),
+                first_member=arrays.pop("first_member"),
+                member_fields_M=arrays.pop("member_fields"),
+                offsets_M=arrays.pop("offsets"),
+                sizes_M=arrays.pop("sizes"),
+                crc32s_M=arrays.pop("crc32s"),
                 facts=facts,
-                words_json=arrays["words"].tobytes().decode(),
+                optional=arrays,
             )
             index._check_shapes()
         except (safetensors.SafetensorError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
@@ -165,11 +200,14 @@ class ShardIndex:
 
     def _check_shapes(self) -> None:
         """Raise ValueError for arrays that do not belong together."""
-        pairs = (len(self), 2)
-        if not (self.offsets_S2.shape == self.sizes_S2.shape == self.crc32s_S2.shape == pairs):
+        num_members = (int(self.first_member[-1]),)
+        if self.first_member.shape != (len(self) + 1,) or (np.diff(self.first_member, prepend=0) < 0).any():
+            raise ValueError("its members do not belong to its samples")
+        arrays = (self.member_fields_M, self.offsets_M, self.sizes_M, self.crc32s_M)
+        if any(array_M.shape != num_members for array_M in arrays):
             raise ValueError("its arrays have different lengths")
-        if self.first_caption.shape != (len(self) + 1,) or self.first_caption[-1] != len(self.caption_lengths):
-            raise ValueError("its captions do not belong to its samples")
+        if (self.member_fields_M >= len(self.fields)).any():
+            raise ValueError("its members have fields without a name")
 
 
 class FormatError(UserError):
@@ -179,10 +217,7 @@ class FormatError(UserError):
 def check_format(found: object, *, origin: str) -> None:
     """Raise FormatError unless `found` is the version of shards, indexes and manifests that this code reads."""
     if found != FORMAT_VERSION:
-        raise FormatError(
-            f"{origin} has format {found}, this version reads {FORMAT_VERSION}: {PACK_AGAIN}; tars of another program "
-            "want sharding/check_shards.py index again"
-        )
+        raise FormatError(f"{origin} has format {found}, this version reads {FORMAT_VERSION}: {PACK_AGAIN}")
 
 
 # ---- manifest ---------------------------------------------------------------------------------------------
@@ -192,16 +227,17 @@ def check_format(found: object, *, origin: str) -> None:
 class ShardEntry:
     """One shard as its manifest lists it; `name` has no ending.
 
-    `failures` is how many pictures could not be packed, `fingerprint` of all that the shard is made from.
+    `failures` is how many samples could not be used, `fingerprint` of all that the shard is made from. Only captioned
+    pictures have `captions`.
     """
 
     name: str
     samples: int
-    captions: int
     failures: int
     bytes: int
     sha256: str
     fingerprint: str
+    captions: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

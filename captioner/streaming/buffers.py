@@ -8,8 +8,8 @@ batches loses nothing: a worker that finds no free buffer takes fresh memory.
 import copy
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -37,16 +37,12 @@ def use_buffers(buffers: "WorkerBuffers") -> None:
     _own = buffers
 
 
-@dataclass(frozen=True, slots=True)
 class Slot:
     """A tensor in a buffer. `memory` is the buffer, where the training process has not seen it yet."""
 
-    number: int
-    memory: Tensor | None
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
+    def __init__(self, number: int, memory: Tensor | None, tensor: Tensor) -> None:
+        self.number, self.memory, self.dtype = number, memory, tensor.dtype
+        self.shape, self.stride, self.offset = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
 
 
 class WorkerBuffers:
@@ -91,13 +87,13 @@ class WorkerBuffers:
             given.add(number)
             memory = self._memory[number] if number in self._unseen else None
             self._unseen.discard(number)
-            return Slot(number, memory, value.dtype, tuple(value.shape), value.stride(), value.storage_offset())
+            return Slot(number, memory, value)
 
         found = map_leaves(batch, replace)
         self.drop(keep=given)
         return found, bool(given)
 
-    def drop(self, *, keep: set[int] = frozenset()) -> None:  # type: ignore[assignment]
+    def drop(self, *, keep: Collection[int] = ()) -> None:
         """Free the buffers in hand that went into no batch."""
         for number in self._in_hand.values():
             if number not in keep:
@@ -133,38 +129,42 @@ class Buffers:
 def map_leaves(batch: Any, change: Callable[[Any], Any], *, until: str = "") -> Any:
     """The batch with each value changed that is no container, or that has an attribute `until`.
 
-    Containers in which nothing changes stay themselves.
+    Containers are dictionaries, lists, tuples and dataclasses; those in which nothing changes stay themselves.
     """
     if type(batch) in PLAIN:
         return batch
     if until and hasattr(batch, until):
         return change(batch)
+    names: list[Any] = []
     if isinstance(batch, Mapping):
-        found = {key: map_leaves(value, change, until=until) for key, value in batch.items()}
-        if all(found[key] is batch[key] for key in found):
-            return batch
-        return found if type(batch) is dict else _filled(batch, found)
-    if isinstance(batch, tuple | list):
-        items = [map_leaves(value, change, until=until) for value in batch]
-        if all(new is old for new, old in zip(items, batch, strict=True)):
-            return batch
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    if is_dataclass(batch) and not isinstance(batch, type):
+        names = list(batch)
+        values = [batch[name] for name in names]
+    elif isinstance(batch, tuple | list):
+        values = list(batch)
+    elif is_dataclass(batch) and not isinstance(batch, type):
         names = [field.name for field in fields(batch)]
-        found = {name: map_leaves(getattr(batch, name), change, until=until) for name in names}
-        if all(found[name] is getattr(batch, name) for name in names):
-            return change(batch)
-        new = copy.copy(batch)
-        for name, value in found.items():
-            object.__setattr__(new, name, value)
-        return new
-    return change(batch)
+        values = [getattr(batch, name) for name in names]
+    else:
+        return change(batch)
+    changed = [map_leaves(value, change, until=until) for value in values]
+    if all(new is old for new, old in zip(changed, values, strict=True)):
+        return batch
+    return _rebuilt(batch, names, changed)
 
 
-def _filled(batch: Any, items: dict[Any, Any]) -> Any:
-    new = copy.copy(batch)
-    new.update(items)
-    return new
+def _rebuilt(batch: Any, names: list[Any], values: list[Any]) -> Any:
+    """A container like `batch` with other values."""
+    if isinstance(batch, tuple | list):
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    if type(batch) is dict:
+        return dict(zip(names, values, strict=True))
+    found = copy.copy(batch)
+    for name, value in zip(names, values, strict=True):
+        if isinstance(batch, Mapping):
+            found[name] = value
+        else:
+            object.__setattr__(found, name, value)  # a dataclass may be frozen
+    return found
 
 
 def pinned(batch: Any) -> Any:

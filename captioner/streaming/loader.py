@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
-from captioner.errors import StreamingError, TooManyBadSamplesError
+from captioner.errors import StreamingError, TooManyBadSamplesError, TransformError
 from captioner.files import storage
 from captioner.streaming.buffers import Buffers, pinned
 from captioner.streaming.cache import ShardCache
@@ -36,7 +36,6 @@ from captioner.streaming.worker import (
     Made,
     Parts,
     Transform,
-    TransformError,
     follow_training,
 )
 
@@ -50,43 +49,44 @@ QUIET_SECONDS = 0.1
 
 
 class StreamingLoader:
-    """Batches of samples from tar shards, for any training loop: each sample once an epoch, in one order for any number
-    of ranks and workers, resumed by a seek.
+    """Batches of samples from tar shards, for any training loop.
+
+    Each sample comes once an epoch, in one order for any number of ranks and workers, and a resume is a seek.
 
         loader = StreamingLoader("data/shards", split="train", batch_size=256, transform=prepare, num_workers=8)
         while loader.epoch < 10:
             for batch in loader:
                 ...
 
-    `sources` is a dataset folder, path or URL, or several. Without `weights` several are read as one, in each epoch once.
-    With `weights`, one for each, they are mixed: a source with twice the weight of another gives twice as many samples,
-    and starts over when it is at its end; an epoch has `epoch_samples`, without it as many as all sources together.
+    `sources` is a dataset folder, a path or URL, or several. Without `weights` several are read as one. With `weights`,
+    one for each, they are mixed: a source with twice the weight of another gives twice as many samples, and starts over
+    when it is at its end; an epoch has `epoch_samples`, without it as many as all sources together.
 
     Order
-        `batch_size` samples make a global batch, one optimizer step of all ranks together; each of `world_size` ranks
-        gets an equal part of it. `seed` decides the order; `shuffle_shards` shards are mixed with each other at a time.
-        With `shuffle=False` samples come as they are stored, for validation: each iteration starts at the beginning,
-        and takes the first of `every` so many neighbours.
-        `last_batch`: "keep" a shorter last batch, of which ranks may get nothing (`collate([])`); "drop" it; or "pad" it
-        with the epoch's first samples (`num_padded` of the rows that came last).
+        `batch_size` samples make a global batch, that of one optimizer step of all ranks together; each of `world_size`
+        ranks gets an equal part of it. `seed` decides the order; `shuffle_shards` shards are mixed with each other at a
+        time. With `shuffle=False` samples come as they are stored, for validation: each iteration starts at the
+        beginning, and takes the first of `every` so many neighbours. `last_batch` says what becomes of the last, shorter
+        batch: "keep" it, though ranks may get nothing of it (`collate([])`); "drop" it; or "pad" it with the epoch's
+        first samples.
     Samples
         are dictionaries of bytes by extension (`jpg`, `json`, `seg.png`, …), with `__key__`, `__url__`, `__epoch__`,
-        `__position__`, `__shard__` and `__place__`. `fields` are the extensions to read, without it all.
-        `decode` is what webdataset calls the form of pictures ("pil", "torchrgb8", …), which decodes text, JSON, NumPy
-        arrays and so on as well, or a function of a sample. `transform(sample, rng)` makes anything of it, where `rng`,
-        a numpy.random.Generator, and the global generators of torch, NumPy and Python are seeded by (seed, epoch,
-        position). `collate(list)` makes a batch; torch's default_collate unless given.
+        `__position__`, `__shard__` and `__place__`. `fields` are the extensions to read; all, unless given. `decode` is
+        webdataset's name for the form of pictures ("pil", "torchrgb8", …), with which text, JSON, NumPy arrays and
+        others are decoded too, or a function of a sample. `transform(sample, rng)` makes anything of it; `rng` is a
+        numpy.random.Generator that, like the global generators of torch, NumPy and Python, is seeded by (seed, epoch,
+        position). `collate(list)` makes a batch; it is torch's default_collate unless given.
     Processes
-        `num_workers` processes make batches, each `prefetch_batches` ahead; they start at the first iteration and live
-        as long as the loader (`close`). `start_method` is "fork", "spawn" or "forkserver", of the platform unless given.
-        With `pin_memory` batches come in page-locked memory.
-        `rank` and `world_size` are those of torch.distributed, or of the launcher's RANK and WORLD_SIZE, unless given.
+        `num_workers` processes make the batches, each `prefetch_batches` ahead; they start at the first iteration and
+        live as long as the loader. `start_method` is "fork", "spawn" or "forkserver". With `pin_memory` batches come in
+        page-locked memory. `rank` and `world_size` are those of torch.distributed, or of the launcher's RANK and
+        WORLD_SIZE, unless given.
     Errors
-        Up to `tolerate_bad_samples` samples of an epoch and rank that cannot be read or decoded, or for which a function
-        raises SampleError, are left out and counted in `ledger`; one more raises. Any other exception in a function is
-        raised as TransformError. Raises StreamingError for arguments and states that do not fit.
+        Up to `tolerate_bad_samples` samples of an epoch and rank that cannot be read or decoded, or for which
+        `transform` raises SampleError, are left out and counted in `ledger`; one more raises. Another exception in
+        `transform` or `collate` is raised as TransformError. Arguments and states that do not fit raise StreamingError.
     Remote shards
-        are kept in `cache`, a folder that all processes of a machine share, of at most `cache_gigabytes`.
+        are kept in `cache`, a folder for all processes of a machine, of at most `cache_gigabytes`.
     """
 
     def __init__(
@@ -289,7 +289,8 @@ class StreamingLoader:
 
     def _load_weights(self, state: dict[str, Any], position: int) -> None:
         """Take a mixture's history from a state; where its weights were others, these hold from here on."""
-        assert isinstance(self.order, MixtureOrder) and self.weights is not None
+        assert isinstance(self.order, MixtureOrder)
+        assert self.weights is not None
         if "parts" not in state:
             raise StreamingError("the state is not of a mixture: leave out weights")
         parts, since = state["parts"], state["since"]
@@ -331,9 +332,8 @@ class StreamingLoader:
     def _iterate(self, parts: Parts, turn: int) -> Iterator[Any]:
         epoch, first = self._epoch, self._steps
         if self._workers is None:
-            self._workers = _Workers(
-                partial(self._make_maker, parts), self.num_workers, self._start_method, self._prefetch
-            )
+            make_maker = partial(self._make_maker, parts)
+            self._workers = _Workers(make_maker, self.num_workers, self._start_method, self._prefetch)
         made = self._workers.batches(Item(epoch, step) for step in range(first, parts.num_steps))
         if self.pin_memory and torch.accelerator.is_available():
             made = pinned_ahead(made, partial(_pin, device_index=torch.accelerator.current_device_index()))
@@ -427,7 +427,8 @@ class _Workers:
             yield replace(made, batch=self._buffers.open(made.batch)) if made.in_buffers else made
 
     def _start(self) -> Iterator[Made | Failed]:
-        assert self._loader is not None and self._end is not None
+        assert self._loader is not None
+        assert self._end is not None
         if self._started:
             return iter(self._loader)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -436,8 +437,8 @@ class _Workers:
             found = iter(self._loader)
         except (AttributeError, TypeError, pickle.PicklingError) as error:
             raise StreamingError(
-                f"decode, transform and collate are sent to the workers and cannot be pickled ({error}): define them at "
-                "the top of a module"
+                f"decode, transform or collate cannot be pickled, and so not be sent to workers ({error}): define them "
+                "at the top of a module"
             ) from error
         atexit.register(self._end)  # before torch's own, which waits for each of them
         self._started = True

@@ -3,12 +3,11 @@
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from captioner.errors import UserError
+from captioner.errors import StreamingError, UserError
 from captioner.files import storage
 from captioner.shards.format import ShardEntry, ShardIndex
 from captioner.streaming.cache import (
@@ -19,42 +18,66 @@ from captioner.streaming.cache import (
     ShardCache,
     tar_location,
 )
-from captioner.streaming.order import SampleRef
 
-NEAR_BYTES = 4096
-Reason = Literal["shard missing", "shard damaged", "checksum", "undecodable", "no captions", "no features"]
+NEAR_BYTES = 4096  # between members that are read together
+TOGETHER_BYTES = 1 << 18  # read together at most: to copy members out of more costs more than reads of their own
 
 
-class SampleError(Exception):
-    """A sample that cannot be used: a reason to count by, and one line with the place and the remedy."""
+class SampleError(StreamingError):
+    """A sample that cannot be used: a reason to count by, and one line that says where and what to do."""
 
-    def __init__(self, reason: Reason, message: str) -> None:
+    def __init__(self, reason: str, message: str) -> None:
         super().__init__(reason, message)
-        self.reason: Reason = reason
+        self.reason = reason
         self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @dataclass(frozen=True, slots=True)
 class OpenShard:
-    """A shard's index, and its tar open for reading."""
+    """A shard's index with its tar open for reading; single numbers come faster out of views than out of arrays.
 
-    index: ShardIndex
+    `fields` has None for those that are not read.
+    """
+
     file: int
-    offsets: list[list[int]]
-    sizes: list[list[int]]
-    crc32s: list[list[int]]
+    keys: bytes
+    key_bytes: int
+    fields: tuple[str | None, ...]
+    first_member: memoryview
+    member_fields_M: memoryview
+    offsets_M: memoryview
+    sizes_M: memoryview
+    crc32s_M: memoryview
 
     @classmethod
-    def of(cls, index: ShardIndex, file: int) -> "OpenShard":
-        """With the index's arrays as lists, which are faster to take single numbers from."""
-        return cls(index, file, index.offsets_S2.tolist(), index.sizes_S2.tolist(), index.crc32s_S2.tolist())
+    def of(cls, index: ShardIndex, file: int, *, wanted: Container[str] | None) -> "OpenShard":
+        """Of a shard's index and open tar; without `wanted` all fields are read."""
+        return cls(
+            file,
+            index.keys_S.tobytes(),
+            index.keys_S.itemsize,
+            tuple(name if wanted is None or name in wanted else None for name in index.fields),
+            index.first_member.data,
+            index.member_fields_M.data,
+            index.offsets_M.data,
+            index.sizes_M.data,
+            index.crc32s_M.data,
+        )
+
+    def key(self, place: int) -> str:
+        """As `ShardIndex.key`."""
+        start = place * self.key_bytes
+        return self.keys[start : start + self.key_bytes].rstrip(b"\0").decode(errors="backslashreplace")
 
 
 class ShardReader:
     """Reads samples of a split's shards; at most `max_open` of these, the last used, are kept open.
 
-    Shards behind URLs come through `cache`, and those that `prefetcher` brings are told to it when they are opened.
-    Without `pictures` only captions are read, and the pictures' bytes are empty. Close it after use.
+    Shards behind URLs come through `cache`, and the `prefetcher` that downloads them is told which are open. With
+    `fields` only these are read. Close it after use.
     """
 
     def __init__(
@@ -64,11 +87,10 @@ class ShardReader:
         max_open: int,
         cache: ShardCache | None = None,
         prefetcher: Prefetcher | None = None,
-        pictures: bool = True,
-        fields=None,
+        fields: Container[str] | None = None,
     ) -> None:
         self._shards = shards
-        self._pictures = pictures
+        self._fields = fields
         self._max_open = max_open
         self._cache = cache
         self._prefetcher = prefetcher
@@ -84,46 +106,23 @@ class ShardReader:
         """Where a shard's tar lies."""
         return tar_location(*self._shards[shard])
 
-    def read(self, shard, place):
-        key, p, t = self.read2(SampleRef(0, shard, place))
-        return key, {"jpg": bytes(p), "json": bytes(t)}
-
-    def read2(self, ref: SampleRef) -> tuple[str, bytearray, bytearray]:
-        """A sample's key, and the content of its picture and of its captions, which torch takes without a copy.
+    def read(self, shard: int, place: int) -> tuple[str, dict[str, bytes]]:
+        """A sample's key, and the content of its fields in the tar's order, each checked.
 
         Raises SampleError for a missing or damaged shard or member, and UserError when a server or disk fails.
         """
-        shard = self._open.get(ref.shard)
-        if shard is None:
-            shard = self._open_shard(ref.shard)
+        found = self._open.get(shard)
+        if found is None:
+            found = self._open_shard(shard)
         else:
-            self._open.move_to_end(ref.shard)
-        return shard.index.key(ref.place), *self._read_members(shard, ref)
-
-    def _read_members(self, shard: OpenShard, ref: SampleRef) -> tuple[bytearray, bytearray]:
-        """A sample's two members, checked; neighbours, as packing makes them, with one question to the system."""
-        (start, second), sizes = shard.offsets[ref.place], shard.sizes[ref.place]
-        picture, text = (bytearray(size) for size in sizes)
-        between = second - start - sizes[0]
+            self._open.move_to_end(shard)
         try:
-            if not self._pictures:
-                picture = bytearray()
-                os.preadv(shard.file, [text], second)
-            elif 0 <= between <= NEAR_BYTES:
-                os.preadv(shard.file, [picture, bytearray(between), text], start)
-            else:
-                os.preadv(shard.file, [picture], start)
-                os.preadv(shard.file, [text], second)
+            return found.key(place), _read_fields(found, place)
         except OSError as error:
-            raise UserError(f"cannot read {self.location(ref.shard)} ({error.strerror or error}): mend that") from error
-        wanted = shard.crc32s[ref.place]
-        if zlib.crc32(text) != wanted[1] or (self._pictures and zlib.crc32(picture) != wanted[0]):
-            raise SampleError(
-                "checksum",
-                f"{self.location(ref.shard)} is damaged at sample {shard.index.key(ref.place)} (checksum differs): "
-                f"{RESTORE}",
-            )
-        return picture, text
+            raise UserError(f"cannot read {self.location(shard)} ({error.strerror or error}): mend that") from error
+        except _ChecksumError as error:
+            where = f"{self.location(shard)} is damaged at sample {found.key(place)}, field {error}"
+            raise SampleError("checksum", f"{where} (checksum differs): {RESTORE}") from error
 
     def _open_shard(self, number: int) -> OpenShard:
         if number in self._failed:
@@ -136,11 +135,50 @@ class ShardReader:
         except SampleError as error:
             self._failed[number] = error
             raise
-        shard = OpenShard.of(*found)
+        shard = OpenShard.of(*found, wanted=self._fields)
         if self._prefetcher is not None:
             self._prefetcher.opened(entry)
         self._open[number] = shard
         return shard
+
+
+class _ChecksumError(Exception):
+    """The field whose checksum differs."""
+
+
+def _read_fields(shard: OpenShard, place: int) -> dict[str, bytes]:
+    """A sample's content by field; neighbours are read with one system call. Raises OSError and _ChecksumError."""
+    sample = {}
+    data, data_start, data_end = b"", 0, -1
+    member, end = shard.first_member[place], shard.first_member[place + 1]
+    while member < end:
+        field = shard.fields[shard.member_fields_M[member]]
+        if field is not None:
+            start = shard.offsets_M[member]
+            stop = start + shard.sizes_M[member]
+            if stop > data_end:
+                data_start, data_end = start, stop if member + 1 == end else _end_of_run(shard, member, end)
+                data = os.pread(shard.file, data_end - start, start)
+            content = data[start - data_start : stop - data_start]
+            if zlib.crc32(content) != shard.crc32s_M[member]:
+                raise _ChecksumError(field)
+            sample[field] = content
+        member += 1
+    return sample
+
+
+def _end_of_run(shard: OpenShard, member: int, end: int) -> int:
+    """The byte where the last of the members ends that are read together with this one; `end` is behind the sample."""
+    run_start = shard.offsets_M[member]
+    run_end = run_start + shard.sizes_M[member]
+    for other in range(member + 1, end):
+        if shard.fields[shard.member_fields_M[other]] is not None:
+            start = shard.offsets_M[other]
+            stop = start + shard.sizes_M[other]
+            if start - run_end > NEAR_BYTES or stop - run_start > TOGETHER_BYTES:
+                break
+            run_end = stop
+    return run_end
 
 
 def open_cached(cache: ShardCache, folder: str, entry: ShardEntry) -> tuple[ShardIndex, int]:

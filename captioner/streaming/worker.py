@@ -4,6 +4,7 @@ A batch is asked for by its epoch and step; everything else is a function of the
 long as its loader, and takes any epoch and any step next.
 """
 
+import copy
 import multiprocessing
 import os
 import pickle
@@ -16,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from multiprocessing.reduction import ForkingPickler
 from threading import Thread
 from typing import Any, NamedTuple
 
@@ -23,8 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
+from webdataset.autodecode import Decoder, DecodingError, gzfilter, imagehandler, imagespecs
 
-from captioner.errors import UserError
+from captioner.errors import StreamingError, TransformError, UserError
 from captioner.shards.splitmix import random_bits
 from captioner.streaming.buffers import WorkerBuffers, use_buffers
 from captioner.streaming.cache import Prefetcher, ShardCache
@@ -40,6 +43,7 @@ FOLLOW_SECONDS = 0.2  # how soon a worker ends after training does
 MOST_SEED = (1 << 63) - 1  # that torch takes
 PICKLES = (".pkl", ".pickle", ".pyd", ".pth")
 
+Order = ShardOrder | MixtureOrder
 Sample = dict[str, Any]
 Decode = Callable[[Sample], Sample]
 Transform = Callable[[Any, np.random.Generator], Any]
@@ -69,19 +73,6 @@ class Failed:
 
     error: Exception
     trace: str
-
-
-class TransformError(RuntimeError):
-    """An exception in the user's `decode`, `transform` or `collate`, with the sample's key, URL, epoch and position."""
-
-    def __init__(self, function: str, reason: str, key: str, url: str, epoch: int, position: int) -> None:
-        super().__init__(function, reason, key, url, epoch, position)
-        self.function, self.reason, self.key, self.url = function, reason, key, url
-        self.epoch, self.position = epoch, position
-
-    def __str__(self) -> str:
-        where = f"sample {self.key} of {self.url}, " if self.key else ""
-        return f"{self.function} failed at {where}epoch {self.epoch}, position {self.position}: {self.reason}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +106,13 @@ class Parts:
         )
 
 
-class BatchMaker(Dataset):  # type: ignore[type-arg]
+class BatchMaker(Dataset[Made | Failed]):
     """Makes the batch of an `Item`: in a worker, or in the training process where there are none."""
 
     def __init__(
         self,
         split: Split,
-        order: ShardOrder | MixtureOrder,
+        order: Order,
         parts: Parts,
         *,
         seed: int,
@@ -141,18 +132,20 @@ class BatchMaker(Dataset):  # type: ignore[type-arg]
         self.cache, self.tolerant, self.follows_on = cache, tolerant, follows_on
         self.taken, self.buffers = taken, buffers
         self.is_random = is_random
+        self._sent = False
         self._expected: Item | None = None
         self._reader: ShardReader | None = None
         self._prefetcher: Prefetcher | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")} | {
-            "_expected": None, "_reader": None, "_prefetcher": None,
-        }  # fmt: skip
-
     def __getitem__(self, item: Item) -> Made | Failed:
-        try:
+        if get_worker_info() is None:
             return self._make(item)
+        try:
+            made = self._make(item)
+            if not self._sent:  # torch would only print the error, and its loader wait for ever
+                ForkingPickler.dumps(made)
+                self._sent = True
+            return made
         except Exception as error:
             if self.own_buffers is not None:
                 self.own_buffers.drop()
@@ -221,19 +214,16 @@ class BatchMaker(Dataset):  # type: ignore[type-arg]
 
     def _transformed(self, sample: Sample) -> Any:
         """The sample as `decode` and `transform` leave it. Raises SampleError and TransformError."""
-        function, value = "decode", sample
+        decoded = sample if self.decode is None else decoded_by(self.decode, sample)
+        if self.transform is None:
+            return decoded
         try:
-            if self.decode is not None:
-                value = self.decode(sample)
-            if self.transform is None:
-                return value
-            function = "transform"
-            return self.transform(value, self.randomness.start(sample["__position__"]))
-        except (SampleError, UserError):
+            return self.transform(decoded, self.randomness.start(sample["__position__"]))
+        except UserError:
             raise
         except Exception as error:
-            where = (sample["__key__"], sample["__url__"], sample["__epoch__"], sample["__position__"])
-            raise TransformError(function, describe(error), *where) from error
+            where = {name: sample[f"__{name}__"] for name in ("key", "url", "epoch", "position")}
+            raise TransformError("transform", describe(error), where) from error
 
     def _collated(self, samples: list[Any], item: Item, positions: range) -> Any:
         try:
@@ -243,7 +233,8 @@ class BatchMaker(Dataset):  # type: ignore[type-arg]
         except UserError:
             raise
         except Exception as error:
-            raise TransformError("collate", describe(error), "", "", item.epoch, positions.start) from error
+            where = {"epoch": item.epoch, "positions": positions}
+            raise TransformError("collate", describe(error), where) from error
 
     def _skip(self, position: int, error: SampleError) -> Skip:
         if not self.tolerant:
@@ -266,17 +257,18 @@ class BatchMaker(Dataset):  # type: ignore[type-arg]
             self._expected = following
             max_open = min(MAX_OPEN_FILES, self.order.open_shards(self.parts.world_size))
             if self.cache is not None:
-                shards = (self.split.shards[shard] for shard in self._shards_from(item, number, stride))
+                order = copy.deepcopy(self.order)  # it is used in another thread
+                ahead = self._shards_from(order, item, number, stride)
+                shards = (self.split.shards[shard] for shard in ahead)
                 self._prefetcher = Prefetcher(self.cache, shards, ahead=FETCHED_SHARDS)
             self._reader = ShardReader(
                 self.split.shards, max_open=max_open, cache=self.cache, prefetcher=self._prefetcher, fields=self.fields
             )
         return self._reader
 
-    def _shards_from(self, item: Item, number: int, stride: int) -> Iterator[int]:
+    def _shards_from(self, order: Order, item: Item, number: int, stride: int) -> Iterator[int]:
         """The numbers of this process's shards from a batch on, in the order of their first use in an epoch."""
         epoch, first = item
-        order = self.order.copy()  # it runs in another thread
         while True:
             known: set[int] = set()
             for step in range(first, self.parts.num_steps, stride):
@@ -288,6 +280,11 @@ class BatchMaker(Dataset):  # type: ignore[type-arg]
             if not self.follows_on:
                 return
             epoch, first = epoch + 1, number
+
+
+def cause(error: BaseException) -> BaseException:
+    """The first exception of a chain."""
+    return error if error.__cause__ is None else cause(error.__cause__)
 
 
 def as_sent(error: Exception) -> Exception:
@@ -303,44 +300,41 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".rstrip(": ")
 
 
-# ---- decoding by webdataset -------------------------------------------------------------------------------
+# ---- decoding -----------------------------------------------------------------------------------------------
+
+
+def decoded_by(decode: Decode, sample: Sample) -> Sample:
+    """The decoded sample. Raises SampleError, whatever `decode` raises."""
+    try:
+        return decode(sample)
+    except UserError:
+        raise
+    except Exception as error:
+        field = f" (.{error.k})" if isinstance(error, DecodingError) else ""
+        message = (
+            f"sample {sample['__key__']} of {sample['__url__']} cannot be decoded{field}: {describe(cause(error))}"
+        )
+        raise SampleError("undecodable", message) from error
 
 
 class FieldDecoder:
     """webdataset's decoders of a sample's fields, by the name of what pictures become ("pil", "torchrgb8", …).
 
-    Pickles are left as bytes: to load one can run anything. Raises SampleError for a field that cannot be decoded.
+    Pickles are left as bytes: loading one can run anything.
     """
 
     def __init__(self, name: str) -> None:
-        from webdataset.autodecode import imagespecs
-
         if name not in imagespecs:
-            raise UserError(f"there is no decoding {name!r}: choose one of {', '.join(sorted(imagespecs))}")
-        self.name = name
-
-    @cached_property
-    def _decoder(self) -> Any:
-        from webdataset.autodecode import Decoder, gzfilter, imagehandler
-
-        return Decoder([imagehandler(self.name)], pre=[gzfilter, _leave_pickles])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name}
+            raise StreamingError(f"there is no decoding {name!r}: choose one of {', '.join(sorted(imagespecs))}")
+        self._decoder = Decoder([imagehandler(name)], pre=[gzfilter, leave_pickles])
 
     def __call__(self, sample: Sample) -> Sample:
         """The sample with decoded fields."""
-        from webdataset.autodecode import DecodingError
-
-        try:
-            return self._decoder(sample)
-        except DecodingError as error:
-            reason = describe(error.__cause__ or error)
-            message = f"sample {sample['__key__']} of {sample['__url__']}: .{error.k} cannot be decoded ({reason})"
-            raise SampleError("undecodable", message) from error
+        return self._decoder(sample)
 
 
-def _leave_pickles(key: str, data: bytes) -> bytes | None:
+def leave_pickles(key: str, data: bytes) -> bytes | None:
+    """webdataset's handler of fields that must not be decoded."""
     return data if key.lower().endswith(PICKLES) else None
 
 
@@ -363,7 +357,9 @@ class Randomness:
     @contextmanager
     def batch(self, seed: int, epoch: int, positions: range) -> Iterator[None]:
         """Prepare for the samples of a batch; elsewhere than in a worker the global generators are restored after."""
-        self._bits = dict(zip(positions, random_bits(np.asarray(positions), seed, epoch, SAMPLE_RNG).tolist()))
+        self._bits = dict(
+            zip(positions, random_bits(np.asarray(positions), seed, epoch, SAMPLE_RNG).tolist(), strict=True)
+        )
         if get_worker_info() is not None:
             np.random.set_bit_generator(self._philox)
             yield

@@ -92,7 +92,7 @@ def main(settings: TrainSettings, accelerator: Accelerator, stop: Preemption) ->
     done_steps = loader.epoch * epoch_steps + loader.steps_done
     say(f"{train.num_samples:,} training images, {len(vocabulary):,} words, {settings.epochs} epochs of {epoch_steps:,}"
         f" steps on {accelerator.num_processes} x {accelerator.device}, {done_steps:,} of them done"
-        f"{loader.order.advice(world_size=accelerator.num_processes)}")  # fmt: skip
+        f"{train.plan(seed=0, epoch=0, global_batch=settings.batch_size, shuffle_shards=settings.shuffle_shards).advice(world_size=accelerator.num_processes)}")  # fmt: skip
     with run_folder.starting(run, asdict(settings), parts):
         tracker = Tracker(run, first_step=done_steps, wandb_project=settings.wandb, settings=asdict(settings),
                           quiet=not is_main)  # fmt: skip

@@ -34,7 +34,7 @@ from captioner.streaming.cache import Prefetcher, ShardCache
 from captioner.streaming.dataset import Split
 from captioner.streaming.ledger import Skip
 from captioner.streaming.mixture import MixtureOrder
-from captioner.streaming.order import SAMPLE_RNG, SampleRef, ShardOrder, rank_positions
+from captioner.streaming.order import SAMPLE_RNG, ShardOrder, rank_positions
 from captioner.streaming.reader import SampleError, ShardReader
 
 MAX_OPEN_FILES = 400  # of a process; systems allow 1,024
@@ -177,40 +177,51 @@ class BatchMaker(Dataset[Made | Failed]):
 
     def _make(self, item: Item) -> Made:
         buffers = self.own_buffers
-        reader = self._follow(item)
         positions = self.parts.positions(item.step)
-        num_samples = self.order.num_samples
-        refs = self.order.refs(item.epoch, [position % num_samples for position in positions])
-        samples: list[Any] = []
-        found: list[int] = []
         skipped: list[Skip] = []
-        read: list[Sample] = []
-        for position, ref in zip(positions, refs, strict=True):
-            try:
-                read.append(self._read(reader, item.epoch, position, ref))
-            except SampleError as error:
-                skipped.append(self._skip(position, error))
+        samples = self._read(
+            item, positions, skipped
+        )  # all, before one is decoded, which empties the processor's caches
+        found = [sample["__position__"] for sample in samples]
         with self.randomness.batch(self.seed, item.epoch, positions) if self.is_random else nullcontext():
-            for sample in read:
-                position = sample["__position__"]
-                try:
-                    samples.append(self._transformed(sample))
-                except SampleError as error:
-                    skipped.append(self._skip(position, error))
-                else:
-                    found.append(position)
-            batch = self._collated(samples, item, positions)
+            values: list[Any] = samples
+            if self.decode is not None or self.transform is not None:
+                values, found = self._transform_all(samples, skipped)
+            batch = self._collated(values, item, positions)
         if buffers is None:
             return Made(batch, found, skipped, in_buffers=False)
         batch, in_buffers = buffers.give(batch)
         return Made(batch, found, skipped, in_buffers)
 
-    def _read(self, reader: ShardReader, epoch: int, position: int, ref: SampleRef) -> Sample:
-        key, content = reader.read(ref.shard, ref.place)
-        return {
-            "__key__": key, "__url__": reader.location(ref.shard), "__epoch__": epoch, "__position__": position,
-            "__shard__": ref.shard, "__place__": ref.place, **content,
-        }  # fmt: skip
+    def _read(self, item: Item, positions: range, skipped: list[Skip]) -> list[Sample]:
+        reader, epoch, num_samples = self._follow(item), item.epoch, self.order.num_samples
+        inside = positions if positions.stop <= num_samples else [position % num_samples for position in positions]
+        samples: list[Sample] = []
+        for position, (_, shard, place) in zip(positions, self.order.refs(epoch, inside), strict=True):
+            try:
+                key, content = reader.read(shard, place)
+            except SampleError as error:
+                skipped.append(self._skip(position, error))
+                continue
+            sample = {
+                "__key__": key, "__url__": reader.location(shard), "__epoch__": epoch, "__position__": position,
+                "__shard__": shard, "__place__": place,
+            }  # fmt: skip
+            sample.update(content)
+            samples.append(sample)
+        return samples
+
+    def _transform_all(self, samples: list[Sample], skipped: list[Skip]) -> tuple[list[Any], list[int]]:
+        values: list[Any] = []
+        found: list[int] = []
+        for sample in samples:
+            try:
+                values.append(self._transformed(sample))
+            except SampleError as error:
+                skipped.append(self._skip(sample["__position__"], error))
+            else:
+                found.append(sample["__position__"])
+        return values, found
 
     def _transformed(self, sample: Sample) -> Any:
         """The sample as `decode` and `transform` leave it. Raises SampleError and TransformError."""

@@ -40,7 +40,7 @@ def _notes() -> None:
 
 
 @pytest.fixture
-def network() -> nn.Sequential:
+def network() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).eval().requires_grad_(False)
 
 
@@ -91,10 +91,11 @@ def test_what_comes_rarely_never_evicts_and_what_comes_often_does(cache: GraphCa
 
 
 @pytest.mark.parametrize("change", ["to", "data", "buffer", "assign", "network"])
-def test_weights_in_other_memory_drop_all_graphs(change: str, cache: GraphCache, network: nn.Sequential) -> None:
+def test_weights_in_other_memory_drop_all_graphs(change: str, cache: GraphCache, network: nn.Module) -> None:
     call(cache, network, 8, 8, 5, 5)
     other = copy.deepcopy(network)
-    linear, norm = network
+    layers: Any = network
+    linear, norm = layers
     if change == "to":
         network.double().float()
     elif change == "data":

@@ -20,8 +20,7 @@ from captioner import images, views
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.shards.format import Manifest, ShardIndex, sample_key, shard_name
-from captioner.streaming import StreamingLoader
-from captioner.streaming.ledger import Ledger
+from captioner.streaming import Ledger, StreamingLoader
 from captioner.streaming.dataset import Split
 from captioner.streaming.order import ShardOrder
 from captioner.vocabulary import END, START, Vocabulary, tokenize

@@ -186,7 +186,7 @@ def _score_model(settings: EvaluateSettings) -> None:
     from accelerate.utils import gather_object
 
     from captioner.bundle import load_bundle
-    from captioner.streaming.ledger import Ledger
+    from captioner.streaming import Ledger
     from captioner.streaming.dataset import check_filled, read_split
     from train.batches import PINNED_FOR, caption_loader, check_batch_size
     from train.calibrate import calibrate

@@ -22,7 +22,7 @@ from train.encode import prepare_features
 from train.epoch import train_epoch
 from train.job import as_job
 from train.launch import Preemption, ending_without_peers
-from train.plan import PACK_FIRST
+from train.plan import PACK_FIRST, window_advice
 from train.report import write_report
 from train.schedule import make_optimizer, make_schedule
 from train.settings import CHANGEABLE, TrainSettings, check_settings, count_steps
@@ -90,9 +90,11 @@ def main(settings: TrainSettings, accelerator: Accelerator, stop: Preemption) ->
     accelerator.register_for_checkpointing(schedule, loader, progress)
     run_folder.resume(run, accelerator)
     done_steps = loader.epoch * epoch_steps + loader.steps_done
+    order = train.plan(seed=settings.seed, epoch=loader.epoch, global_batch=settings.batch_size,
+                       shuffle_shards=settings.shuffle_shards)  # fmt: skip
     say(f"{train.num_samples:,} training images, {len(vocabulary):,} words, {settings.epochs} epochs of {epoch_steps:,}"
         f" steps on {accelerator.num_processes} x {accelerator.device}, {done_steps:,} of them done"
-        f"{train.plan(seed=0, epoch=0, global_batch=settings.batch_size, shuffle_shards=settings.shuffle_shards).advice(world_size=accelerator.num_processes)}")  # fmt: skip
+        f"{window_advice(order, world_size=accelerator.num_processes)}")  # fmt: skip
     with run_folder.starting(run, asdict(settings), parts):
         tracker = Tracker(run, first_step=done_steps, wandb_project=settings.wandb, settings=asdict(settings),
                           quiet=not is_main)  # fmt: skip

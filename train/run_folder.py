@@ -33,8 +33,7 @@ from captioner.calibration import Calibration
 from captioner.encoders import Encoder
 from captioner.errors import UserError
 from captioner.files.storage import read_json, write_atomic
-from captioner.streaming import StreamingLoader
-from captioner.streaming.ledger import Ledger
+from captioner.streaming import Ledger, StreamingLoader
 from captioner.streaming.dataset import Split
 from captioner.vocabulary import Vocabulary
 from train.epoch import Reading

@@ -18,8 +18,7 @@ from captioner.calibration import Calibration
 from captioner.decoding import decode
 from captioner.errors import UserError
 from captioner.metrics import References
-from captioner.streaming import StreamingLoader
-from captioner.streaming.ledger import Ledger
+from captioner.streaming import Ledger, StreamingLoader
 from captioner.streaming.dataset import Split
 from captioner.vocabulary import Vocabulary
 from train.batches import Batch

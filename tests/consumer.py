@@ -185,8 +185,8 @@ def consume(job: Job) -> None:
     from accelerate import Accelerator
     from accelerate.utils import gather_object
 
-    from captioner.streaming.dataset import read_split
     from captioner.streaming import Ledger
+    from captioner.streaming.dataset import read_split
     from train.batches import caption_loader
     from train.run_folder import Progress, resume, save_checkpoint
     from train.split import read_merged_vocabulary

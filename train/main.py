@@ -84,7 +84,8 @@ def main(settings: TrainSettings, accelerator: Accelerator, stop: Preemption) ->
     open_val = partial(open_loader, accumulation_steps=settings.accumulation_steps, features=features.get("val"))
     evaluator = None
     if val is not None:
-        evaluator = Evaluator(val, loss_model, open_val, settings.decoding(), vocabulary, accelerator)
+        evaluator = Evaluator(val, loss_model, open_val, decoding=settings.decoding(), vocabulary=vocabulary,
+                              accelerator=accelerator)  # fmt: skip
 
     # ---- where to start: 4. with --resume, instead of these, the newest complete checkpoint ----------------------
     accelerator.register_for_checkpointing(schedule, loader, progress)

@@ -96,7 +96,7 @@ class Measured:
 # ---- measuring ----------------------------------------------------------------------------------------------
 
 
-def find_functions(settings: DoctorSettings, split: Split) -> dict[str, Callable[..., Any]]:
+def find_functions(settings: DoctorSettings, split: Split) -> dict[str, Any]:
     """The loader's `transform` and `collate`. Raises UserError."""
     if settings.transform is None:
         if settings.collate:
@@ -180,7 +180,7 @@ def measure(settings: DoctorSettings, split: Split, cache_folder: str, bar: cli.
     )  # fmt: skip
 
     bar.advance(note="stage by stage")
-    stages = {name: Stage(work) for name, work in functions.items()}
+    stages: dict[str, Any] = {name: Stage(work) for name, work in functions.items()}
     with own_stderr():  # as in the loader's workers: else another decoder would be measured
         seconds, _, num_samples = run_loader(open_loader(**stages), skip=0, seconds=settings.seconds / 2)
     spent = {name: stage.seconds for name, stage in stages.items()}

@@ -97,7 +97,7 @@ class Captioner:
         if abstain_below is not None and not self.has_confidence:
             raise UserError(
                 f"the model folder has no confidence calibrated for {self.decoding}: decode as it was trained to, or "
-                "measure it with train/evaluate.py --calibrate"
+                "calibrate it with train/evaluate.py"
             )
 
     def __call__(self, pictures: Iterable[Picture]) -> list[Description]:

@@ -6,7 +6,11 @@ EXIT_PREEMPTED = 75  # "try again later" (EX_TEMPFAIL of sysexits.h)
 
 
 class UserError(Exception):
-    """Something that only the user can fix. The message is one line: what happened, where, and what to do."""
+    """Something that only the user can fix. The message is one line: what happened, and where.
+
+    A subclass carries its data as attributes, and its `args` are the arguments of its `__init__`: it can be pickled.
+    Command-line flags are named by commands only: see `remedies` of `captioner.cli.run`.
+    """
 
 
 class StreamingError(UserError):

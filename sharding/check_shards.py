@@ -20,6 +20,7 @@ from typing import Annotated
 import tyro
 
 from captioner import cli
+from captioner.files.ownership import AlreadyOwnedError
 from captioner.flags import Count, Location, Pixels
 from sharding.foreign_split import index_split
 from sharding.repair import SourceFlags, repair_split
@@ -179,7 +180,7 @@ def leave(folder: str, checks: Sequence[SplitCheck], problems: Sequence[Problem]
 
 def run() -> None:
     """The console entry."""
-    cli.run(main, Command, description=__doc__ or "")
+    cli.run(main, Command, description=__doc__ or "", remedies={AlreadyOwnedError: "wait for it or stop it"})
 
 
 if __name__ == "__main__":

@@ -262,7 +262,7 @@ def test_pictures_unlike_the_training_data_are_flagged(calibrated: Path) -> None
 def test_confidence_is_given_only_for_the_decoding_that_it_was_measured_with(calibrated: Path) -> None:
     (found,) = load_captioner(calibrated, beam_size=1).describe_views(make_views(1))
     assert found.confidence is None
-    with pytest.raises(UserError, match="--calibrate"):
+    with pytest.raises(UserError, match=r"calibrate it with train/evaluate\.py"):
         load_captioner(calibrated, beam_size=1, abstain_below=0.5)
 
 

@@ -141,7 +141,7 @@ def preprocessing(name: str) -> Preprocessing:
 
 
 def check_crop(name: str, *, crop: int, size: int) -> None:
-    """Raise SmallImagesError or FixedCropError where encoder `name` cannot see such crops of images of `size` pixels."""
+    """Raise SmallImagesError or FixedCropError where encoder `name` cannot see crops of `crop` of `size` pixels."""
     needed = preprocessing(name).crop if name.startswith(ONE_SIZE) else crop
     if needed > size:
         raise SmallImagesError(name, needed, size)

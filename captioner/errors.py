@@ -13,6 +13,17 @@ class UserError(Exception):
     """
 
 
+class NotCalibratedError(UserError):
+    """A model's confidence is asked for, and was not calibrated for captions of this decoding (DecodingDefaults)."""
+
+    def __init__(self, decoding: object) -> None:
+        super().__init__(decoding)
+        self.decoding = decoding
+
+    def __str__(self) -> str:
+        return f"the model folder has no confidence calibrated for {self.decoding}"
+
+
 class StreamingError(UserError):
     """An argument, a state or data that captioner.streaming cannot work with."""
 

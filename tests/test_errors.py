@@ -6,10 +6,11 @@ import pytest
 
 from captioner.cli import Remedies, with_remedy
 from captioner.encoders import FixedCropError, SmallImagesError, WeightsError
-from captioner.errors import StreamingError, TooManyBadSamplesError, UserError
+from captioner.errors import NotCalibratedError, StreamingError, TooManyBadSamplesError, UserError
 from captioner.files.ownership import AlreadyOwnedError, NotWritableError
 from captioner.streaming.cache import CacheFolderError, CacheTooSmallError
 from captioner.streaming.reader import SampleError
+from infer import main as captioning
 from sharding import make_shards
 from train import evaluate
 from train import main as training
@@ -20,6 +21,7 @@ ERRORS = (
     CacheTooSmallError("cache", 10**9, "s3://shards/train-000000.tar", 2 * 10**9),
     FixedCropError("vit_b_32", 192, 224),
     NotWritableError("run", "Permission denied"),
+    NotCalibratedError("a greedy search"),
     SampleError("undecodable", "sample 7 cannot be decoded"),
     SmallImagesError("inception_v3", 299, 256),
     TooManyBadSamplesError(3, 2, "sample 7 cannot be decoded"),
@@ -44,7 +46,7 @@ def test_the_remedy_is_that_of_the_nearest_class_and_may_hold_the_errors_data() 
     assert with_remedy(error, {TooManyBadSamplesError: "tolerate {error.found}"}) == f"{error}: tolerate 3"
 
 
-@pytest.mark.parametrize("remedies", [training.REMEDIES, evaluate.REMEDIES, make_shards.REMEDIES])
+@pytest.mark.parametrize("remedies", [make_shards.REMEDIES, training.REMEDIES, evaluate.REMEDIES, captioning.REMEDIES])
 def test_the_commands_remedies_fit_their_errors(remedies: Remedies) -> None:
     for kind in remedies:
         (error,) = (each for each in ERRORS if type(each) is kind)

@@ -6,14 +6,26 @@ loader = StreamingLoader("data/shards", split="train", batch_size=256)
 
 from typing import TYPE_CHECKING, Any
 
+from captioner.errors import StreamingError, TransformError
+from captioner.shards.indexing import index_shards
+
 if TYPE_CHECKING:
     from captioner.streaming.buffers import batch_buffer
+    from captioner.streaming.ledger import Ledger
     from captioner.streaming.loader import StreamingLoader
     from captioner.streaming.reader import SampleError
 
-__all__ = ["SampleError", "StreamingLoader", "batch_buffer"]
+__all__ = [
+    "Ledger",
+    "SampleError",
+    "StreamingError",
+    "StreamingLoader",
+    "TransformError",
+    "batch_buffer",
+    "index_shards",
+]
 
-_MODULES = {"StreamingLoader": "loader", "SampleError": "reader", "batch_buffer": "buffers"}
+_MODULES = {"StreamingLoader": "loader", "SampleError": "reader", "Ledger": "ledger", "batch_buffer": "buffers"}
 
 
 def __getattr__(name: str) -> Any:  # the order and the cache are for programs without torch too

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from multiprocessing.reduction import ForkingPickler
 from threading import Thread
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ from captioner.streaming.order import SAMPLE_RNG, SampleRef, ShardOrder, rank_po
 from captioner.streaming.reader import SampleError, ShardReader
 
 MAX_OPEN_FILES = 400  # of a process; systems allow 1,024
+BATCHES_FOUND = 8  # whose samples are looked up at once
 FETCHED_SHARDS = 8  # that a process lets wait in the cache before they are needed
 FOLLOW_SECONDS = 0.2  # how soon a worker ends after training does
 MOST_SEED = (1 << 63) - 1  # that torch takes
@@ -133,6 +135,7 @@ class BatchMaker(Dataset[Made | Failed]):
         self.taken, self.buffers = taken, buffers
         self.is_random = is_random
         self._sent = False
+        self._found: dict[Item, list[SampleRef]] = {}
         self._expected: Item | None = None
         self._reader: ShardReader | None = None
         self._prefetcher: Prefetcher | None = None
@@ -177,40 +180,62 @@ class BatchMaker(Dataset[Made | Failed]):
 
     def _make(self, item: Item) -> Made:
         buffers = self.own_buffers
-        reader = self._follow(item)
         positions = self.parts.positions(item.step)
-        num_samples = self.order.num_samples
-        refs = self.order.refs(item.epoch, [position % num_samples for position in positions])
-        samples: list[Any] = []
-        found: list[int] = []
         skipped: list[Skip] = []
-        read: list[Sample] = []
-        for position, ref in zip(positions, refs, strict=True):
-            try:
-                read.append(self._read(reader, item.epoch, position, ref))
-            except SampleError as error:
-                skipped.append(self._skip(position, error))
-        with self.randomness.batch(self.seed, item.epoch, positions) if self.is_random else nullcontext():
-            for sample in read:
-                position = sample["__position__"]
-                try:
-                    samples.append(self._transformed(sample))
-                except SampleError as error:
-                    skipped.append(self._skip(position, error))
-                else:
-                    found.append(position)
-            batch = self._collated(samples, item, positions)
+        samples = self._read(
+            item, positions, skipped
+        )  # all, before one is decoded, which empties the processor's caches
+        found = [sample["__position__"] for sample in samples]
+        seeded = positions if self.transform is not None else positions[:1]
+        with self.randomness.batch(self.seed, item.epoch, seeded) if self.is_random else nullcontext():
+            values: list[Any] = samples
+            if self.decode is not None or self.transform is not None:
+                values, found = self._transform_all(samples, skipped)
+            batch = self._collated(values, item, positions)
         if buffers is None:
             return Made(batch, found, skipped, in_buffers=False)
         batch, in_buffers = buffers.give(batch)
         return Made(batch, found, skipped, in_buffers)
 
-    def _read(self, reader: ShardReader, epoch: int, position: int, ref: SampleRef) -> Sample:
-        key, content = reader.read(ref.shard, ref.place)
-        return {
-            "__key__": key, "__url__": reader.location(ref.shard), "__epoch__": epoch, "__position__": position,
-            "__shard__": ref.shard, "__place__": ref.place, **content,
-        }  # fmt: skip
+    def _read(self, item: Item, positions: range, skipped: list[Skip]) -> list[Sample]:
+        reader, epoch = self._follow(item), item.epoch
+        samples: list[Sample] = []
+        for position, (_, shard, place) in zip(positions, self._find(item), strict=True):
+            try:
+                key, content = reader.read(shard, place)
+            except SampleError as error:
+                skipped.append(self._skip(position, error))
+            else:
+                samples.append({
+                    "__key__": key, "__url__": reader.location(shard), "__epoch__": epoch, "__position__": position,
+                    "__shard__": shard, "__place__": place, **content,
+                })  # fmt: skip
+        return samples
+
+    def _find(self, item: Item) -> list[SampleRef]:
+        """The samples of a batch; those of this process's next batches are looked up with them, which costs less."""
+        if item not in self._found:
+            number_of_workers = worker.num_workers if (worker := get_worker_info()) else 1
+            steps = range(item.step, self.parts.num_steps, number_of_workers)[:BATCHES_FOUND]
+            sizes = [len(self.parts.positions(step)) for step in steps]
+            positions = [position % self.order.num_samples for step in steps for position in self.parts.positions(step)]
+            refs = iter(self.order.refs(item.epoch, positions))
+            self._found = {
+                Item(item.epoch, step): list(islice(refs, size)) for step, size in zip(steps, sizes, strict=True)
+            }
+        return self._found.pop(item)
+
+    def _transform_all(self, samples: list[Sample], skipped: list[Skip]) -> tuple[list[Any], list[int]]:
+        values: list[Any] = []
+        found: list[int] = []
+        for sample in samples:
+            try:
+                values.append(self._transformed(sample))
+            except SampleError as error:
+                skipped.append(self._skip(sample["__position__"], error))
+            else:
+                found.append(sample["__position__"])
+        return values, found
 
     def _transformed(self, sample: Sample) -> Any:
         """The sample as `decode` and `transform` leave it. Raises SampleError and TransformError."""

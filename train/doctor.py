@@ -31,7 +31,7 @@ from captioner.files import storage
 from captioner.flags import Count, File, Location, Pixels, Positive, Workers
 from captioner.shards.format import ShardEntry
 from captioner.streaming import StreamingLoader
-from captioner.streaming.cache import ShardCache
+from captioner.streaming.cache import CacheFolderError, ShardCache
 from captioner.streaming.dataset import Split, check_filled, read_split
 from captioner.workers import count_processors
 from train.batches import CaptionBatches
@@ -247,7 +247,8 @@ def main(settings: DoctorSettings) -> None:
 
 def run() -> None:
     """The console entry."""
-    cli.run(main, DoctorSettings, description=__doc__ or "")
+    remedies: cli.Remedies = {CacheFolderError: "set TMPDIR to a folder with room on a disk of this machine"}
+    cli.run(main, DoctorSettings, description=__doc__ or "", remedies=remedies)
 
 
 if __name__ == "__main__":

@@ -127,18 +127,14 @@ def loader_options(workers: int) -> dict[str, Any]:
 def ours(folder: Path, *, workers: int, epoch: int) -> Iterator[Any]:
     """What train/main.py iterates."""
     from captioner.streaming.dataset import read_split
-    from train.stream import BatchStream, Share, ViewRules
+    from train.batches import caption_loader
 
-    split = read_split([str(folder / SHARDS)], "train", remedy="pack again")
-    stream = BatchStream(
-        split,
-        plan=split.plan(seed=0, epoch=epoch, global_batch=BATCH),
-        share=Share(BATCH),
-        rules=ViewRules(crop=CROP, max_tokens=MAX_TOKENS, training=True),
-        vocabulary=find_vocabulary(folder),
-        workers=workers,
-    )
-    for batch in stream:
+    loader = caption_loader(
+        read_split([str(folder / SHARDS)], "train", remedy="pack again"), batch_size=BATCH, training=True, crop=CROP,
+        max_tokens=MAX_TOKENS, vocabulary=find_vocabulary(folder), num_workers=workers,
+    )  # fmt: skip
+    loader.set_epoch(epoch)
+    for (batch,) in loader:
         yield batch.inputs
 
 
@@ -306,7 +302,7 @@ def walk_shards(folder: Path, *, workers: int, epoch: int) -> Iterator[None]:
 
 
 CONTENDERS = {
-    "ours": Contender(package="torch", modules=("train.stream",), open_epoch=ours),
+    "ours": Contender(package="torch", modules=("train.batches",), open_epoch=ours),
     "webdataset": Contender(package="webdataset", modules=("captioner.model",), open_epoch=plain_webdataset),
     "litdata": Contender(
         package="litdata", modules=("litdata", "captioner.model"), open_epoch=litdata, write=write_litdata

@@ -1,4 +1,4 @@
-"""A training loop without a model, on real ranks: it consumes the stream, writes down each step's samples, checkpoints.
+"""A training loop without a model, on real ranks: it consumes the loader, writes down each step's samples, checkpoints.
 
 Processes come from a server that has loaded torch once.
 """
@@ -94,10 +94,9 @@ def wait_in_workers(shards: str, ending: str, pids: Path) -> None:
     Its workers' numbers are in `pids` when it has had its first batch.
     """
     from captioner.streaming.dataset import read_split
-    from captioner.streaming.order import EpochOrder
     from captioner.streaming.reader import ShardReader
+    from train.batches import caption_loader
     from train.split import read_merged_vocabulary
-    from train.stream import BatchStream, Share, ViewRules
 
     plain, num_read = ShardReader.read, 0
 
@@ -109,13 +108,11 @@ def wait_in_workers(shards: str, ending: str, pids: Path) -> None:
         return plain(self, shard, place)
 
     ShardReader.read = read  # type: ignore[method-assign]
-    split = read_split([shards], "train", remedy="")
-    plan: EpochOrder = split.plan(seed=1, epoch=0, global_batch=GLOBAL_BATCH)
-    rules = ViewRules(crop=28, max_tokens=9, training=True)
-    vocabulary = read_merged_vocabulary([shards], remedy="")
-    iterator = iter(
-        BatchStream(split, plan=plan, share=Share(GLOBAL_BATCH), rules=rules, vocabulary=vocabulary, workers=2)
-    )
+    loader = caption_loader(
+        read_split([shards], "train", remedy=""), batch_size=GLOBAL_BATCH, training=True, crop=28, max_tokens=9,
+        vocabulary=read_merged_vocabulary([shards], remedy=""), num_workers=2,
+    )  # fmt: skip
+    iterator = iter(loader)
     next(iterator)
     workers = multiprocessing.active_children()
     for worker in workers if ending == "signalled" else ():
@@ -188,46 +185,35 @@ def consume(job: Job) -> None:
     from accelerate import Accelerator
     from accelerate.utils import gather_object
 
-    from captioner.streaming.cache import ShardCache
+    from captioner.streaming import Ledger
     from captioner.streaming.dataset import read_split
-    from captioner.streaming.order import num_steps
+    from train.batches import caption_loader
     from train.run_folder import Progress, resume, save_checkpoint
     from train.split import read_merged_vocabulary
-    from train.stream import BatchStream, Ledger, Share, StreamState, ViewRules, check_ranks, rank_facts
 
     accelerator = Accelerator()
     split = read_split(job.shards, "train", remedy="")
-    vocabulary = read_merged_vocabulary(job.shards, remedy="")
-    state = StreamState.start(split, seed=1, global_batch=GLOBAL_BATCH, shuffle_shards=8)
-    share = Share(GLOBAL_BATCH, rank=accelerator.process_index, world_size=accelerator.num_processes)
-    check_ranks(gather_object([rank_facts(state, share)]))
-    accelerator.register_for_checkpointing(state)
+    cache: dict[str, Any] = {"cache": job.cache, "cache_gigabytes": 1 / 60} if job.cache else {}
+    loader = caption_loader(
+        split, batch_size=GLOBAL_BATCH, training=True, seed=1, shuffle_shards=8, crop=28, max_tokens=20,
+        vocabulary=read_merged_vocabulary(job.shards, remedy=""), rank=accelerator.process_index,
+        world_size=accelerator.num_processes, num_workers=job.workers, **cache,
+    )  # fmt: skip
+    accelerator.register_for_checkpointing(loader)
     resume(job.run, accelerator)
-    steps = num_steps(split.num_samples, global_batch=GLOBAL_BATCH)
     job.run.mkdir(exist_ok=True)
     with (job.run / f"seen-{os.getpid()}").open("w") as log:
-        for epoch in range(state.epoch, job.epochs):
-            first = state.position
-            stream = BatchStream(
-                split,
-                plan=state.plan(split),
-                share=share,
-                rules=ViewRules(crop=28, max_tokens=20, training=True),
-                vocabulary=vocabulary,
-                workers=job.workers,
-                first_part=first // GLOBAL_BATCH,
-                cache=ShardCache(str(job.cache), max_bytes=1 << 24) if job.cache else None,
-            )
-            for step, batch in enumerate(stream, start=first // GLOBAL_BATCH):
+        while loader.epoch < job.epochs:
+            epoch, first = loader.epoch, loader.steps_done
+            for step, (batch,) in enumerate(loader, start=first):
                 digest = sha256(batch.inputs[: batch.num_samples].numpy().tobytes()).hexdigest()
-                row = [time.time(), epoch, step, share.rank, share.world_size, batch.positions, batch.keys, digest]
-                log.write(json.dumps(row) + "\n")
+                row = [epoch, step, loader.rank, loader.world_size, batch.positions, batch.keys, digest]
+                log.write(json.dumps([time.time(), *row]) + "\n")
                 log.flush()
                 time.sleep(job.pause)
-                if (step + 1) % CHECKPOINT_STEPS == 0 and step + 1 < steps:
-                    state.position = (step + 1) * GLOBAL_BATCH
-                    save_checkpoint(job.run, state, Progress(), accelerator)
-            Ledger.of_all(gather_object([stream.ledger]), planned=split.num_samples - first)
-            state.epoch, state.position = epoch + 1, 0
-            save_checkpoint(job.run, state, Progress(), accelerator)
+                if (step + 1) % CHECKPOINT_STEPS == 0 and step + 1 < len(loader):
+                    save_checkpoint(job.run, loader, Progress(), accelerator)
+            planned = split.num_samples - first * GLOBAL_BATCH
+            Ledger.of_all(gather_object([loader.ledger]), planned=planned)
+            save_checkpoint(job.run, loader, Progress(), accelerator)
     accelerator.end_training()

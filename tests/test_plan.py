@@ -16,13 +16,12 @@ from tiny import write_coco, write_shards
 from captioner.errors import UserError
 from captioner.shards import splitmix
 from captioner.shards.format import Manifest, ShardEntry
-from captioner.shards.splitmix import random_bits, random_order
+from captioner.shards.splitmix import random_bits, random_integer, random_order
 from captioner.streaming.order import EpochOrder, num_steps, rank_positions
 from sharding import make_shards
 from sharding.settings import ShardSettings
 from train import plan as plan_module
-from train.plan import PlanSettings
-from train.stream import Share
+from train.plan import PlanSettings, window_advice
 
 manifests = st.lists(st.integers(0, 40), min_size=1, max_size=30)
 seeds, epochs, mixed = st.integers(0, 2**64), st.integers(0, 1000), st.integers(1, 70)
@@ -165,32 +164,11 @@ def test_lanes_divide_the_batch_and_with_their_windows_hold_the_shards_that_are_
 def test_what_is_advised_gives_each_rank_lanes_of_its_own(world_size: int, per_rank: int, shuffle_shards: int) -> None:
     batch = world_size * per_rank
     plan = EpochOrder(shard_sizes=[1], global_batch=batch, shuffle_shards=shuffle_shards)
-    advice = plan.advice(world_size=world_size)
+    advice = window_advice(plan, world_size=world_size)
     assert bool(advice) == (plan.num_lanes % world_size > 0)
     if advice:
         better = EpochOrder(shard_sizes=[1], global_batch=batch, shuffle_shards=int(advice.rpartition(" ")[2]))
         assert better.num_lanes % world_size == 0
-
-
-@given(world_size=st.integers(1, 8), parts=st.integers(1, 5), rows=st.integers(1, 5), num_samples=st.integers(0, 400))
-@settings(deadline=None, max_examples=200)
-def test_parts_of_a_batch_are_the_same_images_for_any_number_of_ranks(
-    world_size: int, parts: int, rows: int, num_samples: int
-) -> None:
-    batch = world_size * parts * rows
-    alone = Share(batch, accumulation_steps=parts)
-    ranks = [Share(batch, rank, world_size, parts) for rank in range(world_size)]
-    total = alone.num_parts(num_samples)
-    for part in range(total):
-        shares = [share.positions(part, num_samples=num_samples) for share in ranks]
-        together = sorted(position for share in shares for position in share)
-        assert together == list(alone.positions(part, num_samples=num_samples))
-        assert together  # a part without images could not be normalised
-        assert max(map(len, shares)) <= rows == ranks[0].rows
-        assert {position // batch for position in together} == {part // parts}
-    everything = [p for part in range(total) for p in alone.positions(part, num_samples=num_samples)]
-    assert sorted(everything) == list(range(num_samples))
-    assert alone.num_parts(7 * batch) == 7 * parts
 
 
 # ---- chance -------------------------------------------------------------------------------------------------
@@ -203,6 +181,11 @@ def test_random_numbers_are_the_published_ones_and_will_stay() -> None:
     assert [hex(bits) for bits in splitmix._mix(state).tolist()] == [
         "0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4", "0x6c45d188009454f"]  # fmt: skip
     assert random_order(10, 1, 2, 3).tolist() == [5, 7, 3, 1, 2, 4, 6, 9, 8, 0]
+
+
+@given(counter=st.integers(0, 2**62), key=st.lists(st.integers(0, 2**62), max_size=4))
+def test_one_counter_has_the_same_random_bits_without_numpy(counter: int, key: list[int]) -> None:
+    assert random_integer(counter, *key) == int(random_bits(np.array([counter]), *key)[0])
 
 
 def test_random_bits_are_spread_evenly_and_differ_by_key() -> None:
@@ -296,9 +279,9 @@ def test_the_plan_is_printed_before_any_gpu_is_taken(shards: Path, capsys: pytes
     manifest = json.loads((shards / "train.manifest.json").read_text())
     for fact in (
         "samples │ 23 ",
-        "global batch │ 8 images, 2 a process",
+        "global batch │ 8 samples, 2 a process",
         "steps │ 3 ",
-        "7 images: 2 for 3 of the processes, 1 for the others",
+        "7 samples: 2 for 3 of the processes, 1 for the others",
         "repeated, dropped │ 0, 0",
         f"shards │ {len(manifest['shards'])}",
     ):

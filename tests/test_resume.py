@@ -10,22 +10,19 @@ import time
 from pathlib import Path
 
 import pytest
-from accelerate import Accelerator
 from consumer import CHECKPOINT_STEPS, GLOBAL_BATCH, Job, Seen, context, finish, seen, start, wait, wait_in_workers
 from servers import Bucket, free_port, run_nginx
 from tiny import write_shards
 
 from captioner.errors import UserError
-from captioner.streaming.cache import ShardCache
 from captioner.streaming.dataset import read_split
-from captioner.streaming.reader import ShardReader
+from train.batches import caption_loader
+from train.run_folder import ENCODER_WEIGHTS, check_same_parts
 from train.split import read_merged_vocabulary, read_validation
-from train.stream import BatchStream, Share, StreamState, ViewRules, check_ranks, rank_facts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIZES = (5, 11, 1, 9, 14, 0, 8, 3, 12)
 EPOCHS, NUM_KILLS = 3, 10
-ORDER = {"seed": 1, "global_batch": GLOBAL_BATCH, "shuffle_shards": 8}
 STEPS = -(-sum(SIZES) // GLOBAL_BATCH)
 
 Order = dict[tuple[int, int], list[tuple[int, str]]]
@@ -115,18 +112,6 @@ def test_after_a_kill_training_goes_on_at_the_checkpoint(shards: str, tmp_path: 
     steps = [row.step for row in seen(job.run)]
     assert steps[before] == before // CHECKPOINT_STEPS * CHECKPOINT_STEPS
     assert steps[before:] == list(range(steps[before], STEPS))
-
-
-def test_a_checkpoint_of_another_order_is_refused(shards: str) -> None:
-    split = read_split([shards], "train", remedy="")
-    state = StreamState.start(split, **ORDER)
-    state.epoch, state.position = 3, 24
-    other = StreamState.start(split, **ORDER)
-    other.load_state_dict(state.state_dict())
-    assert other == state
-    for changed in ({"seed": 2}, {"shuffle_shards": 3}, {"global_batch": 8}):
-        with pytest.raises(UserError, match=f"{next(iter(changed))} was"):
-            StreamState.start(split, **(ORDER | changed)).load_state_dict(state.state_dict())
 
 
 # ---- loader workers -----------------------------------------------------------------------------------------
@@ -261,84 +246,22 @@ def test_evaluation_needs_room_for_few_shards(shards: str, nginx: tuple[str, Pat
     folder = Path(write_shards(root / "many", (3,) * 20, split="val"))
     split = read_split([f"{address}/many"], "val", remedy="")
     num_bytes = sum(path.stat().st_size for path in folder.glob("val-*"))
-    stream = BatchStream(
-        split,
-        plan=split.plain_plan(),
-        share=Share(GLOBAL_BATCH),
-        rules=ViewRules(crop=28, max_tokens=9, training=False),
-        vocabulary=read_merged_vocabulary([shards], remedy=""),
-        workers=0,
-        cache=ShardCache(str(tmp_path / "cache"), max_bytes=num_bytes // 2),
-    )
-    assert [position for batch in stream for position in batch.positions] == list(range(60))
+    loader = caption_loader(
+        split, batch_size=GLOBAL_BATCH, crop=28, max_tokens=9, vocabulary=read_merged_vocabulary([shards], remedy=""),
+        cache=tmp_path / "cache", cache_gigabytes=num_bytes / 2e9,
+    )  # fmt: skip
+    assert [position for (batch,) in loader for position in batch.positions] == list(range(60))
 
 
 # ---- mistakes -----------------------------------------------------------------------------------------------
 
 
-def facts(shards: str, ranks: list[tuple[int, int]], **changed: int | None) -> list[dict]:
-    split = read_split([shards], "train", remedy="")
-    state = StreamState.start(split, **ORDER)
-    found = [rank_facts(state, Share(8, rank=rank, world_size=world_size), val=split) for rank, world_size in ranks]
-    found[-1] |= changed
-    return found
-
-
-def test_ranks_that_agree_make_up_a_batch(shards: str) -> None:
-    check_ranks(facts(shards, [(0, 1)]))
-    check_ranks(facts(shards, [(rank, 4) for rank in range(4)]))
-
-
-@pytest.mark.parametrize(
-    ("ranks", "changed", "message"),
-    [
-        ([(0, 1), (0, 1)], {}, "16 of 8 samples of a batch, 8 different"),  # each believes to be alone
-        ([(0, 2), (0, 2)], {}, "8 of 8 samples of a batch, 4 different"),
-        ([(0, 4), (1, 4), (3, 4)], {}, "6 of 8 samples"),
-        ([(0, 2), (1, 2)], {"seed": 2}, r"rank 1 sees other data than rank 0 \(seed 2, not 1\)"),
-        ([(0, 2), (1, 2)], {"fingerprint": 0}, "fingerprint"),
-        ([(0, 2), (1, 2)], {"val": None}, r"\(val None, not "),
-        ([(0, 2), (1, 2)], {"position": 4}, "position"),
-    ],
-)
-def test_ranks_that_overlap_leave_gaps_or_differ_are_refused(
-    shards: str, ranks: list[tuple[int, int]], changed: dict[str, int], message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        check_ranks(facts(shards, ranks, **changed))
-
-
-def make_stream(shards: str, *, first_part: int = 0, workers: int = 0) -> BatchStream:
-    split = read_split([shards], "train", remedy="")
-    vocabulary = read_merged_vocabulary([shards], remedy="")
-    return BatchStream(
-        split,
-        plan=split.plan(seed=1, epoch=0, global_batch=GLOBAL_BATCH),
-        share=Share(GLOBAL_BATCH),
-        rules=ViewRules(crop=28, max_tokens=9, training=True),
-        vocabulary=vocabulary,
-        workers=workers,
-        first_part=first_part,
-    )
-
-
-def test_accelerate_is_not_given_the_stream(shards: str) -> None:
-    with pytest.raises(UserError, match="must not be given a BatchStream"):
-        Accelerator(cpu=True).prepare(make_stream(shards))
-
-
-@pytest.mark.parametrize("first_part", [0, STEPS // 2, STEPS - 2])
-def test_a_seek_reads_nothing_but_its_batch(shards: str, first_part: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[tuple[int, int]] = []
-    plain = ShardReader.read
-    monkeypatch.setattr(ShardReader, "read", lambda self, *where: (read.append(where), plain(self, *where))[1])
-    next(iter(make_stream(shards, first_part=first_part)))
-    plan = read_split([shards], "train", remedy="").plan(seed=1, epoch=0, global_batch=GLOBAL_BATCH)
-    refs = plan.refs(range(first_part * GLOBAL_BATCH, (first_part + 1) * GLOBAL_BATCH))
-    assert read == [(ref.shard, ref.place) for ref in refs]
-
-
-def test_a_stream_knows_how_many_batches_are_left(shards: str) -> None:
-    for first_part in (0, 1, STEPS):
-        stream = make_stream(shards, first_part=first_part)
-        assert len(stream) == len(list(stream)) == STEPS - first_part
+def test_ranks_that_see_other_data_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weights file need not be on each machine."""
+    own = {"train shards": "a", "val shards": None, ENCODER_WEIGHTS: "w"}
+    others: list[dict[str, str | None]] = [own, own | {ENCODER_WEIGHTS: None}]
+    monkeypatch.setattr("train.run_folder.gather_object", lambda facts: [*facts, *others])
+    check_same_parts(own)
+    others.append(own | {"val shards": "b"})
+    with pytest.raises(UserError, match=r"rank 3 sees other data than rank 0 \(val shards b, not None\)"):
+        check_same_parts(own)

@@ -4,6 +4,7 @@ Shapes: B pictures, F features of a picture.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from statistics import median
 
@@ -16,10 +17,10 @@ from torch import Tensor
 from captioner.bundle import DecodingDefaults
 from captioner.calibration import Calibration, fit_confidence, fit_space
 from captioner.metrics import cider
+from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import Split
 from train.predictions import ValidationCaption
 from train.step import CaptionLoss
-from train.stream import BatchStream, Share
 
 MOST_PICTURES = 4096  # of large splits so many are enough, taken at equal distances
 ENCODED_TOGETHER = 64  # pictures of a rank's batch
@@ -30,16 +31,16 @@ def calibrate(
     split: Split,
     *,
     loss_model: CaptionLoss,
-    open_stream: Callable[..., BatchStream],
+    open_loader: Callable[..., StreamingLoader],
     decoding: DecodingDefaults,
     accelerator: Accelerator,
 ) -> Calibration | None:
     """The calibration of a model that made these captions of the split's pictures, decoding so; in the main process.
 
-    All ranks must call it; the others get None, and their `captions` are not read. `open_stream` reads the split's
-    samples, with middle crops or cached features.
+    All ranks must call it; the others get None, and their `captions` are not read. `open_loader` opens a loader of the
+    split's samples, with middle crops or cached features.
     """
-    features_BF = sample_features(split, loss_model=loss_model, open_stream=open_stream, accelerator=accelerator)
+    features_BF = sample_features(split, loss_model=loss_model, open_loader=open_loader, accelerator=accelerator)
     if not accelerator.is_main_process:
         return None
     usable = [row for row in thinned(captions) if len(row.references) > 1]
@@ -80,22 +81,22 @@ def are_good(captions: Sequence[ValidationCaption]) -> list[bool]:
 
 @torch.no_grad()
 def sample_features(
-    split: Split, *, loss_model: CaptionLoss, open_stream: Callable[..., BatchStream], accelerator: Accelerator
+    split: Split, *, loss_model: CaptionLoss, open_loader: Callable[..., StreamingLoader], accelerator: Accelerator
 ) -> Tensor:
     """The encoder's features (B, F) of at most MOST_PICTURES pictures of a split, in its order, the same on every rank.
 
     They stand at equal distances in the split, the same ones for any number of ranks.
     """
-    plan = split.plain_plan(every=_stride(split.num_samples))
-    share = Share.of(accelerator, ENCODED_TOGETHER * accelerator.num_processes)
     loss_model.eval()
     positions: list[int] = []
     features: list[np.ndarray] = []
-    for batch in open_stream(split, plan=plan, share=share):
-        with accelerator.autocast():
-            features_BF = loss_model.features(batch.to(accelerator.device).inputs)
-        positions += batch.positions
-        features.append(features_BF[: batch.num_samples].float().cpu().numpy())  # none of a filler's row
+    together, every = ENCODED_TOGETHER * accelerator.num_processes, _stride(split.num_samples)
+    with closing(open_loader(split, batch_size=together, accumulation_steps=1, every=every)) as loader:
+        for (batch,) in loader:
+            with accelerator.autocast():
+                features_BF = loss_model.features(batch.to(accelerator.device).inputs)
+            positions += batch.positions
+            features.append(features_BF[: batch.num_samples].float().cpu().numpy())  # none of a filler's row
     found = gather_object([(positions, np.concatenate(features))])
     order = np.argsort(np.concatenate([positions for positions, _ in found]))
     return torch.from_numpy(np.concatenate([features_BF for _, features_BF in found])[order])

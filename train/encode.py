@@ -7,6 +7,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,11 +20,11 @@ from torch import nn
 from captioner import cli
 from captioner.errors import UserError
 from captioner.files import storage
+from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import Split
 from captioner.views import ViewSpec
 from train.features import FORMAT_VERSION, ROW_DTYPE, FeatureFiles
 from train.step import CaptionLoss
-from train.stream import BatchStream, Share
 from train.uneven import refused_together, waiting_for_all
 
 ENCODED_TOGETHER = 64  # pictures of a batch
@@ -63,20 +64,20 @@ def prepare_features(
     splits: Sequence[Split],
     *,
     loss_model: CaptionLoss,
-    open_stream: Callable[..., BatchStream],
+    open_loader: Callable[..., StreamingLoader],
     cache: str,
     accelerator: Accelerator,
 ) -> dict[str, FeatureFiles]:
     """The feature files of splits, by their names; those that are not there yet are made first, by the ranks together.
 
-    `open_stream` reads a split's samples with middle crops; features of folders behind URLs go to `cache`. Each file is
-    written whole or not at all, so that a killed run goes on. Raises UserError for files of another encoder, view or
-    shard, and where they cannot be written.
+    `open_loader` opens a loader of a split's samples with middle crops; features of folders behind URLs go to `cache`.
+    Each file is written whole or not at all, so that a killed run goes on. Raises UserError for files of another
+    encoder, view or shard, and where they cannot be written.
     """
     with refused_together():
         found = find_features(splits, loss_model=loss_model, cache=cache, precision=accelerator.mixed_precision)
     for split in splits:
-        _make_missing(found[split.name], split, loss_model=loss_model, open_stream=open_stream, accelerator=accelerator)
+        _make_missing(found[split.name], split, loss_model=loss_model, open_loader=open_loader, accelerator=accelerator)
     return found
 
 
@@ -85,7 +86,7 @@ def _make_missing(
     split: Split,
     *,
     loss_model: CaptionLoss,
-    open_stream: Callable[..., BatchStream],
+    open_loader: Callable[..., StreamingLoader],
     accelerator: Accelerator,
 ) -> None:
     missing = files.missing()
@@ -95,7 +96,7 @@ def _make_missing(
         try:
             if own:
                 _encode_shards(
-                    files, split, own, loss_model=loss_model, open_stream=open_stream, accelerator=accelerator
+                    files, split, own, loss_model=loss_model, open_loader=open_loader, accelerator=accelerator
                 )
         except OSError as error:
             raise UserError(
@@ -113,17 +114,19 @@ def _encode_shards(
     own: Sequence[int],
     *,
     loss_model: CaptionLoss,
-    open_stream: Callable[..., BatchStream],
+    open_loader: Callable[..., StreamingLoader],
     accelerator: Accelerator,
 ) -> None:
     """Make the files of `own` shards, in this process alone."""
     part = split.only(own)
-    stream = open_stream(part, plan=part.plain_plan(), share=Share(ENCODED_TOGETHER))
     total, quiet = part.num_samples, not accelerator.is_main_process
-    with cli.progress_bar(f"encoding {split.name}", total=total, unit="images", quiet=quiet) as bar:
+    with (
+        closing(open_loader(part, batch_size=ENCODED_TOGETHER, rank=0, world_size=1)) as loader,
+        cli.progress_bar(f"encoding {split.name}", total=total, unit="images", quiet=quiet) as bar,
+    ):
 
         def rows() -> Iterator[tuple[int, np.ndarray]]:
-            for batch in stream:
+            for (batch,) in loader:
                 with accelerator.autocast():
                     features_BF = loss_model.features(batch.to(accelerator.device).inputs)
                 bar.advance(batch.num_samples)

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from captioner import cli
-from captioner.streaming.order import num_steps
+from captioner.streaming import StreamingLoader
+from train.batches import Batch
 from train.launch import Preemption
 from train.step import StepLoss, check_finite
-from train.stream import Batch, StreamState
 from train.tracking import Tracker
 
 LOG_STEPS = 10
@@ -122,14 +122,10 @@ class Agreement:
 
 
 def train_epoch(
-    batches: Iterable[Batch],
+    loader: StreamingLoader,
     take_step: Callable[[Sequence[Batch], int], Tensor],
     *,
-    state: StreamState,
-    num_samples: int,
     num_epochs: int,
-    global_batch: int,
-    accumulation_steps: int,
     checkpoint_steps: int,
     schedule: LRScheduler,
     save: Callable[[], None],
@@ -137,21 +133,22 @@ def train_epoch(
     stop: Preemption,
     accelerator: Accelerator,
 ) -> Reading:
-    """The optimizer steps of the epoch that `state` stands in, to its end, and what they brought.
+    """The optimizer steps of the epoch that the loader stands in, to its end, and what they brought.
 
-    `take_step` gets the parts of this rank's share of a global batch, and the step's number in the whole run, from 1.
-    All ranks read the losses, save and stop at the same steps; `state` moves on with each checkpoint.
+    `take_step` gets the parts of this rank's samples of a global batch, and the step's number in the whole run, from 1.
+    All ranks read the losses, save and stop at the same steps.
     """
-    epoch_steps = num_steps(num_samples, global_batch=global_batch)
-    before = state.epoch * epoch_steps
-    steps = range(before + num_steps(state.position, global_batch=global_batch) + 1, before + epoch_steps + 1)
-    title, total_steps = f"epoch {state.epoch + 1} of {num_epochs}", num_epochs * epoch_steps
+    epoch, epoch_steps = loader.epoch, len(loader)
+    before = epoch * epoch_steps
+    title, total_steps = f"epoch {epoch + 1} of {num_epochs}", num_epochs * epoch_steps
     meter, total, agreement = Meter(accelerator=accelerator), Reading(), Agreement(accelerator=accelerator)
-    quiet = not accelerator.is_main_process
-    with cli.progress_bar(title, total=total_steps, unit="steps", quiet=quiet, done=steps.start - 1) as bar:
-        for step, (parts, waiting_seconds) in zip(steps, timed(grouped(batches, accumulation_steps)), strict=True):
+    quiet, done = not accelerator.is_main_process, before + loader.steps_done
+    with cli.progress_bar(title, total=total_steps, unit="steps", quiet=quiet, done=done) as bar:
+        for step, (batch, waiting_seconds) in enumerate(timed(loader), start=done + 1):
+            num_left = loader.split.num_samples - (step - 1 - before) * loader.batch_size
+            parts = batch[:num_left]  # of fewer samples than parts: the others are fillers on all ranks
             meter.add(take_step(parts, step), parts, waiting_seconds=waiting_seconds)
-            due = step % checkpoint_steps == 0 or step == steps[-1]
+            due = step % checkpoint_steps == 0 or step == before + epoch_steps
             stopping, note = agreement.wants_stop(stop.requested, now=due), ""
             if due or stopping or step % LOG_STEPS == 0:
                 reading = meter.read(last_step=step)
@@ -161,31 +158,18 @@ def train_epoch(
                 total, note = total + reading, str(reading.loss)
             bar.advance(note=note)
             if due or stopping:
-                state.position = min((step - before) * global_batch, num_samples)
                 save()
             if stopping:
                 stop.leave()
     return total
 
 
-def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """`size` neighbours at a time; the last group may be smaller."""
-    group: list[Batch] = []
-    for batch in batches:
-        group.append(batch)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def timed(groups: Iterable[list[Batch]]) -> Iterator[tuple[list[Batch], float]]:
-    """Each group with the seconds that it was waited for."""
-    iterator = iter(groups)
+def timed(batches: Iterable[list[Batch]]) -> Iterator[tuple[list[Batch], float]]:
+    """Each batch with the seconds that it was waited for."""
+    iterator = iter(batches)
     while True:
         started = time.monotonic()
-        group = next(iterator, None)
-        if group is None:
+        batch = next(iterator, None)
+        if batch is None:
             return
-        yield group, time.monotonic() - started
+        yield batch, time.monotonic() - started

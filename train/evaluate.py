@@ -4,7 +4,7 @@
     accelerate launch --config_file accelerate_config.yaml train/evaluate.py --model model --shards shards  # all GPUs
     python train/evaluate.py --results results.json --references captions_val2014.json --json scores.json
 
-    python train/evaluate.py --model runs/coco/model --shards data/shards --calibrate  # and its confidence, anew
+    python train/evaluate.py --model runs/coco/model --shards data/shards --calibrate  # and its confidence again
 
 Figures are those of the evaluation inside training, and of the official program (coco-caption). METEOR and SPICE need
 Java and one more package: pip install -e '.[java]', then --java-metrics meteor spice.
@@ -12,8 +12,10 @@ Java and one more package: pip install -e '.[java]', then --java-metrics meteor 
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,14 +191,14 @@ def _score_model(settings: EvaluateSettings) -> None:
     from accelerate.utils import gather_object
 
     from captioner.bundle import load_bundle
-    from captioner.streaming.cache import ShardCache
+    from captioner.streaming import Ledger
     from captioner.streaming.dataset import check_filled, read_split
+    from train.batches import PINNED_FOR, caption_loader, check_batch_size
     from train.calibrate import calibrate
     from train.launch import start_accelerator
     from train.plan import PACK_FIRST
     from train.split import check_fits, read_view
     from train.step import CaptionLoss
-    from train.stream import BatchStream, Ledger, Share, ViewRules
     from train.uneven import refused_together
     from train.validation import evaluate_split
 
@@ -206,29 +208,35 @@ def _score_model(settings: EvaluateSettings) -> None:
         bundle = load_bundle(str(settings.model), device=accelerator.device)
         split = read_split(settings.shards, flags["split"], remedy=PACK_FIRST)
         check_filled(split)
+        check_batch_size(flags["batch_size"], world_size=accelerator.num_processes)
         check_fits(bundle.view, read_view([split], crop=bundle.view.crop))
         if settings.calibrate:
             check_enough(split)
     given: dict[str, Any] = {"beam_size": settings.beam_size, "length_penalty": settings.length_penalty}
     decoding = replace(bundle.decoding, **{name: value for name, value in given.items() if value is not None})
-    open_stream = partial(
-        BatchStream,
-        rules=ViewRules(crop=bundle.view.crop, max_tokens=decoding.max_tokens, training=False),
+    open_loader = partial(
+        caption_loader,
         vocabulary=bundle.vocabulary,
-        workers=flags["workers"],
-        cache=ShardCache(flags["cache"], max_bytes=int(flags["cache_gigabytes"] * 1e9)),
-        device=accelerator.device,
+        crop=bundle.view.crop,
+        max_tokens=decoding.max_tokens,
+        batch_size=flags["batch_size"],
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=flags["workers"],
+        pin_memory=accelerator.device.type in PINNED_FOR,
+        cache=flags["cache"],
+        cache_gigabytes=flags["cache_gigabytes"],
     )
-    batches = open_stream(split, plan=split.plain_plan(), share=Share.of(accelerator, flags["batch_size"]))
     loss_model = CaptionLoss(bundle.model, view=bundle.view)
-    loss, rows = evaluate_split(
-        loss_model,
-        batches,
-        vocabulary=bundle.vocabulary,
-        decoding=decoding,
-        accelerator=accelerator,
-    )
-    Ledger.of_all(gather_object([batches.ledger]), planned=split.num_samples)
+    with closing(open_loader(split)) as loader:
+        loss, rows = evaluate_split(
+            loss_model,
+            chain.from_iterable(loader),
+            vocabulary=bundle.vocabulary,
+            decoding=decoding,
+            accelerator=accelerator,
+        )
+    Ledger.of_all(gather_object([loader.ledger]), planned=split.num_samples)
     with refused_together():
         if accelerator.is_main_process:
             write_results(str(flags["output"]), [(row.image_id, row.caption) for row in rows])
@@ -246,7 +254,7 @@ def _score_model(settings: EvaluateSettings) -> None:
             report(metrics, captions, references, facts, settings=settings)
     if settings.calibrate:
         calibration = calibrate(
-            rows, split, loss_model=loss_model, open_stream=open_stream, decoding=decoding, accelerator=accelerator
+            rows, split, loss_model=loss_model, open_loader=open_loader, decoding=decoding, accelerator=accelerator
         )
         with refused_together():
             if settings.model is not None and calibration is not None:
@@ -282,7 +290,7 @@ def keep_calibration(folder: Path, calibration: "Calibration", *, old: "Calibrat
     try:
         save_calibration(folder, calibration, model=name)
     except OSError as error:
-        raise UserError(f"cannot keep the calibration in {folder} ({error}): mend that and run again") from error
+        raise UserError(f"cannot keep the calibration in {folder} ({error}): fix that and run again") from error
     cli.console.print(f"the calibration is in {folder}, for captions with the same beams and penalty")
 
 

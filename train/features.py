@@ -21,11 +21,11 @@ from captioner.errors import UserError
 from captioner.files import storage
 from captioner.shards.format import ShardEntry
 from captioner.streaming.dataset import Split
-from captioner.streaming.order import SampleRef
 from captioner.streaming.reader import SampleError
 
 FORMAT_VERSION = 1
 ROW_DTYPE = np.dtype(np.float32)
+MAX_OPEN = 400  # files of a process, beside as many shards; systems allow 1,024
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +84,8 @@ class OpenFeatures:
 
     file: int
     start: int
-    crc32s: list[int]
-    usable: list[int]
+    crc32s: np.ndarray
+    usable: np.ndarray
     facts: dict[str, str]
 
     @classmethod
@@ -100,7 +100,7 @@ class OpenFeatures:
         arrays = []
         for name, dtype in (("crc32s", np.uint32), ("usable", np.uint8)):
             begin, end = head[name]["data_offsets"]
-            arrays.append(np.frombuffer(os.pread(file, end - begin, start + begin), dtype=dtype).tolist())
+            arrays.append(np.frombuffer(os.pread(file, end - begin, start + begin), dtype=dtype))
         if any(len(array) != num_samples for array in arrays) or os.fstat(file).st_size != start + max(
             head[name]["data_offsets"][1] for name in ("features", "crc32s", "usable")
         ):
@@ -111,7 +111,7 @@ class OpenFeatures:
 class FeatureReader:
     """Reads single rows out of a split's feature files, each checked; the last `max_open` files are kept open."""
 
-    def __init__(self, files: FeatureFiles, *, max_open: int) -> None:
+    def __init__(self, files: FeatureFiles, *, max_open: int = MAX_OPEN) -> None:
         self._files = files
         self._max_open = max_open
         self._open: OrderedDict[int, OpenFeatures] = OrderedDict()
@@ -121,21 +121,21 @@ class FeatureReader:
         while self._open:
             os.close(self._open.popitem()[1].file)
 
-    def read_into(self, row_F: np.ndarray, ref: SampleRef) -> None:
+    def read_into(self, row_F: np.ndarray, shard: int, place: int) -> None:
         """A sample's features (F), float32, into `row_F`. Raises SampleError where they are damaged or unusable."""
-        found = self._open.get(ref.shard)
+        found = self._open.get(shard)
         if found is None:
             while len(self._open) >= self._max_open:
                 os.close(self._open.popitem(last=False)[1].file)
-            found = self._open[ref.shard] = self._files.open(ref.shard)
-        self._open.move_to_end(ref.shard)
-        path = self._files.paths[ref.shard]
-        if not found.usable[ref.place]:
-            raise SampleError("no features", f"sample {ref.place} of {path} was not readable when it was encoded")
+            found = self._open[shard] = self._files.open(shard)
+        self._open.move_to_end(shard)
+        path = self._files.paths[shard]
+        if not found.usable[place]:
+            raise SampleError("no features", f"sample {place} of {path} was not readable when it was encoded")
         try:
-            num_bytes = os.preadv(found.file, [row_F.data], found.start + ref.place * row_F.nbytes)
+            num_bytes = os.preadv(found.file, [row_F.data], found.start + place * row_F.nbytes)
         except OSError as error:
-            raise UserError(f"cannot read {path} ({error.strerror or error}): mend that") from error
-        if num_bytes != row_F.nbytes or zlib.crc32(row_F.data) != found.crc32s[ref.place]:
-            message = f"{path} is damaged at sample {ref.place} (checksum differs): delete it to have it made again"
+            raise UserError(f"cannot read {path} ({error.strerror or error}): fix that") from error
+        if num_bytes != row_F.nbytes or zlib.crc32(row_F.data) != found.crc32s[place]:
+            message = f"{path} is damaged at sample {place} (checksum differs): delete it to have it made again"
             raise SampleError("checksum", message)

@@ -8,31 +8,31 @@ Before, sharding/make_shards.py packs the data; after, infer/main.py captions fo
 it goes on from the newest checkpoint, on any number of GPUs and workers; stopped by SIGTERM it saves and exits with 75.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from captioner import cli
 from captioner.encoders import FixedCropError, SmallImagesError, WeightsError
+from captioner.errors import TooManyBadSamplesError
 from captioner.files.ownership import AlreadyOwnedError, NotWritableError
-from captioner.streaming.cache import CacheFolderError, CacheTooSmallError, ShardCache
+from captioner.streaming.cache import CacheFolderError, CacheTooSmallError
 from captioner.streaming.order import num_steps
 from train import run_folder
+from train.batches import PINNED_FOR, caption_loader, check_batch_size
 from train.encode import prepare_features
 from train.epoch import train_epoch
 from train.job import as_job
 from train.launch import Preemption, ending_without_peers
-from train.plan import PACK_FIRST
+from train.plan import PACK_FIRST, window_advice
 from train.report import write_report
 from train.schedule import make_optimizer, make_schedule
 from train.settings import CHANGEABLE, TrainSettings, check_settings, count_steps
 from train.split import read_data
 from train.starting_model import choose_model, make_model
 from train.step import CaptionLoss, check_same_weights, distribute, train_step
-from train.stream import BatchStream, Share, StreamState, ViewRules, check_ranks, rank_facts
 from train.tracking import Tracker, check_wandb
 from train.uneven import refused_together
 from train.validation import Evaluator
@@ -44,6 +44,7 @@ REMEDIES: cli.Remedies = {
     SmallImagesError: "pack them with sharding/make_shards.py --size {error.packed_size}, or give --crop {error.size} "
     "or less where the encoder takes it",
     WeightsError: "give other --weights, or train from scratch with --weights none --finetune-encoder-from-step 0",
+    TooManyBadSamplesError: "pack or fetch these shards again, or give a greater --tolerate-bad-samples",
     CacheTooSmallError: "give more --cache-gigabytes or fewer --shuffle-shards",
     CacheFolderError: "give another --cache folder on a disk of this machine, or fewer --cache-gigabytes if it is full",
 }
@@ -62,10 +63,8 @@ def main(settings: TrainSettings, accelerator: Accelerator, stop: Preemption) ->
         train, val, vocabulary = read_data(settings.shards, remedy=PACK_FIRST)
         epoch_steps = num_steps(train.num_samples, global_batch=settings.batch_size)
         total_steps = count_steps(settings, epoch_steps, has_val=val is not None)
-        share = Share.of(accelerator, settings.batch_size, accumulation_steps=settings.accumulation_steps)
-        state = StreamState.start(train, seed=settings.seed, global_batch=settings.batch_size,
-                                  shuffle_shards=settings.shuffle_shards)  # fmt: skip
-    check_ranks(gather_object([rank_facts(state, share, vocabulary=vocabulary, val=val)]))
+        check_batch_size(settings.batch_size, world_size=accelerator.num_processes,
+                         accumulation_steps=settings.accumulation_steps)  # fmt: skip
 
     # ---- where to start: 1. a finished run stays as it is; 2. --init's model with new words, 3. else a new one ------
     with refused_together():
@@ -86,60 +85,64 @@ def main(settings: TrainSettings, accelerator: Accelerator, stop: Preemption) ->
     progress, report = run_folder.Progress(), run_folder.RunReport()
     wrapped, optimizer = distribute(loss_model, optimizer, accelerator)
     run_folder.checkpoint_trained_weights(loss_model, accelerator)
-    accelerator.register_for_checkpointing(schedule, state, progress)
+
+    # ---- loaders and evaluation ---------------------------------------------------------------------------------
+    open_loader = partial(
+        caption_loader, vocabulary=vocabulary, crop=view.crop, max_tokens=settings.max_tokens,
+        batch_size=settings.batch_size, rank=accelerator.process_index, world_size=accelerator.num_processes,
+        num_workers=settings.workers, pin_memory=accelerator.device.type in PINNED_FOR, cache=settings.cache,
+        cache_gigabytes=settings.cache_gigabytes, tolerate_bad_samples=settings.tolerate_bad_samples)  # fmt: skip
+    cached = [split for split in (train, val) if split and settings.cache_features]
+    features = prepare_features(cached, loss_model=loss_model, open_loader=open_loader, cache=settings.cache,
+                                accelerator=accelerator)  # fmt: skip
+    loader = open_loader(train, training=True, seed=settings.seed, shuffle_shards=settings.shuffle_shards,
+                         accumulation_steps=settings.accumulation_steps, features=features.get("train"))  # fmt: skip
+    open_val = partial(open_loader, accumulation_steps=settings.accumulation_steps, features=features.get("val"))
+    evaluator = None
+    if val is not None:
+        evaluator = Evaluator(val, loss_model, open_val, decoding=settings.decoding(), vocabulary=vocabulary,
+                              accelerator=accelerator)  # fmt: skip
 
     # ---- where to start: 4. with --resume, instead of these, the newest complete checkpoint ----------------------
+    accelerator.register_for_checkpointing(schedule, loader, progress)
     run_folder.resume(run, accelerator)
-    done_steps = state.epoch * epoch_steps + num_steps(state.position, global_batch=settings.batch_size)
+    done_steps = loader.epoch * epoch_steps + loader.steps_done
+    order = train.plan(seed=settings.seed, epoch=loader.epoch, global_batch=settings.batch_size,
+                       shuffle_shards=settings.shuffle_shards)  # fmt: skip
     say(f"{train.num_samples:,} training images, {len(vocabulary):,} words, {settings.epochs} epochs of {epoch_steps:,}"
         f" steps on {accelerator.num_processes} x {accelerator.device}, {done_steps:,} of them done"
-        f"{state.plan(train).advice(world_size=accelerator.num_processes)}")  # fmt: skip
-
-    # ---- streams, evaluation, curves ----------------------------------------------------------------------------
-    rules = ViewRules(crop=view.crop, max_tokens=settings.max_tokens, training=not settings.cache_features)
-    open_stream = partial(
-        BatchStream, share=share, vocabulary=vocabulary, rules=replace(rules, training=False), workers=settings.workers,
-        cache=ShardCache(settings.cache, max_bytes=int(settings.cache_gigabytes * 1e9)),
-        tolerate=settings.tolerate_bad_samples, device=accelerator.device)  # fmt: skip
-    cached = [split for split in (train, val) if split and settings.cache_features]
-    features = prepare_features(cached, loss_model=loss_model, open_stream=open_stream, cache=settings.cache,
-                                accelerator=accelerator)  # fmt: skip
-    open_val = partial(open_stream, features=features.get("val"))
-    evaluator = Evaluator(val, loss_model, open_val, settings.decoding(), accelerator) if val is not None else None
+        f"{window_advice(order, world_size=accelerator.num_processes)}")  # fmt: skip
     with run_folder.starting(run, asdict(settings), parts):
         tracker = Tracker(run, first_step=done_steps, wandb_project=settings.wandb, settings=asdict(settings),
                           quiet=not is_main)  # fmt: skip
         run_folder.keep_encoder(run, model.encoder, accelerator)
-    save = partial(run_folder.save_checkpoint, run, state, progress, accelerator, keep=settings.keep_checkpoints)
+    save = partial(run_folder.save_checkpoint, run, loader, progress, accelerator, keep=settings.keep_checkpoints)
     take_step = partial(train_step, wrapped, optimizer=optimizer, schedule=schedule, accelerator=accelerator)
 
     # ---- epochs -------------------------------------------------------------------------------------------------
-    while state.epoch < settings.epochs and not progress.is_stuck(patience_epochs=settings.patience_epochs):
-        planned = train.num_samples - state.position
-        batches = open_stream(train, plan=state.plan(train), rules=rules, first_part=share.num_parts(state.position),
-                              features=features.get("train"))  # fmt: skip
-        with stop.deferred():
-            reading = train_epoch(
-                batches, take_step, state=state, num_samples=train.num_samples, global_batch=settings.batch_size,
-                accumulation_steps=settings.accumulation_steps, num_epochs=settings.epochs, schedule=schedule,
-                checkpoint_steps=settings.checkpoint_steps, save=save, tracker=tracker, stop=stop,
-                accelerator=accelerator,
-            )  # fmt: skip
-        report.add_training(reading)
-        ledger = run_folder.settle(run, batches.ledger, "train", epoch=state.epoch + 1, planned=planned)
-        if planned:  # all of it was trained before a resume, up to its evaluation
-            say(f"epoch {state.epoch + 1}: training {reading}; {ledger}")
+    while progress.epochs < settings.epochs and not progress.is_stuck(patience_epochs=settings.patience_epochs):
+        if loader.epoch == progress.epochs:  # else it was trained before a resume, up to its evaluation
+            planned = train.num_samples - loader.steps_done * settings.batch_size
+            with stop.deferred():
+                reading = train_epoch(
+                    loader, take_step, num_epochs=settings.epochs, schedule=schedule,
+                    checkpoint_steps=settings.checkpoint_steps, save=save, tracker=tracker, stop=stop,
+                    accelerator=accelerator,
+                )  # fmt: skip
+            report.add_training(reading)
+            ledger = run_folder.reconcile(run, loader.ledger, "train", epoch=loader.epoch, planned=planned)
+            say(f"epoch {loader.epoch}: training {reading}; {ledger}")
         check_same_weights(loss_model, accelerator)
-        state.epoch, state.position = state.epoch + 1, 0
+        progress.epochs += 1
         if evaluator:
             found = evaluator.evaluate()
             report.add_validation(found)
-            ledger = run_folder.settle(run, found.ledger, "val", epoch=state.epoch, planned=evaluator.num_images)
-            say(f"epoch {state.epoch}: validation {found}; {ledger}")
-            tracker.log(state.epoch * epoch_steps, {"epoch": state.epoch, **found.curves()})
+            ledger = run_folder.reconcile(run, found.ledger, "val", epoch=progress.epochs, planned=evaluator.num_images)
+            say(f"epoch {progress.epochs}: validation {found}; {ledger}")
+            tracker.log(progress.epochs * epoch_steps, {"epoch": progress.epochs, **found.curves()})
             if is_main:
-                tracker.show(state.epoch * epoch_steps, *evaluator.samples(found))
-            progress.note(run, found, state)
+                tracker.show(progress.epochs * epoch_steps, *evaluator.samples(found))
+            progress.note(run, found, checkpoint=run_folder.checkpoint_name(loader))
         save()
 
     # ---- the best epoch's model, and a page to look at -----------------------------------------------------------

@@ -21,14 +21,14 @@ PACK_FIRST = (
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """What would be trained on, and by how many processes."""
+    """What would be read, and by how many processes."""
 
     shards: tuple[Location, ...] = ("data/shards",)
-    """Dataset folders (or URLs), as for train/main.py."""
+    """Dataset folders (or URLs) of any samples, as for train/main.py."""
     split: str = "train"
     """Which split."""
     batch_size: Count = 128
-    """Images of a *global* batch, over all processes."""
+    """Samples of a *global* batch, over all processes."""
     processes: Count = 1
     """Training processes (GPUs) in all."""
     shuffle_shards: Count = SHUFFLE_SHARDS
@@ -62,17 +62,28 @@ def main(settings: PlanSettings) -> None:
         ("samples", f"{plan.num_samples:,}"),
         ("shards", f"{len(split.shards):,}, {split.bytes / 1e9:,.2f} GB"),
         ("lanes", lanes_text(plan, split.bytes)),
-        ("global batch", f"{settings.batch_size:,} images, {settings.batch_size // settings.processes:,} a process"),
+        ("global batch", f"{settings.batch_size:,} samples, {settings.batch_size // settings.processes:,} a process"),
         ("steps", f"{steps:,}"),
         ("last batch", last_batch_text(last, settings)),
         ("repeated, dropped", "0, 0"),
     ]
     cli.print_table(f"epoch {settings.epoch} of {', '.join(settings.shards)}", ("", settings.split), facts)
-    if advice := plan.advice(world_size=settings.processes):
+    if advice := window_advice(plan, world_size=settings.processes):
         cli.console.print(advice.strip())
     shard_bytes = [entry.bytes for _, entry in split.shards]
     rows = rank_rows(plan, shard_bytes, world_size=settings.processes)
     cli.print_table("each process", ("rank", "samples", "reads MB", "opens shards", "of MB", "share"), rows)
+
+
+def window_advice(order: EpochOrder, *, world_size: int) -> str:
+    """A line that says what to change so that each process has lanes of its own; empty where it has."""
+    better = order.better_window(world_size=world_size)
+    if better is None:
+        return ""
+    return (
+        f"\n{world_size:,} processes share {order.num_lanes:,} lanes and read some of each other's shards: "
+        f"better give --shuffle-shards {better}"
+    )
 
 
 def lanes_text(plan: EpochOrder, num_bytes: int) -> str:
@@ -89,7 +100,7 @@ def last_batch_text(num_samples: int, settings: PlanSettings) -> str:
     """How the last batch is split over the ranks."""
     more, fewer = -(-num_samples // settings.processes), num_samples // settings.processes
     longer = num_samples % settings.processes
-    text = f"{num_samples:,} images: "
+    text = f"{num_samples:,} samples: "
     if not longer:
         return text + f"{fewer:,} for each process"
     return text + f"{more:,} for {longer:,} of the processes, {fewer:,} for the others"

@@ -2,7 +2,7 @@
 
 It is created after all checks of the start have passed, see docs/decisions/0019-what-a-run-is.md.
 
-`settings.json` · `encoder.safetensors` (a frozen one, once) · `checkpoints/epoch-0001-000000128000/` (epoch, position)
+`settings.json` · `encoder.safetensors` (a frozen one, once) · `checkpoints/epoch-0001-000000001000/` (epoch, step)
 `history.jsonl` · `samples.jsonl` and `samples/` · `tensorboard/` · `skipped.jsonl` · `validation.jsonl` (of the best
 epoch) · `metrics.json` · `report.json` · `report.html` · `model/` (last)
 """
@@ -33,13 +33,13 @@ from captioner.calibration import Calibration
 from captioner.encoders import Encoder
 from captioner.errors import UserError
 from captioner.files.storage import read_json, write_atomic
+from captioner.streaming import Ledger, StreamingLoader
 from captioner.streaming.dataset import Split
 from captioner.vocabulary import Vocabulary
 from train.epoch import Reading
 from train.predictions import write_captions
 from train.schedule import is_frozen
 from train.step import CaptionLoss
-from train.stream import Ledger, StreamState
 from train.uneven import in_main, refused_together
 from train.validation import Evaluation
 
@@ -78,8 +78,9 @@ class RunReport:
 
 @dataclass(kw_only=True, slots=True)
 class Progress:
-    """How good the run has been: the best epoch's metrics, and its checkpoint. Accelerate stores it."""
+    """The epochs that were trained and evaluated, the best one's metrics, and its checkpoint. Accelerate stores it."""
 
+    epochs: int = 0
     best: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     epochs_since_best: int = 0
@@ -88,11 +89,11 @@ class Progress:
         """Whether the CIDEr has not become better for so many epochs; None is endless patience."""
         return patience_epochs is not None and self.epochs_since_best >= patience_epochs
 
-    def note(self, run: Path, found: Evaluation, state: StreamState) -> None:
+    def note(self, run: Path, found: Evaluation, *, checkpoint: str) -> None:
         """Take an epoch's evaluation, before its checkpoint is written; the best captions go to the run folder."""
         self.epochs_since_best += 1
         if not self.best or found.metrics["cider"] > self.metrics["cider"]:
-            self.best, self.metrics, self.epochs_since_best = checkpoint_name(state), found.metrics, 0
+            self.best, self.metrics, self.epochs_since_best = checkpoint, found.metrics, 0
             if PartialState().is_main_process:
                 write_captions(run / BEST_CAPTIONS, found.captions)
 
@@ -102,8 +103,8 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take another's place."""
-        self.best, self.metrics = state["best"], state["metrics"]
-        self.epochs_since_best = state["epochs_since_best"]
+        for name in asdict(self):
+            setattr(self, name, state[name])
 
 
 def write_figures(run: Path, report: RunReport, metrics: Mapping[str, float]) -> None:
@@ -152,10 +153,11 @@ def is_finished(
 ) -> bool:
     """Whether the run's model is there, as the main process sees it; nothing is written.
 
-    Raises UserError where the processes have different settings, where the folder holds a run that was started with
-    others than these, the `ignored` ones apart, or of other `parts` (`made_of`), and where an unfinished run is not to
-    be resumed.
+    Raises UserError where the processes have different settings or parts (`made_of`), where the folder holds a run that
+    was started with others than these, the `ignored` ones apart, or of other parts, and where an unfinished run is not
+    to be resumed.
     """
+    check_same_parts(parts)
     check_same_settings(settings)
     return in_main(lambda: _is_finished(run, settings, parts, ignored=ignored, resume=resume))
 
@@ -270,6 +272,18 @@ def check_shared(run: Path) -> None:
             mark.unlink(missing_ok=True)
 
 
+def check_same_parts(parts: Mapping[str, str | None]) -> None:
+    """Raise UserError unless all processes see the same data; a weights file need not be on all machines."""
+    facts = gather_object([{name: parts[name] for name in parts if name != ENCODER_WEIGHTS}])
+    for rank, other in enumerate(facts):
+        for name, fingerprint in facts[0].items():
+            if other[name] != fingerprint:
+                raise UserError(
+                    f"rank {rank} sees other data than rank 0 ({name} {other[name]}, not {fingerprint}): give all "
+                    "machines the same shards and the same flags"
+                )
+
+
 def check_same_settings(settings: Mapping[str, Any]) -> None:
     """Raise UserError unless all processes have the same settings, those apart that may be a machine's own."""
     for host, others in gather_object([(socket.gethostname(), dict(settings))]):
@@ -309,20 +323,20 @@ def complete_checkpoints(run: Path) -> list[Path]:
     return sorted(path.parent for path in run.glob(f"checkpoints/epoch-*/{COMPLETE}"))
 
 
-def checkpoint_name(state: StreamState) -> str:
-    """The name of the checkpoint at a place."""
-    return f"epoch-{state.epoch:04d}-{state.position:012d}"
+def checkpoint_name(loader: StreamingLoader) -> str:
+    """The name of the checkpoint at the loader's step."""
+    return f"epoch-{loader.epoch:04d}-{loader.steps_done:012d}"
 
 
 def save_checkpoint(
-    run: Path, state: StreamState, progress: Progress, accelerator: Accelerator, *, keep: int = 2
+    run: Path, loader: StreamingLoader, progress: Progress, accelerator: Accelerator, *, keep: int = 2
 ) -> None:
     """Write a checkpoint; its completion marker comes last, and only then go all but the `keep` newest and the best.
 
-    Accelerate stores `state` and `progress`, which are registered with it, among the rest. Raises UserError where it
+    Accelerate stores `loader` and `progress`, which are registered with it, among the rest. Raises UserError where it
     cannot be written; the checkpoints before it stay.
     """
-    folder = run / "checkpoints" / checkpoint_name(state)
+    folder = run / "checkpoints" / checkpoint_name(loader)
 
     def write() -> None:
         try:
@@ -333,7 +347,7 @@ def save_checkpoint(
     def complete() -> None:
         try:
             _to_disk(folder)  # all ranks have written
-            write_atomic(str(folder / COMPLETE), json.dumps(state.state_dict()))
+            write_atomic(str(folder / COMPLETE), json.dumps(loader.state_dict()))
         except OSError as error:
             raise UserError(str(error)) from error
 
@@ -375,7 +389,7 @@ def _remove(folder: Path) -> None:
 
 
 def resume(run: Path, accelerator: Accelerator) -> None:
-    """Load the newest complete checkpoint, where there is one, the registered stream state in it too.
+    """Load the newest complete checkpoint, where there is one, with the loader's state.
 
     The main process chooses it for all. Raises UserError when it was made on other data.
     """
@@ -445,7 +459,7 @@ def kept_encoder(run: Path) -> str | None:
     return str(run / ENCODER) if (run / ENCODER).exists() and (run / SETTINGS).exists() else None
 
 
-def settle(run: Path, ledger: Ledger, split: str, *, epoch: int, planned: int) -> Ledger:
+def reconcile(run: Path, ledger: Ledger, split: str, *, epoch: int, planned: int) -> Ledger:
     """What became of all ranks' samples; skipped ones are listed in the run folder.
 
     Raises UserError where none of them could be used, and RuntimeError when some are lost.

@@ -3,7 +3,9 @@
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,13 @@ from captioner.calibration import Calibration
 from captioner.decoding import decode
 from captioner.errors import UserError
 from captioner.metrics import References
+from captioner.streaming import Ledger, StreamingLoader
 from captioner.streaming.dataset import Split
 from captioner.vocabulary import Vocabulary
+from train.batches import Batch
 from train.calibrate import calibrate
 from train.predictions import ValidationCaption, read_captions
 from train.step import CaptionLoss, StepLoss
-from train.stream import Batch, BatchStream, Ledger, Share
 from train.uneven import in_main
 
 NUM_SAMPLES = 8  # pictures whose captions are shown as they change
@@ -98,21 +101,24 @@ class Evaluation:
 class Evaluator:
     """Evaluates a model on one split again and again; its references are tokenized once.
 
-    `open_stream` opens the split's batches, with middle crops or cached features.
+    `open_loader` opens a loader of the split, with middle crops or cached features.
     """
 
     def __init__(
         self,
         split: Split,
         loss_model: CaptionLoss,
-        open_stream: Callable[..., BatchStream],
+        open_loader: Callable[..., StreamingLoader],
+        *,
         decoding: DecodingDefaults,
+        vocabulary: Vocabulary,
         accelerator: Accelerator,
     ) -> None:
         self._split = split
         self._loss_model = loss_model
-        self._open_stream = open_stream
+        self._open_loader = open_loader
         self._decoding = decoding
+        self._vocabulary = vocabulary
         self._accelerator = accelerator
         self._references: References | None = None
         self._positions: list[int] = []
@@ -126,18 +132,18 @@ class Evaluator:
     def evaluate(self) -> Evaluation:
         """Loss, captions and scores of the whole split, the same on every rank; all must call it."""
         started = time.monotonic()
-        batches = self._open_stream(self._split, plan=self._split.plain_plan())
-        loss, rows = evaluate_split(
-            self._loss_model,
-            batches,
-            vocabulary=batches.stage.vocabulary,
-            decoding=self._decoding,
-            accelerator=self._accelerator,
-        )
+        with closing(self._open_loader(self._split)) as loader:
+            loss, rows = evaluate_split(
+                self._loss_model,
+                chain.from_iterable(loader),
+                vocabulary=self._vocabulary,
+                decoding=self._decoding,
+                accelerator=self._accelerator,
+            )
         if not rows:
-            raise UserError(f"none of the {self.num_images:,} {self._split.name} samples can be used: {batches.ledger}")
+            raise UserError(f"none of the {self.num_images:,} {self._split.name} samples can be used: {loader.ledger}")
         metrics = {"validation_loss": loss.per_token, "validation_perplexity": loss.perplexity, **self._score(rows)}
-        return Evaluation(captions=rows, metrics=metrics, ledger=batches.ledger, seconds=time.monotonic() - started)
+        return Evaluation(captions=rows, metrics=metrics, ledger=loader.ledger, seconds=time.monotonic() - started)
 
     def _score(self, rows: list[ValidationCaption]) -> dict[str, float]:
         """Corpus scores by name, computed by the main process for all."""
@@ -160,7 +166,7 @@ class Evaluator:
             read_captions(captions) if self._accelerator.is_main_process else [],
             self._split,
             loss_model=self._loss_model,
-            open_stream=self._open_stream,
+            open_loader=self._open_loader,
             decoding=self._decoding,
             accelerator=self._accelerator,
         )
@@ -168,11 +174,11 @@ class Evaluator:
     def samples(self, found: Evaluation) -> tuple[list[np.ndarray], list[str]]:
         """The split's first pictures, uint8 (P, P, 3), and what was said of them. In this process alone."""
         if self._samples is None:
-            share = Share(min(NUM_SAMPLES, self._split.num_samples))
-            stream = self._open_stream(
-                self._split, plan=self._split.plain_plan(), share=share, workers=0, features=None
-            )
-            batch = next(iter(stream))
+            loader = self._open_loader(
+                self._split, batch_size=min(NUM_SAMPLES, self._split.num_samples), rank=0, world_size=1,
+                accumulation_steps=1, num_workers=0, features=None,
+            )  # fmt: skip
+            (batch,) = next(iter(loader))
             self._samples = dict(zip(batch.positions, batch.inputs.numpy().copy(), strict=False))
         captions = {row.position: row.caption for row in found.captions}
         shown = [position for position in self._samples if position in captions]

@@ -1,4 +1,4 @@
-"""The stream of batches: every sample once, in one order, whatever the ranks and workers; damage is never silent."""
+"""Batches of captioned pictures: the same views and parts on any ranks and workers; damage is never silent."""
 
 import io
 import json
@@ -6,12 +6,9 @@ import random
 import re
 import shutil
 import tarfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,21 +20,21 @@ from captioner import images, views
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.shards.format import Manifest, ShardIndex, sample_key, shard_name
+from captioner.streaming import Ledger, StreamingLoader
 from captioner.streaming.dataset import Split
-from captioner.streaming.order import EpochOrder
+from captioner.streaming.order import ShardOrder
 from captioner.vocabulary import END, START, Vocabulary, tokenize
 from sharding.pack import pack_shard
 from sharding.plan import Recipe, ShardPlan
 from sharding.sources import Record
-from train.ring import Ring, Slot
-from train.stream import Batch, BatchStream, Ledger, Share, ViewRules, pinned_ahead
+from train.batches import Batch, CaptionBatches, caption_loader
 
 COCO = Path(__file__).parents[2] / "shared/data/coco/images"
 SHARD_SIZES = (5, 1, 7, 4, 6)
+NUM_SAMPLES = sum(SHARD_SIZES)
 GLOBAL_BATCH = 6  # 23 samples: three whole batches and one of 5
 SIZE, CROP = 40, 32
-WHOLE = Share(GLOBAL_BATCH)
-RULES = ViewRules(crop=CROP, max_tokens=6, training=True)
+SEED = 3
 PLAIN = ("a dog runs", "one brown animal on the bright grass outside")
 SIDED = ("a dog", "a cat sits at the left")
 
@@ -51,32 +48,26 @@ class Dataset:
     keys: tuple[tuple[str, ...], ...]
     vocabulary: Vocabulary
 
-    def plan(self, *, epoch: int = 0, shuffled: bool = True) -> EpochOrder:
+    @property
+    def split(self) -> Split:
+        return Split("train", (str(self.folder),), (self.manifest,))
+
+    def planned_keys(self, *, epoch: int = 0, positions: Sequence[int] = range(NUM_SAMPLES)) -> list[str]:
+        """The keys in the order of an epoch, looked up without any shard being read."""
         sizes = [shard.samples for shard in self.manifest.shards]
-        return EpochOrder(shard_sizes=sizes, seed=3, epoch=epoch, global_batch=GLOBAL_BATCH, shuffled=shuffled)
+        order = ShardOrder(sizes, seed=SEED, batch_size=GLOBAL_BATCH)
+        return [self.keys[ref.shard][ref.place] for ref in order.refs(epoch, positions)]
 
-    def read(
-        self,
-        *,
-        plan: EpochOrder | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        workers: int = 0,
-        first_part: int = 0,
-        rules: ViewRules = RULES,
-        tolerate: int = 0,
-    ) -> list[Batch]:
-        share = Share(GLOBAL_BATCH, rank=rank, world_size=world_size)
-        return list(
-            self.stream(plan=plan, share=share, workers=workers, first_part=first_part, rules=rules, tolerate=tolerate)
-        )
+    def loader(self, *, epoch: int = 0, workers: int = 0, tolerate: int = 0, **changed: Any) -> StreamingLoader:
+        options: dict[str, Any] = {"batch_size": GLOBAL_BATCH, "crop": CROP, "max_tokens": 6, "training": True}
+        options |= {"seed": SEED, "vocabulary": self.vocabulary, "num_workers": workers}
+        loader = caption_loader(self.split, **(options | {"tolerate_bad_samples": tolerate} | changed))
+        loader.set_epoch(epoch)
+        return loader
 
-    def stream(
-        self, *, plan: EpochOrder | None = None, share: Share = WHOLE, rules: ViewRules = RULES, **changed: Any
-    ) -> BatchStream:
-        split = Split("train", (str(self.folder),), (self.manifest,))
-        options: dict[str, Any] = {"workers": 0, "vocabulary": self.vocabulary} | changed
-        return BatchStream(split, plan=plan or self.plan(), share=share, rules=rules, **options)
+    def read(self, **options: Any) -> list[Batch]:
+        """An epoch's batches, of one part each."""
+        return [batch for (batch,) in self.loader(**options)]
 
 
 def brightening(seed: int) -> Image.Image:
@@ -156,42 +147,11 @@ def dataset(shared_dataset: Dataset, tmp_path: Path) -> Dataset:
     return replace(shared_dataset, folder=folder)
 
 
-def planned_keys(dataset: Dataset, plan: EpochOrder) -> list[str]:
-    """The keys in the plan's order, looked up without any shard being read."""
-    return [dataset.keys[ref.shard][ref.place] for ref in plan.refs(range(plan.num_samples))]
-
-
 def keys_of(batches: list[Batch]) -> list[str]:
     return [key for batch in batches for key in batch.keys]
 
 
-# ---- order --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_every_sample_comes_once_an_epoch_in_the_plans_order(shared_dataset: Dataset, workers: int) -> None:
-    orders = []
-    for epoch in (0, 1):
-        plan = shared_dataset.plan(epoch=epoch)
-        batches = shared_dataset.read(plan=plan, workers=workers)
-        assert [batch.num_samples for batch in batches] == [6, 6, 6, 5]
-        assert keys_of(batches) == planned_keys(shared_dataset, plan)
-        assert sorted(keys_of(batches)) == sorted(key for keys in shared_dataset.keys for key in keys)
-        orders.append(keys_of(batches))
-    assert orders[0] != orders[1]
-
-
-@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 0), (3, 0), (6, 0), (2, 2)])
-def test_ranks_share_the_same_global_batches(shared_dataset: Dataset, world_size: int, workers: int) -> None:
-    ranks = [shared_dataset.read(rank=r, world_size=world_size, workers=workers) for r in range(world_size)]
-    assert {len(batches) for batches in ranks} == {4}
-    wanted = planned_keys(shared_dataset, shared_dataset.plan())
-    for step in range(4):
-        shares = [ranks[rank][step].keys for rank in range(world_size)]
-        assert list(chain.from_iterable(shares)) == wanted[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH]
-    assert [ranks[rank][3].num_samples for rank in range(world_size)] == [
-        5 * (rank + 1) // world_size - 5 * rank // world_size for rank in range(world_size)
-    ]
+# ---- parts of a batch ---------------------------------------------------------------------------------------
 
 
 def test_a_rank_that_the_last_batch_does_not_reach_gets_a_filler(shared_dataset: Dataset) -> None:
@@ -204,15 +164,47 @@ def test_a_rank_that_the_last_batch_does_not_reach_gets_a_filler(shared_dataset:
     assert filler.captions.targets_M.tolist() == [END]
 
 
-@pytest.mark.parametrize(("first_part", "workers"), [(1, 0), (2, 0), (3, 0), (4, 0), (1, 2)])
-def test_a_seek_gives_the_tail_of_a_full_pass(shared_dataset: Dataset, first_part: int, workers: int) -> None:
-    whole = shared_dataset.read(rank=1, world_size=2)
-    tail = shared_dataset.read(rank=1, world_size=2, first_part=first_part, workers=workers)
-    assert len(tail) == 4 - first_part
-    for batch, wanted in zip(tail, whole[first_part:], strict=True):
-        assert batch.keys == wanted.keys
-        assert torch.equal(batch.inputs, wanted.inputs)
-        assert torch.equal(batch.captions.targets_M, wanted.captions.targets_M)
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("world_size", "parts"), [(1, 1), (1, 2), (1, 6), (2, 3), (3, 2), (6, 1)])
+def test_parts_are_the_same_images_for_any_number_of_ranks(
+    shared_dataset: Dataset, world_size: int, parts: int, workers: int
+) -> None:
+    """Part m has the samples whose offset in the global batch is m modulo the number of parts; none is empty."""
+    options = {"world_size": world_size, "accumulation_steps": parts, "workers": workers}
+    ranks = [list(shared_dataset.loader(rank=rank, **options)) for rank in range(world_size)]
+    wanted, whole = shared_dataset.planned_keys(), rows_by_key(shared_dataset.read())
+    for step in range(4):
+        batch = wanted[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH]
+        assert {len(rank[step]) for rank in ranks} == {parts}
+        stride = min(parts, len(batch))
+        for part in range(parts):
+            batches = [rank[step][part] for rank in ranks]
+            assert [key for found in batches for key in found.keys] == (batch[part::stride] if part < stride else [])
+            assert all(len(found.inputs) <= GLOBAL_BATCH // world_size // parts for found in batches)
+            assert all(whole[key] == row for found in batches for key, row in rows_by_key([found]).items())
+
+
+def rows_by_key(batches: list[Batch]) -> dict[str, bytes]:
+    return {k: v.numpy().tobytes() for b in batches for k, v in zip(b.keys, b.inputs, strict=False)}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_batch_that_was_broken_off_leaves_nothing_behind(shared_dataset: Dataset, parts: int) -> None:
+    """An error, or the end of an iteration, may come in the middle of one; the same samples may come next."""
+    batches = CaptionBatches(
+        split=shared_dataset.split, vocabulary=shared_dataset.vocabulary, crop=CROP, max_tokens=6,
+        batch_size=GLOBAL_BATCH, accumulation_steps=parts,
+    )  # fmt: skip
+    raw = StreamingLoader(shared_dataset.split, batch_size=GLOBAL_BATCH, collate=list, shuffle=False)
+    samples: list[dict[str, Any]] = next(iter(raw))
+    wanted = batches.collate([batches.transform(sample) for sample in samples])
+    for num_before in (1, GLOBAL_BATCH - 1, GLOBAL_BATCH):
+        for sample in samples[:num_before]:
+            batches.transform(sample)
+        found = batches.collate([batches.transform(sample) for sample in samples])
+        for one, other in zip(found, wanted, strict=True):
+            assert one.keys == other.keys
+            assert torch.equal(one.inputs, other.inputs)
 
 
 # ---- content ------------------------------------------------------------------------------------------------
@@ -254,7 +246,7 @@ def test_pictures_whose_captions_speak_of_sides_are_never_mirrored(shared_datase
     sided = {key for keys in shared_dataset.keys for key in keys if int(key.split("-")[1]) % 4 == 0}
     mirrored, num_plain = 0, 0
     for epoch in range(8):
-        for key, ramp in ramps(shared_dataset.read(plan=shared_dataset.plan(epoch=epoch))).items():
+        for key, ramp in ramps(shared_dataset.read(epoch=epoch)).items():
             assert abs(ramp) > 50
             assert ramp > 0 or key not in sided
             mirrored += ramp < 0
@@ -280,20 +272,16 @@ def test_words_of_sides(caption: str, sided: bool) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_crops_do_not_depend_on_workers_or_ranks(shared_dataset: Dataset, workers: int) -> None:
-    def by_key(batches: list[Batch]) -> dict[str, bytes]:
-        return {k: v.numpy().tobytes() for b in batches for k, v in zip(b.keys, b.inputs, strict=False)}
-
-    wanted = by_key(shared_dataset.read())
-    assert by_key(shared_dataset.read(workers=workers)) == wanted
+    wanted = rows_by_key(shared_dataset.read())
+    assert rows_by_key(shared_dataset.read(workers=workers)) == wanted
     split = [shared_dataset.read(rank=rank, world_size=3) for rank in range(3)]
-    assert by_key([batch for batches in split for batch in batches]) == wanted
-    next_epoch = by_key(shared_dataset.read(plan=shared_dataset.plan(epoch=1)))
+    assert rows_by_key([batch for batches in split for batch in batches]) == wanted
+    next_epoch = rows_by_key(shared_dataset.read(epoch=1))
     assert sum(next_epoch[key] != wanted[key] for key in wanted) > len(wanted) / 2
 
 
 def test_evaluation_takes_the_middle_in_the_manifests_order(shared_dataset: Dataset) -> None:
-    plan = shared_dataset.plan(shuffled=False)
-    batches = shared_dataset.read(plan=plan, rules=replace(RULES, training=False))
+    batches = shared_dataset.read(training=False)
     assert keys_of(batches) == [key for keys in shared_dataset.keys for key in keys]
     for number, view in enumerate(torch.cat([batch.inputs for batch in batches]).float()):
         wanted = np.asarray(brightening(number)).astype(float)[4:36, 4:36]
@@ -302,15 +290,14 @@ def test_evaluation_takes_the_middle_in_the_manifests_order(shared_dataset: Data
 
 def test_a_crop_beyond_the_stored_pictures_is_refused(shared_dataset: Dataset) -> None:
     with pytest.raises(UserError, match="40x40: give a smaller --crop"):
-        shared_dataset.read(rules=replace(RULES, crop=41))
+        shared_dataset.read(crop=41)
 
 
 def differences(folder: Path, photos: list[Path]) -> list[float]:
     """For each photo the mean difference, in 255ths, of its view through shards and through inference."""
     spec = views.ViewSpec()
     dataset = pack(folder, list(photos), sizes=(len(photos) - 1, 1), stored_size=spec.size)
-    rules = ViewRules(crop=spec.crop, max_tokens=6, training=False)
-    batches = dataset.read(plan=dataset.plan(shuffled=False), rules=rules)
+    batches = dataset.read(crop=spec.crop, training=False)
     found = torch.cat([batch.inputs for batch in batches]).numpy().astype(int)
     wanted = [views.read_eval_view(photo.read_bytes(), spec)[0].astype(int) for photo in photos]
     for view, other in zip(found, wanted[1:], strict=False):
@@ -426,8 +413,8 @@ def test_tolerated_damage_costs_only_its_samples_and_is_counted(dataset: Dataset
     """Ranks stay in step, whole samples come as ever, and nothing comes that was not planned."""
     wanted = dataset.read()
     DAMAGES[damage](dataset.folder)
-    ranks = [dataset.stream(share=Share(GLOBAL_BATCH, rank=r, world_size=2), tolerate=23, workers=r) for r in (0, 1)]
-    batches = [list(rank) for rank in ranks]
+    ranks = [dataset.loader(rank=r, world_size=2, tolerate=23, workers=r) for r in (0, 1)]
+    batches = [[batch for (batch,) in rank] for rank in ranks]
     assert [len(each) for each in batches] == [4, 4]
     whole = {k: v.numpy().tobytes() for b in wanted for k, v in zip(b.keys, b.inputs, strict=True)}
     both = batches[0] + batches[1]
@@ -435,7 +422,7 @@ def test_tolerated_damage_costs_only_its_samples_and_is_counted(dataset: Dataset
     assert found.items() <= whole.items()
     total = Ledger.of_all([rank.ledger for rank in ranks], planned=23)
     lost = {skip.position for skip in total.skipped}
-    assert {dataset.keys[ref.shard][ref.place] for ref in dataset.plan().refs(lost)} == whole.keys() - found.keys()
+    assert set(dataset.planned_keys(positions=sorted(lost))) == whole.keys() - found.keys()
     assert (total.planned, total.decoded) == (23, 23 - len(lost))
     few = {"bit in a picture": 1, "bit in a text": 1, "a member missing": 6}
     assert len(lost) == few.get(damage, 12 if "swapped" in damage else 7)
@@ -446,7 +433,7 @@ def test_tolerated_damage_costs_only_its_samples_and_is_counted(dataset: Dataset
 def test_one_damaged_sample_more_than_tolerated_is_an_error(dataset: Dataset) -> None:
     cut(dataset.folder / f"{BROKEN}.tar", 5_000)
     assert len(dataset.read(tolerate=7)) == 4
-    with pytest.raises(UserError, match=r"7 samples cannot be used, more than --tolerate-bad-samples 6; .*tar"):
+    with pytest.raises(UserError, match=r"7 samples cannot be used, and 6 are tolerated; .*tar"):
         dataset.read(tolerate=6)
 
 
@@ -460,7 +447,7 @@ def test_a_tar_cut_anywhere_is_noticed(dataset: Dataset) -> None:
 
 
 def test_a_shard_that_is_cut_while_it_is_read_is_noticed(dataset: Dataset) -> None:
-    batches = iter(dataset.stream())
+    batches = iter(dataset.loader())
     next(batches)
     for path in dataset.folder.glob("*.tar"):
         cut(path, 1_000)
@@ -489,9 +476,9 @@ def test_batches_before_the_damage_are_still_whole(dataset: Dataset) -> None:
     broken_key = dataset.keys[2][3]
     (broken_step,) = (step for step, batch in enumerate(wanted) if broken_key in batch.keys)
     found: list[str] = []
-    batches = dataset.stream()
+    batches = dataset.loader()
     with pytest.raises(UserError, match=re.escape(broken_key)):
-        found.extend(key for batch in batches for key in batch.keys)
+        found.extend(key for (batch,) in batches for key in batch.keys)
     assert found == keys_of(wanted[:broken_step])
 
 
@@ -516,163 +503,7 @@ def test_shards_hold_token_strings_so_another_vocabulary_needs_no_packing(shared
     assert not torch.equal(first, second)
 
 
-# ---- bookkeeping --------------------------------------------------------------------------------------------
-
-
-def test_an_epochs_line_tells_what_became_of_every_sample(shared_dataset: Dataset) -> None:
-    stream = shared_dataset.stream(workers=2)
-    list(stream)
-    assert str(stream.ledger) == "planned 23, read 23, decoded 23, skipped 0, repeated 0"
-
-
-def test_samples_that_are_lost_or_repeated_on_the_way_are_an_error(shared_dataset: Dataset) -> None:
-    batch = shared_dataset.read()[0]
-    for positions in ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 4], [0, 1, 2, 3, 4, 5, 5], [0, 1, 2, 3, 4, 6]):
-        with pytest.raises(RuntimeError, match="part 0 of the epoch was to bring 6 samples"):
-            Ledger().count(replace(batch, positions=positions), range(6), part=0)
-    with pytest.raises(RuntimeError, match="the processes saw others"):
-        Ledger.of_all([Ledger(planned=6, read=6, decoded=6)], planned=7)
-
-
-def test_kept_batches_stay_as_they_are_and_dropped_ones_give_their_buffers_back() -> None:
-    ring = Ring((2, 3, 3, 3), np.dtype(np.uint8), workers=1, slots=2)
-
-    def in_worker(value: int) -> Slot | np.ndarray:
-        number, buffer = ring.take()
-        buffer[:] = value
-        return buffer if number is None else Slot(number, 2)
-
-    slots = [in_worker(value) for value in (1, 2, 3)]
-    assert [isinstance(slot, Slot) for slot in slots] == [True, True, False]  # the third found none free
-    first, second = (ring.tensor(slot) for slot in slots[:2] if isinstance(slot, Slot))
-    part = first[0].permute(2, 0, 1)
-    del first, second
-    assert in_worker(4) == slots[1]  # the second's, while a part of the first is still held
-    assert not isinstance(in_worker(5), Slot)
-    assert part.unique().tolist() == [1]
-    del part
-    assert in_worker(6) == slots[0]
-
-
-def test_a_loop_that_keeps_all_batches_of_workers_has_them_unchanged(shared_dataset: Dataset) -> None:
-    wanted = shared_dataset.read()
-    for found, batch in zip(shared_dataset.read(workers=2), wanted, strict=True):
-        assert torch.equal(found.inputs, batch.inputs)
-
-
-# ---- page-locked memory -------------------------------------------------------------------------------------
-
-
-def copied(batch: Batch) -> Batch:
-    """Stands for a copy into page-locked memory, by a thread of its own."""
-    assert threading.current_thread().name.startswith("pin")
-    return replace(batch, inputs=batch.inputs.clone())
-
-
-def pin_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("pin")]
-
-
-def assert_same_batches(found: list[Batch], wanted: list[Batch]) -> None:
-    for one, other in zip(found, wanted, strict=True):
-        assert one.keys == other.keys
-        assert torch.equal(one.inputs, other.inputs)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_pinned_batches_come_whole_and_in_order(shared_dataset: Dataset, workers: int) -> None:
-    """Workers fill few buffers again and again: one that were free before its copy is made would hold another batch."""
-    stream, wanted = shared_dataset.stream(workers=workers), shared_dataset.read()
-    for _ in range(3):
-        assert_same_batches(list(pinned_ahead(stream._batches(), copied)), wanted)
-    assert not pin_threads()
-
-
-def test_a_batchs_buffer_is_free_when_it_is_copied() -> None:
-    ring = Ring((1, 2, 2, 3), np.dtype(np.uint8), workers=1, slots=2)
-    taken = []
-
-    def batches() -> Iterator[Any]:
-        for value in range(6):
-            number, buffer = ring.take()
-            assert number is not None, "no buffer was free"
-            taken.append(number)
-            buffer[:] = value
-            yield SimpleNamespace(inputs=ring.tensor(Slot(number, 1)))
-
-    def copy(batch: Any) -> Any:
-        return int(batch.inputs.unique())
-
-    found = []
-    for value in pinned_ahead(batches(), copy):
-        wait_until(lambda: ring._taken.sum() == 0)
-        found.append(value)
-    assert found == list(range(6))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    waiting = threading.Event()
-    assert any(condition() or waiting.wait(0.01) for _ in range(1000))
-
-
-def test_the_next_batch_is_pinned_while_one_is_used(shared_dataset: Dataset) -> None:
-    wanted, used = shared_dataset.read(), threading.Event()
-
-    def pin(batch: Batch) -> Batch:
-        assert batch.keys == wanted[0].keys or used.wait(30), "the first batch was held back for the second"
-        return batch
-
-    batches = pinned_ahead(iter(wanted), pin)
-    found = [next(batches)]
-    used.set()
-    assert_same_batches([*found, *batches], wanted)
-
-
-@pytest.mark.parametrize("failing", [0, 2, 3])
-def test_an_error_comes_after_the_batches_before_it(shared_dataset: Dataset, failing: int) -> None:
-    wanted = shared_dataset.read()
-
-    def pin(batch: Batch) -> Batch:
-        if batch.keys == wanted[failing].keys:
-            raise MemoryError("no page-locked memory")
-        return batch
-
-    def read() -> Iterator[Batch]:
-        yield from wanted[:failing]
-        raise UserError("damaged")
-
-    for batches, error in ((pinned_ahead(wanted, pin), MemoryError), (pinned_ahead(read(), copied), UserError)):
-        found: list[Batch] = []
-        with pytest.raises(error):
-            found.extend(batches)
-        assert_same_batches(found, wanted[:failing])
-    assert not pin_threads()
-
-
-def test_the_pin_thread_ends_with_an_iterator_that_is_abandoned(shared_dataset: Dataset) -> None:
-    for batch in pinned_ahead(shared_dataset.stream(workers=1)._batches(), copied):
-        assert batch.num_samples
-        assert pin_threads()
-        break
-    wait_until(lambda: not pin_threads())
-
-
-@pytest.mark.parametrize(("device", "pinned"), [(None, False), ("cpu", False), ("mps", False), ("cuda:1", True)])
-def test_the_device_decides_what_is_pinned(
-    shared_dataset: Dataset, monkeypatch: pytest.MonkeyPatch, device: str | None, pinned: bool
-) -> None:
-    """And a run without a GPU asks nothing that would load CUDA."""
-    asked: list[str] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append("cuda"))
-    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _tensor: asked.append("tensor"))
-    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
-    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: asked.append(f"device {index}"))
-    monkeypatch.setattr(Batch, "pin_memory", copied)
-    stream = shared_dataset.stream(device=device and torch.device(device))
-    found = [batch.to(torch.device("cpu")) for batch in stream]
-    assert asked == ["device 1"] * len(found) * pinned
-    monkeypatch.undo()
-    assert_same_batches(found, shared_dataset.read())
+# ---- devices ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps", "cuda", "xpu"])
@@ -685,5 +516,5 @@ def test_only_pinned_memory_is_left_before_its_copy_is_made(
     monkeypatch.setattr(
         torch.Tensor, "to", lambda tensor, _device, *, non_blocking: left.append(non_blocking) or tensor
     )
-    next(iter(shared_dataset.stream())).to(torch.device(device))
+    shared_dataset.read()[0].to(torch.device(device))
     assert left == [pinned and device in ("cuda", "xpu")] * 4

@@ -1,6 +1,7 @@
-"""The rows of a trained model: what it learned, its evaluation, its captions and its ONNX files on the device."""
+"""The rows of models: what one learned, its evaluation, captions and ONNX files on the device, encoders as graphs."""
 
 import json
+import math
 import statistics
 from functools import partial
 from importlib.util import find_spec
@@ -10,6 +11,10 @@ from gpu_commands import PYTHON, captions, data, launch, trained_run
 from gpu_jobs import REPOSITORY, CheckError, Job, Outcome, SkipError
 
 LEAST_CIDER = 1.0  # on the CPU 2.4
+GRAPH_BATCH = 128
+MOST_NOISE, LEAST_GRAPH_RATIO = 5e-3, 1.2
+ARCHITECTURES = ("convnext_tiny", "densenet121", "efficientnet_b0", "inception_v3", "maxvit_t", "mobilenet_v3_small",
+                 "regnet_y_400mf", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_v2_t", "vit_b_32")  # fmt: skip
 
 
 def learned(job: Job) -> Outcome:
@@ -57,3 +62,31 @@ def onnx(job: Job) -> Outcome:
     if answer["difference"] is None:
         raise SkipError(f"exported, but onnxruntime has no CUDA here: {', '.join(answer['providers'])}")
     return Outcome(figure=answer["difference"], bar=1e-2, at_most=True, note=answer["provider"])
+
+
+def _graphs(job: Job) -> dict[str, float]:
+    options = {
+        "encoder": "squeezenet1_1" if job.small else "resnet152",
+        "batch": 2 if job.small else GRAPH_BATCH,
+        "device": job.device,
+        "architectures": () if job.small else ARCHITECTURES,
+        "rounds": 1 if job.small else 5,
+        "times": 1 if job.small else 20,
+    }
+    return json.loads(job.run([*PYTHON, REPOSITORY / "benchmarks/gpu_graph.py", json.dumps(options)]).splitlines()[-1])
+
+
+def same_features(job: Job) -> Outcome:
+    """A frozen encoder's graphs give the features of direct calls, relative to the largest feature."""
+    found = job.shared("graphs", _graphs)
+    differences = {name: found[name] for name in ("bf16", "fp32", "architectures")}
+    worst = max(differences.values(), key=lambda value: (math.isnan(value), value))  # a NaN must fail
+    note = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+    return Outcome(figure=worst, bar=MOST_NOISE, at_most=True, note=note)
+
+
+def faster_features(job: Job) -> Outcome:
+    """How many times as fast as direct calls a frozen encoder's graph is."""
+    found = job.shared("graphs", _graphs)
+    note = f"{found['direct_images_a_second']:,.0f} images/s directly, {found['graph_images_a_second']:,.0f} as a graph"
+    return Outcome(figure=found["ratio"], bar=0.0 if job.small else LEAST_GRAPH_RATIO, note=note)

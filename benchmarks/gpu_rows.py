@@ -44,5 +44,7 @@ ROWS = (
     Row(name="captions in float32", check=partial(model.same_captions, precision="float32", least=0.95)),
     Row(name="captions in bfloat16", check=partial(model.same_captions, precision="bfloat16", least=0.9)),
     Row(name="ONNX", check=model.onnx, seconds=120),
+    Row(name="frozen encoder as a graph", check=model.same_features, alone=True),
+    Row(name="frozen encoder as a graph, speed", check=model.faster_features, alone=True),
     *(Row(name=name, check=check, seconds=120, alone=True) for name, check in speed.CHECKS.items()),
 )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights, list_models
 
 from captioner.errors import UserError
+from captioner.graphs import GraphCache, can_replay
 from captioner.views import IMAGENET_MEAN, IMAGENET_STD
 
 HEADS = ("fc", "classifier", "heads", "head")
@@ -40,7 +41,8 @@ class Encoder(nn.Module):
     """A torchvision classifier without its last layer: images (B, 3, height, width) to features (B, F).
 
     Trainable or not is decided once. A frozen encoder stays in eval mode whatever `train()` says, computes no
-    gradient, and its batch-norm statistics never drift.
+    gradient, and its batch-norm statistics never drift. On CUDA it runs as a graph (`captioner/graphs.py`) unless it is
+    compiled.
     """
 
     def __init__(self, name: str, *, trainable: bool) -> None:
@@ -49,6 +51,7 @@ class Encoder(nn.Module):
         self.backbone = _build_backbone(name)
         self.num_features = _remove_classifier(self.backbone, name=name)
         self.backbone.requires_grad_(trainable)
+        self._graphs = None if trainable else GraphCache()
         self.to(memory_format=torch.channels_last)
         self.train(self.training)
 
@@ -62,7 +65,13 @@ class Encoder(nn.Module):
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Pooled features (B, F)."""
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
+            if self._graphs is not None and can_replay(images_B3HW) and self._is_plain():
+                return self._graphs(self.backbone, images_B3HW).flatten(1)
             return self.backbone(images_B3HW).flatten(1)
+
+    def _is_plain(self) -> bool:
+        """Whether the backbone is frozen, in eval mode and not compiled by `backbone.compile()`."""
+        return not self.trainable and not self.backbone.training and self.backbone._compiled_call_impl is None
 
 
 def small_cnn() -> nn.Module:

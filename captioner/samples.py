@@ -114,11 +114,6 @@ def build_index(
     return ShardIndex.of(list(zip(keys, members, strict=True)), facts, optional)
 
 
-def num_captions(index: ShardIndex) -> int:
-    """How many captions a shard has; 0 where its samples are no captioned pictures."""
-    return len(index.optional.get("caption_lengths", ()))
-
-
 def words_of(index: ShardIndex) -> Counter[str]:
     """How often each token occurs in the captions of a shard."""
     return Counter(json.loads(index.optional["words"].tobytes() if "words" in index.optional else "{}"))

@@ -469,7 +469,10 @@ def _read_spans(folder: str, shard: str, *, sha256: str | None = None) -> dict[s
         raise UserError(f"{origin} is of another shard than its manifest says: pack the split again")
     spans = {}
     for place, key in enumerate(index.keys_S.tolist()):
-        picture, _ = split_pair(index.members(place))
+        try:
+            picture, _ = split_pair(index.members(place))
+        except ValueError as error:
+            raise UserError(f"the samples of {origin} are no captioned pictures: give the pictures' folder") from error
         spans[f"{key.decode(errors='surrogateescape')}.jpg"] = (picture.offset, picture.size)
     return spans
 

@@ -18,6 +18,7 @@ from pycocotools.coco import COCO
 
 from captioner.errors import UserError
 from captioner.image_ids import ImageId, ImageIds, as_image_id
+from captioner.shards.format import Failure
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 ENDINGS = (".json", ".csv", ".tsv", ".jsonl")
@@ -25,18 +26,6 @@ KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "
 
 _NUMBER_OR_TEXT = "a whole number or text"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Failure:
-    """A picture or caption that is not packed, and why: `reason` is what failures are counted by.
-
-    `image` is the picture's name, empty where the row does not tell it.
-    """
-
-    image: str
-    reason: str
-    message: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,10 +68,10 @@ def parse_json(data: bytes, *, location: str) -> Any:
 def _check_caption(value: object, *, image: str, place: str) -> str | Failure:
     """The caption without white space around it, or why it is none."""
     if not isinstance(value, str):
-        return Failure(image=image, reason="bad row", message=f"{place}: the caption is no text: {reprlib.repr(value)}")
+        return Failure(name=image, reason="bad row", message=f"{place}: the caption is no text: {reprlib.repr(value)}")
     if _has_surrogates(value):
-        return Failure(image=image, reason="bad encoding", message=f"{place}: half a surrogate pair in the caption")
-    return value.strip() or Failure(image=image, reason="empty caption", message=place)
+        return Failure(name=image, reason="bad encoding", message=f"{place}: half a surrogate pair in the caption")
+    return value.strip() or Failure(name=image, reason="empty caption", message=place)
 
 
 def _has_surrogates(text: str) -> bool:
@@ -115,7 +104,7 @@ def _coco_pictures(content: Any, *, location: str) -> Iterator[Picture | Failure
             images.append({"id": image_id, "file_name": name})
         else:
             message = f"images[{position}] lacks {_NUMBER_OR_TEXT} as id, or a file_name: {reprlib.repr(image)}"
-            yield Failure(image=_text(image, "file_name"), reason="bad row", message=message)
+            yield Failure(name=_text(image, "file_name"), reason="bad row", message=message)
     names = {image["id"]: image["file_name"] for image in reversed(images)}  # of equal ids the first counts
     ids = ImageIds(names)
     annotations = []
@@ -156,10 +145,10 @@ def _check_annotation(entry: Any, position: int, names: dict[ImageId, str], ids:
     place = f"annotations[{position}]" if number is None else f"annotation {number}"
     if wanted is None or (number is None and _first(entry, "id") is not None):
         message = f"{place} lacks {_NUMBER_OR_TEXT} as image_id, or has an id of another kind: {reprlib.repr(entry)}"
-        return Failure(image="", reason="bad row", message=message)
+        return Failure(name="", reason="bad row", message=message)
     image_id = ids.find(wanted)
     if image_id is None:
-        return Failure(image="", reason="no picture", message=f"{place}: there is no image of id {wanted!r}")
+        return Failure(name="", reason="no picture", message=f"{place}: there is no image of id {wanted!r}")
     caption = _check_caption(entry.get("caption"), image=names[image_id], place=place)
     return caption if isinstance(caption, Failure) else {"id": number, "image_id": image_id, "caption": caption}
 
@@ -197,7 +186,7 @@ def _karpathy_pictures(content: Any, *, split: str, location: str) -> Iterator[P
             yield from _karpathy_picture(image)
         else:
             message = f"images[{position}] lacks split, filename, id or sentences: {reprlib.repr(image)}"
-            yield Failure(image=_text(image, "filename"), reason="bad row", message=message)
+            yield Failure(name=_text(image, "filename"), reason="bad row", message=message)
 
 
 def _is_karpathy_picture(image: Any) -> bool:
@@ -225,7 +214,7 @@ def _karpathy_picture(image: dict[str, Any]) -> Iterator[Picture | Failure]:
             captions.append((number, caption))
         else:
             message = f"{place}: the sentid is not {_NUMBER_OR_TEXT}: {reprlib.repr(sentence['sentid'])}"
-            yield Failure(image=name, reason="bad row", message=message)
+            yield Failure(name=name, reason="bad row", message=message)
     yield Picture(image_id=image_id, file_name=name, place=f"image id {image_id}", captions=captions)
 
 
@@ -269,16 +258,16 @@ def _table_rows(data: bytes, *, delimiter: str, location: str) -> Iterator[Pictu
         place = f"line {number}"
         name = cells[image] if len(cells) > image else ""
         if any(map(_has_surrogates, cells)):
-            yield Failure(image=name, reason="bad encoding", message=f"{place}: bytes that are not UTF-8")
+            yield Failure(name=name, reason="bad encoding", message=f"{place}: bytes that are not UTF-8")
         elif not cells:
             yield Failure(
-                image="", reason="bad row", message=f"{place}: its cells cannot be told apart, look at its quotes"
+                name="", reason="bad row", message=f"{place}: its cells cannot be told apart, look at its quotes"
             )
         elif len(cells) != len(columns):
             message = (
                 f"{place}: {len(cells)} cells under {len(columns)} columns (a cell with {delimiter!r} needs quotes)"
             )
-            yield Failure(image=name, reason="bad row", message=message)
+            yield Failure(name=name, reason="bad row", message=message)
         else:
             yield from _row(name, [cells[caption]], place=place)
 
@@ -328,7 +317,7 @@ def _jsonl_row(row: Any, *, is_utf8: bool, place: str) -> Iterator[Picture | Fai
     problem = _jsonl_problem(row, is_utf8=is_utf8)
     if problem is not None:
         reason, message = problem
-        yield Failure(image=_text(row, "path", "image"), reason=reason, message=f"{place}: {message}")
+        yield Failure(name=_text(row, "path", "image"), reason=reason, message=f"{place}: {message}")
         return
     one, several = row.get("caption"), row.get("captions")
     yield from _row(_text(row, "path", "image"), several if one is None else [one], place=place)

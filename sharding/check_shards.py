@@ -21,7 +21,8 @@ import tyro
 
 from captioner import cli
 from captioner.flags import Count, Location, Pixels
-from sharding.foreign_split import index_split
+from captioner.shards.indexing import is_any
+from sharding.foreign_split import Samples, index_split
 from sharding.repair import SourceFlags, repair_split
 from sharding.settings import Split
 from sharding.show import show_dataset
@@ -76,12 +77,15 @@ class ShowSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexSettings:
-    """Make webdataset tars of another program trainable: an index beside each, a manifest, and a vocabulary."""
+    """Make webdataset tars of another program trainable: an index beside each, a manifest and, of captions, a
+    vocabulary."""
 
     folder: Annotated[tyro.conf.Positional[Location], tyro.conf.arg(metavar="DIR")]
     """Folder (or URL) that holds the tars and receives the other files."""
     split: Split
     """What the tars are for."""
+    samples: Samples = "captioned-pictures"
+    """What they hold: pictures with captions, as train/main.py reads them, or any fields, for captioner.streaming."""
     pattern: str | None = None
     """Which files, such as "cc3m-train-*.tar"; without it SPLIT*.tar where there are any, else *.tar."""
     threshold: Count | None = None
@@ -120,6 +124,7 @@ def main(command: Command) -> None:
         index_split(
             settings.folder,
             split=settings.split,
+            samples=settings.samples,
             pattern=settings.pattern,
             threshold=settings.threshold,
             size=settings.size,
@@ -162,8 +167,9 @@ def check_folder(folder: str, split: str | None, *, doing: str) -> tuple[list[Sp
     with cli.progress_bar(f"{doing} {folder}", total=total, unit="images") as bar:
         for check in checks:
             check_split(folder, check, bar)
-    train = next((check for check in checks if check.split == "train"), None)
-    return checks, check_vocabulary(folder, train)
+    captioned = [check for check in checks if check.manifest is None or not is_any(check.manifest)]
+    train = next((check for check in captioned if check.split == "train"), None)
+    return checks, check_vocabulary(folder, train) if captioned else None
 
 
 def leave(folder: str, checks: Sequence[SplitCheck], problems: Sequence[Problem]) -> None:

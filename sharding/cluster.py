@@ -17,7 +17,7 @@ import captioner
 import sharding
 from captioner.errors import UserError
 from captioner.files import storage
-from sharding.claim import claim_location
+from captioner.shards.writing import claim_location
 from sharding.engine import use_one_thread
 from sharding.pack import PackedShard, Progress, Report, pack_shard
 from sharding.plan import ShardPlan

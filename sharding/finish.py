@@ -1,19 +1,16 @@
 """What stands beside a split's shards: the vocabulary, the list of failures and, last of all, the manifest."""
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from captioner import cli
 from captioner.errors import UserError
 from captioner.files import storage
-from captioner.shards.format import Manifest, ShardEntry, manifest_location
+from captioner.shards import writing
+from captioner.shards.format import Failure, Manifest
 from captioner.vocabulary import LEAST_COVERAGE, SPECIAL_WORDS, THRESHOLD, Vocabulary, choose_threshold
-from sharding.pack import PackedShard, write
-from sharding.sources import Failure
+from sharding.pack import PackedShard
 
 
 def write_vocabulary(
@@ -34,7 +31,7 @@ def write_vocabulary(
             f"no word occurs {vocabulary.threshold} times in the captions, the most frequent one {most} times: give a "
             "smaller --threshold, or leave it out"
         )
-    write(storage.join(folder, "vocabulary.json"), vocabulary.to_json())
+    writing.write(storage.join(folder, "vocabulary.json"), vocabulary.to_json())
     origin = "as given" if given else f"seen at least {vocabulary.threshold} times"
     cli.console.print(
         f"vocabulary: {num_words:,} words ({origin}) and {len(SPECIAL_WORDS)} special ones; they cover "
@@ -57,25 +54,14 @@ def write_manifest(
     source: dict[str, Any],
 ) -> Manifest:
     """Write the failures' list (those `refused` before packing first) and, last of all, the manifest. UserError."""
-    failures = [*refused, *(failure for shard in shards for failure in shard.failures)]
-    entries = tuple(shard.entry for shard in shards)
-    manifest = Manifest(
-        split=split,
-        shards=entries,
+    return writing.write_manifest(
+        folder,
+        split,
+        [shard.entry for shard in shards],
+        failures=[*refused, *(failure for shard in shards for failure in shard.failures)],
         settings=recipe | {"backend": " and ".join(sorted({shard.backend for shard in shards}))},
-        source=source | {"records": sum(entry.samples + entry.failures for entry in entries)},
-        failures=dict(sorted(Counter(failure.reason for failure in failures).items())),
-        fingerprint=manifest_fingerprint(entries),
+        source=source,
     )
-    lines = "".join(json.dumps(asdict(failure)) + "\n" for failure in failures)
-    write(storage.join(folder, f"{split}.failures.jsonl"), lines)
-    write(manifest_location(folder, split), manifest.to_json())
-    return manifest
-
-
-def manifest_fingerprint(shards: Sequence[ShardEntry]) -> str:
-    """The fingerprint that belongs to a manifest with these shards."""
-    return hashlib.sha256(json.dumps([shard.fingerprint for shard in shards]).encode()).hexdigest()
 
 
 def failure_text(reasons: Mapping[str, int]) -> str:

@@ -1,29 +1,21 @@
-"""Tars that somebody else wrote, in webdataset's convention: which samples they hold, and an index of them.
-
-Members of one sample are adjacent; its key is their path up to the first dot of the file name. Nothing is unpacked
-or changed, and what cannot be used is counted by reason.
-"""
+"""Captioned pictures in tars that another program wrote: which member is the picture, and which the captions."""
 
 import json
-import re
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from captioner import images
 from captioner.samples import CAPTION_ENDINGS, build_index, read_content
-from captioner.shards.format import Manifest, Member, ShardIndex
-from captioner.shards.tar_walk import Buffer, DamagedTarError, TarMember, walk
+from captioner.shards.format import Failure, Member, ShardIndex
+from captioner.shards.indexing import ANY, MakeIndex, checked, find_samples, foreign_facts, index_any
+from captioner.shards.tar_walk import Buffer, TarMember
 from sharding.pack import MAX_FILE_BYTES
-from sharding.sources import Failure
 
-BACKEND = "foreign"
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "pbm", "pnm", "gif", "bmp", "tif", "tiff", "avif", "jp2")
 MAX_CAPTION_BYTES = 1 << 24
 
-_KEY_AND_ENDING = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's `base_plus_ext`
-_META = re.compile(r"__[^/]*__($|/)")  # what webdataset skips
+Field = tuple[str, TarMember]
 
 
 class _UnusableError(Exception):
@@ -35,52 +27,23 @@ class _UnusableError(Exception):
         self.message = message
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scan:
-    """A tar's usable samples in order (the members are picture and captions), and what is of no use, and why."""
-
-    keys: list[str] = field(default_factory=list)
-    members: list[dict[str, Member]] = field(default_factory=list)
-    tokens: list[list[list[str]]] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
-
-
-Group = tuple[str, list[tuple[str, TarMember]]]
-
-
-def scan_tar(data: Buffer, *, name: str) -> Scan:
-    """All samples of the tar `name` (without ending), each with its picture decoded and its captions read once.
+def index_captioned(data: Buffer, *, name: str, sha256: str, recipe: dict[str, Any]) -> ShardIndex:
+    """The index of the tar `name` (without ending), each picture decoded and its captions read once.
 
     Keys are `name/KEY`: many programs number the samples of each tar from 0.
     """
-    scan = Scan()
-    seen: set[str] = set()
-    for key, members in _groups(data, scan.failures, name=name):
+    failures: list[Failure] = []
+    found: dict[str, tuple[dict[str, Member], list[list[str]]]] = {}
+    for key, members in find_samples(data, failures, name=name):
         try:
-            if key in seen:
+            if f"{name}/{key}" in found:
                 raise _UnusableError("duplicate key", f"{name}.tar holds it twice")
-            pair, tokens = _read_sample(data, key, members)
+            found[f"{name}/{key}"] = _read_sample(data, key, list(members.items()))
         except _UnusableError as error:
-            scan.failures.append(Failure(image=key, reason=error.reason, message=error.message))
-        else:
-            seen.add(key)
-            scan.keys.append(f"{name}/{key}")
-            scan.members.append(pair)
-            scan.tokens.append(tokens)
-    return scan
-
-
-def index_scan(scan: Scan, *, num_bytes: int, sha256: str, recipe: dict[str, Any]) -> ShardIndex:
-    """The index of a scanned tar."""
-    facts = {
-        "bytes": num_bytes,
-        "sha256": sha256,
-        "fingerprint": sha256,
-        "recipe": recipe,
-        "backend": BACKEND,
-        "failures": [asdict(failure) for failure in scan.failures],
-    }
-    return build_index(scan.keys, scan.members, scan.tokens, facts)
+            failures.append(Failure(name=key, reason=error.reason, message=error.message))
+    pairs, tokens = zip(*found.values(), strict=True) if found else ((), ())
+    facts = foreign_facts(data, sha256=sha256, recipe=recipe, failures=failures)
+    return build_index(list(found), pairs, tokens, facts)
 
 
 def foreign_recipe(size: int) -> dict[str, Any]:
@@ -88,91 +51,60 @@ def foreign_recipe(size: int) -> dict[str, Any]:
     return {"size": size, "resize": "none", "quality": 0, "shard_megabytes": 0}
 
 
-def is_foreign(manifest: Manifest) -> bool:
-    """Whether the split's tars were only indexed, not made, by this program."""
-    return manifest.settings.get("backend") == BACKEND or "pattern" in manifest.source
+def indexer(recipe: dict[str, Any], *, before: ShardIndex | None = None) -> MakeIndex:
+    """What makes a tar's index again that was made by `recipe`; `before` is that index, if it is there."""
+    if "samples" not in recipe:
+        return partial(index_captioned, recipe=recipe)
+    if recipe["samples"] == ANY or before is None:
+        return partial(index_any, recipe=recipe)
+    starts = set(before.offsets_M[before.first_member[:-1]].tolist())
+    return partial(index_any, recipe=recipe, choose=lambda _, sample: next(iter(sample[1].values())).offset in starts)
 
 
-# ---- samples ----------------------------------------------------------------------------------------------
+# ---- one sample -------------------------------------------------------------------------------------------
 
 
-def _groups(data: Buffer, failures: list[Failure], *, name: str) -> Iterator[Group]:
-    """Adjacent members with the same key; what belongs to no sample goes to `failures`."""
-    group: Group | None = None
-    try:
-        for member in walk(data):
-            match = _KEY_AND_ENDING.fullmatch(member.name)
-            if member.kind == "folder" or _META.match(member.name):
-                continue
-            if member.kind != "file":
-                failures.append(Failure(image=member.name, reason="not a file", message=member.kind))
-            elif match is None:
-                failures.append(Failure(image=member.name, reason="no key", message="the name has no ending"))
-            else:
-                key, ending = match[1], match[2].lower()
-                if group is None or group[0] != key:
-                    if group is not None:
-                        yield group
-                    group = (key, [])
-                group[1].append((ending, member))
-    except DamagedTarError as error:
-        failures.append(Failure(image=f"{name}.tar", reason="damaged tar", message=str(error)))
-    if group is not None:
-        yield group
-
-
-def _read_sample(
-    data: Buffer, key: str, members: Sequence[tuple[str, TarMember]]
-) -> tuple[dict[str, Member], list[list[str]]]:
-    """Where a sample's picture and captions lie, and its captions' tokens. Raises _UnusableError."""
-    endings = [ending for ending, _ in members]
-    if twice := sorted({ending for ending in endings if endings.count(ending) > 1}):
-        raise _UnusableError("duplicate member", f"two members .{twice[0]}")
+def _read_sample(data: Buffer, key: str, members: Sequence[Field]) -> tuple[dict[str, Member], list[list[str]]]:
+    """A sample's picture and captions by field, in the tar's order, and its captions' tokens. Raises _UnusableError."""
     pictures = _choose(members, IMAGE_ENDINGS, what="picture")
     captions, tokens = _read_captions(data, key, _choose(members, CAPTION_ENDINGS, what="caption"))
-    field, member = pictures[0]
-    picture, content = _read(data, member, limit=MAX_FILE_BYTES)
     try:
-        images.decode_rgb(content)
+        images.decode_rgb(_read(data, pictures[0][1], limit=MAX_FILE_BYTES))
     except images.ImageError as error:
         raise _UnusableError(error.reason, error.message) from error
-    pair = sorted([(field, picture), captions], key=lambda pair: pair[1].offset)
-    return dict(pair), tokens
+    pair = sorted([pictures[0], captions], key=lambda field: field[1].offset)
+    return {field: checked(data, member) for field, member in pair}, tokens
 
 
-def _choose(
-    members: Sequence[tuple[str, TarMember]], wanted: Sequence[str], *, what: str
-) -> list[tuple[str, TarMember]]:
+def _choose(members: Sequence[Field], wanted: Sequence[str], *, what: str) -> list[Field]:
     """The members with a wanted ending, best first; a longer one such as `.large.jpg` serves where it is the only one.
 
     Raises _UnusableError where there is none, or it is not clear which is meant.
     """
-    exact = [(found, member) for ending in wanted for found, member in members if found == ending]
+    exact = [(field, member) for ending in wanted for field, member in members if field == ending]
     if exact:
         return exact
-    longer = [(found, member) for found, member in members if found.rpartition(".")[2] in wanted]
+    longer = [(field, member) for field, member in members if field.rpartition(".")[2] in wanted]
     if len(longer) > 1:
         raise _UnusableError(f"several {what}s", ", ".join(member.name for _, member in longer))
     if not longer:
-        found = ", ".join(f".{ending}" for ending, _ in members)
+        found = ", ".join(f".{field}" for field, _ in members)
         raise _UnusableError(f"no {what}", f"none of .{', .'.join(wanted)} among its members {found}")
     return longer
 
 
-def _read_captions(
-    data: Buffer, key: str, candidates: Sequence[tuple[str, TarMember]]
-) -> tuple[tuple[str, Member], list[list[str]]]:
+def _read_captions(data: Buffer, key: str, candidates: Sequence[Field]) -> tuple[Field, list[list[str]]]:
     """The first of the members that holds captions, and their tokens. Raises _UnusableError."""
     problems = []
-    for name, candidate in candidates:
-        member, content = _read(data, candidate, limit=MAX_CAPTION_BYTES)
+    for field, member in candidates:
+        content = _read(data, member, limit=MAX_CAPTION_BYTES)
         try:
-            if candidate.name.lower().endswith(".json"):
+            if field.endswith("json"):
                 _check_object(content)
-            return (name, member), read_content(content, key=key)["tokens"]
+            return (field, member), read_content(content, key=key)["tokens"]
         except ValueError as error:
             reason = "bad encoding" if isinstance(error, UnicodeError) else "no caption"
-            problems.append((reason, f"{candidate.name}: {error}"))
+            problems.append((reason, f"{member.name}: {error}"))
     reason, message = problems[0]
     raise _UnusableError(reason, message)
 
@@ -186,8 +118,7 @@ def _check_object(content: bytes) -> None:
         raise ValueError("JSON that is nested too deeply") from error
 
 
-def _read(data: Buffer, member: TarMember, *, limit: int) -> tuple[Member, bytes]:
+def _read(data: Buffer, member: TarMember, *, limit: int) -> bytes:
     if member.size > limit:
         raise _UnusableError("too large", f"{member.name} has {member.size:,} bytes, more than {limit:,}")
-    content = data[member.offset : member.offset + member.size]
-    return Member(member.offset, member.size, zlib.crc32(content)), content
+    return data[member.offset : member.offset + member.size]

@@ -28,17 +28,17 @@ from itertools import repeat
 from captioner import cli
 from captioner.errors import UserError
 from captioner.files import storage
-from captioner.shards.format import Manifest, manifest_location, read_manifest
+from captioner.shards.format import Failure, Manifest, manifest_location, read_manifest
+from captioner.shards.indexing import is_foreign
+from captioner.shards.writing import claim
 from captioner.vocabulary import read_vocabulary
 from captioner.workers import count_processors
-from sharding.claim import claim
 from sharding.engine import prepare, run_local
 from sharding.finish import failure_text, write_manifest, write_vocabulary
-from sharding.foreign import is_foreign
 from sharding.pack import PackedShard, Progress, Report, find_packed, pack_anew
 from sharding.plan import Recipe, ShardPlan, plan_shards
 from sharding.settings import ShardSettings
-from sharding.sources import Failure, Source, find_sources, read_records
+from sharding.sources import Source, find_sources, read_records
 
 EXIT_TOO_MANY_FAILURES = 3
 SHOWN_NAMES = 5
@@ -110,7 +110,7 @@ def why_none(failures: Sequence[Failure]) -> str:
     reasons = Counter(failure.reason for failure in failures)
     commonest = reasons.most_common(1)[0][0]
     first = next(failure for failure in failures if failure.reason == commonest)
-    return f" ({failure_text(reasons)}), such as {first.image or 'a row'}: {commonest}, {first.message}"
+    return f" ({failure_text(reasons)}), such as {first.name or 'a row'}: {commonest}, {first.message}"
 
 
 def refuse_foreign(split: str, folder: str) -> None:

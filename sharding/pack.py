@@ -7,7 +7,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import get_args
 
@@ -15,11 +14,12 @@ from captioner import images
 from captioner.decoder_output import own_stderr
 from captioner.errors import UserError
 from captioner.files import storage
-from captioner.samples import Sample, build_index, num_captions, words_of
-from captioner.shards.format import FormatError, Member, ShardEntry, ShardIndex, TarBuilder
+from captioner.samples import Sample, build_index, words_of
+from captioner.shards.format import Failure, FormatError, Member, ShardEntry, ShardIndex, TarBuilder
+from captioner.shards.writing import write, writing
 from captioner.vocabulary import tokenize
 from sharding.plan import ShardPlan
-from sharding.sources import Failure, Record
+from sharding.sources import Record
 
 MAX_FILE_BYTES = 1 << 30
 GROUP_PICTURES, GROUP_BYTES = 8, 2 << 20  # that are packed together
@@ -110,7 +110,7 @@ def pack_shard(
         "failures": [asdict(failure) for failure in failures],
     }
     index = build_index(keys, members, tokens, facts)
-    with _writing(storage.join(folder, f"{plan.name}.index")) as old:
+    with writing(storage.join(folder, f"{plan.name}.index")) as old:
         storage.delete(old)  # it must not stand beside a new tar
     write(storage.join(folder, f"{plan.name}.tar"), data)
     write(storage.join(folder, f"{plan.name}.index"), index.to_bytes())
@@ -144,7 +144,7 @@ def _failure(record: Record, error: images.ImageError) -> Failure:
         raise UserError(
             f"there is too little memory to decode {record.file_name}: give fewer --workers and run again"
         ) from error
-    return Failure(image=record.file_name, reason=error.reason, message=error.message)
+    return Failure(name=record.file_name, reason=error.reason, message=error.message)
 
 
 def _make_sample(record: Record, original_size: tuple[int, int]) -> Sample:
@@ -159,24 +159,6 @@ def _make_sample(record: Record, original_size: tuple[int, int]) -> Sample:
         tokens=[tokenize(caption) for caption in record.captions],
         annotation_ids=list(record.annotation_ids),
     )
-
-
-def write(location: str, content: bytes | str) -> None:
-    """Write a file of the dataset folder. Raises UserError."""
-    with _writing(location):
-        storage.write_atomic(location, content)
-
-
-@contextmanager
-def _writing(location: str) -> Iterator[str]:
-    """What fails while a file of the dataset folder is written, as a UserError."""
-    try:
-        yield location
-    except OSError as error:
-        raise UserError(
-            f"cannot write {location} ({error.strerror or error}): mend that (is the disk full, or read-only?) and run "
-            "the same command again; finished shards are kept"
-        ) from error
 
 
 # ---- reading pictures -------------------------------------------------------------------------------------
@@ -324,18 +306,9 @@ def _refuse_other_tar(plan: ShardPlan, tar: str) -> None:
 
 def packed_shard(name: str, index: ShardIndex, *, reused: bool) -> PackedShard:
     """What a shard's index says of it."""
-    entry = ShardEntry(
-        name=name,
-        samples=len(index),
-        captions=num_captions(index),
-        failures=len(index.facts["failures"]),
-        bytes=index.facts["bytes"],
-        sha256=index.facts["sha256"],
-        fingerprint=index.facts["fingerprint"],
-    )
     return PackedShard(
-        entry=entry,
-        failures=tuple(Failure(**failure) for failure in index.facts["failures"]),
+        entry=ShardEntry.of(name, index),
+        failures=tuple(index.failures),
         words=words_of(index),
         backend=index.facts["backend"],
         reused=reused,

@@ -10,8 +10,9 @@ from typing import Any, get_args
 from captioner import images
 from captioner.samples import SAMPLE_FIELDS, build_index
 from captioner.shards.format import Manifest, Member, ShardEntry, ShardIndex
+from captioner.shards.indexing import is_foreign
 from captioner.shards.tar_walk import Buffer, DamagedTarError, TarMember, walk
-from sharding.foreign import Scan, index_scan, is_foreign, scan_tar
+from sharding.foreign import indexer
 from sharding.plan import Recipe
 
 SHOWN_PROBLEMS = 3
@@ -27,13 +28,21 @@ class Rebuilt:
 
 
 def index_from_tar(
-    data: Buffer, facts: Mapping[str, Any], *, sha256: str, entry: ShardEntry, manifest: Manifest
+    data: Buffer,
+    facts: Mapping[str, Any],
+    *,
+    sha256: str,
+    entry: ShardEntry,
+    manifest: Manifest,
+    before: ShardIndex | None = None,
 ) -> Rebuilt:
-    """The index of a tar (with this `sha256`) of ours or of others, with these facts where the tar does not tell."""
+    """The index of a tar (with this `sha256`) of ours or of others, with these facts where the tar does not tell.
+
+    `before` is the index that is there.
+    """
     if is_foreign(manifest):
-        scan = scan_tar(data, name=entry.name)
-        recipe = facts.get("recipe", {})
-        return Rebuilt(index=index_scan(scan, num_bytes=len(data), sha256=sha256, recipe=recipe))
+        make_index = indexer(facts.get("recipe", foreign_settings(manifest)), before=before)
+        return Rebuilt(index=make_index(data, name=entry.name, sha256=sha256))
     problems: list[str] = []
     recipe = facts.get("recipe", manifest.settings)
     agreed = all(manifest.settings.get(name) == value for name, value in recipe.items())
@@ -45,6 +54,15 @@ def index_from_tar(
 
 
 # ---- our own tars -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scan:
+    """A tar's samples in order: keys, members by field, and the tokens of their captions."""
+
+    keys: list[str] = field(default_factory=list)
+    members: list[dict[str, Member]] = field(default_factory=list)
+    tokens: list[list[list[str]]] = field(default_factory=list)
 
 
 def _scan_packed(data: Buffer, problems: list[str], *, split: str, recipe: Mapping[str, Any]) -> Scan:
@@ -171,7 +189,6 @@ def facts_of(entry: ShardEntry, manifest: Manifest, *, listed: list[Any]) -> dic
     }
 
 
-def reindex_foreign(data: Buffer, entry: ShardEntry, manifest: Manifest) -> ShardIndex:
-    """A foreign tar's index anew."""
-    recipe = {name: manifest.settings[name] for name in RECIPE_FIELDS}
-    return index_scan(scan_tar(data, name=entry.name), num_bytes=entry.bytes, sha256=entry.sha256, recipe=recipe)
+def foreign_settings(manifest: Manifest) -> dict[str, Any]:
+    """The recipe of a split that was only indexed."""
+    return {name: value for name, value in manifest.settings.items() if name != "backend"}

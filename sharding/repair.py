@@ -13,15 +13,15 @@ from captioner import images as pictures
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.shards.format import Manifest, ShardEntry, ShardIndex
+from captioner.shards.indexing import is_chosen, is_foreign
 from captioner.shards.tar_walk import open_tar
+from captioner.shards.writing import claim, write
 from captioner.workers import count_processors
-from sharding.claim import claim
 from sharding.engine import run_local
-from sharding.foreign import is_foreign
+from sharding.foreign import indexer
 from sharding.make_shards import plan_split
-from sharding.pack import write
 from sharding.plan import ShardPlan
-from sharding.rebuild import facts_of, index_from_tar, reindex_foreign
+from sharding.rebuild import facts_of, foreign_settings, index_from_tar
 from sharding.settings import ShardSettings
 from sharding.sources import Source, find_sources
 from sharding.verify import SplitCheck, read_failures
@@ -99,12 +99,13 @@ def _index_anew(folder: str, check: SplitCheck, manifest: Manifest, repairs: Rep
 
 
 def _reindex(folder: str, check: SplitCheck, manifest: Manifest, repairs: Repairs) -> None:
-    """Rebuild the indexes of whole foreign tars."""
-    for shard in check.shards:
+    """Rebuild the indexes of whole foreign tars, unless the tars do not tell what was chosen from them."""
+    make_index = indexer(foreign_settings(manifest))
+    for shard in check.shards if not is_chosen(manifest) else ():
         name = shard.entry.name
         if shard.has("index") and not shard.has("tar"):
             with open_tar(storage.join(folder, f"{name}.tar")) as data:
-                index = reindex_foreign(data, shard.entry, manifest)
+                index = make_index(data, name=name, sha256=shard.entry.sha256)
             _write_index(folder, shard.entry, index, repairs)
 
 

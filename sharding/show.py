@@ -12,11 +12,12 @@ from captioner.errors import UserError
 from captioner.files import storage
 from captioner.samples import read_content, split_pair
 from captioner.shards.format import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
+from captioner.shards.indexing import is_any, is_foreign
 from captioner.vocabulary import read_vocabulary
-from sharding.foreign import BACKEND as FOREIGN
 from sharding.verify_shard import INDEX_FIRST
 
 NUM_WORDS = 20
+SHOWN_BYTES = 500
 PACK_FIRST = "sharding/make_shards.py packs it"
 
 
@@ -28,7 +29,8 @@ def show_dataset(folder: str, *, split: str | None, key: str | None) -> None:
         raise UserError(f"there is no {what} in {folder}: {PACK_FIRST}; {INDEX_FIRST} for tars without one")
     manifests = [read_manifest(folder, name, remedy=PACK_FIRST) for name in there]
     _show_splits(folder, manifests)
-    _show_vocabulary(folder)
+    if not all(map(is_any, manifests)):
+        _show_vocabulary(folder)
     _show_sample(folder, manifests, key)
 
 
@@ -50,7 +52,7 @@ def _show_splits(folder: str, manifests: list[Manifest]) -> None:
                 manifest.num_samples,
                 sum(shard.captions for shard in manifest.shards),
                 sum(shard.bytes for shard in manifest.shards) / 1e6,
-                "squashed on reading: " + made if manifest.settings.get("backend") == FOREIGN else made,
+                "squashed on reading: " + made if is_foreign(manifest) and not is_any(manifest) else made,
                 ", ".join(
                     f"{plain(name)} {plain(value)}" for name, value in manifest.source.items() if name != "split"
                 ),
@@ -73,26 +75,43 @@ def _show_sample(folder: str, manifests: list[Manifest], key: str | None) -> Non
     found = _find_sample(folder, manifests, key)
     if found is None:
         raise UserError(f"{folder} holds no sample {f'with key {key}' if key else 'at all'}: see the table above")
-    shard, index, place = found
+    manifest, shard, index, place = found
     location = storage.join(folder, f"{shard}.tar")
     try:
         data = storage.read_bytes(location)
     except OSError as error:
         raise UserError(f"cannot read {location} ({error}): check_shards.py repair brings it back") from error
     fields = {name: data[m.offset : m.offset + m.size] for name, m in index.members(place).items()}
+    rows: list[tuple[str, object]] = [("key", index.key(place)), ("shard", f"{shard}, sample {place:,}")]
     try:
-        encoded, captions = split_pair(fields)
-        content = read_content(captions, key=index.key(place))
-        with Image.open(io.BytesIO(encoded)) as picture:
-            stored = f"{picture.width}x{picture.height} pixels, {picture.format}, {len(encoded):,} bytes"
+        rows += _fields(fields) if is_any(manifest) else _captioned(fields, key=index.key(place))
     except (ValueError, OSError) as error:
         raise UserError(
             f"sample {index.key(place)} in {location} cannot be read ({error}): check_shards.py verify tells more"
         ) from error
-    rows = [("key", index.key(place)), ("shard", f"{shard}, sample {place:,}"), *_facts(content), ("stored", stored)]
+    cli.print_table("one sample", ("field", "value"), [(plain(name), plain(value)) for name, value in rows])
+
+
+def _fields(fields: dict[str, bytes]) -> list[tuple[str, object]]:
+    """A row for each field: short text as it is, of all else the size."""
+    rows: list[tuple[str, object]] = []
+    for name, content in fields.items():
+        text = content.decode(errors="replace") if len(content) <= SHOWN_BYTES else ""
+        shown = text if text.isprintable() and "\ufffd" not in text else ""
+        rows.append((f".{name}", shown or f"{len(content):,} bytes"))
+    return rows
+
+
+def _captioned(fields: dict[str, bytes], *, key: str) -> list[tuple[str, object]]:
+    """The rows of a captioned picture. Raises ValueError and OSError."""
+    encoded, captions = split_pair(fields)
+    content = read_content(captions, key=key)
+    with Image.open(io.BytesIO(encoded)) as picture:
+        stored = f"{picture.width}x{picture.height} pixels, {picture.format}, {len(encoded):,} bytes"
+    rows = [*_facts(content), ("stored", stored)]
     for caption, tokens in zip(content["captions"], content["tokens"], strict=True):
         rows += [("caption", caption), ("tokens", " | ".join(tokens))]
-    cli.print_table("one sample", ("field", "value"), [(name, plain(value)) for name, value in rows])
+    return rows
 
 
 def _facts(content: dict[str, Any]) -> list[tuple[str, object]]:
@@ -102,8 +121,10 @@ def _facts(content: dict[str, Any]) -> list[tuple[str, object]]:
     return facts
 
 
-def _find_sample(folder: str, manifests: list[Manifest], key: str | None) -> tuple[str, ShardIndex, int] | None:
-    """The shard, its index, and the sample's place in it."""
+def _find_sample(
+    folder: str, manifests: list[Manifest], key: str | None
+) -> tuple[Manifest, str, ShardIndex, int] | None:
+    """The manifest, the shard's name and index, and the sample's place in it."""
     for manifest in manifests:
         for entry in manifest.shards:
             location = storage.join(folder, f"{entry.name}.index")
@@ -113,5 +134,5 @@ def _find_sample(folder: str, manifests: list[Manifest], key: str | None) -> tup
                 raise UserError(f"cannot read {location} ({error}): check_shards.py repair brings it back") from error
             place = next((p for p in range(len(index)) if key in (None, index.key(p))), None)
             if place is not None:
-                return entry.name, index, place
+                return manifest, entry.name, index, place
     return None

@@ -12,10 +12,9 @@ from urllib.parse import unquote
 
 from captioner.errors import UserError
 from captioner.files import storage
-from captioner.shards.format import SPLITS
+from captioner.shards.format import SPLITS, Failure
 from sharding.caption_files import (
     ENDINGS,
-    Failure,
     Picture,
     is_karpathy,
     karpathy_splits,
@@ -180,10 +179,10 @@ def _refuse(picture: Picture, *, seen: set[int | str], images: str) -> Failure |
     """Why a picture of the folder `images` cannot be a record, if so; `seen` are the ids of those that are."""
     name, place = picture.file_name, picture.place
     if _UNSAFE.search(name):
-        return Failure(image=name, reason="unsafe name", message=f"{place}: {_what_is_unsafe(name, images)}")
+        return Failure(name=name, reason="unsafe name", message=f"{place}: {_what_is_unsafe(name, images)}")
     if picture.image_id in seen:
-        return Failure(image=name, reason="duplicate id", message=place)
-    return None if picture.captions else Failure(image=name, reason="no caption", message=place)
+        return Failure(name=name, reason="duplicate id", message=place)
+    return None if picture.captions else Failure(name=name, reason="no caption", message=place)
 
 
 def _what_is_unsafe(name: str, images: str) -> str:

@@ -16,12 +16,12 @@ from captioner import images
 from captioner.cli import Bar
 from captioner.errors import UserError
 from captioner.files import storage
-from captioner.shards.format import SPLITS, Manifest, manifest_location, read_manifest, shard_name
+from captioner.shards.format import NOT_KEPT, SPLITS, Manifest, manifest_location, read_manifest, shard_name
+from captioner.shards.indexing import BACKEND as FOREIGN
+from captioner.shards.indexing import is_foreign
+from captioner.shards.writing import manifest_fingerprint
 from captioner.vocabulary import Vocabulary, read_vocabulary
 from captioner.workers import count_processors
-from sharding.finish import manifest_fingerprint
-from sharding.foreign import BACKEND as FOREIGN
-from sharding.foreign import is_foreign
 from sharding.verify_shard import (
     INDEX_FIRST,
     INDEX_SAME,
@@ -189,10 +189,13 @@ def _check_together(folder: str, check: SplitCheck, manifest: Manifest) -> None:
             file=name,
             part="failures",
         )
-    elif dict(reasons) != manifest.failures:
+    elif dict(reasons) != {reason: n for reason, n in manifest.failures.items() if reason != NOT_KEPT}:
         add(f"its failures by reason are not those that {name} lists")
-    if whole and manifest.source.get("records") != manifest.num_samples + len(packed):
-        add(f"{manifest.source.get('records')} pictures are not its samples and what could not be packed")
+    not_kept = sum(shard.facts.get("not_kept", 0) for shard in readable if shard.facts)
+    if whole and manifest.failures.get(NOT_KEPT, 0) != not_kept:
+        add("its number of samples that were not kept is not that of its shards")
+    if whole and manifest.source.get("records") != manifest.num_samples + len(packed) + not_kept:
+        add(f"{manifest.source.get('records')} records are not its samples and what was left out")
 
 
 def _check_settings(check: SplitCheck, readable: Sequence[ShardCheck], manifest: Manifest, add: Any) -> None:

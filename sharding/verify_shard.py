@@ -6,7 +6,7 @@ The two indexes must say the same; what vouches for the tar is the sha256 in man
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from zlib import crc32
 
@@ -14,16 +14,17 @@ import numpy as np
 
 from captioner.errors import UserError
 from captioner.files import storage
-from captioner.samples import num_captions, words_of
+from captioner.samples import words_of
 from captioner.shards.format import Manifest, ShardEntry, ShardIndex
+from captioner.shards.indexing import is_chosen, is_foreign
 from captioner.shards.tar_walk import open_tar
-from sharding.finish import manifest_fingerprint
-from sharding.foreign import is_foreign
+from captioner.shards.writing import manifest_fingerprint
 from sharding.rebuild import index_from_tar
 
 PACK_SAME = "run sharding/make_shards.py again with the same flags: whole shards are kept"
 INDEX_FIRST = "pack again, or, if another program made them, run sharding/check_shards.py index"
 INDEX_SAME = "run sharding/check_shards.py index again"
+CHOOSE_SAME = "run captioner.streaming.index_shards again with the same `keep`"
 REPAIR = "run sharding/check_shards.py repair"
 RESTORE = "bring the file back from where it came"
 PACK_ANEW = "delete the split's shards and pack it anew"
@@ -63,7 +64,7 @@ class ShardCheck:
 def check_shard(folder: str, entry: ShardEntry, manifest: Manifest) -> ShardCheck:
     """Read one shard and its index whole."""
     check = ShardCheck(entry=entry)
-    index = _open_index(folder, check)
+    index = _open_index(folder, check, manifest)
 
     def add(part: Part, what: str) -> None:
         check.problems.append(_shard_problem(part, what, entry=entry, manifest=manifest))
@@ -74,7 +75,7 @@ def check_shard(folder: str, entry: ShardEntry, manifest: Manifest) -> ShardChec
             digest = hashlib.sha256(data).hexdigest()
             if _vouch(data, digest, entry, index, add):
                 facts = {} if index is None else index.facts
-                found = index_from_tar(data, facts, sha256=digest, entry=entry, manifest=manifest)
+                found = index_from_tar(data, facts, sha256=digest, entry=entry, manifest=manifest, before=index)
     except FileNotFoundError:
         add("tar", "is missing")
     except OSError as error:
@@ -108,8 +109,8 @@ def _take_over(check: ShardCheck, index: ShardIndex, manifest: Manifest, add: Ad
     entry, keys = check.entry, index.keys_S.tolist()
     check.keys = [*keys[:1], *keys[-1:]]
     check.words = words_of(index)
-    found = (len(index), num_captions(index), len(index.facts["failures"]), index.facts["bytes"])
-    if (entry.samples, entry.captions, entry.failures, entry.bytes) != found:
+    found = ShardEntry.of(entry.name, index)
+    if found != replace(entry, sha256=found.sha256, fingerprint=found.fingerprint):
         add("manifest", f"does not fit {entry.name}: samples, captions, failures or bytes are others")
     if index.facts["fingerprint"] != entry.fingerprint:
         fits = manifest.fingerprint == manifest_fingerprint(manifest.shards)
@@ -119,14 +120,18 @@ def _take_over(check: ShardCheck, index: ShardIndex, manifest: Manifest, add: Ad
 def _shard_problem(part: Part, what: str, *, entry: ShardEntry, manifest: Manifest) -> Problem:
     """A problem with the remedy for it."""
     foreign = is_foreign(manifest)
-    remedies = {"tar": RESTORE if foreign else REPAIR, "index": REPAIR, "content": PACK_ANEW}
+    remedies = {"tar": RESTORE if foreign else REPAIR, "index": _index_remedy(manifest), "content": PACK_ANEW}
     remedy = remedies.get(part, INDEX_SAME if foreign else PACK_SAME)
     file = f"{entry.name}.{'index' if part == 'index' else 'tar'}"
     file = f"{manifest.split}.manifest.json" if part == "manifest" else file
     return Problem(part=part, file=file, what=what, remedy=remedy)
 
 
-def _open_index(folder: str, check: ShardCheck) -> ShardIndex | None:
+def _index_remedy(manifest: Manifest) -> str:
+    return CHOOSE_SAME if is_chosen(manifest) else REPAIR
+
+
+def _open_index(folder: str, check: ShardCheck, manifest: Manifest) -> ShardIndex | None:
     """The shard's index; a problem where it is missing or not readable."""
     name = f"{check.entry.name}.index"
     location = storage.join(folder, name)
@@ -144,7 +149,7 @@ def _open_index(folder: str, check: ShardCheck) -> ShardIndex | None:
         what = f"cannot be read: {error.strerror or error}"
     except UserError as error:
         what = str(error)
-    check.problems.append(Problem(part="index", file=name, what=what, remedy=REPAIR))
+    check.problems.append(Problem(part="index", file=name, what=what, remedy=_index_remedy(manifest)))
     return None
 
 

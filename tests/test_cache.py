@@ -39,7 +39,7 @@ def make_shard(folder: Path, number: int, *, kilobytes: int = 100, seed: int | N
     members = {"jpg": tar.add("train-0.jpg", picture), "json": tar.add("train-0.json", b"{}")}
     data = tar.to_bytes()
     sha256 = hashlib.sha256(data).hexdigest()
-    facts = {"sha256": sha256, "bytes": len(data)}
+    facts = {"sha256": sha256, "bytes": len(data), "fingerprint": f"{number}"}
     index = build_index(["train-0"], [members], [[["a", "cat"]]], facts)
     name = f"train-{number:06d}"
     folder.mkdir(exist_ok=True, parents=True)

@@ -27,12 +27,11 @@ from captioner import views
 from captioner.errors import UserError
 from captioner.samples import read_content, split_pair
 from captioner.shards.format import Manifest, ShardIndex, TarBuilder, manifest_location, read_manifest
+from captioner.shards.writing import claim, manifest_fingerprint
 from captioner.streaming.dataset import read_split
 from captioner.vocabulary import Vocabulary, read_vocabulary, tokenize
 from sharding import check_shards, make_shards
 from sharding.check_shards import IndexSettings, RepairSettings, ShowSettings, VerifySettings
-from sharding.claim import claim
-from sharding.finish import manifest_fingerprint
 from sharding.settings import ShardSettings
 from sharding.verify_shard import Problem
 from train.split import read_view
@@ -609,7 +608,7 @@ def test_what_cannot_be_used_is_counted_by_reason_and_left_out(tmp_path: Path) -
     assert manifest.failures == dict.fromkeys(BAD_SAMPLES, 1)
     lines = (tmp_path / "train.failures.jsonl").read_text().splitlines()
     assert len(lines) == len(BAD_SAMPLES)
-    assert {"image": "good", "reason": "duplicate key", "message": "some.tar holds it twice"} in map(json.loads, lines)
+    assert {"name": "good", "reason": "duplicate key", "message": "some.tar holds it twice"} in map(json.loads, lines)
     assert problems(tmp_path) == []
 
 

@@ -20,7 +20,7 @@ from servers import Bucket
 
 from captioner.errors import UserError
 from captioner.files import ownership, storage
-from sharding.claim import claim
+from captioner.shards.writing import claim
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKER = f"""
@@ -28,7 +28,7 @@ import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from captioner.errors import UserError
 from captioner.files import ownership
-from sharding.claim import claim
+from captioner.shards.writing import claim
 
 folder, split = sys.argv[1:3]
 seconds, ownership.BEAT_SECONDS, ownership.SETTLE_SECONDS = map(float, sys.argv[3:])

@@ -130,7 +130,7 @@ def test_packing_prints_nothing_and_failures_say_what_decoders_said(folder: Path
     assert done.code == 0
     check_terminal(done.output)
     failures = map(json.loads, (tmp_path / "s" / "train.failures.jsonl").read_text().splitlines())
-    check_messages({failure["image"]: failure["message"] for failure in failures})
+    check_messages({failure["name"]: failure["message"] for failure in failures})
 
 
 def check_terminal(printed: str) -> None:

@@ -267,7 +267,7 @@ def test_bad_pictures_are_counted_by_reason_and_listed_and_never_stop_the_packin
     assert found.num_samples == 1
     assert image_ids(tmp_path / "shards", "train") == [1]
     lines = (tmp_path / "shards" / "train.failures.jsonl").read_text().splitlines()
-    listed = [(failure["image"], failure["reason"]) for failure in map(json.loads, lines)]
+    listed = [(failure["name"], failure["reason"]) for failure in map(json.loads, lines)]
     assert Counter(listed) == Counter([*reasons.items(), *twice])
     assert "half" not in words(tmp_path / "shards").words
 

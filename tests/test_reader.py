@@ -27,7 +27,7 @@ def write_shard(folder: Path, samples: Samples, *, optional: dict[str, np.ndarra
     members = [(key, {name: tar.add(f"{key}.{name}", data) for name, data in found.items()}) for key, found in samples]
     data = tar.to_bytes()
     sha256 = hashlib.sha256(data).hexdigest()
-    index = ShardIndex.of(members, {"sha256": sha256, "bytes": len(data), "new": 1}, optional)
+    index = ShardIndex.of(members, {"sha256": sha256, "bytes": len(data), "fingerprint": sha256, "new": 1}, optional)
     (folder / "x.tar").write_bytes(data)
     (folder / "x.index").write_bytes(index.to_bytes())
     return ShardEntry(name="x", samples=len(samples), failures=0, bytes=len(data), sha256=sha256, fingerprint=sha256)

@@ -17,8 +17,8 @@ from tiny import picture, write_captions
 
 from captioner.errors import UserError
 from captioner.files import ownership, storage
+from captioner.shards.writing import claim
 from sharding import make_shards
-from sharding.claim import claim
 from sharding.settings import ShardSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -261,7 +261,7 @@ def test_pictures_that_the_web_does_not_have_are_counted(
     manifest = json.loads((tmp_path / "shards" / "train.manifest.json").read_text())
     assert manifest["failures"] == {"missing": 3, "truncated": 1}
     failures = (tmp_path / "shards" / "train.failures.jsonl").read_text().splitlines()
-    assert {failure["image"] for failure in map(json.loads, failures)} == {
+    assert {failure["name"] for failure in map(json.loads, failures)} == {
         NAMES[-1],
         *(line["image"] for line in lines[-3:]),
     }

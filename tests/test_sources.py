@@ -57,7 +57,7 @@ def read(
 
 
 def counted(failures: list[Failure]) -> list[tuple[str, str]]:
-    return [(failure.image, failure.reason) for failure in failures]
+    return [(failure.name, failure.reason) for failure in failures]
 
 
 def captions_of(records: list[Record]) -> dict[str, list[str]]:
@@ -197,7 +197,7 @@ def test_rows_of_the_captioning_stage_are_read_with_its_errors_as_pictures_witho
     ]
     records, failures = read("".join(json.dumps(line) + "\n" for line in lines), ".jsonl")
     assert captions_of(records) == {"a/1.jpg": ["a cat", "a black cat"]}
-    assert failures == [Failure(image="2.jpg", reason="no caption", message="line 2: truncated")]
+    assert failures == [Failure(name="2.jpg", reason="no caption", message="line 2: truncated")]
 
 
 def test_cocos_ids_and_order_are_kept_and_two_ids_may_share_a_file() -> None:
@@ -410,7 +410,7 @@ def test_of_pictures_with_the_same_id_the_first_is_kept(kind: str) -> None:
         content = {"images": [common | {"filename": name} for name in ("1.jpg", "again.jpg")]}
     records, failures = read(content, ".json")
     assert captions_of(records) == {"1.jpg": ["a cat"]}
-    assert failures == [Failure(image="again.jpg", reason="duplicate id", message="image id 1")]
+    assert failures == [Failure(name="again.jpg", reason="duplicate id", message="image id 1")]
 
 
 def test_single_bad_pictures_of_karpathys_file_are_failures() -> None:
@@ -548,7 +548,7 @@ def check_all(records: list[Record], failures: list[Failure]) -> None:
     for failure in failures:
         assert failure.reason in REASONS
         assert failure.message
-        assert isinstance(failure.image, str)
+        assert isinstance(failure.name, str)
 
 
 @given(COCO_FILES | KARPATHY_FILES | VALUES)

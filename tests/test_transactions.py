@@ -394,7 +394,7 @@ def test_a_picture_that_crashes_the_decoder_is_a_failure_and_costs_no_other_pict
     monkeypatch.setattr("sharding.engine._work", crash.packing_deadly_pictures)
     make_shards.main(flags(data, tmp_path / "shards", workers=2))
     failures = [json.loads(line) for line in (tmp_path / "shards/train.failures.jsonl").read_text().splitlines()]
-    assert failures == [{"image": some.name, "reason": "undecodable", "message": "it crashes the decoder"}]
+    assert failures == [{"name": some.name, "reason": "undecodable", "message": "it crashes the decoder"}]
     found = read_manifest(str(tmp_path / "shards"), "train", remedy="")
     assert found.num_samples == NUM_PICTURES - 1
 

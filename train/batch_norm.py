@@ -3,8 +3,9 @@
 Shapes: B rows of this rank, C channels, W ranks. A suffix says a tensor's shape: `mean_C`.
 
 Outputs and gradients are computed in the statistics' type, float32, and rounded once to the input's. What has run: all
-of it on the CPU over gloo, but for `_cuda_input_gradient`, which the tests call with a stand-in for its kernel. No line
-has run on CUDA: the operators' CUDA side was only read, in PyTorch's sources and against `nn.SyncBatchNorm`.
+of it on the CPU over gloo, but for `_cuda_input_gradient`, which the tests call with a stand-in for its kernel; and in
+float32 on one GPU with two ranks, over gloo and NCCL (`benchmarks/gpu.py`). Several GPUs have not, nor bf16 on several
+ranks.
 """
 
 from collections.abc import Iterator

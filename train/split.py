@@ -43,6 +43,11 @@ def read_view(splits: Sequence[Split], *, crop: int) -> ViewSpec:
     first = None
     for split in splits:
         for folder, manifest in zip(split.folders, split.manifests, strict=True):
+            if "size" not in manifest.settings:
+                raise UserError(
+                    f"the {split.name} split in {folder} was indexed as samples of any kind: index it as captioned "
+                    "pictures with sharding/check_shards.py index"
+                )
             size, resize = manifest.settings["size"], manifest.settings["resize"]
             view = ViewSpec(size=size, resize="squash" if resize == "none" else resize, crop=crop)
             first = first or (view, folder, split.name)

@@ -24,11 +24,13 @@ from captioner.shards.content import content_sha256
 FORMAT_VERSION = 4
 BLOCK_BYTES = 512
 TAR_NAME_BYTES = 100
+MAX_FIELDS = 1 << 16  # of a shard: what uint16 numbers
 TAR_HEADER = (  # of an empty name and size, with blanks for the checksum, which counts them so
     bytes(100) + b"0000644\0" + 2 * b"0000000\0" + bytes(12) + b"00000000000\0" + 8 * b" " + b"0" + bytes(100)
     + b"ustar\x0000" + bytes(247)
 )  # fmt: skip
 SPLITS = ("train", "val", "test")
+NOT_KEPT = "not kept"  # how a manifest counts samples that were left out by choice
 PACK_AGAIN = (
     "pack the split again with sharding/make_shards.py, or index another program's tars again with "
     "sharding/check_shards.py index"
@@ -93,13 +95,25 @@ class TarBuilder:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """What could not be used, and why: `reason` is what failures are counted by.
+
+    `name` is that of a file, a sample or a tar member, empty where it is not known.
+    """
+
+    name: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ShardIndex:
     """Where the M members of a shard's S samples are, in the tar's order; loads without parsing each sample.
 
     `keys_S` holds bytes strings. The members of sample s are `first_member[s]:first_member[s + 1]` of the arrays with
     suffix M; member m is the field `fields[member_fields_M[m]]` (`jpg`, `seg.png`, ...: lower case, as webdataset names
-    it). `facts` are the shard's sha256, bytes, fingerprint, backend and failures. `optional` holds arrays that only
-    some kinds of samples have; readers ignore those that they do not know.
+    it). `facts` are the shard's sha256, bytes, fingerprint, recipe, backend and failures. `optional` holds arrays that
+    only some kinds of samples have; readers ignore those that they do not know.
     """
 
     keys_S: np.ndarray
@@ -119,9 +133,14 @@ class ShardIndex:
         facts: dict[str, Any],
         optional: Mapping[str, np.ndarray] | None = None,
     ) -> "ShardIndex":
-        """The index of samples in order, each a key and its members by field, in the tar's order."""
+        """The index of samples in order, each a key and its members by field, in the tar's order.
+
+        Raises ValueError for more than MAX_FIELDS names of fields.
+        """
         names = [key.encode(errors="surrogateescape") for key, _ in samples]
         fields = sorted({name for _, members in samples for name in members})
+        if len(fields) > MAX_FIELDS:
+            raise ValueError(f"{len(fields):,} names of fields, such as {fields[0]}")
         number_of = {name: number for number, name in enumerate(fields)}
         table = [(number_of[name], m.offset, m.size, m.crc32) for _, found in samples for name, m in found.items()]
         table_4M = np.array(table, dtype=np.int64).reshape(len(table), 4).T
@@ -151,6 +170,16 @@ class ShardIndex:
             array_M[span].tolist() for array_M in (self.member_fields_M, self.offsets_M, self.sizes_M, self.crc32s_M)
         )
         return {self.fields[number]: Member(*row) for number, *row in zip(numbers, *columns, strict=True)}
+
+    @property
+    def failures(self) -> list[Failure]:
+        """What of the shard's input could not be used."""
+        return [Failure(**failure) for failure in self.facts["failures"]]
+
+    @property
+    def num_not_kept(self) -> int:
+        """How many samples of the tar were left out by choice."""
+        return self.facts.get("not_kept", 0)
 
     def to_bytes(self) -> bytes:
         """The index file: arrays in the safetensors format, and in its header a checksum with the rest as JSON.
@@ -227,7 +256,7 @@ def check_format(found: object, *, origin: str) -> None:
 class ShardEntry:
     """One shard as its manifest lists it; `name` has no ending.
 
-    `failures` is how many samples could not be used, `fingerprint` of all that the shard is made from. Only captioned
+    `failures` is how many samples were left out, `fingerprint` of all that the shard is made from. Only captioned
     pictures have `captions`.
     """
 
@@ -238,6 +267,19 @@ class ShardEntry:
     sha256: str
     fingerprint: str
     captions: int = 0
+
+    @classmethod
+    def of(cls, name: str, index: ShardIndex) -> "ShardEntry":
+        """What a shard's index says of it."""
+        return cls(
+            name=name,
+            samples=len(index),
+            failures=len(index.facts["failures"]) + index.num_not_kept,
+            bytes=index.facts["bytes"],
+            sha256=index.facts["sha256"],
+            fingerprint=index.facts["fingerprint"],
+            captions=len(index.optional.get("caption_lengths", ())),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -505,7 +505,7 @@ def _parse_index(data: bytes, entry: ShardEntry, *, origin: str) -> ShardIndex:
         raise
     except UserError as error:
         raise DamagedShardError(str(error)) from error
-    if index.facts.get("sha256") != entry.sha256:
+    if (index.facts.get("sha256"), index.facts.get("fingerprint")) != (entry.sha256, entry.fingerprint):
         raise DamagedShardError(f"{origin} is of another shard than its manifest says: {RESTORE}")
     return index
 

@@ -216,7 +216,7 @@ def check_shard(index: ShardIndex, file: int, entry: ShardEntry, *, location: st
         problem = f"{location} has {num_bytes:,} bytes, its manifest says {entry.bytes:,}"
     elif len(index) != entry.samples:
         problem = f"the index of {location} lists {len(index):,} samples, its manifest {entry.samples:,}"
-    elif index.facts["sha256"] != entry.sha256:
+    elif (index.facts["sha256"], index.facts["fingerprint"]) != (entry.sha256, entry.fingerprint):
         problem = f"the index of {location} is of another shard than its manifest says"
     else:
         return index, file

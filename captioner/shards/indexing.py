@@ -1,0 +1,313 @@
+"""Tars that any program wrote: which samples they hold in webdataset's convention, and the index files of a split.
+
+Members of one sample are adjacent. Its key is their path up to the first dot of the file name, its fields are named by
+what follows, in lower case. Nothing is unpacked or changed, and what cannot be used is counted by reason.
+"""
+
+import hashlib
+import multiprocessing
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import nullcontext, suppress
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.shards.content import content_sha256
+from captioner.shards.format import (
+    SPLITS,
+    Failure,
+    FormatError,
+    Manifest,
+    Member,
+    ShardEntry,
+    ShardIndex,
+    manifest_location,
+    read_manifest,
+)
+from captioner.shards.tar_walk import Buffer, DamagedTarError, TarMember, open_tar, walk
+from captioner.shards.writing import claim, write, write_manifest, writing
+
+BACKEND = "foreign"
+ANY, CHOSEN = "any", "chosen"  # what the manifest's settings call samples that are not captioned pictures
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+UNPACK = "samples are read out of the middle of a tar, so unpack it to a plain one first (gunzip, unxz, unzstd)"
+
+_KEY_AND_FIELD = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's `base_plus_ext`
+_META = re.compile(r"__[^/]*__($|/)")  # what webdataset skips
+_RESERVED = re.compile(r"__\w+__")  # fields that readers add to a sample
+
+TarSample = tuple[str, dict[str, TarMember]]
+MakeIndex = Callable[..., ShardIndex]  # (tar's content, *, name without ending, sha256)
+
+
+def index_shards(
+    source: str,
+    *,
+    split: str,
+    pattern: str | None = None,
+    num_workers: int = 1,
+    keep: Callable[[str, dict[str, bytes]], bool] | None = None,
+) -> Manifest:
+    """Index the tars of a folder or URL that fit `pattern`, so that they can be streamed as `split`.
+
+    Without a pattern these are `SPLIT*.tar` where there are any, else `*.tar`. Beside each tar an index is written, and
+    last of all `SPLIT.manifest.json`. `keep` chooses samples by their key and content by field; the others are counted
+    in the manifest. More than one worker are processes: `keep` is then a module's function, and a script calls this
+    under `if __name__ == "__main__"`. Raises UserError.
+    """
+    if split not in SPLITS:
+        raise UserError(f"there is no split {split!r}: give one of {', '.join(SPLITS)}")
+    names, pattern = find_tars(source, split, pattern, remedy="give a pattern such as 'cc3m-train-*.tar'")
+    recipe = {"samples": ANY if keep is None else CHOSEN}
+    failures: list[Failure] = []
+    entries: list[ShardEntry] = []
+    num_not_kept = 0
+    with claim(source, split):
+        refuse_others(source, split, names)
+        make_index = partial(index_any, recipe=recipe, choose=partial(_keep, keep) if keep else None)
+        with _processes(min(num_workers, len(names))) as executor:
+            for name, index in index_tars(source, split, names, make_index, executor=executor):
+                entries.append(ShardEntry.of(name, index))
+                failures += index.failures
+                num_not_kept += index.num_not_kept
+        return write_manifest(
+            source,
+            split,
+            entries,
+            failures=failures,
+            num_not_kept=num_not_kept,
+            settings=recipe | {"backend": BACKEND},
+            source={"split": split, "pattern": pattern},
+        )
+
+
+def _processes(number: int) -> Any:
+    """A context that gives an executor, or None where this process does the work."""
+    if number <= 1:
+        return nullcontext()
+    return ProcessPoolExecutor(number, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _keep(keep: Callable[[str, dict[str, bytes]], bool], data: Buffer, sample: TarSample) -> bool:
+    key, members = sample
+    return keep(key, {field: data[m.offset : m.offset + m.size] for field, m in members.items()})
+
+
+def is_foreign(manifest: Manifest) -> bool:
+    """Whether the split's tars were only indexed, not made, by this program."""
+    return manifest.settings.get("backend") == BACKEND or "pattern" in manifest.source
+
+
+def is_any(manifest: Manifest) -> bool:
+    """Whether the split's samples are of any kind, not captioned pictures."""
+    return "samples" in manifest.settings
+
+
+def is_chosen(manifest: Manifest) -> bool:
+    """Whether the split holds those samples of its tars that a caller chose: the tars alone do not tell which."""
+    return manifest.settings.get("samples") == CHOSEN
+
+
+# ---- one tar ----------------------------------------------------------------------------------------------
+
+
+def index_any(
+    data: Buffer,
+    *,
+    name: str,
+    sha256: str,
+    recipe: dict[str, Any],
+    choose: Callable[[Buffer, TarSample], bool] | None = None,
+) -> ShardIndex:
+    """The index of a tar's samples of any kind, or of those that `choose` takes."""
+    failures: list[Failure] = []
+    samples = []
+    num_not_kept = 0
+    for sample in find_samples(data, failures, name=name):
+        if choose is None or choose(data, sample):
+            key, members = sample
+            samples.append((key, {field: checked(data, member) for field, member in members.items()}))
+        else:
+            num_not_kept += 1
+    index = ShardIndex.of(samples, foreign_facts(data, sha256=sha256, recipe=recipe, failures=failures))
+    if num_not_kept:
+        index.facts["not_kept"] = num_not_kept
+    # The same tar may be indexed in other ways elsewhere, and caches keep shards by their content.
+    index.facts["fingerprint"] = content_sha256(sha256, {"offsets": index.offsets_M})
+    return index
+
+
+def foreign_facts(data: Buffer, *, sha256: str, recipe: dict[str, Any], failures: Sequence[Failure]) -> dict[str, Any]:
+    """The facts of an index that stands beside another program's tar."""
+    return {
+        "bytes": len(data),
+        "sha256": sha256,
+        "fingerprint": sha256,
+        "recipe": recipe,
+        "backend": BACKEND,
+        "failures": [asdict(failure) for failure in failures],
+    }
+
+
+def find_samples(data: Buffer, failures: list[Failure], *, name: str) -> Iterator[TarSample]:
+    """The tar's samples in order: each a key and its members by field; what is of no use goes to `failures`.
+
+    The same key comes again where members with it are not adjacent.
+    """
+    for key, members in _groups(data, failures, name=name):
+        counts = Counter(field for field, _ in members)
+        if twice := sorted(field for field, count in counts.items() if count > 1):
+            failures.append(Failure(name=key, reason="duplicate member", message=f"two members .{twice[0]}"))
+        elif reserved := sorted(field for field in counts if _RESERVED.fullmatch(field)):
+            failures.append(Failure(name=key, reason="reserved name", message=f"a member .{reserved[0]}"))
+        else:
+            yield key, dict(members)
+
+
+def _groups(data: Buffer, failures: list[Failure], *, name: str) -> Iterator[tuple[str, list[tuple[str, TarMember]]]]:
+    """Adjacent members with the same key, each with its field."""
+    key, members = "", []
+    try:
+        for member in walk(data):
+            match = _KEY_AND_FIELD.fullmatch(member.name)
+            if member.kind == "folder" or _META.match(member.name):
+                continue
+            if member.kind != "file":
+                failures.append(Failure(name=member.name, reason="not a file", message=member.kind))
+            elif match is None:
+                failures.append(Failure(name=member.name, reason="no key", message="the name has no ending"))
+            else:
+                if members and match[1] != key:
+                    yield key, members
+                    members = []
+                key = match[1]
+                members.append((match[2].lower(), member))
+    except DamagedTarError as error:
+        failures.append(Failure(name=f"{name}.tar", reason="damaged tar", message=str(error)))
+    if members:
+        yield key, members
+
+
+def checked(data: Buffer, member: TarMember) -> Member:
+    """A member as an index has it, with its checksum."""
+    return Member(member.offset, member.size, zlib.crc32(data[member.offset : member.offset + member.size]))
+
+
+# ---- the tars of a split ----------------------------------------------------------------------------------
+
+
+def find_tars(folder: str, split: str, pattern: str | None, *, remedy: str) -> tuple[list[str], str]:
+    """Names, without ending, of the tars to index, and the pattern that they fit.
+
+    Raises UserError, with `remedy` where no file fits.
+    """
+    for tried in [pattern] if pattern else [f"{split}*.tar", "*.tar"]:
+        names = _find_files(folder, tried)
+        if names:
+            break
+    else:
+        packed = [name for ending in COMPRESSED_ENDINGS for name in _find_files(folder, f"*{ending}")]
+        if packed:
+            raise UserError(f"{folder} holds compressed tars such as {packed[0]}: {UNPACK}")
+        raise UserError(f"no file in {folder} fits {tried}: {remedy}")
+    for name in names:
+        if name.endswith(COMPRESSED_ENDINGS):
+            raise UserError(f"{storage.join(folder, name)} is compressed: {UNPACK}")
+        if not name.endswith(".tar"):
+            raise UserError(f"{storage.join(folder, name)} fits {tried} and is no .tar: {remedy}")
+    return [name.removesuffix(".tar") for name in names], tried
+
+
+def _find_files(folder: str, pattern: str) -> list[str]:
+    try:
+        return storage.find_files(folder, pattern)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no folder {folder}: check the path") from error
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise UserError(f"cannot list {folder} ({error}): give a folder or URL whose files can be listed") from error
+
+
+def refuse_others(folder: str, split: str, names: Sequence[str]) -> None:
+    """Raise UserError for tars of another split, and for shards that make_shards.py made."""
+    for other in SPLITS:
+        if not storage.exists(manifest_location(folder, other)):
+            continue
+        try:
+            manifest = read_manifest(folder, other, remedy="")
+        except FormatError as error:
+            raise UserError(
+                f"split {other} in {folder} is of another version of this program: delete its manifest and .index "
+                "files, and index it again"
+            ) from error
+        if other == split and not is_foreign(manifest):
+            raise UserError(f"{folder} holds a {split} split of sharding/make_shards.py: it needs no indexing")
+        both = {entry.name for entry in manifest.shards}.intersection(names)
+        if other != split and both:
+            raise UserError(
+                f"{min(both)}.tar belongs to split {other} already: give a pattern that fits only those for {split}"
+            )
+    for name in names:
+        location = storage.join(folder, f"{name}.index")
+        backend = BACKEND
+        with suppress(FileNotFoundError, UserError):
+            backend = ShardIndex.from_bytes(storage.read_bytes(location), origin=location).facts.get("backend")
+        if backend != BACKEND:
+            raise UserError(f"{name}.tar was made by sharding/make_shards.py: run that again to complete the split")
+
+
+def index_tars(
+    folder: str,
+    split: str,
+    names: Sequence[str],
+    make_index: MakeIndex,
+    *,
+    executor: Executor | None = None,
+    remedy: str = "a sample is adjacent members KEY.FIELD",
+) -> Iterator[tuple[str, ShardIndex]]:
+    """Write each tar's index beside it and give it, in the order of `names`.
+
+    A manifest that is there is deleted first. Nothing is written, and UserError raised, with `remedy`, where no sample
+    can be used.
+    """
+    work = partial(_index_tar, folder, make_index)
+    written = False
+    waiting: list[tuple[str, ShardIndex]] = []
+    try:
+        for named in zip(names, executor.map(work, names) if executor else map(work, names), strict=True):
+            waiting.append(named)
+            if not written and any(len(index) for _, index in waiting):
+                with writing(manifest_location(folder, split)) as complete:
+                    storage.delete(complete)
+                written = True
+            while written and waiting:
+                name, index = waiting.pop(0)
+                write(storage.join(folder, f"{name}.index"), index.to_bytes())
+                yield name, index
+    finally:
+        if executor is not None:
+            executor.shutdown(cancel_futures=True)
+    if not written:
+        reasons = Counter(failure.reason for _, index in waiting for failure in index.failures)
+        found = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items())) or "none"
+        raise UserError(f"no sample in {len(names):,} tars in {folder} can be used ({found}): {remedy}")
+
+
+def _index_tar(folder: str, make_index: MakeIndex, name: str) -> ShardIndex:
+    location = storage.join(folder, f"{name}.tar")
+    try:
+        with open_tar(location) as data:
+            for magic, kind in COMPRESSED.items():
+                if data[: len(magic)] == magic:
+                    raise UserError(f"{location} is compressed ({kind}): {UNPACK}")
+            return make_index(data, name=name, sha256=hashlib.sha256(data).hexdigest())
+    except ValueError as error:
+        raise UserError(f"{location} has {error}: name its files KEY.FIELD, with no dot in the key") from error
+    except OSError as error:
+        raise UserError(f"cannot read {location} ({error.strerror or error}): mend that and run again") from error

@@ -1,0 +1,95 @@
+"""What one process at a time writes into a dataset folder: indexes, the list of failures and, last, the manifest."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.files.ownership import owned
+from captioner.shards.format import NOT_KEPT, Failure, Manifest, ShardEntry, manifest_location
+
+
+def claim_location(folder: str, split: str) -> str:
+    """The file or object that exists while a split is packed."""
+    return storage.join(folder, f"{split}.packing")
+
+
+@contextmanager
+def claim(folder: str, split: str) -> Iterator[None]:
+    """Hold the right to pack `split` into `folder`. Raises UserError while another process holds it."""
+    with owned(claim_location(folder, split), doing="is packing this split into this folder"):
+        _sweep(folder, split)
+        try:
+            yield
+        finally:
+            _sweep(folder, split)
+
+
+def _sweep(folder: str, split: str) -> None:
+    """Remove what a killed packer of this split left half written; the vocabulary is the training packer's."""
+    if storage.is_remote(folder):
+        return
+    for pattern in (f"{split}[-.]*.partial", *(["vocabulary.json.*.partial"] if split == "train" else [])):
+        for path in Path(folder).glob(pattern):
+            with suppress(OSError):
+                path.unlink()
+
+
+def write(location: str, content: bytes | str) -> None:
+    """Write a file of the dataset folder. Raises UserError."""
+    with writing(location):
+        storage.write_atomic(location, content)
+
+
+@contextmanager
+def writing(location: str) -> Iterator[str]:
+    """What fails while a file of the dataset folder is written, as a UserError."""
+    try:
+        yield location
+    except OSError as error:
+        raise UserError(
+            f"cannot write {location} ({error.strerror or error}): mend that (is the disk full, or read-only?) and run "
+            "the same command again; finished shards are kept"
+        ) from error
+
+
+def write_manifest(
+    folder: str,
+    split: str,
+    entries: Sequence[ShardEntry],
+    *,
+    failures: Sequence[Failure],
+    num_not_kept: int = 0,
+    settings: dict[str, Any],
+    source: dict[str, Any],
+) -> Manifest:
+    """Write the list of failures and, last of all, the manifest, which adds `records` to `source`. Raises UserError.
+
+    `num_not_kept` samples were left out by choice; the manifest counts them, and the list does not name them.
+    """
+    reasons = Counter(failure.reason for failure in failures)
+    if num_not_kept:
+        reasons[NOT_KEPT] = num_not_kept
+    manifest = Manifest(
+        split=split,
+        shards=tuple(entries),
+        settings=settings,
+        source=source | {"records": sum(entry.samples + entry.failures for entry in entries)},
+        failures=dict(sorted(reasons.items())),
+        fingerprint=manifest_fingerprint(entries),
+    )
+    lines = "".join(json.dumps(asdict(failure)) + "\n" for failure in failures)
+    write(storage.join(folder, f"{split}.failures.jsonl"), lines)
+    write(manifest_location(folder, split), manifest.to_json())
+    return manifest
+
+
+def manifest_fingerprint(shards: Sequence[ShardEntry]) -> str:
+    """The fingerprint that belongs to a manifest with these shards."""
+    return hashlib.sha256(json.dumps([shard.fingerprint for shard in shards]).encode()).hexdigest()

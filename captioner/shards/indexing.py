@@ -31,7 +31,7 @@ from captioner.shards.format import (
     read_manifest,
 )
 from captioner.shards.tar_walk import Buffer, DamagedTarError, TarMember, open_tar, walk
-from captioner.shards.writing import claim, write, write_manifest, writing
+from captioner.shards.writing import claim, count_reasons, write, write_manifest, writing
 
 BACKEND = "foreign"
 ANY, CHOSEN = "any", "chosen"  # what the manifest's settings call samples that are not captioned pictures
@@ -294,8 +294,9 @@ def index_tars(
         if executor is not None:
             executor.shutdown(cancel_futures=True)
     if not written:
-        reasons = Counter(failure.reason for _, index in waiting for failure in index.failures)
-        found = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items())) or "none"
+        failures = [failure for _, index in waiting for failure in index.failures]
+        reasons = count_reasons(failures, num_not_kept=sum(index.num_not_kept for _, index in waiting))
+        found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()) or "they are empty"
         raise UserError(f"no sample in {len(names):,} tars in {folder} can be used ({found}): {remedy}")
 
 

@@ -73,21 +73,25 @@ def write_manifest(
 
     `num_not_kept` samples were left out by choice; the manifest counts them, and the list does not name them.
     """
-    reasons = Counter(failure.reason for failure in failures)
-    if num_not_kept:
-        reasons[NOT_KEPT] = num_not_kept
     manifest = Manifest(
         split=split,
         shards=tuple(entries),
         settings=settings,
         source=source | {"records": sum(entry.samples + entry.failures for entry in entries)},
-        failures=dict(sorted(reasons.items())),
+        failures=count_reasons(failures, num_not_kept=num_not_kept),
         fingerprint=manifest_fingerprint(entries),
     )
     lines = "".join(json.dumps(asdict(failure)) + "\n" for failure in failures)
     write(storage.join(folder, f"{split}.failures.jsonl"), lines)
     write(manifest_location(folder, split), manifest.to_json())
     return manifest
+
+
+def count_reasons(failures: Sequence[Failure], *, num_not_kept: int) -> dict[str, int]:
+    """How many samples were left out, by reason."""
+    reasons = Counter({NOT_KEPT: num_not_kept}) if num_not_kept else Counter()
+    reasons.update(failure.reason for failure in failures)
+    return dict(sorted(reasons.items()))
 
 
 def manifest_fingerprint(shards: Sequence[ShardEntry]) -> str:

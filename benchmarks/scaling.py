@@ -289,13 +289,13 @@ def stream_all(url: str, cache: Path, *, rank: int, world_size: int) -> None:
 
 def planned_share(ranks: int, shards_a_rank: int, shuffle_shards: int) -> Row:
     """The largest share by the plan of an epoch over shards whose sizes differ as packed ones do; 32 images a rank."""
-    from captioner.streaming.order import EpochPlan
+    from captioner.streaming.order import EpochOrder
     from train.plan import rank_rows
 
     rng, num_shards = np.random.default_rng(1), ranks * shards_a_rank
     sizes = [SHARD_SAMPLES] * (num_shards - 1) + [SHARD_SAMPLES // 2]  # the last one is shorter
     num_bytes = (np.array(sizes) * rng.normal(SHARD_BYTES / SHARD_SAMPLES, 150, num_shards)).astype(int).tolist()
-    plan = EpochPlan(shard_sizes=sizes, global_batch=32 * ranks, shuffle_shards=shuffle_shards)
+    plan = EpochOrder(shard_sizes=sizes, global_batch=32 * ranks, shuffle_shards=shuffle_shards)
     shares = [float(str(row[-1])) for row in rank_rows(plan, num_bytes, world_size=ranks)]
     return {
         "by": "plan", "ranks": ranks, "shards": num_shards, "shuffle_shards": shuffle_shards,

@@ -94,7 +94,7 @@ def wait_in_workers(shards: str, ending: str, pids: Path) -> None:
     Its workers' numbers are in `pids` when it has had its first batch.
     """
     from captioner.streaming.dataset import read_split
-    from captioner.streaming.order import EpochPlan
+    from captioner.streaming.order import EpochOrder
     from captioner.streaming.reader import ShardReader
     from train.split import read_merged_vocabulary
     from train.stream import BatchStream, Share, ViewRules
@@ -110,7 +110,7 @@ def wait_in_workers(shards: str, ending: str, pids: Path) -> None:
 
     ShardReader.read = read  # type: ignore[method-assign]
     split = read_split([shards], "train", remedy="")
-    plan: EpochPlan = split.plan(seed=1, epoch=0, global_batch=GLOBAL_BATCH)
+    plan: EpochOrder = split.plan(seed=1, epoch=0, global_batch=GLOBAL_BATCH)
     rules = ViewRules(crop=28, max_tokens=9, training=True)
     vocabulary = read_merged_vocabulary([shards], remedy="")
     iterator = iter(

@@ -17,7 +17,7 @@ from captioner.errors import UserError
 from captioner.shards import splitmix
 from captioner.shards.format import Manifest, ShardEntry
 from captioner.shards.splitmix import random_bits, random_order
-from captioner.streaming.order import EpochPlan, num_steps, rank_positions
+from captioner.streaming.order import EpochOrder, num_steps, rank_positions
 from sharding import make_shards
 from sharding.settings import ShardSettings
 from train import plan as plan_module
@@ -28,7 +28,7 @@ manifests = st.lists(st.integers(0, 40), min_size=1, max_size=30)
 seeds, epochs, mixed = st.integers(0, 2**64), st.integers(0, 1000), st.integers(1, 70)
 
 
-def places(plan: EpochPlan) -> list[tuple[int, int]]:
+def places(plan: EpochOrder) -> list[tuple[int, int]]:
     """The whole order of an epoch."""
     return [(ref.shard, ref.place) for ref in plan.refs(range(plan.num_samples))]
 
@@ -45,7 +45,7 @@ def all_places(sizes: list[int]) -> list[tuple[int, int]]:
 def test_every_sample_comes_exactly_once_an_epoch(
     sizes: list[int], seed: int, epoch: int, batch: int, shuffle_shards: int
 ) -> None:
-    plan = EpochPlan(shard_sizes=sizes, seed=seed, epoch=epoch, global_batch=batch, shuffle_shards=shuffle_shards)
+    plan = EpochOrder(shard_sizes=sizes, seed=seed, epoch=epoch, global_batch=batch, shuffle_shards=shuffle_shards)
     assert sorted(places(plan)) == all_places(sizes)
     assert [ref.position for ref in plan.refs(range(sum(sizes)))] == list(range(sum(sizes)))
 
@@ -58,12 +58,12 @@ def test_global_batches_are_the_same_for_any_number_of_ranks_and_workers(
     """Ranks and workers as the stream deals them out: a rank its part of each batch, worker k every K-th step."""
     global_batch, total = per_rank * world_size, sum(sizes)
     workers = data.draw(st.integers(0, 8))
-    order = places(EpochPlan(shard_sizes=sizes, seed=seed, global_batch=global_batch))
+    order = places(EpochOrder(shard_sizes=sizes, seed=seed, global_batch=global_batch))
     steps = num_steps(total, global_batch=global_batch)
     found: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for rank in range(world_size):
         for worker in range(max(1, workers)):
-            plan = EpochPlan(shard_sizes=sizes, seed=seed, global_batch=global_batch)  # a process of its own
+            plan = EpochOrder(shard_sizes=sizes, seed=seed, global_batch=global_batch)  # a process of its own
             for step in range(worker, steps, max(1, workers)):
                 positions = rank_positions(
                     step, num_samples=total, global_batch=global_batch, rank=rank, world_size=world_size
@@ -82,7 +82,7 @@ def test_every_epoch_and_seed_has_an_order_of_its_own(sizes: list[int], seed: in
     assume(sum(sizes) >= 30 and max(sizes) < sum(sizes))
 
     def order(seed: int, epoch: int) -> list[tuple[int, int]]:
-        return places(EpochPlan(shard_sizes=sizes, seed=seed, epoch=epoch, global_batch=4))
+        return places(EpochOrder(shard_sizes=sizes, seed=seed, epoch=epoch, global_batch=4))
 
     first = order(seed, epoch)
     assert first == order(seed, epoch)
@@ -96,18 +96,18 @@ def test_a_seek_gives_what_reading_on_would_have_given(sizes: list[int], seed: i
     assume(sum(sizes))
     position = data.draw(st.integers(0, sum(sizes) - 1))
     order = {"shard_sizes": sizes, "seed": seed, "epoch": 2, "global_batch": data.draw(st.integers(1, 9))}
-    read_on = EpochPlan(**order).refs(range(sum(sizes)))
-    assert EpochPlan(**order).refs([position]) == [read_on[position]]
+    read_on = EpochOrder(**order).refs(range(sum(sizes)))
+    assert EpochOrder(**order).refs([position]) == [read_on[position]]
 
 
 def test_evaluation_reads_in_the_order_of_the_manifest() -> None:
-    refs = EpochPlan(shard_sizes=[3, 0, 2], shuffled=False).refs(range(5))
+    refs = EpochOrder(shard_sizes=[3, 0, 2], shuffled=False).refs(range(5))
     assert [(ref.shard, ref.place) for ref in refs] == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1)]
 
 
 @given(sizes=manifests, every=st.integers(1, 50))
 def test_some_of_a_split_stand_at_equal_distances(sizes: list[int], every: int) -> None:
-    plan = EpochPlan(shard_sizes=sizes, shuffled=False, every=every)
+    plan = EpochOrder(shard_sizes=sizes, shuffled=False, every=every)
     assert places(plan) == all_places(sizes)[::every]
 
 
@@ -123,7 +123,7 @@ def test_a_rank_opens_little_more_than_its_part(
     sizes = [100] * (shards_a_rank * world_size)
     global_batch = world_size * data.draw(st.sampled_from((1, 2, 3, 8, 32)))
     shuffle_shards = global_batch if global_batch < 1000 else world_size
-    plan = EpochPlan(
+    plan = EpochOrder(
         shard_sizes=sizes, seed=seed, epoch=epoch, global_batch=global_batch, shuffle_shards=shuffle_shards
     )
     ranks = [plan.shards_of_rank(rank, world_size=world_size) for rank in range(world_size)]
@@ -138,7 +138,7 @@ def test_a_rank_opens_what_the_plan_says(
 ) -> None:
     """Exactly that when its lanes are its own, no others anyhow; in the last batch too, however short."""
     batch, total = per_rank * world_size, sum(sizes)
-    plan = EpochPlan(shard_sizes=sizes, seed=seed, global_batch=batch, shuffle_shards=shuffle_shards)
+    plan = EpochOrder(shard_sizes=sizes, seed=seed, global_batch=batch, shuffle_shards=shuffle_shards)
     for rank in range(world_size):
         own = {"num_samples": total, "global_batch": batch, "rank": rank, "world_size": world_size}
         positions = [p for step in range(num_steps(total, global_batch=batch)) for p in rank_positions(step, **own)]
@@ -155,7 +155,7 @@ def test_a_rank_opens_what_the_plan_says(
 def test_lanes_divide_the_batch_and_with_their_windows_hold_the_shards_that_are_mixed(
     batch: int, shuffle_shards: int
 ) -> None:
-    plan = EpochPlan(shard_sizes=[1], global_batch=batch, shuffle_shards=shuffle_shards)
+    plan = EpochOrder(shard_sizes=[1], global_batch=batch, shuffle_shards=shuffle_shards)
     assert batch % plan.num_lanes == 0
     assert plan.num_lanes * plan.window_shards <= shuffle_shards < plan.num_lanes * (plan.window_shards + 1)
     assert not any(batch % lanes == 0 for lanes in range(plan.num_lanes + 1, min(batch, shuffle_shards) + 1))
@@ -164,11 +164,11 @@ def test_lanes_divide_the_batch_and_with_their_windows_hold_the_shards_that_are_
 @given(world_size=st.integers(1, 1000), per_rank=st.integers(1, 40), shuffle_shards=mixed)
 def test_what_is_advised_gives_each_rank_lanes_of_its_own(world_size: int, per_rank: int, shuffle_shards: int) -> None:
     batch = world_size * per_rank
-    plan = EpochPlan(shard_sizes=[1], global_batch=batch, shuffle_shards=shuffle_shards)
+    plan = EpochOrder(shard_sizes=[1], global_batch=batch, shuffle_shards=shuffle_shards)
     advice = plan.advice(world_size=world_size)
     assert bool(advice) == (plan.num_lanes % world_size > 0)
     if advice:
-        better = EpochPlan(shard_sizes=[1], global_batch=batch, shuffle_shards=int(advice.rpartition(" ")[2]))
+        better = EpochOrder(shard_sizes=[1], global_batch=batch, shuffle_shards=int(advice.rpartition(" ")[2]))
         assert better.num_lanes % world_size == 0
 
 
@@ -229,7 +229,7 @@ def test_inside_a_window_the_shuffle_is_as_good_as_a_full_permutation(capsys: py
     size, window, rng = 500, 4, np.random.default_rng(1)
     ours, uniform = [], []
     for seed in range(40):
-        plan = EpochPlan(shard_sizes=[size] * window, seed=seed, shuffle_shards=window)
+        plan = EpochOrder(shard_sizes=[size] * window, seed=seed, shuffle_shards=window)
         shards = [int(shard) for shard in plan._order]  # the window's source is the permuted shards
         ours.append(np.array([shards.index(shard) * size + place for shard, place in places(plan)]))
         uniform.append(rng.permutation(size * window))
@@ -312,7 +312,7 @@ def test_a_plan_of_nothing_is_refused(tmp_path: Path) -> None:
 
 def test_the_plans_rows_add_up(shards: Path) -> None:
     sizes = [7, 9, 4, 3]
-    rows = plan_module.rank_rows(EpochPlan(shard_sizes=sizes, global_batch=8), [100] * 4, world_size=4)
+    rows = plan_module.rank_rows(EpochOrder(shard_sizes=sizes, global_batch=8), [100] * 4, world_size=4)
     assert sum(int(str(row[1])) for row in rows) == 23
     assert [row[1] for row in rows] == [5, 6, 6, 6]
 

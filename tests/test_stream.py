@@ -24,7 +24,7 @@ from captioner.errors import UserError
 from captioner.files import storage
 from captioner.shards.format import Manifest, ShardIndex, sample_key, shard_name
 from captioner.streaming.dataset import Split
-from captioner.streaming.order import EpochPlan
+from captioner.streaming.order import EpochOrder
 from captioner.vocabulary import END, START, Vocabulary, tokenize
 from sharding.pack import pack_shard
 from sharding.plan import Recipe, ShardPlan
@@ -51,14 +51,14 @@ class Dataset:
     keys: tuple[tuple[str, ...], ...]
     vocabulary: Vocabulary
 
-    def plan(self, *, epoch: int = 0, shuffled: bool = True) -> EpochPlan:
+    def plan(self, *, epoch: int = 0, shuffled: bool = True) -> EpochOrder:
         sizes = [shard.samples for shard in self.manifest.shards]
-        return EpochPlan(shard_sizes=sizes, seed=3, epoch=epoch, global_batch=GLOBAL_BATCH, shuffled=shuffled)
+        return EpochOrder(shard_sizes=sizes, seed=3, epoch=epoch, global_batch=GLOBAL_BATCH, shuffled=shuffled)
 
     def read(
         self,
         *,
-        plan: EpochPlan | None = None,
+        plan: EpochOrder | None = None,
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
@@ -72,7 +72,7 @@ class Dataset:
         )
 
     def stream(
-        self, *, plan: EpochPlan | None = None, share: Share = WHOLE, rules: ViewRules = RULES, **changed: Any
+        self, *, plan: EpochOrder | None = None, share: Share = WHOLE, rules: ViewRules = RULES, **changed: Any
     ) -> BatchStream:
         split = Split("train", (str(self.folder),), (self.manifest,))
         options: dict[str, Any] = {"workers": 0, "vocabulary": self.vocabulary} | changed
@@ -156,7 +156,7 @@ def dataset(shared_dataset: Dataset, tmp_path: Path) -> Dataset:
     return replace(shared_dataset, folder=folder)
 
 
-def planned_keys(dataset: Dataset, plan: EpochPlan) -> list[str]:
+def planned_keys(dataset: Dataset, plan: EpochOrder) -> list[str]:
     """The keys in the plan's order, looked up without any shard being read."""
     return [dataset.keys[ref.shard][ref.place] for ref in plan.refs(range(plan.num_samples))]
 

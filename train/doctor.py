@@ -32,7 +32,7 @@ from captioner.shards.format import ShardEntry
 from captioner.shards.splitmix import random_bits, random_order
 from captioner.streaming.cache import ShardCache
 from captioner.streaming.dataset import Split, check_filled, read_split
-from captioner.streaming.order import SAMPLE_CHANCE, EpochPlan, SampleRef
+from captioner.streaming.order import SAMPLE_CHANCE, EpochOrder, SampleRef
 from captioner.streaming.reader import OpenShard, SampleError, ShardReader
 from captioner.workers import count_processors
 from train.diagnosis import STAGES, Measured, verdict
@@ -214,7 +214,7 @@ def measure(settings: DoctorSettings, split: Split, cache: ShardCache, bar: cli.
     rules = ViewRules(crop=settings.crop, max_tokens=TrainSettings.max_tokens, training=True)
     part, download_mbs = some_shards(split, cache, seconds=settings.seconds / 2)
 
-    def plan_epoch(shards: Split) -> EpochPlan:
+    def plan_epoch(shards: Split) -> EpochOrder:
         return shards.plan(seed=0, epoch=0, global_batch=settings.batch_size)
 
     def open_stream(shards: Split, *, workers: int) -> BatchStream:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from captioner import cli
 from captioner.errors import UserError
 from captioner.flags import Count, CountOrZero, Location, Seed
-from captioner.streaming.order import SHUFFLE_SHARDS, EpochPlan, num_steps, rank_positions
+from captioner.streaming.order import SHUFFLE_SHARDS, EpochOrder, num_steps, rank_positions
 
 PACK_FIRST = (
     "python sharding/make_shards.py packs it (after python sharding/download_coco.py for COCO); tars that are there "
@@ -75,7 +75,7 @@ def main(settings: PlanSettings) -> None:
     cli.print_table("each process", ("rank", "samples", "reads MB", "opens shards", "of MB", "share"), rows)
 
 
-def lanes_text(plan: EpochPlan, num_bytes: int) -> str:
+def lanes_text(plan: EpochOrder, num_bytes: int) -> str:
     """The lanes and their windows, and how many bytes are read from at the same time."""
     at_once = min(len(plan.shard_sizes), plan.num_lanes * plan.window_shards)
     size = num_bytes * at_once / max(1, len(plan.shard_sizes))
@@ -95,7 +95,7 @@ def last_batch_text(num_samples: int, settings: PlanSettings) -> str:
     return text + f"{more:,} for {longer:,} of the processes, {fewer:,} for the others"
 
 
-def rank_rows(plan: EpochPlan, shard_bytes: Sequence[int], *, world_size: int) -> list[tuple[object, ...]]:
+def rank_rows(plan: EpochOrder, shard_bytes: Sequence[int], *, world_size: int) -> list[tuple[object, ...]]:
     """For each rank: samples, bytes of these, shards opened, bytes of those, their share of all. A row in short."""
     total = sum(shard_bytes)
     rows: list[tuple[object, ...]] = []

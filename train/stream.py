@@ -37,7 +37,7 @@ from captioner.samples import CaptionFields, read_content, split_pair
 from captioner.shards.splitmix import random_bits
 from captioner.streaming.cache import RESTORE, Prefetcher, ShardCache
 from captioner.streaming.dataset import Split
-from captioner.streaming.order import SAMPLE_CHANCE, EpochPlan, SampleRef, rank_positions
+from captioner.streaming.order import SAMPLE_CHANCE, EpochOrder, SampleRef, rank_positions
 from captioner.streaming.reader import SampleError, ShardReader
 from captioner.vocabulary import Vocabulary
 from train.features import ROW_DTYPE, FeatureFiles, FeatureReader
@@ -171,7 +171,7 @@ class ViewRules:
 class PlannedBatches(IterableDataset[list[SampleRef]]):
     """The pipeline's source: this worker's batches of sample places, in order; an empty one where there is no share."""
 
-    def __init__(self, plan: EpochPlan, share: Share, *, first_part: int) -> None:
+    def __init__(self, plan: EpochOrder, share: Share, *, first_part: int) -> None:
         self.plan = plan
         self.share = share
         self.first_part = first_part
@@ -425,7 +425,7 @@ class BatchStream(DataLoader[Batch]):
         self,
         split: Split,
         *,
-        plan: EpochPlan,
+        plan: EpochOrder,
         share: Share,
         rules: ViewRules,
         vocabulary: Vocabulary,
@@ -590,7 +590,7 @@ class StreamState:
         """The beginning of the first epoch."""
         return cls(fingerprint=split.fingerprint, global_batch=global_batch, shuffle_shards=shuffle_shards, seed=seed)
 
-    def plan(self, split: Split) -> EpochPlan:
+    def plan(self, split: Split) -> EpochOrder:
         """The order of its epoch."""
         return split.plan(
             seed=self.seed, epoch=self.epoch, global_batch=self.global_batch, shuffle_shards=self.shuffle_shards

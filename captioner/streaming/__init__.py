@@ -6,13 +6,16 @@ loader = StreamingLoader("data/shards", split="train", batch_size=256)
 
 from typing import TYPE_CHECKING, Any
 
+from captioner.errors import StreamingError
+from captioner.shards.indexing import index_shards
+
 if TYPE_CHECKING:
     from captioner.streaming.buffers import batch_buffer
     from captioner.streaming.ledger import Ledger
     from captioner.streaming.loader import StreamingLoader
     from captioner.streaming.reader import SampleError
 
-__all__ = ["Ledger", "SampleError", "StreamingLoader", "batch_buffer"]
+__all__ = ["Ledger", "SampleError", "StreamingError", "StreamingLoader", "batch_buffer", "index_shards"]
 
 _MODULES = {"StreamingLoader": "loader", "SampleError": "reader", "Ledger": "ledger", "batch_buffer": "buffers"}
 

@@ -182,17 +182,15 @@ class StreamingLoader:
                 f"batch_size {self.batch_size} is that of all ranks together and must be a multiple of their number, "
                 f"{world_size}"
             )
-        found = Parts(
-            num_samples=self.order.num_samples, batch_size=self.batch_size, rank=rank, world_size=world_size,
-            last_batch=self.last_batch,
-        )  # fmt: skip
+        found = replace(self._alone(), rank=rank, world_size=world_size)
         if self._parts is None:
             if not found.num_steps:
                 raise StreamingError(
                     f"{found.num_samples:,} samples make no batch of {self.batch_size:,}: give a smaller batch_size, or "
                     'another last_batch than "drop"'
                 )
-            if self._collate is None and not all(len(self._replaced(found, r)) for r in range(world_size)):
+            last = [replace(found, rank=each).positions(found.num_steps - 1) for each in range(world_size)]
+            if self._collate is None and not all(last):
                 raise StreamingError(
                     f"the last batch is too short for all of {world_size} ranks, and torch's default_collate takes no "
                     'empty list: give last_batch="pad" or "drop", or a collate that does'
@@ -205,9 +203,12 @@ class StreamingLoader:
             )
         return found
 
-    def _replaced(self, parts: Parts, rank: int) -> range:
-        """The last step's positions of a rank."""
-        return Parts(**{**vars(parts), "rank": rank}).positions(parts.num_steps - 1)
+    def _alone(self) -> Parts:
+        """The steps of an epoch, for one rank."""
+        return Parts(
+            num_samples=self.order.num_samples, batch_size=self.batch_size, rank=0, world_size=1,
+            last_batch=self.last_batch,
+        )  # fmt: skip
 
     # ---- where it stands ----------------------------------------------------------------------------------
 
@@ -267,7 +268,7 @@ class StreamingLoader:
             stored = {name: state[name] for name in self._identity()}
         except (KeyError, TypeError, ValueError) as error:
             raise StreamingError(f"this is not the state of a StreamingLoader ({error!r})") from error
-        if position >= stored["num_samples"]:
+        if position >= min(stored["num_samples"], self._alone().num_steps * stored["batch_size"]):
             epoch, position = epoch + 1, 0
         at_start = position == 0 and (self.weights is None or epoch == 0)
         free = {"seed", "batch_size", "shuffle_shards"} if at_start else set()

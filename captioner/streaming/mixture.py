@@ -1,10 +1,148 @@
+"""The order of a weighted mixture of sources. Imports no torch.
+
+A table of one period says which source gives the sample at each position. It is filled as Tijdeman's solution of the
+chairman assignment problem (1980): in every prefix each source has within one sample of its weight times the length.
+A source's samples come in its own order, one pass after the other, also across the epochs of the mixture.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import gcd, isfinite
 from typing import NamedTuple
+
+import numpy as np
+
+from captioner.errors import StreamingError
+from captioner.shards.splitmix import random_bits
+from captioner.streaming.order import SHUFFLE_SHARDS, SOURCE_SEED, SampleRef, ShardOrder
+
+PERIOD = 1 << 14  # weights are rounded to so many parts
 
 
 class Since(NamedTuple):
+    """From which position of the run the weights hold, and how many samples each source had given before."""
+
     position: int
     counts: tuple[int, ...]
 
 
 class MixtureOrder:
-    pass
+    """The order of a mixture, in epochs of `epoch_samples`; as many as all sources have, unless given.
+
+    `sources` are the sizes of each one's shards; shards are numbered on through all sources. `weights` are rounded to
+    parts of a period; they hold from `since` on. Each source has its own order, whatever the
+    weights. Raises StreamingError for weights that are no positive numbers and for sources without samples.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Sequence[int]],
+        *,
+        weights: Sequence[float],
+        seed: int,
+        batch_size: int,
+        epoch_samples: int | None = None,
+        shuffle_shards: int = SHUFFLE_SHARDS,
+        shuffle: bool = True,
+        since: Since | None = None,
+    ) -> None:
+        if len(weights) != len(sources):
+            raise StreamingError(f"there are {len(sources)} sources and {len(weights)} weights: give one for each")
+        self.sizes = [sum(sizes) for sizes in sources]
+        if not all(self.sizes):
+            raise StreamingError(f"source {self.sizes.index(0) + 1} of the mixture holds no samples: leave it out")
+        self.num_samples = sum(self.sizes) if epoch_samples is None else epoch_samples
+        if self.num_samples < 1:
+            raise StreamingError(f"epoch_samples is {epoch_samples}: give 1 or more")
+        self.parts = round_weights(weights)
+        self.since = since or Since(0, (0,) * len(sources))
+        self._table, self._before = fill_period(self.parts)
+        window = max(1, shuffle_shards // len(sources))
+        seeds = random_bits(np.arange(len(sources)), seed, SOURCE_SEED).tolist()
+        self._orders = [
+            ShardOrder(sizes, seed=own, batch_size=window, shuffle_shards=window, shuffle=shuffle)
+            for sizes, own in zip(sources, seeds, strict=True)
+        ]
+        self._first_shards = np.cumsum([0, *map(len, sources)]).tolist()
+
+    def refs(self, epoch: int, positions: Sequence[int]) -> list[SampleRef]:
+        """The samples at positions of an epoch."""
+        shards, places = self.locate(epoch * self.num_samples + np.asarray(positions, dtype=np.int64))
+        return list(map(SampleRef, positions, shards.tolist(), places.tolist()))
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The shards, and the places in them, of the samples at positions of the run."""
+        shards, places = np.empty_like(positions), np.empty_like(positions)
+        sources, numbers = self.assign(positions)
+        for source, order in enumerate(self._orders):
+            own = np.flatnonzero(sources == source)
+            passes, inside = np.divmod(numbers[own], self.sizes[source])
+            for each in np.unique(passes).tolist():
+                of_pass = passes == each
+                found = order.of_epoch(each).locate(inside[of_pass])
+                shards[own[of_pass]], places[own[of_pass]] = found[0] + self._first_shards[source], found[1]
+        return shards, places
+
+    def assign(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each position of the run, and the number of the sample in that source's passes, from 0."""
+        periods, inside = np.divmod(positions - self.since.position, len(self._table))
+        sources = self._table[inside]
+        parts, counts = np.array(self.parts), np.array(self.since.counts)
+        return sources, counts[sources] + periods * parts[sources] + self._before[inside]
+
+    def counts(self, position: int) -> tuple[int, ...]:
+        """How many samples each source gives in the first `position` of the run; not before `since`."""
+        periods, inside = divmod(position - self.since.position, len(self._table))
+        begun = np.bincount(self._table[:inside], minlength=len(self.parts)).tolist()
+        return tuple(
+            count + periods * part + more
+            for count, part, more in zip(self.since.counts, self.parts, begun, strict=True)
+        )
+
+    def open_shards(self, world_size: int) -> int:
+        """Shards that one rank reads from at the same time, at most: each rank reads from those of all."""
+        return sum(order.open_shards(1) for order in self._orders)
+
+
+def round_weights(weights: Sequence[float]) -> tuple[int, ...]:
+    """Weights as parts of a period, at least one each, without a common divisor; by largest remainders.
+
+    Raises StreamingError for weights that are no positive numbers, and for one that is too small beside the others.
+    """
+    if not all(isfinite(weight) and weight > 0 for weight in weights):
+        raise StreamingError(f"the weights are {list(weights)}: give numbers above 0")
+    whole = sum(weights)
+    exact = [weight / whole * PERIOD for weight in weights]
+    if whole == sum(map(int, weights)) <= PERIOD:  # small whole numbers stay exactly what they are
+        exact = list(weights)
+    parts = [max(1, int(part)) for part in exact]
+    left = round(sum(exact)) - sum(parts)
+    if left < 0:
+        raise StreamingError(f"the weights {list(weights)} differ by more than {PERIOD} times: leave out the smallest")
+    by_remainder = sorted(range(len(parts)), key=lambda source: parts[source] - exact[source])
+    for source in by_remainder[:left]:
+        parts[source] += 1
+    divisor = gcd(*parts)
+    return tuple(part // divisor for part in parts)
+
+
+@lru_cache(maxsize=16)
+def fill_period(parts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The source at each position of a period, and how often that source was there before.
+
+    At each position the source is chosen that must come first, among those that may come already: a sample may be half
+    a share of the others early or late (Tijdeman 1980, theorem 1).
+    """
+    length, num_sources = sum(parts), len(parts)
+    table, before = np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.int64)
+    counts = [0] * num_sources
+    slack = 2 * max(1, num_sources - 1)  # in halves of 1 / (K - 1), so that all numbers are whole
+    for position in range(length):
+        due = [(position + 1) * part - count * length for part, count in zip(parts, counts, strict=True)]
+        ready = [source for source in range(num_sources) if due[source] * slack >= length] or [
+            max(range(num_sources), key=due.__getitem__)
+        ]
+        chosen = min(ready, key=lambda source: ((slack - 1) * length - due[source] * slack) / parts[source])
+        table[position], before[position] = chosen, counts[chosen]
+        counts[chosen] += 1
+    return table, before

@@ -10,7 +10,8 @@ Imports no torch. Random numbers are hashes (`captioner/shards/splitmix.py`): no
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,8 @@ import numpy as np
 from captioner.shards.splitmix import random_order
 
 SHUFFLE_SHARDS = 256
-SHARD_ORDER, WINDOW_ORDER, SAMPLE_CHANCE, SAMPLE_RNG = range(4)  # the streams of random numbers
+UNSHUFFLED_SHARDS = 4  # that are read from at once in the shards' own order: each worker is in another batch
+SHARD_ORDER, WINDOW_ORDER, SAMPLE_CHANCE, SAMPLE_RNG, SOURCE_SEED = range(5)  # the streams of random numbers
 
 
 class SampleRef(NamedTuple):
@@ -30,7 +32,7 @@ class SampleRef(NamedTuple):
 
 
 @dataclass(kw_only=True, slots=True)
-class EpochPlan:
+class EpochOrder:
     """The global order of one epoch over S samples in batches of G.
 
     `shuffled=False` keeps the shards' order, and may take only the first of `every` so many neighbours.
@@ -53,7 +55,10 @@ class EpochPlan:
     _ends: np.ndarray = field(init=False)
     _starts: np.ndarray = field(init=False)
     _lane_starts: np.ndarray = field(init=False)
-    _windows: dict[int, tuple[int, int, np.ndarray]] = field(init=False, default_factory=dict)
+    _lane_firsts: np.ndarray = field(init=False)
+    _lane_lasts: np.ndarray = field(init=False)
+    _lane_shifts: np.ndarray = field(init=False)
+    _windows: dict[int, dict[int, tuple[int, np.ndarray]]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes = np.asarray(self.shard_sizes, dtype=np.int64)
@@ -69,17 +74,24 @@ class EpochPlan:
         self._ends = np.cumsum(sizes[self._order])
         self._starts = self._ends - sizes[self._order]
         self._lane_starts = np.arange(self.num_lanes + 1) * total // self.num_lanes
+        bounds = (self._lane_starts[:-1], np.maximum(self._lane_starts[:-1], self._lane_starts[1:] - 1))
+        self._lane_firsts, self._lane_lasts = (np.searchsorted(self._ends, each, side="right") for each in bounds)
+        are_long = self._lane_lasts + 1 - self._lane_firsts > 2 * self.window_shards
+        self._lane_shifts = np.where(are_long, np.arange(self.num_lanes) % self.window_shards, 0)
 
     def refs(self, positions: Iterable[int]) -> list[SampleRef]:
         """The samples at the given global positions, in their order."""
         positions = list(positions)
-        spots = np.asarray(positions, dtype=np.int64) * self.every
+        shards, places = self.locate(np.asarray(positions, dtype=np.int64))
+        return list(map(SampleRef, positions, shards.tolist(), places.tolist()))
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The shards, and the places in them, of the samples at the given positions."""
+        spots = positions * self.every
         if self.shuffled:
-            lanes, spots = self._deal(spots)
-            spots = np.array(list(map(self._shuffle, lanes.tolist(), spots.tolist())), dtype=np.int64)
+            spots = self._shuffle(*self._deal(spots))
         indices = np.searchsorted(self._ends, spots, side="right")
-        shards, places = self._order[indices].tolist(), (spots - self._starts[indices]).tolist()
-        return list(map(SampleRef, positions, shards, places))
+        return self._order[indices], spots - self._starts[indices]
 
     def _deal(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The lane of each position, and its spot in the sequence.
@@ -109,38 +121,51 @@ class EpochPlan:
         shared = 2 if self.num_lanes % world_size else 0
         return min(self.num_lanes, self.num_lanes // world_size + shared)
 
-    def advice(self, *, world_size: int) -> str:
-        """A line that says what to change so that each rank has lanes of its own; empty where it has."""
+    def better_window(self, *, world_size: int) -> int | None:
+        """The most `shuffle_shards` with which each rank has lanes of its own; None where it has."""
         if self.num_lanes % world_size == 0:
-            return ""
+            return None
         better = range(world_size, max(SHUFFLE_SHARDS, world_size) + 1, world_size)
-        return (
-            f"\n{world_size:,} processes share {self.num_lanes:,} lanes and read some of each other's shards: "
-            f"better give --shuffle-shards {max(lanes for lanes in better if self.global_batch % lanes == 0)}"
-        )
+        return max(lanes for lanes in better if self.global_batch % lanes == 0)
 
-    def _shuffle(self, lane: int, spot: int) -> int:
-        """The spot of the sequence that the window's shuffle puts at `spot`."""
-        window = self._windows.get(lane)
-        if window is None or not window[0] <= spot < window[1]:
-            window = self._windows[lane] = self._open_window(lane, spot)
-        start, _, order = window
-        return start + int(order[spot - start])
+    def _shuffle(self, lanes: np.ndarray, spots: np.ndarray) -> np.ndarray:
+        """The spots of the sequence that the windows' shuffles put at `spots`."""
+        indices = np.searchsorted(self._ends, spots, side="right")
+        numbers = (indices - self._lane_firsts[lanes] + self._lane_shifts[lanes]) // self.window_shards
+        windows = numbers * self.num_lanes + lanes
+        by_window = np.argsort(windows, kind="stable")
+        sorted_windows = windows[by_window]
+        bounds = [*np.flatnonzero(np.diff(sorted_windows, prepend=-1)).tolist(), len(spots)]
+        found = np.empty_like(spots)
+        for first, end in pairwise(bounds):
+            own = by_window[first:end]
+            number, lane = divmod(int(sorted_windows[first]), self.num_lanes)
+            start, order = self._window(lane, number)
+            found[own] = start + order[spots[own] - start]
+        return found
 
-    def _open_window(self, lane: int, spot: int) -> tuple[int, int, np.ndarray]:
-        """The part of a lane, `window_shards` shards long, around `spot`: its start, end and order.
+    def _window(self, lane: int, number: int) -> tuple[int, np.ndarray]:
+        """Where a window starts, and its order; a lane's last two are kept."""
+        kept = self._windows.setdefault(lane, {})
+        window = kept.get(number)
+        if window is None:
+            if len(kept) > 1:
+                del kept[next(iter(kept))]
+            window = kept[number] = self._open_window(lane, number)
+        return window
+
+    def _open_window(self, lane: int, number: int) -> tuple[int, np.ndarray]:
+        """The part of a lane that is window `number` of it, `window_shards` shards long: its start and order.
 
         In long lanes the first window is shorter by a number that differs from lane to lane, so that they do not all
         want new shards at once.
         """
-        lane_start, lane_end = self._lane_starts[lane : lane + 2].tolist()
-        first, end = self._indices(lane_start, lane_end)
-        shift = lane % self.window_shards if end - first > 2 * self.window_shards else 0
-        number = (int(np.searchsorted(self._ends, spot, side="right")) - first + shift) // self.window_shards
+        first, end, shift = (int(each[lane]) for each in (self._lane_firsts, self._lane_lasts, self._lane_shifts))
         window_first = max(first, first - shift + number * self.window_shards)
-        window_last = min(end, first - shift + (number + 1) * self.window_shards) - 1
-        start, stop = max(lane_start, int(self._starts[window_first])), min(lane_end, int(self._ends[window_last]))
-        return start, stop, random_order(stop - start, self.seed, self.epoch, WINDOW_ORDER, lane, number)
+        window_last = min(end, first - shift + (number + 1) * self.window_shards - 1)
+        start = max(int(self._lane_starts[lane]), int(self._starts[window_first]))
+        stop = min(int(self._lane_starts[lane + 1]), int(self._ends[window_last]))
+        return start, random_order(stop - start, self.seed, self.epoch, WINDOW_ORDER, lane, number).astype(np.int32)
 
     def _indices(self, start: int, end: int) -> tuple[int, int]:
         """The stretch of the permuted shards that holds spots [start, end)."""
@@ -164,30 +189,47 @@ def rank_positions(step: int, *, num_samples: int, global_batch: int, rank: int,
 
 
 class ShardOrder:
-    def __init__(self, shard_sizes, *, seed, batch_size, shuffle_shards=SHUFFLE_SHARDS, shuffle=True, every=1):
-        self.args = dict(
-            shard_sizes=shard_sizes,
-            seed=seed,
-            global_batch=batch_size if shuffle else 1,
-            shuffle_shards=shuffle_shards if shuffle else 4,
-            shuffled=shuffle,
-            every=every,
-        )
-        self._plans = {}
-        self.num_samples = EpochPlan(**self.args).num_samples
+    """The order of all epochs over the samples of shards, in global batches of `batch_size`.
 
-    def copy(self):
-        import copy
+    Without `shuffle` the shards' own, in every epoch, of `every` so many neighbours the first.
+    """
 
-        c = copy.copy(self)
-        c._plans = {}
-        return c
+    def __init__(
+        self,
+        shard_sizes: Sequence[int],
+        *,
+        seed: int,
+        batch_size: int,
+        shuffle_shards: int = SHUFFLE_SHARDS,
+        shuffle: bool = True,
+        every: int = 1,
+    ) -> None:
+        if shuffle:
+            self._first = EpochOrder(
+                shard_sizes=shard_sizes, seed=seed, global_batch=batch_size, shuffle_shards=shuffle_shards
+            )
+        else:
+            self._first = EpochOrder(
+                shard_sizes=shard_sizes, shuffle_shards=UNSHUFFLED_SHARDS, shuffled=False, every=every
+            )
+        self._shuffle = shuffle
+        self._current = self._first
 
-    def refs(self, epoch, positions):
-        if epoch not in self._plans:
-            self._plans = {epoch: EpochPlan(epoch=epoch, **self.args)}
-        return self._plans[epoch].refs(positions)
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch."""
+        return self._first.num_samples
 
-    def open_shards(self, world_size):
-        p = EpochPlan(**self.args)
-        return p.lanes_of_rank(world_size=world_size) * (p.window_shards + 1)
+    def of_epoch(self, epoch: int) -> EpochOrder:
+        """The order of one epoch."""
+        if self._shuffle and self._current.epoch != epoch:
+            self._current = replace(self._first, epoch=epoch)
+        return self._current
+
+    def refs(self, epoch: int, positions: Sequence[int]) -> list[SampleRef]:
+        """The samples at positions of an epoch."""
+        return self.of_epoch(epoch).refs(positions)
+
+    def open_shards(self, world_size: int) -> int:
+        """Shards that one rank reads from at the same time, at most."""
+        return self._first.lanes_of_rank(world_size=world_size) * (self._first.window_shards + 1)

@@ -8,7 +8,7 @@ from typing import Literal
 from captioner import cli
 from captioner.files import storage
 from captioner.shards.format import Manifest
-from captioner.shards.indexing import ANY, find_tars, index_any, index_tars, refuse_others
+from captioner.shards.indexing import ANY, NO_SAMPLE, find_tars, index_any, index_tars, refuse_others
 from captioner.shards.writing import claim
 from captioner.workers import count_processors
 from sharding.finish import failure_text, write_manifest, write_vocabulary
@@ -37,7 +37,8 @@ def index_split(
     with claim(folder, split), cli.progress_bar(f"indexing {split}", total=len(names), unit="tars") as bar:
         refuse_others(folder, split, names)
         with _executor(captioned=captioned, num_tars=len(names)) as executor:
-            for name, index in index_tars(folder, split, names, work, executor=executor, remedy=PAIR):
+            remedy = PAIR if captioned else NO_SAMPLE
+            for name, index in index_tars(folder, split, names, work, executor=executor, remedy=remedy):
                 shards.append(packed_shard(name, index, reused=False))
                 num_samples += len(index)
                 num_failures += len(index.failures)

@@ -251,7 +251,10 @@ def test_errors_are_one_line_and_name_no_flag(tmp_path: Path, monkeypatch: pytes
     refused(r"other\.tar is compressed \(gzip\)", pattern="other.tar")
     write_tar(tmp_path / "fields.tar", [(f"image.{number}.txt", b"") for number in range(5)])
     monkeypatch.setattr("captioner.shards.format.MAX_FIELDS", 4)
-    refused(r"fields\.tar has 5 names of fields, such as 0\.txt: name its files KEY\.FIELD", pattern="fields.tar")
+    refused(
+        r"fields\.tar has 5 names of fields, such as 0\.txt: a sample is adjacent files KEY\.FIELD",
+        pattern="fields.tar",
+    )
     assert not list(tmp_path.glob("*.index"))
     index_shards(str(tmp_path), split="train", pattern="train*.tar")
     refused(r"train-0\.tar belongs to split train already: give a pattern", split="val", pattern="*-0.tar")

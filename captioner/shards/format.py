@@ -135,12 +135,12 @@ class ShardIndex:
     ) -> "ShardIndex":
         """The index of samples in order, each a key and its members by field, in the tar's order.
 
-        Raises ValueError for more than MAX_FIELDS names of fields.
+        Raises TooManyFieldsError for more than MAX_FIELDS names of fields.
         """
         names = [key.encode(errors="surrogateescape") for key, _ in samples]
         fields = sorted({name for _, members in samples for name in members})
         if len(fields) > MAX_FIELDS:
-            raise ValueError(f"{len(fields):,} names of fields, such as {fields[0]}")
+            raise TooManyFieldsError(f"{len(fields):,} names of fields, such as {fields[0]}")
         number_of = {name: number for number, name in enumerate(fields)}
         table = [(number_of[name], m.offset, m.size, m.crc32) for _, found in samples for name, m in found.items()]
         table_4M = np.array(table, dtype=np.int64).reshape(len(table), 4).T
@@ -237,6 +237,10 @@ class ShardIndex:
             raise ValueError("its arrays have different lengths")
         if (self.member_fields_M >= len(self.fields)).any():
             raise ValueError("its members have fields without a name")
+
+
+class TooManyFieldsError(Exception):
+    """More names of fields than an index can number."""
 
 
 class FormatError(UserError):

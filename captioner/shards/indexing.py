@@ -6,6 +6,7 @@ what follows, in lower case. Nothing is unpacked or changed, and what cannot be 
 
 import hashlib
 import multiprocessing
+import os
 import re
 import zlib
 from collections import Counter
@@ -27,6 +28,7 @@ from captioner.shards.format import (
     Member,
     ShardEntry,
     ShardIndex,
+    TooManyFieldsError,
     manifest_location,
     read_manifest,
 )
@@ -37,6 +39,7 @@ BACKEND = "foreign"
 ANY, CHOSEN = "any", "chosen"  # what the manifest's settings call samples that are not captioned pictures
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+NO_SAMPLE = "a sample is adjacent files KEY.FIELD, with no dot in the key"
 UNPACK = "samples are read out of the middle of a tar, so unpack it to a plain one first (gunzip, unxz, unzstd)"
 
 _KEY_AND_FIELD = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's `base_plus_ext`
@@ -48,7 +51,7 @@ MakeIndex = Callable[..., ShardIndex]  # (tar's content, *, name without ending,
 
 
 def index_shards(
-    source: str,
+    source: str | os.PathLike[str],
     *,
     split: str,
     pattern: str | None = None,
@@ -64,21 +67,22 @@ def index_shards(
     """
     if split not in SPLITS:
         raise UserError(f"there is no split {split!r}: give one of {', '.join(SPLITS)}")
-    names, pattern = find_tars(source, split, pattern, remedy="give a pattern such as 'cc3m-train-*.tar'")
+    folder = os.fspath(source)
+    names, pattern = find_tars(folder, split, pattern, remedy="give a pattern such as 'cc3m-train-*.tar'")
     recipe = {"samples": ANY if keep is None else CHOSEN}
     failures: list[Failure] = []
     entries: list[ShardEntry] = []
     num_not_kept = 0
-    with claim(source, split):
-        refuse_others(source, split, names)
+    with claim(folder, split):
+        refuse_others(folder, split, names)
         make_index = partial(index_any, recipe=recipe, choose=partial(_keep, keep) if keep else None)
         with _processes(min(num_workers, len(names))) as executor:
-            for name, index in index_tars(source, split, names, make_index, executor=executor):
+            for name, index in index_tars(folder, split, names, make_index, executor=executor):
                 entries.append(ShardEntry.of(name, index))
                 failures += index.failures
                 num_not_kept += index.num_not_kept
         return write_manifest(
-            source,
+            folder,
             split,
             entries,
             failures=failures,
@@ -269,7 +273,7 @@ def index_tars(
     make_index: MakeIndex,
     *,
     executor: Executor | None = None,
-    remedy: str = "a sample is adjacent members KEY.FIELD",
+    remedy: str = NO_SAMPLE,
 ) -> Iterator[tuple[str, ShardIndex]]:
     """Write each tar's index beside it and give it, in the order of `names`.
 
@@ -308,7 +312,7 @@ def _index_tar(folder: str, make_index: MakeIndex, name: str) -> ShardIndex:
                 if data[: len(magic)] == magic:
                     raise UserError(f"{location} is compressed ({kind}): {UNPACK}")
             return make_index(data, name=name, sha256=hashlib.sha256(data).hexdigest())
-    except ValueError as error:
-        raise UserError(f"{location} has {error}: name its files KEY.FIELD, with no dot in the key") from error
+    except TooManyFieldsError as error:
+        raise UserError(f"{location} has {error}: {NO_SAMPLE}") from error
     except OSError as error:
         raise UserError(f"cannot read {location} ({error.strerror or error}): mend that and run again") from error

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from multiprocessing.reduction import ForkingPickler
 from threading import Thread
 from typing import Any, NamedTuple
@@ -34,10 +35,11 @@ from captioner.streaming.cache import Prefetcher, ShardCache
 from captioner.streaming.dataset import Split
 from captioner.streaming.ledger import Skip
 from captioner.streaming.mixture import MixtureOrder
-from captioner.streaming.order import SAMPLE_RNG, ShardOrder, rank_positions
+from captioner.streaming.order import SAMPLE_RNG, SampleRef, ShardOrder, rank_positions
 from captioner.streaming.reader import SampleError, ShardReader
 
 MAX_OPEN_FILES = 400  # of a process; systems allow 1,024
+BATCHES_FOUND = 8  # whose samples are looked up at once
 FETCHED_SHARDS = 8  # that a process lets wait in the cache before they are needed
 FOLLOW_SECONDS = 0.2  # how soon a worker ends after training does
 MOST_SEED = (1 << 63) - 1  # that torch takes
@@ -133,6 +135,7 @@ class BatchMaker(Dataset[Made | Failed]):
         self.taken, self.buffers = taken, buffers
         self.is_random = is_random
         self._sent = False
+        self._found: dict[Item, list[SampleRef]] = {}
         self._expected: Item | None = None
         self._reader: ShardReader | None = None
         self._prefetcher: Prefetcher | None = None
@@ -194,10 +197,9 @@ class BatchMaker(Dataset[Made | Failed]):
         return Made(batch, found, skipped, in_buffers)
 
     def _read(self, item: Item, positions: range, skipped: list[Skip]) -> list[Sample]:
-        reader, epoch, num_samples = self._follow(item), item.epoch, self.order.num_samples
-        inside = positions if positions.stop <= num_samples else [position % num_samples for position in positions]
+        reader, epoch = self._follow(item), item.epoch
         samples: list[Sample] = []
-        for position, (_, shard, place) in zip(positions, self.order.refs(epoch, inside), strict=True):
+        for position, (_, shard, place) in zip(positions, self._find(item), strict=True):
             try:
                 key, content = reader.read(shard, place)
             except SampleError as error:
@@ -210,6 +212,19 @@ class BatchMaker(Dataset[Made | Failed]):
             sample.update(content)
             samples.append(sample)
         return samples
+
+    def _find(self, item: Item) -> list[SampleRef]:
+        """The samples of a batch; those of this process's next batches are looked up with them, which costs less."""
+        if item not in self._found:
+            number_of_workers = worker.num_workers if (worker := get_worker_info()) else 1
+            steps = range(item.step, self.parts.num_steps, number_of_workers)[:BATCHES_FOUND]
+            sizes = [len(self.parts.positions(step)) for step in steps]
+            positions = [position % self.order.num_samples for step in steps for position in self.parts.positions(step)]
+            refs = iter(self.order.refs(item.epoch, positions))
+            self._found = {
+                Item(item.epoch, step): list(islice(refs, size)) for step, size in zip(steps, sizes, strict=True)
+            }
+        return self._found.pop(item)
 
     def _transform_all(self, samples: list[Sample], skipped: list[Skip]) -> tuple[list[Any], list[int]]:
         values: list[Any] = []

@@ -61,6 +61,14 @@ def test_the_python_of_the_page_runs(page: str, folder: Path, monkeypatch: pytes
         run_block(block, page, names)
 
 
+def test_the_readmes_lines_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    blocks = python_blocks("../../README.md")
+    streaming = [block for block in blocks if "captioner.streaming" in block]
+    assert len(streaming) == 1
+    run_block(streaming[0], "../../README.md", {})
+
+
 def test_the_tutorials_output_is_what_it_says(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

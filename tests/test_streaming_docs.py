@@ -1,6 +1,7 @@
 """The pages of docs/streaming are true: their Python runs, their links lead somewhere, the reference is of today."""
 
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ def run_block(code: str, page: str, names: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a reader of the how-to pages is: `data` of the tutorial, `val` in it, and the sources `photos` and `web`."""
+    """Where a reader of the how-to pages is: the tutorial's `data`, with a val split, and the sources `photos` and `web`."""
     folder = tmp_path_factory.mktemp("docs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -50,12 +51,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("page", RUN_PAGES)
-def test_the_python_of_the_page_runs(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_of_the_page_runs(page: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page in NEEDS:
         pytest.importorskip(NEEDS[page])
-    monkeypatch.chdir(folder)
-    for checkpoint in folder.glob("checkpoint*"):
-        checkpoint.unlink()
+    monkeypatch.chdir(shutil.copytree(folder, tmp_path / "reader"))
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in python_blocks(page):
         run_block(block, page, names)

@@ -193,7 +193,9 @@ def test_validation_starts_at_the_beginning_each_time_unless_a_state_was_loaded(
     loader = make_loader(folder, shuffle=False)
     first, second = run_epochs(loader, 1), run_epochs(loader, 1)
     assert first == second
-    assert [text for batch in first for text in batch] == [f"{s}-{n}" for s, size in enumerate(SIZES) for n in range(size)]
+    assert [text for batch in first for text in batch] == [
+        f"{s}-{n}" for s, size in enumerate(SIZES) for n in range(size)
+    ]
     assert texts(next(iter(loader))) == first[0]
     state = loader.state_dict(steps=2)
     loader.load_state_dict(state)
@@ -386,10 +388,15 @@ class Stubborn(Exception):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("error", [ValueError, Stubborn, OSError])
-def test_an_exception_in_transform_is_raised_with_the_sample(folder: Path, workers: int, error: type[Exception]) -> None:
+def test_an_exception_in_transform_is_raised_with_the_sample(
+    folder: Path, workers: int, error: type[Exception]
+) -> None:
     transform = partial(fail_at, text="2-3", error=error)
     loader = make_loader(folder, transform=transform, num_workers=workers, tolerate_bad_samples=9)
-    with pytest.raises(TransformError, match=rf"transform failed at key .*00003, url .*train-000002.tar, .*position \d+: {error.__name__}: it broke"):
+    with pytest.raises(
+        TransformError,
+        match=rf"transform failed at key .*00003, url .*train-000002.tar, .*position \d+: {error.__name__}: it broke",
+    ):
         list(loader)
     loader.close()
 
@@ -421,7 +428,9 @@ def undecodable(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(("function", "reason"), [({"transform": doubt}, "doubtful"), ({"decode": undecodable}, "undecodable")])
+@pytest.mark.parametrize(
+    ("function", "reason"), [({"transform": doubt}, "doubtful"), ({"decode": undecodable}, "undecodable")]
+)
 def test_samples_that_cannot_be_used_are_left_out_and_counted(
     folder: Path, workers: int, function: dict[str, Any], reason: str
 ) -> None:
@@ -463,7 +472,14 @@ def test_a_batch_that_cannot_be_sent_is_an_error_not_a_hang(folder: Path) -> Non
 def test_fields_are_decoded_by_webdataset_and_pickles_are_not(tmp_path: Path) -> None:
     array = tmp_path / "array.npy"
     np.save(array, np.arange(3))
-    members = {"json": b'{"a": 1}', "cls": b"7", "npy": array.read_bytes(), "pkl": b"cos\nsystem\n", "pth": b"x", "txt": "é".encode()}
+    members = {
+        "json": b'{"a": 1}',
+        "cls": b"7",
+        "npy": array.read_bytes(),
+        "pkl": b"cos\nsystem\n",
+        "pth": b"x",
+        "txt": "é".encode(),
+    }
     write_tar(tmp_path / "train-0.tar", [("k", members)])
     index_shards(str(tmp_path), split="train")
     (batch,) = make_loader(tmp_path, decode="torchrgb8")

@@ -33,7 +33,7 @@ def run_block(code: str, page: str, names: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a reader of the how-to pages is: the tutorial's `data`, with a val split, and the sources `photos` and `web`."""
+    """What a reader of the how-to pages has: `data` of the tutorial, with a val split, and `photos` and `web`."""
     folder = tmp_path_factory.mktemp("docs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -6,7 +6,7 @@ loader = StreamingLoader("data/shards", split="train", batch_size=256)
 
 from typing import TYPE_CHECKING, Any
 
-from captioner.errors import StreamingError
+from captioner.errors import StreamingError, TransformError
 from captioner.shards.indexing import index_shards
 
 if TYPE_CHECKING:
@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from captioner.streaming.loader import StreamingLoader
     from captioner.streaming.reader import SampleError
 
-__all__ = ["Ledger", "SampleError", "StreamingError", "StreamingLoader", "batch_buffer", "index_shards"]
+__all__ = [
+    "Ledger",
+    "SampleError",
+    "StreamingError",
+    "StreamingLoader",
+    "TransformError",
+    "batch_buffer",
+    "index_shards",
+]
 
 _MODULES = {"StreamingLoader": "loader", "SampleError": "reader", "Ledger": "ledger", "batch_buffer": "buffers"}
 

@@ -64,18 +64,18 @@ class StreamingLoader:
 
     Order
         `batch_size` samples make a global batch, that of one optimizer step of all ranks together; each of `world_size`
-        ranks gets an equal part of it. `seed` decides the order; `shuffle_shards` shards are mixed with each other at a
-        time. With `shuffle=False` samples come as they are stored, for validation: each iteration starts at the
-        beginning, and takes the first of `every` so many neighbours. `last_batch` says what becomes of the last, shorter
-        batch: "keep" it, though ranks may get nothing of it (`collate([])`); "drop" it; or "pad" it with the epoch's
-        first samples.
+        ranks gets an equal part of it. `seed` decides the order, and `shuffle_shards` how many shards are mixed with
+        each other at a time. With `shuffle=False` samples come as they are stored, for validation: each iteration
+        starts at the beginning, and of `every` so many neighbours it takes the first. `last_batch` says what becomes of
+        the last, shorter batch: "keep" it, although a rank may get nothing of it (`collate([])`); "drop" it; or "pad"
+        it with the first samples of the epoch.
     Samples
-        are dictionaries of bytes by extension (`jpg`, `json`, `seg.png`, …), with `__key__`, `__url__`, `__epoch__`,
-        `__position__`, `__shard__` and `__place__`. `fields` are the extensions to read; all, unless given. `decode` is
-        webdataset's name for the form of pictures ("pil", "torchrgb8", …), with which text, JSON, NumPy arrays and
-        others are decoded too, or a function of a sample. `transform(sample, rng)` makes anything of it; `rng` is a
-        numpy.random.Generator that, like the global generators of torch, NumPy and Python, is seeded by (seed, epoch,
-        position). `collate(list)` makes a batch; it is torch's default_collate unless given.
+        Each is a dictionary of bytes by extension (`jpg`, `json`, `seg.png`, …), with `__key__`, `__url__`,
+        `__epoch__`, `__position__`, `__shard__` and `__place__`. `fields` are the extensions to read; all, unless
+        given. `decode` is webdataset's name for the form of pictures ("pil", "torchrgb8", …), with which text, JSON,
+        NumPy arrays and others are decoded too, or a function of a sample. `transform(sample, rng)` makes anything of
+        it; `rng` is a NumPy Generator that, like the global generators of torch, NumPy and Python, is seeded by (seed,
+        epoch, position). `collate(list)` makes a batch; it is torch's default_collate unless given.
     Processes
         `num_workers` processes make the batches, each `prefetch_batches` ahead; they start at the first iteration and
         live as long as the loader. `start_method` is "fork", "spawn" or "forkserver". With `pin_memory` batches come in
@@ -86,7 +86,7 @@ class StreamingLoader:
         `transform` raises SampleError, are left out and counted in `ledger`; one more raises. Another exception in
         `transform` or `collate` is raised as TransformError. Arguments and states that do not fit raise StreamingError.
     Remote shards
-        are kept in `cache`, a folder for all processes of a machine, of at most `cache_gigabytes`.
+        Shards behind URLs are kept in `cache`, a folder for all processes of a machine, of at most `cache_gigabytes`.
     """
 
     def __init__(
@@ -186,8 +186,8 @@ class StreamingLoader:
         if self._parts is None:
             if not found.num_steps:
                 raise StreamingError(
-                    f"{found.num_samples:,} samples make no batch of {self.batch_size:,}: give a smaller batch_size, or "
-                    'another last_batch than "drop"'
+                    f"{found.num_samples:,} samples make no batch of {self.batch_size:,}: give a smaller batch_size or "
+                    "another last_batch"
                 )
             last = [replace(found, rank=each).positions(found.num_steps - 1) for each in range(world_size)]
             if self._collate is None and not all(last):
@@ -360,7 +360,9 @@ class StreamingLoader:
                 len(self.ledger.skipped), self.tolerate_bad_samples, self.ledger.skipped[-1].message
             )
         self._steps = step + 1
-        self._padded = sum(position >= parts.num_samples for position in made.positions)
+        self._padded = 0
+        if made.positions and made.positions[-1] >= parts.num_samples:
+            self._padded = sum(position >= parts.num_samples for position in made.positions)
 
     def _make_maker(self, parts: Parts, taken: Tensor | None, buffers: int) -> BatchMaker:
         return BatchMaker(

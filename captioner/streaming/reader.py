@@ -70,7 +70,8 @@ class OpenShard:
     def key(self, place: int) -> str:
         """As `ShardIndex.key`."""
         start = place * self.key_bytes
-        return self.keys[start : start + self.key_bytes].rstrip(b"\0").decode(errors="backslashreplace")
+        key = self.keys[start : start + self.key_bytes]
+        return (key.rstrip(b"\0") if key[-1:] == b"\0" else key).decode("utf-8", "backslashreplace")
 
 
 class ShardReader:
@@ -96,6 +97,7 @@ class ShardReader:
         self._prefetcher = prefetcher
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._failed: dict[int, SampleError] = {}
+        self._locations: dict[int, str] = {}
 
     def close(self) -> None:
         """Close all shards."""
@@ -103,8 +105,11 @@ class ShardReader:
             os.close(self._open.popitem()[1].file)
 
     def location(self, shard: int) -> str:
-        """Where a shard's tar lies."""
-        return tar_location(*self._shards[shard])
+        """The path or URL of a shard's tar."""
+        found = self._locations.get(shard)
+        if found is None:
+            found = self._locations[shard] = tar_location(*self._shards[shard])
+        return found
 
     def read(self, shard: int, place: int) -> tuple[str, dict[str, bytes]]:
         """A sample's key, and the content of its fields in the tar's order, each checked.
@@ -148,9 +153,14 @@ class _ChecksumError(Exception):
 
 def _read_fields(shard: OpenShard, place: int) -> dict[str, bytes]:
     """A sample's content by field; neighbours are read with one system call. Raises OSError and _ChecksumError."""
+    member, end = shard.first_member[place], shard.first_member[place + 1]
+    if end - member == 1 and (field := shard.fields[shard.member_fields_M[member]]) is not None:
+        content = os.pread(shard.file, shard.sizes_M[member], shard.offsets_M[member])
+        if zlib.crc32(content) != shard.crc32s_M[member]:
+            raise _ChecksumError(field)
+        return {field: content}
     sample = {}
     data, data_start, data_end = b"", 0, -1
-    member, end = shard.first_member[place], shard.first_member[place + 1]
     while member < end:
         field = shard.fields[shard.member_fields_M[member]]
         if field is not None:

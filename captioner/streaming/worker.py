@@ -186,7 +186,8 @@ class BatchMaker(Dataset[Made | Failed]):
             item, positions, skipped
         )  # all, before one is decoded, which empties the processor's caches
         found = [sample["__position__"] for sample in samples]
-        with self.randomness.batch(self.seed, item.epoch, positions) if self.is_random else nullcontext():
+        seeded = positions if self.transform is not None else positions[:1]
+        with self.randomness.batch(self.seed, item.epoch, seeded) if self.is_random else nullcontext():
             values: list[Any] = samples
             if self.decode is not None or self.transform is not None:
                 values, found = self._transform_all(samples, skipped)
@@ -204,13 +205,11 @@ class BatchMaker(Dataset[Made | Failed]):
                 key, content = reader.read(shard, place)
             except SampleError as error:
                 skipped.append(self._skip(position, error))
-                continue
-            sample = {
-                "__key__": key, "__url__": reader.location(shard), "__epoch__": epoch, "__position__": position,
-                "__shard__": shard, "__place__": place,
-            }  # fmt: skip
-            sample.update(content)
-            samples.append(sample)
+            else:
+                samples.append({
+                    "__key__": key, "__url__": reader.location(shard), "__epoch__": epoch, "__position__": position,
+                    "__shard__": shard, "__place__": place, **content,
+                })  # fmt: skip
         return samples
 
     def _find(self, item: Item) -> list[SampleRef]:

@@ -18,6 +18,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = REPOSITORY / "docs" / "streaming"
 NEEDS = {"lightning.md": "lightning", "hugging-face-trainer.md": "transformers"}
 RUN_PAGES = sorted(page.name for page in PAGES.glob("*.md") if "```python" in page.read_text(encoding="utf-8"))
+RUN_PAGES.remove("examples.md")  # its blocks are the example files
 
 
 def python_blocks(page: str) -> list[str]:
@@ -104,6 +105,18 @@ def test_the_tutorials_training_resumes_exactly_after_a_kill(folder: Path, tmp_p
     final = [torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "killed")]
     assert final[0]["data"] == final[1]["data"]
     assert all(torch.equal(value, final[1]["model"][name]) for name, value in final[0]["model"].items())
+
+
+def test_the_examples_page_shows_the_whole_examples() -> None:
+    sections = (PAGES / "examples.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    for section in sections:
+        shown = re.findall(r"^```python\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+        example = (REPOSITORY / section.split("\n", 1)[0]).read_text(encoding="utf-8")
+        assert _lines("".join(shown)) == _lines(example)
+
+
+def _lines(code: str) -> list[str]:
+    return [line for line in code.splitlines() if line.strip()]
 
 
 def test_links_of_the_documents_lead_to_files() -> None:

@@ -1,5 +1,6 @@
 """The pages of docs/streaming are true: their Python runs, their links lead somewhere, the reference is of today."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -87,7 +88,8 @@ def test_the_tutorials_training_resumes_exactly_after_a_kill(folder: Path, tmp_p
         work.mkdir(exist_ok=True)
         if not (work / "data").exists():
             (work / "data").symlink_to(folder / "data")
-        return subprocess.Popen([sys.executable, script], cwd=work, stdout=subprocess.PIPE, text=True)
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+        return subprocess.Popen([sys.executable, script], cwd=work, env=environment, stdout=subprocess.PIPE, text=True)
 
     whole = start("whole").communicate()[0].splitlines()
     assert len(whole) == 5

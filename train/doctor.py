@@ -30,7 +30,7 @@ from captioner.files import storage
 from captioner.flags import Count, File, Location, Pixels, Positive, Workers
 from captioner.shards.format import ShardEntry
 from captioner.shards.splitmix import random_bits, random_order
-from captioner.streaming.cache import ShardCache
+from captioner.streaming.cache import CacheFolderError, ShardCache
 from captioner.streaming.dataset import Split, check_filled, read_split
 from captioner.streaming.order import SAMPLE_CHANCE, EpochOrder, SampleRef
 from captioner.streaming.reader import OpenShard, SampleError, ShardReader
@@ -308,7 +308,8 @@ def main(settings: DoctorSettings) -> None:
 
 def run() -> None:
     """The console entry."""
-    cli.run(main, DoctorSettings, description=__doc__ or "")
+    remedies: cli.Remedies = {CacheFolderError: "set TMPDIR to a folder with room on a disk of this machine"}
+    cli.run(main, DoctorSettings, description=__doc__ or "", remedies=remedies)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from captioner import cli
-from captioner.streaming.cache import ShardCache
+from captioner.encoders import FixedCropError, SmallImagesError, WeightsError
+from captioner.files.ownership import AlreadyOwnedError, NotWritableError
+from captioner.streaming.cache import CacheFolderError, CacheTooSmallError, ShardCache
 from captioner.streaming.order import num_steps
 from train import run_folder
 from train.encode import prepare_features
@@ -34,6 +36,17 @@ from train.stream import BatchStream, Share, StreamState, ViewRules, check_ranks
 from train.tracking import Tracker, check_wandb
 from train.uneven import refused_together
 from train.validation import Evaluator
+
+REMEDIES: cli.Remedies = {
+    AlreadyOwnedError: "wait for it, stop it, or give another --output",
+    NotWritableError: "give another --output",
+    FixedCropError: "give --crop {error.needed}",
+    SmallImagesError: "pack them with sharding/make_shards.py --size {error.packed_size}, or give --crop {error.size} "
+    "or less where the encoder takes it",
+    WeightsError: "give other --weights, or train from scratch with --weights none --finetune-encoder-from-step 0",
+    CacheTooSmallError: "give more --cache-gigabytes or fewer --shuffle-shards",
+    CacheFolderError: "give another --cache folder on a disk of this machine, or fewer --cache-gigabytes if it is full",
+}
 
 
 @as_job
@@ -147,7 +160,8 @@ def main(settings: TrainSettings, accelerator: Accelerator, stop: Preemption) ->
 def run() -> None:
     """The console entry."""
     remedy = "the same command with --resume continues from the newest checkpoint, on fewer machines too"
-    cli.run(ending_without_peers(remedy=remedy)(main), TrainSettings, description=__doc__ or "")
+    job = ending_without_peers(remedy=remedy)(main)
+    cli.run(job, TrainSettings, description=__doc__ or "", remedies=REMEDIES)
 
 
 if __name__ == "__main__":

@@ -242,7 +242,8 @@ class BatchMaker(Dataset[Made | Failed]):
         if self.transform is None:
             return decoded
         try:
-            return self.transform(decoded, self.randomness.start(sample["__position__"]))
+            rng = self.randomness.start(sample["__position__"]) if self.is_random else self.randomness.generator
+            return self.transform(decoded, rng)
         except UserError:
             raise
         except Exception as error:
@@ -364,7 +365,7 @@ class Randomness:
     def __init__(self) -> None:
         self._philox = np.random.Philox(key=0)
         self._state = self._philox.state
-        self._generator = np.random.Generator(self._philox)
+        self.generator = np.random.Generator(self._philox)
         self._bits: dict[int, int] = {}
 
     @contextmanager
@@ -393,7 +394,7 @@ class Randomness:
         self._philox.state = state
         random.seed(bits + stream)
         torch.default_generator.manual_seed((bits + stream) & MOST_SEED)
-        return self._generator
+        return self.generator
 
 
 # ---- a worker's life --------------------------------------------------------------------------------------

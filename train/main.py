@@ -107,11 +107,9 @@ def main(settings: TrainSettings, accelerator: Accelerator, stop: Preemption) ->
     accelerator.register_for_checkpointing(schedule, loader, progress)
     run_folder.resume(run, accelerator)
     done_steps = loader.epoch * epoch_steps + loader.steps_done
-    order = train.plan(seed=settings.seed, epoch=loader.epoch, global_batch=settings.batch_size,
-                       shuffle_shards=settings.shuffle_shards)  # fmt: skip
     say(f"{train.num_samples:,} training images, {len(vocabulary):,} words, {settings.epochs} epochs of {epoch_steps:,}"
         f" steps on {accelerator.num_processes} x {accelerator.device}, {done_steps:,} of them done"
-        f"{window_advice(order, world_size=accelerator.num_processes)}")  # fmt: skip
+        f"{window_advice(loader.order.of_epoch(0), world_size=accelerator.num_processes)}")  # fmt: skip
     with run_folder.starting(run, asdict(settings), parts):
         tracker = Tracker(run, first_step=done_steps, wandb_project=settings.wandb, settings=asdict(settings),
                           quiet=not is_main)  # fmt: skip

@@ -233,12 +233,8 @@ class BatchMaker(Dataset[Made | Failed]):
         if self.transform is None:
             return decoded
         try:
-<<<<<<< HEAD
             randomness = self.randomness
             rng = randomness.start(sample["__position__"]) if self.is_random else randomness.generator
-=======
-            rng = self.randomness.start(sample["__position__"]) if self.is_random else self.randomness.generator
->>>>>>> trainer
             return self.transform(decoded, rng)
         except UserError:
             raise

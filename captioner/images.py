@@ -442,7 +442,7 @@ def _decode_jpeg(data: bytes | bytearray) -> "Tensor | None":
         return None
     import torch
 
-    content = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
+    content = torch.frombuffer(data, dtype=torch.uint8)  # it is only read
     try:
         return decoder_output.without_stderr(decode, content, RGB_MODE, False)
     except RuntimeError:
@@ -459,6 +459,8 @@ def _jpeg_decoder() -> "Callable[[Tensor, int, bool], Tensor] | None":
     for library in sorted(Path(folders[0]).glob("image*.so")) if folders else []:
         with suppress(OSError, AttributeError):
             torch.ops.load_library(str(library))
+            with warnings.catch_warnings(action="ignore"):  # comes once: bytes cannot be written to, and need not be
+                torch.frombuffer(JPEG_START, dtype=torch.uint8)
             return torch.ops.image.decode_jpeg.default
     return None
 

@@ -185,6 +185,7 @@ def _draw(rank: int, world_size: int, port: int, folder: Path) -> None:
 
     found: dict[str, Any] = {"weights": model.state_dict(), "first": mask()}
     accelerator.save_state(saved_by(world_size))
+    accelerator.wait_for_everyone()  # rank 0 writes the weights
     found["after the checkpoint"] = mask()
     for num_ranks in (1, world_size):
         accelerator.load_state(saved_by(num_ranks))

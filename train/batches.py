@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from captioner import images, views
-from captioner.decoder_output import own_stderr
+from captioner.decoder_output import own_stderr, redirect_stderr, restore_stderr
 from captioner.errors import UserError
 from captioner.model import PackedCaptions
 from captioner.samples import CaptionFields, is_caption_field, read_content
@@ -152,10 +152,19 @@ class CaptionBatches:
             self._buffer = batch_buffer((self.part_rows * self.accumulation_steps, *shape), dtype)
             self._rows, self._filled = self._buffer.numpy(), [0] * self.accumulation_steps
             self._batch = epoch, step
+            self._keep_quiet()
         self._last = position
         if self.accumulation_steps == 1:
             return 0
         return offset % min(self.accumulation_steps, self.split.num_samples - step * self.batch_size)
+
+    def _keep_quiet(self) -> None:
+        """In a worker, in which one thread decodes, what decoders print goes nowhere until the batch is collated."""
+        if self._stderr is None and get_worker_info() is not None:
+            self._stderr = own_stderr()
+            self._stderr.__enter__()
+        if self._stderr is not None:
+            redirect_stderr()
 
     def _row_format(self) -> tuple[tuple[int, ...], torch.dtype]:
         if self.features is None:
@@ -179,9 +188,6 @@ class CaptionBatches:
 
     def _decode(self, picture: bytes, sample: dict[str, Any]) -> np.ndarray:
         """A picture's pixels (height, width, 3), uint8; pictures that were stored as they are get their size here."""
-        if self._stderr is None and get_worker_info() is not None:  # a process of its own, in which one thread decodes
-            self._stderr = own_stderr()
-            self._stderr.__enter__()
         squash_to = self.split.stored_sizes[sample["__shard__"]]
         try:
             if squash_to is None:
@@ -202,6 +208,8 @@ class CaptionBatches:
     @_drawing_nothing
     def collate(self, rows: list[Row]) -> list[Batch]:
         """The parts of the batch that these samples are."""
+        if self._stderr is not None:
+            restore_stderr()
         parts = range(self.accumulation_steps)
         batches = [self._pack([row for row in rows if row.part == part], part * self.part_rows) for part in parts]
         self._batch = self._buffer = self._rows = None

@@ -11,9 +11,10 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from io import FileIO
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -23,16 +24,17 @@ MAX_LINE_BYTES = 200
 Result = TypeVar("Result")
 
 
-class _Stderr(NamedTuple):
-    """A copy of the real file descriptor 2, and the file that takes its place while a decoder runs."""
+@dataclass(slots=True)
+class _Stderr:
+    """A copy of the real file descriptor 2, and the file that takes its place while a decoder runs, or all the time."""
 
     real: int
     file: FileIO
+    is_away: bool = False
 
 
 _thread = threading.local()
 _stderr: _Stderr | None = None
-_stays_redirected = False  # between decoders
 
 
 @contextmanager
@@ -47,9 +49,9 @@ def collect() -> Iterator[list[str]]:
 
 
 def _keep(text: bytes) -> None:
-    lines: list[str] = getattr(_thread, "lines", [])
+    lines: list[str] | None = getattr(_thread, "lines", None)
     for line in text.decode(errors="replace").splitlines():
-        if len(lines) < MAX_LINES and line not in lines:
+        if lines is not None and len(lines) < MAX_LINES and line not in lines:
             lines.append(line)
 
 
@@ -108,7 +110,7 @@ def own_stderr() -> Iterator[None]:
         try:
             yield
         finally:
-            restore_stderr()
+            os.dup2(real.fileno(), 2)
             _stderr, sys.stderr = None, earlier
 
 
@@ -126,32 +128,29 @@ def owns_stderr() -> bool:
 
 def redirect_stderr() -> None:
     """Leave file descriptor 2 redirected until `restore_stderr`, which costs a picture less. Requires `own_stderr`."""
-    global _stays_redirected
     assert _stderr is not None
-    if not _stays_redirected:
-        os.dup2(_stderr.file.fileno(), 2)
-    _stays_redirected = True
+    os.dup2(_stderr.file.fileno(), 2)
+    _stderr.is_away = True
 
 
 def restore_stderr() -> None:
-    """End what `redirect_stderr` began."""
-    global _stays_redirected
-    if _stderr is not None and _stays_redirected:
-        os.dup2(_stderr.real, 2)
-    _stays_redirected = False
+    """End what `redirect_stderr` began. Requires `own_stderr`."""
+    assert _stderr is not None
+    os.dup2(_stderr.real, 2)
+    _stderr.is_away = False
 
 
 def without_stderr(decode: Callable[..., Result], *arguments: Any) -> Result:
     """Call a decoder with file descriptor 2 redirected, and keep what it prints. Requires `own_stderr`."""
     assert _stderr is not None
-    real, file = _stderr
-    if not _stays_redirected:
-        os.dup2(file.fileno(), 2)
+    file, was_away = _stderr.file, _stderr.is_away
+    if not was_away:
+        redirect_stderr()
     try:
         return decode(*arguments)
     finally:
-        if not _stays_redirected:
-            os.dup2(real, 2)
+        if not was_away:
+            restore_stderr()
         if file.tell():  # they share their position
             file.seek(0)
             _keep(file.read(MAX_LINES * MAX_LINE_BYTES))

@@ -64,7 +64,7 @@ def main(settings: PlanSettings) -> None:
         ("last batch", last_batch_text(last, settings)),
         ("repeated, dropped", "0, 0"),
         ("before the first step", first_step_text(split, order, settings)),
-        ("mixing", str(measure_mixing(order, split.sizes, batch_size=batch_size, epoch=settings.epoch))),
+        ("mixing", str(measure_mixing(order, batch_size=batch_size, epoch=settings.epoch))),
     ]
     cli.print_table(f"epoch {settings.epoch} of {', '.join(settings.shards)}", ("", settings.split), facts)
     if advice := window_advice(plan, world_size=settings.processes):

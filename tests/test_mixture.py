@@ -153,6 +153,56 @@ def test_new_weights_change_only_what_comes_after_and_break_no_pass(
     assert after.orders[0].refs(1, range(18)) == before.orders[0].refs(1, range(18))
 
 
+@given(old=WEIGHTS, position=st.integers(0, 10**9), data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_no_window_over_a_change_of_weights_is_off_by_two(old: list[float], position: int, data: st.DataObject) -> None:
+    new = data.draw(st.lists(st.floats(0.01, 100), min_size=len(old), max_size=len(old)))
+    sources = [[1000]] * len(old)
+    before = mixture(sources, old)
+    after = mixture(sources, new, since=Since(position, before.counts(position)))
+    for _ in range(20):
+        back, on = data.draw(st.integers(0, min(position, 10**5))), data.draw(st.integers(0, 10**5))
+        given = np.array(after.counts(position + on)) - np.array(before.counts(position - back))
+        due = back * np.array(before.parts) / sum(before.parts) + on * np.array(after.parts) / sum(after.parts)
+        # the end of the old is off by less than 2, the new's beginning by less than 1
+        assert np.abs(given - due).max() < 3
+        assert (
+            np.abs(
+                np.array(after.counts(position + on))
+                - after.since.counts
+                - on * np.array(after.parts) / sum(after.parts)
+            ).max()
+            < 1
+        )
+
+
+@pytest.mark.parametrize("start", [0, 10**9, 10**15])
+def test_a_seek_costs_the_same_anywhere(start: int) -> None:
+    order = mixture([[100] * 10, [1000] * 5], [1, 2])
+    order.refs(0, range(48))
+    started = time.process_time()
+    order.locate(np.arange(start, start + 48))
+    order.counts(start)
+    assert time.process_time() - started < 0.1
+
+
+@given(
+    weights=st.lists(st.floats(0.2, 5), min_size=2, max_size=2),
+    other=st.lists(st.floats(0.2, 5), min_size=2, max_size=2),
+)
+@settings(max_examples=20, deadline=None)
+def test_the_order_of_a_source_does_not_depend_on_the_weights(weights: list[float], other: list[float]) -> None:
+    sources = [[11, 7], [9, 9, 13]]
+    runs = [mixture(sources, each).locate(np.arange(400))[:2] for each in (weights, other)]
+    for first, end in ((0, 2), (2, 5)):
+        of_one, of_other = (
+            [pair for pair in zip(*map(np.ndarray.tolist, run), strict=True) if first <= pair[0] < end] for run in runs
+        )
+        length = min(len(of_one), len(of_other))
+        assert length
+        assert of_one[:length] == of_other[:length]
+
+
 def test_equal_sources_do_not_move_in_lockstep() -> None:
     order = mixture([[50, 50], [50, 50]], [1, 1])
     refs = order.refs(0, range(200))

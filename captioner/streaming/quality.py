@@ -13,7 +13,7 @@ from captioner.shards.splitmix import random_bits
 from captioner.streaming.mixture import MixtureOrder
 from captioner.streaming.order import EpochOrder, ShardOrder
 
-LOOKED_AT = 1 << 16  # samples
+LOOKED_AT = 1 << 14  # samples
 
 Order = ShardOrder | MixtureOrder
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from captioner import cli
 from captioner.errors import UserError
-from captioner.flags import Count, CountOrZero, Location, Seed
+from captioner.flags import Count, CountOrZero, Location, Positive, Seed
 from captioner.streaming.dataset import Split, check_filled, read_split
 from captioner.streaming.mixture import MixtureOrder
 from captioner.streaming.order import SHUFFLE_SHARDS, EpochOrder, ShardOrder, num_steps, rank_positions
@@ -41,7 +41,7 @@ class PlanSettings:
     """The run's seed."""
     epoch: CountOrZero = 0
     """Which epoch, from 0; each has an order of its own."""
-    weights: tuple[float, ...] = ()
+    weights: tuple[Positive, ...] = ()
     """For a mixture, one for each folder: its part of the samples. Without them the folders are read as one."""
 
 

@@ -177,7 +177,7 @@ class EpochOrder:
         return (indices - self._lane_firsts[lanes] + self._lane_shifts[lanes]) // self.window_shards
 
     def windows_of(self, shards: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The windows that samples are shuffled in: the lane of each, its start there, its end, the lane's samples."""
+        """The windows that samples are shuffled in: lane, start and end inside the lane, and the lane's length."""
         indices = np.argsort(self._order)[shards]
         lanes = np.searchsorted(self._lane_starts, self._starts[indices] + places, side="right") - 1
         starts, stops = self._bounds(lanes, self._number(lanes, indices))

@@ -61,9 +61,9 @@ def _measure(order: EpochOrder, *, distance: int) -> Mixing:
     size, ends = order.num_samples, np.cumsum(order.shard_sizes)
     if size < 2:
         return Mixing(displacement=1.0, near=0.0, near_shuffled=0.0)
-    stored = np.arange(size - 1)
+    stored = np.arange(min(size - 1, LOOKED_AT))
     if size > LOOKED_AT:
-        stored = (random_bits(np.arange(LOOKED_AT)) % np.uint64(size - 1)).astype(np.int64)
+        stored = (random_bits(stored) % np.uint64(size - 1)).astype(np.int64)
     (lanes, starts, stops, lengths), (next_lanes, next_starts, *_) = (
         order.windows_of(shards, each - (ends - order.shard_sizes)[shards])
         for each in (stored, stored + 1)

@@ -1,8 +1,10 @@
 """Laws of the epoch plan, and the command that prints it."""
 
+import hashlib
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -13,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny import write_coco, write_shards
 
-from captioner.errors import UserError
+from captioner.errors import StreamingError, UserError
 from captioner.shards import splitmix
 from captioner.shards.format import Manifest, ShardEntry
 from captioner.shards.splitmix import random_bits, random_integer, random_order
@@ -108,6 +110,34 @@ def test_evaluation_reads_in_the_order_of_the_manifest() -> None:
 def test_some_of_a_split_stand_at_equal_distances(sizes: list[int], every: int) -> None:
     plan = EpochOrder(shard_sizes=sizes, shuffled=False, every=every)
     assert places(plan) == all_places(sizes)[::every]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "digest"),
+    [
+        ({"shard_sizes": [40] * 30, "seed": 1, "global_batch": 64}, "f7d7e814e7e284f0"),
+        ({"shard_sizes": [7, 0, 13, 1, 40, 22, 5] * 9, "seed": 2**63 + 5, "epoch": 17, "global_batch": 48,
+          "shuffle_shards": 20}, "6297544e482b9665"),
+        ({"shard_sizes": [100] * 60, "seed": 3, "epoch": 2, "global_batch": 6, "shuffle_shards": 24},
+         "4a4a35eb3f2f785c"),
+        ({"shard_sizes": [31, 5, 9] * 40, "epoch": 1, "global_batch": 1, "shuffle_shards": 7}, "5322e738b09a8bae"),
+        ({"shard_sizes": [31, 5, 9] * 4, "shuffled": False, "every": 3}, "a607c302022f0b04"),
+    ],
+)  # fmt: skip
+def test_an_order_is_what_it_was_at_commit_1b46dbb(arguments: dict, digest: str) -> None:
+    """Digests of the orders of commit 1b46dbb: runs that began then go on with the same samples."""
+    order = EpochOrder(**arguments)
+    refs = json.dumps([list(ref) for ref in order.refs(range(order.num_samples))])
+    assert hashlib.sha256(refs.encode()).hexdigest().startswith(digest)
+
+
+def test_a_batch_of_256_lanes_is_planned_in_milliseconds() -> None:
+    order = EpochOrder(shard_sizes=[1000] * 2000, global_batch=256)
+    order.refs(range(256))  # opens the windows
+    started = time.process_time()
+    for step in range(1, 21):
+        order.refs(range(256 * step, 256 * (step + 1)))
+    assert time.process_time() - started < 20 * 0.01  # about 1 ms each
 
 
 # ---- what a rank opens --------------------------------------------------------------------------------------
@@ -286,6 +316,26 @@ def test_the_plan_is_printed_before_any_gpu_is_taken(shards: Path, capsys: pytes
         f"shards │ {len(manifest['shards'])}",
     ):
         assert fact in text, text
+
+
+def test_the_plan_of_a_mixture_says_what_each_source_gives(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_shards(tmp_path / "other", [4, 3])
+    capsys.readouterr()
+    plan_module.main(PlanSettings(shards=(str(shards), other), batch_size=10, weights=(1, 3)))
+    text = "".join(character for character in capsys.readouterr().out if character.isascii())
+    text = " ".join(text.split())
+    for fact in (
+        "25.00% from source 1",
+        "75.00% from source 2",
+        "3.21 passes an epoch",
+        "reads from all shards",
+        "mixing",
+    ):
+        assert fact in text, text
+    with pytest.raises(StreamingError, match="2 sources and 1 weights"):
+        plan_module.main(PlanSettings(shards=(str(shards), other), batch_size=10, weights=(1,)))
 
 
 def test_a_plan_of_nothing_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What an epoch reads, printed before any GPU is taken:
 
     python train/plan.py --shards data/shards --batch-size 256 --processes 8
+    python train/plan.py --shards coco s3://bucket/cc3m --weights 1 3
 
 The order itself is in `captioner/streaming/order.py`. Imports no torch.
 """
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 
 from captioner import cli
 from captioner.errors import UserError
-from captioner.flags import Count, CountOrZero, Location, Seed
+from captioner.flags import Count, CountOrZero, Location, Positive, Seed
 from captioner.streaming.dataset import Split, check_filled, read_split
+from captioner.streaming.mixture import MixtureOrder
 from captioner.streaming.order import SHUFFLE_SHARDS, EpochOrder, ShardOrder, num_steps, rank_positions
 from captioner.streaming.quality import first_shards, measure_mixing
 
@@ -39,6 +41,8 @@ class PlanSettings:
     """The run's seed."""
     epoch: CountOrZero = 0
     """Which epoch, from 0; each has an order of its own."""
+    weights: tuple[Positive, ...] = ()
+    """For a mixture, one for each folder: its part of the samples. Without them the folders are read as one."""
 
 
 def main(settings: PlanSettings) -> None:
@@ -51,27 +55,42 @@ def main(settings: PlanSettings) -> None:
     split = read_split(settings.shards, settings.split, remedy=PACK_FIRST)
     check_filled(split)
     batch_size = settings.batch_size
-    order = ShardOrder(split.sizes, seed=settings.seed, batch_size=batch_size, shuffle_shards=settings.shuffle_shards)
-    plan = order.of_epoch(settings.epoch)
-    steps = num_steps(plan.num_samples, global_batch=settings.batch_size)
-    last = plan.num_samples - max(0, steps - 1) * settings.batch_size
+    order = make_order(split, settings)
+    steps = num_steps(order.num_samples, global_batch=settings.batch_size)
+    last = order.num_samples - max(0, steps - 1) * settings.batch_size
     facts = [
-        ("samples", f"{plan.num_samples:,}"),
+        ("samples", f"{order.num_samples:,}"),
         ("shards", f"{len(split.shards):,}, {split.bytes / 1e9:,.2f} GB"),
-        ("lanes", lanes_text(plan, split.bytes)),
+        (
+            ("lanes", lanes_text(order.of_epoch(settings.epoch), split.bytes))
+            if isinstance(order, ShardOrder)
+            else ("weights", f"{order}; each process reads from all shards")
+        ),
         ("global batch", f"{settings.batch_size:,} samples, {settings.batch_size // settings.processes:,} a process"),
         ("steps", f"{steps:,}"),
         ("last batch", last_batch_text(last, settings)),
         ("repeated, dropped", "0, 0"),
         ("before the first step", first_step_text(split, order, settings)),
-        ("mixing", str(measure_mixing(order, split.sizes, batch_size=batch_size, epoch=settings.epoch))),
+        ("mixing", str(measure_mixing(order, batch_size=batch_size, epoch=settings.epoch))),
     ]
     cli.print_table(f"epoch {settings.epoch} of {', '.join(settings.shards)}", ("", settings.split), facts)
+    if isinstance(order, MixtureOrder):
+        return
+    plan = order.of_epoch(settings.epoch)
     if advice := window_advice(plan, world_size=settings.processes):
         cli.console.print(advice.strip())
     shard_bytes = [entry.bytes for _, entry in split.shards]
     rows = rank_rows(plan, shard_bytes, world_size=settings.processes)
     cli.print_table("each process", ("rank", "samples", "reads MB", "opens shards", "of MB", "share"), rows)
+
+
+def make_order(split: Split, settings: PlanSettings) -> ShardOrder | MixtureOrder:
+    """The order that the loader would have. Raises StreamingError for weights that do not fit."""
+    seed, batch_size, window = settings.seed, settings.batch_size, settings.shuffle_shards
+    if not settings.weights:
+        return ShardOrder(split.sizes, seed=seed, batch_size=batch_size, shuffle_shards=window)
+    sizes = [[entry.samples for entry in manifest.shards] for manifest in split.manifests]
+    return MixtureOrder(sizes, weights=settings.weights, seed=seed, batch_size=batch_size, shuffle_shards=window)
 
 
 def window_advice(order: EpochOrder, *, world_size: int) -> str:
@@ -95,7 +114,7 @@ def lanes_text(plan: EpochOrder, num_bytes: int) -> str:
     )
 
 
-def first_step_text(split: Split, order: ShardOrder, settings: PlanSettings) -> str:
+def first_step_text(split: Split, order: ShardOrder | MixtureOrder, settings: PlanSettings) -> str:
     """What all processes open for the first batch; behind a URL each of these shards is fetched whole."""
     first = first_shards(order, range(min(settings.batch_size, order.num_samples)), epoch=settings.epoch)
     num_bytes = sum(split.shards[shard][1].bytes for shard in first)

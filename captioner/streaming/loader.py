@@ -410,7 +410,7 @@ class StreamingLoader:
         first_bytes = sum(shard_bytes[shard] for shard in first)
         lines += [f"before the first step this rank opens {len(first):,} shards, {first_bytes / 1e9:,.2f} GB"]
         if self.shuffle:
-            found = measure_mixing(order, self.split.sizes, batch_size=self.batch_size, epoch=self._epoch)
+            found = measure_mixing(order, batch_size=self.batch_size, epoch=self._epoch)
             lines += [f"mixing: {found}"]
         return "\n".join(lines)
 

@@ -59,7 +59,7 @@ class MixtureOrder:
         self._table, self._before = fill_period(self.parts)
         window = max(1, shuffle_shards // len(sources))
         seeds = random_bits(np.arange(len(sources)), seed, SOURCE_SEED).tolist()
-        self._orders = [  # in one lane: what a batch has of a source comes from anywhere in its window
+        self.orders = [  # in one lane: what a batch has of a source comes from anywhere in its window
             ShardOrder(sizes, seed=own, batch_size=1, shuffle_shards=window, shuffle=shuffle)
             for sizes, own in zip(sources, seeds, strict=True)
         ]
@@ -74,7 +74,7 @@ class MixtureOrder:
         """The shards, and the places in them, of the samples at positions of the run."""
         shards, places = np.empty_like(positions), np.empty_like(positions)
         sources, numbers = self.assign(positions)
-        for source, order in enumerate(self._orders):
+        for source, order in enumerate(self.orders):
             own = np.flatnonzero(sources == source)
             passes, inside = np.divmod(numbers[own], self.sizes[source])
             for each in np.unique(passes).tolist():
@@ -109,7 +109,7 @@ class MixtureOrder:
 
     def open_shards(self, world_size: int) -> int:
         """Shards that one rank reads from at the same time, at most: each rank reads from those of all."""
-        return sum(order.open_shards(1) for order in self._orders)
+        return sum(order.open_shards(1) for order in self.orders)
 
 
 def round_weights(weights: Sequence[float]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ Imports no torch. Random numbers are hashes (`captioner/shards/splitmix.py`): no
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -131,8 +131,7 @@ class EpochOrder:
     def _shuffle(self, lanes: np.ndarray, spots: np.ndarray) -> np.ndarray:
         """The spots of the sequence that the windows' shuffles put at `spots`."""
         indices = np.searchsorted(self._ends, spots, side="right")
-        numbers = (indices - self._lane_firsts[lanes] + self._lane_shifts[lanes]) // self.window_shards
-        windows = numbers * self.num_lanes + lanes
+        windows = self._number(lanes, indices) * self.num_lanes + lanes
         by_window = np.argsort(windows, kind="stable")
         sorted_windows = windows[by_window]
         bounds = [*np.flatnonzero(np.diff(sorted_windows, prepend=-1)).tolist(), len(spots)]
@@ -155,17 +154,35 @@ class EpochOrder:
         return window
 
     def _open_window(self, lane: int, number: int) -> tuple[int, np.ndarray]:
-        """The part of a lane that is window `number` of it, `window_shards` shards long: its start and order.
+        """Window `number` of a lane: its start, and its order."""
+        start, stop = (int(each) for each in self._bounds(lane, number))
+        return start, random_order(stop - start, self.seed, self.epoch, WINDOW_ORDER, lane, number).astype(np.int32)
+
+    def _bounds(self, lanes: Any, numbers: Any) -> tuple[Any, Any]:
+        """Where windows of lanes begin and end, `window_shards` shards long.
 
         In long lanes the first window is shorter by a number that differs from lane to lane, so that they do not all
         want new shards at once.
         """
-        first, end, shift = (int(each[lane]) for each in (self._lane_firsts, self._lane_lasts, self._lane_shifts))
-        window_first = max(first, first - shift + number * self.window_shards)
-        window_last = min(end, first - shift + (number + 1) * self.window_shards - 1)
-        start = max(int(self._lane_starts[lane]), int(self._starts[window_first]))
-        stop = min(int(self._lane_starts[lane + 1]), int(self._ends[window_last]))
-        return start, random_order(stop - start, self.seed, self.epoch, WINDOW_ORDER, lane, number).astype(np.int32)
+        firsts, lasts = self._lane_firsts[lanes], self._lane_lasts[lanes]
+        starts = firsts - self._lane_shifts[lanes] + numbers * self.window_shards
+        window_firsts, window_lasts = np.maximum(firsts, starts), np.minimum(lasts, starts + self.window_shards - 1)
+        return (
+            np.maximum(self._lane_starts[lanes], self._starts[window_firsts]),
+            np.minimum(self._lane_starts[lanes + 1], self._ends[window_lasts]),
+        )
+
+    def _number(self, lanes: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """The number of the window of each lane that holds a shard of the permuted ones."""
+        return (indices - self._lane_firsts[lanes] + self._lane_shifts[lanes]) // self.window_shards
+
+    def windows_of(self, shards: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The windows that samples are shuffled in: lane, start and end inside the lane, and the lane's length."""
+        indices = np.argsort(self._order)[shards]
+        lanes = np.searchsorted(self._lane_starts, self._starts[indices] + places, side="right") - 1
+        starts, stops = self._bounds(lanes, self._number(lanes, indices))
+        lane_starts = self._lane_starts[lanes]
+        return lanes, starts - lane_starts, stops - lane_starts, self._lane_starts[lanes + 1] - lane_starts
 
     def _indices(self, start: int, end: int) -> tuple[int, int]:
         """The stretch of the permuted shards that holds spots [start, end)."""

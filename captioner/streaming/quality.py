@@ -1,6 +1,7 @@
 """How well an order mixes, against a full shuffle, and what it opens before the first step. Imports no torch.
 
-Both measures look at a bounded number of positions: they take as long for 10^8 samples as for 10^5.
+A window is shuffled fully, so what is expected of an order follows from where its windows begin and end: no window is
+shuffled here, and it takes as long for 10^8 samples as for 10^5.
 """
 
 from collections.abc import Sequence
@@ -8,10 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from captioner.shards.splitmix import random_bits
 from captioner.streaming.mixture import MixtureOrder
-from captioner.streaming.order import ShardOrder
+from captioner.streaming.order import EpochOrder, ShardOrder
 
-LOOKED_AT = 1 << 13  # positions
+LOOKED_AT = 1 << 14  # samples
 
 Order = ShardOrder | MixtureOrder
 
@@ -21,8 +23,8 @@ class Mixing:
     """How well an epoch is mixed.
 
     `displacement` is the mean distance between where a sample is stored and where it comes, 1 for a full shuffle.
-    `near` is the part of the samples whose next neighbour in storage comes within a batch's length of them, and
-    `near_shuffled` that part in a full shuffle.
+    `near` is the part of the neighbours in storage that come within a batch's length of each other, and `near_shuffled`
+    that part in a full shuffle.
     """
 
     displacement: float
@@ -37,45 +39,52 @@ class Mixing:
         )
 
 
-def measure_mixing(order: Order, shard_sizes: Sequence[int], *, batch_size: int, epoch: int = 0) -> Mixing:
-    """How well an epoch is mixed; `shard_sizes` are those of all shards, in order."""
-    num_samples = order.num_samples
-    starts = np.cumsum([0, *shard_sizes])
-    length = min(batch_size, num_samples)
-    displacements: list[np.ndarray] = []
-    near = looked_at = 0
-    for first in _stretches(num_samples, length):
-        before, after = max(0, first - length), min(num_samples, first + 2 * length)
-        refs = order.refs(epoch, range(before, after))
-        stored = np.array([starts[shard] + place for _, shard, place in refs])
-        own = slice(first - before, first - before + min(length, num_samples - first))
-        here = np.arange(before, after)[own]
-        displacements.append(np.abs(stored[own] / starts[-1] - here / num_samples))
-        place_of = dict(zip(stored.tolist(), range(before, after), strict=True))
-        found = [place_of.get(place + 1) for place in stored[own].tolist()]
-        near += sum(
-            other is not None and abs(other - place) <= length
-            for other, place in zip(found, here.tolist(), strict=True)
-        )
-        looked_at += len(here)
+def measure_mixing(order: Order, *, batch_size: int, epoch: int = 0) -> Mixing:
+    """What is expected of a shuffled order; of a mixture the mean of its sources, each in the pass it begins with."""
+    if isinstance(order, ShardOrder):
+        return _measure(order.of_epoch(epoch), distance=batch_size)
+    parts = np.array(order.parts) / sum(order.parts)
+    given = order.counts(max(order.since.position, epoch * order.num_samples))
+    found = [
+        _measure(source.of_epoch(count // size), distance=max(1, round(part * batch_size)))
+        for source, count, size, part in zip(order.orders, given, order.sizes, parts.tolist(), strict=True)
+    ]
     return Mixing(
-        displacement=3 * float(np.concatenate(displacements).mean()),
-        near=near / looked_at,
-        near_shuffled=near_in_full_shuffle(num_samples, length),
+        displacement=float(parts @ [each.displacement for each in found]),
+        near=float(parts @ [each.near for each in found]),
+        near_shuffled=float(parts @ [each.near_shuffled for each in found]),
     )
 
 
-def _stretches(num_samples: int, length: int) -> list[int]:
-    """Where the stretches begin that are looked at: all of them, or some at equal distances."""
-    all_of_them = range(0, num_samples, length)
-    count = min(len(all_of_them), max(8, LOOKED_AT // length))
-    return [all_of_them[(2 * number + 1) * len(all_of_them) // (2 * count)] for number in range(count)]
+def _measure(order: EpochOrder, *, distance: int) -> Mixing:
+    """The mixing of an epoch, with neighbours that come at most `distance` apart."""
+    size, ends = order.num_samples, np.cumsum(order.shard_sizes)
+    if size < 2:
+        return Mixing(displacement=1.0, near=0.0, near_shuffled=0.0)
+    stored = np.arange(min(size - 1, LOOKED_AT))
+    if size > LOOKED_AT:
+        stored = (random_bits(stored) % np.uint64(size - 1)).astype(np.int64)
+    (lanes, starts, stops, lengths), (next_lanes, next_starts, *_) = (
+        order.windows_of(shards, each - (ends - order.shard_sizes)[shards])
+        for each in (stored, stored + 1)
+        for shards in (np.searchsorted(ends, each, side="right"),)
+    )
+    here, first, last = (stored + 0.5) / size, starts / lengths, stops / lengths
+    inside = (np.square(here - first) + np.square(last - here)) / (2 * (last - first))
+    moved = np.where((first < here) & (here < last), inside, np.abs(here - (first + last) / 2))
+    are_together = (lanes == next_lanes) & (starts == next_starts)
+    near = near_in_full_shuffle(stops - starts, -(-distance // order.num_lanes))
+    return Mixing(
+        displacement=float(moved.mean() / ((np.square(here) + np.square(1 - here)) / 2).mean()),
+        near=float((near * are_together).mean()),
+        near_shuffled=float(near_in_full_shuffle(np.array([size]), distance)[0]),
+    )
 
 
-def near_in_full_shuffle(num_samples: int, distance: int) -> float:
-    """The part of a permutation's samples whose next neighbour comes at most `distance` before or after them."""
-    distance = min(distance, num_samples - 1)
-    return (2 * num_samples - distance - 1) * distance / num_samples**2
+def near_in_full_shuffle(sizes: np.ndarray, distance: int) -> np.ndarray:
+    """For permutations of so many samples the part of neighbours that come at most `distance` apart."""
+    distances = np.minimum(distance, sizes - 1)
+    return (2 * sizes - distances - 1) * distances / np.maximum(1, sizes * (sizes - 1))
 
 
 def first_shards(order: Order, positions: Sequence[int], *, epoch: int = 0) -> list[int]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,3 +136,52 @@ def read_state(loop: str, output: Path) -> tuple[int, int]:
     else:
         state = json.loads((output / "state.json").read_text())
     return state["epoch"], -(-state["position"] // BATCH)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="Lightning is not installed")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("every_steps", [None, 3])
+def test_a_checkpoint_of_lightning_is_resumed_inside_an_epoch_and_at_its_end(
+    folder: Path, tmp_path: Path, every_steps: int | None
+) -> None:
+    """At an epoch's end, where it saves by default, Lightning stores the loader's state but does not load it."""
+    whole = fit(folder, tmp_path, every_steps, None)
+    checkpoints = sorted(tmp_path.glob("*.ckpt"))
+    steps = [int(checkpoint.stem) for checkpoint in checkpoints]
+    assert steps == list(range(every_steps or NUM_STEPS, EPOCHS * NUM_STEPS + 1, every_steps or NUM_STEPS))
+    for step, checkpoint in zip(steps, checkpoints, strict=True):
+        assert fit(folder, tmp_path, every_steps, checkpoint) == whole[step:]
+
+
+def fit(
+    folder: Path, output: Path, every_steps: int | None, checkpoint: Path | None
+) -> list[tuple[int, int, list[str]]]:
+    """What Lightning's Trainer consumes after a checkpoint: epoch of the loader, steps done, texts."""
+    from lightning import LightningModule, Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    loader = open_loader(str(folder), 0, "fork")
+    consumed = []
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+
+        def training_step(self, batch: Any, _number: int) -> torch.Tensor:
+            texts, numbers = batch
+            consumed.append((loader.epoch, loader.steps_done, texts))
+            return self.layer(numbers).sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    kept = ModelCheckpoint(
+        output, filename="{step:02d}", auto_insert_metric_name=False, save_top_k=-1, every_n_train_steps=every_steps
+    )
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_epochs=EPOCHS, callbacks=[kept], logger=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Module(), loader, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=False)
+    return consumed

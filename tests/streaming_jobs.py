@@ -1,12 +1,15 @@
-"""Training loops of others that stream text samples: plain PyTorch with DDP, Accelerate, Lightning.
+"""Training loops of others that stream text samples: plain PyTorch with DDP, Accelerate, Lightning, Hugging Face.
 
-    python tests/streaming_jobs.py LOOP FOLDER OUTPUT WORKERS START_METHOD
+    python tests/streaming_jobs.py LOOP FOLDER OUTPUT
 
-Each rank of the launcher writes what it consumes to OUTPUT/rank-R.jsonl before gradients are averaged: all
-ranks have written a step before any of them goes on. The state is kept after each step; where there is one, the loop
-goes on from it.
+For each line `RANKS WORKERS START_METHOD PORT` on standard input so many ranks are forked, as a launcher would start
+them, but with the imports behind them. Their process ids are printed, and their exit codes when all have ended.
+
+Each rank writes what it consumes to OUTPUT/rank-R.jsonl before gradients are averaged: all ranks have written a step
+before any of them goes on. The state is kept after each step; where there is one, the loop goes on from it.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -126,8 +129,7 @@ def run_lightning(folder: str, output: Path, workers: int, start_method: str) ->
     checkpoint = ModelCheckpoint(dirpath=output / "lightning", every_n_train_steps=1, save_top_k=-1)
     trainer = Trainer(
         accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), strategy="ddp", max_epochs=EPOCHS, logger=False,
-        callbacks=[checkpoint], enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        use_distributed_sampler=False,
+        callbacks=[checkpoint], enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     found = sorted((output / "lightning").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
     whole = [path for path in found if is_whole(path)]
@@ -143,7 +145,78 @@ def is_whole(path: Path) -> bool:
     return True
 
 
+def run_trainer(folder: str, output: Path, workers: int, start_method: str) -> None:
+    """The Trainer of transformers, whose callback stores the loader's state beside each checkpoint."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    loader = open_loader(folder, workers, start_method)
+    latest = output / "state.json"
+
+    class StreamingTrainer(Trainer):
+        def get_train_dataloader(self) -> Any:
+            return loader
+
+        def compute_loss(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> torch.Tensor:
+            texts, numbers = inputs
+            consume(output, loader, texts)
+            return model(numbers).sum()
+
+    class SaveLoader(TrainerCallback):
+        def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+            if state.is_world_process_zero:
+                checkpoint = f"{args.output_dir}/checkpoint-{state.global_step}"
+                keep(latest, {"folder": checkpoint, **loader.state_dict()})
+
+    arguments = TrainingArguments(
+        str(output / "trainer"), num_train_epochs=EPOCHS, save_steps=1, ignore_data_skip=True, use_cpu=True,
+        per_device_train_batch_size=BATCH // int(os.environ["WORLD_SIZE"]), disable_tqdm=True, report_to="none",
+    )  # fmt: skip
+    checkpoint = None
+    if latest.exists():
+        state = json.loads(latest.read_text())
+        loader.load_state_dict(state)
+        checkpoint = state["folder"]
+    trainer = StreamingTrainer(nn.Linear(1, 1), arguments, callbacks=[SaveLoader()])
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer.state.global_step == EPOCHS * len(loader)
+
+
+LOOPS = {
+    "plain": (run_plain, "torch"),
+    "accelerate": (run_accelerate, "accelerate"),
+    "lightning": (run_lightning, "lightning"),
+    "trainer": (run_trainer, "transformers.trainer"),
+}
+
+
+def start_ranks(loop: str, folder: str, output: Path) -> None:
+    """Fork ranks and wait for them, for each line of standard input."""
+    run, module = LOOPS[loop]
+    importlib.import_module(module)
+    for line in sys.stdin:
+        ranks, workers, start_method, port = line.split()
+        processes = []
+        for rank in range(int(ranks)):
+            processes.append(os.fork())
+            if processes[-1] == 0:
+                become_rank(rank, int(ranks), port, output / f"output-{rank}.txt")
+                run(folder, output, int(workers), start_method)
+                sys.exit()
+        print(*processes, flush=True)
+        print(*(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes), flush=True)
+
+
+def become_rank(rank: int, world_size: int, port: str, printed: Path) -> None:
+    """Give this process what torchrun gives, and a file for what it prints."""
+    launched = {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "GROUP_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test",
+    }  # fmt: skip
+    os.environ.update({name: str(value) for name, value in launched.items()})
+    with printed.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
 if __name__ == "__main__":
-    loop, folder, output, workers, start_method = sys.argv[1:]
-    loops = {"plain": run_plain, "accelerate": run_accelerate, "lightning": run_lightning}
-    loops[loop](folder, Path(output), int(workers), start_method)
+    start_ranks(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

@@ -4,12 +4,16 @@ import importlib.util
 import json
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from streaming_jobs import BATCH, EPOCHS, open_loader
 SIZES = (7, 5, 11, 1, 9, 8)
 NUM_STEPS = 4  # of an epoch of 41 samples
 SECONDS = 120
+NEEDS = {"lightning": "lightning", "trainer": "transformers"}
 JOBS = Path(__file__).with_name("streaming_jobs.py")
 
 Consumed = dict[tuple[int, int], list[str]]
@@ -30,26 +35,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_split(tmp_path_factory.mktemp("resume") / "shards", SIZES)
 
 
-@pytest.mark.parametrize("loop", ["plain", "accelerate", "lightning"])
+@pytest.mark.parametrize("loop", ["plain", "accelerate", "lightning", "trainer"])
 def test_a_killed_loop_goes_on_with_what_the_whole_run_would_have_consumed(
     folder: Path, tmp_path: Path, loop: str
 ) -> None:
-    if loop == "lightning" and importlib.util.find_spec("lightning") is None:
-        pytest.skip("Lightning is not installed")
+    if loop in NEEDS and importlib.util.find_spec(NEEDS[loop]) is None:
+        pytest.skip(f"{NEEDS[loop]} is not installed")
     chance = random.Random(f"{loop} 5")
     first, second = chance.randint(1, 3), chance.randint(5, 9)  # the second run goes over an epoch's end
     consumed: Consumed = {}
     stands = (0, 0)
-    start_method = "spawn" if loop == "plain" else "fork"
-    for ranks, workers, until in ((1, 0, first), (3, 2, second), (2, 1, None)):
-        for log in tmp_path.glob("rank-*.jsonl"):
-            log.unlink()
-        run(loop, folder, tmp_path, ranks=ranks, workers=workers, start_method=start_method, until=until)
-        found = read(tmp_path)
-        assert min(found) == stands, "it began elsewhere than the state stands"
-        epoch, step = read_state(loop, tmp_path) if until is not None else (EPOCHS, 0)
-        stands = (epoch, step) if step < NUM_STEPS else (epoch + 1, 0)
-        consumed |= {place: texts for place, texts in found.items() if place < stands}
+    runs = ((1, 0, "fork", first), (3, 2, "fork", second), (2, 1, "spawn", None))
+    with launcher(loop, folder, tmp_path) as process:
+        for ranks, workers, start_method, until in runs:
+            for log in tmp_path.glob("rank-*.jsonl"):
+                log.unlink()
+            run(process, tmp_path, ranks=ranks, workers=workers, start_method=start_method, until=until)
+            found = read(tmp_path)
+            assert min(found) == stands, "it began elsewhere than the state stands"
+            epoch, step = read_state(loop, tmp_path) if until is not None else (EPOCHS, 0)
+            stands = (epoch, step) if step < NUM_STEPS else (epoch + 1, 0)
+            consumed |= {place: texts for place, texts in found.items() if place < stands}
     assert consumed == whole_run(folder)
 
 
@@ -64,39 +70,38 @@ def whole_run(folder: Path) -> Consumed:
     return found
 
 
+@contextmanager
+def launcher(loop: str, folder: Path, output: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that starts ranks of a loop."""
+    command = [sys.executable, str(JOBS), loop, str(folder), str(output)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True, bufsize=1) as process:
+        yield process
+
+
 def run(
-    loop: str, folder: Path, output: Path, *, ranks: int, workers: int, start_method: str, until: int | None
+    launcher: subprocess.Popen[str], output: Path, *, ranks: int, workers: int, start_method: str, until: int | None
 ) -> None:
     """Start all ranks; kill them with -9 when one has consumed the run's `until`-th step, or wait for the end."""
+    assert launcher.stdin is not None
+    assert launcher.stdout is not None
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(JOBS), loop, str(folder), str(output), str(workers), start_method]
-    processes = []
-    for rank in range(ranks):
-        launched = {
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0,
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test",
-            "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": 1,
-        }  # fmt: skip
-        environment = os.environ | {name: str(value) for name, value in launched.items()}
-        with (output / f"output-{rank}.txt").open("w") as file:
-            processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
-    try:
-        deadline = time.monotonic() + SECONDS
-        while any(process.poll() is None for process in processes):
-            assert time.monotonic() < deadline, outputs(output)
-            failed = [process for process in processes if process.poll() not in (None, 0)]
-            assert not failed, outputs(output)
-            if until is not None and max(read(output, whole=False), default=(0, -1)) >= divmod(until, NUM_STEPS):
-                break
-            time.sleep(0.005)
-    finally:
-        for process in processes:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-    if until is None:
-        assert [process.returncode for process in processes] == [0] * ranks, outputs(output)
+    launcher.stdin.write(f"{ranks} {workers} {start_method} {port}\n")
+    processes = [int(number) for number in launcher.stdout.readline().split()]
+    deadline = time.monotonic() + SECONDS
+    killed = False
+    while not select.select([launcher.stdout], [], [], 0.005)[0]:  # until all have ended
+        late = time.monotonic() > deadline
+        if late or (until is not None and max(read(output, whole=False), default=(0, -1)) >= divmod(until, NUM_STEPS)):
+            for process in processes:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            killed = not late
+    codes = [int(code) for code in launcher.stdout.readline().split()]
+    assert killed if until is not None else codes == [0] * ranks, (codes, outputs(output))
 
 
 def outputs(output: Path) -> str:
@@ -131,3 +136,52 @@ def read_state(loop: str, output: Path) -> tuple[int, int]:
     else:
         state = json.loads((output / "state.json").read_text())
     return state["epoch"], -(-state["position"] // BATCH)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="Lightning is not installed")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("every_steps", [None, 3])
+def test_a_checkpoint_of_lightning_is_resumed_inside_an_epoch_and_at_its_end(
+    folder: Path, tmp_path: Path, every_steps: int | None
+) -> None:
+    """At an epoch's end, where it saves by default, Lightning stores the loader's state but does not load it."""
+    whole = fit(folder, tmp_path, every_steps, None)
+    checkpoints = sorted(tmp_path.glob("*.ckpt"))
+    steps = [int(checkpoint.stem) for checkpoint in checkpoints]
+    assert steps == list(range(every_steps or NUM_STEPS, EPOCHS * NUM_STEPS + 1, every_steps or NUM_STEPS))
+    for step, checkpoint in zip(steps, checkpoints, strict=True):
+        assert fit(folder, tmp_path, every_steps, checkpoint) == whole[step:]
+
+
+def fit(
+    folder: Path, output: Path, every_steps: int | None, checkpoint: Path | None
+) -> list[tuple[int, int, list[str]]]:
+    """What Lightning's Trainer consumes after a checkpoint: epoch of the loader, steps done, texts."""
+    from lightning import LightningModule, Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    loader = open_loader(str(folder), 0, "fork")
+    consumed = []
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+
+        def training_step(self, batch: Any, _number: int) -> torch.Tensor:
+            texts, numbers = batch
+            consumed.append((loader.epoch, loader.steps_done, texts))
+            return self.layer(numbers).sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    kept = ModelCheckpoint(
+        output, filename="{step:02d}", auto_insert_metric_name=False, save_top_k=-1, every_n_train_steps=every_steps
+    )
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_epochs=EPOCHS, callbacks=[kept], logger=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Module(), loader, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=False)
+    return consumed

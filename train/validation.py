@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -120,6 +119,7 @@ class Evaluator:
         self._decoding = decoding
         self._vocabulary = vocabulary
         self._accelerator = accelerator
+        self._loader: StreamingLoader | None = None
         self._references: References | None = None
         self._positions: list[int] = []
         self._samples: dict[int, np.ndarray] | None = None
@@ -132,14 +132,16 @@ class Evaluator:
     def evaluate(self) -> Evaluation:
         """Loss, captions and scores of the whole split, the same on every rank; all must call it."""
         started = time.monotonic()
-        with closing(self._open_loader(self._split)) as loader:
-            loss, rows = evaluate_split(
-                self._loss_model,
-                chain.from_iterable(loader),
-                vocabulary=self._vocabulary,
-                decoding=self._decoding,
-                accelerator=self._accelerator,
-            )
+        if self._loader is None:  # its workers are started once: a fork in the middle of a run is not without danger
+            self._loader = self._open_loader(self._split)
+        loader = self._loader
+        loss, rows = evaluate_split(
+            self._loss_model,
+            chain.from_iterable(loader),
+            vocabulary=self._vocabulary,
+            decoding=self._decoding,
+            accelerator=self._accelerator,
+        )
         if not rows:
             raise UserError(f"none of the {self.num_images:,} {self._split.name} samples can be used: {loader.ledger}")
         metrics = {"validation_loss": loss.per_token, "validation_perplexity": loss.perplexity, **self._score(rows)}

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     GPT2Config,
@@ -49,8 +49,10 @@ def prepare(sample: dict, rng: np.random.Generator) -> tuple[np.ndarray, str]:
 
 
 def learn_tokenizer(shards: str) -> PreTrainedTokenizerFast:
-    """The words of the training captions; only the captions are read."""
-    samples = StreamingLoader(shards, split="train", batch_size=64, shuffle=False, fields=["json"], collate=list)
+    """The words of the training captions; each process reads all captions, and nothing else."""
+    samples = StreamingLoader(
+        shards, split="train", batch_size=64, shuffle=False, fields=["json"], collate=list, rank=0, world_size=1
+    )
     captions = (caption for batch in samples for sample in batch for caption in json.loads(sample["json"])["captions"])
     words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -76,7 +78,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> VisionEncoderDecoderModel:
 
 def main(shards: str, checkpoints: str, epochs: int) -> None:
     """Train to this number of epochs, on from the newest checkpoint where there is one."""
-    accelerator = Accelerator()
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # the decoder needs no pooled picture
+    accelerator = Accelerator(kwargs_handlers=[unused])
     set_seed(0)
     tokenizer = learn_tokenizer(shards)
     model = make_model(tokenizer)
@@ -99,8 +102,10 @@ def main(shards: str, checkpoints: str, epochs: int) -> None:
         name = f"epoch-{loader.epoch}"
         accelerator.print(f"{name}: loss {loss.item():.3f}")
         accelerator.save_state(str(Path(checkpoints) / name))
+        accelerator.wait_for_everyone()  # each has written its part
         if accelerator.is_main_process:
-            latest.write_text(name)
+            latest.with_suffix(".new").write_text(name)
+            latest.with_suffix(".new").replace(latest)
 
 
 if __name__ == "__main__":

@@ -126,8 +126,7 @@ def run_lightning(folder: str, output: Path, workers: int, start_method: str) ->
     checkpoint = ModelCheckpoint(dirpath=output / "lightning", every_n_train_steps=1, save_top_k=-1)
     trainer = Trainer(
         accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), strategy="ddp", max_epochs=EPOCHS, logger=False,
-        callbacks=[checkpoint], enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        use_distributed_sampler=False,
+        callbacks=[checkpoint], enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     found = sorted((output / "lightning").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
     whole = [path for path in found if is_whole(path)]

@@ -58,7 +58,7 @@ def their_folder(tmp_path: Path) -> Path:
 
 def start(folder: Path, *command: object) -> subprocess.Popen[str]:
     """An example, as a process in that folder."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "ACCELERATE_USE_CPU": "true"}
     words = [sys.executable, *map(str, command)]
     return subprocess.Popen(
         words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -78,6 +78,11 @@ def losses(printed: str) -> list[float]:
     return [float(number) for number in re.findall(r"loss (\d+\.\d+)", printed)]
 
 
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
+)
+
+
 def test_two_towers_learn_and_resume_to_the_same_weights(shards: Path, their_folder: Path) -> None:
     assert len((EXAMPLES / "train_your_own.py").read_text().splitlines()) < 80
     found = losses(run(their_folder, "train_your_own.py", shards, "whole.pt", 12))
@@ -94,7 +99,7 @@ def test_two_towers_learn_and_resume_to_the_same_weights(shards: Path, their_fol
     assert all(torch.equal(whole["model"][name], resumed["model"][name]) for name in whole["model"])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+@needs_transformers
 def test_a_model_of_hugging_face_is_fine_tuned_and_resumes_to_the_same_weights(
     shards: Path, their_folder: Path
 ) -> None:
@@ -104,3 +109,24 @@ def test_a_model_of_hugging_face_is_fine_tuned_and_resumes_to_the_same_weights(
     assert first + losses(run(their_folder, "fine_tune_transformers.py", shards, "twice", 3)) == found
     whole, resumed = (load_file(their_folder / name / "epoch-3" / "model.safetensors") for name in ("whole", "twice"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    "example", ["train_your_own.py", pytest.param("fine_tune_transformers.py", marks=needs_transformers)]
+)
+def test_two_processes_train_and_one_goes_on(shards: Path, their_folder: Path, example: str) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    first = losses(run(their_folder, *launcher, example, shards, "kept", 2))
+    assert losses(run(their_folder, example, shards, "kept", 2)) == []  # these epochs are over
+    (last,) = losses(run(their_folder, example, shards, "kept", 3))[-1:]
+    assert last < first[-1] < first[0]
+
+
+@needs_transformers
+def test_each_process_learns_the_same_tokenizer(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fine_tune_transformers import learn_tokenizer
+
+    whole = learn_tokenizer(str(shards)).get_vocab()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert learn_tokenizer(str(shards)).get_vocab() == whole

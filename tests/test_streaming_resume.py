@@ -40,8 +40,7 @@ def test_a_killed_loop_goes_on_with_what_the_whole_run_would_have_consumed(
     first, second = chance.randint(1, 3), chance.randint(5, 9)  # the second run goes over an epoch's end
     consumed: Consumed = {}
     stands = (0, 0)
-    start_method = "spawn" if loop == "plain" else "fork"
-    for ranks, workers, until in ((1, 0, first), (3, 2, second), (2, 1, None)):
+    for ranks, workers, start_method, until in ((1, 0, "fork", first), (3, 2, "fork", second), (2, 1, "spawn", None)):
         for log in tmp_path.glob("rank-*.jsonl"):
             log.unlink()
         run(loop, folder, tmp_path, ranks=ranks, workers=workers, start_method=start_method, until=until)

@@ -22,11 +22,16 @@ RUN_PAGES = sorted(page.name for page in PAGES.glob("*.md") if "```python" in pa
 RUN_PAGES.remove("examples.md")  # its blocks are the example files
 
 
-def python_blocks(page: str) -> list[str]:
-    """The page's blocks, each after as many empty lines as are above it: errors name the page's own lines."""
+def blocks(page: str, language: str) -> list[str]:
+    """The page's blocks of a language."""
     text = (PAGES / page).read_text(encoding="utf-8")
-    found = re.finditer(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    return ["\n" * text.count("\n", 0, match.start(1)) + match[1] for match in found]
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def python_blocks(page: str) -> list[str]:
+    """The page's Python, each block after as many empty lines as are above it: errors name the page's own lines."""
+    text = (PAGES / page).read_text(encoding="utf-8")
+    return ["\n" * text.count("\n", 0, text.index(block)) + block for block in blocks(page, "python")]
 
 
 def run_block(code: str, page: str, names: dict[str, Any]) -> None:
@@ -53,29 +58,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("page", RUN_PAGES)
-def test_the_python_of_the_page_runs(page: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_of_the_page_runs_and_prints_what_it_says(
+    page: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     if page in NEEDS:
         pytest.importorskip(NEEDS[page])
     monkeypatch.chdir(shutil.copytree(folder, tmp_path / "reader"))
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in python_blocks(page):
         run_block(block, page, names)
+    printed = capsys.readouterr().out
+    assert [output for output in blocks(page, "text") if output not in printed] == []
 
 
 def test_the_readmes_lines_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    blocks = python_blocks("../../README.md")
-    streaming = [block for block in blocks if "captioner.streaming" in block]
+    streaming = [block for block in python_blocks("../../README.md") if "captioner.streaming" in block]
     assert len(streaming) == 1
     run_block(streaming[0], "../../README.md", {})
-
-
-def test_the_tutorials_output_is_what_it_says(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(folder)
-    run_block(python_blocks("tutorial.md")[2], "tutorial.md", {})
-    assert f"```text\n{capsys.readouterr().out}```" in (PAGES / "tutorial.md").read_text(encoding="utf-8")
 
 
 def test_the_tutorials_training_resumes_exactly_after_a_kill(folder: Path, tmp_path: Path) -> None:

@@ -148,6 +148,8 @@ def map_leaves(batch: Any, change: Callable[[Any], Any], *, until: str = "") -> 
         names = list(batch)
         values = [batch[name] for name in names]
     elif isinstance(batch, tuple | list):
+        if PLAIN.issuperset(map(type, batch)):
+            return batch
         values = list(batch)
     elif is_dataclass(batch) and not isinstance(batch, type):
         names = [field.name for field in fields(batch)]

@@ -150,6 +150,7 @@ class StreamingLoader:
         self._epoch = self._steps = 0
         self._loaded = False
         self._turn = 0  # of the iterator that may go on
+        self._begun = False  # whether it has been asked for a batch
         self._padded = 0
         self._parts: Parts | None = None
         self._workers: _Workers | None = None
@@ -233,6 +234,13 @@ class StreamingLoader:
         """Steps of a whole epoch, the same on every rank."""
         return self._resolve().num_steps
 
+    @property
+    def sampler(self) -> "StreamingLoader":
+        """The loader itself: Lightning calls the `set_epoch` of a sampler, and no other where an epoch begins."""
+        return self
+
+    batch_sampler = None  # Lightning asks for it where there is a sampler
+
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch; nothing where the loader is in it."""
         if epoch != self._epoch:
@@ -241,11 +249,16 @@ class StreamingLoader:
     def state_dict(self, steps: int | None = None) -> dict[str, Any]:
         """The state after the batches that were taken, or after `steps` of this epoch: numbers and text, for JSON.
 
-        It is the same on every rank. A loop that fetches batches before it uses them gives `steps`.
+        It is the same on every rank. A loop that fetches batches before it uses them gives `steps`; more than were
+        taken of this epoch are of the one before. Raises StreamingError for steps that were not taken.
         """
-        steps = self._steps if steps is None else steps
+        epoch, steps = self._epoch, self._steps if steps is None else steps
+        if steps > self._steps:  # who reads ahead has met the epoch's end before the last batches were used
+            epoch -= 1
+        if epoch < 0 or not 0 <= steps <= self._alone().num_steps:
+            raise StreamingError(f"steps is {steps}, and {self._steps} of epoch {self._epoch} were taken")
         position = min(steps * self.batch_size, self.order.num_samples)
-        state = {**self._identity(), "epoch": self._epoch, "position": position}
+        state = {**self._identity(), "epoch": epoch, "position": position}
         if isinstance(self.order, MixtureOrder):
             since = self._since
             state |= {"parts": list(self.order.parts), "since": [since.position, *since.counts] if since else None}
@@ -312,7 +325,7 @@ class StreamingLoader:
         self.close()
 
     def _go_to(self, epoch: int, steps: int) -> None:
-        self._epoch, self._steps, self._turn = epoch, steps, self._turn + 1
+        self._epoch, self._steps, self._turn = epoch, steps, self._turn + self._begun
         self._loaded = False
 
     # ---- batches ------------------------------------------------------------------------------------------
@@ -327,12 +340,14 @@ class StreamingLoader:
             self._steps = 0
         if self._steps >= parts.num_steps:  # all were taken by one who did not ask for the end
             self._epoch, self._steps = self._epoch + 1, 0
-        self._loaded = False
+        self._loaded = self._begun = False
         self._turn += 1
         self.ledger = Ledger()
         return self._iterate(parts, self._turn)
 
     def _iterate(self, parts: Parts, turn: int) -> Iterator[Any]:
+        self._check_turn(turn)
+        self._begun, self._loaded = True, False
         epoch, first = self._epoch, self._steps
         if self._workers is None:
             make_maker = partial(self._make_maker, parts)
@@ -347,7 +362,6 @@ class StreamingLoader:
             self._check_turn(turn)
         if self._steps < parts.num_steps:
             raise RuntimeError(f"the workers ended before step {self._steps} of the epoch")
-        self.ledger.dropped += parts.num_dropped if parts.rank == 0 else 0
         self._epoch, self._steps = epoch + 1, 0
 
     def _check_turn(self, turn: int) -> None:
@@ -362,6 +376,8 @@ class StreamingLoader:
                 len(self.ledger.skipped), self.tolerate_bad_samples, self.ledger.skipped[-1].message
             )
         self._steps = step + 1
+        if self._steps == parts.num_steps and parts.rank == 0:
+            self.ledger.dropped += parts.num_dropped
         self._padded = 0
         if made.positions and made.positions[-1] >= parts.num_samples:
             self._padded = sum(position >= parts.num_samples for position in made.positions)

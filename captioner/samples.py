@@ -114,6 +114,16 @@ def build_index(
     return ShardIndex.of(list(zip(keys, members, strict=True)), facts, optional)
 
 
+def picture_spans(index: ShardIndex) -> tuple[np.ndarray, np.ndarray]:
+    """The offsets and sizes, (S,) in bytes, of a shard's pictures. Raises ValueError where it holds other samples."""
+    is_picture = np.array([not is_caption_field(field) for field in index.fields], dtype=bool)
+    pictures = np.flatnonzero(is_picture[index.member_fields_M])
+    places = np.arange(len(index) + 1)
+    if not (np.array_equal(index.first_member, 2 * places) and np.array_equal(pictures // 2, places[:-1])):
+        raise ValueError("its samples are not a picture with captions each")
+    return index.offsets_M[pictures], index.sizes_M[pictures]
+
+
 def words_of(index: ShardIndex) -> Counter[str]:
     """How often each token occurs in the captions of a shard."""
     return Counter(json.loads(index.optional["words"].tobytes() if "words" in index.optional else "{}"))

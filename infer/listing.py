@@ -24,7 +24,7 @@ import numpy as np
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.images import ImageError
-from captioner.samples import split_pair
+from captioner.samples import picture_spans
 from captioner.shards.format import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
 
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
@@ -467,14 +467,12 @@ def _read_spans(folder: str, shard: str, *, sha256: str | None = None) -> dict[s
     index = ShardIndex.from_bytes(storage.read_bytes(origin), origin=origin)
     if sha256 not in (None, index.facts.get("sha256")):
         raise UserError(f"{origin} is of another shard than its manifest says: pack the split again")
-    spans = {}
-    for place, key in enumerate(index.keys_S.tolist()):
-        try:
-            picture, _ = split_pair(index.members(place))
-        except ValueError as error:
-            raise UserError(f"the samples of {origin} are no captioned pictures: give the pictures' folder") from error
-        spans[f"{key.decode(errors='surrogateescape')}.jpg"] = (picture.offset, picture.size)
-    return spans
+    names = (f"{key.decode(errors='surrogateescape')}.jpg" for key in index.keys_S.tolist())
+    try:
+        offsets_S, sizes_S = picture_spans(index)
+    except ValueError as error:
+        raise UserError(f"{origin} cannot be used ({error}): give the folder of the pictures") from error
+    return dict(zip(names, zip(offsets_S.tolist(), sizes_S.tolist(), strict=True), strict=True))
 
 
 @lru_cache(maxsize=4)

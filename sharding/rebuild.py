@@ -2,7 +2,6 @@
 
 import json
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -10,7 +9,7 @@ from typing import Any, get_args
 from captioner import images
 from captioner.samples import SAMPLE_FIELDS, build_index
 from captioner.shards.format import Manifest, Member, ShardEntry, ShardIndex
-from captioner.shards.indexing import is_foreign
+from captioner.shards.indexing import checked, is_foreign
 from captioner.shards.tar_walk import Buffer, DamagedTarError, TarMember, walk
 from sharding.foreign import indexer
 from sharding.plan import Recipe
@@ -82,7 +81,7 @@ def _scan_packed(data: Buffer, problems: list[str], *, split: str, recipe: Mappi
         if problem:
             problems.append(f"{picture.name}: {problem}")
         scan.keys.append(key)
-        scan.members.append({"jpg": _member(data, picture), "json": _member(data, text)})
+        scan.members.append({"jpg": checked(data, picture), "json": checked(data, text)})
         scan.tokens.append(content)
     return scan
 
@@ -109,10 +108,6 @@ def _pairs(data: Buffer, problems: list[str]) -> Iterator[tuple[TarMember, TarMe
         problems.append(str(error))
     if waiting is not None:
         problems.append(f"{waiting.name} stands alone, without the other member of its sample")
-
-
-def _member(data: Buffer, member: TarMember) -> Member:
-    return Member(member.offset, member.size, zlib.crc32(data[member.offset : member.offset + member.size]))
 
 
 def _read_json(data: Buffer, member: TarMember, problems: list[str]) -> list[list[str]]:

@@ -55,10 +55,11 @@ def run_epochs(loader: StreamingLoader, epochs: int) -> list[list[str]]:
     return [texts(batch) for _ in range(epochs) for batch in loader]
 
 
-def global_batches(folder: str | Path | Sequence[str | Path], world_size: int, epochs: int = 1, **options: Any) -> list[list[str]]:
+def global_batches(
+    folder: str | Path | Sequence[str | Path], world_size: int, epochs: int = 1, **options: Any
+) -> list[list[str]]:
     """The texts of each global batch: those of all ranks, one after the other."""
-    ranks = [
-        run_epochs(make_loader(folder, rank=rank, world_size=world_size, **options), epochs) for rank in range(world_size)
-    ]
+    loaders = [make_loader(folder, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+    ranks = [run_epochs(loader, epochs) for loader in loaders]
     assert len({len(rank) for rank in ranks}) == 1  # all make the same number of steps
     return [[text for part in parts for text in part] for parts in zip(*ranks, strict=True)]

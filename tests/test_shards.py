@@ -9,6 +9,7 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tiny import captions_of, write_coco
 
 from captioner import images
 from captioner.errors import UserError
-from captioner.samples import Sample, build_index, words_of
+from captioner.samples import Sample, build_index, picture_spans, split_pair, words_of
 from captioner.shards.format import (
     Manifest,
     Member,
@@ -225,6 +226,20 @@ def test_an_index_survives_its_file(tokens: list[list[list[str]]], start: int, c
     assert [read.members(place) for place in range(len(read))] == members
 
 
+def test_the_pictures_of_pairs_are_found_in_any_order_of_members() -> None:
+    first, second = (
+        {"json": Member(0, 1, 2), "large.png": Member(3, 4, 5)},
+        {"jpg": Member(6, 7, 8), "txt": Member(9, 10, 11)},
+    )
+    offsets_S, sizes_S = picture_spans(ShardIndex.of([("a", first), ("b", second)], {}))
+    assert (offsets_S.tolist(), sizes_S.tolist()) == ([3, 6], [4, 7])
+    assert [split_pair(members)[0] for members in (first, second)] == [Member(3, 4, 5), Member(6, 7, 8)]
+    assert picture_spans(ShardIndex.of([], {}))[0].tolist() == []
+    for other in ({"jpg": Member(0, 1, 2)}, {"json": Member(0, 1, 2), "txt": Member(0, 1, 2)}, first | second):
+        with pytest.raises(ValueError, match="not a picture with captions"):
+            picture_spans(ShardIndex.of([("a", first), ("b", other)], {}))
+
+
 def test_keys_of_unequal_length_survive() -> None:
     read = ShardIndex.from_bytes(small_index().to_bytes(), origin="x")
     assert read.keys_S.tolist() == [b"train-0", b"train-10"]
@@ -270,6 +285,23 @@ def rewritten(data: bytes, *, order: Callable[[list[str]], list[str]], padding: 
         new[name] = header[name] | {"data_offsets": [offset, offset + end - start]}
     text = json.dumps(new | {"__metadata__": metadata}, separators=(",", ":")).encode() + b" " * padding
     return len(text).to_bytes(8, "little") + text + b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"first_member": np.array([0, 2])},
+        {"first_member": np.array([0, 3, 2])},
+        {"first_member": np.array([1, 2, 4])},
+        {"sizes_M": np.array([1, 2, 3])},
+        {"fields": ("jpg",)},
+    ],
+    ids=str,
+)
+def test_arrays_that_do_not_belong_together_are_refused(wrong: dict[str, Any]) -> None:
+    data = replace(small_index(), **wrong).to_bytes()
+    with pytest.raises(UserError, match=r"t\.index is not a readable shard index"):
+        ShardIndex.from_bytes(data, origin="t.index")
 
 
 @pytest.mark.parametrize("order", [list, sorted, lambda names: sorted(names, reverse=True)])

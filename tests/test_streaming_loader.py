@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 @settings(max_examples=40, deadline=None)
 def test_each_sample_comes_once_an_epoch_in_the_same_global_batches_on_any_ranks(
-    folder: Path, world_size: int, per_rank: int, last_batch: str, seed: int, window: int
+    folder: Path, *, world_size: int, per_rank: int, last_batch: str, seed: int, window: int
 ) -> None:
     options: dict[str, Any] = {"seed": seed, "shuffle_shards": window, "last_batch": last_batch}
     options["batch_size"] = size = 12 * per_rank
@@ -193,7 +193,8 @@ def test_validation_starts_at_the_beginning_each_time_unless_a_state_was_loaded(
     loader = make_loader(folder, shuffle=False)
     first, second = run_epochs(loader, 1), run_epochs(loader, 1)
     assert first == second
-    assert [text for batch in first for text in batch] == [f"{s}-{n}" for s, size in enumerate(SIZES) for n in range(size)]
+    stored = [f"{shard}-{number}" for shard, size in enumerate(SIZES) for number in range(size)]
+    assert [text for batch in first for text in batch] == stored
     assert texts(next(iter(loader))) == first[0]
     state = loader.state_dict(steps=2)
     loader.load_state_dict(state)
@@ -299,7 +300,8 @@ def test_the_rank_is_as_given_or_of_the_launcher_or_alone(folder: Path, monkeypa
     [({"rank": 1}, "both or neither"), ({"rank": 2, "world_size": 2}, "rank 2 is not one of 0 to 1"),
      ({"rank": 0, "world_size": 3}, "multiple of their number, 3"), ({"batch_size": 0}, "batch_size is 0"),
      ({"last_batch": "maybe"}, "keep, drop, pad"), ({"batch_size": 64, "last_batch": "drop"}, "make no batch"),
-     ({"epoch_samples": 3}, "give weights"), ({"every": 2}, "shuffle=False"), ({"decode": "jpeg"}, "no decoding 'jpeg'"),
+     ({"epoch_samples": 3}, "give weights"), ({"every": 2}, "shuffle=False"),
+     ({"decode": "jpeg"}, "no decoding 'jpeg'"),
      ({"num_workers": -1}, "num_workers is -1")],
 )  # fmt: skip
 def test_arguments_that_do_not_fit_are_refused(folder: Path, options: dict[str, Any], message: str) -> None:
@@ -376,7 +378,7 @@ def fail_at(sample: dict[str, Any], _rng: np.random.Generator, *, text: str, err
     return text_of(sample)
 
 
-class Stubborn(Exception):
+class StubbornError(Exception):
     """An exception that does not survive pickling."""
 
     def __init__(self, message: str, *, other: int = 0) -> None:
@@ -385,11 +387,14 @@ class Stubborn(Exception):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("error", [ValueError, Stubborn, OSError])
-def test_an_exception_in_transform_is_raised_with_the_sample(folder: Path, workers: int, error: type[Exception]) -> None:
+@pytest.mark.parametrize("error", [ValueError, StubbornError, OSError])
+def test_an_exception_in_transform_is_raised_with_the_sample(
+    folder: Path, workers: int, error: type[Exception]
+) -> None:
     transform = partial(fail_at, text="2-3", error=error)
     loader = make_loader(folder, transform=transform, num_workers=workers, tolerate_bad_samples=9)
-    with pytest.raises(TransformError, match=rf"transform failed at key .*00003, url .*train-000002.tar, .*position \d+: {error.__name__}: it broke"):
+    message = rf"transform failed at key .*00003, url .*train-000002.tar, .*position \d+: {error.__name__}: it broke"
+    with pytest.raises(TransformError, match=message):
         list(loader)
     loader.close()
 
@@ -403,7 +408,7 @@ def refuse(samples: list[Any]) -> list[Any]:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_exception_in_collate_is_raised(folder: Path, workers: int) -> None:
     loader = make_loader(folder, collate=refuse, num_workers=workers)
-    with pytest.raises(TransformError, match="collate failed at epoch 0, positions .*too few"):
+    with pytest.raises(TransformError, match=r"collate failed at epoch 0, positions .*too few"):
         list(loader)
     loader.close()
 
@@ -421,7 +426,9 @@ def undecodable(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(("function", "reason"), [({"transform": doubt}, "doubtful"), ({"decode": undecodable}, "undecodable")])
+@pytest.mark.parametrize(
+    ("function", "reason"), [({"transform": doubt}, "doubtful"), ({"decode": undecodable}, "undecodable")]
+)
 def test_samples_that_cannot_be_used_are_left_out_and_counted(
     folder: Path, workers: int, function: dict[str, Any], reason: str
 ) -> None:
@@ -463,7 +470,10 @@ def test_a_batch_that_cannot_be_sent_is_an_error_not_a_hang(folder: Path) -> Non
 def test_fields_are_decoded_by_webdataset_and_pickles_are_not(tmp_path: Path) -> None:
     array = tmp_path / "array.npy"
     np.save(array, np.arange(3))
-    members = {"json": b'{"a": 1}', "cls": b"7", "npy": array.read_bytes(), "pkl": b"cos\nsystem\n", "pth": b"x", "txt": "é".encode()}
+    members = {
+        "json": b'{"a": 1}', "cls": b"7", "npy": array.read_bytes(), "pkl": b"cos\nsystem\n", "pth": b"x",
+        "txt": "é".encode(),
+    }  # fmt: skip
     write_tar(tmp_path / "train-0.tar", [("k", members)])
     index_shards(str(tmp_path), split="train")
     (batch,) = make_loader(tmp_path, decode="torchrgb8")

@@ -230,7 +230,8 @@ class ShardIndex:
     def _check_shapes(self) -> None:
         """Raise ValueError for arrays that do not belong together."""
         num_members = (int(self.first_member[-1]),)
-        if self.first_member.shape != (len(self) + 1,) or (np.diff(self.first_member, prepend=0) < 0).any():
+        in_order = self.first_member[0] == 0 and (np.diff(self.first_member) >= 0).all()
+        if self.first_member.shape != (len(self) + 1,) or not in_order:
             raise ValueError("its members do not belong to its samples")
         arrays = (self.member_fields_M, self.offsets_M, self.sizes_M, self.crc32s_M)
         if any(array_M.shape != num_members for array_M in arrays):

@@ -369,7 +369,7 @@ class StreamingLoader:
             self.split, self.order, parts, seed=self.seed, fields=self._fields, decode=self._decode,
             transform=self._transform, collate=self._collate or default_collate,
             is_random=self._transform is not None or self._collate is not None, cache=self._cache,
-            tolerant=self.tolerate_bad_samples > 0, follows_on=self.shuffle, taken=taken, buffers=buffers,
+            tolerant=self.tolerate_bad_samples > 0, taken=taken, buffers=buffers,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -125,13 +125,12 @@ class BatchMaker(Dataset[Made | Failed]):
         is_random: bool,
         cache: ShardCache | None,
         tolerant: bool,
-        follows_on: bool,
         taken: Tensor | None,
         buffers: int,
     ) -> None:
         self.split, self.order, self.parts, self.seed = split, order, parts, seed
         self.fields, self.decode, self.transform, self.collate = fields, decode, transform, collate
-        self.cache, self.tolerant, self.follows_on = cache, tolerant, follows_on
+        self.cache, self.tolerant = cache, tolerant
         self.taken, self.buffers = taken, buffers
         self.is_random = is_random
         self._sent = False
@@ -159,7 +158,7 @@ class BatchMaker(Dataset[Made | Failed]):
         for opened in (self._prefetcher, self._reader):
             if opened is not None:
                 opened.close()
-        self._expected = self._reader = self._prefetcher = None
+        self._reader = self._prefetcher = None
 
     @cached_property
     def own_buffers(self) -> WorkerBuffers | None:
@@ -269,42 +268,31 @@ class BatchMaker(Dataset[Made | Failed]):
     # ---- its shards ---------------------------------------------------------------------------------------
 
     def _follow(self, item: Item) -> ShardReader:
-        """The reader. After a seek the shards that are fetched ahead are others."""
+        """The reader. At the beginning of an epoch and after a seek other shards are fetched ahead."""
         worker = get_worker_info()
-        number, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        at_seek = self._expected != item
-        following = Item(item.epoch, item.step + stride)
-        if following.step >= self.parts.num_steps:
-            following = Item(item.epoch + 1, number)
-        self._expected = following
-        if self._reader is None or (at_seek and self.cache is not None):
+        stride = worker.num_workers if worker else 1
+        is_next, self._expected = item == self._expected, Item(item.epoch, item.step + stride)
+        if self._reader is None or (self.cache is not None and not is_next):
             self.close()
-            self._expected = following
             max_open = min(MAX_OPEN_FILES, self.order.open_shards(self.parts.world_size))
             if self.cache is not None:
                 order = copy.deepcopy(self.order)  # it is used in another thread
-                ahead = self._shards_from(order, item, number, stride)
-                shards = (self.split.shards[shard] for shard in ahead)
+                shards = (self.split.shards[shard] for shard in self._shards_from(order, item, stride))
                 self._prefetcher = Prefetcher(self.cache, shards, ahead=FETCHED_SHARDS)
             self._reader = ShardReader(
                 self.split.shards, max_open=max_open, cache=self.cache, prefetcher=self._prefetcher, fields=self.fields
             )
         return self._reader
 
-    def _shards_from(self, order: Order, item: Item, number: int, stride: int) -> Iterator[int]:
-        """The numbers of this process's shards from a batch on, in the order of their first use in an epoch."""
-        epoch, first = item
-        while True:
-            known: set[int] = set()
-            for step in range(first, self.parts.num_steps, stride):
-                positions = [position % self.order.num_samples for position in self.parts.positions(step)]
-                for ref in order.refs(epoch, positions):
-                    if ref.shard not in known:
-                        known.add(ref.shard)
-                        yield ref.shard
-            if not self.follows_on:
-                return
-            epoch, first = epoch + 1, number
+    def _shards_from(self, order: Order, item: Item, stride: int) -> Iterator[int]:
+        """The numbers of this process's shards, from a batch to the end of the epoch, in the order of first use."""
+        known: set[int] = set()
+        for step in range(item.step, self.parts.num_steps, stride):
+            positions = [position % order.num_samples for position in self.parts.positions(step)]
+            for ref in order.refs(item.epoch, positions):
+                if ref.shard not in known:
+                    known.add(ref.shard)
+                    yield ref.shard
 
 
 def cause(error: BaseException) -> BaseException:

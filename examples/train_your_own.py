@@ -1,0 +1,82 @@
+"""A two-tower model of pictures and captions in a plain PyTorch loop, streamed from tar shards, with an exact resume.
+
+python examples/train_your_own.py data/shards clip.pt 5          # again with more epochs: it goes on
+torchrun --nproc-per-node 4 examples/train_your_own.py data/shards clip.pt 5
+"""
+
+import json
+import os
+import sys
+import zlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from captioner.streaming import StreamingLoader
+
+SIDE, BUCKETS, WIDTH = 32, 4096, 64
+
+
+def prepare(sample: dict, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """In a worker: a small picture and, of one of its captions, how often each hashed word is there."""
+    picture = Image.open(BytesIO(sample["jpg"])).convert("RGB").resize((SIDE, SIDE))
+    captions = json.loads(sample["json"])["tokens"]
+    words = [zlib.crc32(word.encode()) % BUCKETS for word in captions[rng.integers(len(captions))]]
+    return np.array(picture), np.bincount(words, minlength=BUCKETS).astype(np.float32)
+
+
+class TwoTowers(nn.Module):
+    """Pictures and captions as unit vectors of the same space."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.see = nn.Sequential(
+            nn.Conv2d(3, 16, 5, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(), nn.Flatten(),
+            nn.LazyLinear(WIDTH),
+        )  # fmt: skip
+        self.read = nn.Linear(BUCKETS, WIDTH)
+        self.see(torch.zeros(1, 3, SIDE, SIDE))
+
+    def forward(self, pictures: Tensor, words: Tensor) -> Tensor:
+        """The loss of telling which caption belongs to which picture of the batch."""
+        seen = self.see(pictures.movedim(-1, 1) / 127.5 - 1)
+        scores = 20 * normalize(seen) @ normalize(self.read(words)).T
+        right = torch.arange(len(scores), device=scores.device)
+        return (cross_entropy(scores, right) + cross_entropy(scores.T, right)) / 2
+
+
+def main(shards: str, checkpoint: str, epochs: int) -> None:
+    """Train to this number of epochs, on from the checkpoint where there is one."""
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = TwoTowers()
+    wrapped = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    loader = StreamingLoader(shards, split="train", batch_size=32, transform=prepare, last_batch="drop", num_workers=2)
+    if Path(checkpoint).exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        loader.load_state_dict(state["data"])
+    while loader.epoch < epochs:
+        for pictures, words in loader:
+            loss = wrapped(pictures, words)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if loader.rank == 0 and loader.steps_done in (len(loader) // 2, len(loader)):
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "data": loader.state_dict()}
+                torch.save(state, f"{checkpoint}.new")
+                Path(f"{checkpoint}.new").replace(checkpoint)  # a checkpoint is whole at any time
+                print(f"epoch {loader.epoch}, step {loader.steps_done} of {len(loader)}: loss {loss.item():.3f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -45,6 +45,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.optim import Adam
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
+from train.stream import Batch, BatchStream, Share, ViewRules
 
 from captioner import cli, images
 from captioner.encoders import Encoder
@@ -57,7 +58,7 @@ from captioner.streaming.order import num_steps
 from captioner.views import ViewSpec, normalise
 from captioner.vocabulary import END, PAD, START, Vocabulary, count_words, read_vocabulary, tokenize
 from captioner.workers import count_processors
-from loaders import CAPTIONS, CROP, MEAN, SHARDS, STD, loader_options, write_loose
+from loaders import loader_options
 from measure import (
     Bar,
     Contender,
@@ -74,13 +75,13 @@ from measure import (
 )
 from packing import QUALITY, REPOSITORY, SIZE, shard_megabytes
 from photos import draw_photos, find_photos, make_captions, repeat_photos
+from picture_loaders import CAPTIONS, CROP, MEAN, SHARDS, STD, write_loose
 from streaming import clock_of
 from train.encode import prepare_features
 from train.features import FeatureFiles
 from train.schedule import make_optimizer, make_schedule
 from train.settings import NEW_MODEL, TrainSettings
 from train.step import MAX_GRADIENT_NORM, CaptionLoss, distribute, train_step
-from train.stream import Batch, BatchStream, Share, ViewRules
 
 PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "pillow", "pillow-simd", "nltk", "numpy")
 NUM_WORDS = 9956  # COCO's, in the book

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torchvision.models import get_model
-from train.stream import Batch, StreamState
 
 import training
 from measure import Cost, take_turns
@@ -30,6 +29,7 @@ from train.epoch import LOG_STEPS, train_epoch
 from train.launch import Preemption
 from train.settings import TrainSettings
 from train.step import train_step
+from train.stream import Batch, StreamState
 from train.tracking import HISTORY, Tracker, read_rows
 from training import CAPTIONS_A_PICTURE, Job, Trainer, num_captions_of, time_all
 

@@ -273,11 +273,10 @@ def count_answers(log: Path) -> tuple[Counter[str], Counter[str], Counter[str]]:
 
 def stream_all(url: str, cache: Path, *, rank: int, world_size: int) -> None:
     """An epoch of one rank, as if on a machine of its own."""
-    from train.stream import BatchStream, Share, ViewRules
-
     from captioner.streaming.cache import ShardCache
     from captioner.streaming.dataset import read_split
     from train.split import read_merged_vocabulary
+    from train.stream import BatchStream, Share, ViewRules
 
     split = read_split([url], "train", remedy="see the log of nginx")
     stream = BatchStream(
@@ -394,11 +393,11 @@ def fresh_imports(*, rounds: int) -> Row:
 def first_batch(folder: str, at: float, place: Path) -> Row:
     """Open a split and take one batch, with an empty cache."""
     import torch
-    from train.stream import BatchStream, Share, StreamState, ViewRules
 
     from captioner.streaming.cache import ShardCache
     from captioner.streaming.dataset import read_split
     from train.split import read_merged_vocabulary
+    from train.stream import BatchStream, Share, StreamState, ViewRules
 
     torch.set_num_threads(1)
     cache, laps, wall = tempfile.mkdtemp(dir=place), Laps(), time.perf_counter()

@@ -96,11 +96,11 @@ def run_rank(job: Job, rank: int) -> None:
     import torch
     from accelerate import Accelerator
     from accelerate.utils import broadcast_object_list, gather_object
-    from train.stream import BatchStream, Ledger, Share, StreamState, ViewRules, check_ranks, rank_facts
 
     from captioner.streaming.cache import ShardCache
     from captioner.streaming.dataset import read_split
     from train.split import read_merged_vocabulary
+    from train.stream import BatchStream, Ledger, Share, StreamState, ViewRules, check_ranks, rank_facts
 
     torch.set_num_threads(1)
     accelerator = Accelerator()

@@ -304,20 +304,22 @@ def start_servers(scratch: Path, parts: Sequence[Part], *, peers: Path | None, e
 
 
 def assign(servers: Sequence[Server]) -> dict[str, Server]:
-    """The server of each contender that is there."""
-    return {name: server for server in servers for name in server.there}
+    """The server of each contender that is there; those that a bar compares come one after the other."""
+    found = {name: server for server in servers for name in server.there}
+    return {name: found[name] for name in sorted(found, key=names_of(PARTS).index)}
 
 
 def make_contenders(found: Mapping[str, Server], turns: Turns) -> dict[str, Contender]:
     """The contenders of a part with each number of workers. Writes the peers' formats."""
-    contenders = {}
-    for name, server in found.items():
-        part, _, short = name.partition("/")
-        if part == turns.part:
-            server.ask(name, "write", folder=str(turns.folder))
-            for workers in WORKERS if part == "pictures" and short != pictures.DECODE else WORKERS[:1]:
-                contenders[label(name, workers)] = make_contender(name, server, turns, workers=workers)
-    return contenders
+    servers = {name: server for name, server in found.items() if name.startswith(f"{turns.part}/")}
+    for name, server in servers.items():
+        server.ask(name, "write", folder=str(turns.folder))
+    return {
+        label(name, workers): make_contender(name, server, turns, workers=workers)
+        for workers in (WORKERS if turns.part == "pictures" else WORKERS[:1])
+        for name, server in servers.items()
+        if not workers or name != key("pictures", pictures.DECODE)
+    }
 
 
 def make_contender(name: str, server: Server, turns: Turns, *, workers: int) -> Contender:

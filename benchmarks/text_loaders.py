@@ -51,7 +51,7 @@ def write_shard(folder: Path, number: int) -> Any:
     content, name = tar.to_bytes(), shard_name("train", number)
     sha256 = hashlib.sha256(content).hexdigest()
     (folder / f"{name}.tar").write_bytes(content)
-    (folder / f"{name}.index").write_bytes(ShardIndex.of(samples, {"sha256": sha256}).to_bytes())
+    (folder / f"{name}.index").write_bytes(ShardIndex.of(samples, {"sha256": sha256, "fingerprint": sha256}).to_bytes())
     return ShardEntry(
         name=name, samples=len(samples), failures=0, bytes=len(content), sha256=sha256, fingerprint=sha256
     )

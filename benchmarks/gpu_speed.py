@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,10 @@ from torchvision.models import get_model
 import training
 from measure import Cost, take_turns
 from photos import draw_photos
+from train.batches import Batch
 from train.epoch import LOG_STEPS, train_epoch
 from train.launch import Preemption
-from train.settings import TrainSettings
 from train.step import train_step
-from train.stream import Batch, StreamState
 from train.tracking import HISTORY, Tracker, read_rows
 from training import CAPTIONS_A_PICTURE, Job, Trainer, num_captions_of, time_all
 
@@ -101,17 +101,14 @@ def repeat(action: Any, batch: Batch, *, times: int) -> int:
 def run_loop(trainer: Trainer, number: int, readings: list[list[dict[str, Any]]]) -> Cost:
     """An epoch of the training command's loop; what its settled readings took. They are added to `readings`."""
     gc.collect()
-    split, accelerator = trainer.split, trainer.accelerator
-    state = StreamState.start(split, seed=0, global_batch=trainer.batch, shuffle_shards=TrainSettings().shuffle_shards)
-    state.epoch = number
+    accelerator = trainer.accelerator
     take_step = partial(
         train_step, trainer.wrapped, optimizer=trainer.optimizer, schedule=trainer.schedule, accelerator=accelerator
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, closing(trainer.epoch(number, None)) as loader:
         tracker = Tracker(Path(folder), first_step=0, settings={})
         train_epoch(
-            trainer.epoch(number, None), take_step, state=state, num_samples=split.num_samples, num_epochs=number + 1,
-            global_batch=trainer.batch, accumulation_steps=1, checkpoint_steps=sys.maxsize, schedule=trainer.schedule,
+            loader, take_step, num_epochs=number + 1, checkpoint_steps=sys.maxsize, schedule=trainer.schedule,
             save=lambda: None, tracker=tracker, stop=Preemption(), accelerator=accelerator,
         )  # fmt: skip
         tracker.close()

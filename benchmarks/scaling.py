@@ -273,18 +273,16 @@ def count_answers(log: Path) -> tuple[Counter[str], Counter[str], Counter[str]]:
 
 def stream_all(url: str, cache: Path, *, rank: int, world_size: int) -> None:
     """An epoch of one rank, as if on a machine of its own."""
-    from captioner.streaming.cache import ShardCache
     from captioner.streaming.dataset import read_split
+    from train.batches import caption_loader
     from train.split import read_merged_vocabulary
-    from train.stream import BatchStream, Share, ViewRules
 
-    split = read_split([url], "train", remedy="see the log of nginx")
-    stream = BatchStream(
-        split, plan=split.plan(seed=0, epoch=0, global_batch=TINY_BATCH), share=Share(TINY_BATCH, rank, world_size),
-        rules=ViewRules(crop=32, max_tokens=20, training=True), vocabulary=read_merged_vocabulary([url], remedy=""),
-        workers=0, cache=ShardCache(str(cache), max_bytes=1 << 40),
+    loader = caption_loader(
+        read_split([url], "train", remedy="see the log of nginx"), batch_size=TINY_BATCH, training=True, crop=32,
+        max_tokens=20, vocabulary=read_merged_vocabulary([url], remedy=""), rank=rank, world_size=world_size,
+        cache=cache, cache_gigabytes=1000,
     )  # fmt: skip
-    assert sum(batch.num_samples for batch in stream) == stream.ledger.decoded
+    assert sum(batch.num_samples for (batch,) in loader) == loader.ledger.decoded
 
 
 def planned_share(ranks: int, shards_a_rank: int, shuffle_shards: int) -> Row:
@@ -346,7 +344,7 @@ def measure_start(work: Work) -> tuple[list[Row], list[Bar]]:
         last_shards(packed, work.folder / f"last-{size}", num_shards=size)
     imports = fresh_imports(rounds=work.rounds)
     rows: list[Row] = [{"from": "imports", "shards": 0, "at": "start of Python", **imports}]
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["train.stream"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["train.batches"])
     with logging_nginx(work.folder, work.folder / "nginx") as address:
         for origin, prefix in (("disk", str(work.folder)), ("nginx", address)):
             for size in sizes:
@@ -379,7 +377,7 @@ def growth_bars(rows: Sequence[Row], at: str) -> list[Bar]:
 
 def fresh_imports(*, rounds: int) -> Row:
     """From the start of Python until training's loader is imported."""
-    script = "import time, train.stream; print(time.process_time())"
+    script = "import time, train.batches; print(time.process_time())"
     walls, seconds = [], []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -394,24 +392,20 @@ def first_batch(folder: str, at: float, place: Path) -> Row:
     """Open a split and take one batch, with an empty cache."""
     import torch
 
-    from captioner.streaming.cache import ShardCache
     from captioner.streaming.dataset import read_split
+    from train.batches import caption_loader
     from train.split import read_merged_vocabulary
-    from train.stream import BatchStream, Share, StreamState, ViewRules
 
     torch.set_num_threads(1)
     cache, laps, wall = tempfile.mkdtemp(dir=place), Laps(), time.perf_counter()
     split = read_split([folder], "train", remedy="")
-    vocabulary = read_merged_vocabulary([folder], remedy="")
-    state = StreamState.start(split, seed=0, global_batch=TINY_BATCH, shuffle_shards=256)
-    share = Share(TINY_BATCH)
-    stream = BatchStream(
-        split, plan=state.plan(split), share=share, rules=ViewRules(crop=224, max_tokens=20, training=True),
-        vocabulary=vocabulary, workers=0, cache=ShardCache(cache, max_bytes=1 << 40),
-        first_part=int(at * share.num_parts(split.num_samples)),
+    loader = caption_loader(
+        split, batch_size=TINY_BATCH, training=True, crop=224, max_tokens=20,
+        vocabulary=read_merged_vocabulary([folder], remedy=""), cache=cache, cache_gigabytes=1000,
     )  # fmt: skip
-    batch = next(iter(stream))
-    opened = len({ref.shard for ref in state.plan(split).refs(batch.positions)})
+    loader.load_state_dict(loader.state_dict(steps=int(at * len(loader))))
+    (batch,) = next(iter(loader))
+    opened = len({ref.shard for ref in loader.order.refs(0, batch.positions)})
     figures = {"seconds": laps.lap(), "wall_seconds": time.perf_counter() - wall, "megabytes": laps.megabytes}
     brought = sum(1 for _ in Path(cache).glob("*.tar"))
     return figures | {"shards_opened": opened, "shards_brought": brought}
@@ -509,7 +503,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """From the doctor: µs an image of a loader worker, of downloading, and of the training process; bytes an image."""
+    """From the doctor: µs a sample of a loader worker, of downloading, and of the training process; bytes an image."""
 
     worker_us: float
     download_us: float
@@ -525,7 +519,16 @@ def measure_doctor(work: Work) -> tuple[list[Row], list[Bar]]:
     pack(photos_of(work), work.folder, num_samples=600 if work.quick else 6_000)
     with logging_nginx(work.folder, work.folder / "nginx") as address:
         url, file = f"{address}/shards", work.folder / "doctor.json"
-        flags = ["--shards", url, "--json", file, "--seconds", "1" if work.quick else "10", "--images-per-second", 2000]
+        flags = [
+            "--shards",
+            url,
+            "--json",
+            file,
+            "--seconds",
+            "1" if work.quick else "10",
+            "--samples-per-second",
+            2000,
+        ]
         told = min(
             (ask_doctor(flags, file) for _ in range(work.rounds)), key=lambda told: sum(told["stage_us"].values())
         )
@@ -536,7 +539,7 @@ def measure_doctor(work: Work) -> tuple[list[Row], list[Bar]]:
         handoff_us=told["handoff_us"], image_bytes=split.bytes / split.num_samples,
     )  # fmt: skip
     print_rows("the doctor's numbers: µs and bytes an image", [told["stage_us"] | asdict(found)])
-    cli.console.print("\n".join(told["verdict"]), markup=False)
+    cli.console.print(told["verdict"], markup=False)
     paper = [on_paper(found, Machine(), gpus=gpus, rate=rate)
              for rate in (500, 2_000, 5_000) for gpus in (1, 8, 64, 256, 1_000)]  # fmt: skip
     print_rows("on paper, by the doctor's numbers", paper)

@@ -97,40 +97,36 @@ def run_rank(job: Job, rank: int) -> None:
     from accelerate import Accelerator
     from accelerate.utils import broadcast_object_list, gather_object
 
-    from captioner.streaming.cache import ShardCache
+    from captioner.streaming import Ledger
     from captioner.streaming.dataset import read_split
+    from train.batches import caption_loader
     from train.split import read_merged_vocabulary
-    from train.stream import BatchStream, Ledger, Share, StreamState, ViewRules, check_ranks, rank_facts
 
     torch.set_num_threads(1)
     accelerator = Accelerator()
     split = read_split([job.url], "train", remedy="see the log of nginx")
-    vocabulary = read_merged_vocabulary([job.url], remedy="see the log of nginx")
-    state = StreamState.start(split, seed=0, global_batch=BATCH, shuffle_shards=SHUFFLE_SHARDS)
-    share = Share.of(accelerator, BATCH)
-    check_ranks(gather_object([rank_facts(state, share)]))
+    loader = caption_loader(
+        split, batch_size=BATCH, training=True, shuffle_shards=SHUFFLE_SHARDS, crop=CROP, max_tokens=20,
+        vocabulary=read_merged_vocabulary([job.url], remedy="see the log of nginx"), num_workers=WORKERS,
+        rank=accelerator.process_index, world_size=accelerator.num_processes, cache=job.folder / "cache",
+        cache_gigabytes=job.cache_bytes / 1e9,
+    )  # fmt: skip
     goes_on = [True]
     while goes_on[0]:
-        started, keys = time.monotonic(), []
-        stream = BatchStream(
-            split, plan=state.plan(split), share=share, vocabulary=vocabulary, workers=WORKERS,
-            rules=ViewRules(crop=CROP, max_tokens=20, training=True),
-            cache=ShardCache(str(job.folder / "cache"), max_bytes=job.cache_bytes),
-        )  # fmt: skip
-        for number, batch in enumerate(stream, start=1):
+        started, epoch, keys = time.monotonic(), loader.epoch, []
+        for number, (batch,) in enumerate(loader, start=1):
             keys += batch.keys
             time.sleep(max(0.0, started + number * BATCH / job.images_per_second - time.monotonic()))
-        ledger = Ledger.of_all(gather_object([stream.ledger]), planned=split.num_samples)
+        ledger = Ledger.of_all(gather_object([loader.ledger]), planned=split.num_samples)
         counts = Counter(gather_object(keys))
         if accelerator.is_main_process:
-            row = {"epoch": state.epoch, "seconds": time.monotonic() - started, "planned": ledger.planned,
+            row = {"epoch": epoch, "seconds": time.monotonic() - started, "planned": ledger.planned,
                    "decoded": ledger.decoded, "keys": len(counts), "most_often": max(counts.values()),
                    "strange": len(counts.keys() - known_keys(job.folder))}  # fmt: skip
             with (job.folder / "epochs.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
         goes_on[0] = time.time() < job.until
         broadcast_object_list(goes_on)
-        state.epoch += 1
     accelerator.end_training()
 
 

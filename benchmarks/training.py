@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,16 +45,14 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.optim import Adam
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
-from train.stream import Batch, BatchStream, Share, ViewRules
 
 from captioner import cli, images
 from captioner.encoders import Encoder
 from captioner.errors import UserError
 from captioner.flags import Count, File, Workers, WorkersOrZero
 from captioner.model import CaptionModel, ModelConfig
-from captioner.streaming.cache import ShardCache
+from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import read_split
-from captioner.streaming.order import num_steps
 from captioner.views import ViewSpec, normalise
 from captioner.vocabulary import END, PAD, START, Vocabulary, count_words, read_vocabulary, tokenize
 from captioner.workers import count_processors
@@ -76,7 +74,7 @@ from measure import (
 from packing import QUALITY, REPOSITORY, SIZE, shard_megabytes
 from photos import draw_photos, find_photos, make_captions, repeat_photos
 from picture_loaders import CAPTIONS, CROP, MEAN, SHARDS, STD, write_loose
-from streaming import clock_of
+from train.batches import PINNED_FOR, Batch, caption_loader
 from train.encode import prepare_features
 from train.features import FeatureFiles
 from train.schedule import make_optimizer, make_schedule
@@ -341,16 +339,16 @@ class Trainer:
         self.schedule = make_schedule(optimizer, DEFAULTS.schedule, total_steps=10_000)
         self.wrapped, self.optimizer = distribute(self.loss_model, optimizer, self.accelerator)
         self.wrapped.train()
-        self.rules = ViewRules(crop=CROP, max_tokens=DEFAULTS.max_tokens, training=False)
         self.cache = str(job.folder / "cache")
-        self.open_stream = partial(
-            BatchStream,
-            share=Share(job.batch),
+        self.open_loader = partial(
+            caption_loader,
+            batch_size=job.batch,
             vocabulary=vocabulary,
-            rules=self.rules,
-            workers=job.workers,
-            cache=ShardCache(self.cache, max_bytes=10**9),
-            device=self.accelerator.device,
+            crop=CROP,
+            max_tokens=DEFAULTS.max_tokens,
+            num_workers=job.workers,
+            cache=self.cache,
+            pin_memory=self.accelerator.device.type in PINNED_FOR,
         )
 
     def features(self) -> FeatureFiles:
@@ -358,30 +356,25 @@ class Trainer:
         found = prepare_features(
             [self.split],
             loss_model=self.loss_model,
-            open_stream=self.open_stream,
+            open_loader=self.open_loader,
             cache=self.cache,
             accelerator=self.accelerator,
         )
         return found[self.split.name]
 
-    def epoch(self, number: int, features: FeatureFiles | None, *, steps: int | None = None) -> BatchStream:
-        """Batches of crops at random, or of cached features: all of an epoch, or its last `steps`."""
-        total = num_steps(self.split.num_samples, global_batch=self.batch)
-        return self.open_stream(
-            self.split,
-            plan=self.split.plan(seed=0, epoch=number, global_batch=self.batch),
-            rules=replace(self.rules, training=features is None),
-            first_part=0 if steps is None else max(0, total - steps),
-            features=features,
-        )
+    def epoch(self, number: int, features: FeatureFiles | None, *, steps: int | None = None) -> StreamingLoader:
+        """A loader of crops at random, or of cached features, at the beginning of an epoch, or at its last `steps`."""
+        loader = self.open_loader(self.split, training=True, features=features)
+        first = 0 if steps is None else max(0, len(loader) - steps)
+        loader.set_epoch(number)
+        loader.load_state_dict(loader.state_dict(steps=first))
+        return loader
 
     def batch_of(self, num_samples: int, features: FeatureFiles | None) -> Batch:
         """A batch that lies on the device."""
-        stream = self.open_stream(
-            self.split, plan=self.split.plain_plan(), share=Share(num_samples), workers=0, features=features
-        )
-        with closing(iter(stream)) as batches:  # type: ignore[bad-argument-type]
-            return next(batches).to(self.accelerator.device)
+        loader = self.open_loader(self.split, batch_size=num_samples, num_workers=0, features=features)
+        (batch,) = next(iter(loader))
+        return batch.to(self.accelerator.device)
 
     def step(self, batch: Batch) -> None:
         """A step, whatever is in the batch."""
@@ -421,9 +414,10 @@ def train_epoch(job: Job, *, steps: int, cached: bool = False) -> Contender:
 
         def learn() -> int:
             num_captions = 0
-            for batch in trainer.epoch(number, features, steps=steps):
-                trainer.step(batch)
-                num_captions += num_captions_of(batch)
+            with closing(trainer.epoch(number, features, steps=steps)) as loader:
+                for (batch,) in loader:
+                    trainer.step(batch)
+                    num_captions += num_captions_of(batch)
             return num_captions
 
         return time_all(learn)
@@ -448,6 +442,11 @@ def repeat_alone(job: Job, action: Callable[[Trainer, Batch], None], *, times: i
         return time_all(repeat)
 
     return turn
+
+
+def clock_of(workers: int) -> str:
+    """CPU time where all of it is known."""
+    return "wall_ms" if workers else "cpu_ms"
 
 
 def num_captions_of(batch: Batch) -> int:
@@ -640,16 +639,17 @@ def train_steadily(job: Job, *, cached: bool) -> Contender:
         gc.collect()
         trainer = Trainer(job)
         features = trainer.features() if cached else None
-        stream = trainer.epoch(number, features)
-        edge = max(1, len(stream) // 10)
+        loader = trainer.epoch(number, features)
+        edge = max(1, len(loader) // 10)
         num_captions, waiting_seconds = 0, 0.0
-        with closing(iter(stream)) as batches:  # type: ignore[bad-argument-type]
+        with closing(loader):
+            batches = chain.from_iterable(loader)
             for batch in islice(batches, edge):
                 trainer.step(batch)
             wait_for_gpu()
             torch.cuda.reset_peak_memory_stats()
             started = time.perf_counter()
-            for _ in range(len(stream) - 2 * edge):
+            for _ in range(len(loader) - 2 * edge):
                 asked = time.perf_counter()
                 batch = next(batches)
                 waiting_seconds += time.perf_counter() - asked

@@ -32,9 +32,7 @@ from captioner.vocabulary import Vocabulary
 FORMAT_VERSION = 1
 LIBRARIES = ("torch", "torchvision", "nltk")
 MAKE_AGAIN = "copy the whole model folder again, or write it anew with train/main.py"
-CALIBRATE_AGAIN = (
-    "copy the whole model folder again, or delete calibration.json and add --calibrate to train/evaluate.py"
-)
+CALIBRATE_AGAIN = "copy the whole model folder again, or delete calibration.json and calibrate with train/evaluate.py"
 CALIBRATION, CALIBRATION_ARRAYS = "calibration.json", "calibration.safetensors"
 NAME_LETTERS = 12  # of the weights' sha256
 
@@ -138,8 +136,10 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], calibratio
 Encoder `{model["encoder"]}`, LSTM decoder of width {model["hidden_size"]} over {model["vocabulary_size"]} words.
 Pictures are resized to {view["size"]} ({view["resize"]}) and cropped to {view["crop"]} pixels.
 
-    python infer/main.py --model THIS_FOLDER --images PHOTOS --output captions.jsonl
+    from captioner import load_captioner
+    print(load_captioner("THIS_FOLDER")(["photo.jpg"])[0].alt)
 
+Whole folders are captioned by `infer/main.py`.
 It describes pictures like those it was trained on, and errs, sometimes confidently: have a person read what matters.
 
 | metric on the validation split | value |
@@ -168,7 +168,7 @@ def load_bundle(folder: str | Path, *, device: torch.device | str = "cpu") -> Bu
     """
     folder = str(folder)
     config_file = storage.join(folder, "config.json")
-    config = storage.read_json(config_file, remedy=f"give --model a folder that train/main.py wrote; or {MAKE_AGAIN}")
+    config = storage.read_json(config_file, remedy=f"give a folder that train/main.py wrote; or {MAKE_AGAIN}")
     found = config.get("format_version") if isinstance(config, dict) else None
     if found != FORMAT_VERSION:
         raise UserError(f"{folder} has model format {found}, this version reads {FORMAT_VERSION}: train it again")

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
@@ -42,24 +42,31 @@ EXIT_INTERRUPTED = 130
 SECONDS_BETWEEN_LINES = 60.0  # where a progress bar cannot be drawn
 
 Settings = TypeVar("Settings")
+Remedies = Mapping[type[UserError], str]  # what to do about an error, in terms of a command's flags
 
 console = Console(
     highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout and sys.stdout.isatty() else 140
 )
 
 
-def run(main: Callable[[Settings], None], settings_class: type[Settings], *, description: str) -> None:
+def run(
+    main: Callable[[Settings], None],
+    settings_class: type[Settings],
+    *,
+    description: str,
+    remedies: Remedies | None = None,
+) -> None:
     """Parse the command line into `settings_class`, call `main`, and turn failures into exit codes.
 
-    A `UserError` becomes one line on stderr and exit code 2 (as a wrong flag does); Ctrl-C becomes 130. Output that
-    nobody reads (`| head -1`) is dropped: the work and the exit code are the same. Output for which a disk has no room
-    is dropped too, and reported at the end.
+    A `UserError` becomes one line on stderr and exit code 2 (as a wrong flag does), with the command's remedy for its
+    class; Ctrl-C becomes 130. Output that nobody reads (`| head -1`) is dropped: the work and the exit code are the
+    same. Output for which a disk has no room is dropped too, and reported at the end.
     """
     stdout = outlive_readers()
     try:
         main(parse(settings_class, description=description))
     except UserError as error:
-        fail(str(error))
+        fail(with_remedy(error, remedies or {}))
     except OSError as error:
         if error.errno not in REMEDIES and error.filename is None:  # the program's own fault
             raise
@@ -135,6 +142,12 @@ def _notes(hint: Any) -> Iterator[object]:
     yield from getattr(hint, "__metadata__", ())
     for inner in get_args(hint):
         yield from _notes(inner)
+
+
+def with_remedy(error: UserError, remedies: Remedies) -> str:
+    """The error's line with the remedy for its class or the nearest base class; `{error.x}` there is its data."""
+    remedy = next((remedies[kind] for kind in type(error).__mro__ if kind in remedies), None)
+    return f"{error}: {remedy.format(error=error)}" if remedy else str(error)
 
 
 def describe_refusal(error: OSError) -> str:

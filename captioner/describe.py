@@ -20,7 +20,7 @@ from torch import Tensor
 from captioner.alt_text import alt_text
 from captioner.bundle import Bundle
 from captioner.decoding import Caption, diverse
-from captioner.errors import UserError
+from captioner.errors import NotCalibratedError, UserError
 from captioner.files import storage
 from captioner.images import ImageError
 from captioner.views import normalise, read_eval_view
@@ -63,7 +63,7 @@ class Captioner:
     """Describes pictures with a model folder's model. May be called by several threads at once.
 
     `beam_size` and `length_penalty` None take the model folder's. With `abstain_below`, a caption of lower confidence
-    leaves `alt` empty. Raises UserError for impossible numbers, and where confidence is wanted but not calibrated.
+    leaves `alt` empty. Raises UserError for impossible numbers, and NotCalibratedError where that needs confidence.
     """
 
     def __init__(
@@ -95,10 +95,7 @@ class Captioner:
             calibration is not None and calibration.curve is not None and calibration.decoding == asdict(self.decoding)
         )
         if abstain_below is not None and not self.has_confidence:
-            raise UserError(
-                f"the model folder has no confidence calibrated for {self.decoding}: decode as it was trained to, or "
-                "measure it with train/evaluate.py --calibrate"
-            )
+            raise NotCalibratedError(self.decoding)
 
     def __call__(self, pictures: Iterable[Picture]) -> list[Description]:
         """What is said of each picture: a path, a URL, a file's bytes, a Pillow image, or an array (H, W, 3) of uint8.

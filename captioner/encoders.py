@@ -37,6 +37,45 @@ class Preprocessing:
     std: tuple[float, float, float]
 
 
+class FixedCropError(UserError):
+    """The encoder cannot see crops of `crop` pixels, but only of `needed`."""
+
+    def __init__(self, encoder: str, crop: int, needed: int) -> None:
+        super().__init__(encoder, crop, needed)
+        self.encoder, self.crop, self.needed = encoder, crop, needed
+
+    def __str__(self) -> str:
+        return f"encoder {self.encoder} takes crops of {self.needed} pixels only, not of {self.crop}"
+
+
+class SmallImagesError(UserError):
+    """Stored images of `size` pixels are smaller than the crops of `crop` pixels that the encoder is to see.
+
+    `packed_size` would leave room for crops at random positions: 256 for 224.
+    """
+
+    def __init__(self, encoder: str, crop: int, size: int) -> None:
+        super().__init__(encoder, crop, size)
+        self.encoder, self.crop, self.size = encoder, crop, size
+        self.packed_size = -(-crop * 8 // 7)
+
+    def __str__(self) -> str:
+        return (
+            f"the shards hold images of {self.size} pixels, and encoder {self.encoder} is to see crops of {self.crop}"
+        )
+
+
+class WeightsError(UserError):
+    """`weights` ("default" or a path) cannot be had or do not fit the encoder; `reason` says why."""
+
+    def __init__(self, encoder: str, weights: str, reason: str) -> None:
+        super().__init__(encoder, weights, reason)
+        self.encoder, self.weights, self.reason = encoder, weights, reason
+
+    def __str__(self) -> str:
+        return f"cannot use weights {self.weights} for encoder {self.encoder}: {self.reason}"
+
+
 class Encoder(nn.Module):
     """A torchvision classifier without its last layer: images (B, 3, height, width) to features (B, F).
 
@@ -111,24 +150,12 @@ def preprocessing(name: str) -> Preprocessing:
 
 
 def check_crop(name: str, *, crop: int, size: int) -> None:
-    """Raise UserError where encoder `name` cannot see crops of `crop` pixels of pictures stored at `size`."""
-    native = preprocessing(name).crop
-    if name.startswith(ONE_SIZE) and crop != native:
-        raise UserError(
-            f"encoder {name} takes pictures of {native} pixels only, not of {crop}: give --crop {native}, with shards "
-            f"packed with --size {_packed_size(native)} or so"
-        )
-    if crop > size:
-        smaller = "" if name.startswith(ONE_SIZE) else f", or train with --crop {size} or less"
-        raise UserError(
-            f"the shards hold pictures of {size} pixels, and encoder {name} is to see {crop}: pack them with "
-            f"sharding/make_shards.py --size {_packed_size(crop)}{smaller}"
-        )
-
-
-def _packed_size(crop: int) -> int:
-    """A size that leaves room for crops at random places: 256 for 224."""
-    return -(-crop * 8 // 7)
+    """Raise SmallImagesError or FixedCropError where encoder `name` cannot see crops of `crop` of `size` pixels."""
+    needed = preprocessing(name).crop if name.startswith(ONE_SIZE) else crop
+    if needed > size:
+        raise SmallImagesError(name, needed, size)
+    if needed != crop:
+        raise FixedCropError(name, crop, needed)
 
 
 def _check_name(name: str) -> None:
@@ -176,20 +203,18 @@ def load_encoder_weights(encoder: Encoder, *, name: str, weights: str) -> None:
     """Put pretrained weights into `encoder`: `default` (torchvision's best), `none`, or a state dict's path.
 
     A path holds a torchvision state dict (`.pth`, read without unpickling objects, or `.safetensors`); weights
-    of the classifier that was taken off are ignored. Raises UserError for anything missing or misshapen.
+    of the classifier that was taken off are ignored. Raises WeightsError.
     """
     if weights == "none":
         return
-    state = _download_weights(name) if weights == "default" else _read_state(Path(weights))
+    state = _download_weights(name) if weights == "default" else _read_state(name, Path(weights))
     state = {_new_name(key): tensor for key, tensor in state.items()}
     wanted = encoder.backbone.state_dict()
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     misshapen = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     if missing or misshapen:
-        raise UserError(
-            f"the weights {weights} do not fit encoder {name}: {len(missing)} tensors are missing and {len(misshapen)} "
-            f"have another shape, such as {(missing + misshapen)[0]}: give the encoder's own weights with --weights"
-        )
+        numbers = f"{len(missing)} tensors are missing and {len(misshapen)} have another shape"
+        raise WeightsError(name, weights, f"{numbers}, such as {(missing + misshapen)[0]}")
     for key in wanted.keys() & state.keys():
         wanted[key].copy_(state[key])
 
@@ -203,27 +228,28 @@ def _new_name(key: str) -> str:
 def _download_weights(name: str) -> dict[str, Tensor]:
     """torchvision's default weights, from its cache or downloaded, checked against the hash in their name."""
     if name == small_cnn.__name__:
-        raise UserError(f"there are no pretrained weights of {name}: add --weights none --finetune-encoder-from-step 0")
+        raise WeightsError(name, "default", "it has no pretrained ones")
     url = cast(Any, get_model_weights(name)).DEFAULT.url
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except Exception as error:  # the network, the check of the hash and, on a damaged cache, the unpickler
-        raise UserError(
-            f"cannot get the pretrained weights of {name} from {url} ({_first_line(error)}): download that file "
-            f"elsewhere and give its path with --weights (a damaged one in {torch.hub.get_dir()} must be deleted), "
-            "or train from scratch with --weights none --finetune-encoder-from-step 0"
+        raise WeightsError(
+            name,
+            "default",
+            f"cannot get {url} ({_first_line(error)}); download it elsewhere and give its path, and delete a damaged "
+            f"one in {torch.hub.get_dir()}",
         ) from error
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def _read_state(name: str, path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise UserError(f"there is no weights file {path}: --weights takes default, none, or the path of a state dict")
+        raise WeightsError(name, str(path), "there is no such file")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else _unpickle_tensors(path)
     except Exception as error:  # the unpickler raises nearly anything on bytes that are no pickle
-        raise UserError(f"{path} is not a readable state dict ({_first_line(error)}): download it again") from error
+        raise WeightsError(name, str(path), f"it is not a readable state dict ({_first_line(error)})") from error
     if not isinstance(state, dict):
-        raise UserError(f"{path} is not a state dict but holds a {type(state).__name__}: give another with --weights")
+        raise WeightsError(name, str(path), f"it is not a state dict but holds a {type(state).__name__}")
     return {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
 
 

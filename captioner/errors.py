@@ -6,7 +6,22 @@ EXIT_PREEMPTED = 75  # "try again later" (EX_TEMPFAIL of sysexits.h)
 
 
 class UserError(Exception):
-    """Something that only the user can fix. The message is one line: what happened, where, and what to do."""
+    """Something that only the user can fix. The message is one line: what happened, and where.
+
+    A subclass carries its data as attributes, and its `args` are the arguments of its `__init__`: it can be pickled.
+    Command-line flags are named by commands only: see `remedies` of `captioner.cli.run`.
+    """
+
+
+class NotCalibratedError(UserError):
+    """A model's confidence is asked for, and was not calibrated for captions of this decoding (DecodingDefaults)."""
+
+    def __init__(self, decoding: object) -> None:
+        super().__init__(decoding)
+        self.decoding = decoding
+
+    def __str__(self) -> str:
+        return f"the model folder has no confidence calibrated for {self.decoding}"
 
 
 class StreamingError(UserError):

@@ -201,7 +201,7 @@ def _check(vocabulary: Vocabulary, fingerprint: str | None, *, origin: str) -> N
         )
     if len(vocabulary) == len(SPECIAL_WORDS):
         raise UserError(
-            f"{origin} holds no word beside {SPECIAL_WORDS}: pack the training split again with a smaller --threshold"
+            f"{origin} holds no word beside {SPECIAL_WORDS}: pack the training split again with a smaller threshold"
         )
     if vocabulary.tokenizer != TOKENIZER:
         raise UserError(f"{origin} was made with tokenizer {vocabulary.tokenizer!r}, this version has {TOKENIZER!r}")

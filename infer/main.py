@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from captioner import cli
 from captioner.cli import Bar
-from captioner.errors import UserError
+from captioner.errors import NotCalibratedError, UserError
 from captioner.files.storage import is_remote
 from captioner.workers import count_processors
 from infer.ahead import Ahead
@@ -49,6 +49,10 @@ if TYPE_CHECKING:
 
 EXIT_SOME_FAILED = 3
 BATCH_ON_CPU, BATCH_ON_GPU = 8, 128
+REMEDIES: cli.Remedies = {
+    NotCalibratedError: "leave out --abstain-below, decode as it was trained to, or measure confidence with "
+    "train/evaluate.py --calibrate"
+}
 
 
 def main(settings: CaptionSettings) -> None:
@@ -259,7 +263,7 @@ def lines_of_left_out(listing: Listing, settings: CaptionSettings) -> list[str]:
 
 def run() -> None:
     """The console entry."""
-    cli.run(main, CaptionSettings, description=__doc__ or "")
+    cli.run(main, CaptionSettings, description=__doc__ or "", remedies=REMEDIES)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Annotated
 import tyro
 
 from captioner import cli
+from captioner.files.ownership import AlreadyOwnedError
 from captioner.flags import Count, Location, Pixels
 from captioner.shards.indexing import is_any
 from sharding.foreign_split import Samples, index_split
@@ -185,7 +186,7 @@ def leave(folder: str, checks: Sequence[SplitCheck], problems: Sequence[Problem]
 
 def run() -> None:
     """The console entry."""
-    cli.run(main, Command, description=__doc__ or "")
+    cli.run(main, Command, description=__doc__ or "", remedies={AlreadyOwnedError: "wait for it or stop it"})
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from itertools import repeat
 from captioner import cli
 from captioner.errors import UserError
 from captioner.files import storage
+from captioner.files.ownership import AlreadyOwnedError, NotWritableError
 from captioner.shards.format import Failure, Manifest, manifest_location, read_manifest
 from captioner.shards.indexing import is_foreign
 from captioner.shards.writing import claim
@@ -43,6 +44,10 @@ from sharding.sources import Source, find_sources, read_records
 EXIT_TOO_MANY_FAILURES = 3
 SHOWN_NAMES = 5
 GIVE_VOCABULARY = "give --vocabulary a vocabulary.json that the packing of a training split made"
+REMEDIES: cli.Remedies = {
+    AlreadyOwnedError: "wait for it, stop it, or give another --output",
+    NotWritableError: "give another --output",
+}
 
 
 def main(settings: ShardSettings) -> None:
@@ -288,7 +293,7 @@ def show_summary(rows: list[tuple[object, ...]], manifests: Sequence[Manifest], 
 
 def run() -> None:
     """The console entry."""
-    cli.run(main, ShardSettings, description=__doc__ or "")
+    cli.run(main, ShardSettings, description=__doc__ or "", remedies=REMEDIES)
 
 
 if __name__ == "__main__":

@@ -185,15 +185,15 @@ def consume(job: Job) -> None:
     from accelerate import Accelerator
     from accelerate.utils import gather_object
 
-    from captioner.streaming.dataset import read_split
     from captioner.streaming import Ledger
+    from captioner.streaming.dataset import read_split
     from train.batches import caption_loader
     from train.run_folder import Progress, resume, save_checkpoint
     from train.split import read_merged_vocabulary
 
     accelerator = Accelerator()
     split = read_split(job.shards, "train", remedy="")
-    cache = {"cache": job.cache, "cache_gigabytes": 1 / 60} if job.cache else {}
+    cache: dict[str, Any] = {"cache": job.cache, "cache_gigabytes": 1 / 60} if job.cache else {}
     loader = caption_loader(
         split, batch_size=GLOBAL_BATCH, training=True, seed=1, shuffle_shards=8, crop=28, max_tokens=20,
         vocabulary=read_merged_vocabulary(job.shards, remedy=""), rank=accelerator.process_index,

@@ -6,7 +6,7 @@ import random
 import re
 import shutil
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class Dataset:
     def split(self) -> Split:
         return Split("train", (str(self.folder),), (self.manifest,))
 
-    def planned_keys(self, *, epoch: int = 0, positions: Iterable[int] = range(NUM_SAMPLES)) -> list[str]:
+    def planned_keys(self, *, epoch: int = 0, positions: Sequence[int] = range(NUM_SAMPLES)) -> list[str]:
         """The keys in the order of an epoch, looked up without any shard being read."""
         sizes = [shard.samples for shard in self.manifest.shards]
         order = ShardOrder(sizes, seed=SEED, batch_size=GLOBAL_BATCH)

@@ -186,14 +186,14 @@ def test_a_damaged_calibration_is_refused(calibrated: Path, name: str) -> None:
     data = (calibrated / name).read_bytes()
     for damaged in (b"", data[: len(data) // 2], data[:-3] + b"xyz"):
         (calibrated / name).write_bytes(damaged)
-        assert "--calibrate" in refusal(calibrated)
+        assert "calibrate with train/evaluate.py" in refusal(calibrated)
 
 
 def test_a_calibration_without_its_arrays_is_refused(calibrated: Path) -> None:
     (calibrated / "calibration.safetensors").unlink()
     message = refusal(calibrated)
     assert "there is no" in message
-    assert "--calibrate" in message
+    assert "calibrate with train/evaluate.py" in message
 
 
 def test_the_calibration_of_another_model_is_refused(calibrated: Path, tmp_path: Path) -> None:

@@ -40,13 +40,13 @@ from captioner.errors import UserError
 from captioner.model import ImageInput, PackedCaptions
 from captioner.streaming.dataset import read_split
 from captioner.views import ViewSpec, normalise, read_eval_view
+from train.batches import Batch, caption_loader
 from train.calibrate import are_good, sample_features
 from train.evaluate import EvaluateSettings
 from train.evaluate import main as evaluate
 from train.launch import start_accelerator
 from train.predictions import ValidationCaption
 from train.step import CaptionLoss
-from train.stream import Batch, BatchStream, ViewRules
 from train.validation import evaluate_split
 
 VALUES = st.lists(st.tuples(st.integers(-8, 8), st.integers(1, 4)), min_size=1, max_size=7)
@@ -418,12 +418,11 @@ def test_features_of_large_splits_are_those_of_pictures_at_equal_distances(
 ) -> None:
     bundle, accelerator = load_bundle(trained), start_accelerator(seed=0)
     split = read_split([shards], "val", remedy="")
-    rules = ViewRules(crop=32, max_tokens=20, training=False)
-    open_stream = partial(BatchStream, rules=rules, vocabulary=bundle.vocabulary, workers=0)
+    open_loader = partial(caption_loader, crop=32, max_tokens=20, vocabulary=bundle.vocabulary)
     loss_model = CaptionLoss(bundle.model, view=bundle.view)
 
     def sample() -> torch.Tensor:
-        return sample_features(split, loss_model=loss_model, open_stream=open_stream, accelerator=accelerator)
+        return sample_features(split, loss_model=loss_model, open_loader=open_loader, accelerator=accelerator)
 
     all_BF = sample()
     assert len(all_BF) == NUM_VAL
@@ -438,7 +437,7 @@ def test_validation_scores_captions_in_the_precision_of_captioning(image_input: 
     features_BF = torch.rand(NUM_IMAGES, bundle.model.encoder.num_features)
     captions = PackedCaptions.pack([[[4, 5]]] * NUM_IMAGES, max_tokens=7)
     names = [str(number) for number in range(NUM_IMAGES)]
-    batch = Batch(features_BF, captions, list(range(NUM_IMAGES)), names, list(names), [["a dog"]] * NUM_IMAGES, 0, [])
+    batch = Batch(features_BF, captions, list(range(NUM_IMAGES)), names, list(names), [["a dog"]] * NUM_IMAGES, 0)
     in_bfloat16: Any = SimpleNamespace(
         device=torch.device("cpu"),
         autocast=lambda: torch.autocast("cpu", torch.bfloat16),

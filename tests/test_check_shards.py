@@ -34,8 +34,8 @@ from sharding import check_shards, make_shards
 from sharding.check_shards import IndexSettings, RepairSettings, ShowSettings, VerifySettings
 from sharding.settings import ShardSettings
 from sharding.verify_shard import Problem
+from train.batches import Batch, caption_loader
 from train.split import read_view
-from train.stream import Batch, BatchStream, Share, ViewRules
 
 ROOT = Path(__file__).resolve().parents[1]
 IN_PLACE = [HealthCheck.function_scoped_fixture]
@@ -740,16 +740,11 @@ def test_indexing_twice_gives_the_same_files(foreign: Path) -> None:
 
 def batches(folder: Path, split: str, *, crop: int, training: bool) -> list[Batch]:
     shards = read_split([str(folder)], split, remedy="")
-    return list(
-        BatchStream(
-            shards,
-            plan=shards.plan(seed=0, epoch=0, global_batch=4) if training else shards.plain_plan(),
-            share=Share(4),
-            rules=ViewRules(crop=crop, max_tokens=9, training=training),
-            vocabulary=read_vocabulary(str(folder / "vocabulary.json"), remedy=""),
-            workers=0,
-        )
-    )
+    loader = caption_loader(
+        shards, batch_size=4, crop=crop, max_tokens=9, training=training,
+        vocabulary=read_vocabulary(str(folder / "vocabulary.json"), remedy=""),
+    )  # fmt: skip
+    return [batch for (batch,) in loader]
 
 
 def test_foreign_pictures_of_any_size_and_mode_are_squashed_on_reading(foreign: Path) -> None:

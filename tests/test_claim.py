@@ -20,6 +20,7 @@ from servers import Bucket
 
 from captioner.errors import UserError
 from captioner.files import ownership, storage
+from captioner.files.ownership import AlreadyOwnedError, NotWritableError
 from captioner.shards.writing import claim
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +91,9 @@ def test_a_second_packer_is_told_who_is_first_and_the_file_goes_with_it(tmp_path
     folder = tmp_path / "deep" / "shards"
     with holding(str(folder), hold=2.0) as first:
         with (
-            pytest.raises(UserError, match=f"process {first.pid} on {socket.gethostname()} is packing") as caught,
+            pytest.raises(
+                AlreadyOwnedError, match=f"process {first.pid} on {socket.gethostname()} is packing"
+            ) as caught,
             claim(str(folder), "train"),
         ):
             pytest.fail("two hold it")
@@ -191,7 +194,7 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) 
     (tmp_path / "file").touch()
     (tmp_path / "shards" / "train.packing").mkdir(parents=True)
     for folder in (tmp_path / "file", tmp_path / "file" / "deep", tmp_path / "shards", Path("/proc/shards")):
-        with pytest.raises(UserError, match=r"cannot write to .* give another --output"), claim(str(folder), "train"):
+        with pytest.raises(NotWritableError, match=r"^cannot write to \S+ \(.+\)$"), claim(str(folder), "train"):
             pytest.fail("held")
 
 
@@ -207,7 +210,7 @@ def test_on_a_disk_without_locks_the_claim_is_a_file(tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
     other = written | {"pid": 1, "started": ownership._started(1)}
     (tmp_path / "train.packing").write_text(json.dumps(other))
-    with pytest.raises(UserError, match="process 1 on"), claim(str(tmp_path), "train"):
+    with pytest.raises(AlreadyOwnedError, match="process 1 on"), claim(str(tmp_path), "train"):
         pytest.fail("held")
     (tmp_path / "train.packing").write_text(json.dumps(other | {"started": "0.5"}))  # another process had its number
     with claim(str(tmp_path), "train"):
@@ -229,7 +232,9 @@ def test_a_live_claim_behind_a_url_is_refused_and_kept_alive(bucket: Bucket) -> 
         beats = set()
         for _ in range(2):
             with (
-                pytest.raises(UserError, match=f"process {first.pid} on {socket.gethostname()} is packing") as caught,
+                pytest.raises(
+                    AlreadyOwnedError, match=f"process {first.pid} on {socket.gethostname()} is packing"
+                ) as caught,
                 claim(folder, "train"),
             ):
                 pytest.fail("two hold it")
@@ -276,7 +281,7 @@ def test_another_machine_that_is_alive_keeps_its_claim(bucket: Bucket) -> None:
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        with pytest.raises(UserError, match="process 1 on"), claim(f"s3://{bucket.name}/shards", "train"):
+        with pytest.raises(AlreadyOwnedError, match="process 1 on"), claim(f"s3://{bucket.name}/shards", "train"):
             pytest.fail("held")
     finally:
         ended.set()
@@ -308,7 +313,7 @@ def test_of_many_packers_that_start_at_once_behind_a_url_one_wins(bucket: Bucket
 
 def test_a_bucket_that_is_not_there_is_refused_in_one_line(bucket: Bucket) -> None:
     with (
-        pytest.raises(UserError, match=r"cannot write s3://.* give another --output") as caught,
+        pytest.raises(NotWritableError, match="cannot write to s3://") as caught,
         claim(f"s3://{bucket.name}-none/x", "train"),
     ):
         pytest.fail("held")

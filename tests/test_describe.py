@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from captioner import load_captioner
 from captioner.bundle import load_bundle
 from captioner.calibration import Calibration, Curve, fit_space
 from captioner.describe import Captioner, Description
-from captioner.errors import UserError
+from captioner.errors import NotCalibratedError, UserError
 from captioner.images import ImageError
 from captioner.views import normalise
 
@@ -262,8 +263,9 @@ def test_pictures_unlike_the_training_data_are_flagged(calibrated: Path) -> None
 def test_confidence_is_given_only_for_the_decoding_that_it_was_measured_with(calibrated: Path) -> None:
     (found,) = load_captioner(calibrated, beam_size=1).describe_views(make_views(1))
     assert found.confidence is None
-    with pytest.raises(UserError, match="--calibrate"):
+    with pytest.raises(NotCalibratedError, match="beam_size=1") as caught:
         load_captioner(calibrated, beam_size=1, abstain_below=0.5)
+    assert pickle.loads(pickle.dumps(caught.value)).decoding == caught.value.decoding
 
 
 def test_impossible_wishes_are_refused(model: Path) -> None:

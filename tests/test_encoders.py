@@ -19,7 +19,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights, list_models, regnet
 
-from captioner.encoders import Encoder, Preprocessing, check_crop, load_encoder_weights, preprocessing
+from captioner.encoders import (
+    Encoder,
+    FixedCropError,
+    Preprocessing,
+    SmallImagesError,
+    WeightsError,
+    check_crop,
+    load_encoder_weights,
+    preprocessing,
+)
 from captioner.errors import UserError
 from captioner.model import CaptionModel, ModelConfig
 from captioner.views import IMAGENET_MEAN, IMAGENET_STD, ViewSpec, eval_view, normalise
@@ -149,18 +158,22 @@ def test_preprocessing_is_that_of_the_weights() -> None:
 @pytest.mark.parametrize("name", ["vit_b_32", "maxvit_t"])
 def test_an_encoder_of_one_size_names_it(name: str) -> None:
     check_crop(name, crop=224, size=256)
-    with pytest.raises(UserError, match=r"--crop 224, .* --size 256") as error:
+    with pytest.raises(FixedCropError, match="224 pixels only, not of 192") as error:
         check_crop(name, crop=192, size=256)
     assert name in one_line(error)
+    assert (error.value.encoder, error.value.crop, error.value.needed) == (name, 192, 224)
 
 
 def test_shards_of_too_small_pictures_are_named_with_what_to_pack() -> None:
     check_crop("resnet18", crop=256, size=256)
-    with pytest.raises(UserError, match=r"256 pixels, .* see 299: .* --size 342, .* --crop 256") as error:
+    with pytest.raises(SmallImagesError, match=r"256 pixels, .* inception_v3 is to see crops of 299$") as error:
         check_crop("inception_v3", crop=299, size=256)
     one_line(error)
-    with pytest.raises(UserError, match=r"see 518: .* --size 592$"):
-        check_crop("vit_h_14", crop=518, size=256)
+    assert (error.value.crop, error.value.size, error.value.packed_size) == (299, 256, 342)
+    for crop in (518, 224):
+        with pytest.raises(SmallImagesError, match=r"crops of 518$") as error:
+            check_crop("vit_h_14", crop=crop, size=256)
+        assert error.value.packed_size == 592
 
 
 @pytest.mark.parametrize("name", ["resnet19", "", "fasterrcnn_resnet50_fpn"])
@@ -243,7 +256,7 @@ def test_weights_of_another_architecture_are_refused_and_change_nothing(tmp_path
     for number, wrong in enumerate((full_state("squeezenet1_1"), state | {first: torch.zeros(1)}, {"epoch": 3}, {})):
         path = tmp_path / f"{number}.pth"
         torch.save(wrong, path)
-        with pytest.raises(UserError, match="--weights") as error:
+        with pytest.raises(WeightsError) as error:
             load_encoder_weights(encoder, name="small_cnn", weights=str(path))
         assert "small_cnn" in one_line(error)
         assert str(path) in str(error.value)
@@ -273,7 +286,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, ending: str, conten
 
 @pytest.mark.parametrize("name", ["absent.pth", "absent.safetensors", ""])
 def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="--weights") as error:
+    with pytest.raises(WeightsError) as error:
         load(tmp_path / name)
     assert str(tmp_path / name) in one_line(error)
 
@@ -372,7 +385,7 @@ def test_a_failed_download_says_what_else_to_do(served: tuple[Path, str], monkey
     damaged = publish(folder, full_state(NAME), damaged=True)
     for url in (f"{address}/absent-01234567.pth", f"{address}/{damaged}", "http://127.0.0.1:1/away-01234567.pth"):
         set_url(monkeypatch, url)
-        with pytest.raises(UserError, match="--weights none") as error:
+        with pytest.raises(WeightsError) as error:
             load("default", NAME)
         assert url in one_line(error)
 
@@ -386,13 +399,13 @@ def test_a_damaged_file_in_the_cache_is_named(served: tuple[Path, str], monkeypa
     cached = Path(torch.hub.get_dir()) / "checkpoints" / name
     for content in (b"", b"text\n", cached.read_bytes()[:5000]):
         cached.write_bytes(content)
-        with pytest.raises(UserError, match="--weights") as error:
+        with pytest.raises(WeightsError) as error:
             load("default", NAME)
         one_line(error)
 
 
 def test_an_encoder_without_default_weights_says_so() -> None:
-    with pytest.raises(UserError, match="--weights none") as error:
+    with pytest.raises(WeightsError) as error:
         load("default", "small_cnn")
     assert "small_cnn" in one_line(error)
 

@@ -16,18 +16,18 @@ from trainer import run_training
 
 from captioner.errors import UserError
 from captioner.model import CaptionModel, ModelConfig
-from captioner.streaming.cache import ShardCache
+from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import Split, read_split
-from captioner.streaming.order import SampleRef
+from captioner.streaming.order import ShardOrder
 from captioner.streaming.reader import SampleError
 from captioner.views import ViewSpec
 from captioner.vocabulary import Vocabulary
+from train.batches import Batch, caption_loader
 from train.encode import encoder_fingerprint, prepare_features
 from train.features import FeatureFiles, FeatureReader
 from train.schedule import make_optimizer
 from train.split import read_merged_vocabulary
 from train.step import CaptionLoss, train_step
-from train.stream import Batch, BatchStream, Share, ViewRules
 
 SIZES = [5, 0, 7, 3]
 VIEW = ViewSpec(size=32, crop=28)
@@ -59,29 +59,33 @@ class Setting:
         config = ModelConfig(encoder="small_cnn", vocabulary_size=len(self.vocabulary), embedding_size=8, hidden_size=9)
         self.loss_model = CaptionLoss(CaptionModel(config), view=view)
         self.cache = str(shards / "cache")
-        self.open_stream = partial(
-            BatchStream,
-            share=Share(4),
-            rules=ViewRules(crop=view.crop, max_tokens=9, training=False),
+        self.open_loader = partial(
+            caption_loader,
+            batch_size=4,
+            crop=view.crop,
+            max_tokens=9,
             vocabulary=self.vocabulary,
-            workers=workers,
-            cache=ShardCache(self.cache, max_bytes=1 << 20),
-            tolerate=tolerate,
+            num_workers=workers,
+            cache=self.cache,
+            tolerate_bad_samples=tolerate,
         )
 
     def prepare(self) -> FeatureFiles:
         found = prepare_features(
             [self.split],
             loss_model=self.loss_model,
-            open_stream=self.open_stream,
+            open_loader=self.open_loader,
             cache=self.cache,
             accelerator=self.accelerator,
         )
         return found["train"]
 
-    def batches(self, **options: Any) -> list[Batch]:
-        """An epoch, shuffled, without crops and flips."""
-        return list(self.open_stream(self.split, plan=self.split.plan(seed=1, epoch=0, global_batch=4), **options))
+    def loader(self, files: FeatureFiles | None) -> StreamingLoader:
+        """Of epochs in order, without crops and flips."""
+        return self.open_loader(self.split, features=files)
+
+    def batches(self, files: FeatureFiles | None) -> list[Batch]:
+        return [batch for (batch,) in self.loader(files)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -100,7 +104,7 @@ def test_losses_are_those_without_them(shards: Path, workers: int) -> None:
             schedule=schedule,
             accelerator=setting.accelerator,
         )
-        batches = setting.batches(features=files)
+        batches = setting.batches(files)
         assert [batch.inputs.dim() for batch in batches] == [2 if cached else 4] * 4
         losses.append([float(record[0] / record[1]) for record in (step([batch]) for batch in batches)])
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
@@ -136,9 +140,9 @@ def test_pictures_are_not_read_for_them(shards: Path) -> None:
     data = bytearray(tar.read_bytes())
     data[1000] ^= 1  # in the first picture
     tar.write_bytes(data)
-    assert sum(batch.num_samples for batch in setting.batches(features=files)) == 15
+    assert sum(batch.num_samples for batch in setting.batches(files)) == 15
     with pytest.raises(UserError, match="checksum differs"):
-        setting.batches()
+        setting.batches(None)
 
 
 # ---- refused ------------------------------------------------------------------------------------------------
@@ -185,13 +189,12 @@ def test_a_flipped_bit_is_found_when_its_row_is_read(shards: Path) -> None:
     data[opened.start + 3 * row_bytes + 17] ^= 1
     files.paths[2].write_bytes(data)
     reader, row = FeatureReader(files, max_open=1), np.empty(files.num_features, dtype=np.float32)
-    refs = {ref.place: ref for ref in Setting(shards).split.plain_plan().refs(range(15)) if ref.shard == 2}
-    for place, ref in refs.items():
+    for place in range(SIZES[2]):
         if place == 3:
             with pytest.raises(SampleError, match=r"train-000002.features is damaged at sample 3"):
-                reader.read_into(row, ref)
+                reader.read_into(row, 2, place)
         else:
-            reader.read_into(row, ref)
+            reader.read_into(row, 2, place)
     reader.close()
 
 
@@ -199,9 +202,8 @@ def test_few_files_are_open_at_once(shards: Path) -> None:
     setting = Setting(shards)
     files = setting.prepare()
     reader, row = FeatureReader(files, max_open=2), np.empty(files.num_features, dtype=np.float32)
-    refs: list[SampleRef] = setting.split.plan(seed=0, epoch=0, global_batch=4).refs(range(15))
-    for ref in refs:
-        reader.read_into(row, ref)
+    for _, shard, place in ShardOrder(SIZES, seed=0, batch_size=4).refs(0, range(15)):
+        reader.read_into(row, shard, place)
         assert len(reader._open) <= 2
     reader.close()
 
@@ -214,10 +216,10 @@ def test_a_picture_that_could_not_be_read_stays_out(shards: Path) -> None:
     with pytest.raises(UserError, match="checksum differs"):
         Setting(shards).prepare()
     setting = Setting(shards, tolerate=1)
-    batches = setting.batches(features=setting.prepare())
-    (skip,) = [skip for batch in batches for skip in batch.skipped]
+    loader = setting.loader(setting.prepare())
+    assert sum(batch.num_samples for (batch,) in loader) == 14
+    (skip,) = loader.ledger.skipped
     assert skip.reason == "no features"
-    assert sum(batch.num_samples for batch in batches) == 14
 
 
 def test_another_encoder_has_another_fingerprint() -> None:

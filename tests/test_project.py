@@ -1,5 +1,6 @@
 """Rules of the repository itself: what may be imported where, what modules may be called, that documents are true."""
 
+import ast
 import importlib.metadata
 import re
 import subprocess
@@ -52,6 +53,16 @@ def test_no_stage_module_hides_a_standard_or_third_party_one() -> None:
     names = {path.stem for stage in STAGES for path in (REPOSITORY / stage).glob("*.py")} - {"__init__", "main"}
     assert names, "no modules found"
     assert not names & (others | set(STAGES))
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "captioner").rglob("*.py")), ids=lambda path: path.stem)
+def test_the_library_names_no_flag(path: Path) -> None:
+    """Only commands know which flags there are; pip's are its own."""
+    if path.name in ("cli.py", "flags.py"):
+        return
+    strings = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+    named = [text for text in strings if isinstance(text, str) and re.search("--[a-z]", text)]
+    assert not [text for text in named if not text.startswith("pip install ")]
 
 
 def test_constraints_are_bare_names_and_versions() -> None:

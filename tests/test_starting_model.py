@@ -160,7 +160,7 @@ def test_pictures_come_as_the_encoders_weights_want_them(tmp_path: Path) -> None
     assert (view.size, view.crop, view.mean, view.std) == (480, 480, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert choose_view([split], encoder="resnet18", crop=None, initial=None).crop == 224
     assert choose_view([split], encoder="resnet18", crop=400, initial=None).crop == 400
-    with pytest.raises(UserError, match="to see 500"):
+    with pytest.raises(UserError, match="crops of 500"):
         choose_view([split], encoder="resnet18", crop=500, initial=None)
 
 

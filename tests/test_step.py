@@ -16,11 +16,10 @@ from captioner.errors import UserError
 from captioner.model import CaptionModel, ModelConfig, PackedCaptions
 from captioner.views import ViewSpec, normalise
 from captioner.vocabulary import START
-from train.epoch import grouped
+from train.batches import Batch
 from train.schedule import make_optimizer, make_schedule
 from train.settings import Schedule
 from train.step import MAX_GRADIENT_NORM, CaptionLoss, StepLoss, check_finite, train_step, with_guesses
-from train.stream import Batch
 
 VIEW = ViewSpec(size=32, crop=32)
 CAPTIONS = [[[4, 5, 6], [7]], [[9, 8, 7, 6, 5, 4]], [[5, 5], [8, 4, 9, 6, 7], [6]]]
@@ -46,12 +45,12 @@ def make_batch(captions: Sequence[list[list[int]]], *, first_image: int = 0) -> 
     names = [str(first_image + i) for i in range(len(captions))]
     packed = PackedCaptions.pack(captions, max_tokens=20)
     positions = list(range(first_image, first_image + len(names)))
-    return Batch(torch.stack(views), packed, positions, names, list(names), [["words"]] * len(names), 0, [])
+    return Batch(torch.stack(views), packed, positions, names, list(names), [["words"]] * len(names), 0)
 
 
 def make_filler() -> Batch:
     views_BPP3 = torch.zeros((1, 32, 32, 3), dtype=torch.uint8)
-    return Batch(views_BPP3, PackedCaptions.pack([[[]]], max_tokens=20), [], [], [], [], 0, [])
+    return Batch(views_BPP3, PackedCaptions.pack([[[]]], max_tokens=20), [], [], [], [], 0)
 
 
 def mean_gradients(model: CaptionModel, batch: Batch, *, smoothing: float = 0.0) -> dict[str, Tensor]:
@@ -210,12 +209,6 @@ def test_about_the_given_share_is_replaced() -> None:
     found = with_guesses(model, torch.zeros((4, 6)), captions, share=0.25)
     share = (found.inputs_M == 3).float().mean() * 19 / 18  # the first of 19 inputs is never replaced
     assert 0.23 < share < 0.27
-
-
-def test_batches_are_grouped_to_the_last() -> None:
-    batches = [make_filler() for _ in range(5)]
-    assert [len(group) for group in grouped(batches, 2)] == [2, 2, 1]
-    assert [batch for group in grouped(batches, 3) for batch in group] == batches
 
 
 # ---- learning rate and losses -------------------------------------------------------------------------------

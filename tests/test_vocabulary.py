@@ -197,7 +197,7 @@ def test_new_words_follow_by_count_then_name_and_counts_are_added() -> None:
         ({"words": ["a", *SPECIAL_WORDS]}, "does not start"),
         ({"words": None}, "not a vocabulary"),
         ({"fingerprint": None}, "edited"),
-        ({"words": SPECIAL_WORDS}, "no word .* smaller --threshold"),
+        ({"words": SPECIAL_WORDS}, "no word .* smaller threshold"),
     ],
 )
 def test_a_file_that_cannot_be_trusted_is_refused_in_one_line(change: dict[str, object], said: str) -> None:

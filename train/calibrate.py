@@ -37,8 +37,8 @@ def calibrate(
 ) -> Calibration | None:
     """The calibration of a model that made these captions of the split's pictures, decoding so; in the main process.
 
-    All ranks must call it; the others get None, and their `captions` are not read. `open_loader` opens a loader of the split's
-    samples, with middle crops or cached features.
+    All ranks must call it; the others get None, and their `captions` are not read. `open_loader` opens a loader of the
+    split's samples, with middle crops or cached features.
     """
     features_BF = sample_features(split, loss_model=loss_model, open_loader=open_loader, accelerator=accelerator)
     if not accelerator.is_main_process:

@@ -70,9 +70,9 @@ def prepare_features(
 ) -> dict[str, FeatureFiles]:
     """The feature files of splits, by their names; those that are not there yet are made first, by the ranks together.
 
-    `open_loader` opens a loader of a split's samples with middle crops; features of folders behind URLs go to `cache`. Each file is
-    written whole or not at all, so that a killed run goes on. Raises UserError for files of another encoder, view or
-    shard, and where they cannot be written.
+    `open_loader` opens a loader of a split's samples with middle crops; features of folders behind URLs go to `cache`.
+    Each file is written whole or not at all, so that a killed run goes on. Raises UserError for files of another
+    encoder, view or shard, and where they cannot be written.
     """
     with refused_together():
         found = find_features(splits, loss_model=loss_model, cache=cache, precision=accelerator.mixed_precision)

@@ -144,9 +144,9 @@ def train_epoch(
     meter, total, agreement = Meter(accelerator=accelerator), Reading(), Agreement(accelerator=accelerator)
     quiet, done = not accelerator.is_main_process, before + loader.steps_done
     with cli.progress_bar(title, total=total_steps, unit="steps", quiet=quiet, done=done) as bar:
-        for step, (parts, waiting_seconds) in enumerate(timed(loader), start=done + 1):
+        for step, (batch, waiting_seconds) in enumerate(timed(loader), start=done + 1):
             num_left = loader.split.num_samples - (step - 1 - before) * loader.batch_size
-            parts = parts[:num_left]  # of fewer samples than parts: the rest are fillers on all ranks
+            parts = batch[:num_left]  # of fewer samples than parts: the others are fillers on all ranks
             meter.add(take_step(parts, step), parts, waiting_seconds=waiting_seconds)
             due = step % checkpoint_steps == 0 or step == before + epoch_steps
             stopping, note = agreement.wants_stop(stop.requested, now=due), ""

@@ -25,6 +25,7 @@ from captioner.files import storage
 from captioner.flags import AnyNumber, Count, File, LocalPath, Location, Positive, WorkersOrZero
 from captioner.image_ids import ImageId
 from captioner.metrics import References
+from captioner.streaming.cache import CacheFolderError, CacheTooSmallError
 from train.coco_results import by_reference_id, read_references, read_results, write_results
 from train.java_metrics import JavaMetric, check_java, java_scores
 
@@ -40,6 +41,10 @@ CAPTIONING_DEFAULTS: dict[str, Any] = {
     "cache": "~/.cache/captioner/shards",
     "cache_gigabytes": 50.0,
     "output": Path("results.json"),
+}
+REMEDIES: cli.Remedies = {
+    CacheTooSmallError: "give more --cache-gigabytes",
+    CacheFolderError: "give another --cache folder on a disk of this machine, or fewer --cache-gigabytes if it is full",
 }
 
 
@@ -291,7 +296,7 @@ def keep_calibration(folder: Path, calibration: "Calibration", *, old: "Calibrat
 
 def run() -> None:
     """The console entry."""
-    cli.run(main, EvaluateSettings, description=__doc__ or "")
+    cli.run(main, EvaluateSettings, description=__doc__ or "", remedies=REMEDIES)
 
 
 if __name__ == "__main__":

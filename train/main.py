@@ -15,6 +15,10 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from captioner import cli
+from captioner.encoders import FixedCropError, SmallImagesError, WeightsError
+from captioner.errors import TooManyBadSamplesError
+from captioner.files.ownership import AlreadyOwnedError, NotWritableError
+from captioner.streaming.cache import CacheFolderError, CacheTooSmallError
 from captioner.streaming.order import num_steps
 from train import run_folder
 from train.batches import PINNED_FOR, caption_loader, check_batch_size
@@ -32,6 +36,18 @@ from train.step import CaptionLoss, check_same_weights, distribute, train_step
 from train.tracking import Tracker, check_wandb
 from train.uneven import refused_together
 from train.validation import Evaluator
+
+REMEDIES: cli.Remedies = {
+    AlreadyOwnedError: "wait for it, stop it, or give another --output",
+    NotWritableError: "give another --output",
+    FixedCropError: "give --crop {error.needed}",
+    SmallImagesError: "pack them with sharding/make_shards.py --size {error.packed_size}, or give --crop {error.size} "
+    "or less where the encoder takes it",
+    WeightsError: "give other --weights, or train from scratch with --weights none --finetune-encoder-from-step 0",
+    TooManyBadSamplesError: "pack or fetch these shards again, or give a greater --tolerate-bad-samples",
+    CacheTooSmallError: "give more --cache-gigabytes or fewer --shuffle-shards",
+    CacheFolderError: "give another --cache folder on a disk of this machine, or fewer --cache-gigabytes if it is full",
+}
 
 
 @as_job
@@ -84,7 +100,8 @@ def main(settings: TrainSettings, accelerator: Accelerator, stop: Preemption) ->
     open_val = partial(open_loader, accumulation_steps=settings.accumulation_steps, features=features.get("val"))
     evaluator = None
     if val is not None:
-        evaluator = Evaluator(val, loss_model, open_val, settings.decoding(), vocabulary, accelerator)
+        evaluator = Evaluator(val, loss_model, open_val, decoding=settings.decoding(), vocabulary=vocabulary,
+                              accelerator=accelerator)  # fmt: skip
 
     # ---- where to start: 4. with --resume, instead of these, the newest complete checkpoint ----------------------
     accelerator.register_for_checkpointing(schedule, loader, progress)
@@ -146,7 +163,8 @@ def main(settings: TrainSettings, accelerator: Accelerator, stop: Preemption) ->
 def run() -> None:
     """The console entry."""
     remedy = "the same command with --resume continues from the newest checkpoint, on fewer machines too"
-    cli.run(ending_without_peers(remedy=remedy)(main), TrainSettings, description=__doc__ or "")
+    job = ending_without_peers(remedy=remedy)(main)
+    cli.run(job, TrainSettings, description=__doc__ or "", remedies=REMEDIES)
 
 
 if __name__ == "__main__":

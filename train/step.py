@@ -21,8 +21,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from captioner.errors import UserError
 from captioner.model import CaptionModel, PackedCaptions
 from captioner.views import ViewSpec, normalise
-from train.batches import PINNED_FOR, Batch
 from train.batch_norm import counting_rows, synchronise_batch_norm
+from train.batches import PINNED_FOR, Batch
 from train.loss import linear_cross_entropy
 from train.schedule import is_frozen, let_encoder_learn
 

@@ -19,10 +19,10 @@ Outcome = TypeVar("Outcome")
 
 @contextmanager
 def refused_together() -> Iterator[None]:
-    """While entered, an error in one process is raised in all, with its message: otherwise they would wait for it.
+    """While entered, an error in one process is raised in all: otherwise they would wait for it.
 
     All processes must enter; each may take as long as it needs, and none may wait for another inside. Raises the
-    UserError or OSError of this process, and UserError for that of another one.
+    UserError or OSError of this process, or the UserError of another one; another's OSError as a UserError.
     """
     failure = None
     with waiting_for_all():
@@ -30,11 +30,12 @@ def refused_together() -> Iterator[None]:
             yield
         except (UserError, OSError) as error:
             failure = error
-    failures = [text for text in gather_object([str(failure) if failure else None]) if text]
+    sent = failure if failure is None or isinstance(failure, UserError) else UserError(str(failure))
+    failures = [error for error in gather_object([sent]) if error]
     if failure:
         raise failure
     if failures:
-        raise UserError(failures[0])
+        raise failures[0]
 
 
 def in_main(action: Callable[[], Outcome]) -> Outcome:

@@ -109,6 +109,7 @@ class Evaluator:
         split: Split,
         loss_model: CaptionLoss,
         open_loader: Callable[..., StreamingLoader],
+        *,
         decoding: DecodingDefaults,
         vocabulary: Vocabulary,
         accelerator: Accelerator,

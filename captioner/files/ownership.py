@@ -49,9 +49,32 @@ log = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 
+class AlreadyOwnedError(UserError):
+    """Process `pid` on `host` owns `location`; `doing` says what it does."""
+
+    def __init__(self, location: str, doing: str, pid: int | str, host: str) -> None:
+        super().__init__(location, doing, pid, host)
+        self.location, self.doing, self.pid, self.host = location, doing, pid, host
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} {self.doing} ({self.location})"
+
+
+class NotWritableError(UserError):
+    """A folder or object where ownership would be recorded cannot be written, for a `reason` that the system gave."""
+
+    def __init__(self, location: str, reason: str) -> None:
+        super().__init__(location, reason)
+        self.location, self.reason = location, reason
+
+    def __str__(self) -> str:
+        return f"cannot write to {self.location} ({self.reason})"
+
+
 @contextmanager
 def owned(location: str, *, doing: str) -> Iterator[None]:
-    """Own what the file or object at `location` stands for. Raises UserError while another process does.
+    """Own what the file or object at `location` stands for. Raises AlreadyOwnedError while another process does, and
+    NotWritableError.
 
     `doing` says what the owner does, for the error that other processes get. A process that loses it to another, after
     a minute of silence, ends with code 75: two must not write the same files.
@@ -84,11 +107,9 @@ class _Claim:
                 return content
         return {}
 
-    def refusal(self, owner: Record) -> UserError:
+    def refusal(self, owner: Record) -> AlreadyOwnedError:
         """The error that names the owner."""
-        return UserError(
-            f"{_name(owner)} {self.doing} ({self.location}): wait for it, stop it, or give another --output"
-        )
+        return AlreadyOwnedError(self.location, self.doing, owner.get("pid", "?"), owner.get("host", "?"))
 
     def watch(self, owner: Record, *, seconds: float) -> None:
         """Return once an owner on another machine was silent for `seconds` or left. Raises UserError if it is alive."""
@@ -172,8 +193,7 @@ def _hold_file(claim: _Claim) -> Iterator[None]:
                 with _hold_object(claim):
                     yield
                 return
-            reason = error.strerror or error
-            raise UserError(f"cannot write to {path.parent} ({reason}): give another --output") from error
+            raise NotWritableError(str(path.parent), error.strerror or str(error)) from error
         stack.callback(file.close)
         stack.callback(_remove, claim)
         # A child that outlives this process must not keep the lock, which belongs to the open file.
@@ -280,7 +300,7 @@ def _hold_object(claim: _Claim) -> Iterator[None]:
     try:
         _take_object(claim)
     except OSError as error:
-        raise UserError(f"cannot write {claim.location} ({error}): give another --output") from error
+        raise NotWritableError(claim.location, str(error)) from error
     with ExitStack() as stack:
         stack.callback(_remove, claim)
         write = partial(storage.write_atomic, claim.location)

@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
-from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,6 +49,31 @@ class MissingShardError(UserError):
 
 class DamagedShardError(UserError):
     """A shard or its index is not what its manifest says, even after it was fetched anew."""
+
+
+class CacheTooSmallError(UserError):
+    """A cache of `max_bytes` has no room for the shard `location` of `num_bytes` beside those that are being read."""
+
+    def __init__(self, folder: str, max_bytes: int, location: str, num_bytes: int) -> None:
+        super().__init__(folder, max_bytes, location, num_bytes)
+        self.folder, self.max_bytes, self.location, self.num_bytes = folder, max_bytes, location, num_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"the shard cache {self.folder} of {self.max_bytes / 1e9:.3g} GB is too small for the shards that are read "
+            f"at once (no room for {self.location} of {self.num_bytes / 1e9:.3g} GB)"
+        )
+
+
+class CacheFolderError(UserError):
+    """The cache's folder or its disk cannot be used, for a `reason` that the system gave."""
+
+    def __init__(self, folder: str, reason: str) -> None:
+        super().__init__(folder, reason)
+        self.folder, self.reason = folder, reason
+
+    def __str__(self) -> str:
+        return f"cannot keep shards in {self.folder} ({self.reason})"
 
 
 class _Obstacle(Enum):
@@ -169,12 +193,8 @@ class ShardCache:
                 f"{location}: end that process and run again"
             )
 
-    def _too_small(self, location: str, num_bytes: int) -> UserError:
-        return UserError(
-            f"the shard cache {self.folder} of {self.max_bytes / 1e9:.3g} GB is too small for the shards that are read "
-            f"at once (no room for {location} of {num_bytes / 1e9:.3g} GB): give more --cache-gigabytes or fewer "
-            "--shuffle-shards"
-        )
+    def _too_small(self, location: str, num_bytes: int) -> CacheTooSmallError:
+        return CacheTooSmallError(str(self.folder), self.max_bytes, location, num_bytes)
 
     # ---- bringing -----------------------------------------------------------------------------------------
 
@@ -392,18 +412,13 @@ class ShardCache:
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
-        """Tell the user of errors of the folder and its disk."""
+        """Raise CacheFolderError for errors of the folder and its disk."""
         try:
             yield
         except UserError:
             raise
         except OSError as error:
-            reason = error.strerror or error
-            if error.errno in (ENOSPC, EDQUOT):
-                remedy = "free space there, or give fewer --cache-gigabytes"
-            else:
-                remedy = "mend that, or give another --cache folder on a disk of this machine"
-            raise UserError(f"cannot keep shards in {self.folder} ({reason}): {remedy}") from error
+            raise CacheFolderError(str(self.folder), error.strerror or str(error)) from error
 
 
 def _try_lock(file: int) -> bool:

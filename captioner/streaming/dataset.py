@@ -58,7 +58,7 @@ class Split:
     @cached_property
     def fingerprint(self) -> str:
         """Hex sha256 of what decides which sample stands where."""
-        content = [[entry.sha256, entry.samples] for _, entry in self.shards]
+        content = [[entry.sha256, entry.samples, entry.fingerprint] for _, entry in self.shards]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def plan(self, *, seed: int, epoch: int, global_batch: int, shuffle_shards: int = SHUFFLE_SHARDS) -> EpochOrder:

@@ -7,7 +7,7 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -102,7 +102,7 @@ class StreamingLoader:
         shuffle_shards: int = SHUFFLE_SHARDS,
         last_batch: str = "keep",
         every: int = 1,
-        fields: Collection[str] | None = None,
+        fields: Container[str] | None = None,
         decode: str | Decode | None = None,
         transform: Transform | None = None,
         collate: Collate | None = None,

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,7 +118,7 @@ class BatchMaker(Dataset[Made | Failed]):
         parts: Parts,
         *,
         seed: int,
-        fields: Collection[str] | None,
+        fields: Container[str] | None,
         decode: Decode | None,
         transform: Transform | None,
         collate: Collate,

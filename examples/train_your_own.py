@@ -36,12 +36,9 @@ class TwoTowers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.see = nn.Sequential(
-            nn.Conv2d(3, 16, 5, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(), nn.Flatten(),
-            nn.LazyLinear(WIDTH),
-        )  # fmt: skip
+        first, second = nn.Conv2d(3, 16, 4, stride=4), nn.Conv2d(16, 32, 2, stride=2)
+        self.see = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(32 * 4 * 4, WIDTH))
         self.read = nn.Linear(BUCKETS, WIDTH)
-        self.see(torch.zeros(1, 3, SIDE, SIDE))
 
     def forward(self, pictures: Tensor, words: Tensor) -> Tensor:
         """The loss of telling which caption belongs to which picture of the batch."""

@@ -2,7 +2,7 @@
 
     python tests/streaming_jobs.py LOOP FOLDER OUTPUT WORKERS START_METHOD
 
-Each rank of the launcher's environment writes what it consumes to OUTPUT/rank-R.jsonl before gradients are averaged: all
+Each rank of the launcher writes what it consumes to OUTPUT/rank-R.jsonl before gradients are averaged: all
 ranks have written a step before any of them goes on. The state is kept after each step; where there is one, the loop
 goes on from it.
 """

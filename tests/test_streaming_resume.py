@@ -67,7 +67,7 @@ def whole_run(folder: Path) -> Consumed:
 def run(
     loop: str, folder: Path, output: Path, *, ranks: int, workers: int, start_method: str, until: int | None
 ) -> None:
-    """Start all ranks; kill them with -9 when rank 0 has consumed the `until`-th step of the run, or wait for the end."""
+    """Start all ranks; kill them with -9 when one has consumed the run's `until`-th step, or wait for the end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -17,6 +17,7 @@ OURS, READER, TRANSFORM, MIXTURE = "ours", "ours, reading alone", "ours, a trans
 SAMPLE_BYTES, SHARD_SAMPLES, NUM_SHARDS = 200, 10_000, 10
 NUM_SAMPLES = NUM_SHARDS * SHARD_SAMPLES
 SHUFFLE_BUFFER = 1000  # samples that webdataset shuffles among
+BATCHES_FOUND = 8  # whose samples are looked up together, as the loader does
 SHARDS, SEEK_SHARDS = "text", "seek"
 SOURCES = (4, 3, 2, 1)  # shards of each source of the mixture, and its weights
 LETTERS = b"etaoinshrdlu     "
@@ -109,7 +110,7 @@ def _same(sample: Any, _rng: Any) -> Any:
 
 
 def our_reader(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[list[Any]]:
-    """What lies below our loader: the order, and the samples read and checked."""
+    """What is below our loader: the order, and the samples read and checked."""
     from captioner.streaming.dataset import read_split
     from captioner.streaming.order import ShardOrder
     from captioner.streaming.reader import ShardReader
@@ -117,8 +118,11 @@ def our_reader(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterato
     split = read_split([str(folder / SHARDS)], "train")
     order = ShardOrder([entry.samples for _, entry in split.shards], seed=0, batch_size=batch)
     reader = ShardReader(split.shards, max_open=len(split.shards))
-    for start in range(0, order.num_samples - batch + 1, batch):
-        yield [reader.read(ref.shard, ref.place) for ref in order.refs(epoch, range(start, start + batch))]
+    size = batch * BATCHES_FOUND
+    for start in range(0, order.num_samples, size):
+        refs = order.refs(epoch, range(start, min(start + size, order.num_samples)))
+        for first in range(0, len(refs), batch):
+            yield [reader.read(ref.shard, ref.place) for ref in refs[first : first + batch]]
 
 
 def plain_webdataset(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[list[Any]]:

@@ -47,7 +47,8 @@ def texts(batch: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def make_loader(folder: str | Path | Sequence[str | Path], **options: Any) -> StreamingLoader:
     """A loader of list batches of 8, unless the options say otherwise."""
-    return StreamingLoader(folder, **{"split": "train", "batch_size": 8, "collate": list} | options)
+    chosen: dict[str, Any] = {"batch_size": 8, "collate": list} | options
+    return StreamingLoader(folder, split="train", **chosen)
 
 
 def run_epochs(loader: StreamingLoader, epochs: int) -> list[list[str]]:

@@ -4,7 +4,6 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -144,7 +143,7 @@ def test_the_state_moves_when_a_batch_is_taken_not_when_it_is_made(folder: Path)
 
 
 def test_an_epoch_ends_with_the_iteration_and_the_state_at_its_last_batch_is_the_next_ones_start(folder: Path) -> None:
-    loader = make_loader(folder)
+    loader, last = make_loader(folder), {}
     for _ in loader:
         assert loader.epoch == 0
         last = loader.state_dict()
@@ -527,7 +526,7 @@ def test_buffers_are_used_again_but_never_while_a_batch_is_held(folder: Path, st
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Three splits whose texts tell them apart."""
     root = tmp_path_factory.mktemp("mixture")
     folders = []

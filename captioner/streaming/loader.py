@@ -26,6 +26,7 @@ from captioner.streaming.dataset import Split, check_filled, read_split
 from captioner.streaming.ledger import Ledger
 from captioner.streaming.mixture import MixtureOrder, Since
 from captioner.streaming.order import SHUFFLE_SHARDS, ShardOrder
+from captioner.streaming.quality import first_shards, measure_mixing
 from captioner.streaming.worker import (
     BatchMaker,
     Collate,
@@ -382,8 +383,35 @@ class StreamingLoader:
     # ---- told before anything is read -----------------------------------------------------------------------
 
     def describe(self) -> str:
-        """What an epoch reads and how well it is mixed, in lines for people."""
-        raise NotImplementedError
+        """What an epoch reads, of which sources, and how well it is mixed: lines for people."""
+        parts, order, shards = self._resolve(), self.order, self.split.shards
+        shard_bytes = [entry.bytes for _, entry in shards]
+        last = parts.num_samples - (parts.num_steps - 1) * self.batch_size
+        endings = {
+            "keep": f"the last of {min(last, self.batch_size):,}",
+            "pad": f"the last filled up with {self.batch_size - last:,} of the first samples",
+            "drop": f"{parts.num_dropped:,} samples left out",
+        }
+        lines = [
+            f"{self.split.num_samples:,} samples in {len(shards):,} shards, {sum(shard_bytes) / 1e9:,.2f} GB",
+            f"{parts.num_steps:,} steps of {self.batch_size:,} samples, {endings[self.last_batch]}; "
+            f"{self.batch_size // parts.world_size:,} of each batch for each of {parts.world_size:,} ranks",
+        ]
+        if isinstance(order, MixtureOrder):
+            lines += [f"weights, as shares of the samples, each rank reads from all shards: {order}"]
+        else:
+            own = order.of_epoch(self._epoch).shards_of_rank(parts.rank, world_size=parts.world_size)
+            own_bytes = sum(shard_bytes[shard] for shard in own)
+            lines += [f"rank {parts.rank} reads from {len(own):,} shards, {own_bytes / 1e9:,.2f} GB"]
+        first = first_shards(
+            order, [position % order.num_samples for position in parts.positions(0)], epoch=self._epoch
+        )
+        first_bytes = sum(shard_bytes[shard] for shard in first)
+        lines += [f"before the first step this rank opens {len(first):,} shards, {first_bytes / 1e9:,.2f} GB"]
+        if self.shuffle:
+            sizes = [entry.samples for _, entry in shards]
+            lines += [f"mixing: {measure_mixing(order, sizes, batch_size=self.batch_size, epoch=self._epoch)}"]
+        return "\n".join(lines)
 
 
 # ---- processes --------------------------------------------------------------------------------------------

@@ -59,8 +59,8 @@ class MixtureOrder:
         self._table, self._before = fill_period(self.parts)
         window = max(1, shuffle_shards // len(sources))
         seeds = random_bits(np.arange(len(sources)), seed, SOURCE_SEED).tolist()
-        self._orders = [
-            ShardOrder(sizes, seed=own, batch_size=window, shuffle_shards=window, shuffle=shuffle)
+        self._orders = [  # in one lane: what a batch has of a source comes from anywhere in its window
+            ShardOrder(sizes, seed=own, batch_size=1, shuffle_shards=window, shuffle=shuffle)
             for sizes, own in zip(sources, seeds, strict=True)
         ]
         self._first_shards = np.cumsum([0, *map(len, sources)]).tolist()
@@ -98,6 +98,14 @@ class MixtureOrder:
             count + periods * part + more
             for count, part, more in zip(self.since.counts, self.parts, begun, strict=True)
         )
+
+    def __str__(self) -> str:
+        """Each source's part of the samples, and what an epoch takes of it."""
+        whole, lines = sum(self.parts), []
+        for number, (part, size) in enumerate(zip(self.parts, self.sizes, strict=True), start=1):
+            passes = part / whole * self.num_samples / size
+            lines.append(f"{part / whole:.2%} from source {number} ({size:,} samples, {passes:.2f} passes an epoch)")
+        return "; ".join(lines)
 
     def open_shards(self, world_size: int) -> int:
         """Shards that one rank reads from at the same time, at most: each rank reads from those of all."""

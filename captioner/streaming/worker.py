@@ -139,7 +139,7 @@ class BatchMaker(Dataset[Made | Failed]):
         self._reader: ShardReader | None = None
         self._prefetcher: Prefetcher | None = None
 
-    def __getitem__(self, item: Item) -> Made | Failed:
+    def __getitem__(self, item: Item) -> Made | Failed:  # type: ignore[override]
         if get_worker_info() is None:
             return self._make(item)
         try:

@@ -1,0 +1,226 @@
+"""The laws of weighted mixtures, and how well orders mix."""
+
+import time
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captioner.errors import StreamingError
+from captioner.streaming import quality
+from captioner.streaming.mixture import PERIOD, MixtureOrder, Since, fill_period, round_weights
+from captioner.streaming.order import ShardOrder, rank_positions
+from captioner.streaming.quality import first_shards, measure_mixing, near_in_full_shuffle
+
+WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=6)
+SIZES = st.lists(st.integers(1, 30), min_size=1, max_size=4)
+
+
+def mixture(sources: list[list[int]], weights: list[float], **options: object) -> MixtureOrder:
+    """A mixture of global batches of 48."""
+    return MixtureOrder(sources, **{"weights": weights, "seed": 3, "batch_size": 48} | options)  # type: ignore[arg-type]
+
+
+# ---- the period -------------------------------------------------------------------------------------------
+
+
+@given(weights=WEIGHTS)
+@settings(max_examples=60, deadline=None)
+def test_in_every_prefix_and_window_each_source_has_its_part(weights: list[float]) -> None:
+    parts = round_weights(weights)
+    table, before = fill_period(parts)
+    length = sum(parts)
+    assert PERIOD % length == 0 or length <= PERIOD
+    twice = np.concatenate((table, table))
+    for source, part in enumerate(parts):
+        is_source = twice == source
+        counts = np.concatenate(([0], np.cumsum(is_source)))
+        ahead = counts - np.arange(2 * length + 1) * part / length
+        assert np.abs(ahead).max() < 1  # so no window is off by 2 or more
+        assert counts[length] == part
+        assert (before[table == source] == np.arange(part)).all()
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [(1, 1), (1, 1, 1, 1, 1, 1), (1, 16383), (5461, 5461, 5462), (1, 2, 3, 5, 8, 13), (7, 1, 1, 1, 1, 1), (3, 3, 2)],
+)
+def test_the_bound_is_tijdemans_in_exact_numbers(parts: tuple[int, ...]) -> None:
+    table, _ = fill_period(parts)
+    length, counts = sum(parts), [0] * len(parts)
+    worst = Fraction(0)
+    for position, chosen in enumerate(table.tolist(), start=1):
+        counts[chosen] += 1
+        worst = max(
+            worst, *(abs(count - Fraction(position * part, length)) for count, part in zip(counts, parts, strict=True))
+        )
+    assert worst <= 1 - Fraction(1, 2 * len(parts) - 2)
+
+
+def test_weights_are_rounded_to_parts_and_small_whole_ones_are_kept() -> None:
+    assert round_weights([1, 3]) == (1, 3)
+    assert round_weights([2, 6]) == (1, 3)
+    assert round_weights([0.25, 0.75]) == (1, 3)
+    assert round_weights([5]) == (1,)
+    parts = round_weights([1 / 3, 1 / 3, 1 / 3 + 1e-9])
+    assert max(parts) - min(parts) <= 1
+    assert min(round_weights([1e-9, 1])) == 1
+    for weight in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(StreamingError, match="above 0"):
+            round_weights([weight, 1])
+
+
+def test_a_period_of_six_sources_is_filled_at_once() -> None:
+    fill_period.cache_clear()
+    started = time.process_time()
+    fill_period(round_weights([0.1234, 0.2345, 0.3456, 0.0567, 0.0678, 0.1720]))
+    assert time.process_time() - started < 1
+
+
+# ---- the arithmetic ---------------------------------------------------------------------------------------
+
+
+@given(sizes=st.lists(st.integers(1, 10**8), min_size=1, max_size=6), data=st.data(), start=st.integers(0, 10**12))
+@settings(max_examples=60, deadline=None)
+def test_a_seek_finds_the_same_numbers_as_counting(sizes: list[int], data: st.DataObject, start: int) -> None:
+    weights = data.draw(st.lists(st.floats(0.05, 20), min_size=len(sizes), max_size=len(sizes)))
+    order = mixture([[size] for size in sizes], weights)
+    counts = list(order.counts(start))
+    sources, numbers = order.assign(np.arange(start, start + 200))
+    for source, number in zip(sources.tolist(), numbers.tolist(), strict=True):
+        assert number == counts[source]
+        counts[source] += 1
+    assert tuple(counts) == order.counts(start + 200)
+    whole = sum(order.parts)
+    assert all(
+        abs(count - (start + 200) * part / whole) < 1.001 for count, part in zip(counts, order.parts, strict=True)
+    )
+
+
+@given(sources=st.lists(SIZES, min_size=1, max_size=4), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_passes_are_complete_before_they_repeat_and_the_same_for_any_ranks(
+    sources: list[list[int]], data: st.DataObject
+) -> None:
+    weights = data.draw(st.lists(st.floats(0.2, 5), min_size=len(sources), max_size=len(sources)))
+    world_size = data.draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16]))
+    order = mixture(sources, weights, shuffle_shards=data.draw(st.integers(1, 8)))
+    firsts = np.cumsum([0, *map(len, sources)])
+    run: list[tuple[int, int]] = []
+    for epoch in range(4):
+        for step in range(-(-order.num_samples // 48)):
+            for rank in range(world_size):
+                positions = rank_positions(
+                    step, num_samples=order.num_samples, global_batch=48, rank=rank, world_size=world_size
+                )
+                run += [(shard, place) for _, shard, place in order.refs(epoch, positions)]
+    assert run == [
+        (shard, place) for epoch in range(4) for _, shard, place in order.refs(epoch, range(order.num_samples))
+    ]
+    for source, sizes in enumerate(sources):
+        own = [(shard, place) for shard, place in run if firsts[source] <= shard < firsts[source + 1]]
+        size = sum(sizes)
+        for first in range(0, len(own), size):
+            found = Counter(own[first : first + size])
+            assert set(found.values()) <= {1}
+            assert len(found) == min(size, len(own) - first)
+            assert all(place < sizes[shard - firsts[source]] for shard, place in found)
+
+
+@given(position=st.integers(0, 300), old=st.lists(st.floats(0.2, 5), min_size=3, max_size=3), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_new_weights_change_only_what_comes_after_and_break_no_pass(
+    position: int, old: list[float], data: st.DataObject
+) -> None:
+    sources = [[11, 7], [20], [5, 5, 13]]
+    before = mixture(sources, old)
+    new = data.draw(st.lists(st.floats(0.2, 5), min_size=3, max_size=3))
+    after = mixture(sources, new, since=Since(position, before.counts(position)))
+    assert after.counts(position) == before.counts(position)
+    first, last = before.assign(np.arange(position)), after.assign(np.arange(position, position + 400))
+    for source in range(3):
+        numbers = np.concatenate((first[1][first[0] == source], last[1][last[0] == source]))
+        assert numbers.tolist() == list(range(len(numbers)))
+    whole = sum(after.parts)
+    for length in range(1, 400, 7):
+        given = np.array(after.counts(position + length)) - np.array(after.counts(position))
+        assert np.abs(given - length * np.array(after.parts) / whole).max() < 1
+    assert [
+        order.locate(np.arange(9))[0].shape for order in (after._orders[0].of_epoch(0), before._orders[0].of_epoch(0))
+    ]
+    assert after._orders[0].refs(1, range(18)) == before._orders[0].refs(1, range(18))
+
+
+def test_equal_sources_do_not_move_in_lockstep() -> None:
+    order = mixture([[50, 50], [50, 50]], [1, 1])
+    refs = order.refs(0, range(200))
+    first = [(shard, place) for _, shard, place in refs if shard < 2]
+    second = [(shard - 2, place) for _, shard, place in refs if shard >= 2]
+    assert len(first) == len(second) == 100
+    assert sum(one == other for one, other in zip(first, second, strict=True)) < 10
+
+
+def test_arguments_that_make_no_mixture_are_refused() -> None:
+    with pytest.raises(StreamingError, match="2 sources and 1 weights"):
+        mixture([[1], [2]], [1])
+    with pytest.raises(StreamingError, match="source 2 of the mixture holds no samples"):
+        mixture([[1], [0]], [1, 1])
+    with pytest.raises(StreamingError, match="epoch_samples is 0"):
+        mixture([[1]], [1], epoch_samples=0)
+
+
+# ---- how well orders mix ----------------------------------------------------------------------------------
+
+
+class FullShuffle:
+    """A permutation of one shard."""
+
+    num_samples = 10_000
+
+    def __init__(self) -> None:
+        self.places = np.random.default_rng(0).permutation(self.num_samples).tolist()
+
+    def refs(self, _epoch: int, positions: range) -> list[tuple[int, int, int]]:
+        """Its samples."""
+        return [(position, 0, self.places[position]) for position in positions]
+
+
+def by_brute_force(order: ShardOrder | FullShuffle, sizes: list[int], length: int) -> tuple[float, float]:
+    """Mean displacement against a full shuffle's, and the part of samples whose neighbour comes near."""
+    starts = np.cumsum([0, *sizes])
+    stored = np.array([starts[shard] + place for _, shard, place in order.refs(0, range(order.num_samples))])
+    comes = np.argsort(stored)
+    displacement = np.abs(stored - np.arange(len(stored))).mean() / len(stored)
+    return 3 * float(displacement), float((np.abs(np.diff(comes)) <= length).sum() / len(stored))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "window"), [([100] * 100, 1), ([100] * 100, 8), ([100] * 100, 256), ([1000] * 10, 4)]
+)
+@pytest.mark.parametrize("looked_at", [1 << 13, 1 << 20])
+def test_the_mixing_of_an_order_is_measured_as_by_brute_force(
+    monkeypatch: pytest.MonkeyPatch, sizes: list[int], window: int, looked_at: int
+) -> None:
+    monkeypatch.setattr(quality, "LOOKED_AT", looked_at)
+    order = ShardOrder(sizes, seed=1, batch_size=64, shuffle_shards=window)
+    displacement, near = by_brute_force(order, sizes, 64)
+    found = measure_mixing(order, sizes, batch_size=64)
+    exactly = looked_at > order.num_samples
+    assert found.displacement == pytest.approx(displacement, rel=1e-9 if exactly else 0.05)
+    assert found.near == pytest.approx(near, rel=1e-9 if exactly else 0.15)
+
+
+def test_a_full_shuffle_measures_one() -> None:
+    found = measure_mixing(FullShuffle(), [10_000], batch_size=64)  # type: ignore[arg-type]
+    assert found.displacement == pytest.approx(1, rel=0.03)
+    assert found.near == pytest.approx(found.near_shuffled, rel=0.3)
+    assert near_in_full_shuffle(10, 9) == pytest.approx(0.9)
+    assert near_in_full_shuffle(1, 5) == 0
+
+
+def test_the_shards_of_a_first_batch_are_known_before_it_is_read() -> None:
+    order = ShardOrder([10] * 20, seed=0, batch_size=8, shuffle_shards=8)
+    assert first_shards(order, range(8)) == sorted({shard for _, shard, _ in order.refs(0, range(8))})

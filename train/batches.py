@@ -6,7 +6,7 @@ Shapes: B samples, P sides of a view in pixels, F features of a picture.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from captioner.streaming.dataset import Split
 from captioner.streaming.order import SAMPLE_CHANCE
 from captioner.vocabulary import Vocabulary
 from train.features import FeatureFiles, FeatureReader
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 PINNED_FOR = ("cuda", "xpu")  # device types that copy from page-locked memory asynchronously
 
@@ -72,6 +74,12 @@ class Batch:
         return replace(self, inputs=change(self.inputs), captions=self.captions.map(change))
 
 
+def _drawing_nothing(function: Function) -> Function:
+    """The function, marked so that the loader seeds no random numbers for it: chance comes from the position here."""
+    function.is_random = False  # type: ignore[attr-defined]
+    return function
+
+
 class Row(NamedTuple):
     """A sample whose view, or features, is in the buffer: its part of the batch, position, key and captions."""
 
@@ -117,18 +125,20 @@ class CaptionBatches:
 
     # ---- a sample -----------------------------------------------------------------------------------------
 
+    @_drawing_nothing
     def transform(self, sample: dict[str, Any], _rng: object = None) -> Row:
         """Write a sample's view, or features, into the batch's buffer. Raises SampleError and UserError."""
         key, position = sample["__key__"], sample["__position__"]
+        picture, captions = find_members(sample)
         try:
-            content = read_content(_member(sample, captions=True), key=key)
+            content = read_content(captions, key=key)
         except ValueError as error:
             message = f"sample {key} in {sample['__url__']} has no captions ({error}): {RESTORE}"
             raise SampleError("no captions", message) from error
         part = self._part(sample["__epoch__"], position)
         row = self._rows[part * self.part_rows + self._filled[part]]
         if self.features is None:
-            self._fill_view(row, sample, content["captions"])
+            self._fill_view(row, picture, sample, content["captions"])
         else:
             self._feature_reader().read_into(row, sample["__shard__"], sample["__place__"])
         self._filled[part] += 1
@@ -152,8 +162,8 @@ class CaptionBatches:
             return (self.crop, self.crop, 3), torch.uint8
         return (self.features.num_features,), torch.float32
 
-    def _fill_view(self, view_PP3: np.ndarray, sample: dict[str, Any], captions: list[str]) -> None:
-        pixels_HW3 = self._decode(sample)
+    def _fill_view(self, view_PP3: np.ndarray, picture: bytes, sample: dict[str, Any], captions: list[str]) -> None:
+        pixels_HW3 = self._decode(picture, sample)
         height, width, _ = pixels_HW3.shape
         if min(height, width) < self.crop:
             raise UserError(f"the shards hold pictures of {width}x{height}: give a smaller --crop")
@@ -167,14 +177,13 @@ class CaptionBatches:
         else:
             view_PP3[:] = cut_PP3
 
-    def _decode(self, sample: dict[str, Any]) -> np.ndarray:
-        """A sample's pixels (height, width, 3), uint8; pictures that were stored as they are get their size here."""
+    def _decode(self, picture: bytes, sample: dict[str, Any]) -> np.ndarray:
+        """A picture's pixels (height, width, 3), uint8; pictures that were stored as they are get their size here."""
         if self._stderr is None and get_worker_info() is not None:  # a process of its own, in which one thread decodes
             self._stderr = own_stderr()
             self._stderr.__enter__()
         squash_to = self.split.stored_sizes[sample["__shard__"]]
         try:
-            picture = _member(sample, captions=False)
             if squash_to is None:
                 return images.decode_stored(picture)
             return np.array(images.load_resized(picture, size=squash_to, resize="squash")[0])
@@ -190,6 +199,7 @@ class CaptionBatches:
 
     # ---- a batch ------------------------------------------------------------------------------------------
 
+    @_drawing_nothing
     def collate(self, rows: list[Row]) -> list[Batch]:
         """The parts of the batch that these samples are."""
         parts = range(self.accumulation_steps)
@@ -218,9 +228,16 @@ class CaptionBatches:
         )
 
 
-def _member(sample: dict[str, Any], *, captions: bool) -> bytes:
-    """The content of a sample's picture, or of its captions; the index of captioned pictures lists no others."""
-    return next(data for name, data in sample.items() if name[:2] != "__" and is_caption_field(name) == captions)
+def find_members(sample: dict[str, Any]) -> tuple[bytes, bytes]:
+    """The content of a sample's picture, empty where it was not read, and of its captions: it has no other fields."""
+    picture = captions = b""
+    for name, content in sample.items():
+        if name[:2] != "__":
+            if is_caption_field(name):
+                captions = content
+            else:
+                picture = content
+    return picture, captions
 
 
 def check_batch_size(batch_size: int, *, world_size: int, accumulation_steps: int = 1) -> None:

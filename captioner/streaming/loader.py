@@ -369,7 +369,7 @@ class StreamingLoader:
         return BatchMaker(
             self.split, self.order, parts, seed=self.seed, fields=self._fields, decode=self._decode,
             transform=self._transform, collate=self._collate or default_collate,
-            is_random=self._transform is not None or self._collate is not None, cache=self._cache,
+            is_random=any(map(_is_random, (self._transform, self._collate))), cache=self._cache,
             tolerant=self.tolerate_bad_samples > 0, taken=taken, buffers=buffers,
         )  # fmt: skip
 
@@ -415,6 +415,11 @@ class StreamingLoader:
 
 
 # ---- processes --------------------------------------------------------------------------------------------
+
+
+def _is_random(function: Callable[..., Any] | None) -> bool:
+    """Whether random numbers are seeded for a function: for each but those with the attribute `is_random = False`."""
+    return function is not None and getattr(function, "is_random", True)
 
 
 class _Workers:

@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from streaming_data import global_batches, make_loader, run_epochs, text_of, texts, write_split, write_tar
-from torch.utils.data import get_worker_info
 
 from captioner.errors import StreamingError, TooManyBadSamplesError, TransformError, UserError
 from captioner.streaming import SampleError, StreamingLoader, batch_buffer, index_shards
@@ -498,16 +497,18 @@ def number(sample: dict[str, Any], _rng: np.random.Generator) -> int:
 def in_buffer(numbers: list[int]) -> dict[str, Any]:
     rows = batch_buffer((len(numbers), 2), torch.int64)
     rows[:, 0] = torch.tensor(numbers)
-    rows[:, 1] = rows.data_ptr() if get_worker_info() else 0
+    rows[:, 1] = rows.data_ptr()
     halves = batch_buffer((len(numbers),), torch.bfloat16)
     halves[:] = 0.5
     batch_buffer((3,), torch.uint8)  # taken, and not in the batch
     return {"rows": rows, "first": [rows[:1]], "halves": (halves, "text")}
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_buffers_are_used_again_but_never_while_a_batch_is_held(folder: Path, start_method: str) -> None:
-    loader = make_loader(folder, transform=number, collate=in_buffer, num_workers=1, start_method=start_method)
+@pytest.mark.parametrize(("workers", "start_method"), [(0, None), (1, "fork"), (1, "spawn")])
+def test_buffers_are_used_again_but_never_while_a_batch_is_held(
+    folder: Path, workers: int, start_method: str | None
+) -> None:
+    loader = make_loader(folder, transform=number, collate=in_buffer, num_workers=workers, start_method=start_method)
     held = [batch for _ in range(4) for batch in loader]
     for step, batch in enumerate(held):
         first = step % 6 * 8

@@ -8,13 +8,15 @@ batches loses nothing: a worker that finds no free buffer takes fresh memory.
 import copy
 import math
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 PLAIN = frozenset((str, bytes, int, float, bool, type(None)))  # no container, no tensor
 
@@ -22,19 +24,13 @@ PLAIN = frozenset((str, bytes, int, float, bool, type(None)))  # no container, n
 def batch_buffer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor for a batch, to be filled in `transform` or `collate` and returned in the batch.
 
-    In a loader's worker it is memory that reaches the training process without a copy, and that is used again when that
-    process has dropped the batch; tensors of it must not be kept in the worker. Elsewhere it is a plain tensor.
+    It reaches the training process without a copy, and is used again when that process has dropped the batch: keep no
+    tensor of it elsewhere. Outside of these functions it is a plain tensor.
     """
     return torch.empty(tuple(shape), dtype=dtype) if _own is None else _own.take(shape, dtype)
 
 
-_own: "WorkerBuffers | None" = None  # of the loader that this worker process belongs to
-
-
-def use_buffers(buffers: "WorkerBuffers") -> None:
-    """Let `batch_buffer` take from these, in this worker process."""
-    global _own  # noqa: PLW0603
-    _own = buffers
+_own: "WorkerBuffers | None" = None  # of the loader that makes a batch in this process
 
 
 class Slot:
@@ -46,9 +42,9 @@ class Slot:
 
 
 class WorkerBuffers:
-    """A worker's side: at most `count` buffers, whose state is `taken[first:first + count]` in shared memory.
+    """The side that fills: at most `count` buffers, whose state is `taken[first:first + count]` in shared memory.
 
-    Only the worker sets a flag, only the training process clears it.
+    Only a worker sets a flag, only the training process clears it.
     """
 
     def __init__(self, taken: Tensor, *, first: int, count: int) -> None:
@@ -58,6 +54,18 @@ class WorkerBuffers:
         self._unseen: set[int] = set()
         self._in_hand: dict[int, int] = {}  # address -> number
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """While entered `batch_buffer` takes from these; those that went into no batch are free again after it."""
+        global _own  # noqa: PLW0603
+        before, _own = _own, self
+        try:
+            yield
+        finally:
+            _own = before
+            self._drop(self._in_hand.values())
+            self._in_hand.clear()
+
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A free buffer as a tensor; fresh memory where there is none."""
         num_bytes = math.prod(shape) * dtype.itemsize
@@ -65,7 +73,9 @@ class WorkerBuffers:
             if not self._taken[number]:
                 memory = self._memory.get(number)
                 if memory is None or len(memory) < num_bytes:
-                    memory = self._memory[number] = torch.empty(max(1, num_bytes), dtype=torch.uint8).share_memory_()
+                    memory = self._memory[number] = torch.empty(max(1, num_bytes), dtype=torch.uint8)
+                    if get_worker_info() is not None:
+                        memory.share_memory_()
                     self._unseen.add(number)
                 self._taken[number] = 1
                 self._in_hand[memory.data_ptr()] = number
@@ -73,15 +83,13 @@ class WorkerBuffers:
         return torch.empty(tuple(shape), dtype=dtype)
 
     def give(self, batch: Any) -> tuple[Any, bool]:
-        """The batch with Slots for tensors in buffers, and whether there are any; other buffers are free again."""
+        """The batch with Slots for tensors in buffers, and whether there are any."""
         if not self._in_hand:
             return batch, False
         given: set[int] = set()
 
         def replace(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            number = self._in_hand.get(value.untyped_storage().data_ptr())
+            number = self._in_hand.get(value.untyped_storage().data_ptr()) if isinstance(value, Tensor) else None
             if number is None:
                 return value
             given.add(number)
@@ -90,22 +98,22 @@ class WorkerBuffers:
             return Slot(number, memory, value)
 
         found = map_leaves(batch, replace)
-        self.drop(keep=given)
+        self._drop(set(self._in_hand.values()) - given)
+        self._in_hand.clear()
         return found, bool(given)
 
-    def drop(self, *, keep: Collection[int] = ()) -> None:
-        """Free the buffers in hand that went into no batch."""
-        for number in self._in_hand.values():
-            if number not in keep:
-                self._taken[number] = 0
-        self._in_hand.clear()
+    def _drop(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            self._taken[number] = 0
 
 
 class Buffers:
     """The training process's side, of all workers."""
 
     def __init__(self, *, num_workers: int, count: int) -> None:
-        self.taken = torch.zeros(max(1, num_workers * count), dtype=torch.uint8).share_memory_()
+        self.taken = torch.zeros(max(1, num_workers) * count, dtype=torch.uint8)
+        if num_workers:
+            self.taken.share_memory_()
         self._flags = self.taken.numpy()
         self._memory: dict[int, Tensor] = {}
 

@@ -20,7 +20,7 @@ from captioner.streaming.cache import (
 )
 
 NEAR_BYTES = 4096  # between members that are read together
-TOGETHER_BYTES = 1 << 18  # read together at most: to copy members out of more costs more than reads of their own
+TOGETHER_BYTES = 1 << 14  # read together at most: to copy members out of more costs more than reads of their own
 
 
 class SampleError(StreamingError):

@@ -30,7 +30,7 @@ from webdataset.autodecode import Decoder, DecodingError, gzfilter, imagehandler
 
 from captioner.errors import StreamingError, TransformError, UserError
 from captioner.shards.splitmix import random_bits
-from captioner.streaming.buffers import WorkerBuffers, use_buffers
+from captioner.streaming.buffers import WorkerBuffers
 from captioner.streaming.cache import Prefetcher, ShardCache
 from captioner.streaming.dataset import Split
 from captioner.streaming.ledger import Skip
@@ -125,7 +125,7 @@ class BatchMaker(Dataset[Made | Failed]):
         is_random: bool,
         cache: ShardCache | None,
         tolerant: bool,
-        taken: Tensor | None,
+        taken: Tensor,
         buffers: int,
     ) -> None:
         self.split, self.order, self.parts, self.seed = split, order, parts, seed
@@ -149,8 +149,6 @@ class BatchMaker(Dataset[Made | Failed]):
                 self._sent = True
             return made
         except Exception as error:
-            if self.own_buffers is not None:
-                self.own_buffers.drop()
             return Failed(as_sent(error), traceback.format_exc())
 
     def close(self) -> None:
@@ -161,14 +159,10 @@ class BatchMaker(Dataset[Made | Failed]):
         self._reader = self._prefetcher = None
 
     @cached_property
-    def own_buffers(self) -> WorkerBuffers | None:
-        """This worker's buffers, from now on those of `batch_buffer`; None in the training process."""
+    def own_buffers(self) -> WorkerBuffers:
+        """The buffers of this process."""
         worker = get_worker_info()
-        if worker is None or self.taken is None:
-            return None
-        found = WorkerBuffers(self.taken, first=worker.id * self.buffers, count=self.buffers)
-        use_buffers(found)
-        return found
+        return WorkerBuffers(self.taken, first=worker.id * self.buffers if worker else 0, count=self.buffers)
 
     @cached_property
     def randomness(self) -> "Randomness":
@@ -178,7 +172,6 @@ class BatchMaker(Dataset[Made | Failed]):
     # ---- one batch ----------------------------------------------------------------------------------------
 
     def _make(self, item: Item) -> Made:
-        buffers = self.own_buffers
         positions = self.parts.positions(item.step)
         skipped: list[Skip] = []
         samples = self._read(
@@ -186,14 +179,12 @@ class BatchMaker(Dataset[Made | Failed]):
         )  # all, before one is decoded, which empties the processor's caches
         found = [sample["__position__"] for sample in samples]
         seeded = positions if self.transform is not None else positions[:1]
-        with self.randomness.batch(self.seed, item.epoch, seeded) if self.is_random else nullcontext():
+        seeding = self.randomness.batch(self.seed, item.epoch, seeded) if self.is_random else nullcontext()
+        with self.own_buffers.in_use(), seeding:
             values: list[Any] = samples
             if self.decode is not None or self.transform is not None:
                 values, found = self._transform_all(samples, skipped)
-            batch = self._collated(values, item, positions)
-        if buffers is None:
-            return Made(batch, found, skipped, in_buffers=False)
-        batch, in_buffers = buffers.give(batch)
+            batch, in_buffers = self.own_buffers.give(self._collated(values, item, positions))
         return Made(batch, found, skipped, in_buffers)
 
     def _read(self, item: Item, positions: range, skipped: list[Skip]) -> list[Sample]:
@@ -214,13 +205,13 @@ class BatchMaker(Dataset[Made | Failed]):
     def _find(self, item: Item) -> list[SampleRef]:
         """The samples of a batch; those of this process's next batches are looked up with them, which costs less."""
         if item not in self._found:
-            number_of_workers = worker.num_workers if (worker := get_worker_info()) else 1
-            steps = range(item.step, self.parts.num_steps, number_of_workers)[:BATCHES_FOUND]
-            sizes = [len(self.parts.positions(step)) for step in steps]
-            positions = [position % self.order.num_samples for step in steps for position in self.parts.positions(step)]
-            refs = iter(self.order.refs(item.epoch, positions))
+            stride = worker.num_workers if (worker := get_worker_info()) else 1
+            steps = range(item.step, self.parts.num_steps, stride)[:BATCHES_FOUND]
+            own = [self.parts.positions(step) for step in steps]
+            positions = np.concatenate([np.arange(each.start, each.stop) for each in own]) % self.order.num_samples
+            refs = iter(self.order.refs(item.epoch, positions.tolist()))
             self._found = {
-                Item(item.epoch, step): list(islice(refs, size)) for step, size in zip(steps, sizes, strict=True)
+                Item(item.epoch, step): list(islice(refs, len(each))) for step, each in zip(steps, own, strict=True)
             }
         return self._found.pop(item)
 
@@ -242,7 +233,9 @@ class BatchMaker(Dataset[Made | Failed]):
         if self.transform is None:
             return decoded
         try:
-            return self.transform(decoded, self.randomness.start(sample["__position__"]))
+            randomness = self.randomness
+            rng = randomness.start(sample["__position__"]) if self.is_random else randomness.generator
+            return self.transform(decoded, rng)
         except UserError:
             raise
         except Exception as error:
@@ -364,7 +357,7 @@ class Randomness:
     def __init__(self) -> None:
         self._philox = np.random.Philox(key=0)
         self._state = self._philox.state
-        self._generator = np.random.Generator(self._philox)
+        self.generator = np.random.Generator(self._philox)
         self._bits: dict[int, int] = {}
 
     @contextmanager
@@ -393,7 +386,7 @@ class Randomness:
         self._philox.state = state
         random.seed(bits + stream)
         torch.default_generator.manual_seed((bits + stream) & MOST_SEED)
-        return self._generator
+        return self.generator
 
 
 # ---- a worker's life --------------------------------------------------------------------------------------

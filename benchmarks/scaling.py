@@ -159,7 +159,7 @@ def write_synthetic(folder: Path, num_samples: int) -> Row:
 def plan_alone(folder: Path, world_size: int) -> Row:
     """Read a manifest, plan an epoch and seek to its middle, as rank 0."""
     from captioner.streaming.dataset import read_split
-    from captioner.streaming.order import rank_positions
+    from captioner.streaming.order import ShardOrder, rank_positions
 
     laps = Laps()
     split = read_split([str(folder)], "train", remedy="")
@@ -167,7 +167,7 @@ def plan_alone(folder: Path, world_size: int) -> Row:
     assert split.fingerprint
     row["fingerprint_seconds"] = laps.lap()
     batch = SEEK_POSITIONS * world_size
-    plan = split.plan(seed=1, epoch=3, global_batch=batch, shuffle_shards=max(256, world_size))
+    plan = ShardOrder(split.sizes, seed=1, batch_size=batch, shuffle_shards=max(256, world_size)).of_epoch(3)
     row["plan_seconds"] = laps.lap()
     fixed = {"num_samples": plan.num_samples, "global_batch": batch, "rank": 0, "world_size": world_size}
     refs = plan.refs(rank_positions(plan.num_samples // batch // 2, **fixed))

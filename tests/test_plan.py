@@ -230,9 +230,9 @@ import re, sys, time
 from pathlib import Path
 started = time.monotonic()
 from captioner.streaming.dataset import read_split
-from captioner.streaming.order import rank_positions
+from captioner.streaming.order import ShardOrder, rank_positions
 split = read_split([sys.argv[1]], "train", remedy="")
-plan = split.plan(seed=1, epoch=3, global_batch=1024)
+plan = ShardOrder(split.sizes, seed=1, batch_size=1024).of_epoch(3)
 step = plan.num_samples // 1024 // 2
 refs = plan.refs(rank_positions(step, num_samples=plan.num_samples, global_batch=1024, rank=0, world_size=1))
 print(len(refs), plan.num_samples, len({ref.shard for ref in refs}), "torch" in sys.modules)

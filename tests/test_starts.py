@@ -337,3 +337,29 @@ def test_without_init_the_defaults_are_told() -> None:
     told = complete(TrainSettings(), None)
     assert (told.encoder, told.weights, told.image_input) == ("resnet152", "default", "first")
     assert (told.embedding_size, told.hidden_size) == (256, 512)
+
+
+# ---- resumed --------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_that_was_trained_before_a_kill_is_only_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = replace(GOOD, shards=("shards",), output=str(tmp_path / "run"), epochs=2)
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.validation.Evaluator.evaluate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            main(settings)
+    capsys.readouterr()
+    main(replace(settings, resume=True))
+    printed = capsys.readouterr().out
+    assert "2 epochs of 3 steps on 1 x cpu, 3 of them done" in printed
+    lines = re.findall(r"^epoch (\d: \w+)", printed, flags=re.MULTILINE)
+    assert lines == ["1: validation", "2: training", "2: validation"]
+    main(replace(settings, output=str(tmp_path / "undisturbed")))
+    for name in ("model/model.safetensors", "validation.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()

@@ -127,6 +127,7 @@ class Stage:
     def __init__(self, work: Callable[..., Any]) -> None:
         self.work = work
         self.seconds = 0.0
+        self.is_random = getattr(work, "is_random", True)  # as the loader asks
 
     def __call__(self, *arguments: Any) -> Any:
         """What the function returns."""

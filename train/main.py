@@ -19,7 +19,7 @@ from captioner.encoders import FixedCropError, SmallImagesError, WeightsError
 from captioner.errors import TooManyBadSamplesError
 from captioner.files.ownership import AlreadyOwnedError, NotWritableError
 from captioner.streaming.cache import CacheFolderError, CacheTooSmallError
-from captioner.streaming.order import num_steps
+from captioner.streaming.order import ShardOrder, num_steps
 from train import run_folder
 from train.batches import PINNED_FOR, caption_loader, check_batch_size
 from train.encode import prepare_features
@@ -107,8 +107,8 @@ def main(settings: TrainSettings, accelerator: Accelerator, stop: Preemption) ->
     accelerator.register_for_checkpointing(schedule, loader, progress)
     run_folder.resume(run, accelerator)
     done_steps = loader.epoch * epoch_steps + loader.steps_done
-    order = train.plan(seed=settings.seed, epoch=loader.epoch, global_batch=settings.batch_size,
-                       shuffle_shards=settings.shuffle_shards)  # fmt: skip
+    order = ShardOrder(train.sizes, seed=settings.seed, batch_size=settings.batch_size,
+                       shuffle_shards=settings.shuffle_shards).of_epoch(0)  # fmt: skip
     say(f"{train.num_samples:,} training images, {len(vocabulary):,} words, {settings.epochs} epochs of {epoch_steps:,}"
         f" steps on {accelerator.num_processes} x {accelerator.device}, {done_steps:,} of them done"
         f"{window_advice(order, world_size=accelerator.num_processes)}")  # fmt: skip

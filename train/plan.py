@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from captioner import cli
 from captioner.errors import UserError
 from captioner.flags import Count, CountOrZero, Location, Seed
-from captioner.streaming.order import SHUFFLE_SHARDS, EpochOrder, num_steps, rank_positions
+from captioner.streaming.dataset import Split, check_filled, read_split
+from captioner.streaming.order import SHUFFLE_SHARDS, EpochOrder, ShardOrder, num_steps, rank_positions
+from captioner.streaming.quality import first_shards, measure_mixing
 
 PACK_FIRST = (
     "python sharding/make_shards.py packs it (after python sharding/download_coco.py for COCO); tars that are there "
@@ -41,8 +43,6 @@ class PlanSettings:
 
 def main(settings: PlanSettings) -> None:
     """Print what an epoch would read, and what each process of it."""
-    from captioner.streaming.dataset import check_filled, read_split
-
     if settings.batch_size % settings.processes:
         raise UserError(
             f"--batch-size {settings.batch_size} is the global batch and must be a multiple of the "
@@ -50,12 +50,9 @@ def main(settings: PlanSettings) -> None:
         )
     split = read_split(settings.shards, settings.split, remedy=PACK_FIRST)
     check_filled(split)
-    plan = split.plan(
-        seed=settings.seed,
-        epoch=settings.epoch,
-        global_batch=settings.batch_size,
-        shuffle_shards=settings.shuffle_shards,
-    )
+    batch_size = settings.batch_size
+    order = ShardOrder(split.sizes, seed=settings.seed, batch_size=batch_size, shuffle_shards=settings.shuffle_shards)
+    plan = order.of_epoch(settings.epoch)
     steps = num_steps(plan.num_samples, global_batch=settings.batch_size)
     last = plan.num_samples - max(0, steps - 1) * settings.batch_size
     facts = [
@@ -66,6 +63,8 @@ def main(settings: PlanSettings) -> None:
         ("steps", f"{steps:,}"),
         ("last batch", last_batch_text(last, settings)),
         ("repeated, dropped", "0, 0"),
+        ("before the first step", first_step_text(split, order, settings)),
+        ("mixing", str(measure_mixing(order, split.sizes, batch_size=batch_size, epoch=settings.epoch))),
     ]
     cli.print_table(f"epoch {settings.epoch} of {', '.join(settings.shards)}", ("", settings.split), facts)
     if advice := window_advice(plan, world_size=settings.processes):
@@ -94,6 +93,13 @@ def lanes_text(plan: EpochOrder, num_bytes: int) -> str:
         f"{plan.num_lanes:,}, in windows of {plan.window_shards:,} shards: {at_once:,} shards, {size / 1e9:,.2f} GB, "
         "are read from at once"
     )
+
+
+def first_step_text(split: Split, order: ShardOrder, settings: PlanSettings) -> str:
+    """What all processes open for the first batch; behind a URL each of these shards is fetched whole."""
+    first = first_shards(order, range(min(settings.batch_size, order.num_samples)), epoch=settings.epoch)
+    num_bytes = sum(split.shards[shard][1].bytes for shard in first)
+    return f"{len(first):,} shards, {num_bytes / 1e9:,.2f} GB, are opened"
 
 
 def last_batch_text(num_samples: int, settings: PlanSettings) -> str:

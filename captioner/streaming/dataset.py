@@ -9,10 +9,8 @@ from functools import cached_property
 
 from captioner.errors import StreamingError
 from captioner.shards.format import Manifest, ShardEntry, read_manifest
-from captioner.streaming.order import SHUFFLE_SHARDS, EpochOrder
 
 NOT_THERE = "index_shards makes it for tars that are there"
-PLAIN_SHARDS = 4  # that are read from at once in the shards' own order: each worker is in another batch
 
 
 @dataclass(frozen=True)
@@ -61,17 +59,10 @@ class Split:
         content = [[entry.sha256, entry.samples, entry.fingerprint] for _, entry in self.shards]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def plan(self, *, seed: int, epoch: int, global_batch: int, shuffle_shards: int = SHUFFLE_SHARDS) -> EpochOrder:
-        """An epoch's order."""
-        sizes = [entry.samples for _, entry in self.shards]
-        return EpochOrder(
-            shard_sizes=sizes, seed=seed, epoch=epoch, global_batch=global_batch, shuffle_shards=shuffle_shards
-        )
-
-    def plain_plan(self, *, every: int = 1) -> EpochOrder:
-        """The shards' own order, for evaluation; of `every` so many neighbours the first."""
-        sizes = [entry.samples for _, entry in self.shards]
-        return EpochOrder(shard_sizes=sizes, shuffle_shards=PLAIN_SHARDS, shuffled=False, every=every)
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Samples of each shard."""
+        return [entry.samples for _, entry in self.shards]
 
 
 def read_split(folders: Sequence[str], name: str, *, remedy: str = NOT_THERE) -> Split:

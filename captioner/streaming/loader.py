@@ -161,7 +161,7 @@ class StreamingLoader:
             "shuffle": self.shuffle,
         }  # fmt: skip
         if self.weights is None:
-            return ShardOrder([entry.samples for _, entry in self.split.shards], every=self.every, **common)
+            return ShardOrder(self.split.sizes, every=self.every, **common)
         sizes = [[entry.samples for entry in manifest.shards] for manifest in self.split.manifests]
         return MixtureOrder(sizes, weights=self.weights, epoch_samples=self.epoch_samples, since=self._since, **common)
 
@@ -410,8 +410,8 @@ class StreamingLoader:
         first_bytes = sum(shard_bytes[shard] for shard in first)
         lines += [f"before the first step this rank opens {len(first):,} shards, {first_bytes / 1e9:,.2f} GB"]
         if self.shuffle:
-            sizes = [entry.samples for _, entry in shards]
-            lines += [f"mixing: {measure_mixing(order, sizes, batch_size=self.batch_size, epoch=self._epoch)}"]
+            found = measure_mixing(order, self.split.sizes, batch_size=self.batch_size, epoch=self._epoch)
+            lines += [f"mixing: {found}"]
         return "\n".join(lines)
 
 

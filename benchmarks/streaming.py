@@ -14,7 +14,7 @@ pictures  training data: JPEGs of 256 x 256 pixels with five captions each, shuf
           natively and give uint8 pictures with all captions of each; the book's gives floats and one caption a sample.
           A byte of each page of a batch is read, so that it is really there.
 text      samples of 200 bytes, shuffled, raw bytes in lists of 256, one process: little but the loader's own work.
-seek      from the manifest to the first batch in the midst of 10^8 samples: 10,000 shards, linked to one.
+seek      from reading the manifest to the first batch, inside an epoch of 10^8 samples: 10,000 links to one shard.
 
 CPU time is that of all processes. Other programs disturb it little, but measure on a machine that does nothing else.
 
@@ -350,7 +350,7 @@ def label(name: str, workers: int) -> str:
 
 
 def measure_seeks(server: Server, scratch: Path) -> list[dict[str, Any]]:
-    """A row for each seek, of one source and of a mixture."""
+    """A row for each seek, in one source and in a mixture."""
     text.link_shards(scratch, num_shards=SEEK_SHARDS)
     rows = []
     for num_sources in (1, len(text.SOURCES)):

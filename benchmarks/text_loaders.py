@@ -27,7 +27,7 @@ LETTERS = b"etaoinshrdlu     "
 
 
 def write_shards(folder: Path) -> None:
-    """`text/` with NUM_SHARDS shards, and `text-0/` to `text-3/`, which divide them up."""
+    """Make `text/` with NUM_SHARDS shards, and `text-0/` to `text-3/` with links to some of them each."""
     shards = folder / SHARDS
     shards.mkdir()
     entries = [write_shard(shards, number) for number in range(NUM_SHARDS)]
@@ -41,7 +41,7 @@ def write_shards(folder: Path) -> None:
 
 
 def write_shard(folder: Path, number: int) -> Any:
-    """A shard of SHARD_SAMPLES samples of one member `txt`, and its manifest's entry."""
+    """Write a shard of SHARD_SAMPLES samples with one member `txt`; returns its entry for the manifest."""
     from captioner.shards.format import ShardEntry, ShardIndex, TarBuilder, shard_name
 
     tar, samples = TarBuilder(), []
@@ -59,7 +59,7 @@ def write_shard(folder: Path, number: int) -> Any:
 
 
 def write_manifest(folder: Path, entries: Iterable[Any]) -> None:
-    """The manifest of a folder's shards."""
+    """Write the manifest of a folder's shards."""
     from captioner.shards.format import Manifest, manifest_location
 
     manifest = Manifest(
@@ -69,7 +69,7 @@ def write_manifest(folder: Path, entries: Iterable[Any]) -> None:
 
 
 def link(folder: Path, name: str, target: Path, new_name: str) -> None:
-    """Make a shard be in another folder too."""
+    """Link a shard into another folder, by another name."""
     for suffix in (".tar", ".index"):
         os.link(folder / f"{name}{suffix}", target / f"{new_name}{suffix}")
 
@@ -188,7 +188,7 @@ TEXT_LOADERS = {
 
 
 def link_shards(folder: Path, *, num_shards: int) -> None:
-    """`seek/` with so many shards, all of them the first of `text/` by another name."""
+    """Make `seek/`, with `num_shards` links to the first shard of `text/`."""
     from captioner.shards.format import read_manifest, shard_name
 
     seek_folder = folder / SEEK_SHARDS
@@ -200,12 +200,12 @@ def link_shards(folder: Path, *, num_shards: int) -> None:
     write_manifest(seek_folder, entries)
 
 
-def seek(*, folder: str, batch: int, at: float, num_sources: int) -> dict[str, float]:
-    """What it takes from the manifest to the first batch at a part of an epoch, in a process without workers.
+def seek(*, folder: str, batch: int, at: float, num_sources: int) -> dict[str, float | None]:
+    """Seconds from reading the manifest to the first batch after a seek, in a process without workers.
 
-    With several sources each has an equal number of the shards, and SOURCES as weights. Their position is in the second
-    epoch. `memory_mb` is what the process grew by from the loader that is made to the batch: opened shards' indexes and
-    the order of the samples that are shuffled among each other.
+    The seek goes to the fraction `at` of the second epoch. Several sources have equal numbers of shards, and SOURCES as
+    weights. `memory_mb` is what loading the state and making the batch add to the process: the indexes of the shards
+    that are open, and the order of the samples that are shuffled together. It is None where the system does not say.
     """
     from captioner.shards.format import read_manifest
     from captioner.streaming import StreamingLoader
@@ -226,16 +226,17 @@ def seek(*, folder: str, batch: int, at: float, num_sources: int) -> dict[str, f
     found = next(islice(loader, 1))
     ended = time.perf_counter()
     assert len(found) == batch
+    after = resident_megabytes()
     return {
         "num_samples": split.num_samples, "seconds": ended - started, "batch_seconds": ended - seeking,
-        "memory_mb": resident_megabytes() - before,
+        "memory_mb": None if before is None or after is None else after - before,
     }  # fmt: skip
 
 
-def resident_megabytes() -> float:
-    """The process's resident memory; NaN where the system does not tell it."""
+def resident_megabytes() -> float | None:
+    """The process's resident memory, where the system says it (Linux)."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
-        return float("nan")
+        return None
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6

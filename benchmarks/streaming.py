@@ -1,35 +1,45 @@
-"""Streaming against its peers and its ceilings, in one run.
+"""StreamingLoader against an earlier commit's loader, its peers and its own bars, in one run.
 
-    python benchmarks/streaming.py --images ../shared/data/coco/images                  # about 10 minutes
+    make bench-peers                                                                    # once, for litdata and mosaicml
+    python benchmarks/streaming.py --images ../shared/data/coco/images                  # about 15 minutes
     python benchmarks/streaming.py --quick                                              # a minute, drawn pictures
-    python benchmarks/streaming.py --images photos --json streaming.json
+    python benchmarks/streaming.py --parts text seek --json streaming.json
 
-Contenders take turns: in each round every one makes as many batches of 128 samples as the others, and another one
-begins. All read the same JPEGs of 256 x 256 pixels with five captions each, from a warm cache, in a format of their
-own where they have one, shuffled, and crop at random. All but the book's loader decode natively and give uint8
-pictures with all captions of each; the book's gives floats and one caption a sample. A byte of each page of a batch is
-read, so that it is really there. Only steady iteration is timed. Without workers CPU time is compared, which other
-programs disturb little; with 2 workers time on the clock: measure on a machine that does nothing else. Peers live in
-an environment of their own: make bench-peers. FFCV has no turns: its package wants OpenCV's C++ headers to install, so
-its bars are listed as not measured.
+Contenders take turns: in each round every one makes as many batches as the others, and another one begins; figures are
+medians of rounds, ratios of the rounds' ratios. Everything comes from a warm cache. Only steady iteration is timed.
 
-Exit codes: 0 measured, whether or not the bars hold; 2 something to mend, told in one line.
+pictures  training data: JPEGs of 256 x 256 pixels with five captions each, shuffled, cropped at random, in batches of
+          128. Each contender reads a format of its own where it has one. The code and the format of commit 1b46dbb come
+          out of this repository's history: without it that contender is left out. All but the book's loader decode
+          natively and give uint8 pictures with all captions of each; the book's gives floats and one caption a sample.
+          A byte of each page of a batch is read, so that it is really there.
+text      samples of 200 bytes, shuffled, raw bytes in lists of 256, one process: little but the loader's own work.
+seek      from reading the manifest to the first batch, inside an epoch of 10^8 samples: 10,000 links to one shard.
+
+CPU time is that of all processes. Other programs disturb it little, but measure on a machine that does nothing else.
+
+Exit codes: 0 measured, whether or not the bars hold; 2 an error that you can fix, in one line.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
+import picture_loaders as pictures
+import text_loaders as text
 from captioner import cli, images
 from captioner.errors import UserError
 from captioner.flags import Count, File
@@ -38,6 +48,7 @@ from measure import (
     Contender,
     Cost,
     at_least,
+    at_most,
     describe_run,
     median_of,
     print_bars,
@@ -50,27 +61,29 @@ from packing import QUALITY, REPOSITORY, SIZE, find_peers, plain_pillow, shard_m
 from photos import draw_photos, find_photos, repeat_photos, write_captions
 
 PACKAGES = ("torch", "torchvision", "webdataset", "pillow", "pillow-simd", "nltk", "numpy")
-BATCH = 128
-WORKERS = (0, 2)
-NUM_SHARDS = 16  # the same number for each of webdataset's workers
+PICTURE_BATCH, TEXT_BATCH = 128, 256
+WORKERS = (0, 2)  # of picture loaders; those of text have none
+PICTURE_SHARDS = 16  # the same number for each of webdataset's workers
 LEFT_OVER = 24  # batches of an epoch that nobody is asked for: shuffle buffers and queues are full to the end
-OURS, BOOK, FFCV = "ours", "the book's loader", "ffcv"
-PEERS = ("webdataset", "litdata", "mosaicml-streaming")
-DECODE, SIMPLEJPEG, WALK = "decode as ours", "decode by simplejpeg", "walk the tars"
-LOADERS = (OURS, *PEERS, BOOK)
-CEILINGS = (DECODE, SIMPLEJPEG, WALK)
+SEEK_SHARDS = 10_000
+SEEKS = (0.123, 0.5, 0.987)  # parts of an epoch
+PEERS = ("litdata", "mosaicml-streaming")
+Part = Literal["pictures", "text", "seek"]
+PARTS: tuple[Part, ...] = ("pictures", "text", "seek")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamingSettings:
     """What is measured, on which pictures, and how long."""
 
+    parts: tuple[Part, ...] = PARTS
+    """What to measure."""
     images: File | None = None
     """Folder of photos such as COCO's; without it pictures in COCO's sizes are drawn, which compress like photos."""
     rounds: Count | None = None
     """Turns of each contender: 5, with --quick 1."""
     batches: Count | None = None
-    """Batches that are timed in a turn: 24, with --quick 4."""
+    """Batches of pictures that are timed in a turn: 24, with --quick 4."""
     peers: File | None = None
     """The Python that has litdata and mosaicml-streaming: .venv-peers/bin/python, as make bench-peers makes it."""
     quick: bool = False
@@ -79,44 +92,78 @@ class StreamingSettings:
     """Write run, rows and bars to this file."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turns:
+    """What every contender of a part is asked in a turn."""
+
+    part: Part
+    folder: Path
+    batch: int
+    warm_up: int
+    batches: int
+
+
 def main(settings: StreamingSettings) -> None:
-    """Make the samples in every format, measure, and tell."""
+    """Make the samples in every format, measure, and print."""
+    originals = find_photos(settings.images) if settings.images else []
     peers = find_peers(settings.peers)
     rounds = settings.rounds or (1 if settings.quick else 5)
-    batches = settings.batches or (4 if settings.quick else 24)
-    warm_up = 2 if settings.quick else 16
-    num_samples = BATCH * (warm_up + batches + (LEFT_OVER // 3 if settings.quick else LEFT_OVER))
-    with tempfile.TemporaryDirectory(prefix="streaming-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="streaming-") as temporary, ExitStack() as stack:
         scratch = Path(temporary)
-        originals = find_photos(settings.images) if settings.images else draw_photos(scratch / "drawn", count=24)
-        with start_servers(scratch, peers) as servers:
-            pack(originals, scratch, num_samples=num_samples)
-            found = assign(servers)
-            run = describe_run(
-                PACKAGES,
-                samples=describe_samples(settings.images, originals, scratch, num_samples),
-                turns=f"{batches} batches of {BATCH} after {warm_up} to warm up",
-                contenders=", ".join(f"{name}: {server.there[name]}" for name, server in found.items()),
-                left_out=", ".join(name for name in (*LOADERS, *CEILINGS) if name not in found) or "none",
-                mode="quick: rough figures" if settings.quick else "full",
-            )
-            print_rows("streaming", [{"": name, "of this run": text} for name, text in run.items()])
-            turns = Turns(folder=scratch, warm_up=warm_up, batches=batches)
-            costs = take_turns(make_contenders(found, turns), rounds=rounds)
-    rows = [row for workers in WORKERS for row in make_rows(costs, workers=workers)]
-    for workers in WORKERS:
-        title = f"{workers} workers: medians of {rounds} rounds, ratios by {'CPU time' if not workers else 'the clock'}"
-        print_rows(title, [row for row in rows if row["workers"] == workers])
-    bars = [bar for workers in WORKERS for bar in make_bars(costs, workers=workers)]
+        earlier = check_out_earlier(scratch / "earlier") if "pictures" in settings.parts else None
+        servers = start_servers(scratch, settings.parts, peers=peers, earlier=earlier)
+        for server in servers:
+            stack.callback(server.close)
+        turns, samples = write_samples(settings, originals, scratch, earlier=earlier)
+        found = assign(servers)
+        run = describe_run(
+            PACKAGES,
+            **samples,
+            contenders=", ".join(f"{name}: {server.there[name]}" for name, server in found.items()),
+            left_out=", ".join(name for name in names_of(settings.parts) if name not in found) or "none",
+            mode="quick: rough figures" if settings.quick else f"{rounds} rounds",
+        )
+        print_rows("streaming", [{"": name, "of this run": words} for name, words in run.items()])
+        contenders = {name: turn for each in turns for name, turn in make_contenders(found, each).items()}
+        costs = take_turns(contenders, rounds=rounds) if contenders else {}
+        seeks = measure_seeks(found[key("text", text.OURS)], scratch) if "seek" in settings.parts else []
+    rows = make_rows(costs)
+    print_rows(f"medians of {rounds} rounds; ratios: ours as many times as fast", rows)
+    print_rows("to the first batch after a seek", seeks)
+    bars = [bar for part in settings.parts for bar in BARS[part](costs, seeks)]
     print_bars(bars)
     if settings.json:
-        write_json(settings.json, run=run, rows=rows, bars=bars)
+        write_json(settings.json, run=run, rows=[*rows, *seeks], bars=bars)
 
 
 # ---- the samples ------------------------------------------------------------------------------------------
 
 
-def pack(originals: Sequence[Path], scratch: Path, *, num_samples: int) -> None:
+def write_samples(
+    settings: StreamingSettings, originals: Sequence[Path], scratch: Path, *, earlier: Path | None
+) -> tuple[list[Turns], dict[str, str]]:
+    """The samples of the parts, what is asked of their contenders, and words about them."""
+    turns, words = [], {}
+    if "pictures" in settings.parts:
+        batches = settings.batches or (4 if settings.quick else 24)
+        warm_up, left_over = (2, 8) if settings.quick else (16, LEFT_OVER)
+        turns.append(Turns(part="pictures", folder=scratch, batch=PICTURE_BATCH, warm_up=warm_up, batches=batches))
+        num_samples = PICTURE_BATCH * (warm_up + batches + left_over)
+        originals = originals or draw_photos(scratch / "drawn", count=24)
+        pack_pictures(originals, scratch, num_samples=num_samples, earlier=earlier)
+        words["pictures"] = describe_pictures(settings.images, originals, scratch, num_samples)
+    if "text" in settings.parts or "seek" in settings.parts:
+        text.write_shards(scratch)
+    if "text" in settings.parts:
+        warm_up, batches = (4, 40) if settings.quick else (40, 300)
+        turns.append(Turns(part="text", folder=scratch, batch=TEXT_BATCH, warm_up=warm_up, batches=batches))
+        words["text"] = f"{text.NUM_SAMPLES:,} samples of {text.SAMPLE_BYTES} bytes in {text.NUM_SHARDS} shards"
+    for each in turns:
+        words[f"{each.part}, a turn"] = f"{each.batches} batches of {each.batch} after {each.warm_up} to warm up"
+    return turns, words
+
+
+def pack_pictures(originals: Sequence[Path], scratch: Path, *, num_samples: int, earlier: Path | None) -> None:
     """Shards of so many samples, by the packing command, which keeps JPEGs of the wanted size as they are."""
     small = scratch / "small"
     small.mkdir()
@@ -124,25 +171,28 @@ def pack(originals: Sequence[Path], scratch: Path, *, num_samples: int) -> None:
         picture = Image.open(path).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
         (small / f"{number:06d}.jpg").write_bytes(images.encode_jpeg(picture, quality=QUALITY))
     paths = repeat_photos(scratch / "repeated", sorted(small.iterdir()), count=num_samples)
-    flags = {
-        "images": paths[0].parent,
-        "captions": write_captions(paths, scratch / "captions.jsonl"),
-        "split": "train",
-        "output": scratch / "shards",
-        "workers": 1,
-        "shard-megabytes": shard_megabytes(num_samples, shards=NUM_SHARDS),
-    }
-    given = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
-    command = [sys.executable, REPOSITORY / "sharding/make_shards.py", *given]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"packing the samples failed ({done.returncode}): {done.stderr[-600:]}")
+    captions = write_captions(paths, scratch / "captions.jsonl")
+    for code, shards in ((REPOSITORY, pictures.SHARDS), (earlier, pictures.EARLIER_SHARDS)):
+        if code:
+            flags = {
+                "images": paths[0].parent,
+                "captions": captions,
+                "split": "train",
+                "output": scratch / shards,
+                "workers": 1,
+                "shard-megabytes": shard_megabytes(num_samples, shards=PICTURE_SHARDS),
+            }
+            given = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+            command = [sys.executable, code / "sharding/make_shards.py", *given]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=of_code(code))
+            if done.returncode:
+                raise UserError(f"packing the samples failed ({done.returncode}): {done.stderr[-600:]}")
 
 
-def describe_samples(folder: Path | None, originals: Sequence[Path], scratch: Path, num_samples: int) -> str:
+def describe_pictures(folder: Path | None, originals: Sequence[Path], scratch: Path, num_samples: int) -> str:
     """Where the samples come from, how many they are, and how large."""
     source = f"from {folder}" if folder else "DRAWN for want of --images: not comparable with photos"
-    shards = list((scratch / "shards").glob("*.tar"))
+    shards = list((scratch / pictures.SHARDS).glob("*.tar"))
     kilobytes = sum(shard.stat().st_size for shard in shards) / num_samples / 1000
     return (
         f"{len(originals)} pictures {source}, stored as JPEG {SIZE} x {SIZE} of quality {QUALITY}, repeated to "
@@ -150,18 +200,41 @@ def describe_samples(folder: Path | None, originals: Sequence[Path], scratch: Pa
     )
 
 
+def check_out_earlier(folder: Path) -> Path | None:
+    """The code of the earlier commit, from this repository's history; None, with a line that says so, without it."""
+    try:
+        archive = subprocess.run(
+            ["git", "-C", REPOSITORY, "archive", pictures.EARLIER], capture_output=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", b"").decode(errors="replace").strip() or str(error)
+        cli.console.print(f"commit {pictures.EARLIER} is not in this repository's history and is left out ({reason})")
+        return None
+    with tarfile.open(fileobj=BytesIO(archive)) as tar:
+        tar.extractall(folder, filter="data")
+    return folder
+
+
+def of_code(code: Path) -> dict[str, str]:
+    """The environment in which Python imports our code from the folder."""
+    return {**os.environ, "PYTHONPATH": str(code)}
+
+
 # ---- processes that make batches --------------------------------------------------------------------------
 
 
 class Server:
-    """A `loaders.py` in the given Python: knows which of the contenders are there, and has one at a time run."""
+    """A `loader_server.py` in the given Python: knows which contenders are there, and has one at a time run."""
 
-    def __init__(self, python: Path, contenders: Sequence[str], *, paths: Iterable[str], log: Path) -> None:
+    def __init__(
+        self, python: Path, contenders: Sequence[str], *, log: Path, code: Path = REPOSITORY, paths: Sequence[Path] = ()
+    ) -> None:
         self._log = log
-        command = [python, "-P", Path(__file__).with_name("loaders.py"), os.pathsep.join(paths), *contenders]
+        server = Path(__file__).with_name("loader_server.py")
+        command = [python, "-P", server, os.pathsep.join(map(str, paths)), *contenders]
         with log.open("w") as errors:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=of_code(code)
             )
         self._there: dict[str, str] | None = None
 
@@ -172,10 +245,10 @@ class Server:
             self._there = self._read()
         return self._there
 
-    def ask(self, **request: Any) -> dict[str, Any]:
+    def ask(self, name: str, action: str, **request: Any) -> dict[str, Any]:
         """The answer to a request. Raises UserError."""
         assert self._process.stdin
-        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.write(json.dumps({"name": name, "action": action, **request}) + "\n")
         self._process.stdin.flush()
         return self._read()
 
@@ -188,139 +261,175 @@ class Server:
         line = self._process.stdout.readline()
         content = json.loads(line) if line else {"error": "it ended"}
         if "error" in content:
-            raise UserError(f"loaders.py failed ({content['error']}): {self._log.read_text()[-600:]}")
+            raise UserError(f"loader_server.py failed ({content['error']}): {self._log.read_text()[-600:]}")
         return content
 
 
-@contextmanager
-def start_servers(scratch: Path, peers: Path | None) -> Iterator[list[Server]]:
-    """Ours, and the peers' where it is there: it finds torch among our packages, behind those made for it.
+def key(part: str, name: str) -> str:
+    """A contender's name among those of all parts."""
+    return f"{part}/{name}"
 
-    Where pillow-simd is in Pillow's place, the book's loader runs there too. Raises UserError.
+
+def names_of(parts: Sequence[Part]) -> list[str]:
+    """The contenders of the parts. A seek is asked of our loader of text."""
+    loaders = {"pictures": pictures.PICTURE_LOADERS, "text": text.TEXT_LOADERS, "seek": ()}
+    return [key(part, name) for part in parts for name in loaders[part]]
+
+
+def start_servers(scratch: Path, parts: Sequence[Part], *, peers: Path | None, earlier: Path | None) -> list[Server]:
+    """Ours, the earlier commit's where it is there, and the peers' where they are there.
+
+    The peers find torch among our packages, behind those made for them. Where pillow-simd is in Pillow's place, the
+    book's loader runs there too. Raises UserError.
     """
-    book_here = plain_pillow(peers) == Path(sys.executable)
-    here = [OURS, "webdataset", *CEILINGS, *([BOOK] if book_here else [])]
-    servers = [Server(Path(sys.executable), here, paths=[str(REPOSITORY)], log=scratch / "loaders.log")]
-    if peers:
-        library = f"lib/python{sysconfig.get_python_version()}"
-        if not (peers.parent.parent / library).is_dir():
+    names = names_of(parts)
+    book, of_earlier = key("pictures", pictures.BOOK), key("pictures", pictures.EARLIER)
+    of_peers = {key(part, name) for part in parts for name in PEERS}
+    if plain_pillow(peers) != Path(sys.executable):
+        of_peers.add(book)
+    here = [name for name in names if name not in of_peers and name != of_earlier]
+    if "seek" in parts and "text" not in parts:
+        here.append(key("text", text.OURS))
+    servers = [Server(Path(sys.executable), here, log=scratch / "ours.log")]
+    if earlier:
+        servers.append(Server(Path(sys.executable), [of_earlier], code=earlier, log=scratch / "earlier.log"))
+    if peers and of_peers & set(names):
+        root = peers.parent.parent
+        if not (root / f"lib/python{sysconfig.get_python_version()}").is_dir():
             raise UserError(f"{peers} is not Python {sysconfig.get_python_version()}: make bench-peers with that")
-        paths = [str(REPOSITORY), str(peers.parent.parent / "streaming"), sysconfig.get_path("purelib")]
-        there = ["litdata", "mosaicml-streaming", SIMPLEJPEG, *([] if book_here else [BOOK])]
+        paths = [root / "streaming", Path(sysconfig.get_path("purelib"))]
+        there = [name for name in names if name in of_peers]
         servers.append(Server(peers, there, paths=paths, log=scratch / "peers.log"))
-    try:
-        yield servers
-    finally:
-        for server in servers:
-            server.close()
+    return servers
 
 
 def assign(servers: Sequence[Server]) -> dict[str, Server]:
-    """The server of each contender that is there."""
-    found = {name: server for server in reversed(servers) for name in server.there}
-    return {name: found[name] for name in (*LOADERS, *CEILINGS) if name in found}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Turns:
-    """What every contender is asked in a turn."""
-
-    folder: Path
-    warm_up: int
-    batches: int
+    """The server of each contender that is there; those that a bar compares come one after the other."""
+    found = {name: server for server in servers for name in server.there}
+    return {name: found[name] for name in sorted(found, key=names_of(PARTS).index)}
 
 
 def make_contenders(found: Mapping[str, Server], turns: Turns) -> dict[str, Contender]:
-    """The loaders with each number of workers, and the ceilings, which are single loops. Writes the peers' formats."""
-    contenders = {}
-    for name, server in found.items():
-        server.ask(name=name, folder=str(turns.folder))
-        for workers in WORKERS if name in LOADERS else (0,):
-            contenders[label(name, workers)] = make_contender(name, server, turns, workers=workers)
-    return contenders
+    """The contenders of a part with each number of workers. Writes the peers' formats."""
+    servers = {name: server for name, server in found.items() if name.startswith(f"{turns.part}/")}
+    for name, server in servers.items():
+        server.ask(name, "write", folder=str(turns.folder))
+    return {
+        label(name, workers): make_contender(name, server, turns, workers=workers)
+        for workers in (WORKERS if turns.part == "pictures" else WORKERS[:1])
+        for name, server in servers.items()
+        if not workers or name != key("pictures", pictures.DECODE)
+    }
 
 
 def make_contender(name: str, server: Server, turns: Turns, *, workers: int) -> Contender:
-    """A turn in the contender's process; the processor time of its workers is not known."""
+    """A turn in the contender's process."""
 
     def turn(number: int) -> Cost:
-        told = server.ask(
-            name=name,
+        found = server.ask(
+            name,
+            "turn",
             folder=str(turns.folder),
+            batch=turns.batch,
             workers=workers,
             epoch=number,
             warm_up=turns.warm_up,
             batches=turns.batches,
         )
-        cpu_seconds = None if workers else told["cpu_seconds"]
-        return Cost(items=told["items"], wall_seconds=told["wall_seconds"], cpu_seconds=cpu_seconds)
+        cpu = found["cpu_seconds"]
+        return Cost(
+            items=found["items"], wall_seconds=found["wall_seconds"], cpu_seconds=None if math.isnan(cpu) else cpu
+        )
 
     return turn
 
 
 def label(name: str, workers: int) -> str:
-    """A contender's name among all."""
+    """A contender with so many workers."""
     return f"{name}, {workers} workers"
+
+
+def measure_seeks(server: Server, scratch: Path) -> list[dict[str, Any]]:
+    """A row for each seek, in one source and in a mixture."""
+    text.link_shards(scratch, num_shards=SEEK_SHARDS)
+    rows = []
+    for num_sources in (1, len(text.SOURCES)):
+        for at in SEEKS:
+            request = {"folder": str(scratch), "batch": TEXT_BATCH, "at": at, "num_sources": num_sources}
+            rows.append(
+                {"part": "seek", "sources": num_sources, "at": at}
+                | server.ask(key("text", text.OURS), "seek", **request)
+            )
+    return rows
 
 
 # ---- figures ----------------------------------------------------------------------------------------------
 
 Costs = Mapping[str, Sequence[Cost | None]]
+Rows = Sequence[Mapping[str, Any]]
 
 
-def clock_of(workers: int) -> str:
-    """CPU time where all of it is known."""
-    return "wall_ms" if workers else "cpu_ms"
+def times(costs: Costs, name: str, other: str, *, workers: int = 0, clock: str = "cpu_ms") -> float | None:
+    """How many times as fast one contender is as the other; None where one is not there."""
+    found = [costs.get(label(each, workers)) for each in (name, other)]
+    return times_as_fast(found[0], found[1], clock=clock) if found[0] and found[1] else None
 
 
-def ours_against(costs: Costs, name: str, *, workers: int) -> float | None:
-    """How many times as fast ours is; None where the other is not there."""
-    others = costs.get(label(name, workers))
-    return times_as_fast(costs[label(OURS, workers)], others, clock=clock_of(workers)) if others else None
-
-
-def of_the_ceiling(costs: Costs, name: str, *, workers: int) -> float | None:
-    """A contender's rate a core, as a share of what our decoder does in a single loop."""
-    share = times_as_fast(costs[label(name, workers)], costs[label(DECODE, 0)], clock=clock_of(workers))
-    return None if share is None else share / max(1, workers)
-
-
-def make_rows(costs: Costs, *, workers: int) -> list[dict[str, Any]]:
-    """A row for each contender with so many workers."""
+def make_rows(costs: Costs) -> list[dict[str, Any]]:
+    """A row for each contender with each number of workers."""
     rows = []
-    for name in (*LOADERS, *CEILINGS):
-        turns = costs.get(label(name, workers))
-        if turns is None:
-            continue
-        wall_ms = median_of(turns, figure="wall_ms")
+    for name, turns in costs.items():
+        contender, _, workers = name.removesuffix(" workers").rpartition(", ")
+        part, _, short = contender.partition("/")
+        cpu_ms, wall_ms = (median_of(turns, figure=figure) for figure in ("cpu_ms", "wall_ms"))
+        ours = label(key(part, "ours"), int(workers))
         rows.append(
             {
-                "workers": workers,
-                "contender": f"ceiling: {name}" if name in CEILINGS else name,
-                "cpu_ms_a_sample": median_of(turns, figure="cpu_ms"),
-                "wall_ms_a_sample": wall_ms,
-                "samples_a_second": 1000 / wall_ms if wall_ms else None,
-                "ours_times_as_fast": ours_against(costs, name, workers=workers),
-                "of_our_decoder_a_core": of_the_ceiling(costs, name, workers=workers),
+                "part": part,
+                "contender": short,
+                "workers": int(workers),
+                "cpu_us_a_sample": 1000 * cpu_ms if cpu_ms else None,
+                "wall_us_a_sample": 1000 * wall_ms if wall_ms else None,
+                "samples_a_second_a_core": 1000 / cpu_ms if cpu_ms else None,
+                "by_cpu_time": times_as_fast(costs[ours], turns, clock="cpu_ms"),
+                "by_the_clock": times_as_fast(costs[ours], turns, clock="wall_ms"),
             }
         )
     return rows
 
 
-def make_bars(costs: Costs, *, workers: int) -> list[Bar]:
-    """What ours must reach; a bar against several peers is measured only where all of them are."""
-    clock = clock_of(workers)
-    medians = {name: median_of(costs.get(label(name, workers), ()), figure=clock) for name in PEERS}
-    best = min(PEERS, key=lambda name: medians[name] or 0.0) if all(medians.values()) else None
-    against_best = ours_against(costs, best, workers=workers) if best else None
-    words = f"{workers} workers, ours"
-    ceiling = of_the_ceiling(costs, OURS, workers=workers)
+def picture_bars(costs: Costs, _seeks: Rows) -> list[Bar]:
+    """Ours is as fast as it was."""
+    ours, earlier = key("pictures", pictures.OURS), key("pictures", pictures.EARLIER)
     return [
-        at_least(f"{words} / our decoder in a single loop, a core", ceiling, 0.75 if workers else 0.85),
-        at_least(f"{words} / {BOOK}", ours_against(costs, BOOK, workers=workers), 4.5),
-        at_least(f"{words} / the best of {', '.join(PEERS)}", against_best, 1.3),
-        at_least(f"{words} / {FFCV}", ours_against(costs, FFCV, workers=workers), 1.0),
+        at_least(
+            f"pictures, {workers} workers: ours / {pictures.EARLIER}, {words}",
+            times(costs, ours, earlier, workers=workers, clock=clock),
+            0.97,
+        )
+        for workers in WORKERS
+        for clock, words in (("cpu_ms", "CPU time"), ("wall_ms", "the clock"))
     ]
+
+
+def text_bars(costs: Costs, _seeks: Rows) -> list[Bar]:
+    """The loader's own work is little, and a mixture adds next to nothing."""
+    ours, mixture = key("text", text.OURS), key("text", text.MIXTURE)
+    return [
+        at_least("text: ours / webdataset", times(costs, ours, key("text", "webdataset")), 5),
+        at_least("text: ours / mosaicml-streaming", times(costs, ours, key("text", "mosaicml-streaming")), 1),
+        at_least("text: a mixture of four sources / one source", times(costs, mixture, ours), 0.95),
+    ]
+
+
+def seek_bars(_costs: Costs, seeks: Rows) -> list[Bar]:
+    """A seek takes no time that grows with the data."""
+    names = {1: "one source", len(text.SOURCES): "a mixture of four"}
+    slowest = {num: max(row["seconds"] for row in seeks if row["sources"] == num) for num in names}
+    return [at_most(f"seconds to the first batch after a seek, {names[num]}", slowest[num], 2) for num in names]
+
+
+BARS = {"pictures": picture_bars, "text": text_bars, "seek": seek_bars}
 
 
 def run() -> None:

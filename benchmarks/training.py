@@ -56,7 +56,7 @@ from captioner.streaming.dataset import read_split
 from captioner.views import ViewSpec, normalise
 from captioner.vocabulary import END, PAD, START, Vocabulary, count_words, read_vocabulary, tokenize
 from captioner.workers import count_processors
-from loaders import CAPTIONS, CROP, MEAN, SHARDS, STD, loader_options, write_loose
+from loaders import loader_options
 from measure import (
     Bar,
     Contender,
@@ -73,7 +73,7 @@ from measure import (
 )
 from packing import QUALITY, REPOSITORY, SIZE, shard_megabytes
 from photos import draw_photos, find_photos, make_captions, repeat_photos
-from streaming import clock_of
+from picture_loaders import CAPTIONS, CROP, MEAN, SHARDS, STD, write_loose
 from train.batches import PINNED_FOR, Batch, caption_loader
 from train.encode import prepare_features
 from train.features import FeatureFiles
@@ -442,6 +442,11 @@ def repeat_alone(job: Job, action: Callable[[Trainer, Batch], None], *, times: i
         return time_all(repeat)
 
     return turn
+
+
+def clock_of(workers: int) -> str:
+    """CPU time where all of it is known."""
+    return "wall_ms" if workers else "cpu_ms"
 
 
 def num_captions_of(batch: Batch) -> int:

@@ -11,6 +11,7 @@ import torch
 from tiny import picture
 
 import scaling
+import streaming
 import training
 from captioner.errors import UserError
 from captioner.vocabulary import START
@@ -47,25 +48,41 @@ def test_packing_quickly_measured_gives_rows_and_bars(tmp_path: Path) -> None:
 
 
 def test_streaming_quickly_measured_gives_rows_and_bars(tmp_path: Path) -> None:
-    """Peers are there or not: a bar that needs a missing one is listed as not measured."""
+    """Peers and the earlier commit are there or not: a bar that needs a missing one is listed as not measured."""
     for seed in range(3):
         picture(seed, width=640, height=480).save(tmp_path / f"{seed}.jpg", quality=96)
     file = tmp_path / "streaming.json"
-    done = benchmark("streaming", "--quick", "--images", tmp_path, "--rounds", "1", "--batches", "1", "--json", file)
+    done = benchmark("streaming", "--quick", "--images", tmp_path, "--batches", "1", "--json", file)
     assert done.returncode == 0, done.stderr
     content = json.loads(file.read_text())
-    for workers in (0, 2):
-        rows = {row["contender"]: row for row in content["rows"] if row["workers"] == workers}
-        assert {"ours", "webdataset", "the book's loader"} <= set(rows)
-        assert all(row["wall_ms_a_sample"] > 0 for row in rows.values())
-    assert "ceiling: decode as ours" in {row["contender"] for row in content["rows"]}
-    bars = content["bars"]
-    assert len(bars) == len({bar["name"] for bar in bars}) == 8
-    for bar in bars:
+    for part, workers, names in (
+        ("pictures", 0, {"ours", "webdataset", "the book's loader", "decode as ours"}),
+        ("pictures", 2, {"ours", "webdataset", "the book's loader"}),
+        ("text", 0, {"ours", "ours, a transform", "ours, four sources", "ours, reading alone", "webdataset"}),
+    ):
+        rows = {
+            row["contender"]: row for row in content["rows"] if (row["part"], row.get("workers")) == (part, workers)
+        }
+        assert names <= set(rows)
+        assert all(row["wall_us_a_sample"] > 0 for row in rows.values())
+    seeks = [row for row in content["rows"] if row["part"] == "seek"]
+    assert {row["sources"] for row in seeks} == {1, 4}
+    assert {row["num_samples"] for row in seeks} == {10**8}
+    bars = {bar["name"]: bar["value"] for bar in content["bars"]}
+    assert len(bars) == len(content["bars"]) == 9
+    for bar in content["bars"]:
         assert set(bar) == {"name", "value", "bar", "holds"}
         assert (bar["value"] is None) == (bar["holds"] is None)
-    assert bars[0]["value"] > 0
-    assert bars[4]["value"] > 0
+    assert bars["text: ours / webdataset: at least"] > 0
+
+
+def test_an_earlier_commit_that_history_lacks_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a shallow clone or an archive."""
+    monkeypatch.setattr(streaming, "REPOSITORY", tmp_path)
+    assert streaming.check_out_earlier(tmp_path / "earlier") is None
+    assert "left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["packing", "streaming", "training"])

@@ -1,0 +1,142 @@
+"""Runs the contenders of streaming.py, each turn in a process of its own.
+
+    python -P loader_server.py PATHS NAME ... < requests
+
+Answers each request, a line of JSON, with another; the first line says which of the named contenders are there. A
+turn's process is forked from this one, which has imported everything: start-up is not counted, and nothing is left of
+it for the next turn. PYTHONPATH leads to our code, of today or of an earlier commit. The peers' Python has its own
+packages before those in PATHS.
+"""
+
+import gc
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from importlib import metadata
+from multiprocessing import active_children, get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loaders import Contender
+
+PAGE_BYTES = 4096
+
+
+def find_contenders(names: Sequence[str]) -> "tuple[dict[str, Contender], dict[str, str]]":
+    """The contenders that are there, which are imported, and package and version of each."""
+    from picture_loaders import PICTURE_LOADERS
+    from text_loaders import TEXT_LOADERS
+
+    known = {f"pictures/{name}": contender for name, contender in PICTURE_LOADERS.items()}
+    known |= {f"text/{name}": contender for name, contender in TEXT_LOADERS.items()}
+    contenders, versions = {}, {}
+    for name in names:
+        contender = known[name]
+        try:
+            for module in contender.modules:
+                importlib.import_module(module)
+            versions[name] = f"{contender.package} {metadata.version(contender.package)}"
+            contenders[name] = contender
+        except ImportError as error:
+            print(f"{name} is left out: {error!r}", file=sys.stderr)
+    return contenders, versions
+
+
+# ---- what is asked ----------------------------------------------------------------------------------------
+
+
+def write(contender: "Contender", *, folder: str) -> dict[str, Any]:
+    """Write the contender's own format."""
+    if contender.write:
+        contender.write(Path(folder))
+    return {}
+
+
+def take_turn(
+    contender: "Contender", *, folder: str, batch: int, workers: int, epoch: int, warm_up: int, batches: int
+) -> dict[str, Any]:
+    """What so many batches take after a warm-up; a byte of each page of them is read."""
+    import torch
+
+    epoch_of = contender.open_epoch(Path(folder), batch=batch, workers=workers, epoch=epoch)
+    gc.collect()
+    items, wall, cpu = 0, 0.0, 0.0
+    with closing(epoch_of) as stream:  # type: ignore[bad-argument-type]
+        for number in range(warm_up + batches):
+            if number == warm_up:
+                items, wall, cpu = 0, time.perf_counter(), cpu_seconds()
+            found = next(stream)
+            items += batch if found is None else len(found)
+            if isinstance(found, torch.Tensor):
+                found.reshape(-1).view(torch.uint8)[::PAGE_BYTES].sum()
+        cost = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": cpu_seconds() - cpu}
+    if items != batches * batch:
+        raise RuntimeError(f"{items} samples came, not {batches} batches of {batch}")
+    return {"items": items, **cost}
+
+
+def seek(_contender: "Contender", **request: Any) -> dict[str, float]:
+    """As `text_loaders.seek`."""
+    import text_loaders
+
+    return text_loaders.seek(**request)
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and its workers; NaN where that of workers is unknown."""
+    return time.process_time() + sum(_cpu_seconds_of(worker.pid) for worker in active_children())
+
+
+def _cpu_seconds_of(pid: int | None) -> float:
+    try:
+        counts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return float("nan")
+    return (int(counts[11]) + int(counts[12])) / os.sysconf("SC_CLK_TCK")
+
+
+ACTIONS: dict[str, Callable[..., dict[str, Any]]] = {"write": write, "turn": take_turn, "seek": seek}
+
+
+# ---- requests ---------------------------------------------------------------------------------------------
+
+
+def answer(contender: "Contender", action: str, request: dict[str, Any], sender: Connection) -> None:
+    """Do what is asked, in a process forked for it."""
+    sender.send(ACTIONS[action](contender, **request))
+
+
+def in_a_fork(contender: "Contender", action: str, request: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a request, given when its process and all that it started have ended."""
+    receiver, sender = get_context("fork").Pipe(duplex=False)
+    process = get_context("fork").Process(target=answer, args=(contender, action, request, sender))
+    process.start()
+    process.join()
+    return receiver.recv() if process.exitcode == 0 and receiver.poll() else {"error": f"exit code {process.exitcode}"}
+
+
+def main(paths: str, *names: str) -> None:
+    """Serve until there are no more requests; whatever else is printed goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    # This folder last: it has a streaming.py, which is a package of mosaicml's.
+    sys.path += [*filter(None, paths.split(os.pathsep)), str(Path(__file__).parent)]
+    import torch
+
+    torch.set_num_threads(1)
+    contenders, versions = find_contenders(names)
+    print(json.dumps(versions), file=answers)
+    for line in sys.stdin:
+        request = json.loads(line)
+        contender = contenders[request.pop("name")]
+        print(json.dumps(in_a_fork(contender, request.pop("action"), request)), file=answers)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -81,7 +81,7 @@ def take_turn(
     return {"items": items, **cost}
 
 
-def seek(_contender: "Contender", **request: Any) -> dict[str, float]:
+def seek(_contender: "Contender", **request: Any) -> dict[str, float | None]:
     """As `text_loaders.seek`."""
     import text_loaders
 

@@ -103,7 +103,7 @@ def earlier(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[A
 
     from train.split import read_split  # type: ignore
 
-    split = read_split([str(folder / EARLIER_SHARDS)], "train", remedy="pack again")
+    split: Any = read_split([str(folder / EARLIER_SHARDS)], "train", remedy="pack again")  # of that commit
     stream = BatchStream(
         split,
         plan=split.plan(seed=0, epoch=epoch, global_batch=batch),

@@ -514,9 +514,9 @@ class Figures:
 def measure_doctor(work: Work) -> tuple[list[Row], list[Bar]]:
     """The doctor's numbers from nginx, and what they mean for more GPUs."""
     from captioner.streaming.dataset import read_split
-    from streaming import pack
+    from training import pack
 
-    pack(photos_of(work), work.folder, num_samples=600 if work.quick else 6_000)
+    pack(photos_of(work), None, work.folder, num_samples=600 if work.quick else 6_000)
     with logging_nginx(work.folder, work.folder / "nginx") as address:
         url, file = f"{address}/shards", work.folder / "doctor.json"
         flags = [

@@ -594,6 +594,12 @@ def test_new_weights_are_asked_for_by_name_and_change_only_what_comes_after(sour
     assert Counter(text[0] for text in after)["c"] == pytest.approx(len(after) / 2, abs=1)
     seen = [text for batch in before for text in batch if text[0] == "b"] + [text for text in after if text[0] == "b"]
     assert len(set(seen[:17])) == min(17, len(seen))
+    back = make_loader(sources, weights=[1, 1, 2], allow_new_weights=True)
+    back.load_state_dict(state)
+    back.set_epoch(1)
+    back.set_epoch(0)
+    with pytest.raises(StreamingError, match="position 0 of the run is before position 32"):
+        next(iter(back))
     third = make_loader(sources, weights=[1, 1, 2])
     third.load_state_dict(other.state_dict())
     assert third.state_dict() == other.state_dict()

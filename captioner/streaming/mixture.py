@@ -85,6 +85,11 @@ class MixtureOrder:
 
     def assign(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source of each position of the run, and the number of the sample in that source's passes, from 0."""
+        if len(positions) and positions.min() < self.since.position:
+            raise StreamingError(
+                f"position {positions.min():,} of the run is before position {self.since.position:,}, from which these "
+                "weights hold: load a state from before the change"
+            )
         periods, inside = np.divmod(positions - self.since.position, len(self._table))
         sources = self._table[inside]
         parts, counts = np.array(self.parts), np.array(self.since.counts)

@@ -89,8 +89,10 @@ def seek(_contender: "Contender", **request: Any) -> dict[str, float | None]:
 
 
 def cpu_seconds() -> float:
-    """Processor time of this process and its workers; NaN where that of workers is unknown."""
-    return time.process_time() + sum(_cpu_seconds_of(worker.pid) for worker in active_children())
+    """Processor time of this process and its workers, also of those that have ended; NaN where it is unknown."""
+    running = sum(_cpu_seconds_of(worker.pid) for worker in active_children())  # it waits for those that have ended
+    ended = os.times()
+    return time.process_time() + running + ended.children_user + ended.children_system
 
 
 def _cpu_seconds_of(pid: int | None) -> float:

@@ -18,7 +18,7 @@ from captioner.errors import UserError
 from captioner.files import storage
 from captioner.shards.format import NOT_KEPT, SPLITS, Manifest, manifest_location, read_manifest, shard_name
 from captioner.shards.indexing import BACKEND as FOREIGN
-from captioner.shards.indexing import is_foreign
+from captioner.shards.indexing import is_foreign, list_names
 from captioner.shards.writing import manifest_fingerprint
 from captioner.vocabulary import Vocabulary, read_vocabulary
 from captioner.workers import count_processors
@@ -35,6 +35,7 @@ from sharding.verify_shard import (
 )
 
 MAX_THREADS = 8
+NO_FOLDER = "there is no dataset folder {}: sharding/make_shards.py makes one"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,22 +56,12 @@ class SplitCheck:
 # ---- which splits -----------------------------------------------------------------------------------------
 
 
-def list_names(folder: str, pattern: str = "*") -> list[str]:
-    """Names of the files in a folder that fit `pattern`, sorted; `/` in a pattern reaches into folders. UserError."""
-    try:
-        return storage.find_files(folder, pattern)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no dataset folder {folder}: sharding/make_shards.py makes one") from error
-    except (OSError, ValueError, NotImplementedError) as error:
-        raise UserError(f"cannot list {folder} ({error}): give a folder or URL whose files can be listed") from error
-
-
 def find_splits(folder: str, split: str | None) -> tuple[list[str], list[str]]:
     """The splits that the folder holds something of, and the names of its files. Raises UserError for none."""
     if folder.startswith(storage.WEB):  # a web server lists nothing that could be relied on
         names = [f"{s}.manifest.json" for s in SPLITS if storage.exists(manifest_location(folder, s))]
     else:
-        names = list_names(folder)
+        names = list_names(folder, "*", missing=NO_FOLDER)
     found = [s for s in SPLITS if any(re.match(rf"{s}(\.manifest\.json|-\d+\.(tar|index))$", name) for name in names)]
     wanted = [s for s in found if split in (None, s)]
     if not wanted:

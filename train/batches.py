@@ -5,6 +5,7 @@ Shapes: B samples, P sides of a view in pixels, F features of a picture.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
@@ -118,6 +119,15 @@ class CaptionBatches:
     _reader: FeatureReader | None = field(init=False, default=None)
     _stderr: Any = field(init=False, default=None)
 
+    @cached_property
+    def stored_sizes(self) -> list[int | None]:
+        """For each shard the size to squash its pictures to on reading; None where packing has done so."""
+        return [
+            manifest.settings["size"] if manifest.settings.get("resize") == "none" else None
+            for manifest in self.split.manifests
+            for _ in manifest.shards
+        ]
+
     @property
     def part_rows(self) -> int:
         """Rows of a part, at most."""
@@ -188,7 +198,7 @@ class CaptionBatches:
 
     def _decode(self, picture: bytes, sample: dict[str, Any]) -> np.ndarray:
         """A picture's pixels (height, width, 3), uint8; pictures that were stored as they are get their size here."""
-        squash_to = self.split.stored_sizes[sample["__shard__"]]
+        squash_to = self.stored_sizes[sample["__shard__"]]
         try:
             if squash_to is None:
                 return images.decode_stored(picture)

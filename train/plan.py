@@ -13,7 +13,7 @@ from captioner import cli
 from captioner.errors import UserError
 from captioner.flags import Count, CountOrZero, Location, Positive, Seed
 from captioner.streaming.dataset import Split, check_filled, read_split
-from captioner.streaming.mixture import MixtureOrder
+from captioner.streaming.mixture import MixtureOrder, make_order
 from captioner.streaming.order import SHUFFLE_SHARDS, EpochOrder, ShardOrder, num_steps, rank_positions
 from captioner.streaming.quality import first_shards, measure_mixing
 
@@ -55,7 +55,10 @@ def main(settings: PlanSettings) -> None:
     split = read_split(settings.shards, settings.split, remedy=PACK_FIRST)
     check_filled(split)
     batch_size = settings.batch_size
-    order = make_order(split, settings)
+    order = make_order(
+        split, weights=settings.weights, seed=settings.seed, batch_size=batch_size,
+        shuffle_shards=settings.shuffle_shards,
+    )  # fmt: skip
     steps = num_steps(order.num_samples, global_batch=settings.batch_size)
     last = order.num_samples - max(0, steps - 1) * settings.batch_size
     facts = [
@@ -82,15 +85,6 @@ def main(settings: PlanSettings) -> None:
     shard_bytes = [entry.bytes for _, entry in split.shards]
     rows = rank_rows(plan, shard_bytes, world_size=settings.processes)
     cli.print_table("each process", ("rank", "samples", "reads MB", "opens shards", "of MB", "share"), rows)
-
-
-def make_order(split: Split, settings: PlanSettings) -> ShardOrder | MixtureOrder:
-    """The order that the loader would have. Raises StreamingError for weights that do not fit."""
-    seed, batch_size, window = settings.seed, settings.batch_size, settings.shuffle_shards
-    if not settings.weights:
-        return ShardOrder(split.sizes, seed=seed, batch_size=batch_size, shuffle_shards=window)
-    sizes = [[entry.samples for entry in manifest.shards] for manifest in split.manifests]
-    return MixtureOrder(sizes, weights=settings.weights, seed=seed, batch_size=batch_size, shuffle_shards=window)
 
 
 def window_advice(order: EpochOrder, *, world_size: int) -> str:

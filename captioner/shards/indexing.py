@@ -213,11 +213,11 @@ def find_tars(folder: str, split: str, pattern: str | None, *, remedy: str) -> t
     Raises UserError, with `remedy` where no file fits.
     """
     for tried in [pattern] if pattern else [f"{split}*.tar", "*.tar"]:
-        names = _find_files(folder, tried)
+        names = list_names(folder, tried)
         if names:
             break
     else:
-        packed = [name for ending in COMPRESSED_ENDINGS for name in _find_files(folder, f"*{ending}")]
+        packed = [name for ending in COMPRESSED_ENDINGS for name in list_names(folder, f"*{ending}")]
         if packed:
             raise UserError(f"{folder} holds compressed tars such as {packed[0]}: {UNPACK}")
         raise UserError(f"no file in {folder} fits {tried}: {remedy}")
@@ -229,11 +229,15 @@ def find_tars(folder: str, split: str, pattern: str | None, *, remedy: str) -> t
     return [name.removesuffix(".tar") for name in names], tried
 
 
-def _find_files(folder: str, pattern: str) -> list[str]:
+def list_names(folder: str, pattern: str, *, missing: str = "there is no folder {}: check the path") -> list[str]:
+    """Names of the files in a folder that fit `pattern`, sorted; `/` in a pattern reaches into folders.
+
+    Raises UserError, with `missing` where there is no folder.
+    """
     try:
         return storage.find_files(folder, pattern)
     except FileNotFoundError as error:
-        raise UserError(f"there is no folder {folder}: check the path") from error
+        raise UserError(missing.format(folder)) from error
     except (OSError, ValueError, NotImplementedError) as error:
         raise UserError(f"cannot list {folder} ({error}): give a folder or URL whose files can be listed") from error
 

@@ -27,15 +27,6 @@ class Split:
         pairs = zip(self.folders, self.manifests, strict=True)
         return [(folder, entry) for folder, manifest in pairs for entry in manifest.shards]
 
-    @cached_property
-    def stored_sizes(self) -> list[int | None]:
-        """For each shard the size to squash its pictures to on reading; None where packing has done so."""
-        return [
-            manifest.settings["size"] if manifest.settings.get("resize") == "none" else None
-            for manifest in self.manifests
-            for _ in manifest.shards
-        ]
-
     def only(self, numbers: Sequence[int]) -> "Split":
         """The split of some of the shards, given by their numbers, in the order of these."""
         pairs = [self.shards[number] for number in numbers]

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from captioner.errors import StreamingError, TooManyBadSamplesError, TransformError
@@ -24,7 +23,7 @@ from captioner.streaming.buffers import Buffers, pinned
 from captioner.streaming.cache import ShardCache
 from captioner.streaming.dataset import Split, check_filled, read_split
 from captioner.streaming.ledger import Ledger
-from captioner.streaming.mixture import MixtureOrder, Since
+from captioner.streaming.mixture import MixtureOrder, Since, make_order
 from captioner.streaming.order import SHUFFLE_SHARDS, ShardOrder
 from captioner.streaming.quality import first_shards, measure_mixing
 from captioner.streaming.worker import (
@@ -154,17 +153,14 @@ class StreamingLoader:
         self._padded = 0
         self._parts: Parts | None = None
         self._workers: _Workers | None = None
-        self.order = self._make_order()
+        self.order = self._make_order(weights)
 
-    def _make_order(self) -> ShardOrder | MixtureOrder:
-        common: dict[str, Any] = {
-            "seed": self.seed, "batch_size": self.batch_size, "shuffle_shards": self.shuffle_shards,
-            "shuffle": self.shuffle,
-        }  # fmt: skip
-        if self.weights is None:
-            return ShardOrder(self.split.sizes, every=self.every, **common)
-        sizes = [[entry.samples for entry in manifest.shards] for manifest in self.split.manifests]
-        return MixtureOrder(sizes, weights=self.weights, epoch_samples=self.epoch_samples, since=self._since, **common)
+    def _make_order(self, weights: Sequence[float] | None) -> ShardOrder | MixtureOrder:
+        return make_order(
+            self.split, weights=weights, seed=self.seed, batch_size=self.batch_size, every=self.every,
+            shuffle_shards=self.shuffle_shards, shuffle=self.shuffle, epoch_samples=self.epoch_samples,
+            since=self._since,
+        )  # fmt: skip
 
     # ---- ranks --------------------------------------------------------------------------------------------
 
@@ -306,7 +302,6 @@ class StreamingLoader:
     def _load_weights(self, state: dict[str, Any], position: int) -> None:
         """Take a mixture's history from a state; where its weights were others, these hold from here on."""
         assert isinstance(self.order, MixtureOrder)
-        assert self.weights is not None
         if "parts" not in state:
             raise StreamingError("the state is not of a mixture: leave out weights")
         parts, since = state["parts"], state["since"]
@@ -317,11 +312,10 @@ class StreamingLoader:
                     f"the state's weights were {parts}, they are {list(self.order.parts)}, in parts of "
                     f"{sum(parts)}: give those, or allow_new_weights=True to have the new ones from here on"
                 )
-            given, self.weights = self.weights, parts
-            before = self._make_order()
+            before = self._make_order(parts)
             assert isinstance(before, MixtureOrder)
-            self._since, self.weights = Since(position, before.counts(position)), given
-        self.order = self._make_order()
+            self._since = Since(position, before.counts(position))
+        self.order = self._make_order(self.weights)
         self.close()
 
     def _go_to(self, epoch: int, steps: int) -> None:
@@ -350,8 +344,7 @@ class StreamingLoader:
         self._begun, self._loaded = True, False
         epoch, first = self._epoch, self._steps
         if self._workers is None:
-            make_maker = partial(self._make_maker, parts)
-            self._workers = _Workers(make_maker, self.num_workers, self._start_method, self._prefetch)
+            self._workers = self._start_workers(parts)
         made = self._workers.batches(Item(epoch, step) for step in range(first, parts.num_steps))
         if self.pin_memory and torch.accelerator.is_available():
             made = pinned_ahead(made, partial(_pin, device_index=torch.accelerator.current_device_index()))
@@ -382,13 +375,15 @@ class StreamingLoader:
         if made.positions and made.positions[-1] >= parts.num_samples:
             self._padded = sum(position >= parts.num_samples for position in made.positions)
 
-    def _make_maker(self, parts: Parts, taken: Tensor, buffers: int) -> BatchMaker:
-        return BatchMaker(
+    def _start_workers(self, parts: Parts) -> "_Workers":
+        buffers = Buffers(num_workers=self.num_workers, count=self._prefetch + 2)
+        maker = BatchMaker(
             self.split, self.order, parts, seed=self.seed, fields=self._fields, decode=self._decode,
             transform=self._transform, collate=self._collate or default_collate,
             is_random=any(map(_is_random, (self._transform, self._collate))), cache=self._cache,
-            tolerant=self.tolerate_bad_samples > 0, taken=taken, buffers=buffers,
+            tolerant=self.tolerate_bad_samples > 0, taken=buffers.taken, buffers=self._prefetch + 2,
         )  # fmt: skip
+        return _Workers(maker, buffers, self.num_workers, start_method=self._start_method, prefetch=self._prefetch)
 
     def close(self) -> None:
         """End the workers; the next iteration starts others."""
@@ -443,14 +438,9 @@ class _Workers:
     """The processes that make batches, or this one where there are none, until closed or dropped."""
 
     def __init__(
-        self,
-        make_maker: Callable[[Tensor, int], BatchMaker],
-        num_workers: int,
-        start_method: str | None,
-        prefetch: int,
+        self, maker: BatchMaker, buffers: Buffers, num_workers: int, *, start_method: str | None, prefetch: int
     ) -> None:
-        self._buffers = Buffers(num_workers=num_workers, count=prefetch + 2)
-        self._maker = make_maker(self._buffers.taken, prefetch + 2)
+        self._maker, self._buffers = maker, buffers
         self._items = _Items()
         self._loader: DataLoader[Any] | None = None
         self._end: Callable[[], None] | None = None

@@ -14,6 +14,7 @@ import numpy as np
 
 from captioner.errors import StreamingError
 from captioner.shards.splitmix import random_bits
+from captioner.streaming.dataset import Split
 from captioner.streaming.order import SHUFFLE_SHARDS, SOURCE_SEED, SampleRef, ShardOrder
 
 PERIOD = 1 << 14  # weights are rounded to so many parts
@@ -30,8 +31,8 @@ class MixtureOrder:
     """The order of a mixture, in epochs of `epoch_samples`; as many as all sources have, unless given.
 
     `sources` are the sizes of each one's shards; shards are numbered on through all sources. `weights` are rounded to
-    parts of a period; they hold from `since` on. Each source has its own order, whatever the
-    weights. Raises StreamingError for weights that are no positive numbers and for sources without samples.
+    parts of a period; they hold from `since` on. Each source has its own order, whatever the weights. Raises
+    StreamingError for weights that are no positive numbers and for sources without samples.
     """
 
     def __init__(
@@ -143,8 +144,8 @@ def round_weights(weights: Sequence[float]) -> tuple[int, ...]:
 def fill_period(parts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """The source at each position of a period, and how often that source was there before.
 
-    At each position the source is chosen that must come first, among those that may come already: a sample may be half
-    a share of the others early or late (Tijdeman 1980, theorem 1).
+    At each position, of the sources that may come already, the one is chosen that must come first (Tijdeman 1980). One
+    always may: what is due to all of them adds up to `length`.
     """
     length, num_sources = sum(parts), len(parts)
     table, before = np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.int64)
@@ -152,10 +153,37 @@ def fill_period(parts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     slack = 2 * max(1, num_sources - 1)  # in halves of 1 / (K - 1), so that all numbers are whole
     for position in range(length):
         due = [(position + 1) * part - count * length for part, count in zip(parts, counts, strict=True)]
-        ready = [source for source in range(num_sources) if due[source] * slack >= length] or [
-            max(range(num_sources), key=due.__getitem__)
-        ]
+        ready = [source for source in range(num_sources) if due[source] * slack >= length]
         chosen = min(ready, key=lambda source: ((slack - 1) * length - due[source] * slack) / parts[source])
         table[position], before[position] = chosen, counts[chosen]
         counts[chosen] += 1
     return table, before
+
+
+def make_order(
+    split: Split,
+    *,
+    weights: Sequence[float] | None,
+    seed: int,
+    batch_size: int,
+    shuffle_shards: int = SHUFFLE_SHARDS,
+    shuffle: bool = True,
+    every: int = 1,
+    epoch_samples: int | None = None,
+    since: Since | None = None,
+) -> ShardOrder | MixtureOrder:
+    """The order of a split: of its folders read as one, or mixed by weights. Raises StreamingError as MixtureOrder."""
+    if not weights:
+        return ShardOrder(
+            split.sizes, seed=seed, batch_size=batch_size, shuffle_shards=shuffle_shards, shuffle=shuffle, every=every
+        )
+    return MixtureOrder(
+        [[entry.samples for entry in manifest.shards] for manifest in split.manifests],
+        weights=weights,
+        seed=seed,
+        batch_size=batch_size,
+        epoch_samples=epoch_samples,
+        shuffle_shards=shuffle_shards,
+        shuffle=shuffle,
+        since=since,
+    )

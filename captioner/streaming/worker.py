@@ -174,9 +174,8 @@ class BatchMaker(Dataset[Made | Failed]):
     def _make(self, item: Item) -> Made:
         positions = self.parts.positions(item.step)
         skipped: list[Skip] = []
-        samples = self._read(
-            item, positions, skipped
-        )  # all, before one is decoded, which empties the processor's caches
+        # All are read before one is decoded, which empties the processor's caches.
+        samples = self._read(item, positions, skipped)
         found = [sample["__position__"] for sample in samples]
         seeded = positions if self.transform is not None else positions[:1]
         seeding = self.randomness.batch(self.seed, item.epoch, seeded) if self.is_random else nullcontext()

@@ -638,7 +638,7 @@ def test_a_server_that_is_gone_is_told_in_one_line_soon(bucket: Bucket, monkeypa
 
 
 def test_without_credentials_nothing_is_tried_twice(s3: str, tmp_path: Path) -> None:
-    code = "from captioner import storage; storage.read_bytes('s3://bucket/x')"
+    code = "from captioner.files import storage; storage.read_bytes('s3://bucket/x')"
     variables = {name: value for name, value in os.environ.items() if not name.startswith("AWS")}
     variables |= {"AWS_ENDPOINT_URL": s3, "AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)

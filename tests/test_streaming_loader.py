@@ -3,7 +3,10 @@
 import json
 import os
 import random
+import threading
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,9 @@ from streaming_data import global_batches, make_loader, run_epochs, text_of, tex
 
 from captioner.errors import StreamingError, TooManyBadSamplesError, TransformError, UserError
 from captioner.streaming import SampleError, StreamingLoader, batch_buffer, index_shards
+from captioner.streaming.buffers import Buffers, WorkerBuffers
+from captioner.streaming.loader import pinned_ahead
+from captioner.streaming.worker import Made
 
 SIZES = (7, 5, 11, 1, 9, 8)
 NUM_SAMPLES = sum(SIZES)  # 41
@@ -97,6 +103,77 @@ def test_loaders_in_one_process_do_not_touch_each_other(folder: Path) -> None:
     pairs = list(zip(first, second, strict=True))
     assert ([texts(batch) for batch, _ in pairs], [texts(batch) for _, batch in pairs]) == alone
     first.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_a_dropped_loader_leaves_no_file_open(folder: Path) -> None:
+    files = Path("/proc/self/fd")
+    before = len(list(files.iterdir()))
+    loader = make_loader(folder)
+    next(iter(loader))
+    assert len(list(files.iterdir())) > before
+    del loader
+    assert len(list(files.iterdir())) == before
+
+
+# ---- page-locked copies -----------------------------------------------------------------------------------
+
+
+def made(*texts: str) -> Iterator[Made]:
+    return (Made(batch=text, positions=[], skipped=[], in_buffers=False) for text in texts)
+
+
+def test_batches_are_copied_in_order_one_ahead_in_another_thread() -> None:
+    copied: list[str] = []
+
+    def pin(each: Made) -> Made:
+        assert threading.current_thread() is not threading.main_thread()
+        copied.append(each.batch)
+        return replace(each, batch=each.batch.upper())
+
+    batches = pinned_ahead(made(*"abcd"), pin)
+    assert next(batches).batch == "A"
+    assert [each.batch for each in batches] == ["B", "C", "D"]
+    assert copied == [*"abcd"]
+
+
+def test_an_error_comes_after_the_batches_before_it() -> None:
+    def failing() -> Iterator[Made]:
+        yield from made("a", "b")
+        raise UserError("no more")
+
+    batches = pinned_ahead(failing(), lambda each: each)
+    assert [next(batches).batch, next(batches).batch] == ["a", "b"]
+    with pytest.raises(UserError, match="no more"):
+        next(batches)
+
+
+def test_the_copying_thread_ends_with_an_iterator_that_is_dropped() -> None:
+    threads = threading.active_count()
+    batches = pinned_ahead(made(*"abcd"), lambda each: each)
+    next(batches)
+    assert threading.active_count() == threads + 1
+    del batches
+    assert threading.active_count() == threads
+
+
+def test_a_buffer_is_free_once_it_is_copied() -> None:
+    buffers = Buffers(num_workers=0, count=1)
+    own = WorkerBuffers(buffers.taken, first=0, count=1)
+
+    def filled() -> Iterator[Made]:
+        for number in range(4):
+            with own.in_use():
+                batch = batch_buffer((2,), torch.int64)
+                batch.fill_(number)
+                slots, in_buffers = own.give(batch)
+            yield Made(buffers.open(slots), [], [], in_buffers)
+
+    def pin(each: Made) -> Made:
+        return replace(each, batch=each.batch.clone())
+
+    assert [each.batch.tolist() for each in pinned_ahead(filled(), pin)] == [[number] * 2 for number in range(4)]
+    assert not buffers.taken.any()
 
 
 # ---- state ------------------------------------------------------------------------------------------------
@@ -303,6 +380,9 @@ def test_the_rank_is_as_given_or_of_the_launcher_or_alone(folder: Path, monkeypa
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
     with pytest.raises(StreamingError, match="rank 0 of 4, RANK and WORLD_SIZE say 1 of 2"):
+        len(make_loader(folder))
+    monkeypatch.setenv("RANK", "one")
+    with pytest.raises(StreamingError, match="RANK and WORLD_SIZE are 'one' and"):
         len(make_loader(folder))
     monkeypatch.delenv("RANK")
     loader = make_loader(folder)
@@ -600,6 +680,9 @@ def test_new_weights_are_asked_for_by_name_and_change_only_what_comes_after(sour
     back.set_epoch(0)
     with pytest.raises(StreamingError, match="position 0 of the run is before position 32"):
         next(iter(back))
+    broken = state | {"since": [32, 1, 2, 3]}
+    with pytest.raises(StreamingError, match="not the history of a mixture of 3 sources"):
+        make_loader(sources, weights=[1, 2, 1]).load_state_dict(broken)
     third = make_loader(sources, weights=[1, 1, 2])
     third.load_state_dict(other.state_dict())
     assert third.state_dict() == other.state_dict()

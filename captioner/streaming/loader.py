@@ -304,7 +304,7 @@ class StreamingLoader:
         assert isinstance(self.order, MixtureOrder)
         if "parts" not in state:
             raise StreamingError("the state is not of a mixture: leave out weights")
-        parts, since = state["parts"], state["since"]
+        parts, since, order = state["parts"], state["since"], self.order
         self._since = Since(since[0], tuple(since[1:])) if since else None
         if parts != list(self.order.parts):
             if not self._allow_new_weights:
@@ -316,7 +316,8 @@ class StreamingLoader:
             assert isinstance(before, MixtureOrder)
             self._since = Since(position, before.counts(position))
         self.order = self._make_order(self.weights)
-        self.close()
+        if self.order.since != order.since:
+            self.close()
 
     def _go_to(self, epoch: int, steps: int) -> None:
         self._epoch, self._steps, self._turn = epoch, steps, self._turn + self._begun
@@ -441,6 +442,7 @@ class _Workers:
         self, maker: BatchMaker, buffers: Buffers, num_workers: int, *, start_method: str | None, prefetch: int
     ) -> None:
         self._maker, self._buffers = maker, buffers
+        weakref.finalize(self, maker.close)
         self._items = _Items()
         self._loader: DataLoader[Any] | None = None
         self._end: Callable[[], None] | None = None
@@ -553,7 +555,10 @@ def resolve_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
             raise StreamingError(f"rank {rank} is not one of 0 to {world_size - 1}")
         return rank, world_size
     launched = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    of_launcher = None if None in launched else (int(launched[0] or 0), int(launched[1] or 1))
+    try:
+        of_launcher = None if None in launched else (int(launched[0] or 0), int(launched[1] or 1))
+    except ValueError as error:
+        raise StreamingError(f"RANK and WORLD_SIZE are {launched[0]!r} and {launched[1]!r}: set numbers") from error
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         of_group = torch.distributed.get_rank(), torch.distributed.get_world_size()
         if of_launcher not in (None, of_group):

@@ -53,10 +53,12 @@ class MixtureOrder:
         if not all(self.sizes):
             raise StreamingError(f"source {self.sizes.index(0) + 1} of the mixture holds no samples: leave it out")
         self.num_samples = sum(self.sizes) if epoch_samples is None else epoch_samples
-        if self.num_samples < 1:
-            raise StreamingError(f"epoch_samples is {epoch_samples}: give 1 or more")
+        if not isinstance(self.num_samples, int) or self.num_samples < 1:
+            raise StreamingError(f"epoch_samples is {epoch_samples}: give a whole number of 1 or more")
         self.parts = round_weights(weights)
         self.since = since or Since(0, (0,) * len(sources))
+        if len(self.since.counts) != len(sources) or sum(self.since.counts) != self.since.position:
+            raise StreamingError(f"{self.since} is not the history of a mixture of {len(sources)} sources")
         self._table, self._before = fill_period(self.parts)
         window = max(1, shuffle_shards // len(sources))
         seeds = random_bits(np.arange(len(sources)), seed, SOURCE_SEED).tolist()

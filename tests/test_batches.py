@@ -197,11 +197,11 @@ def test_a_batch_that_was_broken_off_leaves_nothing_behind(shared_dataset: Datas
     )  # fmt: skip
     raw = StreamingLoader(shared_dataset.split, batch_size=GLOBAL_BATCH, collate=list, shuffle=False)
     samples: list[dict[str, Any]] = next(iter(raw))
-    wanted = batches.collate([batches.transform(sample) for sample in samples])
+    wanted = batches.collate([batches.transform(batches.parse(sample)) for sample in samples])
     for num_before in (1, GLOBAL_BATCH - 1, GLOBAL_BATCH):
         for sample in samples[:num_before]:
-            batches.transform(sample)
-        found = batches.collate([batches.transform(sample) for sample in samples])
+            batches.transform(batches.parse(sample))
+        found = batches.collate([batches.transform(batches.parse(sample)) for sample in samples])
         for one, other in zip(found, wanted, strict=True):
             assert one.keys == other.keys
             assert torch.equal(one.inputs, other.inputs)

@@ -92,7 +92,7 @@ class Row(NamedTuple):
 
 @dataclass(kw_only=True)
 class CaptionBatches:
-    """The `transform` and `collate` of a loader whose global batches are of `batch_size` samples.
+    """The `decode`, `transform` and `collate` of a loader whose global batches are of `batch_size` samples.
 
     Views are cut at random and sometimes mirrored, by functions of (`seed`, epoch, position); without a seed the middle
     is taken. With `features` these are read instead of pictures.
@@ -135,24 +135,30 @@ class CaptionBatches:
 
     # ---- a sample -----------------------------------------------------------------------------------------
 
-    @_drawing_nothing
-    def transform(self, sample: dict[str, Any], _rng: object = None) -> Row:
-        """Write a sample's view, or features, into the batch's buffer. Raises SampleError and UserError."""
-        key, position = sample["__key__"], sample["__position__"]
+    @staticmethod
+    def parse(sample: dict[str, Any]) -> dict[str, Any]:
+        """The sample with its `__picture__` and its captions' `__content__`. Raises SampleError."""
         picture, captions = find_members(sample)
         try:
-            content = read_content(captions, key=key)
+            sample["__content__"] = read_content(captions, key=sample["__key__"])
         except ValueError as error:
-            message = f"sample {key} in {sample['__url__']} has no captions ({error}): {RESTORE}"
+            message = f"sample {sample['__key__']} in {sample['__url__']} has no captions ({error}): {RESTORE}"
             raise SampleError("no captions", message) from error
+        sample["__picture__"] = picture
+        return sample
+
+    @_drawing_nothing
+    def transform(self, sample: dict[str, Any], _rng: object = None) -> Row:
+        """Write a parsed sample's view, or features, into the batch's buffer. Raises SampleError and UserError."""
+        content, position = sample["__content__"], sample["__position__"]
         part = self._part(sample["__epoch__"], position)
         row = self._rows[part * self.part_rows + self._filled[part]]
         if self.features is None:
-            self._fill_view(row, picture, sample, content["captions"])
+            self._fill_view(row, sample, content["captions"])
         else:
             self._feature_reader().read_into(row, sample["__shard__"], sample["__place__"])
         self._filled[part] += 1
-        return Row(part, position, key, content)
+        return Row(part, position, sample["__key__"], content)
 
     def _part(self, epoch: int, position: int) -> int:
         """The part that a sample belongs to; the first one of a batch takes a new buffer."""
@@ -181,8 +187,8 @@ class CaptionBatches:
             return (self.crop, self.crop, 3), torch.uint8
         return (self.features.num_features,), torch.float32
 
-    def _fill_view(self, view_PP3: np.ndarray, picture: bytes, sample: dict[str, Any], captions: list[str]) -> None:
-        pixels_HW3 = self._decode(picture, sample)
+    def _fill_view(self, view_PP3: np.ndarray, sample: dict[str, Any], captions: list[str]) -> None:
+        pixels_HW3 = self._decode(sample)
         height, width, _ = pixels_HW3.shape
         if min(height, width) < self.crop:
             raise UserError(f"the shards hold pictures of {width}x{height}: give a smaller --crop")
@@ -196,8 +202,9 @@ class CaptionBatches:
         else:
             view_PP3[:] = cut_PP3
 
-    def _decode(self, picture: bytes, sample: dict[str, Any]) -> np.ndarray:
+    def _decode(self, sample: dict[str, Any]) -> np.ndarray:
         """A picture's pixels (height, width, 3), uint8; pictures that were stored as they are get their size here."""
+        picture = sample["__picture__"]
         squash_to = self.stored_sizes[sample["__shard__"]]
         try:
             if squash_to is None:
@@ -305,6 +312,7 @@ def caption_loader(
         seed=seed,
         shuffle=training,
         fields=None if features is None else CaptionFields(),
+        decode=batches.parse,
         transform=batches.transform,
         collate=batches.collate,
         rank=rank,

@@ -105,7 +105,7 @@ def find_functions(settings: DoctorSettings, split: Split) -> dict[str, Any]:
             split=split, vocabulary=read_merged_vocabulary(split.folders, remedy=PACK_FIRST), crop=settings.crop,
             max_tokens=TrainSettings.max_tokens, batch_size=settings.batch_size, seed=0,
         )  # fmt: skip
-        return {"transform": batches.transform, "collate": batches.collate}
+        return {"decode": batches.parse, "transform": batches.transform, "collate": batches.collate}
     collate = find_function(settings.collate) if settings.collate else default_collate
     return {"transform": find_function(settings.transform), "collate": collate}
 

@@ -73,9 +73,10 @@ class StreamingLoader:
         Each is a dictionary of bytes by extension (`jpg`, `json`, `seg.png`, …), with `__key__`, `__url__`,
         `__epoch__`, `__position__`, `__shard__` and `__place__`. `fields` are the extensions to read; all, unless
         given. `decode` is webdataset's name for the form of pictures ("pil", "torchrgb8", …), with which text, JSON,
-        NumPy arrays and others are decoded too, or a function of a sample. `transform(sample, rng)` makes anything of
-        it; `rng` is a NumPy Generator that, like the global generators of torch, NumPy and Python, is seeded by (seed,
-        epoch, position). `collate(list)` makes a batch; it is torch's default_collate unless given. Functions with the
+        NumPy arrays and others are decoded too, or a function of a sample, which is called for a whole batch before the
+        first `transform`: parse text in it, and decode pictures in `transform`. `transform(sample, rng)` makes anything
+        of it; `rng` is a NumPy Generator, seeded like the global generators of torch, NumPy and Python by (seed, epoch,
+        position). `collate(list)` makes a batch; it is torch's default_collate unless given. Functions with the
         attribute `is_random = False` are not seeded, which saves some microseconds a sample.
     Processes
         `num_workers` processes make the batches, each `prefetch_batches` ahead; they start at the first iteration and
@@ -139,7 +140,8 @@ class StreamingLoader:
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.ledger = Ledger()
         self._fields, self._transform, self._collate = fields, transform, collate
-        self._decode = FieldDecoder(decode) if isinstance(decode, str) else decode
+        self._parse = None if isinstance(decode, str) else decode
+        self._decode = FieldDecoder(decode) if isinstance(decode, str) else None
         self._start_method, self._prefetch = start_method, prefetch_batches
         self._allow_new_weights, self._given_rank = allow_new_weights, (rank, world_size)
         self._cache = None
@@ -304,7 +306,7 @@ class StreamingLoader:
         assert isinstance(self.order, MixtureOrder)
         if "parts" not in state:
             raise StreamingError("the state is not of a mixture: leave out weights")
-        parts, since, order = state["parts"], state["since"], self.order
+        parts, since, before = state["parts"], state["since"], self.order.since
         self._since = Since(since[0], tuple(since[1:])) if since else None
         if parts != list(self.order.parts):
             if not self._allow_new_weights:
@@ -312,11 +314,13 @@ class StreamingLoader:
                     f"the state's weights were {parts}, they are {list(self.order.parts)}, in parts of "
                     f"{sum(parts)}: give those, or allow_new_weights=True to have the new ones from here on"
                 )
-            before = self._make_order(parts)
-            assert isinstance(before, MixtureOrder)
-            self._since = Since(position, before.counts(position))
-        self.order = self._make_order(self.weights)
-        if self.order.since != order.since:
+            earlier = self._make_order(parts)
+            assert isinstance(earlier, MixtureOrder)
+            self._since = Since(position, earlier.counts(position))
+        order = self._make_order(self.weights)
+        assert isinstance(order, MixtureOrder)
+        if order.since != before:
+            self.order = order
             self.close()
 
     def _go_to(self, epoch: int, steps: int) -> None:
@@ -379,8 +383,8 @@ class StreamingLoader:
     def _start_workers(self, parts: Parts) -> "_Workers":
         buffers = Buffers(num_workers=self.num_workers, count=self._prefetch + 2)
         maker = BatchMaker(
-            self.split, self.order, parts, seed=self.seed, fields=self._fields, decode=self._decode,
-            transform=self._transform, collate=self._collate or default_collate,
+            self.split, self.order, parts, seed=self.seed, fields=self._fields, parse=self._parse,
+            decode=self._decode, transform=self._transform, collate=self._collate or default_collate,
             is_random=any(map(_is_random, (self._transform, self._collate))), cache=self._cache,
             tolerant=self.tolerate_bad_samples > 0, taken=buffers.taken, buffers=self._prefetch + 2,
         )  # fmt: skip

@@ -119,6 +119,7 @@ class BatchMaker(Dataset[Made | Failed]):
         *,
         seed: int,
         fields: Container[str] | None,
+        parse: Decode | None,
         decode: Decode | None,
         transform: Transform | None,
         collate: Collate,
@@ -129,7 +130,8 @@ class BatchMaker(Dataset[Made | Failed]):
         buffers: int,
     ) -> None:
         self.split, self.order, self.parts, self.seed = split, order, parts, seed
-        self.fields, self.decode, self.transform, self.collate = fields, decode, transform, collate
+        self.fields, self.parse, self.decode = fields, parse, decode
+        self.transform, self.collate = transform, collate
         self.cache, self.tolerant = cache, tolerant
         self.taken, self.buffers = taken, buffers
         self.is_random = is_random
@@ -174,32 +176,35 @@ class BatchMaker(Dataset[Made | Failed]):
     def _make(self, item: Item) -> Made:
         positions = self.parts.positions(item.step)
         skipped: list[Skip] = []
-        # All are read before one is decoded, which empties the processor's caches.
-        samples = self._read(item, positions, skipped)
+        # All are read and parsed before a picture is decoded, which empties the processor's caches.
+        samples, values = self._read(item, positions, skipped)
         found = [sample["__position__"] for sample in samples]
         seeded = positions if self.transform is not None else positions[:1]
         seeding = self.randomness.batch(self.seed, item.epoch, seeded) if self.is_random else nullcontext()
         with self.own_buffers.in_use(), seeding:
-            values: list[Any] = samples
             if self.decode is not None or self.transform is not None:
-                values, found = self._transform_all(samples, skipped)
+                values, found = self._transform_all(samples, values, skipped)
             batch, in_buffers = self.own_buffers.give(self._collated(values, item, positions))
         return Made(batch, found, skipped, in_buffers)
 
-    def _read(self, item: Item, positions: range, skipped: list[Skip]) -> list[Sample]:
+    def _read(self, item: Item, positions: range, skipped: list[Skip]) -> tuple[list[Sample], list[Any]]:
+        """The samples of a batch as they are stored, and as `parse` leaves them."""
         reader, epoch = self._follow(item), item.epoch
         samples: list[Sample] = []
+        parsed: list[Any] = []
         for position, (_, shard, place) in zip(positions, self._find(item), strict=True):
             try:
                 key, content = reader.read(shard, place)
+                sample = {
+                    "__key__": key, "__url__": reader.location(shard), "__epoch__": epoch, "__position__": position,
+                    "__shard__": shard, "__place__": place, **content,
+                }  # fmt: skip
+                parsed.append(sample if self.parse is None else decoded_by(self.parse, sample))
             except SampleError as error:
                 skipped.append(self._skip(position, error))
             else:
-                samples.append({
-                    "__key__": key, "__url__": reader.location(shard), "__epoch__": epoch, "__position__": position,
-                    "__shard__": shard, "__place__": place, **content,
-                })  # fmt: skip
-        return samples
+                samples.append(sample)
+        return samples, parsed
 
     def _find(self, item: Item) -> list[SampleRef]:
         """The samples of a batch; those of this process's next batches are looked up with them, which costs less."""
@@ -214,21 +219,23 @@ class BatchMaker(Dataset[Made | Failed]):
             }
         return self._found.pop(item)
 
-    def _transform_all(self, samples: list[Sample], skipped: list[Skip]) -> tuple[list[Any], list[int]]:
+    def _transform_all(
+        self, samples: list[Sample], parsed: list[Any], skipped: list[Skip]
+    ) -> tuple[list[Any], list[int]]:
         values: list[Any] = []
         found: list[int] = []
-        for sample in samples:
+        for sample, each in zip(samples, parsed, strict=True):
             try:
-                values.append(self._transformed(sample))
+                values.append(self._transformed(sample, each))
             except SampleError as error:
                 skipped.append(self._skip(sample["__position__"], error))
             else:
                 found.append(sample["__position__"])
         return values, found
 
-    def _transformed(self, sample: Sample) -> Any:
-        """The sample as `decode` and `transform` leave it. Raises SampleError and TransformError."""
-        decoded = sample if self.decode is None else decoded_by(self.decode, sample)
+    def _transformed(self, sample: Sample, parsed: Any) -> Any:
+        """A parsed sample as `decode` and `transform` leave it. Raises SampleError and TransformError."""
+        decoded = parsed if self.decode is None else decoded_by(self.decode, parsed)
         if self.transform is None:
             return decoded
         try:

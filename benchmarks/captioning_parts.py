@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torchvision import transforms
 
-from captioner.bundle import Bundle, DecodingDefaults
-from captioner.decoder_output import own_stderr
-from captioner.decoding import decode
 from captioner.describe import Captioner
-from captioner.model import CaptionModel, ModelConfig
-from captioner.views import ViewSpec, normalise, read_eval_view
+from captioner.images.decoder_output import own_stderr
+from captioner.images.views import ViewSpec, normalise, read_eval_view
+from captioner.model.bundle import Bundle, DecodingDefaults
+from captioner.model.decoding import decode
+from captioner.model.network import CaptionModel, ModelConfig
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
 from captioner.workers import count_processors
 from captioning import COCO, LIGHT

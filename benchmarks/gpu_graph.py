@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captioner.encoders import Encoder, preprocessing
+from captioner.model.encoders import Encoder, preprocessing
 from measure import Cost, take_turns, times_as_fast
 from training import time_all
 

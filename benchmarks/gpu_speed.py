@@ -4,7 +4,7 @@
     python benchmarks/gpu_speed.py measure FOLDER '{"encoder": "resnet152", "batch": 128, ...}'
 
 `pack` makes shards of pictures of 256 pixels that compress like photos, with five captions each and a vocabulary of
-COCO's size, and a file of random weights. `measure` prints one line of JSON. The loop is train/epoch.py's own, with
+COCO's size, and a file of random weights. `measure` prints one line of JSON. The loop is train/run/epoch.py's own, with
 loader processes, curves and readings of the loss; its first and its last readings, each of ten steps, do not count, and
 each ends when the device has done all that it was told.
 """
@@ -26,11 +26,11 @@ from torchvision.models import get_model
 import training
 from measure import Cost, take_turns
 from photos import draw_photos
-from train.batches import Batch
-from train.epoch import LOG_STEPS, train_epoch
-from train.launch import Preemption
-from train.step import train_step
-from train.tracking import HISTORY, Tracker, read_rows
+from train.data.batches import Batch
+from train.run.epoch import LOG_STEPS, train_epoch
+from train.run.launch import Preemption
+from train.run.tracking import HISTORY, Tracker, read_rows
+from train.step.step import train_step
 from training import CAPTIONS_A_PICTURE, Job, Trainer, num_captions_of, time_all
 
 WEIGHTS = "weights.pth"

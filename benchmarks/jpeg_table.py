@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from captioner import images
+from captioner.images import loading
 from measure import Cost, median_of, take_turns, time_here
 
 QUALITIES = (75, 85, 90, 92, 95, 97)
@@ -18,14 +18,14 @@ SIZE = 256
 
 def measure(originals: Sequence[Path], *, rounds: int) -> list[dict[str, Any]]:
     """A row for each quality and colour resolution: medians over the rounds, differences in 255ths."""
-    pictures = [images.load_resized(path.read_bytes(), size=SIZE, resize="squash")[0] for path in originals]
+    pictures = [loading.load_resized(path.read_bytes(), size=SIZE, resize="squash")[0] for path in originals]
     ways = [(quality, colour) for quality in QUALITIES for colour in COLOURS]
     stored = {way: [encode(picture, *way) for picture in pictures] for way in ways}
     contenders: dict[tuple[str, int, str], Callable[[int], Cost | None]] = {}
     for way in ways:
         contenders["encode", *way] = over(pictures, lambda picture, way=way: encode(picture, *way))
         contenders["Pillow", *way] = over(stored[way], decode)
-        if images._has_native_lanczos():
+        if loading._has_native_lanczos():
             contenders["torchvision", *way] = over(stored[way], decode_natively)
     costs = take_turns({" ".join(map(str, name)): turn for name, turn in contenders.items()}, rounds=rounds)
 

@@ -32,9 +32,10 @@ from typing import Any
 from PIL import Image, features
 
 import jpeg_table
-from captioner import cli, images
+from captioner import cli
 from captioner.errors import UserError
 from captioner.flags import Count, File, Workers
+from captioner.images import loading
 from measure import (
     Bar,
     Contender,
@@ -51,19 +52,19 @@ from measure import (
     write_json,
 )
 from photos import draw_photos, find_photos, make_captions, repeat_photos, tile_photos, write_captions
-from sharding.engine import run_local
 from sharding.make_shards import plan_split
-from sharding.pack import Progress, pack_shard
-from sharding.plan import ShardPlan
+from sharding.packing.engine import run_local
+from sharding.packing.pack import Progress, pack_shard
+from sharding.packing.planning import ShardPlan
+from sharding.packing.sources import find_sources
 from sharding.settings import ShardSettings
-from sharding.sources import find_sources
 
 PACKAGES = ("pillow", "pillow-simd", "torch", "torchvision", "webdataset", "simplejpeg", "numpy")
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIZE, QUALITY = 256, 95
 SAMPLE_BYTES = 42_600  # of a stored picture and its captions, to cut the pictures into a wanted number of shards
 BOOK = "the book's loop"
-PILLOW = "pillow-simd" if images.HAS_SIMD else "Pillow"
+PILLOW = "pillow-simd" if loading.HAS_SIMD else "Pillow"
 SHARD_WRITER = f"{PILLOW} + webdataset.ShardWriter"
 OURS = "ours, one worker"
 ONE_WORKER, TWO_WORKERS = "ours through the engine, 1 worker", "ours through the engine, 2 workers"
@@ -109,7 +110,7 @@ def main(settings: PackingSettings) -> None:
         large = tile_photos(scratch / "large", originals, count=4 if settings.quick else 36)
         run = describe_run(
             PACKAGES,
-            backend=images.backend(),
+            backend=loading.backend(),
             libjpeg_turbo_of_pillow=features.version("libjpeg_turbo"),
             img2dataset=peer_version(peers) if peers else "not there (make bench-peers): no peer in the whole job",
             **describe_pictures(settings.images, originals, small, large),
@@ -134,7 +135,7 @@ def main(settings: PackingSettings) -> None:
 
 def use_one_thread() -> None:
     """One thread of torch, as in our workers: CPU time is compared, a core at a time."""
-    if images.backend() == "native":
+    if loading.backend() == "native":
         import torch
 
         torch.set_num_threads(1)
@@ -210,7 +211,7 @@ def like_the_book(parts: Sequence[Slice], scratch: Path, python: Path) -> Conten
 
 def plain_pillow(peers: Path | None) -> Path:
     """The Python with the book's own Pillow. Raises UserError where only pillow-simd is there."""
-    if not images.HAS_SIMD:
+    if not loading.HAS_SIMD:
         return Path(sys.executable)
     if peers is None:
         raise UserError("the book's loop needs plain Pillow, and here is pillow-simd: make bench-peers brings Pillow")
@@ -257,7 +258,7 @@ def ours_in_this_process(parts: Sequence[Slice], scratch: Path) -> Contender:
 
 def convert_with_pillow(data: bytes) -> bytes:
     """Pillow, or pillow-simd in its place."""
-    return images.encode_jpeg(
+    return loading.encode_jpeg(
         open_drafted(data).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS), quality=QUALITY
     )
 
@@ -276,7 +277,7 @@ def convert_natively(data: bytes) -> bytes:
         pixels_3HW = torch.ops.image.decode_jpeg(content, ImageReadMode.RGB.value, False)
     else:
         pixels_3HW = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    return images.encode_jpeg(to_picture(resize_natively(pixels_3HW)), quality=QUALITY)
+    return loading.encode_jpeg(to_picture(resize_natively(pixels_3HW)), quality=QUALITY)
 
 
 def convert_with_simplejpeg(data: bytes) -> bytes:
@@ -284,9 +285,9 @@ def convert_with_simplejpeg(data: bytes) -> bytes:
     import numpy as np
     import simplejpeg  # type: ignore
 
-    side = math.ceil(images.DRAFT_SCALE * SIZE)
+    side = math.ceil(loading.DRAFT_SCALE * SIZE)
     pixels_HW3 = simplejpeg.decode_jpeg(data, "RGB", min_width=side, min_height=side, min_factor=1)
-    if images.backend() == "native":
+    if loading.backend() == "native":
         import torch
 
         small = resize_natively(torch.from_numpy(pixels_HW3).permute(2, 0, 1)).permute(1, 2, 0).contiguous().numpy()
@@ -304,7 +305,7 @@ def open_drafted(data: bytes) -> Image.Image:
 
 def draft(image: Image.Image) -> None:
     """Let a JPEG be decoded at a reduced scale while that is large enough for the wanted quality."""
-    side = math.ceil(images.DRAFT_SCALE * SIZE)
+    side = math.ceil(loading.DRAFT_SCALE * SIZE)
     image.draft("RGB", (side, side))
 
 
@@ -324,7 +325,7 @@ def to_picture(pixels_3HW: Any) -> Image.Image:
 def ceilings() -> dict[str, Callable[[bytes], bytes]]:
     """What is installed here, by name."""
     found: dict[str, Callable[[bytes], bytes]] = {f"ceiling: {PILLOW}": convert_with_pillow}
-    if images._has_native_lanczos():
+    if loading._has_native_lanczos():
         found["ceiling: native (torchvision, torch)"] = convert_natively
     if find_spec("simplejpeg"):
         found["ceiling: simplejpeg"] = convert_with_simplejpeg

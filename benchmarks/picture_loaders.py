@@ -65,7 +65,7 @@ def collate(samples: Sequence[tuple[Any, list[list[int]]]]) -> tuple[Any, Any]:
     """Stacked views, which a worker puts right into shared memory, and packed captions."""
     from torch.utils.data import default_collate
 
-    from captioner.model import PackedCaptions
+    from captioner.model.network import PackedCaptions
 
     views, captions = zip(*samples, strict=True)
     return default_collate(list(views)), PackedCaptions.pack(captions, max_tokens=MAX_TOKENS)
@@ -76,9 +76,9 @@ def collate(samples: Sequence[tuple[Any, list[list[int]]]]) -> tuple[Any, Any]:
 
 def ours(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[Any]:
     """What train/main.py iterates. In this process, too, torchvision's decoder runs, which is the faster one."""
-    from captioner.decoder_output import own_stderr
+    from captioner.images.decoder_output import own_stderr
     from captioner.streaming.dataset import read_split
-    from train.batches import caption_loader
+    from train.data.batches import caption_loader
 
     shards = folder / SHARDS
     loader = caption_loader(
@@ -101,7 +101,7 @@ def earlier(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[A
     """What train/main.py iterated at commit EARLIER, in its own code."""
     from train.stream import BatchStream, Share, ViewRules  # type: ignore
 
-    from train.split import read_split  # type: ignore
+    from train.data.split import read_split  # type: ignore
 
     split: Any = read_split([str(folder / EARLIER_SHARDS)], "train", remedy="pack again")  # of that commit
     stream = BatchStream(
@@ -250,32 +250,32 @@ def write_loose(folder: Path) -> None:
 
 def decode(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[None]:
     """The decoder that we ship, on stored JPEGs in memory, a batch's number at a time."""
-    from captioner import images
-    from captioner.decoder_output import own_stderr
+    from captioner.images import loading
+    from captioner.images.decoder_output import own_stderr
 
     pictures = cycle([picture for picture, _ in islice(read_samples(folder), IN_MEMORY)])
     with own_stderr():
         while True:
             for picture in islice(pictures, batch):
-                images.decode_stored(picture)
+                loading.decode_stored(picture)
             yield None
 
 
 PICTURE_LOADERS = {
-    OURS: Contender(package="torch", modules=("train.batches",), open_epoch=ours),
+    OURS: Contender(package="torch", modules=("train.data.batches",), open_epoch=ours),
     EARLIER: Contender(package="torch", modules=("train.stream",), open_epoch=earlier),
-    "webdataset": Contender(package="webdataset", modules=("captioner.model",), open_epoch=plain_webdataset),
+    "webdataset": Contender(package="webdataset", modules=("captioner.model.network",), open_epoch=plain_webdataset),
     "litdata": Contender(
-        package="litdata", modules=("litdata", "captioner.model"), open_epoch=litdata, write=write_litdata
+        package="litdata", modules=("litdata", "captioner.model.network"), open_epoch=litdata, write=write_litdata
     ),
     "mosaicml-streaming": Contender(
         package="mosaicml-streaming",
-        modules=("streaming", "captioner.model"),
+        modules=("streaming", "captioner.model.network"),
         open_epoch=mosaicml,
         write=write_mosaicml,
     ),
     BOOK: Contender(
         package="pillow", modules=("nltk.tokenize", "torchvision.transforms"), open_epoch=book, write=write_loose
     ),
-    DECODE: Contender(package="torchvision", modules=("captioner.images",), open_epoch=decode),
+    DECODE: Contender(package="torchvision", modules=("captioner.images.loading",), open_epoch=decode),
 }

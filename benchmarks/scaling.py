@@ -181,7 +181,7 @@ def plan_alone(folder: Path, world_size: int) -> Row:
 def pack_tiny(folder: Path, *, num_shards: int) -> Path:
     """So many shards of small files that are stored as they are: 23 pictures of 256 x 256 in each, 11 in the last."""
     from sharding import make_shards
-    from sharding.plan import Recipe, estimate_sample_bytes
+    from sharding.packing.planning import Recipe, estimate_sample_bytes
     from sharding.settings import ShardSettings
 
     (folder / "drawn").mkdir()
@@ -274,8 +274,8 @@ def count_answers(log: Path) -> tuple[Counter[str], Counter[str], Counter[str]]:
 def stream_all(url: str, cache: Path, *, rank: int, world_size: int) -> None:
     """An epoch of one rank, as if on a machine of its own."""
     from captioner.streaming.dataset import read_split
-    from train.batches import caption_loader
-    from train.split import read_merged_vocabulary
+    from train.data.batches import caption_loader
+    from train.data.split import read_merged_vocabulary
 
     loader = caption_loader(
         read_split([url], "train", remedy="see the log of nginx"), batch_size=TINY_BATCH, training=True, crop=32,
@@ -344,7 +344,7 @@ def measure_start(work: Work) -> tuple[list[Row], list[Bar]]:
         last_shards(packed, work.folder / f"last-{size}", num_shards=size)
     imports = fresh_imports(rounds=work.rounds)
     rows: list[Row] = [{"from": "imports", "shards": 0, "at": "start of Python", **imports}]
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["train.batches"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["train.data.batches"])
     with logging_nginx(work.folder, work.folder / "nginx") as address:
         for origin, prefix in (("disk", str(work.folder)), ("nginx", address)):
             for size in sizes:
@@ -377,7 +377,7 @@ def growth_bars(rows: Sequence[Row], at: str) -> list[Bar]:
 
 def fresh_imports(*, rounds: int) -> Row:
     """From the start of Python until training's loader is imported."""
-    script = "import time, train.batches; print(time.process_time())"
+    script = "import time, train.data.batches; print(time.process_time())"
     walls, seconds = [], []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -393,8 +393,8 @@ def first_batch(folder: str, at: float, place: Path) -> Row:
     import torch
 
     from captioner.streaming.dataset import read_split
-    from train.batches import caption_loader
-    from train.split import read_merged_vocabulary
+    from train.data.batches import caption_loader
+    from train.data.split import read_merged_vocabulary
 
     torch.set_num_threads(1)
     cache, laps, wall = tempfile.mkdtemp(dir=place), Laps(), time.perf_counter()
@@ -455,11 +455,11 @@ def photos_of(work: Work) -> list[Path]:
 
 def plan_packing(images: Path, captions: Path) -> Row:
     """Plan a split's packing, and finish as if its shards had been packed."""
-    from sharding.finish import write_manifest, write_vocabulary
     from sharding.make_shards import plan_split
-    from sharding.pack import PackedShard
+    from sharding.packing.finish import write_manifest, write_vocabulary
+    from sharding.packing.pack import PackedShard
+    from sharding.packing.sources import find_sources
     from sharding.settings import ShardSettings
-    from sharding.sources import find_sources
 
     laps = Laps()
     settings = ShardSettings(images=str(images), captions=str(captions), split="train")

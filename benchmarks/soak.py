@@ -99,8 +99,8 @@ def run_rank(job: Job, rank: int) -> None:
 
     from captioner.streaming import Ledger
     from captioner.streaming.dataset import read_split
-    from train.batches import caption_loader
-    from train.split import read_merged_vocabulary
+    from train.data.batches import caption_loader
+    from train.data.split import read_merged_vocabulary
 
     torch.set_num_threads(1)
     accelerator = Accelerator()

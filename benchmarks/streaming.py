@@ -40,9 +40,10 @@ from PIL import Image
 
 import picture_loaders as pictures
 import text_loaders as text
-from captioner import cli, images
+from captioner import cli
 from captioner.errors import UserError
 from captioner.flags import Count, File
+from captioner.images import loading
 from measure import (
     Bar,
     Contender,
@@ -169,7 +170,7 @@ def pack_pictures(originals: Sequence[Path], scratch: Path, *, num_samples: int,
     small.mkdir()
     for number, path in enumerate(originals[:num_samples]):
         picture = Image.open(path).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-        (small / f"{number:06d}.jpg").write_bytes(images.encode_jpeg(picture, quality=QUALITY))
+        (small / f"{number:06d}.jpg").write_bytes(loading.encode_jpeg(picture, quality=QUALITY))
     paths = repeat_photos(scratch / "repeated", sorted(small.iterdir()), count=num_samples)
     captions = write_captions(paths, scratch / "captions.jsonl")
     for code, shards in ((REPOSITORY, pictures.SHARDS), (earlier, pictures.EARLIER_SHARDS)):

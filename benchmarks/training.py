@@ -46,14 +46,15 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
-from captioner import cli, images
-from captioner.encoders import Encoder
+from captioner import cli
 from captioner.errors import UserError
 from captioner.flags import Count, File, Workers, WorkersOrZero
-from captioner.model import CaptionModel, ModelConfig
+from captioner.images import loading
+from captioner.images.views import ViewSpec, normalise
+from captioner.model.encoders import Encoder
+from captioner.model.network import CaptionModel, ModelConfig
 from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import read_split
-from captioner.views import ViewSpec, normalise
 from captioner.vocabulary import END, PAD, START, Vocabulary, count_words, read_vocabulary, tokenize
 from captioner.workers import count_processors
 from loaders import loader_options
@@ -74,12 +75,12 @@ from measure import (
 from packing import QUALITY, REPOSITORY, SIZE, shard_megabytes
 from photos import draw_photos, find_photos, make_captions, repeat_photos
 from picture_loaders import CAPTIONS, CROP, MEAN, SHARDS, STD, write_loose
-from train.batches import PINNED_FOR, Batch, caption_loader
-from train.encode import prepare_features
-from train.features import FeatureFiles
-from train.schedule import make_optimizer, make_schedule
+from train.data.batches import PINNED_FOR, Batch, caption_loader
+from train.data.features import FeatureFiles
+from train.run.encode import prepare_features
 from train.settings import NEW_MODEL, TrainSettings
-from train.step import MAX_GRADIENT_NORM, CaptionLoss, distribute, train_step
+from train.step.schedule import make_optimizer, make_schedule
+from train.step.step import MAX_GRADIENT_NORM, CaptionLoss, distribute, train_step
 
 PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "pillow", "pillow-simd", "nltk", "numpy")
 NUM_WORDS = 9956  # COCO's, in the book
@@ -182,7 +183,7 @@ def pack(
     small.mkdir(parents=True)
     for number, path in enumerate(originals[:num_samples]):
         picture = Image.open(path).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-        (small / f"{number:06d}.jpg").write_bytes(images.encode_jpeg(picture, quality=QUALITY))
+        (small / f"{number:06d}.jpg").write_bytes(loading.encode_jpeg(picture, quality=QUALITY))
     paths = repeat_photos(folder / "repeated", sorted(small.iterdir()), count=num_samples)
     chosen = [captions[n % len(captions)] if captions else make_captions(n) for n in range(num_samples)]
     file, words = folder / "captions.jsonl", folder / "words.json"

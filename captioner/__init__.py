@@ -29,8 +29,8 @@ def load_captioner(
 
     Imports torch only when it is called. Raises UserError for a folder that cannot be used.
     """
-    from captioner.bundle import load_bundle
     from captioner.describe import Captioner
+    from captioner.model.bundle import load_bundle
 
     return Captioner(
         load_bundle(folder, device=device),

@@ -18,12 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from captioner.alt_text import alt_text
-from captioner.bundle import Bundle
-from captioner.decoding import Caption, diverse
 from captioner.errors import NotCalibratedError, UserError
 from captioner.files import storage
-from captioner.images import ImageError
-from captioner.views import normalise, read_eval_view
+from captioner.images.loading import ImageError
+from captioner.images.views import normalise, read_eval_view
+from captioner.model.bundle import Bundle
+from captioner.model.decoding import Caption, diverse
 
 Precision = Literal["float32", "bfloat16"]
 Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray

@@ -11,13 +11,13 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from captioner import images
+from captioner.images import loading
 
 
 def start_server(module: str) -> ForkServerContext:
     """Let the server that workers come from start to load `module`, in the background, if it has not yet."""
     context = multiprocessing.get_context("forkserver")
-    native = [] if images.HAS_SIMD else ["torch"]
+    native = [] if loading.HAS_SIMD else ["torch"]
     context.set_forkserver_preload([module, *native])
     forkserver.ensure_running()
     return context
@@ -73,7 +73,7 @@ def _quotas(controllers: str, path: str, *, cgroups: Path) -> Iterator[float]:
 
 def use_one_thread() -> None:
     """Workers share the processors among themselves; torch's own threads would only get in their way."""
-    if images.backend() == "native":
+    if loading.backend() == "native":
         import torch
 
         torch.set_num_threads(1)

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from captioner import cli
-from captioner.bundle import Bundle, load_bundle
 from captioner.errors import UserError
 from captioner.flags import File, Location
-from captioner.model import CaptionModel
-from captioner.views import ViewSpec, normalise
+from captioner.images.views import ViewSpec, normalise
+from captioner.model.bundle import Bundle, load_bundle
+from captioner.model.network import CaptionModel
 from captioner.vocabulary import END, GLUED_TOKENS, PAD, START, UNK
 
 Inputs = dict[str, Tensor]

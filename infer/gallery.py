@@ -25,7 +25,7 @@ from PIL import Image
 from captioner.cli import console, progress_bar
 from captioner.errors import UserError
 from captioner.files.storage import WEB, is_remote
-from captioner.images import ImageError, decode_rgb
+from captioner.images.loading import ImageError, decode_rgb
 from captioner.pages import load_template
 from captioner.workers import count_processors
 from infer.listing import ImageFile, locate

@@ -23,7 +23,7 @@ import numpy as np
 
 from captioner.errors import UserError
 from captioner.files import storage
-from captioner.images import ImageError
+from captioner.images.loading import ImageError
 from captioner.samples import picture_spans
 from captioner.shards.format import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
 

@@ -103,8 +103,8 @@ def load(settings: CaptionSettings) -> "Captioner":
     """Torch, and the model on this process's device."""
     import torch
 
-    from captioner.bundle import load_bundle
     from captioner.describe import Captioner
+    from captioner.model.bundle import load_bundle
 
     device = find_device()
     torch.set_num_threads(1)  # whole batches are captioned side by side instead

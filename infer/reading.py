@@ -23,10 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from captioner import decoder_output, workers
+from captioner import workers
 from captioner.errors import UserError
-from captioner.images import ImageError
-from captioner.views import ViewSpec, read_eval_view
+from captioner.images import decoder_output
+from captioner.images.loading import ImageError
+from captioner.images.views import ViewSpec, read_eval_view
 from captioner.workers import hire, receive, use_one_thread
 from infer.listing import ImageFile, Refused
 

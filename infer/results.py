@@ -35,7 +35,7 @@ class Row(TypedDict):
     `review` says why a person should look ("low confidence", "unlike training data", or both). `duplicate_of` is the
     location of the first file, in this order, with the same bytes, whose caption this one shares.
     `width` and `height` are the original's in pixels, upright; `sha256` is the file's; `model` names the weights.
-    `error` is the kind of failure (captioner.images.Reason), `message` what was found.
+    `error` is the kind of failure (captioner.images.loading.Reason), `message` what was found.
     """
 
     root: str

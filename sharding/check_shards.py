@@ -23,11 +23,10 @@ from captioner import cli
 from captioner.files.ownership import AlreadyOwnedError
 from captioner.flags import Count, Location, Pixels
 from captioner.shards.indexing import is_any
-from sharding.foreign_split import Samples, index_split
-from sharding.repair import SourceFlags, repair_split
-from sharding.settings import Split
-from sharding.show import show_dataset
-from sharding.verify import (
+from sharding.checking.foreign_split import Samples, index_split
+from sharding.checking.repair import SourceFlags, repair_split
+from sharding.checking.show import show_dataset
+from sharding.checking.verify import (
     SplitCheck,
     as_rows,
     check_split,
@@ -35,7 +34,8 @@ from sharding.verify import (
     find_splits,
     open_manifest,
 )
-from sharding.verify_shard import Problem
+from sharding.checking.verify_shard import Problem
+from sharding.settings import Split
 
 EXIT_BROKEN = 1
 

@@ -34,12 +34,12 @@ from captioner.shards.indexing import is_foreign
 from captioner.shards.writing import claim
 from captioner.vocabulary import read_vocabulary
 from captioner.workers import count_processors
-from sharding.engine import prepare, run_local
-from sharding.finish import failure_text, write_manifest, write_vocabulary
-from sharding.pack import PackedShard, Progress, Report, find_packed, pack_anew
-from sharding.plan import Recipe, ShardPlan, plan_shards
+from sharding.packing.engine import prepare, run_local
+from sharding.packing.finish import failure_text, write_manifest, write_vocabulary
+from sharding.packing.pack import PackedShard, Progress, Report, find_packed, pack_anew
+from sharding.packing.planning import Recipe, ShardPlan, plan_shards
+from sharding.packing.sources import Source, find_sources, read_records
 from sharding.settings import ShardSettings
-from sharding.sources import Source, find_sources, read_records
 
 EXIT_TOO_MANY_FAILURES = 3
 SHOWN_NAMES = 5
@@ -244,7 +244,7 @@ def run_engine(plans: Sequence[ShardPlan], settings: ShardSettings, report: Repo
     if not plans:
         return iter(())
     if settings.engine == "ray":
-        from sharding.cluster import run_ray
+        from sharding.packing.cluster import run_ray
 
         return run_ray(plans, settings.output, workers=settings.workers, report=report)
     return run_local(plans, settings.output, workers=settings.workers or count_processors(), report=report)

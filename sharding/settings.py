@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from captioner.flags import Count, Location, NotNegative, Pixels, Quality, Workers
-from captioner.images import Resize
+from captioner.images.loading import Resize
 
 Split = Literal["train", "val", "test"]
 

@@ -95,8 +95,8 @@ def wait_in_workers(shards: str, ending: str, pids: Path) -> None:
     """
     from captioner.streaming.dataset import read_split
     from captioner.streaming.reader import ShardReader
-    from train.batches import caption_loader
-    from train.split import read_merged_vocabulary
+    from train.data.batches import caption_loader
+    from train.data.split import read_merged_vocabulary
 
     plain, num_read = ShardReader.read, 0
 
@@ -147,7 +147,7 @@ def start_side_by_side(world_size: int, *, peer_seconds: float, actions: Sequenc
 
 def _side_by_side(rank: int, world_size: int, port: int, peer_seconds: float, action: str) -> None:
     from captioner.errors import UserError
-    from train.launch import Preemption, ending_without_peers, start_accelerator
+    from train.run.launch import Preemption, ending_without_peers, start_accelerator
     from train.uneven import refused_together
 
     _join(rank, world_size, port)
@@ -187,9 +187,9 @@ def consume(job: Job) -> None:
 
     from captioner.streaming import Ledger
     from captioner.streaming.dataset import read_split
-    from train.batches import caption_loader
-    from train.run_folder import Progress, resume, save_checkpoint
-    from train.split import read_merged_vocabulary
+    from train.data.batches import caption_loader
+    from train.data.split import read_merged_vocabulary
+    from train.run.run_folder import Progress, resume, save_checkpoint
 
     accelerator = Accelerator()
     split = read_split(job.shards, "train", remedy="")

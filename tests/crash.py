@@ -5,9 +5,9 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-from captioner import images
+from captioner.images import loading
 from infer import reading
-from sharding import engine
+from sharding.packing import engine
 
 DEADLY = b"this kills"
 ENDLESS = b"this hangs"
@@ -34,7 +34,7 @@ def reading_deadly_pictures(*arguments: Any) -> None:
 
 
 def _spoil_decoder() -> None:
-    open_picture = images._open
+    open_picture = loading._open
 
     def die_or_open(data: bytes) -> Any:
         if DEADLY in data:
@@ -43,4 +43,4 @@ def _spoil_decoder() -> None:
             time.sleep(3600)
         return open_picture(data)
 
-    images._open = die_or_open
+    loading._open = die_or_open

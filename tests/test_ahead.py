@@ -15,7 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from captioner.errors import UserError
-from captioner.images import ImageError
+from captioner.images.loading import ImageError
 from infer.ahead import Ahead, Entry
 from infer.listing import ImageFile, Refused
 

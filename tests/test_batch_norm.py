@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from train import batch_norm
-from train.batch_norm import GlobalBatchNorm, counting_rows, synchronise_batch_norm
+from train.step import batch_norm
+from train.step.batch_norm import GlobalBatchNorm, counting_rows, synchronise_batch_norm
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHANNELS = 3

@@ -16,18 +16,18 @@ import pytest
 import torch
 from PIL import Image
 
-from captioner import images, views
 from captioner.errors import UserError
 from captioner.files import storage
+from captioner.images import loading, views
 from captioner.shards.format import Manifest, ShardIndex, sample_key, shard_name
 from captioner.streaming import Ledger, StreamingLoader
 from captioner.streaming.dataset import Split
 from captioner.streaming.order import ShardOrder
 from captioner.vocabulary import END, START, Vocabulary, tokenize
-from sharding.pack import pack_shard
-from sharding.plan import Recipe, ShardPlan
-from sharding.sources import Record
-from train.batches import Batch, CaptionBatches, caption_loader
+from sharding.packing.pack import pack_shard
+from sharding.packing.planning import Recipe, ShardPlan
+from sharding.packing.sources import Record
+from train.data.batches import Batch, CaptionBatches, caption_loader
 
 COCO = Path(__file__).parents[2] / "shared/data/coco/images"
 SHARD_SIZES = (5, 1, 7, 4, 6)
@@ -486,9 +486,9 @@ def test_a_stored_file_that_is_no_picture_is_named(dataset: Dataset, monkeypatch
     """Its checksum is right: it was packed by someone else."""
 
     def refuse(_: bytes) -> None:
-        raise images.ImageError("undecodable", "no known image format")
+        raise loading.ImageError("undecodable", "no known image format")
 
-    monkeypatch.setattr(images, "decode_stored", refuse)
+    monkeypatch.setattr(loading, "decode_stored", refuse)
     with pytest.raises(UserError, match=r"train-00000\d\.tar is not a picture") as error:
         dataset.read()
     assert "\n" not in str(error.value)

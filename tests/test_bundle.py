@@ -13,11 +13,11 @@ import torch
 from servers import Bucket
 from tiny_model import DECODING, VIEW, VOCABULARY, WORDS, caption_views, make_model, make_views
 
-from captioner.bundle import Bundle, load_bundle, save_bundle, save_calibration
 from captioner.calibration import Calibration, fit_confidence, fit_space
 from captioner.errors import UserError
 from captioner.files import storage
-from captioner.model import CaptionModel, ImageInput
+from captioner.model.bundle import Bundle, load_bundle, save_bundle, save_calibration
+from captioner.model.network import CaptionModel, ImageInput
 from captioner.vocabulary import Vocabulary
 
 

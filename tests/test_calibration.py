@@ -21,7 +21,6 @@ from tiny import write_shards
 from tiny_model import DECODING, VIEW, VOCABULARY, make_model, write_model
 from trainer import run_training
 
-from captioner.bundle import Bundle, DecodingDefaults, load_bundle
 from captioner.calibration import (
     Bin,
     Calibration,
@@ -35,19 +34,20 @@ from captioner.calibration import (
     to_files,
 )
 from captioner.describe import Captioner, Encoded
-from captioner.encoders import Encoder, load_encoder_weights
 from captioner.errors import UserError
-from captioner.model import ImageInput, PackedCaptions
+from captioner.images.views import ViewSpec, normalise, read_eval_view
+from captioner.model.bundle import Bundle, DecodingDefaults, load_bundle
+from captioner.model.encoders import Encoder, load_encoder_weights
+from captioner.model.network import ImageInput, PackedCaptions
 from captioner.streaming.dataset import read_split
-from captioner.views import ViewSpec, normalise, read_eval_view
-from train.batches import Batch, caption_loader
-from train.calibrate import are_good, sample_features
+from train.data.batches import Batch, caption_loader
 from train.evaluate import EvaluateSettings
 from train.evaluate import main as evaluate
-from train.launch import start_accelerator
-from train.predictions import ValidationCaption
-from train.step import CaptionLoss
-from train.validation import evaluate_split
+from train.evaluation.calibrate import are_good, sample_features
+from train.evaluation.predictions import ValidationCaption
+from train.evaluation.validation import evaluate_split
+from train.run.launch import start_accelerator
+from train.step.step import CaptionLoss
 
 VALUES = st.lists(st.tuples(st.integers(-8, 8), st.integers(1, 4)), min_size=1, max_size=7)
 
@@ -395,14 +395,14 @@ def test_a_poorer_calibration_does_not_replace_a_good_one(
         settings = replace(settings, shards=(few,))
         said = "--calibrate needs 100 pictures, and the val split"
     elif lost == "references":
-        monkeypatch.setattr("train.calibrate.fit_confidence", lambda *_: None)
+        monkeypatch.setattr("train.evaluation.calibrate.fit_confidence", lambda *_: None)
         said = r"is kept, the new one has no confidence \(fewer than 100 captions"
     elif lost == "variety":
-        monkeypatch.setattr("train.calibrate.fit_space", lambda _: None)
+        monkeypatch.setattr("train.evaluation.calibrate.fit_space", lambda _: None)
         said = "is kept, the new one has confidence"
     else:
-        monkeypatch.setattr("train.calibrate.fit_confidence", lambda *_: None)
-        monkeypatch.setattr("train.calibrate.fit_space", lambda _: None)
+        monkeypatch.setattr("train.evaluation.calibrate.fit_confidence", lambda *_: None)
+        monkeypatch.setattr("train.evaluation.calibrate.fit_space", lambda _: None)
         for name in ("calibration.json", "calibration.safetensors"):
             (folder / name).unlink()
         said = "there is nothing to keep"
@@ -426,7 +426,7 @@ def test_features_of_large_splits_are_those_of_pictures_at_equal_distances(
 
     all_BF = sample()
     assert len(all_BF) == NUM_VAL
-    monkeypatch.setattr("train.calibrate.MOST_PICTURES", 50)
+    monkeypatch.setattr("train.evaluation.calibrate.MOST_PICTURES", 50)
     assert torch.allclose(sample(), all_BF[::3], atol=1e-5)
 
 

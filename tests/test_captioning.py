@@ -22,8 +22,8 @@ from tiny import picture, write_shards
 from tiny_model import write_model
 from trainer import Done, Running, start
 
-from captioner.bundle import load_bundle
 from captioner.describe import Captioner
+from captioner.model.bundle import load_bundle
 from infer.captioning import Captioning
 from infer.listing import list_files
 from infer.main import find_device

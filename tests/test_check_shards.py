@@ -23,8 +23,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import captions_of, picture, write_coco
 
-from captioner import views
 from captioner.errors import UserError
+from captioner.images import views
 from captioner.samples import read_content, split_pair
 from captioner.shards.format import Manifest, ShardIndex, TarBuilder, manifest_location, read_manifest
 from captioner.shards.writing import claim, manifest_fingerprint
@@ -32,10 +32,10 @@ from captioner.streaming.dataset import read_split
 from captioner.vocabulary import Vocabulary, read_vocabulary, tokenize
 from sharding import check_shards, make_shards
 from sharding.check_shards import IndexSettings, RepairSettings, ShowSettings, VerifySettings
+from sharding.checking.verify_shard import Problem
 from sharding.settings import ShardSettings
-from sharding.verify_shard import Problem
-from train.batches import Batch, caption_loader
-from train.split import read_view
+from train.data.batches import Batch, caption_loader
+from train.data.split import read_view
 
 ROOT = Path(__file__).resolve().parents[1]
 IN_PLACE = [HealthCheck.function_scoped_fixture]

@@ -14,9 +14,10 @@ import pytest
 from tiny import write_coco
 
 from captioner.errors import UserError
-from sharding import cluster, make_shards
-from sharding.pack import PackedShard, Report
-from sharding.plan import ShardPlan
+from sharding import make_shards
+from sharding.packing import cluster
+from sharding.packing.pack import PackedShard, Report
+from sharding.packing.planning import ShardPlan
 from sharding.settings import ShardSettings
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[ray]'")

@@ -15,13 +15,14 @@ from PIL import Image, features
 from tiny_model import write_model
 from trainer import start
 
-from captioner import decoder_output, images, load_captioner
-from captioner.decoder_output import collect, own_stderr
-from captioner.images import ImageError
+from captioner import load_captioner
+from captioner.images import decoder_output, loading
+from captioner.images.decoder_output import collect, own_stderr
+from captioner.images.loading import ImageError
 
 SHARP = Image.fromarray(np.random.default_rng(6).integers(0, 256, (64, 96, 3), dtype=np.uint8))
 needs_libtiff = pytest.mark.skipif(not features.check("libtiff"), reason="this Pillow has no libtiff")
-needs_native = pytest.mark.skipif(images.backend() != "native", reason="libjpeg prints only where torch resizes")
+needs_native = pytest.mark.skipif(loading.backend() != "native", reason="libjpeg prints only where torch resizes")
 
 
 def spoiled(data: bytes, *, at: float = 0.6, by: bytes = b"\x55" * 20) -> bytes:
@@ -77,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def outcome(data: bytes) -> str:
     try:
-        images.load_resized(data, size=32, resize="squash")
+        loading.load_resized(data, size=32, resize="squash")
     except ImageError as error:
         return str(error)
     return "fine"
@@ -87,7 +88,7 @@ def test_these_files_make_decoders_print(capfd: pytest.CaptureFixture[str]) -> N
     """Or the other tests would prove nothing."""
     with collect() as lines, own_stderr():
         assert outcome(extraneous_bytes()) == "fine"
-        assert bool(lines) == (images.backend() == "native")
+        assert bool(lines) == (loading.backend() == "native")
     if features.check("libtiff"):
         with collect() as lines:
             assert outcome(bad_code_word()) == "fine"
@@ -138,7 +139,7 @@ def check_terminal(printed: str) -> None:
     for words in ("TIFF", "JPEG", "Decode", "code word", "Bad ", "tempfile", "Warning", "Traceback"):
         assert words not in printed
     found = re.search(r"(\d+) pictures are damaged, but could be decoded", printed)
-    assert (int(found[1]) if found else 0) >= (images.backend() == "native") + bool(features.check("libtiff"))
+    assert (int(found[1]) if found else 0) >= (loading.backend() == "native") + bool(features.check("libtiff"))
 
 
 def check_messages(messages: dict[str, str]) -> None:
@@ -216,15 +217,15 @@ def test_each_thread_gets_the_lines_of_its_own_pictures() -> None:
 @needs_native
 def test_torchs_decoder_runs_only_where_stderr_is_owned(monkeypatch: pytest.MonkeyPatch) -> None:
     data = file_of(SHARP, "JPEG", quality=95)
-    plain = np.asarray(images.load_resized(data, size=40, resize="squash")[0])
+    plain = np.asarray(loading.load_resized(data, size=40, resize="squash")[0])
     calls = []
     without_stderr = decoder_output.without_stderr
     monkeypatch.setattr(decoder_output, "without_stderr", lambda *given: (calls.append(1), without_stderr(*given))[1])
-    assert (images.decode_stored(data) == np.asarray(images.decode_rgb(data)[0])).all()
+    assert (loading.decode_stored(data) == np.asarray(loading.decode_rgb(data)[0])).all()
     assert not calls
     with own_stderr():
-        assert (np.asarray(images.load_resized(data, size=40, resize="squash")[0]) == plain).all()
-        assert (images.decode_stored(data) == np.asarray(images.decode_rgb(data)[0])).all()
+        assert (np.asarray(loading.load_resized(data, size=40, resize="squash")[0]) == plain).all()
+        assert (loading.decode_stored(data) == np.asarray(loading.decode_rgb(data)[0])).all()
     assert len(calls) == 2
 
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from captioner.decoding import COPY_COST, DIVERSITY, Caption, beam_search, decode, diverse, greedy
-from captioner.model import CaptionModel, ImageInput, ModelConfig, PackedCaptions
+from captioner.model.decoding import COPY_COST, DIVERSITY, Caption, beam_search, decode, diverse, greedy
+from captioner.model.network import CaptionModel, ImageInput, ModelConfig, PackedCaptions
 from captioner.vocabulary import END, PAD, START, UNK
 
 FORMS: tuple[ImageInput, ...] = ("first", "every-step")

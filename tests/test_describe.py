@@ -16,12 +16,12 @@ from tiny import picture
 from tiny_model import DECODING, VIEW, make_model, make_views, write_model
 
 from captioner import load_captioner
-from captioner.bundle import load_bundle
 from captioner.calibration import Calibration, Curve, fit_space
 from captioner.describe import Captioner, Description
 from captioner.errors import NotCalibratedError, UserError
-from captioner.images import ImageError
-from captioner.views import normalise
+from captioner.images.loading import ImageError
+from captioner.images.views import normalise
+from captioner.model.bundle import load_bundle
 
 NUM_VIEWS = 130
 

@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights, list_models, regnet
 
-from captioner.encoders import (
+from captioner.errors import UserError
+from captioner.images.views import IMAGENET_MEAN, IMAGENET_STD, ViewSpec, eval_view, normalise
+from captioner.model.encoders import (
     Encoder,
     FixedCropError,
     Preprocessing,
@@ -29,9 +31,7 @@ from captioner.encoders import (
     load_encoder_weights,
     preprocessing,
 )
-from captioner.errors import UserError
-from captioner.model import CaptionModel, ModelConfig
-from captioner.views import IMAGENET_MEAN, IMAGENET_STD, ViewSpec, eval_view, normalise
+from captioner.model.network import CaptionModel, ModelConfig
 
 SQUEEZENET = Path(__file__).parents[2] / "shared/data/weights/squeezenet1_1.pth"
 SMALL = (

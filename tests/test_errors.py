@@ -5,9 +5,9 @@ import pickle
 import pytest
 
 from captioner.cli import Remedies, with_remedy
-from captioner.encoders import FixedCropError, SmallImagesError, WeightsError
 from captioner.errors import NotCalibratedError, StreamingError, TooManyBadSamplesError, UserError
 from captioner.files.ownership import AlreadyOwnedError, NotWritableError
+from captioner.model.encoders import FixedCropError, SmallImagesError, WeightsError
 from captioner.streaming.cache import CacheFolderError, CacheTooSmallError
 from captioner.streaming.reader import SampleError
 from infer import main as captioning

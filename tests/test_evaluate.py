@@ -15,11 +15,11 @@ import torch
 from tiny import captions_of, write_shards
 from tiny_model import caption_views
 
-from captioner.bundle import DecodingDefaults, load_bundle, save_bundle
 from captioner.errors import UserError
+from captioner.images.views import ViewSpec, normalise
 from captioner.metrics import bleu_counts, caption_scores
-from captioner.model import CaptionModel, ModelConfig
-from captioner.views import ViewSpec, normalise
+from captioner.model.bundle import DecodingDefaults, load_bundle, save_bundle
+from captioner.model.network import CaptionModel, ModelConfig
 from captioner.vocabulary import END, Vocabulary, tokenize
 from train.evaluate import EvaluateSettings, main
 

@@ -17,12 +17,12 @@ import torch
 from tiny import picture
 from tiny_model import VIEW, VOCABULARY, caption_views, make_model, make_views
 
-from captioner.bundle import Bundle, DecodingDefaults, save_bundle
 from captioner.describe import Captioner
-from captioner.encoders import load_encoder_weights
 from captioner.errors import UserError
-from captioner.model import CaptionModel, ImageInput, ModelConfig
-from captioner.views import ViewSpec, normalise, read_eval_view
+from captioner.images.views import ViewSpec, normalise, read_eval_view
+from captioner.model.bundle import Bundle, DecodingDefaults, save_bundle
+from captioner.model.encoders import load_encoder_weights
+from captioner.model.network import CaptionModel, ImageInput, ModelConfig
 from captioner.vocabulary import Vocabulary
 from infer import export
 

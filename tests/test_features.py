@@ -15,19 +15,19 @@ from torch.optim.lr_scheduler import LambdaLR
 from trainer import run_training
 
 from captioner.errors import UserError
-from captioner.model import CaptionModel, ModelConfig
+from captioner.images.views import ViewSpec
+from captioner.model.network import CaptionModel, ModelConfig
 from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import Split, read_split
 from captioner.streaming.order import ShardOrder
 from captioner.streaming.reader import SampleError
-from captioner.views import ViewSpec
 from captioner.vocabulary import Vocabulary
-from train.batches import Batch, caption_loader
-from train.encode import encoder_fingerprint, prepare_features
-from train.features import FeatureFiles, FeatureReader
-from train.schedule import make_optimizer
-from train.split import read_merged_vocabulary
-from train.step import CaptionLoss, train_step
+from train.data.batches import Batch, caption_loader
+from train.data.features import FeatureFiles, FeatureReader
+from train.data.split import read_merged_vocabulary
+from train.run.encode import encoder_fingerprint, prepare_features
+from train.step.schedule import make_optimizer
+from train.step.step import CaptionLoss, train_step
 
 SIZES = [5, 0, 7, 3]
 VIEW = ViewSpec(size=32, crop=28)

@@ -18,7 +18,7 @@ from test_gallery import failure, success
 
 from infer.gallery import write_gallery
 from infer.listing import ImageFile
-from sharding.caption_files import Picture, parse_pictures
+from sharding.packing.caption_files import Picture, parse_pictures
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")

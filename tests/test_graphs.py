@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import captioner.encoders
-from captioner.encoders import Encoder
-from captioner.graphs import MAX_GRAPHS, GraphCache, Network, can_replay
+import captioner.model.encoders
+from captioner.model.encoders import Encoder
+from captioner.model.graphs import MAX_GRAPHS, GraphCache, Network, can_replay
 
 captured: list[tuple[int, ...]] = []
 replayed: list[tuple[int, ...]] = []
@@ -138,8 +138,8 @@ def test_no_graph_for_a_cpu() -> None:
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Encoders take CPU inputs for CUDA ones, and capture with a FakeGraph."""
-    monkeypatch.setattr(captioner.encoders, "can_replay", lambda _inputs: True)
-    monkeypatch.setattr(captioner.encoders, "GraphCache", lambda: GraphCache(FakeGraph))
+    monkeypatch.setattr(captioner.model.encoders, "can_replay", lambda _inputs: True)
+    monkeypatch.setattr(captioner.model.encoders, "GraphCache", lambda: GraphCache(FakeGraph))
 
 
 def encode(encoder: Encoder, *, times: int = 3) -> Tensor:

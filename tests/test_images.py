@@ -27,8 +27,8 @@ from odd_pictures import (
 )
 from PIL import EpsImagePlugin, ExifTags, Image, features
 
-from captioner import images, views
-from captioner.images import ImageError
+from captioner.images import loading, views
+from captioner.images.loading import ImageError
 
 WIDTH, HEIGHT = 48, 32
 
@@ -66,7 +66,7 @@ def with_orientation(orientation: int) -> Image.Exif:
 
 
 def decoded(data: bytes, *, at_least: int | None = None) -> np.ndarray:
-    picture, size = images.decode_rgb(data, at_least=at_least)
+    picture, size = loading.decode_rgb(data, at_least=at_least)
     assert picture.mode == "RGB"
     if at_least is None:
         assert picture.size == size
@@ -107,7 +107,7 @@ def psnr(first: Image.Image, second: Image.Image) -> float:
 def test_a_turned_photo_stands_upright(kind: str, options: dict[str, Any], orientation: int) -> None:
     stored = Image.fromarray(np.ascontiguousarray(STORED_BY_ORIENTATION[orientation]))
     data = file_of(stored, kind, exif=with_orientation(orientation), **options)
-    picture, size = images.decode_rgb(data)
+    picture, size = loading.decode_rgb(data)
     assert size == picture.size == (WIDTH, HEIGHT)
     assert np.abs(np.asarray(picture).astype(int) - drawn()).max() <= (3 if kind in ("JPEG", "AVIF") else 0)
 
@@ -118,7 +118,7 @@ def test_a_turned_heic_photo_stands_upright_and_is_not_turned_twice(orientation:
     stored = Image.fromarray(np.ascontiguousarray(STORED_BY_ORIENTATION[orientation]))
     data = heic_of(stored, exif=with_orientation(orientation).tobytes(), quality=-1, chroma=444)
     assert b"irot" in data or b"imir" in data or orientation == 1
-    picture, size = images.decode_rgb(data)
+    picture, size = loading.decode_rgb(data)
     assert size == picture.size == (WIDTH, HEIGHT)
     assert np.abs(np.asarray(picture).astype(int) - drawn()).max() <= 6
 
@@ -132,13 +132,13 @@ def heic_of(image: Image.Image, **options: Any) -> bytes:
 
 def test_a_heic_photo_is_decoded_and_not_the_small_copy_inside_it() -> None:
     data = heic_of(photo_like(256, 192), thumbnails=[64])
-    assert images.decode_rgb(data, at_least=32)[0].size == (256, 192)
+    assert loading.decode_rgb(data, at_least=32)[0].size == (256, 192)
 
 
 def test_a_heic_photo_without_its_reader_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(ImageError, match=r"undecodable: .*HEIC.*pip install .*heic") as caught:
-        images.decode_rgb(b"\0\0\0\x1cftypmif1\0\0\0\0mif1heicmiaf" + bytes(99))
+        loading.decode_rgb(b"\0\0\0\x1cftypmif1\0\0\0\0mif1heicmiaf" + bytes(99))
     assert caught.value.reason == "undecodable"
 
 
@@ -157,7 +157,7 @@ def test_a_format_that_pillow_was_built_without_is_named(feature: str, monkeypat
     for there in (True, False):
         monkeypatch.setattr(features, "check", lambda wanted, there=there: there or wanted != feature)
         with pytest.raises(ImageError) as caught:
-            images.decode_rgb(start)
+            loading.decode_rgb(start)
         assert caught.value.reason == "undecodable"
         assert (f"{name} picture, and this Pillow" in caught.value.message) is not there
         assert ("pip install" in caught.value.message or "make no-simd" in caught.value.message) is not there
@@ -169,10 +169,10 @@ def test_a_compressed_tiff_without_libtiff_names_it_and_a_plain_one_is_read(monk
         file_of(Image.fromarray(drawn()), "TIFF", compression=compression) for compression in (None, "packbits")
     )
     monkeypatch.setattr(features, "check", lambda wanted: wanted != "libtiff")
-    monkeypatch.setattr(images.Image, "_getdecoder", decoders_without("libtiff"))
+    monkeypatch.setattr(loading.Image, "_getdecoder", decoders_without("libtiff"))
     assert (decoded(plain) == drawn()).all()
     with pytest.raises(ImageError, match="built without TIFF"):
-        images.decode_rgb(compressed)
+        loading.decode_rgb(compressed)
 
 
 def decoders_without(name: str) -> Any:
@@ -190,16 +190,16 @@ def decoders_without(name: str) -> Any:
 def test_a_format_that_nobody_here_reads_is_named() -> None:
     for start in (b"\xff\x0a\xfa\x1f", b"\0\0\0\x0cJXL \r\n\x87\n"):
         with pytest.raises(ImageError, match="undecodable: a JPEG XL picture"):
-            images.decode_rgb(start + bytes(40))
+            loading.decode_rgb(start + bytes(40))
 
 
 def test_a_huge_heic_is_refused_before_a_pixel_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     data = heic_of(photo_like(64, 64))
     pillow_heif = pytest.importorskip("pillow_heif")
-    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 64 - 1)
+    monkeypatch.setattr(loading, "MAX_PIXELS", 64 * 64 - 1)
     monkeypatch.setattr(pillow_heif.HeifImageFile, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(ImageError) as caught:
-        images.load_resized(data, size=8, resize="squash")
+        loading.load_resized(data, size=8, resize="squash")
     assert caught.value.reason == "too large"
 
 
@@ -207,7 +207,7 @@ def test_a_huge_heic_is_refused_before_a_pixel_is_decoded(monkeypatch: pytest.Mo
 def test_a_photo_decoded_at_a_reduced_scale_stands_upright_and_reports_its_full_size(orientation: int) -> None:
     stored = Image.fromarray(np.ascontiguousarray(STORED_BY_ORIENTATION[orientation]))
     large = stored.resize((stored.width * 8, stored.height * 8), Image.Resampling.NEAREST)
-    picture, size = images.decode_rgb(file_of(large, "JPEG", exif=with_orientation(orientation)), at_least=HEIGHT)
+    picture, size = loading.decode_rgb(file_of(large, "JPEG", exif=with_orientation(orientation)), at_least=HEIGHT)
     assert size == (WIDTH * 8, HEIGHT * 8)
     assert picture.size == (WIDTH, HEIGHT)
     shown = np.asarray(picture).astype(int)[8::16, 12::24]
@@ -229,7 +229,7 @@ def test_damaged_exif_does_no_harm_to_the_pixels() -> None:
         good[:start] + b"II*\0\xf0\xff\xff\x7f" + good[start + 8 :],
         good[: start + 8] + b"\xff\xff" + good[start + 10 :],
     ):
-        picture, size = images.decode_rgb(damaged)
+        picture, size = loading.decode_rgb(damaged)
         assert size in {(WIDTH, HEIGHT), (HEIGHT, WIDTH)}
         assert picture.size == size
 
@@ -314,7 +314,7 @@ def test_an_animation_gives_its_first_frame() -> None:
 )
 def test_a_file_that_is_no_usable_picture_says_why(data: bytes, reason: str) -> None:
     with pytest.raises(ImageError) as caught:
-        images.load_resized(data, size=8, resize="squash")
+        loading.load_resized(data, size=8, resize="squash")
     assert caught.value.reason == reason
     assert caught.value.message
     assert str(caught.value).startswith(f"{reason}: ")
@@ -323,7 +323,7 @@ def test_a_file_that_is_no_usable_picture_says_why(data: bytes, reason: str) -> 
 def test_size_is_refused_from_the_header_and_not_before() -> None:
     """A claim within the limit gets as far as the missing pixels."""
     with pytest.raises(ImageError) as caught:
-        images.decode_rgb(claiming(200, 100))
+        loading.decode_rgb(claiming(200, 100))
     assert caught.value.reason == "truncated"
 
 
@@ -334,7 +334,9 @@ def test_damage_anywhere_gives_a_picture_or_an_image_error(cut: int, flip: int, 
     data = bytearray(DAMAGEABLE[flip % len(DAMAGEABLE)])
     data[flip % len(data)] = value
     with contextlib.suppress(ImageError):
-        picture, size = images.load_resized(bytes(data[: len(data) - cut % (len(data) // 2)]), size=16, resize="squash")
+        picture, size = loading.load_resized(
+            bytes(data[: len(data) - cut % (len(data) // 2)]), size=16, resize="squash"
+        )
         assert (picture.size, picture.mode) == ((16, 16), "RGB")
         assert min(size) > 0
 
@@ -362,7 +364,7 @@ def test_rare_kinds_of_files_show_their_picture(name: str) -> None:
     spec = views.ViewSpec(size=64, crop=64)
     view, size = views.read_eval_view(WHOLE[name], spec)
     assert view.shape == (64, 64, 3)
-    assert size == images.decode_rgb(WHOLE[name])[1]
+    assert size == loading.decode_rgb(WHOLE[name])[1]
     if name not in CLEAR_IN_PARTS | NOT_THE_PICTURE:
         shown = picture().convert("L") if name in IN_GREY else picture()
         expected, _ = views.read_eval_view(file_of(shown, "PNG"), spec)
@@ -374,7 +376,7 @@ def test_broken_files_get_their_reason_soon_in_one_line(name: str) -> None:
     data, reason = BROKEN[name]
     start = time.thread_time()
     with pytest.raises(ImageError) as caught:
-        images.load_resized(data, size=64, resize="squash")
+        loading.load_resized(data, size=64, resize="squash")
     assert (caught.value.reason, "\n" in caught.value.message) == (reason, False)
     assert time.thread_time() - start < 2
 
@@ -389,7 +391,7 @@ def test_no_picture_starts_a_program(data: bytes, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     with pytest.raises(ImageError, match="start other programs"):
-        images.decode_rgb(data)
+        loading.decode_rgb(data)
     assert not trace.exists()
     with contextlib.suppress(Exception):
         Image.open(io.BytesIO(data)).load()
@@ -416,9 +418,9 @@ needs_photos = pytest.mark.skipif(not COCO_PICTURES, reason="the real pictures i
 @pytest.fixture(params=["native", "pillow"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each code that resizes; the first is skipped where torch cannot."""
-    if request.param == "native" and images.backend() != "native":
+    if request.param == "native" and loading.backend() != "native":
         pytest.skip("this torch has no LANCZOS for bytes")
-    monkeypatch.setattr(images, "backend", lambda: request.param)
+    monkeypatch.setattr(loading, "backend", lambda: request.param)
     return request.param
 
 
@@ -438,8 +440,8 @@ def test_each_way_of_resizing_gives_its_size_and_reports_the_original(
 ) -> None:
     data = file_of(Image.new("RGB", (width, height), (9, 99, 199)), "PNG", exif=with_orientation(orientation))
     original = (width, height) if orientation < 5 else (height, width)
-    for resize in get_args(images.Resize):
-        picture, original_size = images.load_resized(data, size=size, resize=resize)
+    for resize in get_args(loading.Resize):
+        picture, original_size = loading.load_resized(data, size=size, resize=resize)
         assert original_size == original
         assert (np.asarray(picture) == (9, 99, 199)).all()
         if resize in ("squash", "center-crop"):
@@ -455,9 +457,9 @@ def test_each_way_of_resizing_gives_its_size_and_reports_the_original(
 def test_what_each_way_of_resizing_keeps_of_a_wide_picture(backend: str) -> None:
     """`drawn` at 3:2 with one colour a corner: a squash keeps all, a centre crop cuts the same off left and right."""
     data = file_of(Image.fromarray(drawn()).resize((480, 320), Image.Resampling.NEAREST), "PNG")
-    squashed = np.asarray(images.load_resized(data, size=64, resize="squash")[0]).astype(int)
-    cropped = np.asarray(images.load_resized(data, size=64, resize="center-crop")[0]).astype(int)
-    kept = np.asarray(images.load_resized(data, size=64, resize="keep-ratio")[0]).astype(int)
+    squashed = np.asarray(loading.load_resized(data, size=64, resize="squash")[0]).astype(int)
+    cropped = np.asarray(loading.load_resized(data, size=64, resize="center-crop")[0]).astype(int)
+    kept = np.asarray(loading.load_resized(data, size=64, resize="keep-ratio")[0]).astype(int)
     assert kept.shape == (64, 96, 3)
     assert np.abs(cropped - kept[:, 16:80]).max() == 0
     for pixels in (squashed, cropped):
@@ -470,7 +472,7 @@ def test_a_turned_jpeg_stands_upright_after_resizing(backend: str, orientation: 
     large = stored.resize((stored.width * 9, stored.height * 9), Image.Resampling.NEAREST)
     data = file_of(large, "JPEG", exif=with_orientation(orientation), quality=95, subsampling=0)
     for size in (HEIGHT, 9 * HEIGHT):  # decoded at a reduced scale, and in full
-        picture, original_size = images.load_resized(data, size=size, resize="keep-ratio")
+        picture, original_size = loading.load_resized(data, size=size, resize="keep-ratio")
         assert original_size == (WIDTH * 9, HEIGHT * 9)
         assert abs(picture.width - size * WIDTH / HEIGHT) <= 0.5
         corners = np.asarray(picture).astype(int)[size // 4 :: size // 2, picture.width // 4 :: picture.width // 2]
@@ -485,7 +487,7 @@ def test_a_large_jpeg_decoded_at_a_reduced_scale_is_close_to_the_plain_way(
     """Sides that the scale does not divide end in a part of a pixel: taken for a whole one they cost 20 dB."""
     data = file_of(photo_like(*size), "JPEG", quality=92, subsampling=subsampling)
     for wanted in (25, 64, 256):
-        resized, original_size = images.load_resized(data, size=wanted, resize="squash")
+        resized, original_size = loading.load_resized(data, size=wanted, resize="squash")
         assert original_size == size
         assert psnr(resized, plain_lanczos(data, (wanted, wanted))) >= 45
 
@@ -496,22 +498,22 @@ def test_real_photos_are_resized_like_plain_lanczos(backend: str, size: int) -> 
     """At 256 most are decoded in full, at 64 nearly all at a reduced scale; found: 53.9 and 49.3 dB at worst."""
     for path in COCO_PICTURES:
         data = path.read_bytes()
-        found = psnr(images.load_resized(data, size=size, resize="squash")[0], plain_lanczos(data, (size, size)))
+        found = psnr(loading.load_resized(data, size=size, resize="squash")[0], plain_lanczos(data, (size, size)))
         assert found >= 45, path.name
 
 
 def test_a_huge_picture_is_resized_by_pillow_which_needs_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     data = file_of(photo_like(400, 300), "PNG")
-    monkeypatch.setattr(images, "HUGE_PIXELS", 400 * 300 - 1)
-    monkeypatch.setattr(images, "_resize_native", lambda *_, **__: pytest.fail("went the other way"))
-    monkeypatch.setattr(images, "backend", lambda: "native")
-    resized, _ = images.load_resized(data, size=64, resize="squash")
+    monkeypatch.setattr(loading, "HUGE_PIXELS", 400 * 300 - 1)
+    monkeypatch.setattr(loading, "_resize_native", lambda *_, **__: pytest.fail("went the other way"))
+    monkeypatch.setattr(loading, "backend", lambda: "native")
+    resized, _ = loading.load_resized(data, size=64, resize="squash")
     assert (np.asarray(resized) == np.asarray(plain_lanczos(data, (64, 64)))).all()
 
 
 def test_the_same_files_are_refused_whatever_resizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A JPEG cut at any place, or with any bit turned over, is a picture for both or an error of one name for both."""
-    if images.backend() != "native":
+    if loading.backend() != "native":
         pytest.skip("this torch has no LANCZOS for bytes")
     good = file_of(photo_like(96, 64), "JPEG", quality=90)
     flipped = [bytearray(good) for _ in range(120)]
@@ -520,7 +522,7 @@ def test_the_same_files_are_refused_whatever_resizes(monkeypatch: pytest.MonkeyP
     cut = [good[: len(good) * number // 60] for number in range(1, 60)] + [good[:-1], good[:-2], good[:-3]]
     verdicts = {}
     for backend in ("native", "pillow"):
-        monkeypatch.setattr(images, "backend", lambda backend=backend: backend)
+        monkeypatch.setattr(loading, "backend", lambda backend=backend: backend)
         verdicts[backend] = [_verdict(bytes(data)) for data in (good, *cut, *flipped)]
     assert verdicts["native"] == verdicts["pillow"]
     assert len(set(verdicts["pillow"])) >= 3
@@ -528,7 +530,7 @@ def test_the_same_files_are_refused_whatever_resizes(monkeypatch: pytest.MonkeyP
 
 def _verdict(data: bytes) -> str:
     try:
-        images.load_resized(data, size=32, resize="squash")
+        loading.load_resized(data, size=32, resize="squash")
     except ImageError as error:
         return error.reason
     return "fine"
@@ -548,16 +550,16 @@ def test_a_bomb_inside_an_icon_is_refused_and_not_decoded(monkeypatch: pytest.Mo
     bomb = claiming(30_000, 30_000)
     directory = struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(bomb), 22)
     with pytest.raises(ImageError) as caught:
-        images.load_resized(directory + bomb, size=8, resize="squash")
+        loading.load_resized(directory + bomb, size=8, resize="squash")
     assert caught.value.reason == "too large"
 
 
 # ---- what shards store --------------------------------------------------------------------------------------
 
 
-def to_stored_jpeg(data: bytes, **changed: Any) -> images.StoredJpeg:
+def to_stored_jpeg(data: bytes, **changed: Any) -> loading.StoredJpeg:
     plain: dict[str, Any] = {"size": 64, "resize": "squash", "quality": 95}
-    (found,) = images.to_stored_jpegs([data], **(plain | changed))
+    (found,) = loading.to_stored_jpegs([data], **(plain | changed))
     if isinstance(found, ImageError):
         raise found
     return found
@@ -572,7 +574,7 @@ def test_files_that_are_stored_together_are_as_alone_and_their_errors_stay_their
     large = file_of(photo_like(1200, 900), "JPEG")
     files = [file_of(photo_like(64, 64), "JPEG"), unread, b"", large, file_of(photo_like(90, 50), "PNG"), large[:999]]
     marked: list[int] = []
-    found = images.to_stored_jpegs(files, size=64, resize="none", quality=95, mark=marked.append)
+    found = loading.to_stored_jpegs(files, size=64, resize="none", quality=95, mark=marked.append)
     assert [isinstance(result, ImageError) for result in found] == [False, True, True, False, False, True]
     assert found[1] is unread
     for place in (0, 3, 4):
@@ -580,9 +582,9 @@ def test_files_that_are_stored_together_are_as_alone_and_their_errors_stay_their
     assert set(marked) == {0, 2, 3, 4, 5}
 
 
-@pytest.mark.parametrize("resize", get_args(images.Resize))
+@pytest.mark.parametrize("resize", get_args(loading.Resize))
 @pytest.mark.parametrize("options", [{"quality": 60}, {"quality": 97, "subsampling": 0, "progressive": True}])
-def test_a_jpeg_of_the_wanted_size_is_stored_untouched(resize: images.Resize, options: dict[str, Any]) -> None:
+def test_a_jpeg_of_the_wanted_size_is_stored_untouched(resize: loading.Resize, options: dict[str, Any]) -> None:
     data = file_of(photo_like(64, 64), "JPEG", **options)
     assert stored(data, resize=resize) == data
 
@@ -619,7 +621,7 @@ def test_without_resizing_every_size_is_kept() -> None:
 
 def test_encoding_twice_gives_equal_bytes_that_decode_close_to_the_picture() -> None:
     picture = photo_like(64, 64)
-    data = images.encode_jpeg(picture, quality=95)
-    assert data == images.encode_jpeg(picture, quality=95)
-    assert psnr(images.decode_rgb(data)[0], picture) >= 35
-    assert len(images.encode_jpeg(picture, quality=50)) < len(data)
+    data = loading.encode_jpeg(picture, quality=95)
+    assert data == loading.encode_jpeg(picture, quality=95)
+    assert psnr(loading.decode_rgb(data)[0], picture) >= 35
+    assert len(loading.encode_jpeg(picture, quality=50)) < len(data)

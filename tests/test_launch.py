@@ -16,8 +16,8 @@ import torch
 from tiny import write_shards
 from trainer import Running, run_training, start_training
 
-from train import launch
-from train.epoch import Agreement
+from train.run import launch
+from train.run.epoch import Agreement
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAUNCHERS = {

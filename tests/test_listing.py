@@ -18,7 +18,7 @@ from tiny import write_shards
 
 from captioner.errors import UserError
 from captioner.files import storage
-from captioner.images import ImageError, decode_rgb
+from captioner.images.loading import ImageError, decode_rgb
 from infer import listing
 from infer.listing import ImageFile, Listing, Refused, list_files, locate
 

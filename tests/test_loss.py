@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train.loss
-from train.loss import _LinearCrossEntropy, linear_cross_entropy
+import train.step.loss
+from train.step.loss import _LinearCrossEntropy, linear_cross_entropy
 
 CHUNK_TOKENS = 8
 
@@ -20,7 +20,7 @@ CHUNK_TOKENS = 8
 @pytest.fixture(autouse=True, scope="module")
 def small_chunks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.loss, "CHUNK_TOKENS", CHUNK_TOKENS)
+        patch.setattr(train.step.loss, "CHUNK_TOKENS", CHUNK_TOKENS)
         yield
 
 
@@ -96,7 +96,7 @@ def test_float16_keeps_small_gradients_and_bears_the_largest_sum() -> None:
         bias_V = torch.tensor([0.0, logit], requires_grad=True)
         layer = (torch.ones(2048, 1, requires_grad=True), torch.zeros(2, 1, requires_grad=True), bias_V)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train.loss, "CHUNK_TOKENS", 2048)
+            patch.setattr(train.step.loss, "CHUNK_TOKENS", 2048)
             objective, _ = _LinearCrossEntropy.apply(
                 *layer, torch.zeros(2048, dtype=torch.int64), 0, torch.float16, True
             )

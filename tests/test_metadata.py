@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from odd_pictures import HEIGHT, READS_AVIF, READS_HEIC, READS_WEBP, WIDTH, chunk, file_of, picture, whole_files
 from PIL import ExifTags, Image, features
 
-from captioner import images
-from captioner.images import ImageError
-from captioner.metadata import without_metadata
+from captioner.images import loading
+from captioner.images.loading import ImageError
+from captioner.images.metadata import without_metadata
 
 CASE = Path(__file__).resolve().parents[2] / "shared/data/cases/png_bad_text_crc.png"
 PNG = file_of(picture(), "PNG")
@@ -34,7 +34,7 @@ def rich_exif() -> Image.Exif:
 
 
 def pixels(data: bytes) -> np.ndarray:
-    found, size = images.decode_rgb(data)
+    found, size = loading.decode_rgb(data)
     assert size == (WIDTH, HEIGHT)
     return np.asarray(found)
 
@@ -42,8 +42,8 @@ def pixels(data: bytes) -> np.ndarray:
 def check_shows_picture(data: bytes, plain: bytes = PNG) -> None:
     assert (pixels(data) == pixels(plain)).all()
     for resize in ("none", "squash"):
-        (found,) = images.to_stored_jpegs([data], size=32, resize=resize, quality=95)
-        assert isinstance(found, images.StoredJpeg)
+        (found,) = loading.to_stored_jpegs([data], size=32, resize=resize, quality=95)
+        assert isinstance(found, loading.StoredJpeg)
         assert Image.open(io.BytesIO(found.data)).convert("RGB").size  # what is stored, all readers open
         assert found.original_size == (WIDTH, HEIGHT)
 
@@ -91,7 +91,7 @@ def test_a_damaged_chunk_beside_the_pixels_costs_no_png(name: str) -> None:
 
 @pytest.mark.skipif(not CASE.exists(), reason=f"there is no {CASE}")
 def test_the_reported_png() -> None:
-    assert images.load_resized(CASE.read_bytes(), size=32, resize="squash")[1] == (120, 80)
+    assert loading.load_resized(CASE.read_bytes(), size=32, resize="squash")[1] == (120, 80)
 
 
 def test_damage_in_what_decides_pixels_is_an_error() -> None:
@@ -100,7 +100,7 @@ def test_damage_in_what_decides_pixels_is_an_error() -> None:
         place = data.index(kind)
         end = place + 4 + int.from_bytes(data[place - 4 : place])
         with pytest.raises(ImageError):
-            images.decode_rgb(data[:end] + bytes([data[end] ^ 1]) + data[end + 1 :])
+            loading.decode_rgb(data[:end] + bytes([data[end] ^ 1]) + data[end + 1 :])
 
 
 def test_a_damaged_chunk_inside_an_icon_costs_no_icon() -> None:
@@ -132,7 +132,7 @@ def test_a_jpeg_with_damaged_metadata_is_turned_by_its_exif_all_the_same() -> No
     exif[ExifTags.Base.Orientation] = 6
     data = file_of(picture(), "JPEG", exif=exif)
     for damage in (segment(0xE2, b"ICC_PROFILE\0"), segment(0xEE, b"Adobe")):
-        assert images.decode_rgb(data[:2] + damage + data[2:])[1] == (HEIGHT, WIDTH)
+        assert loading.decode_rgb(data[:2] + damage + data[2:])[1] == (HEIGHT, WIDTH)
 
 
 def test_colours_do_not_change_with_damaged_metadata() -> None:
@@ -145,7 +145,7 @@ def test_damaged_pixels_stay_errors_beside_damaged_metadata() -> None:
     damaged = JPEG[:2] + segment(0xE2, b"ICC_PROFILE\0") + JPEG[2:]
     for end in (len(damaged) // 2, -60):
         with pytest.raises(ImageError) as caught:
-            images.decode_rgb(damaged[:end])
+            loading.decode_rgb(damaged[:end])
         assert caught.value.reason == "truncated"
 
 
@@ -219,7 +219,7 @@ def test_metadata_that_is_written_over_costs_no_picture(
     name, data, metadata = which
     start, damage = data.index(metadata), damage[: len(metadata)]
     start += place % (len(metadata) - len(damage) + 1)
-    picture_found, size = images.decode_rgb(data[:start] + damage + data[start + len(damage) :])
+    picture_found, size = loading.decode_rgb(data[:start] + damage + data[start + len(damage) :])
     assert sorted(size) == sorted((WIDTH, HEIGHT)), name  # the orientation may be what was written over
     assert picture_found.size == size
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from captioner.model import CaptionModel, ImageInput, ModelConfig, PackedCaptions
+from captioner.model.network import CaptionModel, ImageInput, ModelConfig, PackedCaptions
 from captioner.vocabulary import END, START
-from train.batch_norm import synchronise_batch_norm
+from train.step.batch_norm import synchronise_batch_norm
 
 FORMS: tuple[ImageInput, ...] = ("first", "every-step")
 CAPTIONS = [[[4, 5, 6], [7], [9, 8, 7, 6, 5, 4]], [[5, 5]], [[6, 4, 9, 8], [8, 4, 9, 6, 7]]]

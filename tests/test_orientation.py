@@ -15,9 +15,9 @@ import webdataset
 from odd_pictures import READS_AVIF, READS_HEIC, chunk, file_of
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, features
 
-from captioner import images
 from captioner.describe import Captioner, Description
-from captioner.views import ViewSpec
+from captioner.images import loading
+from captioner.images.views import ViewSpec
 from infer.gallery import write_gallery
 from infer.listing import locate
 from infer.reading import read_picture
@@ -172,14 +172,14 @@ def _stands_as_stored(data: bytes) -> bool:
 def test_decoding_turns_once(folder: Path) -> None:
     for path in paths(folder):
         for at_least in (None, 16):
-            picture, size = images.decode_rgb(path.read_bytes(), at_least=at_least)
+            picture, size = loading.decode_rgb(path.read_bytes(), at_least=at_least)
             check_upright(picture, name=path.name)
             assert size == (WIDTH, HEIGHT), path.name
             assert (picture.size == size) == (at_least is None or ("jpg" not in path.name and "mpo" not in path.name))
 
 
 @pytest.mark.parametrize("resize", ["none", "keep-ratio", "squash"])
-def test_packing_turns_once(folder: Path, tmp_path: Path, resize: images.Resize) -> None:
+def test_packing_turns_once(folder: Path, tmp_path: Path, resize: loading.Resize) -> None:
     rows = [{"path": path.name, "caption": "a picture"} for path in paths(folder)]
     (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     make_shards.main(
@@ -195,7 +195,7 @@ def test_packing_turns_once(folder: Path, tmp_path: Path, resize: images.Resize)
         content = json.loads(sample["json"])
         picture = Image.open(io.BytesIO(sample["jpg"]))
         check_upright(picture, name=content["file_name"])
-        check_upright(images.decode_stored(sample["jpg"]))
+        check_upright(loading.decode_stored(sample["jpg"]))
         assert (content["width"], content["height"]) == (WIDTH, HEIGHT), content["file_name"]
         assert picture.size == {"none": (WIDTH, HEIGHT), "keep-ratio": (48, 32), "squash": (32, 32)}[resize]
 
@@ -204,10 +204,10 @@ def test_packing_turns_once(folder: Path, tmp_path: Path, resize: images.Resize)
 def test_only_a_jpeg_that_stands_upright_is_stored_untouched(name: str) -> None:
     for orientation in ORIENTATIONS:
         data = FILES[name](orientation)
-        (found,) = images.to_stored_jpegs([data], size=32, resize="none", quality=95)
-        assert isinstance(found, images.StoredJpeg)
+        (found,) = loading.to_stored_jpegs([data], size=32, resize="none", quality=95)
+        assert isinstance(found, loading.StoredJpeg)
         assert (found.data == data) == (orientation == 1)
-        check_upright(images.decode_stored(found.data))
+        check_upright(loading.decode_stored(found.data))
         assert found.original_size == (WIDTH, HEIGHT)
 
 
@@ -282,7 +282,7 @@ WAYS_IN: dict[str, Callable[[Path], Any]] = {
     "RGBA": lambda path: opened(path).convert("RGBA"),
     "resized": lambda path: loaded(path).resize((50, 50)),
     "turned by Pillow": lambda path: ImageOps.exif_transpose(opened(path)),
-    "array": lambda path: np.asarray(images.decode_rgb(path.read_bytes())[0]),
+    "array": lambda path: np.asarray(loading.decode_rgb(path.read_bytes())[0]),
 }
 
 
@@ -305,8 +305,8 @@ def test_the_reported_picture_of_a_tiff(folder: Path) -> None:
     case = Path(__file__).resolve().parents[2] / "shared/data/cases/orientation6.tif"
     if not case.exists():
         pytest.skip(f"there is no {case}")
-    _, size = images.load_resized(case.read_bytes(), size=32, resize="squash")
-    assert size == images.decode_rgb(case.read_bytes())[1] == Image.open(case).size
+    _, size = loading.load_resized(case.read_bytes(), size=32, resize="squash")
+    assert size == loading.decode_rgb(case.read_bytes())[1] == Image.open(case).size
 
 
 def test_a_damaged_orientation_turns_nothing_and_costs_no_picture() -> None:
@@ -316,6 +316,6 @@ def test_a_damaged_orientation_turns_nothing_and_costs_no_picture() -> None:
     for kind, count, value in ((2, 1, 6), (3, 0, 6), (3, 9, 6), (3, 1, 0), (3, 1, 9), (5, 1, 0)):
         data = upright.replace(entry, struct.pack("<HHIHH", 274, kind, count, value, 0))
         assert data != upright
-        picture, size = images.decode_rgb(data)
+        picture, size = loading.decode_rgb(data)
         assert size == (WIDTH, HEIGHT)
         check_upright(picture)

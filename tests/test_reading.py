@@ -12,8 +12,8 @@ import pytest
 from tiny import picture
 
 from captioner.errors import UserError
-from captioner.images import ImageError
-from captioner.views import ViewSpec, read_eval_view
+from captioner.images.loading import ImageError
+from captioner.images.views import ViewSpec, read_eval_view
 from infer import reading
 from infer.listing import ImageFile, Refused
 from infer.reading import Batch, Picture, Reader

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from train.report import MAX_CURVE_POINTS, step_axis, thin, value_axis, write_report
+from train.run.report import MAX_CURVE_POINTS, step_axis, thin, value_axis, write_report
 
 SVG = "{http://www.w3.org/2000/svg}"
 FINITE = st.floats(-1e9, 1e9).filter(lambda value: value == 0 or abs(value) > 1e-9)

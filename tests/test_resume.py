@@ -17,9 +17,9 @@ from tiny import write_shards
 from captioner.errors import UserError
 from captioner.streaming.dataset import read_split
 from captioner.streaming.order import ShardOrder
-from train.batches import caption_loader
-from train.run_folder import ENCODER_WEIGHTS, check_same_parts
-from train.split import read_merged_vocabulary, read_validation
+from train.data.batches import caption_loader
+from train.data.split import read_merged_vocabulary, read_validation
+from train.run.run_folder import ENCODER_WEIGHTS, check_same_parts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIZES = (5, 11, 1, 9, 14, 0, 8, 3, 12)
@@ -258,7 +258,7 @@ def test_ranks_that_see_other_data_are_refused(monkeypatch: pytest.MonkeyPatch) 
     """A weights file need not be on each machine."""
     own = {"train shards": "a", "val shards": None, ENCODER_WEIGHTS: "w"}
     others: list[dict[str, str | None]] = [own, own | {ENCODER_WEIGHTS: None}]
-    monkeypatch.setattr("train.run_folder.gather_object", lambda facts: [*facts, *others])
+    monkeypatch.setattr("train.run.run_folder.gather_object", lambda facts: [*facts, *others])
     check_same_parts(own)
     others.append(own | {"val shards": "b"})
     with pytest.raises(UserError, match=r"rank 3 sees other data than rank 0 \(val shards b, not None\)"):

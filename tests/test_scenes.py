@@ -12,7 +12,7 @@ import pytest
 
 import demo
 from awkward import ODD_NAME, write_folder
-from captioner.images import ImageError, decode_rgb
+from captioner.images.loading import ImageError, decode_rgb
 from scenes import (
     COLOURS,
     SHAPES,

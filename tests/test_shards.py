@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save as save_file
 from tiny import captions_of, write_coco
 
-from captioner import images
 from captioner.errors import UserError
+from captioner.images import loading
 from captioner.samples import Sample, build_index, picture_spans, split_pair, words_of
 from captioner.shards.format import (
     Manifest,
@@ -386,5 +386,5 @@ def test_stored_pictures_are_the_originals_squashed(packed: Path) -> None:
     data = packed.parent / "coco" / "train2014"
     for sample in webdataset.WebDataset(str(packed / "train-000000.tar"), shardshuffle=False):
         original = data / json.loads(sample["json"])["file_name"]
-        expected, _ = images.load_resized(original.read_bytes(), size=766, resize="squash")
-        assert sample["jpg"] == images.encode_jpeg(expected, quality=95)
+        expected, _ = loading.load_resized(original.read_bytes(), size=766, resize="squash")
+        assert sample["jpg"] == loading.encode_jpeg(expected, quality=95)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from captioner.errors import UserError
 from captioner.files import storage
-from sharding.sources import Failure, Record, Source, find_sources, read_records
+from sharding.packing.sources import Failure, Record, Source, find_sources, read_records
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "data" / "cases"
 REASONS = {

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from tiny_model import caption_views
 from torch.nn.functional import cross_entropy
 
-from captioner.bundle import Bundle, DecodingDefaults, load_bundle, save_bundle
 from captioner.errors import UserError
-from captioner.model import CaptionModel, ImageInput, ModelConfig, PackedCaptions
+from captioner.images.views import ViewSpec, normalise
+from captioner.model.bundle import Bundle, DecodingDefaults, load_bundle, save_bundle
+from captioner.model.network import CaptionModel, ImageInput, ModelConfig, PackedCaptions
 from captioner.streaming.dataset import read_split
-from captioner.views import ViewSpec, normalise
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
+from train.data.split import check_fits
 from train.settings import TrainSettings, check_settings, count_steps
-from train.split import check_fits
-from train.starting_model import choose_view, start_from
+from train.step.starting_model import choose_view, start_from
 
 VIEW = ViewSpec(size=40, crop=32)
 WORDS = ["a", "sits", "red", "table", *(f"known-{number}" for number in range(100))]

@@ -19,14 +19,14 @@ from tiny_model import write_model
 from trainer import start
 
 from captioner import cli
-from captioner.bundle import load_bundle
-from captioner.encoders import Encoder
 from captioner.errors import UserError
+from captioner.model.bundle import load_bundle
+from captioner.model.encoders import Encoder
 from captioner.vocabulary import Vocabulary
-from train import run_folder
 from train.main import main
+from train.run import run_folder
 from train.settings import TrainSettings
-from train.starting_model import complete
+from train.step.starting_model import complete
 
 GOOD = TrainSettings(
     encoder="small_cnn", weights="none", finetune_encoder_from_step=0, crop=32, embedding_size=8, hidden_size=9,
@@ -351,7 +351,7 @@ def test_an_epoch_that_was_trained_before_a_kill_is_only_evaluated(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("train.validation.Evaluator.evaluate", interrupt)
+        patch.setattr("train.evaluation.validation.Evaluator.evaluate", interrupt)
         with pytest.raises(KeyboardInterrupt):
             main(settings)
     capsys.readouterr()

@@ -13,13 +13,13 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 from captioner.errors import UserError
-from captioner.model import CaptionModel, ModelConfig, PackedCaptions
-from captioner.views import ViewSpec, normalise
+from captioner.images.views import ViewSpec, normalise
+from captioner.model.network import CaptionModel, ModelConfig, PackedCaptions
 from captioner.vocabulary import START
-from train.batches import Batch
-from train.schedule import make_optimizer, make_schedule
+from train.data.batches import Batch
 from train.settings import Schedule
-from train.step import MAX_GRADIENT_NORM, CaptionLoss, StepLoss, check_finite, train_step, with_guesses
+from train.step.schedule import make_optimizer, make_schedule
+from train.step.step import MAX_GRADIENT_NORM, CaptionLoss, StepLoss, check_finite, train_step, with_guesses
 
 VIEW = ViewSpec(size=32, crop=32)
 CAPTIONS = [[[4, 5, 6], [7]], [[9, 8, 7, 6, 5, 4]], [[5, 5], [8, 4, 9, 6, 7], [6]]]

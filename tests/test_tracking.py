@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from captioner.errors import UserError
-from train.tracking import Tracker, read_rows
+from train.run.tracking import Tracker, read_rows
 
 NO_PROJECT: Any = {"wandb_project": None, "settings": {}}
 

@@ -22,19 +22,19 @@ from servers import free_port
 from tiny_model import caption_views
 from trainer import Done, Running, run_training, start_training
 
-from captioner.bundle import load_bundle
-from captioner.encoders import Encoder
-from captioner.model import CaptionModel, ModelConfig
+from captioner.images.views import ViewSpec
+from captioner.model.bundle import load_bundle
+from captioner.model.encoders import Encoder
+from captioner.model.network import CaptionModel, ModelConfig
 from captioner.streaming.dataset import read_split
-from captioner.views import ViewSpec
 from scenes import SceneSettings
 from scenes import main as draw_scenes
 from sharding.make_shards import main as make_shards
 from sharding.settings import ShardSettings
-from train.batches import caption_loader
-from train.launch import start_accelerator
-from train.schedule import make_optimizer
-from train.step import CaptionLoss, distribute
+from train.data.batches import caption_loader
+from train.run.launch import start_accelerator
+from train.step.schedule import make_optimizer
+from train.step.step import CaptionLoss, distribute
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TORCHRUN = ("torchrun", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
@@ -394,7 +394,7 @@ def test_torchrun_starts_two_processes(shards: Path, tmp_path: Path) -> None:
 RANKS_DIFFER = """
 import torch
 from accelerate import Accelerator
-from train.step import check_same_weights
+from train.step.step import check_same_weights
 accelerator = Accelerator()
 model = torch.nn.Linear(2, 2)
 torch.nn.init.constant_(model.weight, 1.0)

@@ -20,9 +20,9 @@ import crash
 import pytest
 from tiny import picture, write_coco
 
-from captioner import images
 from captioner.errors import UserError
 from captioner.files import storage
+from captioner.images import loading
 from captioner.shards.format import read_manifest
 from sharding import make_shards
 from sharding.settings import ShardSettings
@@ -321,7 +321,7 @@ def test_a_picture_that_the_disk_fails_to_read_stops_the_run_and_too_little_memo
         with pytest.raises(UserError, match=r"cannot read .*05\.jpg \(Input/output error\)"):
             make_shards.main(flags(coco, tmp_path / "shards"))
     with monkeypatch.context() as patched:
-        patched.setattr(images, "encode_jpeg", run_out_of_memory)
+        patched.setattr(loading, "encode_jpeg", run_out_of_memory)
         with pytest.raises(UserError, match="too little memory to decode"):
             make_shards.main(flags(coco, tmp_path / "shards"))
     assert len(list((tmp_path / "shards").glob("*.index"))) < NUM_SHARDS
@@ -378,7 +378,7 @@ def test_a_shard_whose_worker_dies_is_packed_by_another(
 def test_a_shard_that_kills_every_worker_ends_the_run_with_its_name(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sharding.engine._work", crash.always)
+    monkeypatch.setattr("sharding.packing.engine._work", crash.always)
     with pytest.raises(UserError, match=r"the process that packs train-0000\d\d died 3 times \(exit code 9\)"):
         make_shards.main(flags(coco, tmp_path / "shards", workers=2))
 
@@ -391,7 +391,7 @@ def test_a_picture_that_crashes_the_decoder_is_a_failure_and_costs_no_other_pict
     shutil.copytree(coco, data)
     some = sorted((data / "train2014").iterdir())[7]
     picture(7).save(some, comment=crash.DEADLY)
-    monkeypatch.setattr("sharding.engine._work", crash.packing_deadly_pictures)
+    monkeypatch.setattr("sharding.packing.engine._work", crash.packing_deadly_pictures)
     make_shards.main(flags(data, tmp_path / "shards", workers=2))
     failures = [json.loads(line) for line in (tmp_path / "shards/train.failures.jsonl").read_text().splitlines()]
     assert failures == [{"name": some.name, "reason": "undecodable", "message": "it crashes the decoder"}]
@@ -401,5 +401,5 @@ def test_a_picture_that_crashes_the_decoder_is_a_failure_and_costs_no_other_pict
 
 def test_the_backend_is_told_and_kept(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_shards.main(flags(coco, tmp_path / "shards"))
-    assert images.backend() in capsys.readouterr().out
-    assert f'"backend": "{images.backend()}"' in (tmp_path / "shards" / "train.manifest.json").read_text()
+    assert loading.backend() in capsys.readouterr().out
+    assert f'"backend": "{loading.backend()}"' in (tmp_path / "shards" / "train.manifest.json").read_text()

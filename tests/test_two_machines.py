@@ -14,7 +14,7 @@ from tiny import write_shards
 from torch.distributed import DistBackendError, DistNetworkError
 from trainer import Running, start_training
 
-from train.launch import is_lost_peer
+from train.run.launch import is_lost_peer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = ("--encoder", "small_cnn", "--weights", "none", "--finetune-encoder-from-step", 0, "--crop", 28)

@@ -10,7 +10,7 @@ from consumer import start_side_by_side
 from tiny import write_shards
 from trainer import start, start_training
 
-from captioner.encoders import Encoder
+from captioner.model.encoders import Encoder
 
 PEER_SECONDS = 3.0
 
@@ -53,11 +53,11 @@ def test_whatever_one_rank_does_alone_in_training_may_take_long(shards: str, tmp
     weights = tmp_path / "weights.pt"
     torch.save(Encoder("small_cnn", trainable=False).backbone.state_dict(), weights)
     slow = [
-        "train.starting_model:load_encoder_weights:0",  # a download
-        "train.encode:_encode_shards:1",
+        "train.step.starting_model:load_encoder_weights:0",  # a download
+        "train.run.encode:_encode_shards:1",
         "accelerate:Accelerator.save_state:1",
         "captioner.metrics:References.scores:0",
-        "train.run_folder:save_bundle:0",
+        "train.run.run_folder:save_bundle:0",
     ]
     run = tmp_path / "run"
     flags = [

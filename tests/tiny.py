@@ -12,10 +12,10 @@ from PIL import Image
 
 from captioner.files import storage
 from captioner.shards.format import sample_key, shard_name
-from sharding.finish import write_manifest, write_vocabulary
-from sharding.pack import pack_shard
-from sharding.plan import Recipe, ShardPlan
-from sharding.sources import Record
+from sharding.packing.finish import write_manifest, write_vocabulary
+from sharding.packing.pack import pack_shard
+from sharding.packing.planning import Recipe, ShardPlan
+from sharding.packing.sources import Record
 
 SUBJECTS = ("a cat", "two dogs", "the man", "a woman's bicycle", "an old red bus")
 SCENES = ("on a table.", "in the grass", "near the sea, at night", "doesn't move", "(seen from above)")

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from tiny import picture
 
-from captioner.bundle import Bundle, DecodingDefaults, save_bundle
-from captioner.decoding import Caption, decode
-from captioner.model import CaptionModel, ImageInput, ModelConfig
-from captioner.views import ViewSpec, normalise
+from captioner.images.views import ViewSpec, normalise
+from captioner.model.bundle import Bundle, DecodingDefaults, save_bundle
+from captioner.model.decoding import Caption, decode
+from captioner.model.network import CaptionModel, ImageInput, ModelConfig
 from captioner.vocabulary import Vocabulary
 
 VIEW = ViewSpec(size=40, crop=32)

@@ -125,7 +125,7 @@ def _rank(arguments: list[str], log: Path, environment: dict[str, str], slow: Se
 
     from captioner import workers
     from infer import captioning
-    from train import run_folder
+    from train.run import run_folder
 
     torch.set_num_threads(1)
     torch.set_num_threads = lambda _threads: None  # type: ignore[assignment]  # tests share the machine

@@ -26,8 +26,8 @@ from captioner.flags import AnyNumber, Count, File, LocalPath, Location, Positiv
 from captioner.image_ids import ImageId
 from captioner.metrics import References
 from captioner.streaming.cache import CacheFolderError, CacheTooSmallError
-from train.coco_results import by_reference_id, read_references, read_results, write_results
-from train.java_metrics import JavaMetric, check_java, java_scores
+from train.evaluation.coco_results import by_reference_id, read_references, read_results, write_results
+from train.evaluation.java_metrics import JavaMetric, check_java, java_scores
 
 if TYPE_CHECKING:
     from captioner.calibration import Calibration
@@ -181,7 +181,7 @@ def report(
 
 def score_model(settings: EvaluateSettings) -> None:
     """Caption a split with a model, on all processes; the main one writes the results file and scores it."""
-    from train.launch import ending_without_peers
+    from train.run.launch import ending_without_peers
 
     with ending_without_peers(remedy="run the same command again"):
         _score_model(settings)
@@ -190,17 +190,17 @@ def score_model(settings: EvaluateSettings) -> None:
 def _score_model(settings: EvaluateSettings) -> None:
     from accelerate.utils import gather_object
 
-    from captioner.bundle import load_bundle
+    from captioner.model.bundle import load_bundle
     from captioner.streaming import Ledger
     from captioner.streaming.dataset import check_filled, read_split
-    from train.batches import PINNED_FOR, caption_loader, check_batch_size
-    from train.calibrate import calibrate
-    from train.launch import start_accelerator
+    from train.data.batches import PINNED_FOR, caption_loader, check_batch_size
+    from train.data.split import check_fits, read_view
+    from train.evaluation.calibrate import calibrate
+    from train.evaluation.validation import evaluate_split
     from train.plan import PACK_FIRST
-    from train.split import check_fits, read_view
-    from train.step import CaptionLoss
+    from train.run.launch import start_accelerator
+    from train.step.step import CaptionLoss
     from train.uneven import refused_together
-    from train.validation import evaluate_split
 
     flags = filled(settings)
     accelerator = start_accelerator(seed=0)
@@ -279,7 +279,7 @@ def keep_calibration(folder: Path, calibration: "Calibration", *, old: "Calibrat
 
     Raises UserError if the old one has more, or if writing fails.
     """
-    from captioner.bundle import save_calibration
+    from captioner.model.bundle import save_calibration
 
     if calibration.curve is None and calibration.space is None:
         raise UserError(f"there is nothing to keep in {folder}, {calibration}: calibrate on other shards")

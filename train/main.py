@@ -15,27 +15,27 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from captioner import cli
-from captioner.encoders import FixedCropError, SmallImagesError, WeightsError
 from captioner.errors import TooManyBadSamplesError
 from captioner.files.ownership import AlreadyOwnedError, NotWritableError
+from captioner.model.encoders import FixedCropError, SmallImagesError, WeightsError
 from captioner.streaming.cache import CacheFolderError, CacheTooSmallError
 from captioner.streaming.order import ShardOrder, num_steps
-from train import run_folder
-from train.batches import PINNED_FOR, caption_loader, check_batch_size
-from train.encode import prepare_features
-from train.epoch import train_epoch
-from train.job import as_job
-from train.launch import Preemption, ending_without_peers
+from train.data.batches import PINNED_FOR, caption_loader, check_batch_size
+from train.data.split import read_data
+from train.evaluation.validation import Evaluator
 from train.plan import PACK_FIRST, window_advice
-from train.report import write_report
-from train.schedule import make_optimizer, make_schedule
+from train.run import run_folder
+from train.run.encode import prepare_features
+from train.run.epoch import train_epoch
+from train.run.job import as_job
+from train.run.launch import Preemption, ending_without_peers
+from train.run.report import write_report
+from train.run.tracking import Tracker, check_wandb
 from train.settings import CHANGEABLE, TrainSettings, check_settings, count_steps
-from train.split import read_data
-from train.starting_model import choose_model, make_model
-from train.step import CaptionLoss, check_same_weights, distribute, train_step
-from train.tracking import Tracker, check_wandb
+from train.step.schedule import make_optimizer, make_schedule
+from train.step.starting_model import choose_model, make_model
+from train.step.step import CaptionLoss, check_same_weights, distribute, train_step
 from train.uneven import refused_together
-from train.validation import Evaluator
 
 REMEDIES: cli.Remedies = {
     AlreadyOwnedError: "wait for it, stop it, or give another --output",

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from captioner.bundle import DecodingDefaults
 from captioner.errors import UserError
 from captioner.flags import (
     AnyNumber,
@@ -18,7 +17,8 @@ from captioner.flags import (
     Seed,
     WorkersOrZero,
 )
-from captioner.model import ImageInput, ModelConfig
+from captioner.model.bundle import DecodingDefaults
+from captioner.model.network import ImageInput, ModelConfig
 from captioner.streaming.order import SHUFFLE_SHARDS
 
 Schedule = Literal["cosine", "constant"]

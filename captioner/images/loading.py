@@ -1,0 +1,476 @@
+"""Bytes to upright RGB pictures, their resizing, and JPEG. Imports no torch until the first picture is resized."""
+
+import io
+import logging
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import PIL
+from PIL import ExifTags, Image, UnidentifiedImageError, features
+
+from captioner.images import decoder_output
+from captioner.images.metadata import TIFF_STARTS, without_metadata
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_PIXELS = 200_000_000
+Backend = Literal["pillow-simd", "native", "pillow"]
+Resize = Literal["squash", "center-crop", "keep-ratio", "none"]
+Reason = Literal[
+    "missing",
+    "unreadable",
+    "empty",
+    "undecodable",
+    "truncated",
+    "too large",
+    "special file",
+    "crashed the decoder",
+    "timed out",
+]
+
+UPRIGHT_BY_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SWAPS_SIDES = frozenset(UPRIGHT_BY_ORIENTATION[orientation] for orientation in (5, 6, 7, 8))
+HAS_SIMD = ".post" in PIL.__version__  # how pillow-simd numbers its versions
+PLAIN_JPEG_MODES = ("RGB", "L")
+JPEG_START = b"\xff\xd8\xff"
+HEIC_START = re.compile(rb".{4}ftyp(?:.{4}){0,12}?(?:hei[cmsx]|hev[cmsx])", re.DOTALL)  # one of its brands
+NEVER_DECODED = ("EPS", "WMF", "IPTC")  # drawn by Ghostscript, drawn by Windows, and a wrapper around any other format
+LARGE_PIXELS = 1 << 20
+HUGE_PIXELS = 1 << 26  # from here on Pillow resizes: torch wants three more copies of the pixels
+RGB_MODE = 3  # torchvision.io.ImageReadMode.RGB
+DRAFT_SCALE = 2.75  # a JPEG decoded at a reduced scale is at least this much larger than wanted: 45 dB on 110 photos
+
+
+class Format(NamedTuple):
+    """A format's name, how its files start, and what Pillow needs: its name in `PIL.features`, and the library."""
+
+    name: str
+    start: re.Pattern[bytes]
+    feature: str | None = None
+    library: str = ""
+
+
+FORMATS = (
+    Format("JPEG", re.compile(JPEG_START), "jpg", "libjpeg"),
+    Format("PNG", re.compile(rb"\x89PNG\r\n\x1a\n"), "zlib", "zlib"),
+    Format("WebP", re.compile(rb"RIFF.{4}WEBP", re.DOTALL), "webp", "libwebp"),
+    Format("AVIF", re.compile(rb".{4}ftypavi[fs]", re.DOTALL), "avif", "libavif"),
+    Format("JPEG 2000", re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"), "jpg_2000", "OpenJPEG"),
+    Format("TIFF", re.compile(rb"II\*\0|MM\0\*|II\+\0|MM\0\+"), "libtiff", "libtiff"),
+    Format("GIF", re.compile(rb"GIF8[79]a")),
+    Format("JPEG XL", re.compile(rb"\xff\x0a|\0\0\0\x0cJXL ")),
+)
+
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow looks inside ICO and ICNS; all else `_open` refuses, with its own error
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged or large files, which get their errors from here
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # or Python prints them where nobody has set up logging
+
+
+class StoredJpeg(NamedTuple):
+    """A JPEG as a shard holds it, and the (width, height) of the picture that it was made of, upright."""
+
+    data: bytes
+    original_size: tuple[int, int]
+
+
+class Opened(NamedTuple):
+    """A picture of which only the header was read, and the file that it was read from, without damaged metadata."""
+
+    image: Image.Image
+    data: bytes
+
+
+class ImageError(Exception):
+    """A picture that cannot be used: `reason` is one word to count by, the message says what was found."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(reason, message)
+        self.reason = reason
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.message}"
+
+
+@lru_cache(maxsize=1)
+def backend() -> Backend:
+    """What decodes and resizes on this machine: the fastest that is installed.
+
+    `pillow-simd` where it stands in Pillow's place (same pixels as Pillow's), `native` where torch has LANCZOS for
+    bytes (within 50 dB of Pillow's), else `pillow`. Formats other than JPEG are always decoded by Pillow.
+    """
+    if HAS_SIMD:
+        return "pillow-simd"
+    return "native" if _has_native_lanczos() else "pillow"
+
+
+def _has_native_lanczos() -> bool:
+    try:
+        import torch
+
+        _resize_native(torch.zeros((3, 4, 4), dtype=torch.uint8), (2, 2), covered=(4, 4))
+    except (ImportError, NotImplementedError, RuntimeError, ValueError):
+        return False
+    return True
+
+
+# ---- decoding ---------------------------------------------------------------------------------------------
+
+
+def decode_rgb(data: bytes, *, at_least: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """The upright RGB picture in `data`, and the (width, height) that its header gives, turned upright as well.
+
+    Any format Pillow reads; of an animation the first frame. EXIF orientation is applied, alpha is laid on white,
+    16-bit greys keep their upper 8 bits. `at_least` lets a JPEG be decoded at a reduced scale whose sides are both
+    still at least that many pixels. Raises ImageError.
+    """
+    with _image_errors(data):
+        image, _ = _open(data)
+        turn = _turn(image)
+        original_size = image.size
+        if at_least is not None:
+            image.draft("RGB", (at_least, at_least))
+        return _upright(_to_rgb(image), original_size, turn=turn)
+
+
+def decode_stored(data: bytes | bytearray) -> np.ndarray:
+    """A shard's picture, which packing left upright and RGB, as (height, width, 3) uint8 pixels. Raises ImageError.
+
+    libjpeg-turbo's pixels whichever way they come: torchvision's operator where it is there, else Pillow.
+    """
+    pixels_3HW = _decode_jpeg(data) if data.startswith(JPEG_START) else None
+    return np.array(decode_rgb(bytes(data))[0]) if pixels_3HW is None else pixels_3HW.permute(1, 2, 0).numpy()
+
+
+def load_resized(source: bytes | Image.Image, *, size: int, resize: Resize) -> tuple[Image.Image, tuple[int, int]]:
+    """The one way from a file's bytes to an RGB picture of the wanted size, and its original upright (width, height).
+
+    A Pillow image goes the same way, turned as its EXIF block says; its pixels are not changed.
+
+    `squash` gives `size` x `size` pixels whatever the sides' ratio was; `keep-ratio` makes the shorter side `size`;
+    `center-crop` keeps the middle square of that; `none` leaves the size alone. Antialiased LANCZOS; a JPEG is
+    decoded at a reduced scale only while that is far larger than the wanted size (DRAFT_SCALE). Raises ImageError.
+    """
+    with _image_errors(source if isinstance(source, bytes) else b""):
+        if isinstance(source, bytes):
+            return _load_resized(_open(source), size=size, resize=resize)
+        source.load()  # so that nothing is decoded at a reduced scale, which would change the caller's image
+        _check_size(source)
+        return _load_resized(Opened(source, b""), size=size, resize=resize)
+
+
+def to_stored_jpegs(
+    contents: "Sequence[bytes | ImageError]",
+    *,
+    size: int,
+    resize: Resize,
+    quality: int,
+    mark: Callable[[int], None] = lambda index: None,
+    note_damage: Callable[[int], None] = lambda index: None,
+) -> "list[StoredJpeg | ImageError]":
+    """Files' bytes as the JPEGs that a shard holds, or why not; `mark(i)` is called before file i is processed.
+
+    An error in `contents` stands for an unreadable file, and is returned unchanged. `note_damage(i)` is called if file
+    i was decoded although its decoder reported damage.
+
+    An upright RGB JPEG that already has the wanted size is kept as it is, byte for byte, once it was seen to decode.
+    All are opened, then all resized, then all encoded: decoding a picture empties the processor's caches of the code
+    for the rest, which is a twentieth of the time of small ones. Large ones are encoded at once, so that few are held.
+    """
+
+    def resized(opened: Opened) -> StoredJpeg | tuple[Image.Image, tuple[int, int]]:
+        image = opened.image
+        fits = (image.format, image.mode, image.size) == ("JPEG", "RGB", _final_size(image.size, size, resize))
+        untouched = fits and _turn(image) is None
+        picture, original_size = _load_resized(opened, size=size, resize=resize)
+        if untouched:
+            return StoredJpeg(opened.data, original_size)
+        large = picture.width * picture.height > LARGE_PIXELS
+        return encoded((picture, original_size)) if large else (picture, original_size)
+
+    def encoded(found: StoredJpeg | tuple[Image.Image, tuple[int, int]]) -> StoredJpeg:
+        if isinstance(found, StoredJpeg):
+            return found
+        return StoredJpeg(encode_jpeg(found[0], quality=quality), found[1])
+
+    results: list[Any] = list(contents)
+    for work in (_open, resized, encoded):
+        for index, data in enumerate(contents):
+            if isinstance(data, ImageError) or isinstance(results[index], ImageError):
+                continue
+            mark(index)
+            try:
+                with _image_errors(data) as complaints:
+                    results[index] = work(results[index])
+                if complaints:
+                    note_damage(index)
+            except ImageError as error:
+                results[index] = error
+    return results
+
+
+def encode_jpeg(image: Image.Image, *, quality: int) -> bytes:
+    """Baseline JPEG bytes of an RGB picture, colour at full resolution (half of it shows in the decoded pixels)."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality, subsampling=0, comment=b"")  # none from the source's header
+    return buffer.getvalue()
+
+
+@contextmanager
+def _image_errors(data: bytes) -> Iterator[list[str]]:
+    """Turn any exception into an ImageError: Pillow's plugins raise almost any type on damaged files.
+
+    Yields the list of messages that the decoder prints.
+    """
+    with decoder_output.collect() as complaints:
+        try:
+            yield complaints
+        except ImageError:
+            raise
+        except Exception as error:
+            raise _image_error(error, data, complaints) from error
+
+
+def _image_error(error: Exception, data: bytes, complaints: Sequence[str]) -> ImageError:
+    if isinstance(error, MemoryError):
+        return ImageError("too large", "there is not enough memory to decode it")
+    if isinstance(error, Image.DecompressionBombError):
+        return ImageError("too large", str(error))
+    found = next((known for known in FORMATS if known.start.match(data)), None)
+    if found and _is_left_out(found, error):
+        remedy = "make no-simd" if HAS_SIMD else "pip install --upgrade --force-reinstall pillow"
+        lack = f"this Pillow ({PIL.__version__}) was built without {found.name} ({found.library})"
+        return ImageError("undecodable", f"{_a(found)} picture, and {lack}: {remedy} brings it")
+    if isinstance(error, UnidentifiedImageError):
+        if found is None:
+            return ImageError("undecodable", f"no known image format (starts with {data[:8]!r})")
+        problem = "which Pillow does not read: convert it" if found.name == "JPEG XL" else "whose header is damaged"
+        return ImageError("undecodable", f"{_a(found)} picture {problem}")
+    said = f" ({'; '.join(complaints)})" if complaints else ""
+    return ImageError(_reason(error), " ".join(f"{type(error).__name__}: {error}{said}".split()))
+
+
+def _a(found: Format) -> str:
+    return f"{'an' if found.name.startswith('A') else 'a'} {found.name}"
+
+
+def _is_left_out(found: Format, error: Exception) -> bool:
+    """Whether this Pillow was built without the format; uncompressed TIFFs it always reads."""
+    if found.feature is None or features.check(found.feature):
+        return False
+    return found.feature != "libtiff" or "libtiff" in str(error)
+
+
+def _open(data: bytes) -> Opened:
+    """The picture with its header read and its size checked; no pixel is decoded yet."""
+    if not data:
+        raise ImageError("empty", "the file has no content")
+    opened = _read_header(data)
+    image = opened.image
+    if image.format in NEVER_DECODED:
+        raise ImageError("undecodable", f"{image.format} files are refused: reading one can start other programs")
+    _check_size(image)
+    return opened
+
+
+def _read_header(data: bytes) -> Opened:
+    if data.startswith(JPEG_START):
+        try:
+            return Opened(Image.open(io.BytesIO(data)), data)
+        except Exception:  # usually damaged metadata; any other fault is found again below
+            data = without_metadata(data)
+    elif HEIC_START.match(data):
+        return Opened(_open_heic(data), data)
+    else:
+        data = without_metadata(data)
+        if data.startswith(TIFF_STARTS):
+            decoder_output.watch_libtiff()
+    return Opened(Image.open(io.BytesIO(data)), data)
+
+
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError("too large", f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,} in all")
+    if image.width * image.height == 0:
+        raise ImageError("empty", f"{image.width}x{image.height} pixels")
+
+
+def _open_heic(data: bytes) -> Image.Image:
+    """The reader called by hand, since Pillow would hide its errors; it turns the picture upright on its own."""
+    try:
+        import pillow_heif
+    except ImportError as error:
+        message = "a HEIC picture: pip install -c constraints.txt -e '.[heic]' brings its reader"
+        raise ImageError("undecodable", message) from error
+    pillow_heif.options.THUMBNAILS = False  # type: ignore[bad-assignment]  # `draft` would take one as the picture
+    return pillow_heif.HeifImageFile(io.BytesIO(data))
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """The transpose that turns the decoded picture upright; None if it is upright already or its EXIF is damaged.
+
+    Uses the EXIF orientation, or that in XMP if there is no other. The image's size is correct only after this call.
+    """
+    if image.format == "PNG":
+        image.load()  # getexif would, and here the error of a damaged picture is not lost
+    if image.format == "TIFF":
+        image.load()  # which turns the picture, and takes the orientation away
+    try:
+        return UPRIGHT_BY_ORIENTATION.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a damaged EXIF block raises nearly anything, and does no harm to the pixels
+        return None
+
+
+def _upright(
+    picture: Image.Image, original_size: tuple[int, int], *, turn: Image.Transpose | None
+) -> tuple[Image.Image, tuple[int, int]]:
+    if turn is None:
+        return picture, original_size
+    return picture.transpose(turn), original_size[::-1] if turn in SWAPS_SIDES else original_size
+
+
+def _reason(error: Exception) -> Reason:
+    """Whether Pillow's error speaks of missing bytes or of bad ones."""
+    text = str(error).lower()
+    short = any(word in text for word in ("truncated", "unexpected end", "broken data stream", "broken png"))
+    return "truncated" if short or isinstance(error, EOFError) else "undecodable"
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode in ("La", "RGBa"):  # with alpha already multiplied in
+        image = image.convert(image.mode.upper())
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_grey_bytes(image))
+    if image.has_transparency_data:
+        picture = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = Image.new("RGB", picture.size, "white")
+        image.paste(picture, mask=picture)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey_bytes(image: Image.Image) -> np.ndarray:
+    """Greys of 16 or 32 bits as (height, width) uint8; floats are taken to end at 1, 255, 65535 or their largest."""
+    values_HW = np.asarray(image)
+    if image.mode.startswith("I;16"):
+        return (values_HW >> 8).astype(np.uint8)
+    values_HW = np.nan_to_num(values_HW.astype(np.float32), posinf=0, neginf=0).clip(min=0)
+    largest = float(values_HW.max(initial=0))
+    scale = 1.0 if largest <= 255 else 256 / max(largest + 1, 65536)
+    if image.mode == "F" and largest <= 1:
+        scale = 255.0
+    return np.clip(values_HW * scale, 0, 255).astype(np.uint8)
+
+
+# ---- resizing ---------------------------------------------------------------------------------------------
+
+
+def _scaled_size(original: tuple[int, int], size: int, resize: Resize) -> tuple[int, int]:
+    """What the whole picture is scaled to; the cut of `center-crop` comes after."""
+    if resize == "none":
+        return original
+    if resize == "squash":
+        return size, size
+    shorter = min(original)
+    width, height = (max(size, round(side * size / shorter)) for side in original)
+    return width, height
+
+
+def _final_size(original: tuple[int, int], size: int, resize: Resize) -> tuple[int, int]:
+    return (size, size) if resize == "center-crop" else _scaled_size(original, size, resize)
+
+
+def _load_resized(opened: Opened, *, size: int, resize: Resize) -> tuple[Image.Image, tuple[int, int]]:
+    turn = _turn(opened.image)
+    original_size = opened.image.size
+    wanted = _scaled_size(original_size, size, resize)
+    if wanted[0] * wanted[1] > MAX_PIXELS:
+        raise ImageError("too large", f"{original_size[0]}x{original_size[1]} pixels become {wanted[0]}x{wanted[1]}")
+    picture, upright_size = _upright(_scale(opened, wanted), original_size, turn=turn)
+    if resize == "center-crop":
+        left, top = ((side - size) // 2 for side in picture.size)
+        picture = picture.crop((left, top, left + size, top + size))
+    return picture, upright_size
+
+
+def _scale(opened: Opened, wanted: tuple[int, int]) -> Image.Image:
+    """The RGB picture of `wanted` (width, height), still turned as it is stored."""
+    image = opened.image
+    full_size = image.size
+    draft = image.draft("RGB", (math.ceil(DRAFT_SCALE * wanted[0]), math.ceil(DRAFT_SCALE * wanted[1])))
+    # A reduced picture's last row and column may stand for less than a whole one: the box says where it really ends.
+    box = draft[1] if draft else (0, 0, *full_size)
+    if wanted == full_size or backend() != "native" or image.width * image.height > HUGE_PIXELS:
+        picture = _to_rgb(image)
+        return picture if wanted == full_size else picture.resize(wanted, Image.Resampling.LANCZOS, box=box)
+    is_plain = image.format in ("JPEG", "MPO") and image.mode in PLAIN_JPEG_MODES and image.size == full_size
+    pixels_3HW = _decode_jpeg(opened.data) if is_plain and opened.data else None
+    if pixels_3HW is None:
+        import torch
+
+        pixels_3HW = torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
+    bands = _resize_native(pixels_3HW, wanted, covered=box[2:]).numpy()
+    return Image.merge("RGB", [Image.frombuffer("L", wanted, band, "raw", "L", 0, 1) for band in bands])
+
+
+def _decode_jpeg(data: bytes | bytearray) -> "Tensor | None":
+    """RGB pixels (3, H, W) of a plain JPEG, without Pillow's copies; None if Pillow must decode it or report its error.
+
+    torchvision's decoder prints to stderr, which only some processes own.
+    """
+    decode = _jpeg_decoder() if decoder_output.owns_stderr() else None
+    if decode is None:
+        return None
+    import torch
+
+    content = torch.frombuffer(data, dtype=torch.uint8)  # it is only read
+    try:
+        return decoder_output.without_stderr(decode, content, RGB_MODE, False)
+    except RuntimeError:
+        return None
+
+
+@lru_cache(maxsize=1)
+def _jpeg_decoder() -> "Callable[[Tensor, int, bool], Tensor] | None":
+    """torchvision's JPEG decoder, without the rest of torchvision, which takes seconds to import; None without it."""
+    import torch
+
+    package = find_spec("torchvision")
+    folders = package.submodule_search_locations if package else None
+    for library in sorted(Path(folders[0]).glob("image*.so")) if folders else []:
+        with suppress(OSError, AttributeError):
+            torch.ops.load_library(str(library))
+            with warnings.catch_warnings(action="ignore"):  # comes once: bytes cannot be written to, and need not be
+                torch.frombuffer(JPEG_START, dtype=torch.uint8)
+            return torch.ops.image.decode_jpeg.default
+    return None
+
+
+def _resize_native(pixels_3HW: "Tensor", wanted: tuple[int, int], *, covered: tuple[float, float]) -> "Tensor":
+    """The `covered` (width, height) from the upper left as a (3, height, width) of the `wanted` (width, height)."""
+    from torch.nn.functional import interpolate
+
+    scales = [side * (1 + 1e-9) / end for side, end in zip(wanted, covered, strict=True)]
+    resized = interpolate(
+        pixels_3HW[None], scale_factor=scales[::-1], recompute_scale_factor=False, mode="lanczos", antialias=True
+    )
+    return resized[0].contiguous()

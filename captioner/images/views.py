@@ -1,0 +1,82 @@
+"""From RGB pictures to the model's input: crops in uint8 on the CPU, normalisation on the device.
+
+Shapes: B images, S sides of a stored picture, P sides of a crop, in pixels.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from captioner.images import loading
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+SIDE_WORDS = re.compile(r"\b(left|right)")  # also "left.", "upper-left", "right-hand", "leftmost"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewSpec:
+    """How a picture becomes the model's input: resized to `size`, cropped to `crop`, normalised per channel."""
+
+    size: int = 256
+    resize: loading.Resize = "squash"
+    crop: int = 224
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+def eval_view(pixels_SS3: np.ndarray, *, crop: int) -> np.ndarray:
+    """The middle (P, P, 3) of a picture, for validation and inference."""
+    top, left = ((side - crop) // 2 for side in pixels_SS3.shape[:2])
+    return pixels_SS3[top : top + crop, left : left + crop]
+
+
+def train_view(pixels_HW3: np.ndarray, *, crop: int, chance: int) -> tuple[np.ndarray, bool]:
+    """A (P, P, 3) of a picture at a random place, and whether to mirror it, every other time, if its captions allow it.
+
+    `chance` is 64 random bits.
+    """
+    height, width = pixels_HW3.shape[:2]
+    top = (chance & 0xFFFFFF) * (height - crop + 1) >> 24
+    left = (chance >> 24 & 0xFFFFFF) * (width - crop + 1) >> 24
+    return pixels_HW3[top : top + crop, left : left + crop], bool(chance >> 63)
+
+
+def speaks_of_sides(captions: list[str]) -> bool:
+    """Whether a caption would become wrong if its picture were mirrored."""
+    text = "\n".join(captions).lower()
+    return ("left" in text or "right" in text) and SIDE_WORDS.search(text) is not None
+
+
+def read_eval_view(source: bytes | Image.Image, spec: ViewSpec) -> tuple[np.ndarray, tuple[int, int]]:
+    """A file's bytes, or an image, to the (P, P, 3) uint8 evaluation view, and the original (width, height).
+
+    Raises ImageError.
+    """
+    image, original_size = loading.load_resized(source, size=spec.size, resize=spec.resize)
+    return eval_view(np.asarray(image), crop=spec.crop), original_size
+
+
+def normalise(views_BPP3: "Tensor", spec: ViewSpec) -> "Tensor":
+    """uint8 views to the model's float input (B, 3, P, P), channels-last in memory, on the views' device."""
+    mean, std = _mean_and_std(spec, views_BPP3.device)
+    return (
+        views_BPP3.permute(0, 3, 1, 2).float().sub_(mean).div_(std)
+    )  # in place: fresh memory costs more than the sums
+
+
+@lru_cache(maxsize=8)
+def _mean_and_std(spec: ViewSpec, device: "torch.device") -> "tuple[Tensor, Tensor]":
+    """Of bytes, each (1, 3, 1, 1). Kept, since bringing numbers to a device waits for it."""
+    import torch
+
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (spec.mean, spec.std))
+    return mean, std

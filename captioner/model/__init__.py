@@ -1,0 +1,1 @@
+"""Encoders, the decoder, decoding and the model folder."""

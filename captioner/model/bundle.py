@@ -1,0 +1,239 @@
+"""The model folder: weights, configuration, vocabulary, metrics and card; all that inference reads.
+
+`model.safetensors` · `config.json` · `vocabulary.json` · `metrics.json` · `README.md`, and where it was calibrated
+`calibration.json` · `calibration.safetensors`
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from captioner import __version__
+from captioner.calibration import Calibration, Reliability, from_files, to_files
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.images.views import ViewSpec
+from captioner.model.network import CaptionModel, ModelConfig
+from captioner.vocabulary import Vocabulary
+
+FORMAT_VERSION = 1
+LIBRARIES = ("torch", "torchvision", "nltk")
+MAKE_AGAIN = "copy the whole model folder again, or write it anew with train/main.py"
+CALIBRATE_AGAIN = "copy the whole model folder again, or delete calibration.json and calibrate with train/evaluate.py"
+CALIBRATION, CALIBRATION_ARRAYS = "calibration.json", "calibration.safetensors"
+NAME_LETTERS = 12  # of the weights' sha256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodingDefaults:
+    """How captions are generated unless the user says otherwise."""
+
+    beam_size: int = 3
+    max_tokens: int = 20
+    length_penalty: float = 1.0
+    no_repeat_trigram: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A model ready to caption; `name` identifies its weights (the beginning of their sha256).
+
+    `calibration` is None where the model folder holds none.
+    """
+
+    model: CaptionModel
+    view: ViewSpec
+    vocabulary: Vocabulary
+    decoding: DecodingDefaults
+    name: str
+    calibration: Calibration | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and its input is brought."""
+        return next(self.model.parameters()).device
+
+
+def save_bundle(
+    folder: Path,
+    *,
+    model: CaptionModel,
+    view: ViewSpec,
+    vocabulary: Vocabulary,
+    decoding: DecodingDefaults,
+    metrics: Mapping[str, Any],
+    calibration: Calibration | None = None,
+) -> None:
+    """Write a model folder; it stands under its name only when it is whole."""
+    weights = save_tensors({name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()})
+    digest = hashlib.sha256(weights).hexdigest()
+    config = {
+        "format_version": FORMAT_VERSION,
+        "model": asdict(model.config),
+        "view": asdict(view),
+        "decoding": asdict(decoding),
+        "vocabulary_fingerprint": vocabulary.fingerprint,
+        "weights_sha256": digest,
+        "libraries": {"captioner": __version__, **{library: version(library) for library in LIBRARIES}},
+    }
+    folder = folder.resolve()  # a symbolic link stays
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / "model.safetensors").write_bytes(weights)
+    (partial / "config.json").write_text(json.dumps(config, indent=1, allow_nan=False), encoding="utf-8")
+    (partial / "vocabulary.json").write_text(vocabulary.to_json(), encoding="utf-8")
+    (partial / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False), encoding="utf-8")
+    (partial / "README.md").write_text(model_card(config, metrics, calibration), encoding="utf-8")
+    if calibration is not None:
+        content, arrays = to_files(calibration, model=digest[:NAME_LETTERS])
+        (partial / CALIBRATION).write_bytes(content)
+        (partial / CALIBRATION_ARRAYS).write_bytes(arrays)
+    for path in partial.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def save_calibration(folder: Path, calibration: Calibration, *, model: str) -> None:
+    """Add the calibration of a model, or a new one, to its folder; a kill meanwhile leaves none. `model` is its name.
+
+    Raises OSError, and UserError where the folder's own files cannot be read; the old calibration is there still.
+    """
+    content, arrays = to_files(calibration, model=model)
+    config = storage.read_json(str(folder / "config.json"), remedy=MAKE_AGAIN)
+    metrics = storage.read_json(str(folder / "metrics.json"), remedy=MAKE_AGAIN)
+    card = model_card(config, metrics, calibration).encode()
+    files = {CALIBRATION_ARRAYS: arrays, "README.md": card, CALIBRATION: content}
+    with TemporaryDirectory(prefix=".calibration-", dir=folder) as new:  # a full disk is noticed there
+        for name, data in files.items():
+            storage.write_atomic(str(Path(new, name)), data)
+        (folder / CALIBRATION).unlink(missing_ok=True)  # the old one does not fit the new arrays
+        for name in files:
+            Path(new, name).replace(folder / name)
+
+
+def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], calibration: Calibration | None) -> str:
+    """The folder's README: what the model is, how good it was, how to use it."""
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items() if isinstance(value, float))
+    model, view = config["model"], config["view"]
+    return f"""# An image captioning model
+
+Encoder `{model["encoder"]}`, LSTM decoder of width {model["hidden_size"]} over {model["vocabulary_size"]} words.
+Pictures are resized to {view["size"]} ({view["resize"]}) and cropped to {view["crop"]} pixels.
+
+    from captioner import load_captioner
+    print(load_captioner("THIS_FOLDER")(["photo.jpg"])[0].alt)
+
+Whole folders are captioned by `infer/main.py`.
+It describes pictures like those it was trained on, and errs, sometimes confidently: have a person read what matters.
+
+| metric on the validation split | value |
+|---|---|
+{rows or "| (none was measured) | |"}
+{_reliability_table(calibration.reliability) if calibration and calibration.reliability else ""}"""
+
+
+def _reliability_table(found: Reliability) -> str:
+    rows = "\n".join(f"| {part.confidence:.2f} | {part.good:.2f} | {part.num_captions:,} |" for part in found.bins)
+    return f"""
+A caption's confidence is the chance that it is as near to what people wrote of its picture (CIDEr-D) as half of their
+own captions are. On {found.num_captions:,} validation pictures, each fifth of them judged by the others: expected
+calibration error {found.calibration_error:.3f}, Brier score {found.brier_score:.3f}, AUROC {found.auroc:.3f}.
+
+| confidence | share that was good | captions |
+|---|---|---|
+{rows}
+"""
+
+
+def load_bundle(folder: str | Path, *, device: torch.device | str = "cpu") -> Bundle:
+    """The model in `folder`, a path or a URL, in eval mode on `device`.
+
+    Raises UserError when parts are cut or do not match.
+    """
+    folder = str(folder)
+    config_file = storage.join(folder, "config.json")
+    config = storage.read_json(config_file, remedy=f"give a folder that train/main.py wrote; or {MAKE_AGAIN}")
+    found = config.get("format_version") if isinstance(config, dict) else None
+    if found != FORMAT_VERSION:
+        raise UserError(f"{folder} has model format {found}, this version reads {FORMAT_VERSION}: train it again")
+    try:
+        bundle = _assemble(folder, config)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{config_file} is not as it was written ({error!r}): {MAKE_AGAIN}") from error
+    bundle.model.to(device)
+    return replace(bundle, calibration=bundle.calibration and bundle.calibration.to(device))
+
+
+def _read(folder: str, name: str, *, remedy: str = MAKE_AGAIN) -> bytes:
+    """A file of a model folder. Raises UserError."""
+    location = storage.join(folder, name)
+    try:
+        return storage.read_bytes(location)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is incomplete, there is no {location}: {remedy}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {location} ({error}): {remedy}") from error
+
+
+def _read_calibration(folder: str, *, model: str) -> Calibration | None:
+    location = storage.join(folder, CALIBRATION)
+    try:
+        content = storage.read_bytes(location)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {location} ({error}): {CALIBRATE_AGAIN}") from error
+    try:
+        return from_files(content, _read(folder, CALIBRATION_ARRAYS, remedy=CALIBRATE_AGAIN), model=model)
+    except ValueError as error:
+        raise UserError(f"{location} does not fit this model folder ({error}): {CALIBRATE_AGAIN}") from error
+
+
+def _assemble(folder: str, config: dict[str, Any]) -> Bundle:
+    origin = storage.join(folder, "vocabulary.json")
+    text = _read(folder, "vocabulary.json").decode(errors="replace")
+    vocabulary = Vocabulary.from_json(text, origin=origin)
+    if vocabulary.fingerprint != config["vocabulary_fingerprint"]:
+        raise UserError(f"{origin} is not the vocabulary that this model was trained with: {MAKE_AGAIN}")
+    weights, weights_file = _read(folder, "model.safetensors"), storage.join(folder, "model.safetensors")
+    digest = hashlib.sha256(weights).hexdigest()
+    if digest != config["weights_sha256"]:
+        raise UserError(f"{weights_file} is cut or changed (its sha256 differs): {MAKE_AGAIN}")
+    view_fields: dict[str, Any] = config["view"] | {name: tuple(config["view"][name]) for name in ("mean", "std")}
+    view, decoding = ViewSpec(**view_fields), DecodingDefaults(**config["decoding"])
+    possible = min(decoding.beam_size, decoding.max_tokens) >= 1 and math.isfinite(decoding.length_penalty)
+    if not 1 <= view.crop <= view.size or not possible:
+        raise ValueError(f"impossible {view} or {decoding}")
+    model = CaptionModel(ModelConfig(**config["model"]))
+    try:
+        model.load_state_dict(load_tensors(weights))
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{weights_file} does not fit its config.json ({reason}): {MAKE_AGAIN}") from error
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise UserError(f"{weights_file} holds weights that are no finite numbers: train the model again")
+    name = digest[:NAME_LETTERS]
+    return Bundle(
+        model=model.eval(),
+        view=view,
+        vocabulary=vocabulary,
+        decoding=decoding,
+        name=name,
+        calibration=_read_calibration(folder, model=name),
+    )

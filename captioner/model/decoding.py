@@ -1,0 +1,305 @@
+"""Captions from image embeddings: batched greedy, beam and diverse search.
+
+Shapes: B images, K beams an image, N captions under way, S ways to go on, G captions to differ from, T generated
+tokens, E embedding width, V vocabulary, C candidates among it. The searches stop as soon as every caption has ended,
+never produce `<pad>`, `<start>` or `<unk>`, and never an empty caption.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from captioner.model.network import CaptionModel, LSTMState
+from captioner.vocabulary import END, PAD, SPECIAL_WORDS, START, UNK
+
+NEVER_SAID = [PAD, START, UNK]
+DIVERSITY = 0.5
+"""What a token costs, in log-probability, for each earlier caption of the image that says it at the same step."""
+COPY_COST = 1e4
+"""What it costs to end as a copy of an earlier caption: more than any word."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caption:
+    """A generated caption: token ids without `<end>`, and each step's log-probability, that of `<end>` included.
+
+    A caption cut at the greatest length has no `<end>`, so as many log-probabilities as tokens.
+    """
+
+    tokens: list[int]
+    token_scores: list[float]
+
+    @property
+    def score(self) -> float:
+        """Mean log-probability (natural) of a step."""
+        return sum(self.token_scores) / len(self.token_scores)
+
+
+@torch.no_grad()
+def decode(
+    model: CaptionModel,
+    image_BE: Tensor,
+    *,
+    beam_size: int,
+    max_tokens: int,
+    length_penalty: float = 1.0,
+    no_repeat_trigram: bool = True,
+) -> list[Caption]:
+    """The best caption of each image: greedy when `beam_size` is 1, beam search otherwise.
+
+    With `no_repeat_trigram` no three tokens come twice in a caption in the same order; scores stay the model's own.
+    """
+    if beam_size < 1 or max_tokens < 1:
+        raise ValueError(f"beam_size {beam_size} and max_tokens {max_tokens} must be at least 1")
+    if model.config.vocabulary_size <= len(SPECIAL_WORDS):
+        raise ValueError("the model's vocabulary holds no word to say")
+    if not len(image_BE):
+        return []
+    if beam_size == 1:
+        return greedy(model, image_BE, max_tokens=max_tokens, no_repeat_trigram=no_repeat_trigram)
+    return beam_search(
+        model,
+        image_BE,
+        beam_size=beam_size,
+        max_tokens=max_tokens,
+        length_penalty=length_penalty,
+        no_repeat_trigram=no_repeat_trigram,
+    )
+
+
+@torch.no_grad()
+def diverse(
+    model: CaptionModel,
+    image_BE: Tensor,
+    *,
+    num_captions: int,
+    beam_size: int,
+    max_tokens: int,
+    length_penalty: float = 1.0,
+    no_repeat_trigram: bool = True,
+) -> list[list[Caption]]:
+    """Several captions of each image, the first that of `decode`: a diverse beam search with beams of one caption.
+
+    Each further caption is a greedy path that pays for a token that earlier ones say at the same step, and the more
+    the longer it is their copy (Vijayakumar et al., 2016, plus the last clause). All of an image's captions differ
+    where the vocabulary has at least `num_captions + max_tokens` words.
+    """
+    if num_captions < 1:
+        raise ValueError(f"num_captions {num_captions} must be at least 1")
+    best = decode(
+        model,
+        image_BE,
+        beam_size=beam_size,
+        max_tokens=max_tokens,
+        length_penalty=length_penalty,
+        no_repeat_trigram=no_repeat_trigram,
+    )
+    captions = [[caption] for caption in best]
+    while captions and len(captions[0]) < num_captions:
+        others = greedy(model, image_BE, max_tokens=max_tokens, no_repeat_trigram=no_repeat_trigram, earlier=captions)
+        captions = [[*group, other] for group, other in zip(captions, others, strict=True)]
+    return captions
+
+
+def _likeliest(
+    logits_NV: Tensor, history_NT: Tensor, *, num_tokens: int, no_repeat_trigram: bool
+) -> tuple[Tensor, Tensor]:
+    """The tokens that may follow `history_NT` and are likeliest: log-probabilities (N, S) and tokens (N, S).
+
+    The best come first. What must not be said (special words, an end before any word, the third token of a trigram
+    that is there already) comes last and at minus infinity.
+    """
+    scores_NV = logits_NV.log_softmax(dim=1, dtype=torch.float32)
+    scores_NV[:, NEVER_SAID if history_NT.shape[1] else [*NEVER_SAID, END]] = -torch.inf
+    if no_repeat_trigram:
+        scores_NV.scatter_(1, _third_tokens(history_NT), -torch.inf)
+    return _top(scores_NV, num_tokens)
+
+
+def _third_tokens(history_NT: Tensor) -> Tensor:
+    """The tokens that came after an earlier occurrence of the last two tokens; `<pad>`, never said, elsewhere."""
+    seen = (history_NT[:, :-2] == history_NT[:, -2:-1]) & (history_NT[:, 1:-1] == history_NT[:, -1:])
+    return torch.where(seen, history_NT[:, 2:], PAD)
+
+
+def _top(scores_NV: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """`scores_NV.topk(num_tokens)`, several times faster on the CPU.
+
+    The vocabulary is laid out in rows; the best tokens stand in the columns whose maxima are the greatest.
+    """
+    num_rows, num_words = 32, scores_NV.shape[1]
+    width = num_words // num_rows
+    if width < num_tokens:
+        return scores_NV.topk(num_tokens)
+    ids_V = torch.arange(num_words, device=scores_NV.device)
+    table_NRW = scores_NV[:, : num_rows * width].unflatten(1, (num_rows, width))
+    columns_NS = table_NRW.amax(dim=1).topk(num_tokens).indices
+    in_columns = (columns_NS[..., None] + ids_V[: num_rows * width : width]).flatten(1)
+    rest = ids_V[num_rows * width :].expand(len(scores_NV), -1)
+    candidates_NC = torch.cat((in_columns, rest), dim=1)
+    best_NS, places_NS = scores_NV.gather(1, candidates_NC).topk(num_tokens)
+    return best_NS, candidates_NC.gather(1, places_NS)
+
+
+def greedy(
+    model: CaptionModel,
+    image_BE: Tensor,
+    *,
+    max_tokens: int,
+    no_repeat_trigram: bool = True,
+    earlier: Sequence[Sequence[Caption]] = (),
+) -> list[Caption]:
+    """Take the likeliest next token, at most `max_tokens` times. Captions that have ended leave the batch.
+
+    `earlier` has the captions of each image that this one shall differ from, as many for each: see `diverse`.
+    """
+    rows = torch.arange(len(image_BE), device=image_BE.device)
+    state = model.start(image_BE, rows_N=rows)
+    tokens_N = torch.full_like(rows, START)
+    history_NT = rows.new_empty((len(rows), 0))
+    earlier_NGT = _padded_steps(earlier or [()] * len(rows), max_tokens=max_tokens).to(rows.device)
+    num_tokens = min(1 + earlier_NGT.shape[1], model.config.vocabulary_size)
+    steps: list[tuple[Tensor, Tensor, Tensor]] = []
+    for _ in range(max_tokens):
+        logits_NV, state = model.advance(tokens_N, state, image_BE[rows])
+        best = _likeliest(logits_NV, history_NT, num_tokens=num_tokens, no_repeat_trigram=no_repeat_trigram)
+        scores_N, tokens_N = _least_alike(*best, history_NT, earlier_NGT)
+        steps.append((rows, tokens_N, scores_N))
+        alive = (tokens_N != END).nonzero()[:, 0]
+        if not len(alive):
+            break
+        history_NT = torch.cat((history_NT, tokens_N[:, None]), dim=1)
+        if len(alive) < len(rows):
+            rows, tokens_N, state = rows[alive], tokens_N[alive], _select(state, alive)
+            history_NT, earlier_NGT = history_NT[alive], earlier_NGT[alive]
+    return _collect(steps, num_captions=len(image_BE))
+
+
+def _padded_steps(captions: Sequence[Sequence[Caption]], *, max_tokens: int) -> Tensor:
+    """The steps (B, G, T) of G captions of each image: tokens, `<end>` where there is one, then `<pad>`."""
+    fill = [END] + [PAD] * max_tokens
+    steps = [[[*caption.tokens, *fill][:max_tokens] for caption in group] for group in captions]
+    return torch.tensor(steps, dtype=torch.long).view(len(captions), -1, max_tokens)
+
+
+def _least_alike(
+    scores_NS: Tensor, tokens_NS: Tensor, history_NT: Tensor, earlier_NGT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The best score (N) and token (N) after each token has paid for the earlier captions that say it now.
+
+    Only G tokens pay, so the best is among the G + 1 likeliest. The cost grows while a caption copies an earlier one,
+    so that they part inside the sentence; without that, some part only where one ends.
+    """
+    step = history_NT.shape[1]
+    now_NG = earlier_NGT[:, :, step]
+    copied_NG = (earlier_NGT[:, :, :step] == history_NT[:, None]).all(dim=2)
+    ends_NG = (now_NG == END) | (step + 1 == earlier_NGT.shape[2])
+    costs_NG = torch.where(copied_NG & ends_NG, COPY_COST, DIVERSITY * (1 + step * copied_NG))
+    costs_NS = ((tokens_NS[:, :, None] == now_NG[:, None]) * costs_NG[:, None]).sum(dim=2)
+    chosen_N1 = (scores_NS - costs_NS).argmax(dim=1, keepdim=True)
+    return scores_NS.gather(1, chosen_N1)[:, 0], tokens_NS.gather(1, chosen_N1)[:, 0]
+
+
+def _collect(steps: list[tuple[Tensor, Tensor, Tensor]], *, num_captions: int) -> list[Caption]:
+    """Captions from steps of (row of caption, token, score); one transfer from the device in all."""
+    captions = [Caption(tokens=[], token_scores=[]) for _ in range(num_captions)]
+    rows, tokens, scores = (torch.cat(column).tolist() for column in zip(*steps, strict=True))
+    for row, token, score in zip(rows, tokens, scores, strict=True):
+        captions[row].token_scores.append(score)
+        if token != END:
+            captions[row].tokens.append(token)
+    return captions
+
+
+def _select(state: LSTMState, rows: Tensor) -> LSTMState:
+    return state[0][:, rows], state[1][:, rows]
+
+
+def beam_search(
+    model: CaptionModel,
+    image_BE: Tensor,
+    *,
+    beam_size: int,
+    max_tokens: int,
+    length_penalty: float = 1.0,
+    no_repeat_trigram: bool = True,
+) -> list[Caption]:
+    """Keep the `beam_size` likeliest beginnings of each image; of those that ended, the best score wins.
+
+    The score is the total log-probability over the number of steps to the power of `length_penalty`: 1 is the mean
+    step, 0 the plain sum, which favours short captions. An ended beam keeps its place and its total, so an image is
+    done when its K best are all ended; where none has ended at `max_tokens`, the best unended one is the caption.
+    The beams under way of all images advance in one batch, which ended ones leave.
+    """
+    num_images, num_words, device = len(image_BE), model.config.vocabulary_size, image_BE.device
+    first_beam_B = torch.arange(num_images, device=device) * beam_size
+    totals_BK = torch.full((num_images, beam_size), -torch.inf, device=device)
+    totals_BK[:, 0] = 0.0  # the others only fill places, as if they had ended at no probability
+    tokens_BK = torch.full((num_images, beam_size), END, device=device)
+    tokens_BK[:, 0] = START
+    history_BKT = tokens_BK.new_empty((num_images, beam_size, 0))
+    scores_BKT = totals_BK.new_empty((num_images, beam_size, 0))
+    alive_N = first_beam_B  # beams under way, numbered through all images
+    state = model.start(image_BE, rows_N=torch.arange(num_images, device=device))
+    for _ in range(max_tokens):
+        logits_NV, state = model.advance(tokens_BK.flatten()[alive_N], state, image_BE[alive_N // beam_size])
+        best_NS, words_NS = _likeliest(
+            logits_NV,
+            history_BKT.flatten(0, 1)[alive_N],
+            num_tokens=min(beam_size, num_words),
+            no_repeat_trigram=no_repeat_trigram,
+        )
+        steps_BKS, words_BKS = _ways_on(best_NS, words_NS, alive_N, num_images=num_images, beam_size=beam_size)
+        totals_BK, chosen_BK = (totals_BK[..., None] + steps_BKS).flatten(1).topk(beam_size)
+        origin_BK = chosen_BK // steps_BKS.shape[2]
+        tokens_BK = words_BKS.flatten(1).gather(1, chosen_BK)
+        step_scores_BK = steps_BKS.flatten(1).gather(1, chosen_BK)
+        history_BKT = torch.cat((_reorder(history_BKT, origin_BK), tokens_BK[..., None]), dim=2)
+        scores_BKT = torch.cat((_reorder(scores_BKT, origin_BK), step_scores_BK[..., None]), dim=2)
+        still_alive_N = (tokens_BK != END).flatten().nonzero()[:, 0]
+        if not len(still_alive_N):
+            break
+        origin_N = (origin_BK + first_beam_B[:, None]).flatten()[still_alive_N]
+        state, alive_N = _select(state, torch.searchsorted(alive_N, origin_N)), still_alive_N
+    return _best_beams(history_BKT, scores_BKT, totals_BK, length_penalty=length_penalty)
+
+
+def _ways_on(
+    best_NS: Tensor, words_NS: Tensor, alive_N: Tensor, *, num_images: int, beam_size: int
+) -> tuple[Tensor, Tensor]:
+    """For every beam (B, K, S) log-probabilities and tokens: an ended one has only `<end>` to repeat, for nothing."""
+    steps_BKS = best_NS.new_full((num_images, beam_size, best_NS.shape[1]), -torch.inf)
+    steps_BKS[..., 0] = 0.0
+    words_BKS = torch.full_like(steps_BKS, END, dtype=torch.long)
+    steps_BKS.view(-1, best_NS.shape[1])[alive_N] = best_NS
+    words_BKS.view(-1, best_NS.shape[1])[alive_N] = words_NS
+    return steps_BKS, words_BKS
+
+
+def _reorder(values_BKT: Tensor, origin_BK: Tensor) -> Tensor:
+    return values_BKT.gather(1, origin_BK[..., None].expand(-1, -1, values_BKT.shape[2]))
+
+
+def _best_beams(history_BKT: Tensor, scores_BKT: Tensor, totals_BK: Tensor, *, length_penalty: float) -> list[Caption]:
+    """Of each image the ended beam (any beam, where none ended) with the best score: see `beam_search`.
+
+    Beams of total minus infinity only fill places that no possible beginning took, and are no captions.
+    """
+    best = []
+    for beams, beam_scores, totals in zip(history_BKT.tolist(), scores_BKT.tolist(), totals_BK.tolist(), strict=True):
+        possible = [pair for *pair, total in zip(beams, beam_scores, totals, strict=True) if total > -math.inf]
+        captions = [(END in tokens, _caption(tokens, scores)) for tokens, scores in possible]
+        best.append(max(captions, key=lambda pair: (pair[0], _beam_score(pair[1], length_penalty)))[1])
+    return best
+
+
+def _caption(tokens: list[int], scores: list[float]) -> Caption:
+    length = tokens.index(END) if END in tokens else len(tokens)
+    return Caption(tokens=tokens[:length], token_scores=scores[: length + 1])
+
+
+def _beam_score(caption: Caption, length_penalty: float) -> float:
+    return sum(caption.token_scores) / len(caption.token_scores) ** length_penalty

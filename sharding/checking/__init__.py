@@ -1,0 +1,1 @@
+"""Shards that are there: verify, show, repair, index."""

@@ -1,0 +1,138 @@
+"""What a dataset folder holds, in tables, and one of its samples. Nothing is checked here."""
+
+import io
+from collections import Counter
+from typing import Any
+
+from PIL import Image
+from rich.markup import escape
+
+from captioner import cli
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.samples import read_content, split_pair
+from captioner.shards.format import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
+from captioner.shards.indexing import is_any, is_foreign
+from captioner.vocabulary import read_vocabulary
+from sharding.checking.verify_shard import INDEX_FIRST
+
+NUM_WORDS = 20
+SHOWN_BYTES = 500
+PACK_FIRST = "sharding/make_shards.py packs it"
+
+
+def show_dataset(folder: str, *, split: str | None, key: str | None) -> None:
+    """Print the splits, the vocabulary and the sample with this key, or the first. Raises UserError."""
+    there = [s for s in SPLITS if split in (None, s) and storage.exists(manifest_location(folder, s))]
+    if not there:
+        what = f"{split}.manifest.json" if split else "manifest of a whole split"
+        raise UserError(f"there is no {what} in {folder}: {PACK_FIRST}; {INDEX_FIRST} for tars without one")
+    manifests = [read_manifest(folder, name, remedy=PACK_FIRST) for name in there]
+    _show_splits(folder, manifests)
+    if not all(map(is_any, manifests)):
+        _show_vocabulary(folder)
+    _show_sample(folder, manifests, key)
+
+
+def plain(text: object) -> str:
+    """Text of any origin as it can be printed: nothing in it is markup, control characters do not act."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return escape(shown.encode(errors="backslashreplace").decode())
+
+
+def _show_splits(folder: str, manifests: list[Manifest]) -> None:
+    rows = []
+    for manifest in manifests:
+        failures = ", ".join(f"{count:,} {plain(reason)}" for reason, count in sorted(manifest.failures.items()))
+        made = ", ".join(f"{plain(name)} {plain(value)}" for name, value in manifest.settings.items())
+        rows.append(
+            (
+                manifest.split,
+                len(manifest.shards),
+                manifest.num_samples,
+                sum(shard.captions for shard in manifest.shards),
+                sum(shard.bytes for shard in manifest.shards) / 1e6,
+                "squashed on reading: " + made if is_foreign(manifest) and not is_any(manifest) else made,
+                ", ".join(
+                    f"{plain(name)} {plain(value)}" for name, value in manifest.source.items() if name != "split"
+                ),
+                failures or "none",
+            )
+        )
+    header = ("split", "shards", "samples", "captions", "MB", "how", "from", "left out")
+    cli.print_table(plain(folder), header, rows)
+
+
+def _show_vocabulary(folder: str) -> None:
+    vocabulary = read_vocabulary(storage.join(folder, "vocabulary.json"), remedy=PACK_FIRST)
+    counts = Counter(dict(zip(vocabulary.words[4:], vocabulary.counts[4:], strict=False)))
+    frequent = ", ".join(f"{plain(word)} {count:,}" for word, count in counts.most_common(NUM_WORDS))
+    cli.console.print(f"{len(vocabulary):,} words seen at least {vocabulary.threshold:,} times, 4 of them special")
+    cli.console.print(f"the most frequent: {frequent}\n")
+
+
+def _show_sample(folder: str, manifests: list[Manifest], key: str | None) -> None:
+    found = _find_sample(folder, manifests, key)
+    if found is None:
+        raise UserError(f"{folder} holds no sample {f'with key {key}' if key else 'at all'}: see the table above")
+    manifest, shard, index, place = found
+    location = storage.join(folder, f"{shard}.tar")
+    try:
+        data = storage.read_bytes(location)
+    except OSError as error:
+        raise UserError(f"cannot read {location} ({error}): check_shards.py repair brings it back") from error
+    fields = {name: data[m.offset : m.offset + m.size] for name, m in index.members(place).items()}
+    rows: list[tuple[str, object]] = [("key", index.key(place)), ("shard", f"{shard}, sample {place:,}")]
+    try:
+        rows += _fields(fields) if is_any(manifest) else _captioned(fields, key=index.key(place))
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"sample {index.key(place)} in {location} cannot be read ({error}): check_shards.py verify tells more"
+        ) from error
+    cli.print_table("one sample", ("field", "value"), [(plain(name), plain(value)) for name, value in rows])
+
+
+def _fields(fields: dict[str, bytes]) -> list[tuple[str, object]]:
+    """A row for each field: short text as it is, of all else the size."""
+    rows: list[tuple[str, object]] = []
+    for name, content in fields.items():
+        text = content.decode(errors="replace") if len(content) <= SHOWN_BYTES else ""
+        shown = text if text.isprintable() and "\ufffd" not in text else ""
+        rows.append((f".{name}", shown or f"{len(content):,} bytes"))
+    return rows
+
+
+def _captioned(fields: dict[str, bytes], *, key: str) -> list[tuple[str, object]]:
+    """The rows of a captioned picture. Raises ValueError and OSError."""
+    encoded, captions = split_pair(fields)
+    content = read_content(captions, key=key)
+    with Image.open(io.BytesIO(encoded)) as picture:
+        stored = f"{picture.width}x{picture.height} pixels, {picture.format}, {len(encoded):,} bytes"
+    rows = [*_facts(content), ("stored", stored)]
+    for caption, tokens in zip(content["captions"], content["tokens"], strict=True):
+        rows += [("caption", caption), ("tokens", " | ".join(tokens))]
+    return rows
+
+
+def _facts(content: dict[str, Any]) -> list[tuple[str, object]]:
+    facts: list[tuple[str, object]] = [("image id", content["image_id"])]
+    if "file_name" in content:
+        facts += [("file name", content["file_name"]), ("original", f"{content['width']}x{content['height']} pixels")]
+    return facts
+
+
+def _find_sample(
+    folder: str, manifests: list[Manifest], key: str | None
+) -> tuple[Manifest, str, ShardIndex, int] | None:
+    """The manifest, the shard's name and index, and the sample's place in it."""
+    for manifest in manifests:
+        for entry in manifest.shards:
+            location = storage.join(folder, f"{entry.name}.index")
+            try:
+                index = ShardIndex.from_bytes(storage.read_bytes(location), origin=location)
+            except OSError as error:
+                raise UserError(f"cannot read {location} ({error}): check_shards.py repair brings it back") from error
+            place = next((p for p in range(len(index)) if key in (None, index.key(p))), None)
+            if place is not None:
+                return manifest, entry.name, index, place
+    return None

@@ -1,0 +1,207 @@
+"""What to pack: the caption files of the splits, and their records with what cannot be one.
+
+A caption file is COCO's or Karpathy's JSON, CSV, TSV or JSONL, told by its ending, and lies on disk or behind a URL.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import unquote
+
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.shards.format import SPLITS, Failure
+from sharding.packing.caption_files import (
+    ENDINGS,
+    Picture,
+    is_karpathy,
+    karpathy_splits,
+    parse_json,
+    parse_pictures,
+)
+
+DOWNLOAD_FIRST = "python sharding/download_coco.py brings COCO; name other data with --images and --captions"
+
+_UNSAFE = re.compile(r"^\Z|^[/~]|^[A-Za-z]:|\\|(?<![^/])\.\.(?![^/])|://|::|[\x00-\x1f\x7f-\x9f]")
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One picture to pack: its id and its name (relative to the picture folder), and its captions with their ids."""
+
+    image_id: int | str
+    file_name: str
+    captions: tuple[str, ...]
+    annotation_ids: tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A split's caption file and the folder that its picture names start from."""
+
+    split: str
+    captions: str
+    images: str
+
+
+# ---- which files ------------------------------------------------------------------------------------------
+
+
+def find_sources(*, images: str, captions: str, split: str | None) -> list[Source]:
+    """The splits to pack, training first. Raises UserError when there is none or it is not clear which is meant."""
+    if not _attempt(storage.exists, captions):
+        raise UserError(f"there is no caption file or folder {captions}: {DOWNLOAD_FIRST}")
+    if not images.startswith(storage.WEB) and not _attempt(storage.exists, images):  # web servers seldom list folders
+        raise UserError(f"there is no picture folder {images}: {DOWNLOAD_FIRST}")
+    found = _find_in_folder(captions) if _is_folder(captions) else _find_in_file(captions, split=split)
+    if split is not None and split not in found:
+        raise UserError(f"{captions} holds no captions of split {split} (it has: {', '.join(found)})")
+    return [
+        Source(split=name, captions=found[name], images=_image_folder(images, captions=found[name]))
+        for name in SPLITS
+        if name in found and split in (None, name)
+    ]
+
+
+def _attempt(action: Callable[[str], Answer], location: str) -> Answer:
+    """`action(location)`, with whatever goes wrong on the way there as a UserError."""
+    try:
+        return action(location)
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {location}: {DOWNLOAD_FIRST}") from error
+    except Exception as error:  # fsspec's file systems raise their libraries' own errors
+        problem = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot read {location} ({problem}): {DOWNLOAD_FIRST}") from error
+
+
+def _is_folder(location: str) -> bool:
+    """Of a URL the ending tells: what asks a web server for a listing may get the whole file."""
+    return _ending(location) is None if storage.is_remote(location) else Path(location).is_dir()
+
+
+def _ending(location: str) -> str | None:
+    return next((ending for ending in ENDINGS if _last_part(location).lower().endswith(ending)), None)
+
+
+def _kind(location: str) -> str:
+    ending = _ending(location)
+    if ending is None:
+        raise UserError(f"{location} is no caption file: name one that ends in {', '.join(ENDINGS)} with --captions")
+    return ending
+
+
+def _last_part(location: str) -> str:
+    """The name of a file or folder; in a web address it is quoted, and a query may follow it."""
+    if location.startswith(storage.WEB):
+        location = unquote(location.partition("?")[0])
+    return location.rstrip("/").rpartition("/")[2]
+
+
+def _find_in_folder(folder: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in _attempt(storage.list_files, folder):
+        split = _split_in_name(name)
+        if split is None or _ending(name) is None:
+            continue
+        location = storage.join(folder, name)
+        if split in found:
+            raise UserError(
+                f"{folder} holds two caption files of split {split}, {_last_part(found[split])} and {name}: "
+                f"name one with --captions {location}"
+            )
+        found[split] = location
+    if not found:
+        raise UserError(
+            f"{folder} holds no captions_train*, captions_val* or captions_test* that ends in {', '.join(ENDINGS)}: "
+            f"{DOWNLOAD_FIRST}"
+        )
+    return found
+
+
+def _find_in_file(path: str, *, split: str | None) -> dict[str, str]:
+    kind = _kind(path)
+    named = split or _split_in_name(_last_part(path))
+    if named is not None:
+        return {named: path}
+    content = parse_json(_attempt(storage.read_bytes, path), location=path) if kind == ".json" else None
+    if not is_karpathy(content):
+        raise UserError(f"the name of {path} does not say which split it is: add --split train, val or test")
+    return dict.fromkeys(sorted(karpathy_splits(content, location=path)), path)
+
+
+def _split_in_name(name: str) -> str | None:
+    match = re.match(r"captions_(train|val|test)", name)
+    return match[1] if match else None
+
+
+def _image_folder(images: str, *, captions: str) -> str:
+    """COCO's layout: `captions_train2014.json` belongs to `train2014/`, where there is such a folder."""
+    name = _last_part(captions)
+    if _split_in_name(name) is None:
+        return images
+    inner = storage.join(images, Path(name).stem.removeprefix("captions_"))
+    return inner if _attempt(storage.exists, inner) else images
+
+
+# ---- what is in them --------------------------------------------------------------------------------------
+
+
+def read_records(source: Source) -> tuple[list[Record], list[Failure]]:
+    """The records of a split in the source's order, and all that cannot be packed, each by its name and reason.
+
+    A picture fails for "no caption", "unsafe name" or "duplicate id" (the first one counts); a caption for "empty
+    caption" or "no picture"; either for "bad row" or "bad encoding". A picture whose captions all fail has none.
+    Captions lose the white space around them; names stay as they are. Raises UserError when the file is no caption
+    file or holds nothing of the split.
+    """
+    kind, data = _kind(source.captions), _attempt(storage.read_bytes, source.captions)
+    records: list[Record] = []
+    failures: list[Failure] = []
+    seen: set[int | str] = set()
+    for found in parse_pictures(data, kind=kind, split=source.split, location=source.captions):
+        refused = found if isinstance(found, Failure) else _refuse(found, seen=seen, images=source.images)
+        if refused is None:
+            assert isinstance(found, Picture)
+            seen.add(found.image_id)
+            records.append(_to_record(found))
+        else:
+            failures.append(refused)
+    return records, failures
+
+
+def _refuse(picture: Picture, *, seen: set[int | str], images: str) -> Failure | None:
+    """Why a picture of the folder `images` cannot be a record, if so; `seen` are the ids of those that are."""
+    name, place = picture.file_name, picture.place
+    if _UNSAFE.search(name):
+        return Failure(name=name, reason="unsafe name", message=f"{place}: {_what_is_unsafe(name, images)}")
+    if picture.image_id in seen:
+        return Failure(name=name, reason="duplicate id", message=place)
+    return None if picture.captions else Failure(name=name, reason="no caption", message=place)
+
+
+def _what_is_unsafe(name: str, images: str) -> str:
+    """What is wrong with an unsafe name, and what to write instead."""
+    if not name:
+        return "the name is empty"
+    folder = images if storage.is_remote(images) else str(Path(images).absolute())
+    below = name.removeprefix(f"{folder.rstrip('/')}/")
+    if below != name and not _UNSAFE.search(below):
+        return f"the name is absolute: write {below!r}, as names start from --images"
+    unsafe = _UNSAFE.findall(name)[0]
+    return f"{unsafe!a} in the name: write it as it is below --images, with / between folders"
+
+
+def _to_record(picture: Picture) -> Record:
+    numbers, captions = zip(*picture.captions, strict=True)
+    return Record(
+        image_id=picture.image_id,
+        file_name=picture.file_name,
+        captions=captions,
+        annotation_ids=numbers,
+    )

@@ -1,0 +1,1 @@
+"""Samples to batches of captions, or of cached features."""

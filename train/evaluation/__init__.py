@@ -1,0 +1,1 @@
+"""Validation, calibration and result files."""

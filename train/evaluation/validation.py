@@ -1,0 +1,187 @@
+"""The validation split: its loss, generated captions, and how they score; exact on any number of processes."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from captioner.calibration import Calibration
+from captioner.errors import UserError
+from captioner.metrics import References
+from captioner.model.bundle import DecodingDefaults
+from captioner.model.decoding import decode
+from captioner.streaming import Ledger, StreamingLoader
+from captioner.streaming.dataset import Split
+from captioner.vocabulary import Vocabulary
+from train.data.batches import Batch
+from train.evaluation.calibrate import calibrate
+from train.evaluation.predictions import ValidationCaption, read_captions
+from train.step.step import CaptionLoss, StepLoss
+from train.uneven import in_main
+
+NUM_SAMPLES = 8  # pictures whose captions are shown as they change
+
+
+@torch.no_grad()
+def evaluate_split(
+    loss_model: CaptionLoss,
+    batches: Iterable[Batch],
+    *,
+    vocabulary: Vocabulary,
+    decoding: DecodingDefaults,
+    accelerator: Accelerator,
+) -> tuple[StepLoss, list[ValidationCaption]]:
+    """The split's loss, and a caption for each of its images in the split's order, the same on every rank.
+
+    Each picture is decoded and encoded once for both. The captions are generated in float32 as they are outside of
+    training, whatever the precision of training: their scores are what confidence is calibrated on. Raises UserError
+    for a loss that is not a number.
+    """
+    model, was_training = loss_model.model, loss_model.training
+    loss_model.eval()
+    loss_sum, num_targets = 0.0, 0
+    rows: list[ValidationCaption] = []
+    for batch in batches:
+        if not batch.num_samples:
+            continue
+        on_device = batch.to(accelerator.device)
+        with accelerator.autocast():
+            features_BF = loss_model.features(on_device.inputs)
+            _, cross_entropy = loss_model(features_BF, on_device.captions)
+        captions = decode(model, model.encode(features_BF.float()), **asdict(decoding))
+        loss_sum, num_targets = loss_sum + float(cross_entropy), num_targets + batch.num_targets
+        columns = zip(batch.positions, batch.image_ids, batch.references, captions, strict=True)
+        rows += [
+            ValidationCaption(
+                position=position,
+                image_id=image_id,
+                caption=vocabulary.decode(caption.tokens),
+                score=caption.score,
+                references=refs,
+            )
+            for position, image_id, refs, caption in columns
+        ]
+    loss_model.train(was_training)
+    loss_sums, nums_targets = zip(*gather_object([(loss_sum, num_targets)]), strict=True)
+    loss = StepLoss(sum(loss_sums), sum(nums_targets))
+    if not math.isfinite(loss.loss_sum):
+        raise UserError(
+            f"the loss of the evaluated split is {loss.loss_sum}: this model is of no use, train one again with a "
+            "smaller learning rate"
+        )
+    return loss, sorted(gather_object(rows), key=lambda row: row.position)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """What an evaluation found; `metrics` are corpus scores, and the loss, by name."""
+
+    captions: list[ValidationCaption]
+    metrics: dict[str, float]
+    ledger: Ledger
+    seconds: float
+
+    def curves(self) -> dict[str, float]:
+        """The metrics by the names of the curves."""
+        return {f"validation/{name.removeprefix('validation_')}": value for name, value in self.metrics.items()}
+
+    def __str__(self) -> str:
+        scores = ", ".join(f"{name} {self.metrics[name]:.4f}" for name in ("cider", "bleu4"))
+        return f"loss {self.metrics['validation_loss']:.3f}, {scores}, {self.seconds:.1f} s"
+
+
+class Evaluator:
+    """Evaluates a model on one split again and again; its references are tokenized once.
+
+    `open_loader` opens a loader of the split, with middle crops or cached features.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        loss_model: CaptionLoss,
+        open_loader: Callable[..., StreamingLoader],
+        *,
+        decoding: DecodingDefaults,
+        vocabulary: Vocabulary,
+        accelerator: Accelerator,
+    ) -> None:
+        self._split = split
+        self._loss_model = loss_model
+        self._open_loader = open_loader
+        self._decoding = decoding
+        self._vocabulary = vocabulary
+        self._accelerator = accelerator
+        self._loader: StreamingLoader | None = None
+        self._references: References | None = None
+        self._positions: list[int] = []
+        self._samples: dict[int, np.ndarray] | None = None
+
+    @property
+    def num_images(self) -> int:
+        """Images of the split."""
+        return self._split.num_samples
+
+    def evaluate(self) -> Evaluation:
+        """Loss, captions and scores of the whole split, the same on every rank; all must call it."""
+        started = time.monotonic()
+        if self._loader is None:  # its workers are started once: a fork in the middle of a run is not without danger
+            self._loader = self._open_loader(self._split)
+        loader = self._loader
+        loss, rows = evaluate_split(
+            self._loss_model,
+            chain.from_iterable(loader),
+            vocabulary=self._vocabulary,
+            decoding=self._decoding,
+            accelerator=self._accelerator,
+        )
+        if not rows:
+            raise UserError(f"none of the {self.num_images:,} {self._split.name} samples can be used: {loader.ledger}")
+        metrics = {"validation_loss": loss.per_token, "validation_perplexity": loss.perplexity, **self._score(rows)}
+        return Evaluation(captions=rows, metrics=metrics, ledger=loader.ledger, seconds=time.monotonic() - started)
+
+    def _score(self, rows: list[ValidationCaption]) -> dict[str, float]:
+        """Corpus scores by name, computed by the main process for all."""
+
+        def score() -> dict[str, float]:
+            positions = [row.position for row in rows]
+            if self._references is None or positions != self._positions:  # other bad samples were left out before
+                self._references = References({row.position: row.references for row in rows})
+                self._positions = positions
+            return self._references.scores({row.position: row.caption for row in rows})
+
+        return in_main(score)
+
+    def calibrate(self, captions: Path) -> Calibration | None:
+        """The calibration of the model that made the captions in this file of the split's pictures.
+
+        All ranks must call it, and the main process gets it. Raises UserError.
+        """
+        return calibrate(
+            read_captions(captions) if self._accelerator.is_main_process else [],
+            self._split,
+            loss_model=self._loss_model,
+            open_loader=self._open_loader,
+            decoding=self._decoding,
+            accelerator=self._accelerator,
+        )
+
+    def samples(self, found: Evaluation) -> tuple[list[np.ndarray], list[str]]:
+        """The split's first pictures, uint8 (P, P, 3), and what was said of them. In this process alone."""
+        if self._samples is None:
+            loader = self._open_loader(
+                self._split, batch_size=min(NUM_SAMPLES, self._split.num_samples), rank=0, world_size=1,
+                accumulation_steps=1, num_workers=0, features=None,
+            )  # fmt: skip
+            (batch,) = next(iter(loader))
+            self._samples = dict(zip(batch.positions, batch.inputs.numpy().copy(), strict=False))
+        captions = {row.position: row.caption for row in found.captions}
+        shown = [position for position in self._samples if position in captions]
+        return [self._samples[position] for position in shown], [captions[position] for position in shown]

@@ -1,0 +1,154 @@
+"""Encoding all pictures of a split once, by all ranks together, into its feature files.
+
+Shapes: S samples of a shard, F features of a picture, B images of a batch.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.numpy import save as save_arrays
+from torch import nn
+
+from captioner import cli
+from captioner.errors import UserError
+from captioner.files import storage
+from captioner.images.views import ViewSpec
+from captioner.streaming import StreamingLoader
+from captioner.streaming.dataset import Split
+from train.data.features import FORMAT_VERSION, ROW_DTYPE, FeatureFiles
+from train.step.step import CaptionLoss
+from train.uneven import refused_together, waiting_for_all
+
+ENCODED_TOGETHER = 64  # pictures of a batch
+
+
+def encoder_fingerprint(encoder: nn.Module, view: ViewSpec, *, precision: str = "no") -> str:
+    """Hex sha256 of the encoder's weights, of how pictures come to it, and of Accelerate's mixed precision."""
+    digest = hashlib.sha256(json.dumps([asdict(view), precision]).encode())
+    for name, tensor in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def find_features(
+    splits: Sequence[Split], *, loss_model: CaptionLoss, cache: str, precision: str
+) -> dict[str, FeatureFiles]:
+    """Where the features of splits belong, by their names. Raises UserError for files of another encoder or shard."""
+    if not splits:
+        return {}
+    encoder, name = loss_model.model.encoder, loss_model.model.config.encoder
+    fingerprint = encoder_fingerprint(encoder, loss_model.view, precision=precision)
+    found = {}
+    for split in splits:
+        found[split.name] = FeatureFiles.of(
+            split,
+            encoder=name,
+            num_features=encoder.num_features,
+            fingerprint=fingerprint,
+            cache=Path(cache).expanduser(),
+        )
+        found[split.name].missing()
+    return found
+
+
+def prepare_features(
+    splits: Sequence[Split],
+    *,
+    loss_model: CaptionLoss,
+    open_loader: Callable[..., StreamingLoader],
+    cache: str,
+    accelerator: Accelerator,
+) -> dict[str, FeatureFiles]:
+    """The feature files of splits, by their names; those that are not there yet are made first, by the ranks together.
+
+    `open_loader` opens a loader of a split's samples with middle crops; features of folders behind URLs go to `cache`.
+    Each file is written whole or not at all, so that a killed run goes on. Raises UserError for files of another
+    encoder, view or shard, and where they cannot be written.
+    """
+    with refused_together():
+        found = find_features(splits, loss_model=loss_model, cache=cache, precision=accelerator.mixed_precision)
+    for split in splits:
+        _make_missing(found[split.name], split, loss_model=loss_model, open_loader=open_loader, accelerator=accelerator)
+    return found
+
+
+def _make_missing(
+    files: FeatureFiles,
+    split: Split,
+    *,
+    loss_model: CaptionLoss,
+    open_loader: Callable[..., StreamingLoader],
+    accelerator: Accelerator,
+) -> None:
+    missing = files.missing()
+    accelerator.wait_for_everyone()  # all have looked before the first writes
+    own = missing[accelerator.process_index :: accelerator.num_processes]
+    with waiting_for_all():  # one may be hours faster than another; where one fails, the others keep what they made
+        try:
+            if own:
+                _encode_shards(
+                    files, split, own, loss_model=loss_model, open_loader=open_loader, accelerator=accelerator
+                )
+        except OSError as error:
+            raise UserError(
+                f"cannot keep features beside the shards ({error}): fix that, or leave out --cache-features"
+            ) from error
+    absent = [str(files.paths[number]) for number in missing if not files.paths[number].exists()]
+    if absent:
+        raise UserError(f"{absent[0]} was written by another machine: keep the shards where all machines see them")
+
+
+@torch.no_grad()
+def _encode_shards(
+    files: FeatureFiles,
+    split: Split,
+    own: Sequence[int],
+    *,
+    loss_model: CaptionLoss,
+    open_loader: Callable[..., StreamingLoader],
+    accelerator: Accelerator,
+) -> None:
+    """Make the files of `own` shards, in this process alone."""
+    part = split.only(own)
+    total, quiet = part.num_samples, not accelerator.is_main_process
+    with (
+        closing(open_loader(part, batch_size=ENCODED_TOGETHER, rank=0, world_size=1)) as loader,
+        cli.progress_bar(f"encoding {split.name}", total=total, unit="images", quiet=quiet) as bar,
+    ):
+
+        def rows() -> Iterator[tuple[int, np.ndarray]]:
+            for (batch,) in loader:
+                with accelerator.autocast():
+                    features_BF = loss_model.features(batch.to(accelerator.device).inputs)
+                bar.advance(batch.num_samples)
+                yield from zip(batch.positions, features_BF.float().cpu().numpy(), strict=False)
+
+        _write_files(files, own, rows())
+
+
+def _write_files(files: FeatureFiles, own: Sequence[int], rows: Iterator[tuple[int, np.ndarray]]) -> None:
+    """One file after the other, of (position among `own`'s samples, features) in order; others are unusable."""
+    position, first = next(rows, (-1, np.empty(0)))
+    start = 0
+    for number in own:
+        entry = files.shards[number]
+        features_SF = np.zeros((entry.samples, files.num_features), dtype=ROW_DTYPE)
+        usable_S = np.zeros(entry.samples, dtype=np.uint8)
+        while start <= position < start + entry.samples:
+            features_SF[position - start], usable_S[position - start] = first, 1
+            position, first = next(rows, (-1, first))
+        start += entry.samples
+        crc32s_S = np.array([zlib.crc32(row.data) for row in features_SF], dtype=np.uint32)
+        facts = {"fingerprint": files.fingerprint, "shard": entry.sha256, "format_version": str(FORMAT_VERSION)}
+        arrays = {"features": features_SF, "crc32s": crc32s_S, "usable": usable_S}
+        files.paths[number].parent.mkdir(parents=True, exist_ok=True)
+        storage.write_atomic(str(files.paths[number]), save_arrays(arrays, metadata=facts))

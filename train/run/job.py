@@ -1,0 +1,45 @@
+"""A training job from launch to end: its processes, their signals, and ownership of its run folder."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from captioner.errors import UserError
+from captioner.files.ownership import owned
+from train.run.launch import Preemption, start_accelerator
+from train.run.run_folder import OWNER
+from train.settings import TrainSettings
+from train.uneven import in_main
+
+Recipe = Callable[[TrainSettings, Accelerator, Preemption], None]
+
+
+def as_job(recipe: Recipe) -> Callable[[TrainSettings], None]:
+    """Run a training recipe as a job that owns its run folder. Raises UserError while another job owns it."""
+
+    @functools.wraps(recipe)
+    def job(settings: TrainSettings) -> None:
+        accelerator = start_accelerator(seed=settings.seed, thaws_later=bool(settings.finetune_encoder_from_step))
+        stop = Preemption()
+        with owning(Path(settings.output)):
+            recipe(settings, accelerator, stop)
+
+    return job
+
+
+@contextmanager
+def owning(run: Path) -> Iterator[None]:
+    """Own the run folder while entered, in the main process for all. Raises UserError, in all, if another job does."""
+    with ExitStack() as stack:
+        owner = owned(str(run / OWNER), doing="is training in this folder")
+
+        def own() -> None:
+            if run.exists() and not run.is_dir():
+                raise UserError(f"{run} is a file: give a folder with --output")
+            stack.enter_context(owner)
+
+        in_main(own)
+        yield

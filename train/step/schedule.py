@@ -1,0 +1,61 @@
+"""What is trained at which rate: the optimizer's parameter groups, and their learning rates step by step."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from captioner.model.network import CaptionModel
+from train.settings import Schedule
+
+WARMUP_SHARE = 0.05
+
+
+def make_optimizer(model: CaptionModel, learning_rate: float, *, encoder_learning_rate: float) -> Adam:
+    """Adam over the parameters that are to be trained, in one or two groups: the decoder's, and the encoder's."""
+    encoder = [p for p in model.encoder.parameters() if p.requires_grad]
+    known = set(map(id, model.encoder.parameters()))
+    groups = [{"params": [p for p in model.parameters() if id(p) not in known], "lr": learning_rate}]
+    if encoder:
+        groups.append({"params": encoder, "lr": encoder_learning_rate})
+    return Adam(groups, fused=True)
+
+
+def make_schedule(optimizer: Optimizer, kind: Schedule, *, total_steps: int, encoder_from_step: int = 0) -> LambdaLR:
+    """Each group's rate as a share of its peak: a linear rise over the first 5 % of its steps, then as `kind` says.
+
+    The second group, the encoder's, starts `encoder_from_step` steps later and has no rate before.
+    """
+    starts = (0, encoder_from_step)[: len(optimizer.param_groups)]
+    shares: list[Callable[[int], float]] = [
+        partial(share_of_peak, kind=kind, first_step=first, total_steps=total_steps) for first in starts
+    ]
+    return LambdaLR(optimizer, shares)
+
+
+def share_of_peak(step: int, *, kind: Schedule, first_step: int, total_steps: int) -> float:
+    """The learning rate at `step` (from 0) over its peak, in 0..1; 0 before `first_step`."""
+    done, steps = step - first_step, total_steps - first_step
+    warmup_steps = max(1, round(WARMUP_SHARE * steps))
+    if done < 0:
+        return 0.0
+    if done < warmup_steps:
+        return (done + 1) / warmup_steps
+    if kind == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warmup_steps) / max(1, steps - warmup_steps))))
+
+
+def let_encoder_learn(model: CaptionModel, *, learning: bool) -> None:
+    """Let an encoder that is to be trained learn, or keep it as a frozen one for now, its batch norm included."""
+    if model.encoder.trainable != learning:  # asked at every step, and a walk through the encoder
+        model.encoder.trainable = learning
+        model.encoder.train(model.training)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether no parameter of the module is ever trained."""
+    return not any(parameter.requires_grad for parameter in module.parameters())

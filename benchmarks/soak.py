@@ -179,7 +179,7 @@ class Restarting:
 
 def import_servers() -> Any:
     """The tests' servers. Raises UserError where they cannot be had."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
     try:
         import servers
     except ModuleNotFoundError as error:

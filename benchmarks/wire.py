@@ -6,8 +6,8 @@
 
 The real commands run with their real patience: make_shards.py from S3 (moto) to S3, and train/main.py with the encoder
 small_cnn on two gloo ranks of this machine's processors, from S3 and from nginx. Each runs once undisturbed and then a
-few times through a TCP proxy of the tests (tests/faulty_wire.py), which makes every chunk late, holds some back as a
-loss does, resets connections, leaves them half-open, and answers with 5xx, all at random and counted. Survived is a run
+few times through a TCP proxy (tests/support/faulty_wire.py), which makes every chunk late, holds some back as a loss
+does, resets connections, leaves them half-open, and answers with 5xx, all at random and counted. Survived is a run
 that ends well and gives the same: all bytes of the packed folder; or the losses of all steps with the ledger of each
 epoch, which the command compares with its plan. Needs the packages of pip install -e '.[dev]', and nginx.
 
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY / "tests"))
+sys.path.insert(0, str(REPOSITORY / "tests/support"))
 
 import pytest  # noqa: E402
 from faulty_wire import RETRANSMISSION_SECONDS, Weather, Wire, told_in  # noqa: E402

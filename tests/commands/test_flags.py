@@ -1,0 +1,163 @@
+"""Every command's flags: numbers have a range that --help shows and that is checked, paths may begin with ~."""
+
+import importlib
+import math
+import os
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from captioner import cli, flags
+from captioner.flags import Number
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = {  # the folder's name is a package's, or it is on the path
+    "sharding": "sharding.{}",
+    "train": "train.{}",
+    "infer": "infer.{}",
+    "examples": "{}",
+    "benchmarks": "{}",
+}
+
+
+def commands() -> list[tuple[str, str]]:
+    """Each command's module, and the name of its class of settings."""
+    found = []
+    for folder, module in MODULES.items():
+        for path in sorted((ROOT / folder).glob("*.py")):
+            for name in re.findall(r"cli\.run\([^)]*?, (\w+), description", path.read_text(encoding="utf-8")):
+                found.append((module.format(path.stem), name))
+    assert len(found) > 12
+    return found
+
+
+def leaves(settings_class: type) -> list[type]:
+    """The dataclasses that hold the flags themselves: subcommands have one each."""
+    nested = [
+        leaf
+        for hint in get_type_hints(settings_class).values()
+        for each in (hint, *get_args(hint))
+        if is_dataclass(each)
+        for leaf in leaves(each)  # type: ignore[arg-type]
+    ]
+    return nested or [settings_class]
+
+
+def settings_classes() -> list[Any]:
+    return [
+        pytest.param(leaf, id=f"{module}-{leaf.__name__}")
+        for module, name in commands()
+        for leaf in leaves(getattr(importlib.import_module(module), name))
+    ]
+
+
+def numbers(settings_class: type) -> dict[str, list[Number]]:
+    """The numeric flags, with the ranges that their annotations name."""
+
+    def notes(hint: Any) -> list[Number]:
+        own = [note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Number)]
+        return own + [note for inner in get_args(hint) for note in notes(inner)]
+
+    def is_number(hint: Any) -> bool:
+        return hint in (int, float) or any(is_number(inner) for inner in get_args(hint))
+
+    hints = get_type_hints(settings_class, include_extras=True)
+    plain = get_type_hints(settings_class)
+    return {field.name: notes(hints[field.name]) for field in fields(settings_class) if is_number(plain[field.name])}
+
+
+def required(settings_class: type) -> list[str]:
+    """Words for the flags that must be given."""
+    words = []
+    for name, hint in get_type_hints(settings_class, include_extras=True).items():
+        if not hasattr(settings_class, name) and "Positional" in str(hint):
+            words.append("somewhere")
+        elif not hasattr(settings_class, name):
+            words += [f"--{name.replace('_', '-')}", "train" if name == "split" else "somewhere"]
+    return words
+
+
+@pytest.mark.parametrize("settings_class", settings_classes())
+def test_every_number_has_a_range_that_is_shown_and_checked(
+    settings_class: type, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(settings_class, description="", args=["--help"])
+    shown = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    for name, notes in numbers(settings_class).items():
+        assert notes, f"--{name} is a number without a range: give it a type of captioner.flags"
+        (number,) = notes
+        assert number.metavar in shown, name
+        flag = f"--{name.replace('_', '-')}"
+        for wrong in outside(number):
+            with pytest.raises(cli.UserError) as caught:
+                cli.parse(settings_class, description="", args=[*required(settings_class), flag, wrong])
+            message = str(caught.value)
+            assert message.startswith(f"{flag} is "), message
+            assert "give " in message
+            assert "\n" not in message
+        with pytest.raises(SystemExit) as left:
+            cli.parse(settings_class, description="", args=[*required(settings_class), flag, "many"])
+        assert left.value.code == 2
+        capsys.readouterr()
+
+
+def outside(number: Number) -> list[str]:
+    """Values just out of the range on both sides, and far out."""
+    bounds = number.numbers
+    is_int = number.metavar.count("INT") == 1
+    step = 1 if is_int else 1e-6
+    wrong = [] if is_int else ["nan", "inf", "-inf"]
+    if bounds.at_least is not None:
+        wrong.append(str(bounds.at_least - step))
+    if bounds.above is not None:
+        wrong.append(str(bounds.above))
+    if bounds.at_most is not None:
+        wrong.append(str(bounds.at_most + step))
+    if bounds.below is not None:
+        wrong.append(str(bounds.below))
+    return [*wrong, str(10**30)] if is_int else wrong
+
+
+def test_what_a_range_holds() -> None:
+    some = flags.Range(at_least=0, below=1)
+    assert [number in some for number in (-0.1, 0, 0.5, 1, math.nan)] == [False, True, True, False, False]
+    assert str(some) == "at least 0 and less than 1"
+    assert some.metavar("FLOAT") == "0 <= FLOAT < 1"
+    assert flags.Range(above=0).metavar("FLOAT") == "FLOAT > 0"
+    assert str(flags.Range(at_least=1, at_most=10_000)) == "at least 1 and at most 10,000"
+
+
+@pytest.mark.parametrize("settings_class", settings_classes())
+def test_defaults_are_in_their_range(settings_class: type) -> None:
+    words = required(settings_class)
+    assert cli.parse(settings_class, description="", args=words)
+
+
+@pytest.mark.parametrize("settings_class", settings_classes())
+def test_paths_begin_at_home_where_the_shell_leaves_the_tilde(settings_class: type, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HOME", "/home/of/somebody")
+    plain, hints = get_type_hints(settings_class), get_type_hints(settings_class, include_extras=True)
+    for name, hint in plain.items():
+        kinds = {hint, *get_args(hint)}
+        if Path in kinds or "PATH" in str(hints[name]):
+            flag = f"--{name.replace('_', '-')}"
+            if "Positional" in str(hints[name]):
+                args = [word.replace("somewhere", "~/x") for word in required(settings_class)]
+            else:
+                args = [*required(settings_class), flag, "~/x"]
+            found = getattr(cli.parse(settings_class, description="", args=args), name)
+            assert os.fspath(found[0] if isinstance(found, tuple) else found) == "/home/of/somebody/x", name
+
+
+@pytest.mark.parametrize("settings_class", settings_classes())
+def test_a_path_on_this_machine_is_no_url(settings_class: type) -> None:
+    """`pathlib` would make a folder named `s3:` of it."""
+    for name, hint in get_type_hints(settings_class, include_extras=True).items():
+        if "Local(" in str(hint):
+            flag = f"--{name.replace('_', '-')}"
+            with pytest.raises(cli.UserError, match=f"{flag} s3:/.* is a URL"):
+                cli.parse(settings_class, description="", args=[*required(settings_class), flag, "s3://bucket/x"])

@@ -1,0 +1,76 @@
+"""How many processors a process may use: by affinity, and by the quota of its control groups, of either version."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from captioner.workers import count_processors
+
+ROOT = Path(__file__).resolve().parents[2]
+PLENTY = 64
+OWN = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+
+
+@pytest.fixture(autouse=True)
+def _many_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(PLENTY)), raising=False)
+
+
+def count_in(tmp_path: Path, membership: str, files: dict[str, str]) -> int:
+    """The number of processors for a process with these lines in /proc/self/cgroup, and these files of groups."""
+    (tmp_path / "cgroup").write_text(membership)
+    for name, content in files.items():
+        path = tmp_path / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return count_processors(membership=tmp_path / "cgroup", cgroups=tmp_path / "groups")
+
+
+@pytest.mark.parametrize(
+    ("quota", "processors"),
+    [
+        ("max 100000", PLENTY),
+        ("400000 100000", 4),
+        ("150000 100000", 2),
+        ("20000 100000", 1),
+        ("50000 10000", 5),
+        ("9900000 100000", PLENTY),
+    ],
+)
+def test_a_quota_of_version_2_counts_rounded_up(tmp_path: Path, quota: str, processors: int) -> None:
+    assert count_in(tmp_path, "0::/job/step\n", {"job/step/cpu.max": f"{quota}\n"}) == processors
+
+
+@pytest.mark.parametrize(("quota", "processors"), [(-1, PLENTY), (400_000, 4), (150_000, 2), (20_000, 1)])
+@pytest.mark.parametrize("controllers", ["cpu", "cpu,cpuacct", "cpuacct,cpu"])
+def test_a_quota_of_version_1_counts_rounded_up(tmp_path: Path, controllers: str, quota: int, processors: int) -> None:
+    files = {"cpu/job/cpu.cfs_quota_us": f"{quota}\n", "cpu/job/cpu.cfs_period_us": "100000\n"}
+    assert count_in(tmp_path, f"7:memory:/else\n3:{controllers}:/job\n0::/\n", files) == processors
+
+
+def test_the_smallest_quota_of_a_group_and_those_around_it_counts(tmp_path: Path) -> None:
+    files = {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000", "a/b/c/cpu.max": "500000 100000"}
+    assert count_in(tmp_path, "0::/a/b/c\n", files) == 3
+
+
+def test_a_container_sees_its_own_group_as_the_root(tmp_path: Path) -> None:
+    assert count_in(tmp_path, "0::/docker/0123\n", {"cpu.max": "200000 100000"}) == 2
+    files = {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}
+    assert count_in(tmp_path, "4:cpu,cpuacct:/docker/0123\n", files) == 1
+
+
+@pytest.mark.parametrize("membership", ["", "0::/\n", "5:cpuset:/x\n1:name=systemd:/y\n"])
+def test_without_a_quota_affinity_counts(tmp_path: Path, membership: str) -> None:
+    assert count_in(tmp_path, membership, {"cpu.max": "nonsense"}) == PLENTY
+    assert count_processors(membership=tmp_path / "absent", cgroups=tmp_path) == PLENTY
+
+
+@pytest.mark.skipif(shutil.which("taskset") is None, reason="there is no taskset")
+def test_a_process_bound_to_one_processor_counts_one() -> None:
+    code = "from captioner.workers import count_processors; print(count_processors())"
+    line = ["taskset", "-c", str(OWN), sys.executable, "-c", code]
+    assert subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "1\n"

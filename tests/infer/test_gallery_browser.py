@@ -1,0 +1,472 @@
+"""The gallery in a real headless Chromium, opened from disk and used by keyboard and mouse."""
+
+import asyncio
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import aiohttp
+import pytest
+from PIL import Image
+from rows import failure, success
+
+from infer.gallery import write_gallery
+from infer.listing import ImageFile
+from sharding.packing.caption_files import Picture, parse_pictures
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
+PATIENCE_SECONDS = 60
+
+HOSTILE = [
+    '"><script>alert(1)</script>.jpg',
+    "</script><img src=x onerror=alert(2)>.jpg",
+    "line\u2028and\u2029end.jpg",
+    "javascript:alert(3).jpg",
+    os.fsdecode(b"bad\xff.jpg"),
+    "a%22 onload=alert(4)#?.jpg",
+    "__proto__",
+]
+
+# The contrast ratio of WCAG 2 of every text that is seen, with the ground that is really behind it.
+CONTRASTS = """
+(() => {
+  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const rgba = colour => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const ground = element => {
+    for (let at = element; at; at = at.parentElement) {
+      const colour = rgba(getComputedStyle(at).backgroundColor);
+      if (colour[3] === 255) return colour;
+      if (colour[3] !== 0) throw new Error("half transparent: " + at.className);
+    }
+  };
+  const light = colour => colour.slice(0, 3)
+    .map(value => value / 255)
+    .map(value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, value, index) => sum + value * [0.2126, 0.7152, 0.0722][index], 0);
+  const hasText = element => element.matches("textarea, select, input, button") ||
+    [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim());
+  return [...document.body.querySelectorAll("*")]
+    .filter(element => !element.matches("script, noscript, option") && element.checkVisibility() && hasText(element))
+    .map(element => {
+      const [low, high] = [light(rgba(getComputedStyle(element).color)), light(ground(element))].sort((a, b) => a - b);
+      return [element.tagName + "." + element.className, (high + 0.05) / (low + 0.05)];
+    });
+})()
+"""
+
+
+class Browser:
+    """One tab of a Chromium, driven over its DevTools socket; `problems` are what the page logged or raised."""
+
+    def __init__(self, *, port: int, downloads: Path) -> None:
+        self.downloads = downloads
+        self.problems: list[str] = []
+        self._numbers = itertools.count(1)
+        self._loop = asyncio.new_event_loop()
+        self._loop.run_until_complete(self._connect(port))
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+        self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(downloads))
+
+    async def _connect(self, port: int) -> None:
+        self._session = aiohttp.ClientSession()
+        async with self._session.get(f"http://127.0.0.1:{port}/json/list") as answer:
+            (tab,) = [target for target in await answer.json() if target["type"] == "page"]
+        self._socket = await self._session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0)
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Give the browser a command and return its answer; events that come before it are noted."""
+        return self._loop.run_until_complete(asyncio.wait_for(self._call(method, parameters), PATIENCE_SECONDS))
+
+    async def _call(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        number = next(self._numbers)
+        await self._socket.send_json({"id": number, "method": method, "params": parameters})
+        while True:
+            message = await self._socket.receive_json()
+            if message.get("id") == number:
+                assert "error" not in message, message
+                return message["result"]
+            self._note(message)
+
+    def _note(self, event: dict[str, Any]) -> None:
+        if event.get("method") in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
+            self.problems.append(json.dumps(event["params"]))
+        if event.get("method") == "Page.javascriptDialogOpening":
+            self.problems.append(f"dialog: {event['params']['message']}")
+
+    def run(self, script: str) -> Any:
+        """The value of an expression on the page."""
+        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def open(self, index: Path) -> None:
+        """Open a page from disk and wait until its scripts have run."""
+        self.run("window.isOld = true")
+        self.call("Page.navigate", url=index.as_uri())
+        self.wait(lambda: self.run("!window.isOld && document.readyState === 'complete'"))
+
+    def wait(self, condition: Callable[[], object]) -> None:
+        """Wait until the condition holds."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def press(self, key: Literal["Tab", "Enter"]) -> None:
+        """Press and release a key."""
+        more = {"windowsVirtualKeyCode": 13, "text": "\r"} if key == "Enter" else {"windowsVirtualKeyCode": 9}
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, **more)
+
+    def write(self, selector: str, text: str) -> None:
+        """Replace what stands in a field by typed text."""
+        self.run(f"document.querySelector({json.dumps(selector)}).select()")
+        self.run(f"document.querySelector({json.dumps(selector)}).focus()")
+        self.call("Input.insertText", text=text) if text else self.run("document.execCommand('delete')")
+
+    def choose(self, selector: str, value: str) -> None:
+        """Choose an option of a list, as a person does."""
+        field = f"document.querySelector({json.dumps(selector)})"
+        self.run(f"{field}.value = {json.dumps(value)}; {field}.dispatchEvent(new Event('input', {{bubbles: true}}))")
+        assert self.run(f"{field}.value") == value
+
+    def click(self, selector: str) -> None:
+        self.run(f"document.querySelector({json.dumps(selector)}).click()")
+
+    def texts(self, selector: str) -> list[str]:
+        """What the elements say, hidden ones left out."""
+        script = "elements => elements.filter(e => e.checkVisibility()).map(e => e.value || e.textContent)"
+        return self.run(f"({script})([...document.querySelectorAll({json.dumps(selector)})])")
+
+    def downloaded(self) -> bytes:
+        """The content of the one file that was downloaded, which is removed."""
+        self.wait(lambda: list(self.downloads.glob("*.jsonl")))
+        (file,) = self.downloads.iterdir()
+        content = file.read_bytes()
+        file.unlink()
+        return content
+
+    def close(self) -> None:
+        self._loop.run_until_complete(self._socket.close())
+        self._loop.run_until_complete(self._session.close())
+        self._loop.close()
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("needs chromium on the PATH")
+    home = tmp_path_factory.mktemp("chromium")
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={home}", "--remote-debugging-port=0", "about:blank"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        browser = Browser(port=_read_port(home / "DevToolsActivePort", process), downloads=home / "downloads")
+        yield browser
+        browser.close()
+    finally:
+        process.terminate()
+        process.wait(PATIENCE_SECONDS)
+
+
+def _read_port(file: Path, process: subprocess.Popen) -> int:
+    """The port that the browser listens on, as soon as it wrote it down."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not file.exists() or "\n" not in file.read_text():
+        assert process.poll() is None, "the browser ended"
+        assert time.monotonic() < deadline, "the browser does not listen"
+        time.sleep(0.05)
+    return int(file.read_text().split()[0])
+
+
+@pytest.fixture
+def browser(chromium: Browser) -> Iterator[Browser]:
+    """The browser without any trace of earlier tests; what a page complains of fails the test."""
+    chromium.problems.clear()
+    yield chromium
+    chromium.call("Emulation.setEmulatedMedia", features=[])
+    chromium.call("Emulation.clearDeviceMetricsOverride")
+    chromium.run("localStorage.clear()")
+    assert chromium.problems == []
+
+
+def show(browser: Browser, rows: list[Any], folder: Path) -> None:
+    browser.open(write_gallery(rows, folder / "gallery", title="My pictures", model="the model"))
+
+
+def mixed_rows(root: Path | str) -> list[Any]:
+    """One of each kind; the confidence and the score order the captioned ones differently."""
+    return [
+        success(root, "a.jpg", caption="a red bus", score=-0.9, confidence=0.9),
+        success(root, "b.jpg", caption="a dog", score=-0.5, confidence=0.2, review="low confidence", alt=""),
+        success(root, "c.jpg", caption="a dog", score=-0.5, confidence=0.5, duplicate_of="x/b.jpg", alt="A dog."),
+        success(root, "d.jpg", caption="a chart", score=-0.2, confidence=0.6, review="unlike training data"),
+        failure(root, "e.jpg", "truncated", "it ends too early"),
+        success(root, "f.jpg", caption="a Cat", score=-0.1, confidence=0.1, captions=["a Cat", "two kittens"],
+                review="low confidence, unlike training data"),
+    ]  # fmt: skip
+
+
+def paths(browser: Browser) -> str:
+    """The first letters of the paths of the cards, in order."""
+    return "".join(path[0] for path in browser.texts("#grid .path"))
+
+
+def test_ten_thousand_rows_open_and_are_searched_at_once(browser: Browser, tmp_path: Path) -> None:
+    rows = [success("photos", f"{n:05}.jpg", caption=f"number {n}", score=-n / 10_000) for n in range(10_000)]
+    show(browser, rows, tmp_path)
+    assert browser.texts("#shown") == ["1 to 100 of 10,000"]
+    assert browser.texts("#grid .path")[:2] == ["09999.jpg", "09998.jpg"]
+    assert len(browser.texts("#grid li")) == 100
+    assert browser.run("performance.getEntriesByType('navigation')[0].domComplete") < 10_000
+    browser.choose("#sort", "score-falling")
+    browser.click("#next")
+    assert browser.texts("#grid .path")[0] == "00100.jpg"
+    assert browser.texts("#shown") == ["101 to 200 of 10,000"]
+    assert browser.texts("#page") == ["Page 2 of 100"]
+    assert browser.run("document.activeElement.id") == "pictures"
+    browser.write("#search", "NUMBER 999")
+    assert browser.texts("#shown") == ["1 to 19 of 19 found (10,000 in all)"]
+    assert browser.texts("#pages") == []
+    seconds = "(() => { const start = performance.now(); show(); return performance.now() - start; })() / 1000"
+    assert browser.run(seconds) < 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("all", "fbcdae"), ("review", "fbd"), ("uncertain", "fb"), ("unlike", "fd"), ("duplicate", "c"), ("error", "e"),
+        ("corrected", ""),
+    ],
+)  # fmt: skip
+def test_the_filter_shows_the_rows_of_a_kind(browser: Browser, tmp_path: Path, kind: str, expected: str) -> None:
+    show(browser, mixed_rows("photos"), tmp_path)
+    browser.choose("#filter", kind)
+    assert paths(browser) == expected
+    if kind != "corrected":
+        label = browser.run(f"document.querySelector('#filter option[value={kind}]').textContent")
+        assert label.endswith(f" ({len(expected)})")
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("confidence", "fbcdae"), ("confidence-falling", "adcbfe"), ("score", "abcdfe"), ("score-falling", "fdbcae"),
+        ("path", "abcdef"),
+    ],
+)  # fmt: skip
+def test_errors_come_last_in_every_order_but_that_of_paths(
+    browser: Browser, tmp_path: Path, order: str, expected: str
+) -> None:
+    show(browser, mixed_rows("photos"), tmp_path)
+    assert paths(browser) == "fbcdae"
+    browser.choose("#sort", order)
+    assert paths(browser) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("dog", "bc"), ("  DOG   c.jpg ", "c"), ("kittens", "f"), ("too early", "e"), ("truncated", "e"), ("zebra", "")],
+)
+def test_the_search_looks_for_all_words_everywhere(browser: Browser, tmp_path: Path, words: str, expected: str) -> None:
+    show(browser, mixed_rows("photos"), tmp_path)
+    browser.write("#search", words)
+    assert paths(browser) == expected
+    assert browser.texts("#shown") == [
+        f"1 to {len(expected)} of {len(expected)} found (6 in all)" if expected else "None of 6 files"
+    ]
+
+
+def test_a_card_tells_all_about_its_picture(browser: Browser, tmp_path: Path) -> None:
+    show(browser, mixed_rows("photos"), tmp_path)
+    cards = [browser.texts(f"#grid li:nth-child({n}) figcaption > :is(p, textarea)") for n in range(1, 7)]
+    assert cards[0] == [
+        "a Cat",
+        "or: two kittens",
+        "alt: A picture.",
+        "low confidence, unlike training data",
+        "confidence 0.10, score -0.10",
+        "f.jpg",
+    ]
+    assert cards[1][1] == "no alt text"
+    assert cards[2][3] == "same bytes as x/b.jpg"
+    assert cards[5] == ["truncated", "it ends too early", "e.jpg"]
+
+
+def test_pictures_are_loaded_when_they_come_near_and_have_their_alt_text(browser: Browser, tmp_path: Path) -> None:
+    for number in range(90):
+        Image.new("RGB", (16, 12), (2 * number, 0, 0)).save(tmp_path / f"{number:02}.jpg")
+    rows = [success(tmp_path, f"{n:02}.jpg", alt=f"Picture {n}." if n else "", score=-1.0) for n in range(90)]
+    show(browser, rows, tmp_path)
+    loaded = "[...document.images].map(image => image.complete && image.naturalWidth > 0)"
+    browser.wait(lambda: browser.run(loaded)[0])
+    assert not browser.run(loaded)[-1]
+    browser.run("document.images[89].scrollIntoView()")
+    browser.wait(lambda: browser.run(loaded)[-1])
+    alts = browser.run("[...document.images].map(image => image.alt)")
+    assert alts == ["a picture of 00.jpg", *(f"Picture {number}." for number in range(1, 90))]
+    assert browser.run("decodeURI(document.querySelector('a.frame').href)") == (tmp_path / "00.jpg").as_uri()
+
+
+def test_hostile_names_and_captions_are_only_text(browser: Browser, tmp_path: Path) -> None:
+    root = tmp_path / '"><script>alert(0)<'
+    rows = []
+    for name in HOSTILE:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+        texts = {"caption": name, "alt": name, "review": name, "duplicate_of": name, "captions": [name, name]}
+        rows.append(success(root, name, score=-1.0, **texts))
+    rows += [failure(f"{root}2", name, error=name, message=name) for name in HOSTILE]
+    show(browser, rows, tmp_path)
+    assert browser.run("[...document.scripts].map(script => script.getAttribute('src'))") == ["data.js", "gallery.js"]
+    assert browser.run("document.querySelectorAll('main img').length") == 0
+    assert browser.texts("#grid textarea") == HOSTILE
+    assert browser.run("[...document.links].map(link => link.protocol)") == ["file:"] * (1 + len(HOSTILE))
+    for number in range(len(HOSTILE)):
+        browser.write(f"#grid li:nth-child({number + 1}) textarea", f"number {number}")
+    browser.click("#corrections button")
+    corrected = {json.loads(line)["path"] for line in browser.downloaded().splitlines()}
+    assert corrected == {f"{root.name}/{name}" for name in HOSTILE}
+
+
+def test_corrections_are_downloaded_as_captions_for_make_shards(browser: Browser, tmp_path: Path) -> None:
+    rows = [*mixed_rows(tmp_path / "one"), *mixed_rows(tmp_path / "two" / "ü")]
+    show(browser, rows, tmp_path)
+    browser.choose("#sort", "path")
+    assert browser.texts("#corrections") == []
+    for label, text in (("one/a.jpg", "  a “red” tram\n at night "), ("two/ü/b.jpg", "a wolf 🐺")):
+        browser.write(f"textarea[aria-label$='{label}']", text)
+    assert browser.texts("#corrected") == ["2 corrected"]
+    assert browser.texts("#corrections p") == [f"for make_shards.py --images {tmp_path}"]
+    browser.click("#corrections button")
+    pictures = parse_pictures(browser.downloaded(), kind=".jsonl", split="train", location="corrections.jsonl")
+    assert [(picture.file_name, picture.captions) for picture in pictures if isinstance(picture, Picture)] == [
+        ("one/a.jpg", [(None, "a “red” tram at night")]),
+        ("two/ü/b.jpg", [(None, "a wolf 🐺")]),
+    ]
+    browser.choose("#filter", "corrected")
+    assert browser.texts("#grid textarea") == ["a “red” tram at night", "a wolf 🐺"]
+    browser.write("#search", "wolf")
+    assert browser.texts("#grid textarea") == ["a wolf 🐺"]
+
+
+def test_a_picture_inside_a_shard_cannot_be_corrected(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infer.gallery.locate", lambda root, path: ImageFile(root, path, 0, 1))
+    show(browser, [success("shards", "train-000000.tar/a.jpg", caption="a dog")], tmp_path)
+    assert browser.texts("textarea") == []
+    assert browser.texts("#grid figcaption p")[0] == "a dog"
+
+
+def test_corrections_outlive_a_reload_and_can_be_undone(browser: Browser, tmp_path: Path) -> None:
+    show(browser, mixed_rows("photos"), tmp_path)
+    browser.write("#grid textarea", "a kitten")
+    show(browser, mixed_rows("photos"), tmp_path)
+    assert browser.texts("#grid textarea")[0] == "a kitten"
+    assert browser.texts("#grid figcaption .quiet")[0].startswith("was: a Cat")
+    browser.click("#grid button")
+    assert browser.texts("#grid textarea")[0] == "a Cat"
+    assert browser.texts("#corrections") == []
+    browser.write("#grid textarea", "")
+    browser.press("Tab")
+    assert browser.texts("#grid textarea")[0] == "a Cat"
+    show(browser, mixed_rows("photos"), tmp_path)
+    assert browser.texts("#corrections") == []
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_leaving_is_questioned_where_corrections_would_be_lost(browser: Browser, tmp_path: Path, is_kept: bool) -> None:
+    show(browser, mixed_rows("photos"), tmp_path)
+    if not is_kept:
+        browser.run("Storage.prototype.setItem = () => { throw new Error('forbidden'); }")
+    leave = "dispatchEvent(new Event('beforeunload', {cancelable: true}))"
+    assert browser.run(leave)
+    browser.write("#grid textarea", "a kitten")
+    assert browser.run(leave) == is_kept
+    browser.click("#corrections button")
+    browser.downloaded()
+    assert browser.run(leave)
+
+
+def test_all_is_reached_and_used_by_keyboard(browser: Browser, tmp_path: Path) -> None:
+    (tmp_path / "f.jpg").write_bytes(b"")
+    show(browser, mixed_rows(tmp_path), tmp_path)
+    focused = "document.activeElement.ariaLabel || document.activeElement.id || document.activeElement.className"
+    reached = []
+    for _ in range(7):
+        browser.press("Tab")
+        reached.append(browser.run(focused))
+        assert browser.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    assert reached[:4] == ["skip", "search", "filter", "sort"]
+    assert reached[4:] == ["No preview of f.jpg", "Caption of f.jpg", "Caption of b.jpg"]
+    browser.call("Input.insertText", text=" here")
+    browser.press("Enter")
+    assert browser.run(focused) == "Caption of c.jpg"
+    assert browser.texts("#grid textarea")[1] == "a dog here"
+    for _ in range(3):  # over two more captions
+        browser.press("Tab")
+    browser.press("Enter")
+    assert json.loads(browser.downloaded()) == {"path": "b.jpg", "captions": ["a dog here"]}
+
+
+def test_assistive_technology_finds_names_roles_and_what_changes(browser: Browser, tmp_path: Path) -> None:
+    show(browser, mixed_rows("photos"), tmp_path)
+    nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
+    found = {
+        (node.get("role", {}).get("value"), node.get("name", {}).get("value")) for node in nodes if not node["ignored"]
+    }
+    assert {
+        ("heading", "My pictures"), ("search", ""), ("searchbox", "Search words and paths"), ("combobox", "Show"),
+        ("combobox", "Sort by"), ("list", "Pictures"), ("textbox", "Caption of a.jpg"), ("status", ""),
+    } <= found  # fmt: skip
+    unnamed = {role for role, name in found if role in ("textbox", "button", "link", "combobox", "image") and not name}
+    assert unnamed == set()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_has_the_contrast_of_wcag_aa(browser: Browser, tmp_path: Path, scheme: str) -> None:
+    browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    show(browser, mixed_rows("photos"), tmp_path)
+    browser.write("#grid textarea", "a kitten")
+    contrasts = browser.run(CONTRASTS)
+    tags = {name.partition(".")[0] for name, _ in contrasts}
+    assert tags >= {"H1", "P", "TEXTAREA", "BUTTON", "INPUT", "LABEL", "DD"}
+    assert [(name, ratio) for name, ratio in contrasts if ratio < 4.5] == []
+
+
+def test_nothing_is_cut_off_in_a_narrow_window(browser: Browser, tmp_path: Path) -> None:
+    browser.call("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=False)
+    rows = [*mixed_rows("photos"), failure("photos", "long" * 100, message="x" * 300)]
+    show(browser, rows, tmp_path)
+    browser.write("#grid textarea", "a kitten")
+    width = browser.run("document.documentElement.clientWidth")
+    rights = "[...document.querySelectorAll('main *')].map(element => element.getBoundingClientRect().right)"
+    assert 0 < max(browser.run(rights)) <= width == browser.run("document.documentElement.scrollWidth")
+
+
+@pytest.mark.parametrize("rows", [[], [failure("photos", "a")]])
+def test_a_gallery_without_captions_says_so(browser: Browser, tmp_path: Path, rows: list[Any]) -> None:
+    show(browser, rows, tmp_path)
+    expected = "1 to 1 of 1" if rows else "No files were found, so there is nothing to show."
+    assert browser.texts("#shown") == [expected]
+
+
+def test_a_page_without_its_data_says_so(browser: Browser, tmp_path: Path) -> None:
+    index = write_gallery([], tmp_path / "gallery", title="t", model="m")
+    (tmp_path / "gallery" / "data.js").unlink()
+    browser.open(index)
+    assert browser.texts("#shown") == ["There is no data.js beside this page: copy the whole folder."]
+    browser.problems.clear()  # that the file is not there

@@ -23,8 +23,8 @@ from captioner import cli
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.flags import AnyNumber, Count, File, LocalPath, Location, Positive, WorkersOrZero
-from captioner.image_ids import ImageId
 from captioner.metrics import References
+from captioner.samples import ImageId
 from captioner.streaming.cache import CacheFolderError, CacheTooSmallError
 from train.evaluation.coco_results import by_reference_id, read_references, read_results, write_results
 from train.evaluation.java_metrics import JavaMetric, check_java, java_scores

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from safetensors.numpy import save as save_arrays
 from tiny import write_shards
-from tiny_model import DECODING, VIEW, VOCABULARY, make_model, write_model
+from tiny_model import DECODING, VIEW, VOCABULARY, make_model, pack, write_model
 from trainer import run_training
 
 from captioner.calibration import (
@@ -38,7 +38,7 @@ from captioner.errors import UserError
 from captioner.images.views import ViewSpec, normalise, read_eval_view
 from captioner.model.bundle import Bundle, DecodingDefaults, load_bundle
 from captioner.model.encoders import Encoder, load_encoder_weights
-from captioner.model.network import ImageInput, PackedCaptions
+from captioner.model.network import ImageInput
 from captioner.streaming.dataset import read_split
 from train.data.batches import Batch, caption_loader
 from train.evaluate import EvaluateSettings
@@ -435,7 +435,7 @@ def test_validation_scores_captions_in_the_precision_of_captioning(image_input: 
     """Training in bfloat16; cached features, which no encoder rounds once more, are the inputs."""
     bundle = Bundle(model=make_model(image_input), view=VIEW, vocabulary=VOCABULARY, decoding=DECODING, name="abc")
     features_BF = torch.rand(NUM_IMAGES, bundle.model.encoder.num_features)
-    captions = PackedCaptions.pack([[[4, 5]]] * NUM_IMAGES, max_tokens=7)
+    captions = pack([[[4, 5]]] * NUM_IMAGES, max_tokens=7)
     names = [str(number) for number in range(NUM_IMAGES)]
     batch = Batch(features_BF, captions, list(range(NUM_IMAGES)), names, list(names), [["a dog"]] * NUM_IMAGES, 0)
     in_bfloat16: Any = SimpleNamespace(

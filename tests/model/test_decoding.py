@@ -12,10 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_model import logits, pack
 from torch import Tensor
 
 from captioner.model.decoding import COPY_COST, DIVERSITY, Caption, beam_search, decode, diverse, greedy
-from captioner.model.network import CaptionModel, ImageInput, ModelConfig, PackedCaptions
+from captioner.model.network import CaptionModel, ImageInput, ModelConfig
 from captioner.vocabulary import END, PAD, START, UNK
 
 FORMS: tuple[ImageInput, ...] = ("first", "every-step")
@@ -413,8 +414,8 @@ def test_scores_are_those_of_the_training_forward_pass(image_input: ImageInput, 
     found = decode(model, model.encode(pictures), beam_size=beam_size, max_tokens=6)
     assert len({round(caption.score, 3) for caption in found}) == len(pictures)
     for caption, picture in zip(found, pictures, strict=True):
-        packed = PackedCaptions.pack([[caption.tokens]], max_tokens=6)
-        scores_T = model(picture[None], packed).log_softmax(dim=1).gather(1, packed.targets_M[:, None])[:, 0]
+        packed = pack([[caption.tokens]], max_tokens=6)
+        scores_T = logits(model, picture[None], packed).log_softmax(dim=1).gather(1, packed.targets_M[:, None])[:, 0]
         said = scores_T[: len(caption.token_scores)]
         assert sum(caption.token_scores) == pytest.approx(said.sum().item(), abs=1e-4)
         assert caption.score == pytest.approx(said.mean().item(), abs=1e-4)

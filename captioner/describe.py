@@ -23,7 +23,7 @@ from captioner.files import storage
 from captioner.images.loading import ImageError
 from captioner.images.views import normalise, read_eval_view
 from captioner.model.bundle import Bundle
-from captioner.model.decoding import Caption, diverse
+from captioner.model.decoding import GeneratedCaption, diverse
 
 Precision = Literal["float32", "bfloat16"]
 Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
@@ -142,7 +142,7 @@ class Captioner:
         unlike = chain.from_iterable(part.unlike for part in encoded)
         return list(map(self._describe, captions_of_images, confidences, unlike))
 
-    def _describe(self, captions: Sequence[Caption], confidence: float | None, unlike: bool) -> Description:
+    def _describe(self, captions: Sequence[GeneratedCaption], confidence: float | None, unlike: bool) -> Description:
         texts = tuple(self.bundle.vocabulary.decode(caption.tokens) for caption in captions)
         unsure = confidence is not None and self.abstain_below is not None and confidence < self.abstain_below
         reasons = [reason for reason, holds in ((LOW_CONFIDENCE, unsure), (UNLIKE, unlike)) if holds]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from captioner.images.views import ViewSpec, normalise
 from captioner.model.bundle import Bundle, DecodingDefaults, save_bundle
-from captioner.model.decoding import Caption, decode
+from captioner.model.decoding import GeneratedCaption, decode
 from captioner.model.network import CaptionModel, ImageInput, ModelConfig, PackedCaptions
 from captioner.vocabulary import Vocabulary
 
@@ -49,7 +49,7 @@ def make_model(image_input: ImageInput = "first") -> CaptionModel:
     return model.eval()
 
 
-def caption_views(bundle: Bundle, views_BPP3: np.ndarray, **changed: Any) -> list[Caption]:
+def caption_views(bundle: Bundle, views_BPP3: np.ndarray, **changed: Any) -> list[GeneratedCaption]:
     """Captions of views (B, P, P, 3), uint8, decoded as the model folder says but for what is changed."""
     decoding = replace(bundle.decoding, **changed)
     with torch.inference_mode():

@@ -62,8 +62,8 @@ class Encoded:
 class Captioner:
     """Describes images with a model folder's model. May be called by several threads at once.
 
-    `beam_size` and `length_penalty` default to the model folder's. Captions of lower confidence than `abstain_below` get
-    no `alt`. Raises UserError for invalid numbers, and NotCalibratedError for `abstain_below` without confidence.
+    `beam_size` and `length_penalty` default to the model folder's. A caption of lower confidence than `abstain_below`
+    has no `alt`. Raises UserError for invalid numbers, and NotCalibratedError for `abstain_below` without confidence.
     """
 
     def __init__(

@@ -23,6 +23,7 @@ PAD, START, END, UNK = 0, 1, 2, 3
 SPECIAL_WORDS = ("<pad>", "<start>", "<end>", "<unk>")
 THRESHOLD = 4
 LEAST_COVERAGE = 0.9
+PACK_AGAIN = "pack the training split again with sharding/make_shards.py"
 GLUED_TOKENS = frozenset((".", ",", ";", ":", "!", "?", ")", "'s", "n't", "'re", "'ll", "'ve", "'m", "'d"))
 
 
@@ -157,8 +158,7 @@ class Vocabulary:
             found = content["format_version"]
             if found != FORMAT_VERSION:
                 raise UserError(
-                    f"{origin} has vocabulary format {found}, this version reads {FORMAT_VERSION}: pack the training "
-                    "split again with sharding/make_shards.py"
+                    f"{origin} has vocabulary format {found}, this version reads {FORMAT_VERSION}: {PACK_AGAIN}"
                 )
             vocabulary = cls(
                 words=tuple(map(str, content["words"])),
@@ -168,7 +168,7 @@ class Vocabulary:
                 tokenizer_version=content["tokenizer_version"],
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{origin} is not a vocabulary file ({error!r}): pack the training split again") from error
+            raise UserError(f"{origin} is not a vocabulary file ({error!r}): {PACK_AGAIN}") from error
         _check(vocabulary, content.get("fingerprint"), origin=origin)
         return vocabulary
 
@@ -196,19 +196,13 @@ def choose_threshold(counts: Mapping[str, int]) -> int:
 
 def _check(vocabulary: Vocabulary, fingerprint: str | None, *, origin: str) -> None:
     if vocabulary.words[: len(SPECIAL_WORDS)] != SPECIAL_WORDS or len(set(vocabulary.words)) != len(vocabulary):
-        raise UserError(
-            f"{origin} does not start with {SPECIAL_WORDS} or repeats a word: pack the training split again"
-        )
+        raise UserError(f"{origin} does not start with {SPECIAL_WORDS} or repeats a word: {PACK_AGAIN}")
     if len(vocabulary) == len(SPECIAL_WORDS):
-        raise UserError(
-            f"{origin} holds no word beside {SPECIAL_WORDS}: pack the training split again with a smaller threshold"
-        )
+        raise UserError(f"{origin} holds no word beside {SPECIAL_WORDS}: {PACK_AGAIN} with a smaller threshold")
     if vocabulary.tokenizer != TOKENIZER:
         raise UserError(f"{origin} was made with tokenizer {vocabulary.tokenizer!r}, this version has {TOKENIZER!r}")
     if fingerprint != vocabulary.fingerprint:
-        raise UserError(
-            f"{origin} was edited by hand or damaged (its fingerprint differs): pack the training split again"
-        )
+        raise UserError(f"{origin} was edited by hand or damaged (its fingerprint differs): {PACK_AGAIN}")
 
 
 def _until_end(ids: Iterable[int]) -> Iterable[int]:

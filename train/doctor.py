@@ -29,14 +29,13 @@ from captioner.errors import UserError
 from captioner.files import storage
 from captioner.flags import Count, File, Location, Pixels, Positive, Workers
 from captioner.images.decoder_output import own_stderr
-from captioner.shards.format import ShardEntry
+from captioner.shards.format import PACK_FIRST, ShardEntry
 from captioner.streaming import StreamingLoader
 from captioner.streaming.cache import CacheFolderError, ShardCache
 from captioner.streaming.dataset import Split, check_filled, read_split
 from captioner.workers import count_processors
 from train.data.batches import CaptionBatches
 from train.data.split import read_merged_vocabulary
-from train.plan import PACK_FIRST
 from train.settings import TrainSettings
 
 NUM_SHARDS, NUM_BYTES = 8, 300_000_000  # that are read at most; one shard always

@@ -25,6 +25,7 @@ from captioner.files import storage
 from captioner.flags import AnyNumber, Count, File, LocalPath, Location, Positive, WorkersOrZero
 from captioner.metrics import References
 from captioner.samples import ImageId
+from captioner.shards.format import PACK_FIRST
 from captioner.streaming.cache import CacheFolderError, CacheTooSmallError
 from train.evaluation.coco_results import by_reference_id, read_references, read_results, write_results
 from train.evaluation.java_metrics import JavaMetric, check_java, java_scores
@@ -197,7 +198,6 @@ def _score_model(settings: EvaluateSettings) -> None:
     from train.data.split import check_fits, read_view
     from train.evaluation.calibrate import calibrate
     from train.evaluation.validation import evaluate_split
-    from train.plan import PACK_FIRST
     from train.run.launch import start_accelerator
     from train.step.step import CaptionLoss
     from train.uneven import refused_together

@@ -18,12 +18,13 @@ from captioner import cli
 from captioner.errors import TooManyBadSamplesError
 from captioner.files.ownership import AlreadyOwnedError, NotWritableError
 from captioner.model.encoders import FixedCropError, SmallImagesError, WeightsError
+from captioner.shards.format import PACK_FIRST
 from captioner.streaming.cache import CacheFolderError, CacheTooSmallError
 from captioner.streaming.order import ShardOrder, num_steps
 from train.data.batches import PINNED_FOR, caption_loader, check_batch_size
 from train.data.split import read_data
 from train.evaluation.validation import Evaluator
-from train.plan import PACK_FIRST, window_advice
+from train.plan import window_advice
 from train.run import run_folder
 from train.run.encode import prepare_features
 from train.run.epoch import train_epoch

@@ -12,15 +12,11 @@ from dataclasses import dataclass
 from captioner import cli
 from captioner.errors import UserError
 from captioner.flags import Count, CountOrZero, Location, Positive, Seed
+from captioner.shards.format import PACK_FIRST
 from captioner.streaming.dataset import Split, check_filled, read_split
 from captioner.streaming.mixture import MixtureOrder, make_order
 from captioner.streaming.order import SHUFFLE_SHARDS, EpochOrder, ShardOrder, num_steps, rank_positions
 from captioner.streaming.quality import first_shards, measure_mixing
-
-PACK_FIRST = (
-    "python sharding/make_shards.py packs it (after python sharding/download_coco.py for COCO); tars that are there "
-    "already want python sharding/check_shards.py index"
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from typing import TypeVar
 
 from captioner.errors import UserError
 from captioner.files import storage
-from captioner.shards.format import PACK_AGAIN, FormatError, ShardEntry, ShardIndex
+from captioner.shards.format import PACK_AGAIN, RESTORE, FormatError, ShardEntry, ShardIndex
 
 CHUNK_BYTES = 8 << 20  # of one request; so much is lost at most when a connection or a process ends
 NUM_DOWNLOADS = 3  # of a shard that differs from its manifest; transfer errors are rare, but they happen
@@ -36,7 +36,6 @@ RETRY_SECONDS = 1.0  # between looks for room, and after a failure, of a prefetc
 NUM_THREADS = 3
 SPARE_SHARE = 0.05  # of the limit, that is freed at once where it is full: looking through the folder takes long
 NAME = re.compile(r"(?P<sha256>[0-9a-f]{64})\.(?:tar|index|(?P<bytes>\d+)\.partial)")
-RESTORE = f"restore the file or {PACK_AGAIN}"
 
 log = logging.getLogger(__name__)
 

@@ -11,14 +11,12 @@ from captioner import cli
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.samples import read_content, split_pair
-from captioner.shards.format import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
+from captioner.shards.format import PACK_FIRST, SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
 from captioner.shards.indexing import is_any, is_foreign
 from captioner.vocabulary import read_vocabulary
-from sharding.checking.verify_shard import INDEX_FIRST
 
 NUM_WORDS = 20
 SHOWN_BYTES = 500
-PACK_FIRST = "sharding/make_shards.py packs it"
 
 
 def show_dataset(folder: str, *, split: str | None, key: str | None) -> None:
@@ -26,7 +24,7 @@ def show_dataset(folder: str, *, split: str | None, key: str | None) -> None:
     there = [s for s in SPLITS if split in (None, s) and storage.exists(manifest_location(folder, s))]
     if not there:
         what = f"{split}.manifest.json" if split else "manifest of a whole split"
-        raise UserError(f"there is no {what} in {folder}: {PACK_FIRST}; {INDEX_FIRST} for tars without one")
+        raise UserError(f"there is no {what} in {folder}: {PACK_FIRST}")
     manifests = [read_manifest(folder, name, remedy=PACK_FIRST) for name in there]
     _show_splits(folder, manifests)
     if not all(map(is_any, manifests)):

@@ -148,7 +148,7 @@ def test_nothing_is_left_when_it_is_interrupted(
 
 
 def test_errors_are_told_in_one_line(tmp_path: Path, temporary: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no .*make_shards\.py packs it"):
+    with pytest.raises(UserError, match=r"there is no .*make_shards\.py"):
         main(settings(str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match=r"holds no samples: see its train\.failures\.jsonl"):
         main(settings(write_shards(tmp_path / "empty", (0,))))

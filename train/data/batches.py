@@ -19,9 +19,9 @@ from captioner.images import loading, views
 from captioner.images.decoder_output import own_stderr, redirect_stderr, restore_stderr
 from captioner.model.network import PackedCaptions
 from captioner.samples import CaptionFields, is_caption_field, read_content
+from captioner.shards.format import RESTORE
 from captioner.shards.splitmix import random_integer
 from captioner.streaming import SampleError, StreamingLoader, batch_buffer
-from captioner.streaming.cache import RESTORE
 from captioner.streaming.dataset import Split
 from captioner.streaming.order import SAMPLE_CHANCE
 from captioner.vocabulary import Vocabulary

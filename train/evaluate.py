@@ -23,8 +23,8 @@ from captioner import cli
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.flags import AnyNumber, Count, File, LocalPath, Location, Positive, WorkersOrZero
-from captioner.image_ids import ImageId
 from captioner.metrics import References
+from captioner.samples import ImageId
 from captioner.streaming.cache import CacheFolderError, CacheTooSmallError
 from train.evaluation.coco_results import by_reference_id, read_references, read_results, write_results
 from train.evaluation.java_metrics import JavaMetric, check_java, java_scores
@@ -265,11 +265,11 @@ def _score_model(settings: EvaluateSettings) -> None:
 
 def check_enough(split: "Split") -> None:
     """Raise UserError for a split that is too small to calibrate on, before anything is done with it."""
-    from captioner.calibration import FEWEST_PICTURES
+    from captioner.calibration import MIN_IMAGES
 
-    if split.num_samples < FEWEST_PICTURES:
+    if split.num_samples < MIN_IMAGES:
         raise UserError(
-            f"--calibrate needs {FEWEST_PICTURES} pictures, and the {split.name} split in {split.folders[0]} holds "
+            f"--calibrate needs {MIN_IMAGES} pictures, and the {split.name} split in {split.folders[0]} holds "
             f"{split.num_samples}: give more of them with --shards or --split, or leave out --calibrate"
         )
 

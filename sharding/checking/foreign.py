@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from captioner.images import loading
-from captioner.samples import CAPTION_ENDINGS, build_index, read_content
+from captioner.samples import CAPTION_EXTENSIONS, build_index, read_content
 from captioner.shards.format import Failure, Member, ShardIndex
 from captioner.shards.indexing import ANY, MakeIndex, checked, find_samples, foreign_facts, index_any
 from captioner.shards.tar_walk import Buffer, TarMember
@@ -67,7 +67,7 @@ def indexer(recipe: dict[str, Any], *, before: ShardIndex | None = None) -> Make
 def _read_sample(data: Buffer, key: str, members: Sequence[Field]) -> tuple[dict[str, Member], list[list[str]]]:
     """A sample's picture and captions by field, in the tar's order, and its captions' tokens. Raises _UnusableError."""
     pictures = _choose(members, IMAGE_ENDINGS, what="picture")
-    captions, tokens = _read_captions(data, key, _choose(members, CAPTION_ENDINGS, what="caption"))
+    captions, tokens = _read_captions(data, key, _choose(members, CAPTION_EXTENSIONS, what="caption"))
     try:
         loading.decode_rgb(_read(data, pictures[0][1], limit=MAX_FILE_BYTES))
     except loading.ImageError as error:

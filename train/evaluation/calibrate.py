@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from captioner.calibration import Calibration, fit_confidence, fit_space
-from captioner.metrics import cider
+from captioner.metrics import References
 from captioner.model.bundle import DecodingDefaults
 from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import Split
@@ -73,8 +73,9 @@ def are_good(captions: Sequence[ValidationCaption]) -> list[bool]:
         left_out = number % len(row.references)
         people[number] = row.references[left_out]
         others[number] = row.references[:left_out] + row.references[left_out + 1 :]
-    _, of_people = cider(people, others)
-    _, of_model = cider({number: row.caption for number, row in enumerate(captions)}, others)
+    references = References(others)
+    of_people = references.cider(people)
+    of_model = references.cider({number: row.caption for number, row in enumerate(captions)})
     bar = median(of_people.values())
     return [of_model[number] >= bar for number in range(len(captions))]
 

@@ -323,13 +323,10 @@ def reserve_some(place: Path, num_kept: int) -> Row:
                     file.truncate(num_bytes)  # a hole
         cache, laps = ShardCache(folder, max_bytes=num_kept * (SHARD_BYTES + SHARD_BYTES // 1000)), Laps()
         for number in range(num_kept, num_kept + num_kept // 5):
-            sha256 = f"{number:064x}"
-            entry = ShardEntry(
-                name="", samples=1, captions=1, failures=0, bytes=SHARD_BYTES, sha256=sha256, fingerprint=""
-            )
-            reserved = cache.reserve("http://127.0.0.1", entry)
-            assert isinstance(reserved, int)
-            os.close(reserved)
+            with cache._locked() as lock:
+                cache._make_room(SHARD_BYTES, lock, keep=())
+                with Path(folder, f"{number:064x}.partial").open("wb") as file:
+                    file.truncate(SHARD_BYTES)
         return {"reserve_ms": 1000 * laps.lap() / (num_kept // 5)}
 
 

@@ -28,12 +28,11 @@ from typing import Any
 
 from captioner import cli
 from captioner.flags import Count, File
-from measure import Bar, describe_run, print_bars, print_rows, write_json
-from photos import draw_photos, find_photos, tile_photos
+from contenders import HEAVY, LARGE, LIGHT
+from measuring.figures import Bar, describe_run, print_bars, print_rows, write_json
+from measuring.photos import COCO, PHONE, draw_photos, find_photos, tile_photos
 
 PACKAGES = ("torch", "torchvision", "accelerate", "pillow", "pillow-simd", "numpy")
-LIGHT, HEAVY, LARGE = "squeezenet1_1", "resnet50", "resnet152"
-COCO, PHONE = "COCO", "12 megapixels"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ def main(settings: CaptioningSettings) -> None:
     """Make the pictures, measure, and tell."""
     import torch  # not above: reading processes import this file
 
-    from captioning_parts import make_job, measure, start
+    from contenders.captioning import make_job, measure, start
 
     device = start()
     on_gpu = torch.cuda.is_available()

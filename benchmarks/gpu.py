@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gpu_jobs import Bench
-    from gpu_rows import Row
+    from acceptance.jobs import Bench
+    from acceptance.rows import Row
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MINUTES = 9.5  # some seconds are left for the last rows to be told
@@ -47,12 +47,12 @@ def main() -> int:
         packages = prepare_packages(settings.wheels, folder / "packages")
         sys.path += [str(REPOSITORY), *([str(packages)] if packages else [])]
         num_gpus = count_gpus() if settings.device == "cuda" else 0
-        import gpu_rows
+        from acceptance.jobs import Bench
+        from acceptance.rows import ROWS
+        from acceptance.table import Table, run_rows
         from captioner.workers import count_processors
-        from gpu_jobs import Bench
-        from gpu_table import Table, run_rows
 
-        rows = choose_rows(gpu_rows.ROWS, settings.only)
+        rows = choose_rows(ROWS, settings.only)
         small = settings.device == "cpu"
         bench = Bench(
             device=settings.device, folder=folder, ends=started + 60 * settings.minutes, packages=packages, small=small,
@@ -87,7 +87,7 @@ def prepare_packages(wheels: Path | None, folder: Path) -> Path | None:
     """The folder with what was missing here, unpacked; None where nothing was. Prints what is missing and brought."""
     if importlib.util.find_spec("packaging") is None:
         refuse("the package packaging is missing, with which versions are compared: pip install packaging")
-    from gpu_packages import find_needs, install, required_packages
+    from acceptance.packages import find_needs, install, required_packages
 
     needs = find_needs(required_packages(), sorted(wheels.glob("*.whl")) if wheels else [])
     for wheel, requirement in zip(needs.wheels, needs.brought, strict=True):

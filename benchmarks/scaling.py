@@ -40,13 +40,22 @@ from captioner import cli
 from captioner.errors import UserError
 from captioner.flags import Count, File
 from captioner.shards.format import Manifest, ShardEntry, read_manifest
-from measure import Bar, at_most, describe_run, median_of, print_bars, print_rows, take_turns, time_here, write_json
-from photos import draw_photo, draw_photos, find_photos, repeat_photos, write_captions, write_data
-from soak import import_servers
+from measuring.commands import REPOSITORY, import_servers, packing_command, run_timed, shard_megabytes
+from measuring.figures import (
+    Bar,
+    at_most,
+    describe_run,
+    median_of,
+    print_bars,
+    print_rows,
+    take_turns,
+    time_here,
+    write_json,
+)
+from measuring.photos import draw_photo, draw_photos, find_photos, repeat_photos, write_captions, write_data
 
 Part = Literal["plan", "bytes", "cache", "start", "packing", "doctor"]
 Row = dict[str, Any]
-REPOSITORY = Path(__file__).resolve().parent.parent
 SHARD_SAMPLES, SHARD_BYTES = 2_560, 64_000_000
 SEEK_POSITIONS = 1_024
 TINY_BATCH = 32
@@ -416,8 +425,6 @@ def first_batch(folder: str, at: float, place: Path) -> Row:
 
 def measure_packing(work: Work) -> tuple[list[Row], list[Bar]]:
     """What one process does alone, by pictures; and the whole command with 1 and 2 workers in turn."""
-    from packing import run_timed, shard_megabytes
-
     originals = photos_of(work)
     rows: list[Row] = []
     for power in (3,) if work.quick else (3, 4, 5):
@@ -432,10 +439,9 @@ def measure_packing(work: Work) -> tuple[list[Row], list[Bar]]:
 
     def turn(workers: int, number: int) -> Any:
         output = work.folder / f"packed-{workers}-{number}"
-        flags = {"images": pictures[0].parent, "captions": captions, "split": "train", "output": output,
-                 "workers": workers, "shard-megabytes": shard_megabytes(count, shards=10)}  # fmt: skip
-        given = [str(text) for flag, value in flags.items() for text in (f"--{flag}", value)]
-        return run_timed([sys.executable, REPOSITORY / "sharding/make_shards.py", *given], work.folder, count)
+        megabytes = shard_megabytes(count, shards=10)
+        command = packing_command(pictures[0].parent, captions, output, workers=workers, shard_megabytes=megabytes)
+        return run_timed(command, work.folder, count)
 
     costs = take_turns({str(workers): partial(turn, workers) for workers in (1, 2)}, rounds=work.rounds)
     commands: list[Row] = []
@@ -514,7 +520,7 @@ class Figures:
 def measure_doctor(work: Work) -> tuple[list[Row], list[Bar]]:
     """The doctor's numbers from nginx, and what they mean for more GPUs."""
     from captioner.streaming.dataset import read_split
-    from training import pack
+    from contenders.training import pack
 
     pack(photos_of(work), None, work.folder, num_samples=600 if work.quick else 6_000)
     with logging_nginx(work.folder, work.folder / "nginx") as address:

@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -31,8 +30,9 @@ from typing import Any
 from captioner import cli
 from captioner.errors import UserError
 from captioner.flags import Count, File, Positive
-from measure import at_least, at_most, describe_run, print_bars, print_rows, write_json
-from photos import draw_photo, write_data
+from measuring.commands import import_servers
+from measuring.figures import at_least, at_most, describe_run, print_bars, print_rows, write_json
+from measuring.photos import draw_photo, write_data
 
 BATCH, PROCESSES, WORKERS = 64, 2, 2
 SHUFFLE_SHARDS = 16
@@ -175,18 +175,6 @@ class Restarting:
             self._stopping.wait(down)
             self.down_seconds += down
             self.restarts += 1
-
-
-def import_servers() -> Any:
-    """The tests' servers. Raises UserError where they cannot be had."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
-    try:
-        import servers
-    except ModuleNotFoundError as error:
-        raise UserError(f"there is no {error.name}: make check installs what this needs") from error
-    if servers.NGINX is None:
-        raise UserError("there is no nginx on the PATH: install it (apt-get install nginx-light)")
-    return servers
 
 
 # ---- what is noted ----------------------------------------------------------------------------------------

@@ -36,15 +36,20 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
-
-import picture_loaders as pictures
-import text_loaders as text
 from captioner import cli
 from captioner.errors import UserError
 from captioner.flags import Count, File
-from captioner.images import loading
-from measure import (
+from contenders import pictures, text
+from measuring.commands import (
+    REPOSITORY,
+    code_environment,
+    find_peers,
+    pack_samples,
+    plain_pillow,
+    shard_megabytes,
+    stored_photos,
+)
+from measuring.figures import (
     Bar,
     Contender,
     Cost,
@@ -58,8 +63,7 @@ from measure import (
     times_as_fast,
     write_json,
 )
-from packing import QUALITY, REPOSITORY, SIZE, find_peers, plain_pillow, shard_megabytes
-from photos import draw_photos, find_photos, repeat_photos, write_captions
+from measuring.photos import QUALITY, SIZE, draw_photos, find_photos, write_captions
 
 PACKAGES = ("torch", "torchvision", "webdataset", "pillow", "pillow-simd", "nltk", "numpy")
 PICTURE_BATCH, TEXT_BATCH = 128, 256
@@ -166,28 +170,12 @@ def write_samples(
 
 def pack_pictures(originals: Sequence[Path], scratch: Path, *, num_samples: int, earlier: Path | None) -> None:
     """Shards of so many samples, by the packing command, which keeps JPEGs of the wanted size as they are."""
-    small = scratch / "small"
-    small.mkdir()
-    for number, path in enumerate(originals[:num_samples]):
-        picture = Image.open(path).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-        (small / f"{number:06d}.jpg").write_bytes(loading.encode_jpeg(picture, quality=QUALITY))
-    paths = repeat_photos(scratch / "repeated", sorted(small.iterdir()), count=num_samples)
+    paths = stored_photos(originals, scratch, count=num_samples)
     captions = write_captions(paths, scratch / "captions.jsonl")
+    megabytes = shard_megabytes(num_samples, shards=PICTURE_SHARDS)
     for code, shards in ((REPOSITORY, pictures.SHARDS), (earlier, pictures.EARLIER_SHARDS)):
         if code:
-            flags = {
-                "images": paths[0].parent,
-                "captions": captions,
-                "split": "train",
-                "output": scratch / shards,
-                "workers": 1,
-                "shard-megabytes": shard_megabytes(num_samples, shards=PICTURE_SHARDS),
-            }
-            given = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-            command = [sys.executable, code / "sharding/make_shards.py", *given]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env=of_code(code))
-            if done.returncode:
-                raise UserError(f"packing the samples failed ({done.returncode}): {done.stderr[-600:]}")
+            pack_samples(paths[0].parent, captions, scratch / shards, code=code, workers=1, shard_megabytes=megabytes)
 
 
 def describe_pictures(folder: Path | None, originals: Sequence[Path], scratch: Path, num_samples: int) -> str:
@@ -216,26 +204,26 @@ def check_out_earlier(folder: Path) -> Path | None:
     return folder
 
 
-def of_code(code: Path) -> dict[str, str]:
-    """The environment in which Python imports our code from the folder."""
-    return {**os.environ, "PYTHONPATH": str(code)}
-
-
 # ---- processes that make batches --------------------------------------------------------------------------
 
 
 class Server:
-    """A `loader_server.py` in the given Python: knows which contenders are there, and has one at a time run."""
+    """A `contenders/server.py` in the given Python: knows which contenders are there, and has one at a time run."""
 
     def __init__(
         self, python: Path, contenders: Sequence[str], *, log: Path, code: Path = REPOSITORY, paths: Sequence[Path] = ()
     ) -> None:
         self._log = log
-        server = Path(__file__).with_name("loader_server.py")
+        server = Path(__file__).with_name("contenders") / "server.py"
         command = [python, "-P", server, os.pathsep.join(map(str, paths)), *contenders]
         with log.open("w") as errors:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=of_code(code)
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=code_environment(code),
             )
         self._there: dict[str, str] | None = None
 
@@ -262,7 +250,7 @@ class Server:
         line = self._process.stdout.readline()
         content = json.loads(line) if line else {"error": "it ended"}
         if "error" in content:
-            raise UserError(f"loader_server.py failed ({content['error']}): {self._log.read_text()[-600:]}")
+            raise UserError(f"contenders/server.py failed ({content['error']}): {self._log.read_text()[-600:]}")
         return content
 
 

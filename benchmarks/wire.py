@@ -38,8 +38,8 @@ from captioner import cli  # noqa: E402
 from captioner.errors import UserError  # noqa: E402
 from captioner.files import storage  # noqa: E402
 from captioner.flags import Count, File  # noqa: E402
-from measure import Bar, at_least, at_most, describe_run, print_bars, print_rows, write_json  # noqa: E402
-from photos import draw_photos, find_photos, write_data  # noqa: E402
+from measuring.figures import Bar, at_least, at_most, describe_run, print_bars, print_rows, write_json  # noqa: E402
+from measuring.photos import draw_photos, find_photos, write_data  # noqa: E402
 
 PACKAGES = ("torch", "aiohttp", "s3fs", "aiobotocore", "fsspec", "moto", "numpy")
 STORM = Weather(latency_seconds=0.03, loss=0.03, reset=0.04, half_open=0.02, status=0.06)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from captioner.model.encoders import Encoder, preprocessing
-from measure import Cost, take_turns, times_as_fast
-from training import time_all
+from contenders.training import time_all
+from measuring.figures import Cost, take_turns, times_as_fast
 
 ARCHITECTURE_BATCH = 4
 

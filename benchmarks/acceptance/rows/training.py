@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 from safetensors.numpy import load_file
 
-from gpu_commands import (
+from acceptance.commands import (
     ACCELERATE,
     PYTHON,
     TRAIN,
@@ -28,8 +28,8 @@ from gpu_commands import (
     train,
     train_flags,
 )
-from gpu_compare import check_learns, compare_steps, end_difference, weight_difference
-from gpu_jobs import KILLED, REPOSITORY, CheckError, Job, Outcome, SkipError, wait_for_all
+from acceptance.jobs import KILLED, CheckError, Job, Outcome, SkipError, wait_for_all
+from acceptance.rows.compare import check_learns, compare_steps, end_difference, weight_difference
 
 SAVED_AND_STOPPED = 75
 NCCL_REFUSALS = ("Duplicate GPU", "ncclInvalidUsage", "ncclInternalError", "ncclSystemError", "ncclUnhandledCudaError")
@@ -150,7 +150,7 @@ def two_with_gloo(job: Job) -> Outcome:
     """Two processes, on one GPU where there is one, have the losses of one process."""
     run = new_run(job, "gloo")
     flags = train_flags(job, run)
-    ranks = start_ranks(job, [REPOSITORY / "benchmarks/gpu_rank.py", TRAIN], flags, variables=[{}, {}])
+    ranks = start_ranks(job, ["-m", "acceptance.gloo_rank", TRAIN], flags, variables=[{}, {}])
     check_trained_on(job.device, wait_for_all(ranks), processes=2)
     return compare_steps(run, fp32_run(job), tolerance=STEP)
 

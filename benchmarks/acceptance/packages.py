@@ -20,7 +20,8 @@ from packaging.requirements import Requirement
 from packaging.tags import sys_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from acceptance.jobs import REPOSITORY
+
 OF_THE_MACHINE = ("torch", "torchvision")
 STAND_INS = {"pillow": "pillow-simd"}
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
-from gpu_jobs import Bench, CheckError, Job, Outcome, SkipError
-from measure import Bar, at_least, at_most, describe_run, write_json
+from acceptance.jobs import Bench, CheckError, Job, Outcome, SkipError
+from measuring.figures import Bar, at_least, at_most, describe_run, write_json
 
 if TYPE_CHECKING:
-    from gpu_rows import Row
+    from acceptance.rows import Row
 
 PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "tyro", "nltk", "pycocotools", "pillow", "numpy",
             "safetensors", "onnxruntime")  # fmt: skip

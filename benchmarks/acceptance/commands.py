@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from gpu_jobs import REPOSITORY, CheckError, Command, Device, Job
+from acceptance.jobs import REPOSITORY, CheckError, Command, Device, Job
 
 PYTHON, ACCELERATE = (sys.executable,), (sys.executable, "-m", "accelerate.commands.accelerate_cli")
 TRAIN, CAPTION = REPOSITORY / "train/main.py", REPOSITORY / "infer/main.py"

@@ -9,11 +9,11 @@ import numpy as np
 from PIL import Image
 
 from captioner.images import loading
-from measure import Cost, median_of, take_turns, time_here
+from measuring.figures import Cost, median_of, take_turns, time_here
+from measuring.photos import SIZE
 
 QUALITIES = (75, 85, 90, 92, 95, 97)
 COLOURS = {"4:2:0": 2, "4:4:4": 0}
-SIZE = 256
 
 
 def measure(originals: Sequence[Path], *, rounds: int) -> list[dict[str, Any]]:

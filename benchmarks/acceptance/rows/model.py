@@ -7,8 +7,8 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from gpu_commands import PYTHON, captions, data, launch, trained_run
-from gpu_jobs import REPOSITORY, CheckError, Job, Outcome, SkipError
+from acceptance.commands import PYTHON, captions, data, launch, trained_run
+from acceptance.jobs import REPOSITORY, CheckError, Job, Outcome, SkipError
 
 LEAST_CIDER = 1.0  # on the CPU 2.4
 GRAPH_BATCH = 128
@@ -58,7 +58,7 @@ def exported(job: Job) -> Path:
 def onnx(job: Job) -> Outcome:
     """ONNX files on the device give what they give on the CPU."""
     folder = job.shared("ONNX files", exported)
-    answer = json.loads(job.run([*PYTHON, REPOSITORY / "benchmarks/gpu_onnx.py", folder, job.device]).splitlines()[-1])
+    answer = json.loads(job.run([*PYTHON, "-m", "acceptance.check_onnx", folder, job.device]).splitlines()[-1])
     if answer["difference"] is None:
         raise SkipError(f"exported, but onnxruntime has no CUDA here: {', '.join(answer['providers'])}")
     return Outcome(figure=answer["difference"], bar=1e-2, at_most=True, note=answer["provider"])
@@ -73,7 +73,7 @@ def _graphs(job: Job) -> dict[str, float]:
         "rounds": 1 if job.small else 5,
         "times": 1 if job.small else 20,
     }
-    return json.loads(job.run([*PYTHON, REPOSITORY / "benchmarks/gpu_graph.py", json.dumps(options)]).splitlines()[-1])
+    return json.loads(job.run([*PYTHON, "-m", "acceptance.measure_graph", json.dumps(options)]).splitlines()[-1])
 
 
 def same_features(job: Job) -> Outcome:

@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from loaders import Contender, loader_options, read_members
+from contenders.loader import Contender, loader_options, read_members
 
 OURS, READER, TRANSFORM, MIXTURE = "ours", "ours, reading alone", "ours, a transform", "ours, four sources"
 SAMPLE_BYTES, SHARD_SAMPLES, NUM_SHARDS = 200, 10_000, 10

@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, TypeVar
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED_SECONDS = 150.0  # for what several rows need
 SHOWN_LINES = 12
 KILLED = "killed when its time was over"
@@ -83,8 +83,9 @@ class Bench:
         """For a command on a device: the checkout and the unpacked wheels come first, launchers' variables are gone."""
         found = {name: value for name, value in os.environ.items()
                  if name not in OF_A_JOB and not name.startswith("ACCELERATE_")}  # fmt: skip
-        paths = [str(REPOSITORY), *([str(self.packages)] if self.packages else []), os.environ.get("PYTHONPATH", "")]
-        found |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        folders = [REPOSITORY, REPOSITORY / "benchmarks", self.packages, os.environ.get("PYTHONPATH")]
+        found["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in folders if folder)
+        found |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         if device == "cpu":
             found |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
             found |= {"OMP_WAIT_POLICY": "passive"}  # beside others' threads, spinning ones cost most of the time

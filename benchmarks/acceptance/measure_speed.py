@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from torchvision.models import get_model
 
-import training
-from measure import Cost, take_turns
-from photos import draw_photos
+from contenders import training
+from contenders.training import CAPTIONS_A_PICTURE, Job, Trainer, num_captions_of, time_all
+from measuring.figures import Cost, take_turns
+from measuring.photos import draw_photos
 from train.data.batches import Batch
 from train.run.epoch import LOG_STEPS, train_epoch
 from train.run.launch import Preemption
 from train.run.tracking import HISTORY, Tracker, read_rows
 from train.step.step import train_step
-from training import CAPTIONS_A_PICTURE, Job, Trainer, num_captions_of, time_all
 
 WEIGHTS = "weights.pth"
 NUM_PHOTOS = 24

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gpu_commands import Run
-from gpu_jobs import CheckError, Outcome
+from acceptance.commands import Run
+from acceptance.jobs import CheckError, Outcome
 
 
 def greatest_difference(found: Sequence[float], wanted: Sequence[float]) -> float:

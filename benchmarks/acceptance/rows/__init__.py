@@ -7,10 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import gpu_model_rows as model
-import gpu_speed_rows as speed
-import gpu_training_rows as training
-from gpu_jobs import Job, Outcome
+from acceptance.jobs import Job, Outcome
+from acceptance.rows import model, speed, training
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

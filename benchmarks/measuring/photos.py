@@ -12,8 +12,11 @@ import numpy as np
 from PIL import Image
 
 from captioner.errors import UserError
+from captioner.images import loading
 
-ENDINGS = (".jpg", ".jpeg")
+COCO, PHONE = "COCO", "12 megapixels"
+SIZE, QUALITY = 256, 95  # of stored pictures
+SUFFIXES = (".jpg", ".jpeg")
 COCO_SIZES = ((640, 480), (640, 427), (480, 640), (640, 426), (500, 375), (427, 640), (640, 360), (612, 612))
 PHONE_SIZE = (4032, 3024)
 MAX_TILES = 200  # different pictures in the large ones: all of them are in memory at once
@@ -37,9 +40,9 @@ def find_photos(folder: Path) -> list[Path]:
     """The JPEG files right in `folder`, by name. Raises UserError where there is none."""
     if not folder.is_dir():
         raise UserError(f"there is no folder --images {folder}: name one that holds JPEG photos, or leave it out")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not found:
-        raise UserError(f"--images {folder} holds no {' or '.join(ENDINGS)} files: name a folder of photos")
+        raise UserError(f"--images {folder} holds no {' or '.join(SUFFIXES)} files: name a folder of photos")
     return found
 
 
@@ -63,6 +66,16 @@ def draw_photo(seed: int, size: tuple[int, int]) -> Image.Image:
         layer = np.stack([np.asarray(band.resize(size, Image.Resampling.BICUBIC)) for band in bands], axis=2)
         pixels += 90 / cells**0.55 * layer
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def store_photos(originals: Sequence[Path], folder: Path) -> list[Path]:
+    """Write the originals as packing stores them: SIZE x SIZE, quality QUALITY."""
+    folder.mkdir(parents=True)
+    paths = [folder / f"{number:06d}.jpg" for number in range(len(originals))]
+    for original, path in zip(originals, paths, strict=True):
+        picture = Image.open(original).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+        path.write_bytes(loading.encode_jpeg(picture, quality=QUALITY))
+    return paths
 
 
 def repeat_photos(folder: Path, originals: Sequence[Path], *, count: int) -> list[Path]:

@@ -24,13 +24,14 @@ from captioner.model.decoding import decode
 from captioner.model.network import CaptionModel, ModelConfig
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
 from captioner.workers import count_processors
-from captioning import COCO, LIGHT
+from contenders import LIGHT, NUM_WORDS
+from contenders.training import BookModel
 from infer import main as command
 from infer.peers import Peers
 from infer.results import RowWriter, part_path
 from infer.row_index import RowIndex, merge
 from infer.settings import CaptionSettings
-from measure import (
+from measuring.figures import (
     Bar,
     Contender,
     Cost,
@@ -42,9 +43,8 @@ from measure import (
     time_here,
     times_as_fast,
 )
-from training import BookModel
+from measuring.photos import COCO
 
-NUM_WORDS = 9956  # COCO's, in the book
 CAPTION_STEPS, BOOK_STEPS = 12, 20
 CPU_BATCHES, GPU_BATCHES = (4, 8), (64, 256)
 DECODER_BATCH = 256

@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loaders import Contender
+    from contenders.loader import Contender
 
 PAGE_BYTES = 4096
 
 
 def find_contenders(names: Sequence[str]) -> "tuple[dict[str, Contender], dict[str, str]]":
     """The contenders that are there, which are imported, and package and version of each."""
-    from picture_loaders import PICTURE_LOADERS
-    from text_loaders import TEXT_LOADERS
+    from contenders.pictures import PICTURE_LOADERS
+    from contenders.text import TEXT_LOADERS
 
     known = {f"pictures/{name}": contender for name, contender in PICTURE_LOADERS.items()}
     known |= {f"text/{name}": contender for name, contender in TEXT_LOADERS.items()}
@@ -82,10 +82,10 @@ def take_turn(
 
 
 def seek(_contender: "Contender", **request: Any) -> dict[str, float | None]:
-    """As `text_loaders.seek`."""
-    import text_loaders
+    """As `text.seek`."""
+    from contenders import text
 
-    return text_loaders.seek(**request)
+    return text.seek(**request)
 
 
 def cpu_seconds() -> float:
@@ -128,7 +128,7 @@ def main(paths: str, *names: str) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     # This folder last: it has a streaming.py, which is a package of mosaicml's.
-    sys.path += [*filter(None, paths.split(os.pathsep)), str(Path(__file__).parent)]
+    sys.path += [*filter(None, paths.split(os.pathsep)), str(Path(__file__).parents[1])]
     import torch
 
     torch.set_num_threads(1)

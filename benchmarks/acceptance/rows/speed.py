@@ -11,11 +11,11 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+from acceptance.commands import PYTHON, TRAIN, check_trained_on, launch, new_run
+from acceptance.jobs import CheckError, Job, Outcome
 from captioner.workers import count_processors
-from gpu_commands import PYTHON, TRAIN, check_trained_on, launch, new_run
-from gpu_jobs import REPOSITORY, CheckError, Job, Outcome
 
-SCRIPT = REPOSITORY / "benchmarks/gpu_speed.py"
+SCRIPT = ("-m", "acceptance.measure_speed")
 LEAST_RATIO, MOST_WAITING = 0.9, 0.03
 COMMAND_BATCH = 128
 SECONDS_BETWEEN_LOOKS = 0.25
@@ -40,7 +40,7 @@ def num_workers(job: Job) -> int:
 def packed(job: Job) -> Path:
     """A folder with shards and weights."""
     folder = job.bench.new_folder("speed")
-    job.run([*PYTHON, SCRIPT, "pack", folder, 8 if job.small else 16_384, encoder(job)], device="cpu")
+    job.run([*PYTHON, *SCRIPT, "pack", folder, 8 if job.small else 16_384, encoder(job)], device="cpu")
     return folder
 
 
@@ -60,7 +60,7 @@ def _measure(job: Job, *, batch: int, precision: str) -> dict[str, float]:
         "times": 1 if job.small else 40,
     }
     folder = job.shared("data for speed", packed)
-    return json.loads(job.run([*PYTHON, SCRIPT, "measure", folder, json.dumps(options)]).splitlines()[-1])
+    return json.loads(job.run([*PYTHON, *SCRIPT, "measure", folder, json.dumps(options)]).splitlines()[-1])
 
 
 def loop_speed(job: Job, *, batch: int, precision: str) -> Outcome:

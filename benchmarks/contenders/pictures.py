@@ -12,7 +12,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from loaders import BATCHES_AHEAD, Contender, loader_options, read_members
+from contenders.loader import BATCHES_AHEAD, Contender, loader_options, read_members
 
 OURS, EARLIER, BOOK, DECODE = "ours", "1b46dbb", "the book's loader", "decode as ours"
 CROP, MAX_TOKENS = 224, 20
@@ -99,9 +99,8 @@ def ours(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[Any]
 
 def earlier(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[Any]:
     """What train/main.py iterated at commit EARLIER, in its own code."""
+    from train.split import read_split  # type: ignore
     from train.stream import BatchStream, Share, ViewRules  # type: ignore
-
-    from train.data.split import read_split  # type: ignore
 
     split: Any = read_split([str(folder / EARLIER_SHARDS)], "train", remedy="pack again")  # of that commit
     stream = BatchStream(

@@ -1,15 +1,15 @@
 """Packing against its peers and its ceiling, in one run.
 
     python benchmarks/packing.py --images ../shared/data/coco/images                    # about 20 minutes
-    python benchmarks/packing.py --quick                                                # a minute, drawn pictures
+    python benchmarks/packing.py --quick                                                # a minute, drawn images
     python benchmarks/packing.py --images photos --memory --quality-table --json packing.json
 
-Contenders take turns: in each round every one packs the same slice of the pictures, and another one begins. Figures
-are medians over the rounds, ratios are medians of the rounds' ratios. All make 256 x 256 JPEGs of quality 95 with
-colour at full resolution, except img2dataset, whose encoder halves the colour's. Measure on a machine that does
-nothing else. Peers live in an environment of their own: make bench-peers.
+Contenders take turns: in each round all pack the same slice of the images, and each round starts with the next one.
+Figures are medians over the rounds, ratios are medians of the rounds' ratios. All make 256 x 256 JPEGs of quality 95
+without chroma subsampling, except img2dataset, whose encoder subsamples. Measure on an idle machine. Peers have their
+own environment: make bench-peers.
 
-Exit codes: 0 measured, whether or not the bars hold; 2 something to mend, told in one line.
+Exit codes: 0 measured, whether or not the bars hold; 2 an error that you can fix, in one line.
 """
 
 import math
@@ -76,30 +76,30 @@ ONE_WORKER, TWO_WORKERS = "ours through the engine, 1 worker", "ours through the
 
 @dataclass(frozen=True, kw_only=True)
 class PackingSettings:
-    """What is measured, on which pictures, and how long."""
+    """What is measured, on which images, and how often."""
 
     images: File | None = None
-    """Folder of photos such as COCO's; without it pictures in COCO's sizes are drawn, which compress like photos."""
+    """Folder of photos such as COCO's; without it, images in COCO's sizes are drawn that compress like photos."""
     rounds: Count | None = None
-    """Turns of each contender: 5, with --quick 2; of the whole jobs 3, with --quick 1, and never more than this."""
+    """Turns of each contender: 5, with --quick 2. Whole jobs have at most 3, with --quick 1."""
     pictures: Count | None = None
-    """Pictures to pack in all rounds together: 3,000, with --quick 160. The whole jobs take twice as many."""
+    """Images packed in all rounds together: 3,000, with --quick 160. Whole jobs pack twice as many."""
     workers: Workers = 2
     """Processes of the whole jobs, ours and img2dataset's."""
     peers: File | None = None
     """The Python that has img2dataset: .venv-peers/bin/python, as make bench-peers makes it."""
     quick: bool = False
-    """Everything small, to see that it runs: the figures are rough."""
+    """Everything small, only to see that it runs."""
     memory: bool = False
-    """Also watch a worker's memory over 20,000 pictures (minutes)."""
+    """Also measure a worker's memory over 20,000 images (minutes)."""
     quality_table: bool = False
-    """Also tell what each JPEG quality costs in bytes, time and truth to the picture."""
+    """Also measure bytes, time and accuracy of each JPEG quality."""
     json: File | None = None
     """Write run, rows and bars to this file."""
 
 
 def main(settings: PackingSettings) -> None:
-    """Make the pictures, measure, and tell."""
+    """Prepare the images, measure, and report."""
     peers = find_peers(settings.peers)
     plain_pillow(peers)
     use_one_thread()
@@ -114,9 +114,9 @@ def main(settings: PackingSettings) -> None:
             PACKAGES,
             backend=loading.backend(),
             libjpeg_turbo_of_pillow=features.version("libjpeg_turbo"),
-            img2dataset=peer_version(peers) if peers else "not there (make bench-peers): no peer in the whole job",
+            img2dataset=peer_version(peers) if peers else "not installed (make bench-peers): the whole job has no peer",
             **describe_pictures(settings.images, originals, small, large),
-            temporary_files=f"in {scratch.parent} (TMPDIR names another place)",
+            temporary_files=f"in {scratch.parent} (set TMPDIR to change)",
             mode="quick: rough figures" if settings.quick else "full",
         )
         print_rows("packing", [{"": name, "of this run": text} for name, text in run.items()])
@@ -136,8 +136,8 @@ def main(settings: PackingSettings) -> None:
 
 
 def describe_pictures(folder: Path | None, originals: Photos, small: Photos, large: Photos) -> dict[str, str]:
-    """Where the pictures come from, how many they are, and how large."""
-    source = f"from {folder}" if folder else "DRAWN for want of --images: not comparable with photos"
+    """Source, number and size of the images."""
+    source = f"from {folder}" if folder else "DRAWN, without --images: not comparable with photos"
     return {
         "COCO": f"{len(originals)} pictures {source}, repeated to {len(small):,}; {mean_kilobytes(small):.0f} kB each",
         "12 MP": f"{len(large)} JPEGs tiled from them, 4:2:0 quality 92; {mean_kilobytes(large):,.0f} kB each",
@@ -155,7 +155,7 @@ def mean_kilobytes(paths: Photos) -> float:
 def measure_steady_state(
     name: str, parts: Sequence[Photos], scratch: Path, *, peers: Path | None, scaling: Photos = ()
 ) -> tuple[list[dict[str, Any]], list[Bar]]:
-    """All contenders of one process on one kind of pictures, and the engine where there are pictures for `scaling`."""
+    """Measure all in-process contenders on one kind of images, and the engine on `scaling` if given."""
     contenders = make_contenders(parts, scratch, peers)
     for warm_up in make_contenders([parts[0][:2]], scratch, peers).values():
         warm_up(0)
@@ -184,7 +184,7 @@ def measure_steady_state(
 
 
 def make_contenders(parts: Sequence[Photos], scratch: Path, peers: Path | None) -> dict[str, Contender]:
-    """All contenders of one process, by name."""
+    """All in-process contenders, by name."""
     return {
         BOOK: like_the_book(parts, scratch, plain_pillow(peers)),
         SHARD_WRITER: in_this_process(pack_with_shard_writer, parts, scratch),
@@ -194,7 +194,7 @@ def make_contenders(parts: Sequence[Photos], scratch: Path, peers: Path | None) 
 
 
 def steady_bars(name: str, costs: dict[str, list[Cost | None]], best: str, *, scaling: bool) -> list[Bar]:
-    """What one worker, and a second one, must reach."""
+    """The bars of one worker, and of a second one."""
     times_the_book = times_as_fast(costs[OURS], costs[BOOK], clock="cpu_ms")
     bars = [
         at_least(f"{name}, ours / the ceiling (CPU)", times_as_fast(costs[OURS], costs[best], clock="cpu_ms"), 0.90),
@@ -218,10 +218,10 @@ def peer_version(peers: Path) -> str:
 def measure_whole_jobs(
     small: Photos, peers: Path | None, scratch: Path, settings: PackingSettings
 ) -> tuple[list[dict[str, Any]], list[Bar]]:
-    """The packing command against img2dataset's, from the shell's point of view."""
+    """Compare the packing command with img2dataset's, start-up included."""
     name = f"whole job, ours / {IMG2DATASET} with as many processes (wall)"
     if peers is None and settings.quick:
-        cli.console.print("whole job: left out, there is no peer and --quick is given")
+        cli.console.print("whole job: left out, because there is no peer and --quick is given")
         return [], [at_least(name, None, 1.7)]
     paths = repeat_photos(scratch / "job", small, count=2 * len(small))
     contenders: dict[str, Contender] = {JOB: our_job(paths, scratch, workers=settings.workers)}
@@ -254,12 +254,12 @@ def measure_whole_jobs(
 
 
 def measure_memory(small: Photos, scratch: Path, settings: PackingSettings) -> tuple[list[dict[str, Any]], list[Bar]]:
-    """A worker's memory over many shards: the highest in each quarter of its pictures."""
+    """A worker's memory over many shards: the maximum in each quarter of its images."""
     name = "memory, a worker's highest in its last quarter / in its first"
     if not settings.memory:
         return [], [at_most(name, None, 1.05)]
     if not Path("/proc/self/statm").exists():
-        raise UserError("--memory reads /proc, which this system does not have: leave it out")
+        raise UserError("--memory reads /proc, which this system lacks: leave the flag out")
     num_pictures = 400 if settings.quick else 20_000
     paths = repeat_photos(scratch / "memory", small, count=num_pictures)
     plans = make_plans(paths, scratch, shards=16)
@@ -274,7 +274,7 @@ def measure_memory(small: Photos, scratch: Path, settings: PackingSettings) -> t
 
 
 def watch_memory(plans: Sequence[ShardPlan], folder: str, num_pictures: int) -> list[float]:
-    """Pack all shards in this process; the highest resident memory in each quarter of the pictures, in MB."""
+    """Pack all shards in this process; the maximum resident memory in each quarter of the images, in MB."""
     use_one_thread()
     quarters = [0.0] * 4
     packed = 0
@@ -290,7 +290,7 @@ def watch_memory(plans: Sequence[ShardPlan], folder: str, num_pictures: int) -> 
 
 
 def resident_megabytes() -> float:
-    """This process' memory that is not swapped out."""
+    """This process's resident memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
 
 
@@ -298,7 +298,7 @@ def resident_megabytes() -> float:
 
 
 def measure_quality(originals: Photos, settings: PackingSettings) -> tuple[list[dict[str, Any]], list[Bar]]:
-    """What the stored JPEG's quality costs."""
+    """Measure what the stored JPEG's quality costs."""
     if not settings.quality_table:
         return [], []
     rows = jpeg_table.measure(originals[: 8 if settings.quick else 500], rounds=1 if settings.quick else 5)
@@ -307,7 +307,7 @@ def measure_quality(originals: Photos, settings: PackingSettings) -> tuple[list[
 
 
 def run() -> None:
-    """The entry."""
+    """The command line."""
     cli.run(main, PackingSettings, description=__doc__ or "")
 
 

@@ -1,21 +1,20 @@
-"""Training, end to end: the book's loop against ours, what cached features and packing bring, and a GPU's ceiling.
+"""Training, end to end: ours against the book's loop, the gain from cached features and packing, a GPU's ceiling.
 
     python benchmarks/training.py --images PHOTOS --captions captions.json       # about 8 minutes, COCO's JSON (or .gz)
-    python benchmarks/training.py --quick                                        # rough figures, drawn pictures
+    python benchmarks/training.py --quick                                        # rough figures, drawn images
     python benchmarks/training.py --images PHOTOS --captions captions.json --parts gpu --json training.json
 
-Contenders take turns on the same pictures, with a projection to 9,956 words; figures are medians over the rounds, and
-ratios medians of the rounds' ratios. A turn is a short epoch: reading, decoding, encoding, learning, and the start and
-end of loader processes. The model is new in each turn, and one small batch warms it up. Weights are random, captions
-are cut at the training command's length, and torch has one thread unless told otherwise. Without workers CPU time is
-compared, which other programs disturb little; with workers time on the clock: measure on a machine that does nothing
-else.
+Contenders take turns on the same images, with a projection to 9,956 words. Figures are medians over the rounds, ratios
+are medians of the rounds' ratios. A turn is a short epoch: reading, decoding, encoding, training, and the start and end
+of loader processes. Each turn has a new model, which a small batch warms up. Weights are random, captions are cut at
+the training command's length, and torch has one thread unless --threads says otherwise. Without workers CPU time is
+compared, which other programs disturb little; with workers wall time: measure on an idle machine.
 
-The book's loop has float32, one caption a sample, loose files, Pillow (or pillow-simd, where that is in its place) and
-NLTK; its frozen encoder may be in eval mode and without gradients, which the book does not give it. On a GPU ours is
-compared with its own encoder and decoder on a batch that lies there already, in steady state.
+The book's loop uses float32, one caption a sample, loose files, Pillow (or pillow-simd if installed) and NLTK. Its
+frozen encoder is in eval mode and without gradients, which is faster than in the book. On a GPU, ours is compared with
+its own encoder and decoder on a batch that is already on the device, in steady state.
 
-Exit codes: 0 measured, whether or not the bars hold; 2 something to mend, told in one line.
+Exit codes: 0 measured, whether or not the bars hold; 2 an error that you can fix, in one line.
 """
 
 import gc
@@ -75,34 +74,34 @@ Costs = Mapping[str, Sequence[Cost | None]]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """What is measured, on what, and how long."""
+    """What is measured, on which samples, and how often."""
 
     images: File | None = None
-    """Folder of photos such as COCO's; without it pictures in COCO's sizes are drawn, which compress like photos."""
+    """Folder of photos such as COCO's; without it, images in COCO's sizes are drawn that compress like photos."""
     captions: File | None = None
-    """Real captions in COCO's JSON (or .json.gz), given to the pictures in turn; without it words are drawn."""
+    """Real captions in COCO's JSON (or .json.gz), assigned to the images in turn; without it, random words."""
     parts: Literal["all", "cpu", "gpu"] = "all"
-    """The CPU's figures, the GPU's, or both; the GPU's are left out where there is none."""
+    """CPU figures, GPU figures (left out without a GPU), or both."""
     rounds: Count | None = None
     """Turns of each contender: 3, with --quick 1."""
     steps: Count | None = None
     """Batches of a CPU turn: 2, with --quick 1."""
     workers: WorkersOrZero = 0
-    """Loader processes of both contenders in the CPU's figures."""
+    """Loader workers of both contenders for the CPU figures."""
     gpu_workers: WorkersOrZero | None = None
-    """Loader processes in the GPU's figures: all processors, unless told otherwise."""
+    """Loader workers for the GPU figures: one a processor, unless given."""
     threads: Workers = 1
     """Threads of torch in the training process."""
     quick: bool = False
-    """Everything small, to see that it runs: the figures are rough."""
+    """Everything small, only to see that it runs."""
     json: File | None = None
     """Write run, rows and bars to this file."""
 
 
 def main(settings: TrainingSettings) -> None:
-    """Make the samples, measure, and tell."""
+    """Prepare the samples, measure, and report."""
     torch.set_num_threads(settings.threads)
-    torch.set_float32_matmul_precision("high")  # as the training command has it
+    torch.set_float32_matmul_precision("high")  # as in the training command
     rows: list[dict[str, Any]] = []
     bars: list[Bar] = []
     with tempfile.TemporaryDirectory(prefix="training-") as temporary:
@@ -112,7 +111,7 @@ def main(settings: TrainingSettings) -> None:
         run = describe_run(
             PACKAGES,
             pictures=f"{len(originals)} {f'from {settings.images}' if settings.images else 'DRAWN'}, repeated",
-            captions=settings.captions or "DRAWN for want of --captions",
+            captions=settings.captions or "DRAWN, without --captions",
             bf16_on_the_cpu="yes" if has_bf16() else "no",
             gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
             mode="quick: rough figures" if settings.quick else "full",
@@ -135,14 +134,14 @@ def has_bf16() -> bool:
 
 
 def clock_of(workers: int) -> str:
-    """CPU time where all of it is known."""
+    """The clock to compare by: CPU time if all of it is known."""
     return "wall_ms" if workers else "cpu_ms"
 
 
 def measure_on_cpu(
     settings: TrainingSettings, originals: Sequence[Path], captions: Sequence[Sequence[str]] | None, scratch: Path
 ) -> tuple[list[dict[str, Any]], list[Bar]]:
-    """The book's loop, ours in each precision, and what features and packing bring."""
+    """Measure the book's loop, ours in each precision, and the gain from cached features and packing."""
     clock = clock_of(settings.workers)
     if settings.parts == "gpu":
         return [], cpu_bars({}, clock=clock)
@@ -158,15 +157,15 @@ def measure_on_cpu(
     rows = cpu_rows(costs)
     words = f"batch {batch}, workers: {settings.workers}, torch's threads: {settings.threads}"
     print_rows(f"training on the CPU, {words}: medians of {rounds} rounds", rows)
-    told = [{"encoder": HEAVY, **features_figures(costs, clock=clock)}]
-    print_rows("cached features, end to end: pictures are decoded without them", told)
-    return [{"table": "CPU", **row} for row in rows] + [{"table": "cached features", **row} for row in told], cpu_bars(
+    gains = [{"encoder": HEAVY, **features_figures(costs, clock=clock)}]
+    print_rows("cached features, end to end: images are decoded without them", gains)
+    return [{"table": "CPU", **row} for row in rows] + [{"table": "cached features", **row} for row in gains], cpu_bars(
         costs, clock=clock
     )
 
 
 def cpu_contenders(job: Job, *, steps: int) -> dict[str, Contender]:
-    """All that can be measured here; the heavy encoder has one step where it sees pictures."""
+    """All contenders that can run here; those that encode images with the heavy encoder have one step."""
     light = replace(job, encoder=LIGHT)
     found = {
         label(LIGHT, "no", BOOK): like_the_book(light, steps=steps),
@@ -185,17 +184,17 @@ def cpu_contenders(job: Job, *, steps: int) -> dict[str, Contender]:
 
 
 def label(encoder: str, precision: Precision, name: str) -> str:
-    """A contender's name among all."""
+    """A contender's full name."""
     return f"{encoder}, {NAMES[precision]}: {name}"
 
 
 def ratio(costs: Costs, one: str, other: str, *, clock: str) -> float | None:
-    """How many times as fast one contender is as another; None where one of them is not there."""
+    """How many times as fast one contender is as another; None if one is missing."""
     return times_as_fast(costs[one], costs[other], clock=clock) if one in costs and other in costs else None
 
 
 def cpu_rows(costs: Costs) -> list[dict[str, Any]]:
-    """A row for each contender, also for those that this processor is no place for."""
+    """A row for each contender, including those that this processor cannot run."""
     rows = []
     for encoder in (LIGHT, HEAVY):
         for precision, name in (("no", BOOK), ("no", OURS), ("bf16", OURS), ("no", CACHED), ("no", ENCODER),
@@ -221,7 +220,7 @@ def cpu_rows(costs: Costs) -> list[dict[str, Any]]:
 
 
 def features_figures(costs: Costs, *, clock: str) -> dict[str, float | None]:
-    """How many times as fast cached features make an epoch, and how many times they could."""
+    """The speed-up of an epoch by cached features, and its upper bound."""
     encoder_ms, decoder_ms = (
         median_of(costs.get(label(HEAVY, "no", name), ()), figure=clock) for name in (ENCODER, DECODER)
     )
@@ -235,7 +234,7 @@ def features_figures(costs: Costs, *, clock: str) -> dict[str, float | None]:
 
 
 def cpu_bars(costs: Costs, *, clock: str) -> list[Bar]:
-    """What ours must reach."""
+    """The bars of ours."""
     by = "CPU" if clock == "cpu_ms" else "wall"
     bars: list[Bar] = []
     for encoder, precision, bar in ((LIGHT, "no", 2.5), (LIGHT, "bf16", 4.5), (HEAVY, "bf16", 8.0)):
@@ -255,24 +254,24 @@ def cpu_bars(costs: Costs, *, clock: str) -> list[Bar]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuCost(Cost):
-    """A stretch of an epoch in steady state, in captions."""
+    """The cost of part of an epoch in steady state, in captions."""
 
     waiting_seconds: float
     peak_gigabytes: float
 
     @property
     def waiting_share(self) -> float:
-        """Of the time, the share in which the training process waited for a batch."""
+        """The share of the time in which the training process waited for a batch."""
         return self.waiting_seconds / self.wall_seconds
 
 
 def measure_on_gpu(
     settings: TrainingSettings, originals: Sequence[Path], captions: Sequence[Sequence[str]] | None, scratch: Path
 ) -> tuple[list[dict[str, Any]], list[Bar]]:
-    """Ours, with and without cached features, against encoder and decoder on a batch that is there already."""
+    """Measure ours, with and without cached features, against encoder and decoder on a batch on the device."""
     if settings.parts == "cpu" or not torch.cuda.is_available():
         return [], gpu_bars([])
-    torch.set_num_threads(count_processors())  # which the training command leaves as it is beside a GPU
+    torch.set_num_threads(count_processors())  # the training command's setting with a GPU
     folder = scratch / "gpu"
     pack(originals, captions, folder, num_samples=5120 if settings.quick else 30_720)
     workers = (count_processors()) if settings.gpu_workers is None else settings.gpu_workers
@@ -299,7 +298,7 @@ def measure_on_gpu(
 
 
 def train_steadily(job: Job, *, cached: bool) -> Contender:
-    """An epoch without its first and last tenth: the device is warm, and workers fill their queues to the end."""
+    """Train for an epoch; its first and last tenth are not timed, so the device is warm and queues are full."""
 
     def turn(number: int) -> Cost:
         gc.collect()
@@ -335,7 +334,7 @@ def train_steadily(job: Job, *, cached: bool) -> Contender:
 
 
 def gpu_rows(costs: Costs, *, batch: int) -> list[dict[str, Any]]:
-    """A row for each contender; ours are compared with the parts that they have to do."""
+    """A row for each contender; ours are compared with their parts."""
     wall_ms = {name: median_of(turns, figure="wall_ms") or 0.0 for name, turns in costs.items()}
     parts = {OURS: wall_ms[ENCODER] + wall_ms[DECODER], CACHED: wall_ms[DECODER]}
     return [
@@ -352,7 +351,7 @@ def gpu_rows(costs: Costs, *, batch: int) -> list[dict[str, Any]]:
 
 
 def gpu_bars(rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
-    """What ours must reach on a GPU, for each batch."""
+    """The bars of ours on a GPU, for each batch size."""
     found = {(row["batch"], row["contender"]): row for row in rows}
     bars = []
     for batch in GPU_BATCHES:
@@ -365,7 +364,7 @@ def gpu_bars(rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
 
 
 def run() -> None:
-    """The entry."""
+    """The command line."""
     cli.run(main, TrainingSettings, description=__doc__ or "")
 
 

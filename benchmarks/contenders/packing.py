@@ -50,7 +50,7 @@ def slices(paths: Photos, rounds: int) -> list[Photos]:
 
 
 def make_plans(paths: Photos, scratch: Path, *, shards: int) -> list[ShardPlan]:
-    """The packing command's own plan for these pictures, in about so many shards."""
+    """The packing command's own plan for these images, in about `shards` shards."""
     captions = str(write_captions(paths, scratch / "slice.jsonl"))
     folder = str(paths[0].parent)
     (source,) = find_sources(images=folder, captions=captions, split="train")
@@ -64,7 +64,7 @@ def make_plans(paths: Photos, scratch: Path, *, shards: int) -> list[ShardPlan]:
 
 
 def like_the_book(parts: Sequence[Photos], scratch: Path, python: Path) -> Contender:
-    """The book's loop, in a process of its own: where pillow-simd is in Pillow's place, the peers' Python runs it."""
+    """The book's loop in its own process; if pillow-simd is installed, the peers' Python runs it."""
 
     def turn(number: int) -> Cost:
         paths = parts[number]
@@ -74,14 +74,14 @@ def like_the_book(parts: Sequence[Photos], scratch: Path, python: Path) -> Conte
                 command, input="\n".join(map(str, paths)), capture_output=True, text=True, check=False
             )
         if done.returncode:
-            raise UserError(f"{python} book.py failed ({done.stderr[-300:]}): make bench-peers brings it Pillow")
+            raise UserError(f"{python} book_packing.py failed ({done.stderr[-300:]}): make bench-peers installs Pillow")
         return Cost(items=len(paths), **json.loads(done.stdout))
 
     return turn
 
 
 def pack_with_shard_writer(part: Photos, folder: Path) -> None:
-    """What most would write today: Pillow's pictures and JSON into webdataset's writer."""
+    """The usual way: images from Pillow and JSON into webdataset's writer."""
     from webdataset import ShardWriter
 
     with ShardWriter(str(folder / "%06d.tar"), maxsize=64e6, verbose=0) as writer:
@@ -105,7 +105,7 @@ def in_this_process(action: Callable[[Photos, Path], None], parts: Sequence[Phot
 
 
 def ours_in_this_process(parts: Sequence[Photos], scratch: Path) -> Contender:
-    """Real plans, really written; the plan itself is made before the clock starts."""
+    """Pack and write real plans; planning is not timed."""
 
     def turn(number: int) -> Cost:
         plans = make_plans(parts[number], scratch, shards=1)
@@ -119,14 +119,14 @@ def ours_in_this_process(parts: Sequence[Photos], scratch: Path) -> Contender:
 
 
 def convert_with_pillow(data: bytes) -> bytes:
-    """Pillow, or pillow-simd in its place."""
+    """Decode, resize and encode with Pillow or pillow-simd."""
     return loading.encode_jpeg(
         open_drafted(data).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS), quality=QUALITY
     )
 
 
 def convert_natively(data: bytes) -> bytes:
-    """torchvision's decoder (Pillow's where a reduced scale will do) and torch's resize; Pillow's encoder."""
+    """torchvision's decoder (Pillow's if a reduced scale is enough) and torch's resize; Pillow's encoder."""
     import numpy as np
     import torch
     from torchvision.io import ImageReadMode
@@ -143,7 +143,7 @@ def convert_natively(data: bytes) -> bytes:
 
 
 def convert_with_simplejpeg(data: bytes) -> bytes:
-    """libjpeg-turbo's own interface both ways, and torch's resize between, or Pillow's where torch has none."""
+    """Decode and encode with libjpeg-turbo's own interface; resize with torch, or with Pillow if torch cannot."""
     import numpy as np
     import simplejpeg  # type: ignore
 
@@ -159,14 +159,14 @@ def convert_with_simplejpeg(data: bytes) -> bytes:
 
 
 def open_drafted(data: bytes) -> Image.Image:
-    """The picture, to be decoded at the reduced scale that ours allows."""
+    """The image, to be decoded at the reduced scale that ours allows."""
     image = Image.open(io.BytesIO(data))
     draft(image)
     return image
 
 
 def draft(image: Image.Image) -> None:
-    """Let a JPEG be decoded at a reduced scale while that is large enough for the wanted quality."""
+    """Let a JPEG be decoded at a reduced scale that is still large enough for the wanted quality."""
     side = math.ceil(loading.DRAFT_SCALE * SIZE)
     image.draft("RGB", (side, side))
 
@@ -179,13 +179,13 @@ def resize_natively(pixels_3HW: Any) -> Any:
 
 
 def to_picture(pixels_3HW: Any) -> Image.Image:
-    """A Pillow picture of (3, H, W) bytes, the quicker way: by bands."""
+    """A Pillow image of (3, H, W) bytes; band by band is faster."""
     bands = pixels_3HW.contiguous().numpy()
     return Image.merge("RGB", [Image.frombuffer("L", (SIZE, SIZE), band, "raw", "L", 0, 1) for band in bands])
 
 
 def ceilings() -> dict[str, Callable[[bytes], bytes]]:
-    """What is installed here, by name."""
+    """The installed converters, by name."""
     found: dict[str, Callable[[bytes], bytes]] = {f"ceiling: {PILLOW}": convert_with_pillow}
     if loading._has_native_lanczos():
         found["ceiling: native (torchvision, torch)"] = convert_natively
@@ -195,7 +195,7 @@ def ceilings() -> dict[str, Callable[[bytes], bytes]]:
 
 
 def in_memory(convert: Callable[[bytes], bytes], parts: Sequence[Photos]) -> Contender:
-    """A contender whose pictures were read before the clock starts, and that writes nothing."""
+    """A contender that reads its images before the clock starts, and writes nothing."""
 
     def turn(number: int) -> Cost:
         contents = [path.read_bytes() for path in parts[number]]
@@ -208,30 +208,29 @@ def in_memory(convert: Callable[[bytes], bytes], parts: Sequence[Photos]) -> Con
 
 
 def through_the_engine(paths: Photos, scratch: Path, *, workers: int) -> Contender:
-    """All pictures in each round, by so many workers; only the time in which all of them were busy counts."""
+    """Pack all images in each round with `workers` workers; only the time in which all are busy counts."""
 
     def turn(number: int) -> Cost | None:
         plans = make_plans(paths, scratch, shards=8)
-        heard: list[tuple[float, Progress]] = []
+        seen: list[tuple[float, Progress]] = []
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             for _ in run_local(
-                plans, folder, workers=workers, report=lambda now: heard.append((time.perf_counter(), now))
+                plans, folder, workers=workers, report=lambda now: seen.append((time.perf_counter(), now))
             ):
                 pass
-        return steady_cost(heard, {plan.name: len(plan.records) for plan in plans}, workers=workers)
+        return steady_cost(seen, {plan.name: len(plan.records) for plan in plans}, workers=workers)
 
     return turn
 
 
-def steady_cost(heard: Sequence[tuple[float, Progress]], lengths: dict[str, int], *, workers: int) -> Cost | None:
-    """The time a picture, from the moment at which every worker had told of its progress to that at which the first
-    one found no further shard. Start-up (processes, importing torch) and the last stragglers lie outside.
+def steady_cost(seen: Sequence[tuple[float, Progress]], lengths: dict[str, int], *, workers: int) -> Cost | None:
+    """The cost while all workers are busy: from the first progress of every worker until one finds no further shard.
 
-    None where the pictures were too few for such a time.
+    Start-up (processes, importing torch) and the last shards are not counted. None if there were too few images.
     """
     done: dict[str, int] = {}
     start: tuple[float, int] | None = None
-    for seconds, progress in heard:
+    for seconds, progress in seen:
         done[progress.shard] = progress.pictures
         pictures = sum(done.values())
         if start is None and len(done) >= workers:
@@ -267,9 +266,9 @@ def our_job(paths: Photos, scratch: Path, *, workers: int) -> Contender:
 
 
 def peers_job(paths: Photos, scratch: Path, peers: Path, *, workers: int, **changed: bool | None) -> Contender:
-    """img2dataset with one caption a picture and its defaults, save what makes the work the same as ours.
+    """img2dataset with its defaults and one caption an image, except for flags that make its work the same as ours.
 
-    It has no squash: `center_crop` also ends at 256 x 256 pixels. The pictures are file:// addresses.
+    It cannot ignore the aspect ratio: `center_crop` also gives 256 x 256 pixels. Images are file:// addresses.
     """
     rows = [{"url": path.as_uri(), "caption": make_captions(number)[0]} for number, path in enumerate(paths)]
     listing = scratch / "peers.jsonl"
@@ -300,7 +299,9 @@ def peers_job(paths: Photos, scratch: Path, peers: Path, *, workers: int, **chan
 
 
 def check_complete(cost: Cost, num_packed: int) -> Cost:
-    """The cost, of a job that packed every picture. Raises UserError."""
+    """The cost of a job that packed every image. Raises UserError."""
     if num_packed != cost.items:
-        raise UserError(f"only {num_packed:,} of {cost.items:,} pictures were packed: the job's time means nothing")
+        raise UserError(
+            f"only {num_packed:,} of {cost.items:,} images were packed: its time means nothing, see the errors above"
+        )
     return cost

@@ -49,14 +49,14 @@ CAPTIONS_A_PICTURE = 5
 WARM_UP_SAMPLES = 2
 DEFAULTS = TrainSettings()
 WIDTHS = TrainSettings(**NEW_MODEL).model_config(0)
-Precision = Literal["no", "bf16"]  # as Accelerate names them
+Precision = Literal["no", "bf16"]  # Accelerate's names
 
 
 # ---- the samples ------------------------------------------------------------------------------------------
 
 
 def read_captions(file: Path) -> list[list[str]]:
-    """The captions of each picture of a COCO file. Raises UserError."""
+    """The captions of each image of a COCO file. Raises UserError."""
     of_picture: dict[Any, list[str]] = {}
     try:
         data = file.read_bytes()
@@ -64,21 +64,21 @@ def read_captions(file: Path) -> list[list[str]]:
         for row in content["annotations"]:
             of_picture.setdefault(row["image_id"], []).append(row["caption"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read --captions {file} ({error!r}): give captions in COCO's JSON") from error
+        raise UserError(f"cannot read --captions {file} ({error!r}): give captions in COCO's JSON format") from error
     whole = [captions for captions in of_picture.values() if len(captions) >= CAPTIONS_A_PICTURE]
     if not whole:
-        raise UserError(f"--captions {file} has no picture with {CAPTIONS_A_PICTURE} captions: give COCO's")
+        raise UserError(f"--captions {file} has no image with {CAPTIONS_A_PICTURE} captions: give COCO's")
     return [captions[:CAPTIONS_A_PICTURE] for captions in whole]
 
 
 def pack(
     originals: Sequence[Path], captions: Sequence[Sequence[str]] | None, folder: Path, *, num_samples: int
 ) -> None:
-    """Shards of so many samples and their vocabulary, by the packing command. Raises UserError."""
+    """Pack `num_samples` samples and their vocabulary with the packing command. Raises UserError."""
     paths = stored_photos(originals, folder, count=num_samples)
     chosen = [captions[n % len(captions)] if captions else make_captions(n) for n in range(num_samples)]
     file, words = folder / "captions.jsonl", folder / "words.json"
-    rows = [{"path": path.name, "captions": told} for path, told in zip(paths, chosen, strict=True)]
+    rows = [{"path": path.name, "captions": texts} for path, texts in zip(paths, chosen, strict=True)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words.write_text(make_vocabulary(chosen).to_json())
     pack_samples(
@@ -92,15 +92,15 @@ def pack(
 
 
 def make_vocabulary(captions: Sequence[Sequence[str]]) -> Vocabulary:
-    """The captions' words, the most frequent first, and made-up ones that fill up to NUM_WORDS."""
-    found = Vocabulary.from_counts(count_words(tokenize(text) for told in captions for text in told), threshold=1)
+    """The captions' words, most frequent first, filled up to NUM_WORDS with made-up ones."""
+    found = Vocabulary.from_counts(count_words(tokenize(text) for texts in captions for text in texts), threshold=1)
     fillers = tuple(f"<filler-{number}>" for number in range(NUM_WORDS))
     words, counts = (found.words + fillers)[:NUM_WORDS], (found.counts + (0,) * NUM_WORDS)[:NUM_WORDS]
     return replace(found, words=words, counts=counts)
 
 
 def find_vocabulary(folder: Path) -> Vocabulary:
-    """The words of the samples in `folder`."""
+    """The vocabulary of the samples in `folder`."""
     return read_vocabulary(str(folder / SHARDS / "vocabulary.json"), remedy="pack again")
 
 
@@ -108,7 +108,7 @@ def find_vocabulary(folder: Path) -> Vocabulary:
 
 
 class BookCaptions(Dataset[tuple[Tensor, list[int]]]):
-    """One caption a sample: its picture from a loose file, decoded each time, and its token ids."""
+    """One caption a sample: its image, decoded from a loose file each time, and its token ids."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "loose"
@@ -131,12 +131,12 @@ class BookCaptions(Dataset[tuple[Tensor, list[int]]]):
         name, caption = self.samples[index]
         image_3PP: Any = self.transform(Image.open(self.folder / name).convert("RGB"))
         ids = self.vocabulary.encode(word_tokenize(caption.lower(), preserve_line=True))
-        ending = [END] if len(ids) <= DEFAULTS.max_tokens else []
-        return image_3PP, [START, *ids[: DEFAULTS.max_tokens], *ending]
+        last = [END] if len(ids) <= DEFAULTS.max_tokens else []
+        return image_3PP, [START, *ids[: DEFAULTS.max_tokens], *last]
 
 
 def collate_captions(samples: list[tuple[Tensor, list[int]]]) -> tuple[Tensor, Tensor, list[int]]:
-    """Images (B, 3, P, P), padded token ids (B, T), the longest first, and their lengths."""
+    """Images (B, 3, P, P), padded token ids (B, T), longest first, and their lengths."""
     samples.sort(key=lambda sample: len(sample[1]), reverse=True)
     lengths = [len(ids) for _, ids in samples]
     tokens_BT = torch.full((len(samples), lengths[0]), PAD)
@@ -146,7 +146,7 @@ def collate_captions(samples: list[tuple[Tensor, list[int]]]) -> tuple[Tensor, T
 
 
 class BookModel(nn.Module):
-    """The book's encoder and decoder: B images with a caption each; its weights lie as torchvision makes them."""
+    """The book's encoder and decoder for B images with a caption each, with torchvision's memory layout."""
 
     def __init__(self, encoder: str, *, num_words: int) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class BookModel(nn.Module):
 
 
 def like_the_book(job: "Job", *, steps: int) -> Contender:
-    """So many steps of the book's loop on samples drawn at random."""
+    """`steps` steps of the book's loop on randomly drawn samples."""
     dataset = BookCaptions(job.folder)
 
     def turn(number: int) -> Cost:
@@ -207,10 +207,10 @@ class Job:
 
 
 class Trainer:
-    """What train/main.py puts together, with a new model of random weights, the same ones in each turn."""
+    """The parts of train/main.py, with a new model whose random weights are the same in each turn."""
 
     def __init__(self, job: Job) -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision otherwise
+        AcceleratorState._reset_state(reset_partial_state=True)  # otherwise a process has only one precision
         self.accelerator = Accelerator(cpu=job.on_cpu, mixed_precision=job.precision)
         self.split = read_split([str(job.folder / SHARDS)], "train", remedy="pack again")
         self.batch = job.batch
@@ -238,7 +238,7 @@ class Trainer:
         )
 
     def features(self) -> FeatureFiles:
-        """The cached features, made where they are not there yet."""
+        """The cached features, computed if they do not exist yet."""
         found = prepare_features(
             [self.split],
             loss_model=self.loss_model,
@@ -249,21 +249,21 @@ class Trainer:
         return found[self.split.name]
 
     def epoch(self, number: int, features: FeatureFiles | None, *, steps: int | None = None) -> StreamingLoader:
-        """A loader of crops at random, or of cached features, at the beginning of an epoch, or at its last `steps`."""
+        """A loader of random crops, or of cached features, at the beginning of an epoch or at its last `steps`."""
         loader = self.open_loader(self.split, training=True, features=features)
         first = 0 if steps is None else max(0, len(loader) - steps)
         loader.set_epoch(number)
-        loader.load_state_dict(loader.state_dict(steps=first))
+        loader.load_state_dict(loader.state_dict() | {"position": first * loader.batch_size})
         return loader
 
     def batch_of(self, num_samples: int, features: FeatureFiles | None) -> Batch:
-        """A batch that lies on the device."""
+        """A batch on the device."""
         loader = self.open_loader(self.split, batch_size=num_samples, num_workers=0, features=features)
         (batch,) = next(iter(loader))
         return batch.to(self.accelerator.device)
 
     def step(self, batch: Batch) -> None:
-        """A step, whatever is in the batch."""
+        """A training step on images or features."""
         train_step(
             self.wrapped, [batch], optimizer=self.optimizer, schedule=self.schedule, accelerator=self.accelerator
         )
@@ -274,7 +274,7 @@ class Trainer:
             self.model.encoder(normalise(batch.inputs, self.loss_model.view))
 
     def padded_step(self, batch: Batch) -> None:
-        """A step on features, with padding: the LSTM and the logits go over all places up to the longest caption."""
+        """A step on features with padding: LSTM and logits cover all positions up to the longest caption."""
         captions, model = batch.captions, self.model
         inputs_TN, targets_TN = (
             pad_packed_sequence(PackedSequence(tokens_M, captions.batch_sizes_T), padding_value=PAD)[0]
@@ -291,7 +291,7 @@ class Trainer:
 
 
 def train_epoch(job: Job, *, steps: int, cached: bool = False) -> Contender:
-    """The last steps of an epoch."""
+    """Train on the last `steps` steps of an epoch."""
 
     def turn(number: int) -> Cost:
         trainer = Trainer(job)
@@ -312,7 +312,7 @@ def train_epoch(job: Job, *, steps: int, cached: bool = False) -> Contender:
 
 
 def repeat_alone(job: Job, action: Callable[[Trainer, Batch], None], *, times: int = 1, cached: bool) -> Contender:
-    """A part of a step, so many times on one batch that lies on the device."""
+    """Repeat a part of a step `times` times on one batch on the device."""
 
     def turn(_number: int) -> Cost:
         trainer = Trainer(job)
@@ -331,12 +331,14 @@ def repeat_alone(job: Job, action: Callable[[Trainer, Batch], None], *, times: i
 
 
 def num_captions_of(batch: Batch) -> int:
-    """All captions of all its pictures."""
+    """The number of captions of all its images."""
     return len(batch.captions.image_of_caption_N)
 
 
 def time_all(action: Callable[[], int]) -> Cost:
-    """What `action`, which tells how many items it did, costs in this process and those that it started and ended."""
+    """The cost of `action`, which returns its number of items, in this process and in children that it started and
+    ended.
+    """
     gc.collect()
     wait_for_gpu()
     wall, cpu = time.perf_counter(), sum(os.times()[:4])
@@ -346,6 +348,6 @@ def time_all(action: Callable[[], int]) -> Cost:
 
 
 def wait_for_gpu() -> None:
-    """Until it has done all that it was told, where there is one."""
+    """Wait until the GPU has finished, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

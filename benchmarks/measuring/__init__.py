@@ -1,1 +1,1 @@
-"""What every benchmark needs: pictures, commands and their cost, figures, bars, tables and JSON."""
+"""What every benchmark needs: images, commands and their cost, figures, bars, tables and JSON."""

@@ -1,4 +1,4 @@
-"""Commands that the benchmarks run: ours, timed, and the Python of the peers."""
+"""The commands that benchmarks run and time, and the Pythons of the peers."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from measuring.figures import Cost
 from measuring.photos import repeat_photos, store_photos
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SAMPLE_BYTES = 42_600  # of a stored picture and its captions, to cut the pictures into a wanted number of shards
+SAMPLE_BYTES = 42_600  # of a stored image and its captions; sets the number of shards
 
 
 def run_timed(command: Sequence[str | Path], scratch: Path, items: int) -> Cost:
@@ -62,7 +62,7 @@ def code_environment(code: Path) -> dict[str, str]:
 
 
 def shard_megabytes(num_pictures: int, *, shards: int) -> int:
-    """The --shard-megabytes that gives about this number of shards; 64, the default, for 6,000 pictures in 4."""
+    """The --shard-megabytes that gives about this number of shards; 64, the default, for 6,000 images in 4."""
     return math.ceil(num_pictures * SAMPLE_BYTES / shards / 1e6)
 
 

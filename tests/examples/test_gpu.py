@@ -170,7 +170,7 @@ def test_what_several_rows_need_is_made_once_and_fails_once(bench: Bench) -> Non
     assert len(made) == 1
     assert sorted(finding.result for finding in table.findings) == ["FAIL", "skipped", "skipped", "skipped"]
     assert {finding.reason for finding in table.findings if finding.result == "skipped"} == {
-        "it needs what failed before: a run"
+        "depends on a failed step: a run"
     }
 
 

@@ -52,10 +52,10 @@ from measure import (
     write_json,
 )
 from photos import draw_photos, find_photos, make_captions, repeat_photos, tile_photos, write_captions
-from sharding.make_shards import plan_split
 from sharding.packing.engine import run_local
 from sharding.packing.pack import Progress, pack_shard
-from sharding.packing.planning import ShardPlan
+from sharding.packing.pack_split import make_recipe
+from sharding.packing.planning import ShardPlan, plan_split
 from sharding.packing.sources import find_sources
 from sharding.settings import ShardSettings
 
@@ -181,7 +181,7 @@ def make_plans(paths: Sequence[Path], scratch: Path, *, shards: int) -> list[Sha
     settings = ShardSettings(
         images=folder, captions=captions, split="train", shard_megabytes=shard_megabytes(len(paths), shards=shards)
     )
-    return plan_split(source, settings)[0]
+    return plan_split(source, make_recipe(settings))[0]
 
 
 def shard_megabytes(num_pictures: int, *, shards: int) -> int:

@@ -458,16 +458,17 @@ def photos_of(work: Work) -> list[Path]:
 
 def plan_packing(images: Path, captions: Path) -> Row:
     """Plan a split's packing, and finish as if its shards had been packed."""
-    from sharding.make_shards import plan_split
     from sharding.packing.finish import write_manifest, write_vocabulary
     from sharding.packing.pack import PackedShard
+    from sharding.packing.pack_split import make_recipe
+    from sharding.packing.planning import plan_split
     from sharding.packing.sources import find_sources
     from sharding.settings import ShardSettings
 
     laps = Laps()
     settings = ShardSettings(images=str(images), captions=str(captions), split="train")
     (source,) = find_sources(images=settings.images, captions=settings.captions, split="train")
-    plans, _ = plan_split(source, settings)
+    plans, _ = plan_split(source, make_recipe(settings))
     row = {"shards": len(plans), "plan_seconds": laps.lap(), "plan_megabytes": laps.megabytes}
     assert all(pickle.dumps(plan) for plan in plans)  # as when sent to a worker
     row["send_seconds"] = laps.lap()

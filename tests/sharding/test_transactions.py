@@ -25,6 +25,7 @@ from captioner.files import storage
 from captioner.images import loading
 from captioner.shards.format import read_manifest
 from sharding import make_shards
+from sharding.packing import pack_split
 from sharding.settings import ShardSettings
 
 NUM_PICTURES = 60  # 3 a shard
@@ -197,7 +198,7 @@ def test_pictures_that_vanish_while_they_are_packed(coco: Path, undisturbed: dic
         process.join()
         assert process.exitcode == 1  # UserError, outside the command that would make it a line
     assert not (output / "train.manifest.json").exists()
-    with pytest.raises(UserError, match="none of the 60 pictures of split train is in"):
+    with pytest.raises(UserError, match="none of the 60 images of split train is in"):
         make_shards.main(flags(data, output))
     (data / "away").rename(data / "train2014")
     kept = finished(output)
@@ -214,10 +215,10 @@ def test_a_picture_that_vanishes_or_changes_after_planning_is_told_and_no_shard_
     shutil.copytree(coco, data)
     some = next((data / "train2014").iterdir())
     content = some.read_bytes()
-    planned = make_shards.plan_split
+    planned = pack_split.plan_split
 
     def then(action: Callable[[], object]) -> None:
-        monkeypatch.setattr(make_shards, "plan_split", lambda *given: (planned(*given), action())[0])
+        monkeypatch.setattr(pack_split, "plan_split", lambda *given: (planned(*given), action())[0])
 
     then(some.unlink)
     with pytest.raises(UserError, match=f"{some.name} vanished while it was packed"):
@@ -272,7 +273,7 @@ def test_a_caption_file_without_captions_leaves_a_finished_split_alone(coco: Pat
     make_shards.main(flags(coco, output))
     before = files(output)
     empty.write_text("image,caption\n")
-    with pytest.raises(UserError, match="holds no picture of split train to pack"):
+    with pytest.raises(UserError, match="holds no image of split train to pack"):
         make_shards.main(flags(coco, output, captions=str(empty)))
     assert files(output) == before
 

@@ -75,7 +75,7 @@ from measure import (
 from packing import QUALITY, REPOSITORY, SIZE, shard_megabytes
 from photos import draw_photos, find_photos, make_captions, repeat_photos
 from picture_loaders import CAPTIONS, CROP, MEAN, SHARDS, STD, write_loose
-from train.data.batches import PINNED_FOR, Batch, caption_loader
+from train.data.batches import PINNED_FOR, CaptionBatch, caption_loader
 from train.data.features import FeatureFiles
 from train.run.encode import prepare_features
 from train.settings import NEW_MODEL, TrainSettings
@@ -371,24 +371,24 @@ class Trainer:
         loader.load_state_dict(loader.state_dict(steps=first))
         return loader
 
-    def batch_of(self, num_samples: int, features: FeatureFiles | None) -> Batch:
+    def batch_of(self, num_samples: int, features: FeatureFiles | None) -> CaptionBatch:
         """A batch that lies on the device."""
         loader = self.open_loader(self.split, batch_size=num_samples, num_workers=0, features=features)
         (batch,) = next(iter(loader))
         return batch.to(self.accelerator.device)
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: CaptionBatch) -> None:
         """A step, whatever is in the batch."""
         train_step(
             self.wrapped, [batch], optimizer=self.optimizer, schedule=self.schedule, accelerator=self.accelerator
         )
 
-    def encode(self, batch: Batch) -> None:
+    def encode(self, batch: CaptionBatch) -> None:
         """The encoder's part of a step."""
         with torch.no_grad(), self.accelerator.autocast():
             self.model.encoder(normalise(batch.inputs, self.loss_model.view))
 
-    def padded_step(self, batch: Batch) -> None:
+    def padded_step(self, batch: CaptionBatch) -> None:
         """A step on features, with padding: the LSTM and the logits go over all places up to the longest caption."""
         captions, model = batch.captions, self.model
         inputs_TN, targets_TN = (
@@ -426,7 +426,9 @@ def train_epoch(job: Job, *, steps: int, cached: bool = False) -> Contender:
     return turn
 
 
-def repeat_alone(job: Job, action: Callable[[Trainer, Batch], None], *, times: int = 1, cached: bool) -> Contender:
+def repeat_alone(
+    job: Job, action: Callable[[Trainer, CaptionBatch], None], *, times: int = 1, cached: bool
+) -> Contender:
     """A part of a step, so many times on one batch that lies on the device."""
 
     def turn(_number: int) -> Cost:
@@ -450,7 +452,7 @@ def clock_of(workers: int) -> str:
     return "wall_ms" if workers else "cpu_ms"
 
 
-def num_captions_of(batch: Batch) -> int:
+def num_captions_of(batch: CaptionBatch) -> int:
     """All captions of all its pictures."""
     return len(batch.captions.image_of_caption_N)
 

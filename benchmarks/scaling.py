@@ -284,11 +284,11 @@ def stream_all(url: str, cache: Path, *, rank: int, world_size: int) -> None:
     """Stream an epoch of one rank, as if on its own machine."""
     from captioner.streaming.dataset import read_split
     from train.data.batches import caption_loader
-    from train.data.split import read_merged_vocabulary
+    from train.data.folders import read_merged_vocabulary
 
     loader = caption_loader(
         read_split([url], "train", remedy="see the log of nginx"), batch_size=TINY_BATCH, training=True, crop=32,
-        max_tokens=20, vocabulary=read_merged_vocabulary([url], remedy=""), rank=rank, world_size=world_size,
+        max_tokens=20, vocabulary=read_merged_vocabulary([url]), rank=rank, world_size=world_size,
         cache=cache, cache_gigabytes=1000,
     )  # fmt: skip
     assert sum(batch.num_samples for (batch,) in loader) == loader.ledger.decoded
@@ -400,14 +400,14 @@ def first_batch(folder: str, at: float, parent: Path) -> Row:
 
     from captioner.streaming.dataset import read_split
     from train.data.batches import caption_loader
-    from train.data.split import read_merged_vocabulary
+    from train.data.folders import read_merged_vocabulary
 
     torch.set_num_threads(1)
     cache, laps, wall = tempfile.mkdtemp(dir=parent), Laps(), time.perf_counter()
     split = read_split([folder], "train", remedy="")
     loader = caption_loader(
         split, batch_size=TINY_BATCH, training=True, crop=224, max_tokens=20,
-        vocabulary=read_merged_vocabulary([folder], remedy=""), cache=cache, cache_gigabytes=1000,
+        vocabulary=read_merged_vocabulary([folder]), cache=cache, cache_gigabytes=1000,
     )  # fmt: skip
     loader.load_state_dict(loader.state_dict() | {"position": int(at * len(loader)) * TINY_BATCH})
     (batch,) = next(iter(loader))

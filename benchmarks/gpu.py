@@ -9,7 +9,7 @@ they are. Other packages that are missing come from a folder of wheels, which th
 
     pip download --dest wheels --only-binary=:all: --implementation cp --python-version 3.12 \\
         --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \\
-        webdataset tyro nltk pycocotools
+        webdataset tyro nltk pycocotools tenacity filelock
 
 A row passes where its figure reaches its bar; it fails too when a command fails or takes too long, with the end of what
 that printed, and the other rows go on. Rows appear as they end. On the CPU nothing is asked of speed.

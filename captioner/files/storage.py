@@ -12,7 +12,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from html import unescape
 from itertools import chain
@@ -36,6 +36,7 @@ SLOWEST_DOWNLOAD = 100_000  # bytes a second; a part that comes slower is asked 
 NUM_THREADS = 32  # of questions asked at once: they wait for the network or the disk, not for the processor
 NUM_QUESTIONS = 64  # that a thread takes at once: a task of its own for each of a million files takes 2 GB
 UNKNOWN = -1
+NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 S3 = ("s3://", "s3a://")
 WEB = ("http://", "https://")
 OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "memory"))
@@ -331,18 +332,79 @@ def write_atomic(location: str, content: bytes | str) -> None:
         with stream:
             stream.write(data)
         return
-    path = path.resolve()  # a symbolic link stays, and what it points to is written
+    path = path.resolve()  # a symbolic link stays, and its target is written
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")  # two machines may write the same file
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path, *, partial: Path | None = None) -> Iterator[BinaryIO]:
+    """A temporary file, named `partial` if given, that atomically replaces `path` when the block ends without an error.
+
+    Content and name are durable (fsync) then. Raises OSError.
+    """
+    partial = partial or _partial_path(path)
     try:
         with partial.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _partial_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{uuid4().hex}.partial")  # two machines may write the same file
+
+
+def write_new(location: str, content: bytes | str, *, etag: str | None = None) -> None:
+    """Write a file that does not exist, whole or not at all; with `etag`, replace an S3 object that still has it.
+
+    Raises FileExistsError when the file exists or the object has changed, and OSError. Of several writers one succeeds
+    on disk, and on servers with conditional requests (S3, Google Cloud Storage).
+    """
+    data = content.encode() if isinstance(content, str) else content
+    if is_remote(location):
+        filesystem, path = _filesystem(location)
+        condition = {"IfMatch": etag} if etag else {"mode": "create"}
+
+        def put() -> None:
+            try:
+                _put(filesystem, path, data, **condition)
+            except OSError as error:
+                if error.errno == errno.EINVAL:  # s3fs for status 412, a condition that does not hold
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), location) from error
+                raise
+
+        retry(put, location)
+        return
+    path = Path(location)
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), location)
+    partial = _partial_path(path)
+    try:
+        partial.write_bytes(data)
+        os.link(partial, path)
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        with path.open("xb") as file:  # as on memory cards; a kill right here leaves a part of it
+            file.write(data)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def etag(location: str) -> str | None:
+    """The ETag of an S3 object, which changes with its content; None for other files. Raises OSError."""
+    if not location.startswith(S3):
+        return None
+    filesystem, path = _filesystem(location)
+    with suppress(FileNotFoundError):
+        return retry(lambda: filesystem.info(path), location).get("ETag")
+    return None
 
 
 def _open_stream(path: Path) -> BinaryIO | None:
@@ -375,7 +437,7 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _put(filesystem: Any, path: str, data: bytes) -> None:
+def _put(filesystem: Any, path: str, data: bytes, **condition: str) -> None:
     """Object stores show an object only when it is whole; elsewhere a rename does that."""
     protocols = filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)
     if OBJECT_STORES.intersection(protocols):
@@ -385,9 +447,12 @@ def _put(filesystem: Any, path: str, data: bytes) -> None:
 
             # it lets an upload wait, with no limit but that of the whole, until the server says that it would take it
             filesystem.connect().meta.events.unregister("before-call.s3", add_expect_header)
-        filesystem.pipe_file(path, data, **limit)
+        filesystem.pipe_file(path, data, **limit, **condition)
         return
     filesystem.makedirs(filesystem._parent(path), exist_ok=True)
+    if condition:
+        filesystem.pipe_file(path, data, **condition)
+        return
     filesystem.pipe_file(f"{path}.partial", data)
     filesystem.mv(f"{path}.partial", path)
 

@@ -481,6 +481,29 @@ def test_without_credentials_nothing_is_tried_twice(s3: str, tmp_path: Path) -> 
     assert "StorageError: s3://bucket/x: NoCredentialsError" in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("store", ["disk", "memory", "s3"])
+def test_a_new_file_replaces_none(store: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    roots = {"disk": str(tmp_path), "memory": "memory://new"}
+    root = roots[store] if store in roots else f"s3://{request.getfixturevalue('bucket').name}"
+    location = storage.join(root, "file")
+    storage.write_new(location, "first")
+    with pytest.raises(FileExistsError):
+        storage.write_new(location, "second")
+    assert storage.read_bytes(location) == b"first"
+    assert storage.list_files(root) == ["file"]
+
+
+def test_an_s3_object_is_replaced_only_if_it_has_not_changed(bucket: Bucket) -> None:
+    location = f"s3://{bucket.name}/x"
+    assert storage.etag(location) is None
+    storage.write_new(location, "first")
+    etag = storage.etag(location)
+    storage.write_new(location, "second", etag=etag)
+    with pytest.raises(FileExistsError):
+        storage.write_new(location, "third", etag=etag)
+    assert bucket.client.get_object(Bucket=bucket.name, Key="x")["Body"].read() == b"second"
+
+
 # ---- the web ----------------------------------------------------------------------------------------------
 
 

@@ -40,11 +40,11 @@ from captioner.model.bundle import Bundle, DecodingDefaults, load_bundle
 from captioner.model.encoders import Encoder, load_encoder_weights
 from captioner.model.network import ImageInput
 from captioner.streaming.dataset import read_split
-from train.data.batches import Batch, caption_loader
-from train.evaluate import EvaluateSettings
+from train.data.batches import CaptionBatch, caption_loader
 from train.evaluate import main as evaluate
 from train.evaluation.calibrate import are_good, sample_features
 from train.evaluation.predictions import ValidationCaption
+from train.evaluation.settings import EvaluateSettings
 from train.evaluation.validation import evaluate_split
 from train.run.launch import start_accelerator
 from train.step.step import CaptionLoss
@@ -414,7 +414,7 @@ def test_features_of_large_splits_are_those_of_pictures_at_equal_distances(
 
     all_BF = sample()
     assert len(all_BF) == NUM_VAL
-    monkeypatch.setattr("train.evaluation.calibrate.MOST_PICTURES", 50)
+    monkeypatch.setattr("train.evaluation.calibrate.MAX_IMAGES", 50)
     assert torch.allclose(sample(), all_BF[::3], atol=1e-5)
 
 
@@ -425,7 +425,9 @@ def test_validation_scores_captions_in_the_precision_of_captioning(image_input: 
     features_BF = torch.rand(NUM_IMAGES, bundle.model.encoder.num_features)
     captions = pack([[[4, 5]]] * NUM_IMAGES, max_tokens=7)
     names = [str(number) for number in range(NUM_IMAGES)]
-    batch = Batch(features_BF, captions, list(range(NUM_IMAGES)), names, list(names), [["a dog"]] * NUM_IMAGES, 0)
+    batch = CaptionBatch(
+        features_BF, captions, list(range(NUM_IMAGES)), names, list(names), [["a dog"]] * NUM_IMAGES, 0
+    )
     in_bfloat16: Any = SimpleNamespace(
         device=torch.device("cpu"),
         autocast=lambda: torch.autocast("cpu", torch.bfloat16),

@@ -1,6 +1,6 @@
 """The model folder: weights, configuration, vocabulary, metrics and card; all that inference reads.
 
-`model.safetensors` · `config.json` · `vocabulary.json` · `metrics.json` · `README.md`, and where it was calibrated
+`model.safetensors` · `config.json` · `vocabulary.json` · `metrics.json` · `README.md`, and if it was calibrated
 `calibration.json` · `calibration.safetensors`
 """
 
@@ -51,7 +51,7 @@ class DecodingDefaults:
 class Bundle:
     """A model ready to caption; `name` identifies its weights (the beginning of their sha256).
 
-    `calibration` is None where the model folder holds none.
+    `calibration` is None if the model folder has none.
     """
 
     model: CaptionModel
@@ -63,7 +63,7 @@ class Bundle:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and its input is brought."""
+        """The model's device."""
         return next(self.model.parameters()).device
 
 
@@ -164,7 +164,7 @@ calibration error {found.calibration_error:.3f}, Brier score {found.brier_score:
 def load_bundle(folder: str | Path, *, device: torch.device | str = "cpu") -> Bundle:
     """The model in `folder`, a path or a URL, in eval mode on `device`.
 
-    Raises UserError when parts are cut or do not match.
+    Raises UserError if files are damaged or do not belong together.
     """
     folder = str(folder)
     config_file = storage.join(folder, "config.json")

@@ -9,7 +9,7 @@ from captioner.errors import UserError
 from captioner.files import storage
 from captioner.shards import writing
 from captioner.shards.format import Failure, Manifest
-from captioner.vocabulary import LEAST_COVERAGE, SPECIAL_WORDS, THRESHOLD, Vocabulary, choose_threshold
+from captioner.vocabulary import MIN_COVERAGE, SPECIAL_WORDS, THRESHOLD, Vocabulary, choose_threshold
 from sharding.packing.pack import PackedShard
 
 
@@ -40,7 +40,7 @@ def write_vocabulary(
     if given is None and threshold is None and vocabulary.threshold < THRESHOLD:
         cli.console.print(
             f"the data is small: words seen at least {THRESHOLD} times, as usual, would cover less than "
-            f"{LEAST_COVERAGE:.0%}; --threshold {THRESHOLD} takes these only"
+            f"{MIN_COVERAGE:.0%}; --threshold {THRESHOLD} takes these only"
         )
 
 

@@ -18,7 +18,7 @@ from nltk import word_tokenize
 from captioner.errors import UserError
 from captioner.vocabulary import (
     END,
-    LEAST_COVERAGE,
+    MIN_COVERAGE,
     PAD,
     SPECIAL_WORDS,
     START,
@@ -164,8 +164,8 @@ def test_the_chosen_threshold_is_the_greatest_that_covers_enough(counts: dict[st
     chosen = choose_threshold(words)
     assert 1 <= chosen <= THRESHOLD
     made, next_ones = (Vocabulary.from_counts(words, threshold=least) for least in (chosen, chosen + 1))
-    assert not words or made.coverage(words) >= LEAST_COVERAGE
-    assert chosen == THRESHOLD or not words or next_ones.coverage(words) < LEAST_COVERAGE
+    assert not words or made.coverage(words) >= MIN_COVERAGE
+    assert chosen == THRESHOLD or not words or next_ones.coverage(words) < MIN_COVERAGE
 
 
 def test_large_data_keeps_the_books_threshold_and_small_data_lowers_it() -> None:

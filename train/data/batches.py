@@ -199,8 +199,8 @@ class CaptionPipeline:
             view_PP3[:] = views.eval_view(pixels_HW3, crop=self.crop)
             return
         random_bits = random_integer(sample["__position__"], self.seed, sample["__epoch__"], SAMPLE_CHANCE)
-        cut_PP3, mirrored = views.train_view(pixels_HW3, crop=self.crop, chance=random_bits)
-        if mirrored and not views.speaks_of_sides(captions):  # NumPy would take many times as long
+        cut_PP3, mirrored = views.train_view(pixels_HW3, crop=self.crop, random_bits=random_bits)
+        if mirrored and not views.mentions_sides(captions):  # NumPy would take many times as long
             torch.from_numpy(view_PP3).copy_(torch.from_numpy(cut_PP3).flip(1))
         else:
             view_PP3[:] = cut_PP3

@@ -96,9 +96,10 @@ class WorkerPool:
             if worker.pipe in ready:
                 try:
                     worker.is_idle, message = worker.pipe.recv()
-                    yield message
                 except (EOFError, OSError):
                     worker.restart(timed_out=False, max_deaths=self._max_deaths)
+                else:
+                    yield message
             elif worker.seconds_at_item(seconds) > self._max_seconds:
                 worker.process.kill()
                 worker.restart(timed_out=True, max_deaths=self._max_deaths)

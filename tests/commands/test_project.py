@@ -29,7 +29,7 @@ LIGHT_MODULES = (
     "captioner.streaming.cache",
     "train.plan",
     "captioner.streaming.reader",
-    "train.data.split",
+    "train.data.folders",
     "infer.listing",
     "infer.main",
     "infer.reading",

@@ -11,18 +11,16 @@ from tempfile import mkstemp
 from threading import Condition, Thread
 
 from captioner.errors import UserError
-from infer.listing import ImageFile, Refused
-
-Entry = ImageFile | Refused
+from infer.listing import ImageFile
 
 
-class Ahead(Iterator[Entry]):
+class Ahead(Iterator[ImageFile]):
     """The entries in order; a thread lists them at its own pace, and then calls `on_end` with their number.
 
     An exception of the listing is raised after the last entry. Raises UserError if the temporary file cannot grow.
     """
 
-    def __init__(self, entries: Iterator[Entry], *, on_end: Callable[[int], None]) -> None:
+    def __init__(self, entries: Iterator[ImageFile], *, on_end: Callable[[int], None]) -> None:
         handle, name = mkstemp()
         self._writer = io.FileIO(handle, "w")
         self._reader = open(name, "rb")  # noqa: PTH123, SIM115 - closed behind the last entry
@@ -34,7 +32,7 @@ class Ahead(Iterator[Entry]):
         self._error: BaseException | None = None
         Thread(target=self._list, args=(entries, on_end), daemon=True).start()
 
-    def __next__(self) -> Entry:
+    def __next__(self) -> ImageFile:
         if not self._num_ready:
             with self._changed:
                 self._changed.wait_for(lambda: self._num_waiting or self._is_over)
@@ -45,7 +43,7 @@ class Ahead(Iterator[Entry]):
         self._num_ready -= 1
         return pickle.load(self._reader)
 
-    def _list(self, entries: Iterator[Entry], on_end: Callable[[int], None]) -> None:
+    def _list(self, entries: Iterator[ImageFile], on_end: Callable[[int], None]) -> None:
         num_listed = 0
         try:
             with self._writer:

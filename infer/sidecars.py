@@ -12,7 +12,7 @@ from PIL import Image
 
 from captioner.errors import UserError
 from captioner.files import storage
-from infer.listing import Seen, hash_location
+from infer.listing import Seen
 from infer.results import Row
 
 NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
@@ -83,9 +83,9 @@ def _write_sidecar(row: Row, ending: str, seen: Seen) -> str:
         return "not local"
     picture = Path(os.path.abspath(Path(row["root"], row["path"])))  # noqa: PTH100 - a link is a name of its own
     target = picture.with_suffix(ending)
-    if not seen.add(hash_location(str(picture))):  # by another root
+    if not seen.add(str(picture)):  # by another root
         return "kept"
-    if not seen.add(hash_location(str(target))):
+    if not seen.add(str(target)):
         return SHARED
     _write_new(target, row["caption"].encode("utf-8") + b"\n")
     return "written"

@@ -16,24 +16,23 @@ from hypothesis import strategies as st
 
 from captioner.errors import UserError
 from captioner.images.loading import ImageError
-from infer.ahead import Ahead, Entry
-from infer.listing import ImageFile, Refused
+from infer.ahead import Ahead
+from infer.listing import ImageFile
 
 names = st.text(st.characters() | st.integers(0xDC80, 0xDCFF).map(chr), min_size=1, max_size=9)
 files = st.builds(ImageFile, names, names, st.integers(0, 1 << 40), st.none() | st.integers(0, 1 << 40))
 
 
-@given(listed=st.lists(files, max_size=30), refused=st.booleans())
+@given(listed=st.lists(files, max_size=30), has_error=st.booleans())
 @hypothesis_settings(deadline=None, max_examples=50)
-def test_the_entries_come_as_they_were_listed_and_the_total_at_the_end(listed: list[ImageFile], refused: bool) -> None:
+def test_the_entries_come_as_they_were_listed_and_the_total_at_the_end(
+    listed: list[ImageFile], has_error: bool
+) -> None:
     totals: list[int] = []
-    entries: list[Entry] = [*listed]
-    if refused:
-        entries.append(Refused(ImageFile("a", "b"), ImageError("missing", "gone")))
+    entries = [*listed, ImageFile("a", "b", error=ImageError("missing", "gone"))] if has_error else listed
     ahead = Ahead(iter(entries), on_end=totals.append)
     found = list(ahead)
     assert list(map(repr, found)) == list(map(repr, entries))
-    assert [entry.error.reason for entry in found if isinstance(entry, Refused)] == ["missing"] * refused
     assert totals == [len(entries)]
     assert list(ahead) == []
 
@@ -41,7 +40,7 @@ def test_the_entries_come_as_they_were_listed_and_the_total_at_the_end(listed: l
 def test_an_entry_is_there_as_soon_as_it_is_listed_and_the_total_before_the_first_is_taken() -> None:
     go_on, ended = Event(), Event()
 
-    def listing() -> Iterator[Entry]:
+    def listing() -> Iterator[ImageFile]:
         yield ImageFile("a", "first")
         assert go_on.wait(10)
         yield ImageFile("a", "second")
@@ -55,7 +54,7 @@ def test_an_entry_is_there_as_soon_as_it_is_listed_and_the_total_before_the_firs
 
 
 def test_what_the_listing_raises_comes_behind_its_entries() -> None:
-    def listing() -> Iterator[Entry]:
+    def listing() -> Iterator[ImageFile]:
         yield ImageFile("a", "b")
         raise OSError(5, "the list's disk is gone")
 

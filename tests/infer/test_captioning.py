@@ -25,7 +25,7 @@ from trainer import Done, Running, start
 from captioner.describe import Captioner
 from captioner.model.bundle import load_bundle
 from infer.captioning import Captioning
-from infer.listing import list_files
+from infer.listing import Listing
 from infer.main import find_device
 from infer.reading import Reader
 from infer.results import RowWriter, part_path
@@ -326,7 +326,7 @@ def test_a_folder_of_copies_gets_its_rows_all_along(
     captioner, output = Captioner(load_bundle(model)), tmp_path / "c.jsonl"
     writer = RowWriter(part_path(output, 0))
     captioning = Captioning(captioner, RowIndex(output), writer)
-    files = list_files([str(photos)])
+    files = Listing([str(photos)])
     with Reader(files, captioner.bundle.view, batch_size=4, num_workers=1, num_held=2) as reader:
         sizes = [len(rows) for rows in captioning.rows(reader, num_threads=1)]
     writer.close()

@@ -1,12 +1,10 @@
 """A text file beside each captioned picture, as tools that read training data want it."""
 
-import errno
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from uuid import uuid4
 
 from PIL import Image
 
@@ -14,8 +12,6 @@ from captioner.errors import UserError
 from captioner.files import storage
 from infer.listing import Seen
 from infer.results import Row
-
-NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 
 SHARED = "left out, since another picture of the same name has it"
 UNREMARKABLE = frozenset(("written", "kept", "abstained", "not local"))
@@ -87,23 +83,5 @@ def _write_sidecar(row: Row, ending: str, seen: Seen) -> str:
         return "kept"
     if not seen.add(str(target)):
         return SHARED
-    _write_new(target, row["caption"].encode("utf-8") + b"\n")
+    storage.write_new(str(target), row["caption"] + "\n")
     return "written"
-
-
-def _write_new(path: Path, content: bytes) -> None:
-    """Write a file that is not there, whole or not at all. Raises OSError, FileExistsError when it is there."""
-    if os.path.lexists(path):
-        raise FileExistsError(path)
-    partial = path.with_name(f".{uuid4().hex}.partial")
-    try:
-        partial.write_bytes(content)
-        try:
-            os.link(partial, path)
-        except OSError as error:
-            if error.errno not in NO_HARD_LINKS:
-                raise
-            with path.open("xb") as file:  # as on memory cards; not whole when killed right here
-                file.write(content)
-    finally:
-        partial.unlink(missing_ok=True)

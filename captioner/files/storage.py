@@ -344,7 +344,7 @@ def replacing(path: Path, *, partial: Path | None = None) -> Iterator[BinaryIO]:
 
     Content and name are durable (fsync) then. Raises OSError.
     """
-    partial = partial or _partial_path(path)
+    partial = partial or path.with_name(f"{path.name}.{uuid4().hex}.partial")  # two machines may write the same file
     try:
         with partial.open("wb") as file:
             yield file
@@ -356,10 +356,6 @@ def replacing(path: Path, *, partial: Path | None = None) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def _partial_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{uuid4().hex}.partial")  # two machines may write the same file
-
-
 def write_new(location: str, content: bytes | str, *, etag: str | None = None) -> None:
     """Write a file that does not exist, whole or not at all; with `etag`, replace an S3 object that still has it.
 
@@ -367,24 +363,27 @@ def write_new(location: str, content: bytes | str, *, etag: str | None = None) -
     on disk, and on servers with conditional requests (S3, Google Cloud Storage).
     """
     data = content.encode() if isinstance(content, str) else content
-    if is_remote(location):
-        filesystem, path = _filesystem(location)
-        condition = {"IfMatch": etag} if etag else {"mode": "create"}
-
-        def put() -> None:
-            try:
-                _put(filesystem, path, data, **condition)
-            except OSError as error:
-                if error.errno == errno.EINVAL:  # s3fs for status 412, a condition that does not hold
-                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), location) from error
-                raise
-
-        retry(put, location)
+    if not is_remote(location):
+        _create(Path(location), data)
         return
-    path = Path(location)
+    filesystem, path = _filesystem(location)
+    condition = {"IfMatch": etag} if etag else {"mode": "create"}
+
+    def put() -> None:
+        try:
+            _put(filesystem, path, data, **condition)
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # s3fs for status 412, a condition that does not hold
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), location) from error
+            raise
+
+    retry(put, location)
+
+
+def _create(path: Path, data: bytes) -> None:
     if os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), location)
-    partial = _partial_path(path)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    partial = path.with_name(f".{uuid4().hex}.partial")
     try:
         partial.write_bytes(data)
         os.link(partial, path)

@@ -99,8 +99,9 @@ def ours(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[Any]
 
 def earlier(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[Any]:
     """What train/main.py iterated at commit EARLIER, in its own code."""
-    from train.split import read_split  # type: ignore
     from train.stream import BatchStream, Share, ViewRules  # type: ignore
+
+    from train.split import read_split  # type: ignore
 
     split: Any = read_split([str(folder / EARLIER_SHARDS)], "train", remedy="pack again")  # of that commit
     stream = BatchStream(

@@ -292,7 +292,7 @@ NOTHING = {  # rows of a table, and what the error says of them
     "no captions": ("a.jpg,\nb.jpg, \n", "2 empty caption, 2 no caption.*line 2"),
     "bad rows": ("a.jpg\nb.jpg\n", "2 bad row.*1 cells under 2 columns"),
     "bad encoding": ("a.jpg,\udce9\n", "1 bad encoding.*not UTF-8"),
-    "missing pictures": ("a.jpg,a cat\n", "none of the 1 pictures .* give --images"),
+    "missing pictures": ("a.jpg,a cat\n", "none of the 1 images .* give --images"),
     "undecodable pictures": ("bad.jpg,a cat\nempty.jpg,a dog\n", "could be packed .*1 empty, 1 undecodable.*bad.jpg"),
 }
 

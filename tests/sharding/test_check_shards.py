@@ -376,10 +376,10 @@ def test_repair_says_what_it_needs_and_takes_a_source_that_moved(whole: Path, tm
     assert digests(tmp_path / "again").keys() == digests(whole).keys()
     moved = Path(move(data, tmp_path / "moved"))
     (tmp_path / "again" / "train-000001.tar").unlink()
-    with pytest.raises(UserError, match=r"the images .* to pack train-000001 again.*coco/train2014: give --images"):
-        repair(tmp_path / "again")
-    with pytest.raises(UserError, match=r"the captions .*captions_train2014.json: give --captions"):
+    with pytest.raises(UserError, match=r"train-000001 cannot be packed again: .*captions_train2014.json.*--captions"):
         repair(tmp_path / "again", images=str(moved))
+    with pytest.raises(UserError, match=r"train-000001 cannot be packed again: .*coco/train2014.*--images"):
+        repair(tmp_path / "again", captions=str(moved / "annotations"))
     repair(tmp_path / "again", images=str(moved), captions=str(moved / "annotations"))
     assert digests(tmp_path / "again")["train-000001.tar"] == digests(whole)["train-000001.tar"]
 

@@ -370,7 +370,7 @@ def steady_cost(heard: Sequence[tuple[float, Progress]], lengths: dict[str, int]
     done: dict[str, int] = {}
     start: tuple[float, int] | None = None
     for seconds, progress in heard:
-        done[progress.shard] = progress.pictures
+        done[progress.shard] = progress.images
         pictures = sum(done.values())
         if start is None and len(done) >= workers:
             start = seconds, pictures
@@ -603,7 +603,7 @@ def watch_memory(plans: Sequence[ShardPlan], folder: str, num_pictures: int) -> 
     packed = 0
 
     def note(now: Progress) -> None:
-        quarter = min(3, 4 * (packed + now.pictures - 1) // num_pictures)
+        quarter = min(3, 4 * (packed + now.images - 1) // num_pictures)
         quarters[quarter] = max(quarters[quarter], resident_megabytes())
 
     for plan in plans:

@@ -21,7 +21,7 @@ from sharding.settings import Samples
 
 PATTERN = "give --pattern, such as 'cc3m-train-*.tar'"
 PAIR = (
-    "a sample is a picture KEY.jpg beside its captions KEY.json or KEY.txt; give --samples any where these are no "
+    "a sample is an image KEY.jpg beside its captions KEY.json or KEY.txt; give --samples any where these are no "
     "captioned pictures"
 )
 
@@ -55,7 +55,7 @@ def index_split(
 
 
 def _executor(*, captioned: bool, num_tars: int) -> Executor:
-    """Threads where pictures are decoded, outside Python; processes where Python reads small members."""
+    """Threads where images are decoded, outside Python; processes where Python reads small members."""
     workers = min(MAX_THREADS, count_processors(), num_tars)
     if captioned or workers == 1:
         return ThreadPoolExecutor(workers)

@@ -33,7 +33,7 @@ def show_plan(planned: Sequence[tuple[str, list[ShardPlan], list[Failure]]], fol
                 failure_text(reasons),
             )
         )
-    header = ("split", "pictures", "shards", "about MB", "MB to read", "shards to reuse", "cannot be packed")
+    header = ("split", "images", "shards", "about MB", "MB to read", "shards to reuse", "cannot be packed")
     cli.print_table(f"{folder}: the plan, nothing is written", header, rows)
     if missing:
         cli.console.print(f"missing: {', '.join(missing[:SHOWN_NAMES])}{', ...' if missing[SHOWN_NAMES:] else ''}")

@@ -495,7 +495,7 @@ def test_the_exit_code_says_whether_more_failed_than_allowed(
 
 
 def test_pictures_that_are_all_missing_are_a_wrong_folder(coco: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none of the 6 pictures .*: give --images the folder"):
+    with pytest.raises(UserError, match=r"none of the 6 images .*: give --images the folder"):
         pack(coco, tmp_path / "shards", images=str(coco / "annotations"))
 
 

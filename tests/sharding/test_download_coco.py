@@ -28,7 +28,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from captioner.errors import UserError
-from sharding import download as download_module
 from sharding.download import download, unzip
 from sharding.download_coco import DownloadSettings, main
 
@@ -417,18 +416,6 @@ def test_a_busy_server_is_asked_again(site: Site, content: bytes, tmp_path: Path
     site.moods = [Mood(status=status), Mood(status=status)]
     assert fetch_fast(site, tmp_path / "a.zip") == content
     assert len(site.seen) == 3
-
-
-def test_waits_double_up_to_a_limit(
-    site: Site, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr(download_module.time, "sleep", waits.append)
-    monkeypatch.setattr(download_module, "LONGEST_PAUSE_SECONDS", 6.0)
-    site.mood = Mood(status=503)
-    with pytest.raises(UserError, match="503"):
-        fetch_fast(site, tmp_path / "a.zip", num_tries=6, backoff_seconds=1.0)
-    assert waits == [1.0, 2.0, 4.0, 6.0, 6.0]
 
 
 def test_a_dead_server_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

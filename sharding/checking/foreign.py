@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from captioner.images import loading
-from captioner.samples import CAPTION_ENDINGS, build_index, read_content
+from captioner.samples import CAPTION_EXTENSIONS, build_index, read_content
 from captioner.shards.format import Failure, Member, ShardIndex
 from captioner.shards.indexing import ANY, MakeIndex, checked, find_samples, foreign_facts, index_any
 from captioner.shards.tar_walk import Buffer, TarMember
@@ -93,7 +93,7 @@ def indexer(recipe: dict[str, Any], *, before: ShardIndex | None = None) -> Make
 
 def _read_sample(data: Buffer, key: str, members: Sequence[Field]) -> CaptionedImage:
     image_member = _choose(members, IMAGE_SUFFIXES, what="picture")[0]
-    captions_member, content = _read_captions(data, key, _choose(members, CAPTION_ENDINGS, what="caption"))
+    captions_member, content = _read_captions(data, key, _choose(members, CAPTION_EXTENSIONS, what="caption"))
     try:
         image, _ = loading.decode_rgb(_read(data, image_member[1], limit=MAX_FILE_BYTES))
     except loading.ImageError as error:

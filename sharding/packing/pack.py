@@ -14,7 +14,7 @@ from captioner.errors import UserError
 from captioner.files import storage
 from captioner.images import loading
 from captioner.images.decoder_output import own_stderr
-from captioner.samples import Sample, build_index, words_of
+from captioner.samples import CaptionContent, build_index, words_of
 from captioner.shards.format import Failure, FormatError, Member, ShardEntry, ShardIndex, TarBuilder
 from captioner.shards.writing import write, writing
 from captioner.vocabulary import tokenize
@@ -155,10 +155,10 @@ def _failure(record: Record, error: loading.ImageError) -> Failure:
     return Failure(name=record.file_name, reason=error.reason, message=error.message)
 
 
-def _make_sample(record: Record, original_size: tuple[int, int]) -> Sample:
+def _make_sample(record: Record, original_size: tuple[int, int]) -> CaptionContent:
     """A record's JSON content."""
     width, height = original_size
-    return Sample(
+    return CaptionContent(
         image_id=record.image_id,
         file_name=record.file_name,
         width=width,

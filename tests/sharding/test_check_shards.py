@@ -35,8 +35,8 @@ from sharding import check_shards, make_shards
 from sharding.checking.verify import check_folder, find_problems
 from sharding.checking.verify_shard import Problem
 from sharding.settings import IndexSettings, RepairSettings, ShardSettings, ShowSettings, VerifySettings
-from train.data.batches import Batch, caption_loader
-from train.data.split import read_view
+from train.data.batches import CaptionBatch, caption_loader
+from train.data.folders import read_view
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_PLACE = [HealthCheck.function_scoped_fixture]
@@ -773,7 +773,7 @@ def test_indexing_twice_gives_the_same_files(foreign: Path) -> None:
 # ---- training on them ---------------------------------------------------------------------------------------
 
 
-def batches(folder: Path, split: str, *, crop: int, training: bool) -> list[Batch]:
+def batches(folder: Path, split: str, *, crop: int, training: bool) -> list[CaptionBatch]:
     shards = read_split([str(folder)], split, remedy="")
     loader = caption_loader(
         shards, batch_size=4, crop=crop, max_tokens=9, training=training,
@@ -813,7 +813,7 @@ def test_splits_of_different_sizes_are_refused(foreign: Path) -> None:
     index_folder(foreign, "train", size=40)
     index_folder(foreign, "val", size=36)
     splits = [read_split([str(foreign)], name, remedy="") for name in ("train", "val")]
-    with pytest.raises(UserError, match=r"have size 40 \(squash\), the val pictures in .* 36 \(squash\)"):
+    with pytest.raises(UserError, match=r"have size 40 \(squash\), the val images in .* 36 \(squash\)"):
         read_view(splits, crop=32)
 
 

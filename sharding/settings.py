@@ -45,7 +45,7 @@ class ShardSettings:
     engine: Literal["local", "ray"] = "local"
     """Where these run: on this machine, or on the Ray cluster that RAY_ADDRESS names (pip install -e '.[ray]')."""
     max_failures: NotNegative | None = None
-    """Leave with exit code 3 when more than this could not be packed: a count, or a share below 1 such as 0.01."""
+    """Leave with exit code 3 when more than this could not be packed: a count, or a fraction below 1 such as 0.01."""
     dry_run: bool = False
     """Only show the plan: shards, bytes, what is missing, what would be reused."""
 

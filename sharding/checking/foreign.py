@@ -103,7 +103,7 @@ def _read_sample(data: Buffer, key: str, members: Sequence[Field]) -> CaptionedI
 
 
 def _choose(members: Sequence[Field], wanted: Sequence[str], *, what: str) -> list[Field]:
-    """The members with a wanted suffix, best first; a longer one such as `.large.jpg` serves where it is the only one.
+    """The members with a wanted suffix, best first; a longer one such as `.large.jpg` only where it is the only one.
 
     Raises _UnusableError where there is none, or it is not clear which is meant.
     """

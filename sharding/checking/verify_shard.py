@@ -25,7 +25,7 @@ INDEX_FIRST = "pack again, or, if another program made them, run sharding/check_
 INDEX_SAME = "run sharding/check_shards.py index again"
 CHOOSE_SAME = "run captioner.streaming.index_shards again with the same `keep`"
 REPAIR = "run sharding/check_shards.py repair"
-RESTORE = "bring the file back from where it came"
+RESTORE = "restore the file from where it came"
 PACK_AGAIN = "delete the split's shards and pack it again"
 
 Part = Literal["tar", "index", "content", "manifest", "failures", "vocabulary", "unfinished", "stray"]

@@ -263,9 +263,7 @@ def _table_rows(data: bytes, *, delimiter: str, location: str) -> Iterator[Sourc
         if any(map(_has_surrogates, cells)):
             yield Failure(name=name, reason="bad encoding", message=f"{where}: bytes that are not UTF-8")
         elif not cells:
-            yield Failure(
-                name="", reason="bad row", message=f"{where}: its cells cannot be told apart, look at its quotes"
-            )
+            yield Failure(name="", reason="bad row", message=f"{where}: its cells cannot be parsed, check its quotes")
         elif len(cells) != len(columns):
             message = (
                 f"{where}: {len(cells)} cells under {len(columns)} columns (a cell with {delimiter!r} needs quotes)"

@@ -222,7 +222,7 @@ def _read_image(plan: ShardPlan, position: int) -> bytes | loading.ImageError:
     except FileNotFoundError as error:
         if planned == storage.UNKNOWN:
             return loading.ImageError("missing", "there is no such file")
-        raise UserError(f"{location} vanished while it was packed: bring it back and run again") from error
+        raise UserError(f"{location} vanished while it was packed: restore it and run again") from error
     except storage.RefusedError as error:
         return loading.ImageError("unreadable", str(error))
     except storage.StorageError:  # a server's error must not become a failure of an image
@@ -251,7 +251,7 @@ def find_packed(plan: ShardPlan, folder: str) -> PackedShard | None:
     Its index is written last, so an index means a whole tar; the tar's size is checked as well. Raises UserError when
     the shard was made from another plan.
     """
-    location, tar = (storage.join(folder, f"{plan.name}.{ending}") for ending in ("index", "tar"))
+    location, tar = (storage.join(folder, f"{plan.name}.{suffix}") for suffix in ("index", "tar"))
     remedies = how_to_pack_again(folder, plan.split)
     try:
         index = ShardIndex.from_bytes(storage.read_bytes(location), origin=location)

@@ -280,7 +280,7 @@ def watch_memory(plans: Sequence[ShardPlan], folder: str, num_pictures: int) -> 
     packed = 0
 
     def note(now: Progress) -> None:
-        quarter = min(3, 4 * (packed + now.pictures - 1) // num_pictures)
+        quarter = min(3, 4 * (packed + now.images - 1) // num_pictures)
         quarters[quarter] = max(quarters[quarter], resident_megabytes())
 
     for plan in plans:

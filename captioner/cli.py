@@ -20,6 +20,7 @@ from rich.text import Text
 
 from captioner.errors import UserError
 from captioner.flags import Local, Number, flag_name
+from captioner.images import silence_pillow
 
 EXIT_USER_ERROR = 2
 REMEDIES = {
@@ -63,6 +64,7 @@ def run(
     same. Output for which a disk has no room is dropped too, and reported at the end.
     """
     stdout = outlive_readers()
+    silence_pillow()
     try:
         main(parse(settings_class, description=description))
     except UserError as error:

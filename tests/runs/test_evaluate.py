@@ -17,7 +17,7 @@ from tiny_model import caption_views
 
 from captioner.errors import UserError
 from captioner.images.views import ViewSpec, normalise
-from captioner.metrics import bleu_counts, caption_scores
+from captioner.metrics import References
 from captioner.model.bundle import DecodingDefaults, load_bundle, save_bundle
 from captioner.model.network import CaptionModel, ModelConfig
 from captioner.vocabulary import END, Vocabulary, tokenize
@@ -74,9 +74,11 @@ def refusal(settings: EvaluateSettings) -> str:
 def test_a_results_file_gets_the_scores_of_its_captions(tmp_path: Path) -> None:
     found = score_files(tmp_path)
     captions = {row["image_id"]: row["caption"] for row in RESULTS}
-    references = {key: [row["caption"] for row in ANNOTATIONS if row["image_id"] == key] for key in captions}
-    assert found["metrics"] == caption_scores(captions, references)
-    assert found["bleu_counts"] == json.loads(json.dumps(bleu_counts(captions, references)._asdict()))
+    references = References(
+        {key: [row["caption"] for row in ANNOTATIONS if row["image_id"] == key] for key in captions}
+    )
+    assert found["metrics"] == references.scores(captions)
+    assert found["bleu_counts"] == json.loads(json.dumps(references.bleu_counts(captions)._asdict()))
     assert (found["num_images"], found["num_without_result"]) == (2, 0)
 
 

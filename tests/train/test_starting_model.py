@@ -9,13 +9,13 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_model import caption_views
+from tiny_model import caption_views, logits, pack
 from torch.nn.functional import cross_entropy
 
 from captioner.errors import UserError
 from captioner.images.views import ViewSpec, normalise
 from captioner.model.bundle import Bundle, DecodingDefaults, load_bundle, save_bundle
-from captioner.model.network import CaptionModel, ImageInput, ModelConfig, PackedCaptions
+from captioner.model.network import CaptionModel, ImageInput, ModelConfig
 from captioner.streaming.dataset import read_split
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
 from train.data.folders import check_fits
@@ -72,9 +72,9 @@ def test_everything_known_is_kept(image_input: ImageInput, num_new: int) -> None
     for name, tensor in after.items():
         kept = tensor[: len(KNOWN)] if name in WORD_ROWS else tensor
         assert torch.equal(kept, before[name]), name
-    packed = PackedCaptions.pack([[[4, 5, 6], [7]], [[8, 9]]], max_tokens=9)
-    logits_MV = extended.model(make_images(2), packed)
-    torch.testing.assert_close(logits_MV[:, : len(KNOWN)], bundle.model(make_images(2), packed))
+    packed = pack([[[4, 5, 6], [7]], [[8, 9]]], max_tokens=9)
+    logits_MV = logits(extended.model, make_images(2), packed)
+    torch.testing.assert_close(logits_MV[:, : len(KNOWN)], logits(bundle.model, make_images(2), packed))
 
 
 @pytest.mark.parametrize("trainable", [False, True])
@@ -120,11 +120,11 @@ def test_new_embeddings_differ_and_lie_among_the_known_ones() -> None:
 def test_a_new_word_is_learned() -> None:
     bundle = extend(make_bundle(), 1)
     tokens = bundle.vocabulary.encode(["a", "zebra", "sits"])
-    packed = PackedCaptions.pack([[tokens], [tokens]], max_tokens=9)
+    packed = pack([[tokens], [tokens]], max_tokens=9)
     optimizer = torch.optim.Adam((p for p in bundle.model.parameters() if p.requires_grad), lr=0.03)
     for _ in range(60):
         optimizer.zero_grad()
-        cross_entropy(bundle.model(make_images(2), packed), packed.targets_M).backward()
+        cross_entropy(logits(bundle.model, make_images(2), packed), packed.targets_M).backward()
         optimizer.step()
     assert {bundle.vocabulary.decode(caption.tokens) for caption in caption_views(bundle, make_views(2))} == {
         "a zebra sits"

@@ -8,13 +8,14 @@ from itertools import pairwise
 import pytest
 import torch
 from accelerate import Accelerator
+from tiny_model import logits, pack
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 from captioner.errors import UserError
 from captioner.images.views import ViewSpec, normalise
-from captioner.model.network import CaptionModel, ModelConfig, PackedCaptions
+from captioner.model.network import CaptionModel, ModelConfig
 from captioner.vocabulary import START
 from train.data.batches import CaptionBatch
 from train.settings import Schedule
@@ -43,19 +44,19 @@ def make_batch(captions: Sequence[list[list[int]]], *, first_image: int = 0) -> 
         for i in range(len(captions))
     ]
     names = [str(first_image + i) for i in range(len(captions))]
-    packed = PackedCaptions.pack(captions, max_tokens=20)
+    packed = pack(captions, max_tokens=20)
     positions = list(range(first_image, first_image + len(names)))
     return CaptionBatch(torch.stack(views), packed, positions, names, list(names), [["words"]] * len(names), 0)
 
 
 def make_filler() -> CaptionBatch:
     views_BPP3 = torch.zeros((1, 32, 32, 3), dtype=torch.uint8)
-    return CaptionBatch(views_BPP3, PackedCaptions.pack([[[]]], max_tokens=20), [], [], [], [], 0)
+    return CaptionBatch(views_BPP3, pack([[[]]], max_tokens=20), [], [], [], [], 0)
 
 
 def mean_gradients(model: CaptionModel, batch: CaptionBatch, *, smoothing: float = 0.0) -> dict[str, Tensor]:
     """Gradients of the mean cross-entropy of all target tokens, by PyTorch alone."""
-    logits_MV = model(normalise(batch.inputs, VIEW), batch.captions)
+    logits_MV = logits(model, normalise(batch.inputs, VIEW), batch.captions)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     loss = cross_entropy(logits_MV, batch.captions.targets_M, label_smoothing=smoothing)
     return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
@@ -97,7 +98,7 @@ def test_a_step_follows_the_gradient_of_the_mean_over_tokens(
 
 def test_the_record_is_the_plain_loss_before_the_step(accelerator: Accelerator) -> None:
     batch, model = make_batch(CAPTIONS), make_model()
-    logits_MV = model(normalise(batch.inputs, VIEW), batch.captions)
+    logits_MV = logits(model, normalise(batch.inputs, VIEW), batch.captions)
     wanted = cross_entropy(logits_MV, batch.captions.targets_M, reduction="sum").item()
     for smoothing in (0.0, 0.2):
         _, record = take_step(make_model(), [batch], accelerator, smoothing=smoothing)
@@ -189,7 +190,7 @@ def test_guesses_replace_words_but_no_start_and_no_target() -> None:
 
 def test_a_guess_stands_where_the_word_it_foretells_stood() -> None:
     """A model that is sure of the true next word gives back the captions themselves."""
-    model, captions = make_model(), PackedCaptions.pack([[[4, 5, 6], [7, 8]], [[9, 8, 4, 6, 5]]], max_tokens=20)
+    model, captions = make_model(), pack([[[4, 5, 6], [7, 8]], [[9, 8, 4, 6, 5]]], max_tokens=20)
     torch.manual_seed(1)
     hidden_MH = 10 * torch.nn.functional.one_hot(captions.targets_M, 10).float()
     model.hidden = lambda _image_BE, _captions: hidden_MH  # type: ignore[method-assign]
@@ -201,7 +202,7 @@ def test_a_guess_stands_where_the_word_it_foretells_stood() -> None:
 
 
 def test_about_the_given_share_is_replaced() -> None:
-    captions = PackedCaptions.pack([[[4] * 18] * 50] * 4, max_tokens=20)
+    captions = pack([[[4] * 18] * 50] * 4, max_tokens=20)
     model = make_model()
     with torch.no_grad():
         model.predict.bias[3] = 100

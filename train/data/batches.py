@@ -250,7 +250,7 @@ class CaptionPipeline:
         tokens, lengths = self.vocabulary.encode(chain.from_iterable(captions)), list(map(len, captions))
         return CaptionBatch(
             inputs=inputs,
-            captions=PackedCaptions.pack_flat(tokens, lengths, num_captions, max_tokens=self.max_tokens),
+            captions=PackedCaptions.pack(tokens, lengths, num_captions, max_tokens=self.max_tokens),
             positions=[row.position for row in rows],
             keys=[row.key for row in rows],
             image_ids=[row.content["image_id"] for row in rows],

@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from captioner.calibration import FEWEST_PICTURES, Calibration, fit_confidence, fit_space
+from captioner.calibration import MIN_IMAGES, Calibration, fit_confidence, fit_space
 from captioner.errors import UserError
-from captioner.metrics import cider
+from captioner.metrics import References
 from captioner.model.bundle import Bundle, DecodingDefaults, save_calibration
 from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import Split
@@ -74,8 +74,9 @@ def are_good(captions: Sequence[ValidationCaption]) -> list[bool]:
         left_out = number % len(row.references)
         people[number] = row.references[left_out]
         others[number] = row.references[:left_out] + row.references[left_out + 1 :]
-    _, of_people = cider(people, others)
-    _, of_model = cider({number: row.caption for number, row in enumerate(captions)}, others)
+    references = References(others)
+    of_people = references.cider(people)
+    of_model = references.cider({number: row.caption for number, row in enumerate(captions)})
     bar = median(of_people.values())
     return [of_model[number] >= bar for number in range(len(captions))]
 
@@ -103,9 +104,9 @@ def sample_features(
 
 def check_enough(split: Split) -> None:
     """Raise UserError for a split that is too small to calibrate on."""
-    if split.num_samples < FEWEST_PICTURES:
+    if split.num_samples < MIN_IMAGES:
         raise UserError(
-            f"--calibrate needs {FEWEST_PICTURES} images, and the {split.name} split in {split.folders[0]} holds "
+            f"--calibrate needs {MIN_IMAGES} images, and the {split.name} split in {split.folders[0]} holds "
             f"{split.num_samples}: give more of them with --shards or --split, or leave out --calibrate"
         )
 

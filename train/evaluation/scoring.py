@@ -7,8 +7,8 @@ from typing import Any
 
 from captioner import cli
 from captioner.files import storage
-from captioner.image_ids import ImageId
 from captioner.metrics import References
+from captioner.samples import ImageId
 from train.evaluation.coco_results import by_reference_id, read_references, read_results
 from train.evaluation.java_metrics import JavaMetric, java_scores
 

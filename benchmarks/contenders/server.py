@@ -1,11 +1,11 @@
-"""Runs the contenders of streaming.py, each turn in a process of its own.
+"""Run the contenders of streaming.py, each turn in its own process.
 
-    python -P loader_server.py PATHS NAME ... < requests
+    python -P contenders/server.py PATHS NAME ... < requests
 
-Answers each request, a line of JSON, with another; the first line says which of the named contenders are there. A
-turn's process is forked from this one, which has imported everything: start-up is not counted, and nothing is left of
-it for the next turn. PYTHONPATH leads to our code, of today or of an earlier commit. The peers' Python has its own
-packages before those in PATHS.
+Answers each request, a line of JSON, with another line; the first line says which of the named contenders can run. A
+turn's process is forked from this one, which has imported everything: start-up is not timed, and turns cannot affect
+each other. PYTHONPATH names our code, today's or an earlier commit's. The peers' Python finds its own packages before
+those in PATHS.
 """
 
 import gc
@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loaders import Contender
+    from contenders.loader import Contender
 
 PAGE_BYTES = 4096
 
 
 def find_contenders(names: Sequence[str]) -> "tuple[dict[str, Contender], dict[str, str]]":
-    """The contenders that are there, which are imported, and package and version of each."""
-    from picture_loaders import PICTURE_LOADERS
-    from text_loaders import TEXT_LOADERS
+    """The contenders that can be imported, and package and version of each."""
+    from contenders.pictures import PICTURE_LOADERS
+    from contenders.text import TEXT_LOADERS
 
     known = {f"pictures/{name}": contender for name, contender in PICTURE_LOADERS.items()}
     known |= {f"text/{name}": contender for name, contender in TEXT_LOADERS.items()}
@@ -48,7 +48,7 @@ def find_contenders(names: Sequence[str]) -> "tuple[dict[str, Contender], dict[s
     return contenders, versions
 
 
-# ---- what is asked ----------------------------------------------------------------------------------------
+# ---- actions ----------------------------------------------------------------------------------------------
 
 
 def write(contender: "Contender", *, folder: str) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def write(contender: "Contender", *, folder: str) -> dict[str, Any]:
 def take_turn(
     contender: "Contender", *, folder: str, batch: int, workers: int, epoch: int, warm_up: int, batches: int
 ) -> dict[str, Any]:
-    """What so many batches take after a warm-up; a byte of each page of them is read."""
+    """Time `batches` batches after a warm-up; one byte of each page of them is read."""
     import torch
 
     epoch_of = contender.open_epoch(Path(folder), batch=batch, workers=workers, epoch=epoch)
@@ -82,15 +82,15 @@ def take_turn(
 
 
 def seek(_contender: "Contender", **request: Any) -> dict[str, float | None]:
-    """As `text_loaders.seek`."""
-    import text_loaders
+    """Call `text.seek`."""
+    from contenders import text
 
-    return text_loaders.seek(**request)
+    return text.seek(**request)
 
 
 def cpu_seconds() -> float:
-    """Processor time of this process and its workers, also of those that have ended; NaN where it is unknown."""
-    running = sum(_cpu_seconds_of(worker.pid) for worker in active_children())  # it waits for those that have ended
+    """CPU time of this process and its workers, including those that have ended; NaN if it is unknown."""
+    running = sum(_cpu_seconds_of(worker.pid) for worker in active_children())  # reaps those that have ended
     ended = os.times()
     return time.process_time() + running + ended.children_user + ended.children_system
 
@@ -110,12 +110,12 @@ ACTIONS: dict[str, Callable[..., dict[str, Any]]] = {"write": write, "turn": tak
 
 
 def answer(contender: "Contender", action: str, request: dict[str, Any], sender: Connection) -> None:
-    """Do what is asked, in a process forked for it."""
+    """Carry out a request in a process that was forked for it."""
     sender.send(ACTIONS[action](contender, **request))
 
 
 def in_a_fork(contender: "Contender", action: str, request: dict[str, Any]) -> dict[str, Any]:
-    """The answer to a request, given when its process and all that it started have ended."""
+    """The answer to a request, once its process and all that it started have ended."""
     receiver, sender = get_context("fork").Pipe(duplex=False)
     process = get_context("fork").Process(target=answer, args=(contender, action, request, sender))
     process.start()
@@ -124,11 +124,11 @@ def in_a_fork(contender: "Contender", action: str, request: dict[str, Any]) -> d
 
 
 def main(paths: str, *names: str) -> None:
-    """Serve until there are no more requests; whatever else is printed goes to stderr."""
+    """Serve until there are no more requests; all other output goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    # This folder last: it has a streaming.py, which is a package of mosaicml's.
-    sys.path += [*filter(None, paths.split(os.pathsep)), str(Path(__file__).parent)]
+    # benchmarks/ comes last: its streaming.py has the name of mosaicml's package.
+    sys.path += [*filter(None, paths.split(os.pathsep)), str(Path(__file__).parents[1])]
     import torch
 
     torch.set_num_threads(1)

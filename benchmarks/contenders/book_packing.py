@@ -1,7 +1,7 @@
-"""The book's packing loop on plain Pillow, in a process of its own: `python book.py FOLDER < paths`, a path a line.
+"""The book's packing loop on plain Pillow, run as `python book_packing.py FOLDER < paths`, one path a line.
 
-Loose files, no captions: open each picture, resize, save. Prints what the loop took as JSON; start-up is not counted.
-Needs Pillow alone, so that an environment without pillow-simd can run it.
+Loose files, no captions: open each image, resize, save. Prints the loop's cost as JSON, without start-up. Needs only
+Pillow, so that an environment without pillow-simd can run it.
 """
 
 import json
@@ -15,7 +15,7 @@ SIZE, QUALITY = 256, 95
 
 
 def main(folder: str, *paths: str) -> None:
-    """Pack the pictures."""
+    """Pack the images."""
     Image.preinit()  # imports its formats
     wall, cpu = time.perf_counter(), time.process_time()
     for path in paths:

@@ -1,4 +1,4 @@
-"""The rows of models: what one learned, its evaluation, captions and ONNX files on the device, encoders as graphs."""
+"""The rows of models: training results, evaluation, captions and ONNX files on the device, encoders as graphs."""
 
 import json
 import math
@@ -7,10 +7,10 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from gpu_commands import PYTHON, captions, data, launch, trained_run
-from gpu_jobs import REPOSITORY, CheckError, Job, Outcome, SkipError
+from acceptance.commands import PYTHON, captions, data, launch, trained_run
+from acceptance.jobs import REPOSITORY, CheckError, Job, Outcome, SkipError
 
-LEAST_CIDER = 1.0  # on the CPU 2.4
+LEAST_CIDER = 1.0  # 2.4 on the CPU
 GRAPH_BATCH = 128
 MOST_NOISE, LEAST_GRAPH_RATIO = 5e-3, 1.2
 ARCHITECTURES = ("convnext_tiny", "densenet121", "efficientnet_b0", "inception_v3", "maxvit_t", "mobilenet_v3_small",
@@ -18,7 +18,7 @@ ARCHITECTURES = ("convnext_tiny", "densenet121", "efficientnet_b0", "inception_v
 
 
 def learned(job: Job) -> Outcome:
-    """The longer run captions what it has not seen."""
+    """The longer run captions images that it was not trained on."""
     metrics = trained_run(job).metrics()
     return Outcome(figure=metrics["cider"], bar=0.0 if job.small else LEAST_CIDER, note="CIDEr on the val split")
 
@@ -36,7 +36,7 @@ def evaluation(job: Job) -> Outcome:
 
 
 def same_captions(job: Job, *, precision: str, least: float) -> Outcome:
-    """The share of pictures of which the device says what the CPU says in float32."""
+    """The share of images with the same caption on the device as on the CPU in float32."""
     wanted = job.shared("captions on the CPU", partial(captions, device="cpu", precision="float32"))
     found = captions(job, precision=precision)
     if found.keys() != wanted.keys():
@@ -56,9 +56,9 @@ def exported(job: Job) -> Path:
 
 
 def onnx(job: Job) -> Outcome:
-    """ONNX files on the device give what they give on the CPU."""
+    """ONNX files give the same outputs on the device as on the CPU."""
     folder = job.shared("ONNX files", exported)
-    answer = json.loads(job.run([*PYTHON, REPOSITORY / "benchmarks/gpu_onnx.py", folder, job.device]).splitlines()[-1])
+    answer = json.loads(job.run([*PYTHON, "-m", "acceptance.check_onnx", folder, job.device]).splitlines()[-1])
     if answer["difference"] is None:
         raise SkipError(f"exported, but onnxruntime has no CUDA here: {', '.join(answer['providers'])}")
     return Outcome(figure=answer["difference"], bar=1e-2, at_most=True, note=answer["provider"])
@@ -73,7 +73,7 @@ def _graphs(job: Job) -> dict[str, float]:
         "rounds": 1 if job.small else 5,
         "times": 1 if job.small else 20,
     }
-    return json.loads(job.run([*PYTHON, REPOSITORY / "benchmarks/gpu_graph.py", json.dumps(options)]).splitlines()[-1])
+    return json.loads(job.run([*PYTHON, "-m", "acceptance.measure_graph", json.dumps(options)]).splitlines()[-1])
 
 
 def same_features(job: Job) -> Outcome:
@@ -86,7 +86,7 @@ def same_features(job: Job) -> Outcome:
 
 
 def faster_features(job: Job) -> Outcome:
-    """How many times as fast as direct calls a frozen encoder's graph is."""
+    """The speed of a frozen encoder's graph relative to direct calls."""
     found = job.shared("graphs", _graphs)
     note = f"{found['direct_images_a_second']:,.0f} images/s directly, {found['graph_images_a_second']:,.0f} as a graph"
     return Outcome(figure=found["ratio"], bar=0.0 if job.small else LEAST_GRAPH_RATIO, note=note)

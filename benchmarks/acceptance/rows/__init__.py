@@ -1,21 +1,19 @@
-"""All rows of the table, in order. A new one is a function that runs commands with a `Job` and returns an `Outcome`.
+"""All rows of the table, in order. A new row is a function that runs commands with a `Job` and returns an `Outcome`.
 
-For instance, where `two_beams` is such a function in gpu_model_rows.py: `Row(name="two beams", check=model.two_beams)`.
+For example, if `two_beams` is such a function in model.py: `Row(name="two beams", check=model.two_beams)`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import gpu_model_rows as model
-import gpu_speed_rows as speed
-import gpu_training_rows as training
-from gpu_jobs import Job, Outcome
+from acceptance.jobs import Job, Outcome
+from acceptance.rows import model, speed, training
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """A row of the table, the seconds that its own commands may take, and whether nothing else may run meanwhile."""
+    """A row of the table, the seconds that its own commands may take, and whether it must run alone."""
 
     name: str
     check: Callable[[Job], Outcome]

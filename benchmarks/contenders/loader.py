@@ -1,4 +1,4 @@
-"""What the contenders of streaming.py have in common. Imports nothing of ours: an earlier commit's code runs too."""
+"""What the loaders of streaming.py share. Imports none of our code, so that an earlier commit's code can run too."""
 
 import mmap
 from collections.abc import Callable, Iterator
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BATCHES_AHEAD = 3  # that each worker makes before they are asked for
+BATCHES_AHEAD = 3  # that each worker prefetches
 TAR_BLOCK = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contender:
-    """`open_epoch(folder, batch=, workers=, epoch=)` yields batches: tensors of pictures, lists of samples.
+    """`open_epoch(folder, batch=, workers=, epoch=)` yields batches: tensors of images, lists of samples.
 
-    A loop that keeps nothing yields None. `folder` holds the shards, and what `write(folder)` made of them where a
-    contender has a format of its own.
+    A loop that only decodes yields None. `folder` holds the shards, and the output of `write(folder)` for contenders
+    with their own format.
     """
 
     package: str
@@ -25,12 +25,12 @@ class Contender:
 
 
 def loader_options(workers: int) -> dict[str, Any]:
-    """Processes, and batches that each makes ahead: the same for every DataLoader."""
+    """Number of workers and of batches that each prefetches: the same for every DataLoader."""
     return {"num_workers": workers, "prefetch_factor": BATCHES_AHEAD if workers else None}
 
 
 def read_members(folder: Path) -> Iterator[bytes]:
-    """The content of each member of our own tars, by their headers: plain USTAR. Checks nothing."""
+    """The content of each member of our own plain USTAR tars, found by its header. Checks nothing."""
     for path in sorted(folder.glob("*.tar")):
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
             yield from _walk(tar)

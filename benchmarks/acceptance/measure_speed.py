@@ -1,12 +1,12 @@
-"""The step loop of training against encoder and decoder on a batch that lies on the device, in turns, in one process.
+"""Training's step loop against encoder and decoder on a batch on the device, alternating in one process.
 
-    python benchmarks/gpu_speed.py pack FOLDER NUM_SAMPLES ENCODER
-    python benchmarks/gpu_speed.py measure FOLDER '{"encoder": "resnet152", "batch": 128, ...}'
+    python -m acceptance.measure_speed pack FOLDER NUM_SAMPLES ENCODER
+    python -m acceptance.measure_speed measure FOLDER '{"encoder": "resnet152", "batch": 128, ...}'
 
-`pack` makes shards of pictures of 256 pixels that compress like photos, with five captions each and a vocabulary of
-COCO's size, and a file of random weights. `measure` prints one line of JSON. The loop is train/run/steps.py's own, with
-loader processes, curves and readings of the loss; its first and its last readings, each of ten steps, do not count, and
-each ends when the device has done all that it was told.
+`pack` writes shards of 256-pixel images that compress like photos, with five captions each and a vocabulary of COCO's
+size, and a file of random weights. `measure` prints one line of JSON. The loop is train/run/steps.py's own, with
+workers, curves and log intervals of ten steps, each of which ends when the device has finished; the first and the last
+interval do not count.
 """
 
 import gc
@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torchvision.models import get_model
 
-import training
-from measure import Cost, take_turns
-from photos import draw_photos
+from contenders import training
+from contenders.training import CAPTIONS_A_PICTURE, Job, Trainer, num_captions_of, time_all
+from measuring.figures import Cost, take_turns
+from measuring.photos import draw_photos
 from train.data.batches import CaptionBatch
 from train.run.launch import Preemption
 from train.run.steps import LOG_STEPS, StepLoop
 from train.run.tracking import HISTORY, Tracker, read_rows
-from training import CAPTIONS_A_PICTURE, Job, Trainer, num_captions_of, time_all
 
 WEIGHTS = "weights.pth"
 NUM_PHOTOS = 24
@@ -38,7 +38,7 @@ WARM_UP_STEPS = 5
 
 
 def pack(folder: Path, num_samples: int, encoder: str) -> None:
-    """Shards in `folder`/shards, and the random weights of an encoder."""
+    """Write shards to `folder`/shards, and the random weights of an encoder."""
     photos = draw_photos(folder / "photos", count=min(NUM_PHOTOS, num_samples))
     training.pack(photos, None, folder, num_samples=num_samples)
     torch.manual_seed(0)
@@ -46,8 +46,8 @@ def pack(folder: Path, num_samples: int, encoder: str) -> None:
 
 
 def measure(folder: Path, options: Mapping[str, Any]) -> dict[str, float]:
-    """Images/s of the loop and of its parts, each the median of the rounds, and their ratio's."""
-    torch.set_float32_matmul_precision("high")  # as the training command has it
+    """Images/s of the loop and of its parts, medians over the rounds, and the median of their ratios."""
+    torch.set_float32_matmul_precision("high")  # as in the training command
     job = Job(
         folder=folder, encoder=options["encoder"], batch=options["batch"], workers=options["workers"],
         precision=options["precision"], on_cpu=options["device"] == "cpu",
@@ -81,7 +81,7 @@ def measure(folder: Path, options: Mapping[str, Any]) -> dict[str, float]:
 
 
 def with_features(trainer: Trainer, batch: CaptionBatch) -> CaptionBatch:
-    """The batch with the encoder's features in its pictures' place: what is left to do is the decoder's."""
+    """The batch with the encoder's features instead of images, which leaves only the decoder's work."""
     from dataclasses import replace
 
     with torch.no_grad(), trainer.accelerator.autocast():
@@ -97,7 +97,9 @@ def repeat(action: Any, batch: CaptionBatch, *, times: int) -> int:
 
 
 def run_loop(trainer: Trainer, number: int, readings: list[list[dict[str, Any]]]) -> Cost:
-    """An epoch of the training command's loop; what its settled readings took. They are added to `readings`."""
+    """Run an epoch of the training command's loop and return the cost of its steady log intervals, appended to
+    `readings`.
+    """
     gc.collect()
     accelerator = trainer.accelerator
     with tempfile.TemporaryDirectory() as folder, closing(trainer.epoch(number, None)) as loader:
@@ -115,7 +117,7 @@ def run_loop(trainer: Trainer, number: int, readings: list[list[dict[str, Any]]]
 
 
 def settled(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The readings without the first and the last; all of them where there are few."""
+    """The log intervals without the first and the last; all if there are few."""
     return list(rows[SETTLED_READINGS] or rows)
 
 

@@ -1,7 +1,7 @@
-"""Running commands with a limit: jobs of a bench that has one end for all, results that several rows need made once.
+"""Run commands with time limits: jobs of a bench with a common deadline, and results that several rows share.
 
-A row's check gets a `Job`, starts commands with it and returns an `Outcome`; `CheckError` and `SkipError` say why
-there is none. A command that has not ended in time is killed with all that it started.
+A row's check gets a `Job`, starts commands with it and returns an `Outcome`, or raises `CheckError` or `SkipError`. A
+command that misses its deadline is killed with all processes that it started.
 """
 
 import os
@@ -17,8 +17,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, TypeVar
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-SHARED_SECONDS = 150.0  # for what several rows need
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHARED_SECONDS = 150.0  # for results that several rows share
 SHOWN_LINES = 12
 KILLED = "killed when its time was over"
 OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -28,7 +28,7 @@ Made = TypeVar("Made")
 
 
 class CheckError(Exception):
-    """A check that does not hold, or a command that failed: what, and the end of what it printed."""
+    """A check that failed, or a command that failed: the reason, and the end of its output."""
 
     def __init__(self, reason: str, output: str = "") -> None:
         super().__init__(reason)
@@ -37,12 +37,12 @@ class CheckError(Exception):
 
 
 class SkipError(Exception):
-    """A check that cannot be made here; the message says why."""
+    """A check that cannot run here; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """A figure, the bar that it must reach (or, with `at_most`, keep under), and more in words."""
+    """A figure, the bar that it must reach (with `at_most`: must not exceed), and a note."""
 
     figure: float
     bar: float
@@ -51,13 +51,13 @@ class Outcome:
 
     @property
     def holds(self) -> bool:
-        """Not for what is no number."""
+        """Whether the figure meets the bar; NaN does not."""
         return self.figure <= self.bar if self.at_most else self.figure >= self.bar
 
 
 @dataclass(kw_only=True)
 class Bench:
-    """What all jobs of a run have in common; `ends` is the time (monotonic) at which every command is killed.
+    """What all jobs of a run share; `ends` is the time (monotonic) at which every command is killed.
 
     A row may take `patience` times its seconds.
     """
@@ -74,25 +74,26 @@ class Bench:
     _results: dict[str, tuple[Any, list[Any]]] = field(default_factory=dict)
 
     def new_folder(self, name: str) -> Path:
-        """An empty folder."""
+        """Create an empty folder."""
         path = self.folder / f"{next(self._numbers):03d}-{name}"
         path.mkdir(parents=True)
         return path
 
     def environment(self, device: Device) -> dict[str, str]:
-        """For a command on a device: the checkout and the unpacked wheels come first, launchers' variables are gone."""
+        """The environment of a command on a device: checkout and unpacked wheels first, no launcher's variables."""
         found = {name: value for name, value in os.environ.items()
                  if name not in OF_A_JOB and not name.startswith("ACCELERATE_")}  # fmt: skip
-        paths = [str(REPOSITORY), *([str(self.packages)] if self.packages else []), os.environ.get("PYTHONPATH", "")]
-        found |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        folders = [REPOSITORY, REPOSITORY / "benchmarks", self.packages, os.environ.get("PYTHONPATH")]
+        found["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in folders if folder)
+        found |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         if device == "cpu":
             found |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-            found |= {"OMP_WAIT_POLICY": "passive"}  # beside others' threads, spinning ones cost most of the time
+            found |= {"OMP_WAIT_POLICY": "passive"}  # spinning threads slow down commands that run at the same time
         return found
 
 
 class Job:
-    """A row at work, until `seconds` after its start; what it waits for others, or makes for them, does not count."""
+    """Runs one row's commands for `seconds` from its start; time spent on shared results does not count."""
 
     def __init__(self, bench: Bench, *, seconds: float) -> None:
         self.bench = bench
@@ -103,7 +104,7 @@ class Job:
 
     @property
     def ends(self) -> float:
-        """When its commands are killed."""
+        """The time at which its commands are killed."""
         return min(self._ends, self.bench.ends)
 
     def run(
@@ -114,13 +115,13 @@ class Job:
         variables: Mapping[str, str] | None = None,
         codes: Sequence[int] = (0,),
     ) -> str:
-        """Run a command to its end and return what it printed. Raises CheckError for another exit code than these."""
+        """Run a command and return its output. Raises CheckError for an exit code that is not in `codes`."""
         return self.start(command, device=device, variables=variables).wait(codes)
 
     def start(
         self, command: Sequence[object], *, device: Device | None = None, variables: Mapping[str, str] | None = None
     ) -> "Command":
-        """Start a command on a device, the bench's unless told otherwise, with more variables in its environment."""
+        """Start a command on a device (default: the bench's), with more variables in its environment."""
         words = list(map(str, command))
         folder = self.bench.new_folder("command")
         environment = self.bench.environment(device or self.device) | dict(variables or {})
@@ -132,9 +133,9 @@ class Job:
         return Command(job=self, words=words, process=process, log=folder / "log")
 
     def shared(self, name: str, make: Callable[["Job"], Made]) -> Made:
-        """What `make` returns, made once for all rows.
+        """The result of `make`, computed once for all rows.
 
-        Raises CheckError where that fails, SkipError in the rows that come later.
+        Raises CheckError if it fails, SkipError in later rows.
         """
         started = time.monotonic()
         with self.bench._lock:
@@ -152,13 +153,13 @@ class Job:
         if isinstance(results[0], SkipError) or (isinstance(results[0], CheckError) and made_here):
             raise results[0]
         if isinstance(results[0], CheckError):
-            raise SkipError(f"it needs what failed before: {name}")
+            raise SkipError(f"depends on a failed step: {name}")
         return results[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """A command under way."""
+    """A running command."""
 
     job: Job
     words: Sequence[str]
@@ -166,7 +167,7 @@ class Command:
     log: Path
 
     def wait(self, codes: Sequence[int] = (0,)) -> str:
-        """What it printed, when it has ended. Raises CheckError for other exit codes, and when time is over."""
+        """Its output, once it has ended. Raises CheckError for other exit codes, and at the deadline."""
         self.wait_until(lambda: self.process.poll() is not None)
         self.kill()
         if self.process.returncode not in codes:
@@ -174,7 +175,7 @@ class Command:
         return self.log.read_text(errors="replace")
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Return when the condition holds. Raises CheckError when time is over before."""
+        """Return when the condition holds. Raises CheckError at the deadline."""
         while not condition():
             if time.monotonic() > self.job.ends:
                 self.kill()
@@ -182,23 +183,23 @@ class Command:
             time.sleep(0.02)
 
     def terminate(self) -> None:
-        """SIGTERM for the command itself, not for what it started."""
+        """Send SIGTERM to the command itself, not to processes that it started."""
         self.process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Kill the command and all that it started."""
+        """Kill the command and all processes that it started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     @property
     def text(self) -> str:
-        """The command, with the names of programs in place of their paths."""
+        """The command line, with program names instead of paths."""
         words = [word.removeprefix(f"{REPOSITORY}/") for word in self.words]
         return " ".join(["python", *words[1:]] if words[0] == sys.executable else words)
 
     def tail(self) -> str:
-        """The last lines that it printed."""
+        """The last lines of its output."""
         lines = self.log.read_text(errors="replace").splitlines()
         return "\n".join(line for line in lines[-SHOWN_LINES:] if line.strip())
 
@@ -209,9 +210,9 @@ def codes(commands: Sequence[Command]) -> list[int | None]:
 
 
 def wait_for_all(ranks: Sequence[Command]) -> str:
-    """What the first of several commands printed, when all have ended; none outlives the first that fails.
+    """The output of the first of several commands, once all have ended; if one fails, the others are killed.
 
-    Raises CheckError for that one, and when time is over.
+    Raises CheckError for the one that failed, and at the deadline.
     """
     try:
         ranks[0].wait_until(lambda: all(code is not None for code in codes(ranks)) or any(codes(ranks)))

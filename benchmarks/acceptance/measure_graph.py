@@ -1,8 +1,8 @@
-"""A frozen encoder's CUDA graphs against direct calls: `gpu_graph.py '{"encoder": "resnet152", "batch": 128, ...}'`.
+"""A frozen encoder's CUDA graphs against direct calls: `python -m acceptance.measure_graph OPTIONS`, JSON.
 
 Prints one line of JSON: the largest difference of features, relative to the largest feature, over precisions, batch
-sizes, other weights, moved weights, inference mode and other architectures; and how many times as fast as direct calls
-graphs are, in bfloat16, in turns. While graphs are captured a thread pins memory and queries events, as training does.
+sizes, other weights, moved weights, inference mode and other architectures; and the speed of graphs relative to direct
+calls, in bfloat16, alternating. While graphs are captured a thread pins memory and queries events, as in training.
 """
 
 import json
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from captioner.model.encoders import Encoder, preprocessing
-from measure import Cost, take_turns, times_as_fast
-from training import time_all
+from contenders.training import time_all
+from measuring.figures import Cost, take_turns, times_as_fast
 
 ARCHITECTURE_BATCH = 4
 
@@ -34,13 +34,13 @@ class Comparison:
         self.differences: list[float] = []
 
     def images(self, batch: int) -> Tensor:
-        """Noise of other colours and contrast in each image, so that features differ, laid out as by `normalise`."""
+        """Noise with a different colour and contrast in each image, in the memory layout of `normalise`."""
         colours_B311, contrast_B111 = (torch.randn(batch, size, 1, 1, device=self.device) for size in (3, 1))
         noise_B3HW = torch.randn(batch, 3, self.crop, self.crop, device=self.device)
         return (contrast_B111 * noise_B3HW + colours_B311).to(memory_format=torch.channels_last)
 
     def encode(self, images_B3HW: Tensor, *, direct: bool) -> Tensor:
-        """Features (B, F), by a graph where there is one, or directly."""
+        """Features (B, F), by a graph if there is one, or directly."""
         with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
             if not direct:
                 return self.encoder(images_B3HW)
@@ -48,7 +48,7 @@ class Comparison:
                 return self.encoder.backbone(images_B3HW).flatten(1)
 
     def compare(self, *batches: int) -> None:
-        """New images, once for each batch size."""
+        """Compare on new images, once for each batch size."""
         for batch in batches:
             images_B3HW = self.images(batch)
             found_BF, wanted_BF = (self.encode(images_B3HW, direct=direct).float() for direct in (False, True))
@@ -62,7 +62,7 @@ class Comparison:
 
 
 def compare_states(name: str, batches: Sequence[int], *, device: str, autocast: bool) -> float:
-    """The largest difference while weights change, move, and inference mode comes and goes."""
+    """The largest difference while weights change, weights move, and inference mode is switched on and off."""
     torch.manual_seed(1)
     other_weights = Encoder(name, trainable=False).state_dict()
     comparison = Comparison(name, device=device, autocast=autocast)
@@ -82,12 +82,12 @@ def compare_states(name: str, batches: Sequence[int], *, device: str, autocast: 
 
 
 def largest(differences: Sequence[float]) -> float:
-    """NaN where one is NaN."""
+    """The largest difference; NaN if one is NaN."""
     return float(np.max(differences, initial=0.0))
 
 
 def compare_architectures(names: Sequence[str], *, device: str) -> float:
-    """The largest difference of any, which shows that all can be captured."""
+    """The largest difference over these architectures; shows that all can be captured."""
     differences: list[float] = []
     for name in names:
         comparison = Comparison(name, device=device, autocast=True)
@@ -98,7 +98,7 @@ def compare_architectures(names: Sequence[str], *, device: str) -> float:
 
 
 def measure_speed(name: str, batch: int, *, device: str, rounds: int, times: int) -> dict[str, float | None]:
-    """Images/s of both in bfloat16, and their ratio's median."""
+    """Images/s of both in bfloat16, and the median of their ratios."""
     comparison = Comparison(name, device=device, autocast=device == "cuda")
     images_B3HW = comparison.images(batch)
 
@@ -111,7 +111,7 @@ def measure_speed(name: str, batch: int, *, device: str, rounds: int, times: int
         "direct": lambda _number: time_all(lambda: encode(direct=True)),
         "graph": lambda _number: time_all(lambda: encode(direct=False)),
     }
-    take_turns(contenders, rounds=1)  # captures, and does not count
+    take_turns(contenders, rounds=1)  # captures; not counted
     comparison.check_graphs(1)
     costs: dict[str, list[Cost | None]] = take_turns(contenders, rounds=rounds)
     fastest = {name: min(cost.wall_ms for cost in turns if cost) for name, turns in costs.items()}
@@ -124,7 +124,7 @@ def measure_speed(name: str, batch: int, *, device: str, rounds: int, times: int
 
 @contextmanager
 def pinning(device: str) -> Iterator[None]:
-    """Within, a thread pins memory and records and queries events, on a GPU."""
+    """A context in which, on a GPU, a thread pins memory and records and queries events."""
     end = Event()
 
     def pin() -> None:
@@ -148,8 +148,8 @@ def pinning(device: str) -> Iterator[None]:
 
 
 def main(options: Mapping[str, Any]) -> dict[str, float | None]:
-    """Differences and speeds."""
-    torch.set_float32_matmul_precision("high")  # as the training command has it
+    """Measure differences and speeds."""
+    torch.set_float32_matmul_precision("high")  # as in the training command
     name, batch, device = options["encoder"], options["batch"], options["device"]
     batches = (batch, batch // 2 + 1)
     with pinning(device):

@@ -1,6 +1,6 @@
-"""Run a training script as one rank of a job that talks over gloo, on whatever device: `gpu_rank.py SCRIPT FLAGS`.
+"""Run a training script as one rank of a gloo job on any device: `python -m acceptance.gloo_rank SCRIPT FLAGS`.
 
-Accelerate takes NCCL for GPUs, which refuses two ranks on one of them.
+Accelerate always uses NCCL for GPUs, and NCCL refuses two ranks on one GPU.
 """
 
 import runpy
@@ -14,7 +14,7 @@ start = torch.distributed.init_process_group
 
 
 def start_with_gloo(backend: str | None = None, **options: Any) -> None:
-    """As PyTorch starts it, with another backend."""
+    """`init_process_group` with the backend gloo."""
     start("gloo", **options)
 
 

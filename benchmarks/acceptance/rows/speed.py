@@ -1,4 +1,4 @@
-"""The rows of speed: ResNet-152, a vocabulary of COCO's size and 256-pixel JPEGs, by the loop and by the command."""
+"""The rows of speed: ResNet-152, a vocabulary of COCO's size and 256-pixel JPEGs, in the loop and in the command."""
 
 import json
 import shutil
@@ -11,28 +11,28 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+from acceptance.commands import PYTHON, TRAIN, check_trained_on, launch, new_run
+from acceptance.jobs import CheckError, Job, Outcome
 from captioner.workers import count_processors
-from gpu_commands import PYTHON, TRAIN, check_trained_on, launch, new_run
-from gpu_jobs import REPOSITORY, CheckError, Job, Outcome
 
-SCRIPT = REPOSITORY / "benchmarks/gpu_speed.py"
+SCRIPT = ("-m", "acceptance.measure_speed")
 LEAST_RATIO, MOST_WAITING = 0.9, 0.03
 COMMAND_BATCH = 128
 SECONDS_BETWEEN_LOOKS = 0.25
 
 
 def encoder(job: Job) -> str:
-    """A CPU gets a light one."""
+    """The encoder; a light one for a CPU."""
     return "squeezenet1_1" if job.small else "resnet152"
 
 
 def batch_size(job: Job, batch: int) -> int:
-    """A CPU gets few pictures."""
+    """The batch size; a small one for a CPU."""
     return batch // 64 if job.small else batch
 
 
 def num_workers(job: Job) -> int:
-    """Loader processes: all processors but two."""
+    """The number of loader workers: all processors but two."""
     available = count_processors()
     return 1 if job.small else max(2, available - 2)
 
@@ -40,12 +40,12 @@ def num_workers(job: Job) -> int:
 def packed(job: Job) -> Path:
     """A folder with shards and weights."""
     folder = job.bench.new_folder("speed")
-    job.run([*PYTHON, SCRIPT, "pack", folder, 8 if job.small else 16_384, encoder(job)], device="cpu")
+    job.run([*PYTHON, *SCRIPT, "pack", folder, 8 if job.small else 16_384, encoder(job)], device="cpu")
     return folder
 
 
 def measured(job: Job, *, batch: int, precision: str) -> dict[str, float]:
-    """What the measuring process says of the loop."""
+    """The figures of the measuring process."""
     return job.shared(f"speed, {precision}, {batch}", partial(_measure, batch=batch, precision=precision))
 
 
@@ -60,11 +60,11 @@ def _measure(job: Job, *, batch: int, precision: str) -> dict[str, float]:
         "times": 1 if job.small else 40,
     }
     folder = job.shared("data for speed", packed)
-    return json.loads(job.run([*PYTHON, SCRIPT, "measure", folder, json.dumps(options)]).splitlines()[-1])
+    return json.loads(job.run([*PYTHON, *SCRIPT, "measure", folder, json.dumps(options)]).splitlines()[-1])
 
 
 def loop_speed(job: Job, *, batch: int, precision: str) -> Outcome:
-    """The loop's speed as a share of that of encoder and decoder alone."""
+    """The loop's speed relative to encoder and decoder alone."""
     found = measured(job, batch=batch, precision=precision)
     note = (
         f"{found['images_a_second']:,.0f} images/s, {found['captions_a_second']:,.0f} captions/s; parts alone "
@@ -75,13 +75,13 @@ def loop_speed(job: Job, *, batch: int, precision: str) -> Outcome:
 
 
 def waiting(job: Job, *, batch: int, precision: str) -> Outcome:
-    """The share of the loop's time in which it waits for a batch."""
+    """The share of the loop's time spent waiting for a batch."""
     found = measured(job, batch=batch, precision=precision)
     return Outcome(figure=found["waiting_share"], bar=1.0 if job.small else MOST_WAITING, at_most=True)
 
 
 def whole_command(job: Job) -> Outcome:
-    """The training command itself, by its own curves, against encoder and decoder alone."""
+    """The speed of the training command, from its own history, relative to encoder and decoder alone."""
     parts = measured(job, batch=COMMAND_BATCH, precision="bf16")["parts_images_a_second"]
     folder, run = job.shared("data for speed", packed), new_run(job, "command")
     flags = (
@@ -102,7 +102,7 @@ def whole_command(job: Job) -> Outcome:
 
 
 class Utilisation:
-    """Looks at the GPU with nvidia-smi while it is entered; as text, its highest utilisation and memory, if any."""
+    """A context that polls nvidia-smi; as text, the highest utilisation and memory, if there was any."""
 
     def __init__(self) -> None:
         self._program = shutil.which("nvidia-smi")

@@ -1,23 +1,23 @@
-"""Loaders of captioned pictures: this project's, that of an earlier commit, peers, the book's, and decoding alone.
+"""Loaders of captioned images: ours, that of an earlier commit, peers, the book's, and decoding alone.
 
-All but the book's do the same with a sample: decode natively, crop at random, mirror every other picture, look up the
-ids of the stored tokens and pack them; a batch is uint8. They yield the pictures of their batches.
+All but the book's do the same with a sample: decode natively, crop at random, mirror with probability 1/2, look up the
+ids of the stored tokens and pack them; a batch is uint8. They yield the images of their batches.
 """
 
 import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
-from loaders import BATCHES_AHEAD, Contender, loader_options, read_members
+from contenders.loader import BATCHES_AHEAD, Contender, loader_options, read_members
 
 OURS, EARLIER, BOOK, DECODE = "ours", "1b46dbb", "the book's loader", "decode as ours"
 CROP, MAX_TOKENS = 224, 20
-SHUFFLE_BUFFER = 1000  # samples that a worker of webdataset shuffles among
-IN_MEMORY = 2560  # pictures that a loop decodes over and over
+SHUFFLE_BUFFER = 1000  # samples in the shuffle buffer of a webdataset worker
+IN_MEMORY = 2560  # images that the loop decodes repeatedly
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CAPTIONS = "captions.json"
 SHARDS, EARLIER_SHARDS = "shards", "earlier-shards"
@@ -27,7 +27,7 @@ SHARDS, EARLIER_SHARDS = "shards", "earlier-shards"
 
 
 def read_samples(folder: Path) -> Iterator[tuple[bytes, bytes]]:
-    """Each sample's picture and captions."""
+    """Each sample's image and captions."""
     members = read_members(folder / SHARDS)
     yield from zip(members, members, strict=True)
 
@@ -39,11 +39,11 @@ def find_vocabulary(shards: Path) -> Any:
     return read_vocabulary(str(shards / "vocabulary.json"), remedy="pack again")
 
 
-# ---- what the peers do with a sample ----------------------------------------------------------------------
+# ---- a sample in the peers' loaders ------------------------------------------------------------------------
 
 
 class View:
-    """A sample's stored bytes to a uint8 view (P, P, 3) and the ids of its captions."""
+    """Turns a sample's stored bytes into a uint8 view (P, P, 3) and the ids of its captions."""
 
     def __init__(self, folder: Path) -> None:
         self.vocabulary = find_vocabulary(folder / SHARDS)
@@ -62,20 +62,23 @@ class View:
 
 
 def collate(samples: Sequence[tuple[Any, list[list[int]]]]) -> tuple[Any, Any]:
-    """Stacked views, which a worker puts right into shared memory, and packed captions."""
+    """Stacked views, which a worker writes directly into shared memory, and packed captions."""
     from torch.utils.data import default_collate
 
     from captioner.model.network import PackedCaptions
 
     views, captions = zip(*samples, strict=True)
-    return default_collate(list(views)), PackedCaptions.pack(captions, max_tokens=MAX_TOKENS)
+    texts = list(chain.from_iterable(captions))
+    tokens, lengths = list(chain.from_iterable(texts)), list(map(len, texts))
+    packed = PackedCaptions.pack(tokens, lengths, list(map(len, captions)), max_tokens=MAX_TOKENS)
+    return default_collate(list(views)), packed
 
 
 # ---- the contenders ---------------------------------------------------------------------------------------
 
 
 def ours(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[Any]:
-    """What train/main.py iterates. In this process, too, torchvision's decoder runs, which is the faster one."""
+    """Iterate as train/main.py does; torchvision's decoder, which is faster, runs in this process too."""
     from captioner.images.decoder_output import own_stderr
     from captioner.streaming.dataset import read_split
     from train.data.batches import caption_loader
@@ -98,10 +101,9 @@ def ours(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[Any]
 
 
 def earlier(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[Any]:
-    """What train/main.py iterated at commit EARLIER, in its own code."""
+    """Iterate as train/main.py did at commit EARLIER, with that commit's code."""
+    from train.split import read_split  # type: ignore
     from train.stream import BatchStream, Share, ViewRules  # type: ignore
-
-    from train.data.split import read_split  # type: ignore
 
     split: Any = read_split([str(folder / EARLIER_SHARDS)], "train", remedy="pack again")  # of that commit
     stream = BatchStream(
@@ -117,7 +119,7 @@ def earlier(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[A
 
 
 def plain_webdataset(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[Any]:
-    """webdataset's own reading of the same tars: they are shuffled, then samples in a buffer; workers make batches."""
+    """webdataset's own reader on the same tars: shuffled tars, a shuffle buffer, batches made in workers."""
     import webdataset as wds
 
     view = View(folder)
@@ -130,7 +132,7 @@ def plain_webdataset(folder: Path, *, batch: int, workers: int, epoch: int) -> I
 
 
 def litdata(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[Any]:
-    """Chunks that litdata's `optimize` wrote, of the JPEGs' bytes."""
+    """Chunks of the JPEGs' bytes, written by litdata's `optimize`."""
     from litdata import StreamingDataLoader, StreamingDataset  # type: ignore
 
     view = View(folder)
@@ -147,14 +149,14 @@ def litdata(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[A
 
 
 def write_litdata(folder: Path) -> None:
-    """litdata's chunks."""
+    """Write litdata's chunks."""
     from litdata import optimize  # type: ignore
 
     optimize(read_samples, inputs=[folder], output_dir=str(folder / "litdata"), chunk_bytes="64MB", num_workers=1)
 
 
 def mosaicml(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[Any]:
-    """Shards in MosaicML's format, of the JPEGs' bytes."""
+    """Shards of the JPEGs' bytes in MosaicML's format."""
     from streaming.base.util import clean_stale_shared_memory  # type: ignore
     from torch.utils.data import DataLoader
 
@@ -174,7 +176,7 @@ def mosaicml(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[
 
 
 def write_mosaicml(folder: Path) -> None:
-    """MosaicML's shards."""
+    """Write MosaicML's shards."""
     from streaming import MDSWriter  # type: ignore
 
     with MDSWriter(out=str(folder / "mds"), columns={"jpg": "bytes", "json": "bytes"}) as writer:
@@ -183,9 +185,9 @@ def write_mosaicml(folder: Path) -> None:
 
 
 def book(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[Any]:
-    """The book's loader: loose files, a caption a sample, Pillow, floats, NLTK when a sample is read.
+    """The book's loader: loose files, one caption a sample, Pillow, floats, NLTK for each sample.
 
-    NLTK here needs no downloaded model (`preserve_line`), which spares it a little.
+    NLTK needs no downloaded model here (`preserve_line`), which saves it a little time.
     """
     import torch
     from nltk.tokenize import word_tokenize
@@ -234,7 +236,7 @@ def book(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[Any]
 
 
 def write_loose(folder: Path) -> None:
-    """The book's files: a JPEG a picture, and all captions in one file."""
+    """Write the book's files: one JPEG an image, and all captions in one file."""
     loose = folder / "loose"
     loose.mkdir()
     captions = {}
@@ -249,7 +251,7 @@ def write_loose(folder: Path) -> None:
 
 
 def decode(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[None]:
-    """The decoder that we ship, on stored JPEGs in memory, a batch's number at a time."""
+    """Our decoder on stored JPEGs in memory; `batch` images per iteration."""
     from captioner.images import loading
     from captioner.images.decoder_output import own_stderr
 

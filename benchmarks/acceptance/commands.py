@@ -1,4 +1,4 @@
-"""The real commands on data that is drawn here: draw and pack, train, caption; and what a run folder tells."""
+"""The real commands (draw and pack, train, caption) on drawn data, and readers of run folders."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from gpu_jobs import REPOSITORY, CheckError, Command, Device, Job
+from acceptance.jobs import REPOSITORY, CheckError, Command, Device, Job
 
 PYTHON, ACCELERATE = (sys.executable,), (sys.executable, "-m", "accelerate.commands.accelerate_cli")
 TRAIN, CAPTION = REPOSITORY / "train/main.py", REPOSITORY / "infer/main.py"
@@ -22,18 +22,18 @@ STORED_PIXELS, CROP_PIXELS = 68, 60
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """How much is drawn and trained."""
+    """Numbers of samples to draw and to train on."""
 
     train: int
     val: int
     batch: int
     width: int
-    epochs: int  # of the model that captions
+    epochs: int  # of the captioning model
     workers: int
 
     @property
     def steps(self) -> int:
-        """Of an epoch."""
+        """Steps per epoch."""
         return self.train // self.batch
 
 
@@ -42,7 +42,7 @@ SMALL = Sizes(train=64, val=12, batch=8, width=48, epochs=1, workers=1)
 
 
 def sizes(job: Job) -> Sizes:
-    """Of the job's bench."""
+    """The sizes for the job's bench."""
     return SMALL if job.small else ON_GPU
 
 
@@ -57,12 +57,12 @@ class Data:
     shards: Path
 
     def num_samples(self, split: str) -> int:
-        """Of a split, as its manifest tells."""
+        """Samples of a split, from its manifest."""
         return json.loads((self.shards / f"{split}.manifest.json").read_text())["totals"]["samples"]
 
 
 def data(job: Job) -> Data:
-    """The data of all rows."""
+    """The data that all rows share."""
     return job.shared("data", _make_data)
 
 
@@ -91,14 +91,14 @@ class Run:
         return self.folder / "model"
 
     def rows(self) -> list[dict[str, Any]]:
-        """The whole rows of the training curves so far."""
+        """The complete rows of the training curves so far."""
         path = self.folder / "history.jsonl"
         text = path.read_text() if path.exists() else ""
         rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         return [row for row in rows if "train/loss" in row]
 
     def losses(self) -> list[float]:
-        """The loss of each step. Raises CheckError where steps are missing or repeated, or a loss is not finite."""
+        """The loss of each step. Raises CheckError if steps are missing or repeated, or a loss is not finite."""
         rows = self.rows()
         steps = [row["step"] for row in rows]
         if not steps or steps != list(range(1, len(steps) + 1)):
@@ -113,23 +113,23 @@ class Run:
         return load_file(self.model / "model.safetensors")
 
     def metrics(self) -> dict[str, float]:
-        """Its best epoch's."""
+        """The metrics of its best epoch."""
         return json.loads((self.folder / "metrics.json").read_text())
 
 
 def new_run(job: Job, name: str) -> Run:
-    """A run folder that is not there yet."""
+    """A run folder that does not exist yet."""
     return Run(folder=job.bench.new_folder(name) / "run")
 
 
 def launch(*, precision: str = "no") -> tuple[object, ...]:
-    """`accelerate launch` of one process, whatever the user's own configuration says."""
+    """`accelerate launch` for one process, independent of the user's own configuration."""
     return (*ACCELERATE, "launch", "--quiet", "--num_processes", 1, "--num_machines", 1, "--dynamo_backend", "no",
             "--mixed_precision", precision)  # fmt: skip
 
 
 def train_flags(job: Job, run: Run, *more: object, shards: Path | None = None) -> tuple[object, ...]:
-    """For a new model of the small CNN, trained in an epoch without dropout, whose every step is in the history."""
+    """Flags that train a new small CNN for one epoch without dropout, with every step in the history."""
     wanted = sizes(job)
     return (
         "--shards", shards or data(job).shards, "--output", run.folder, "--encoder", "small_cnn", "--weights", "none",
@@ -150,7 +150,7 @@ def train(
     variables: Mapping[str, str] | None = None,
     shards: Path | None = None,
 ) -> Run:
-    """A whole run of the training command, with more flags than `train_flags`, of which the last one counts."""
+    """Run the whole training command with more flags than `train_flags`; the last value of a flag counts."""
     run = new_run(job, name)
     flags = last_flags(train_flags(job, run, *more, shards=shards))
     printed = job.run([*launch(precision=precision), TRAIN, *flags], device=device, variables=variables)
@@ -165,7 +165,7 @@ def check_trained_on(device: Device, printed: str, *, processes: int = 1) -> Non
 
 
 def last_flags(flags: Sequence[object]) -> list[object]:
-    """The flags, each with its last value; one without a value stands alone, and None takes a flag away."""
+    """The flags, each with its last value; a flag may have no value, and None removes a flag."""
     found: dict[str, list[object]] = {}
     name = ""
     for flag in flags:
@@ -178,17 +178,17 @@ def last_flags(flags: Sequence[object]) -> list[object]:
 
 
 def fp32_run(job: Job) -> Run:
-    """The run that others are compared with, on the bench's device."""
+    """The reference run, on the bench's device."""
     return job.shared("fp32", partial(train, name="fp32"))
 
 
 def cpu_run(job: Job) -> Run:
-    """The same on the CPU."""
+    """The same run on the CPU."""
     return job.shared("fp32 on the CPU", partial(train, name="cpu", device="cpu"))
 
 
 def trained_run(job: Job) -> Run:
-    """A run that is long enough to say different things of different pictures."""
+    """A run that is long enough to caption different images differently."""
     wanted = sizes(job)
     if wanted.epochs == 1:
         return fp32_run(job)
@@ -208,7 +208,7 @@ def _write_encoder(job: Job) -> Path:
 
 
 def encoder_of(run: Run) -> dict[str, np.ndarray]:
-    """The encoder's weights in a run's model, by the names that --weights wants."""
+    """The encoder's weights in a run's model, under the names that --weights expects."""
     prefix = "encoder.backbone."
     return {name.removeprefix(prefix): array for name, array in run.weights().items() if name.startswith(prefix)}
 
@@ -216,9 +216,9 @@ def encoder_of(run: Run) -> dict[str, np.ndarray]:
 def start_ranks(
     job: Job, script: Sequence[object], flags: Sequence[object], *, variables: Sequence[Mapping[str, str]]
 ) -> list[Command]:
-    """One process for each of these `variables`, joined to a job on this machine as torchrun would join them.
+    """Start one process for each of these `variables`, joined to a job on this machine as torchrun would join them.
 
-    On a GPU each believes that it is alone on its machine, and so takes the first one.
+    On a GPU each rank assumes that it is alone on its machine, and so takes the first GPU.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -236,7 +236,7 @@ def start_ranks(
 
 
 def captions(job: Job, *, device: Device | None = None, precision: str) -> dict[str, str]:
-    """What the trained model says of each val picture, by the pictures' paths. Raises CheckError where one has none."""
+    """The trained model's caption of each val image, by path. Raises CheckError if an image has none."""
     model, folder = trained_run(job).model, data(job).scenes / "val2026"
     output = job.bench.new_folder("captions") / "captions.jsonl"
     flags = ["--model", model, "--images", folder, "--output", output, "--precision", precision]

@@ -1,4 +1,4 @@
-"""The contenders of benchmarks/captioning.py: the book's way, the captioning command's work, and its parts alone."""
+"""The contenders of benchmarks/captioning.py: the book's loop, the captioning command's work, and its parts alone."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -24,13 +24,14 @@ from captioner.model.decoding import decode
 from captioner.model.network import CaptionModel, ModelConfig
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
 from captioner.workers import count_processors
-from captioning import COCO, LIGHT
+from contenders import LIGHT, NUM_WORDS
+from contenders.training import BookModel
 from infer import main as command
 from infer.peers import Peers
 from infer.results import RowWriter, part_path
 from infer.row_index import RowIndex, merge
 from infer.settings import CaptionSettings
-from measure import (
+from measuring.figures import (
     Bar,
     Contender,
     Cost,
@@ -42,9 +43,8 @@ from measure import (
     time_here,
     times_as_fast,
 )
-from training import BookModel
+from measuring.photos import COCO
 
-NUM_WORDS = 9956  # COCO's, in the book
 CAPTION_STEPS, BOOK_STEPS = 12, 20
 CPU_BATCHES, GPU_BATCHES = (4, 8), (64, 256)
 DECODER_BATCH = 256
@@ -57,7 +57,7 @@ Costs = Mapping[str, Sequence[Cost | None]]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One set of pictures and one encoder: what all contenders share."""
+    """One set of images and one encoder, which all contenders share."""
 
     files: list[Path]
     num_alone: int
@@ -71,13 +71,13 @@ class Job:
 
 
 def start() -> torch.device:
-    """The command's device; torch with one thread, as the command has it."""
+    """Give torch one thread, as the command does, and return the command's device."""
     torch.set_num_threads(1)
     return command.find_device()
 
 
 def make_job(files: list[Path], encoder: str, device: torch.device, scratch: Path, *, quick: bool) -> Job:
-    """A captioner with random weights, and the number of pictures for what is measured alone."""
+    """A captioner with random weights, and the number of images for parts measured alone."""
     words = tuple(f"word-{number}" for number in range(NUM_WORDS - len(SPECIAL_WORDS)))
     vocabulary = Vocabulary(words=(*SPECIAL_WORDS, *words), counts=(1,) * NUM_WORDS, threshold=1)
     torch.manual_seed(0)
@@ -98,7 +98,7 @@ def make_job(files: list[Path], encoder: str, device: torch.device, scratch: Pat
 
 
 def ours(job: Job, *, workers: int, beam_size: int = 1) -> Contender:
-    """The captioning command's work on the folder, with so many reading processes."""
+    """The captioning command's work on the folder, with `workers` reading processes."""
 
     def turn(_round: int) -> Cost:
         bundle = job.captioner.bundle
@@ -109,13 +109,13 @@ def ours(job: Job, *, workers: int, beam_size: int = 1) -> Contender:
                 images=(str(job.files[0].parent),), output=Path(folder, "captions.jsonl"), workers=workers
             )
             cost = time_here(len(job.files), partial(caption_folder, job, captioner, settings))
-            return replace(cost, cpu_seconds=None)  # without the reading processes' it would flatter
+            return replace(cost, cpu_seconds=None)  # would leave out the reading processes
 
     return turn
 
 
 def caption_folder(job: Job, captioner: Captioner, settings: CaptionSettings) -> None:
-    """What infer/main.py does when it has loaded the model, on the job's files."""
+    """Caption the job's files as infer/main.py does once it has loaded the model."""
     names = {path.name for path in job.files}
     alone = Peers(settings.output)
     listing = command.open_listing(settings, alone)
@@ -129,7 +129,7 @@ def caption_folder(job: Job, captioner: Captioner, settings: CaptionSettings) ->
 
 
 def like_the_book(job: Job) -> Contender:
-    """One picture at a time, as a notebook does it."""
+    """Caption one image at a time, as a notebook does."""
     model = BookModel(job.encoder, num_words=NUM_WORDS).eval().to(job.device)
     prepare = transforms.Compose(
         [
@@ -151,7 +151,7 @@ def like_the_book(job: Job) -> Contender:
         return torch.stack(tokens, dim=1)[0].tolist()
 
     def turn(_round: int) -> Cost:
-        torch.set_num_threads(NUM_CORES)  # as torch starts
+        torch.set_num_threads(NUM_CORES)  # torch's default
         try:
             paths = job.files[: job.num_alone]
             return time_here(len(paths), lambda: [caption(path) for path in paths])
@@ -162,7 +162,7 @@ def like_the_book(job: Job) -> Contender:
 
 
 def alone(job: Job, *, cores: int = 1) -> dict[str, Contender]:
-    """Each part of the way by itself, in several forms; on so many cores at once, each with work of its own."""
+    """Each part of captioning by itself, in several forms, on `cores` cores at once."""
     contents = [path.read_bytes() for path in job.files[: job.num_alone]]
     view = job.captioner.bundle.view
     views_BPP3 = torch.from_numpy(np.stack([read_eval_view(data, view)[0] for data in contents]))
@@ -182,7 +182,7 @@ def alone(job: Job, *, cores: int = 1) -> dict[str, Contender]:
 
 
 def on_cores(action: Callable[[], object], *, items: int, cores: int) -> Contender:
-    """`action` in so many threads; the time of one core for one item."""
+    """Run `action` in `cores` threads; the cost is that of one item on one core."""
     threads = ThreadPoolExecutor(cores)
 
     def act() -> None:
@@ -194,7 +194,7 @@ def on_cores(action: Callable[[], object], *, items: int, cores: int) -> Contend
 
 
 def encoders(job: Job, images_B3PP: Tensor) -> list[tuple[str, Callable[[], object], int]]:
-    """Encodings of the pictures in several forms and batch sizes: the name, what to do, and of how many pictures."""
+    """Encoders in several forms and batch sizes: name, action, and number of images."""
     encoder, bfloat16 = job.captioner.bundle.model.encoder, job.captioner.precision == "bfloat16"
     folded = fuse(encoder.backbone).to(memory_format=torch.channels_last)
     sizes = GPU_BATCHES if job.device.type == "cuda" else CPU_BATCHES
@@ -207,7 +207,7 @@ def encoders(job: Job, images_B3PP: Tensor) -> list[tuple[str, Callable[[], obje
 
 
 def whole_batches(images_B3PP: Tensor, size: int) -> list[Tensor]:
-    """The pictures in batches of one size, repeated where they are too few."""
+    """The images in batches of one size, repeated if there are too few."""
     enough = images_B3PP.repeat(-(-size // len(images_B3PP)), 1, 1, 1)
     parts = [part for part in enough.split(size) if len(part) == size]
     return [part.contiguous(memory_format=torch.channels_last) for part in parts]
@@ -215,7 +215,7 @@ def whole_batches(images_B3PP: Tensor, size: int) -> list[Tensor]:
 
 @torch.inference_mode()
 def encode(form: nn.Module, parts: Sequence[Tensor], *, bfloat16: bool) -> None:
-    """Encode batches that lie on the device."""
+    """Encode batches on the device."""
     device = parts[0].device.type
     with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
         for part in parts:
@@ -228,7 +228,7 @@ def encode(form: nn.Module, parts: Sequence[Tensor], *, bfloat16: bool) -> None:
 
 
 def measure(job: Job, *, kind: str, rounds: int) -> tuple[list[dict[str, Any]], list[Bar]]:
-    """All contenders on one set of pictures with one encoder."""
+    """Measure all contenders on one set of images with one encoder."""
     contenders: dict[str, Contender] = {
         BOOK: like_the_book(job),
         our_name(1): ours(job, workers=1),
@@ -240,8 +240,8 @@ def measure(job: Job, *, kind: str, rounds: int) -> tuple[list[dict[str, Any]], 
         contenders[our_name(NUM_CORES)] = ours(job, workers=NUM_CORES)
     else:
         contenders |= alone(job, cores=NUM_CORES)
-    ours(replace(job, files=job.files[:2]), workers=1)(0)  # starts the server of the reading processes
-    with own_stderr():  # or JPEGs would not be decoded as in the reading processes; its threads share that here
+    ours(replace(job, files=job.files[:2]), workers=1)(0)  # starts the fork server of the reading processes
+    with own_stderr():  # decodes JPEGs as the reading processes do
         costs = take_turns(contenders, rounds=rounds)
     rows = [
         {
@@ -257,12 +257,12 @@ def measure(job: Job, *, kind: str, rounds: int) -> tuple[list[dict[str, Any]], 
 
 
 def our_name(workers: int, *, beam_size: int = 1) -> str:
-    """How a contender of ours is called."""
+    """The name of one of our contenders."""
     return f"ours, {'greedy' if beam_size == 1 else f'beam {beam_size}'}, {workers} readers"
 
 
 def make_bars(job: Job, costs: Costs, *, kind: str) -> list[Bar]:
-    """What is promised of these pictures and this encoder; the share of busy cores' ceiling has the same bar."""
+    """The bars of these images and this encoder; the ceiling of busy cores has the same bar."""
     what = f"{job.encoder}, {kind}"
     on_gpu = job.device.type == "cuda"
     names = [our_name(NUM_CORES)] if on_gpu else [our_name(1), our_name(2)]
@@ -283,7 +283,7 @@ def make_bars(job: Job, costs: Costs, *, kind: str) -> list[Bar]:
 
 
 def share_of_ceiling(job: Job, costs: Costs, name: str, *, load: str) -> float | None:
-    """Ours over the ceiling: the median of the rounds' ratios."""
+    """Our speed relative to the ceiling: the median of the rounds' ratios."""
     best = [best_form(costs, part, load=load) for part in (READ, ENCODER, CAPTION)]
     shares = []
     for number, own in enumerate(costs[name]):
@@ -294,6 +294,6 @@ def share_of_ceiling(job: Job, costs: Costs, name: str, *, load: str) -> float |
 
 
 def best_form(costs: Costs, part: str, *, load: str) -> Sequence[Cost | None]:
-    """The turns of a part's quickest form."""
+    """The turns of a part's fastest form."""
     forms = [turns for name, turns in costs.items() if name.startswith(part) and name.endswith(load)]
     return min(forms, key=lambda turns: median_of(turns, figure="wall_ms") or 0.0)

@@ -1,30 +1,30 @@
-"""Comparing runs: losses step by step or at the end, as shares of the wanted ones, and weights."""
+"""Compare runs: losses per step or at the end, relative to the expected ones, and weights."""
 
 import statistics
 from collections.abc import Sequence
 
 import numpy as np
 
-from gpu_commands import Run
-from gpu_jobs import CheckError, Outcome
+from acceptance.commands import Run
+from acceptance.jobs import CheckError, Outcome
 
 
 def greatest_difference(found: Sequence[float], wanted: Sequence[float]) -> float:
-    """The largest difference at any step, as a share of the wanted loss. Raises CheckError for other steps."""
+    """The largest relative difference from the expected loss at any step. Raises CheckError for other steps."""
     if len(found) != len(wanted):
         raise CheckError(f"{len(found)} steps, not {len(wanted)}")
     return float(np.max(np.abs(np.array(found) - np.array(wanted)) / np.array(wanted)))
 
 
 def end_difference(found: Sequence[float], wanted: Sequence[float]) -> float:
-    """The difference of the mean losses of the last quarter, as a share of the wanted one."""
+    """The relative difference of the mean loss of the last quarter from the expected one."""
     if len(found) != len(wanted):
         raise CheckError(f"{len(found)} steps, not {len(wanted)}")
     return abs(last_quarter(found) / last_quarter(wanted) - 1)
 
 
 def last_quarter(losses: Sequence[float]) -> float:
-    """Their mean over the last quarter."""
+    """The mean loss of the last quarter."""
     return statistics.fmean(losses[-max(1, len(losses) // 4) :])
 
 
@@ -46,7 +46,7 @@ def weight_difference(found: Run, wanted: Run) -> float:
 
 
 def compare_steps(found: Run, wanted: Run, *, tolerance: float, note: str = "") -> Outcome:
-    """Of every step's loss, which must go down too."""
+    """The largest relative difference of any step's loss; the loss must go down too."""
     losses = found.losses()
     check_learns(losses)
     words = f"{len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}{note}"

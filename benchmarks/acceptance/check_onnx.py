@@ -1,4 +1,6 @@
-"""ONNX files on a device against the CPU: `gpu_onnx.py FOLDER cuda|cpu` prints the largest difference as JSON."""
+"""Compare ONNX files on a device with the CPU: `python -m acceptance.check_onnx FOLDER cuda|cpu` prints JSON with the
+largest difference.
+"""
 
 import json
 import sys
@@ -15,7 +17,7 @@ TYPES = {"tensor(uint8)": np.uint8, "tensor(int64)": np.int64, "tensor(float)": 
 
 
 def main(folder: str, device: str) -> None:
-    """Run both files on both, the decoder on what the encoder gives."""
+    """Run both files on device and CPU; the decoder gets the encoder's output."""
     provider, available = PROVIDERS[device], onnxruntime.get_available_providers()
     answer: dict[str, Any] = {"provider": provider, "providers": available, "difference": None}
     if provider in available:
@@ -32,7 +34,7 @@ def compare(path: Path, provider: str) -> float:
 
 
 def run(path: Path, providers: Sequence[str]) -> list[np.ndarray]:
-    """The outputs for random input, the same in each call."""
+    """The outputs for random input, which is the same in each call."""
     session = onnxruntime.InferenceSession(path, providers=list(providers))
     if session.get_providers()[0] != providers[0]:
         raise RuntimeError(f"onnxruntime does not start {providers[0]}, though it lists it")

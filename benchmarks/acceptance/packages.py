@@ -1,7 +1,7 @@
-"""Which packages the commands need here, which of them are missing, and the wheels of a folder that bring these.
+"""Which required packages are missing here, and the wheels in a folder that supply them.
 
-Only what is missing, or older than pyproject.toml allows, is taken from the folder, never torch and torchvision: those
-of the machine fit its driver.
+Only packages that are missing, or older than pyproject.toml allows, come from the folder, and never torch and
+torchvision: the machine's own fit its driver.
 """
 
 import os
@@ -20,14 +20,15 @@ from packaging.requirements import Requirement
 from packaging.tags import sys_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from acceptance.jobs import REPOSITORY
+
 OF_THE_MACHINE = ("torch", "torchvision")
 STAND_INS = {"pillow": "pillow-simd"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
-    """The wheels to install, the requirements that they bring, and those that nothing brings."""
+    """The wheels to install, the requirements that they satisfy, and the requirements that no wheel satisfies."""
 
     wheels: tuple[Path, ...]
     brought: tuple[Requirement, ...]
@@ -35,9 +36,9 @@ class Needs:
 
 
 def find_needs(requirements: Sequence[Requirement], wheels: Sequence[Path]) -> Needs:
-    """What has to be installed for these requirements, and for those of the wheels that bring them.
+    """What must be installed for these requirements and for those of the chosen wheels.
 
-    What an installed package needs in its turn is taken to be there.
+    The requirements of installed packages are assumed to be satisfied.
     """
     queue, known = deque(requirements), set()
     chosen: dict[Path, Requirement] = {}
@@ -64,7 +65,7 @@ def required_packages() -> list[Requirement]:
 
 
 def is_installed(requirement: Requirement) -> bool:
-    """Whether it is there in a version that will do."""
+    """Whether a suitable version is installed."""
     for name in (requirement.name, STAND_INS.get(canonicalize_name(requirement.name))):
         try:
             if name and requirement.specifier.contains(metadata.version(name), prereleases=True):
@@ -75,7 +76,7 @@ def is_installed(requirement: Requirement) -> bool:
 
 
 def newest_wheel(requirement: Requirement, wheels: Sequence[Path]) -> Path | None:
-    """The newest wheel among these that meets it and runs on this Python and machine."""
+    """The newest of these wheels that satisfies the requirement and runs on this Python and machine."""
     tags, found = set(sys_tags()), []
     for path in wheels:
         try:
@@ -88,7 +89,7 @@ def newest_wheel(requirement: Requirement, wheels: Sequence[Path]) -> Path | Non
 
 
 def requirements_of(wheel: Path) -> list[Requirement]:
-    """What a wheel needs on this Python and machine, its extras left out."""
+    """A wheel's requirements on this Python and machine, without extras."""
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         header = HeaderParser().parsestr(archive.read(name).decode())

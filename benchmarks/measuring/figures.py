@@ -1,4 +1,4 @@
-"""What every benchmark shares: costs, contenders that take turns, bars, the machine in words, tables and JSON."""
+"""What every benchmark shares: costs, contenders that take turns, bars, a description of the run, tables and JSON."""
 
 import gc
 import json
@@ -20,7 +20,7 @@ from captioner.workers import count_processors
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What one turn took; `cpu_seconds` is None where the processor time of all processes is not known."""
+    """The cost of one turn; `cpu_seconds` is None if the CPU time of all processes is not known."""
 
     items: int
     wall_seconds: float
@@ -28,18 +28,18 @@ class Cost:
 
     @property
     def wall_ms(self) -> float:
-        """Milliseconds an item on the clock."""
+        """Milliseconds of wall time an item."""
         return 1000 * self.wall_seconds / self.items
 
     @property
     def cpu_ms(self) -> float | None:
-        """Milliseconds an item of processor time."""
+        """Milliseconds of CPU time an item."""
         return None if self.cpu_seconds is None else 1000 * self.cpu_seconds / self.items
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bar:
-    """What must hold: `value` at least `bar` (at most, where the name says so); None where it was not measured."""
+    """A requirement: `value` at least `bar` (or at most, as the name says); `value` is None if it was not measured."""
 
     name: str
     value: float | None
@@ -51,7 +51,7 @@ Contender = Callable[[int], Cost | None]
 
 
 def time_here(items: int, action: Callable[[], object]) -> Cost:
-    """What `action` costs in this process, all its threads together."""
+    """The cost of `action` in this process, including all its threads."""
     gc.collect()
     wall, cpu = time.perf_counter(), time.process_time()
     action()
@@ -59,7 +59,7 @@ def time_here(items: int, action: Callable[[], object]) -> Cost:
 
 
 def take_turns(contenders: Mapping[str, Contender], *, rounds: int) -> dict[str, list[Cost | None]]:
-    """Each contender's cost in each round; in every round all have a turn, and another one begins."""
+    """Each contender's cost in each round. All take a turn in every round, and each round starts with the next one."""
     names = list(contenders)
     costs: dict[str, list[Cost | None]] = {name: [] for name in names}
     for number in range(rounds):
@@ -79,7 +79,7 @@ def median_of(costs: Sequence[Cost | None], *, figure: str) -> float | None:
 
 
 def median(values: Sequence[float | None]) -> float | None:
-    """The median of what is known, None where nothing is."""
+    """The median of the known values; None if there is none."""
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
 
@@ -103,11 +103,11 @@ def at_most(name: str, value: float | None, bar: float) -> Bar:
     return Bar(name=f"{name}: at most", value=value, bar=bar, holds=None if value is None else value <= bar)
 
 
-# ---- telling ----------------------------------------------------------------------------------------------
+# ---- output -----------------------------------------------------------------------------------------------
 
 
 def describe_run(packages: Sequence[str], **facts: object) -> dict[str, str]:
-    """Machine, versions and date of this run, and `facts` of its own."""
+    """Machine, versions and date of this run, and more `facts`."""
     versions = [f"{name} {found}" for name in packages if (found := version(name))]
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -127,7 +127,7 @@ def version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    """The processor's name; Linux tells it in a file only."""
+    """The processor's name; on Linux only /proc/cpuinfo has it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -136,14 +136,14 @@ def _processor() -> str:
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of one form as a table; what was not measured is a dash."""
+    """Print rows with equal keys as a table; a dash is a value that was not measured."""
     if rows:
         cells = [["-" if value is None else value for value in row.values()] for row in rows]
         cli.print_table(title, [name.replace("_", " ") for name in rows[0]], cells)
 
 
 def print_bars(bars: Sequence[Bar]) -> None:
-    """The bars, with a word on each."""
+    """Print the bars, and whether each holds."""
     words = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}
     rows = [("-" if bar.value is None else f"{bar.value:.2f}", bar.bar, words[bar.holds]) for bar in bars]
     cells = [(bar.name, *row) for bar, row in zip(bars, rows, strict=True)]

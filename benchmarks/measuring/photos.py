@@ -1,4 +1,4 @@
-"""The pictures that packing is measured on: COCO's (or drawn ones like them) and 12-megapixel ones tiled from them."""
+"""The images that benchmarks use: COCO's, or drawn ones like them, and 12-megapixel ones tiled from them."""
 
 import json
 import os
@@ -12,11 +12,14 @@ import numpy as np
 from PIL import Image
 
 from captioner.errors import UserError
+from captioner.images import loading
 
-ENDINGS = (".jpg", ".jpeg")
+COCO, PHONE = "COCO", "12 megapixels"
+SIZE, QUALITY = 256, 95  # of stored images
+SUFFIXES = (".jpg", ".jpeg")
 COCO_SIZES = ((640, 480), (640, 427), (480, 640), (640, 426), (500, 375), (427, 640), (640, 360), (612, 612))
 PHONE_SIZE = (4032, 3024)
-MAX_TILES = 200  # different pictures in the large ones: all of them are in memory at once
+MAX_TILES = 200  # different tiles: all of them are in memory at once
 WORDS = (
     "a",
     "the",
@@ -34,17 +37,17 @@ WORDS = (
 
 
 def find_photos(folder: Path) -> list[Path]:
-    """The JPEG files right in `folder`, by name. Raises UserError where there is none."""
+    """The JPEG files directly in `folder`, by name. Raises UserError if there is none."""
     if not folder.is_dir():
-        raise UserError(f"there is no folder --images {folder}: name one that holds JPEG photos, or leave it out")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
+        raise UserError(f"the folder --images {folder} does not exist: name one with JPEG photos, or leave it out")
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not found:
-        raise UserError(f"--images {folder} holds no {' or '.join(ENDINGS)} files: name a folder of photos")
+        raise UserError(f"--images {folder} has no {' or '.join(SUFFIXES)} files: name a folder of photos")
     return found
 
 
 def draw_photos(folder: Path, *, count: int) -> list[Path]:
-    """Write `count` drawn pictures in COCO's sizes, as JPEG of COCO's kind (quality 96, 4:4:4)."""
+    """Write `count` drawn images in COCO's sizes, as JPEGs like COCO's (quality 96, 4:4:4)."""
     folder.mkdir()
     paths = [folder / f"{number:04d}.jpg" for number in range(count)]
     for number, path in enumerate(paths):
@@ -53,7 +56,7 @@ def draw_photos(folder: Path, *, count: int) -> list[Path]:
 
 
 def draw_photo(seed: int, size: tuple[int, int]) -> Image.Image:
-    """A picture of soft noise whose detail fades with its fineness as in photos, so that its JPEG is as large."""
+    """An image of soft noise with less detail at finer scales, as in photos, so that its JPEG has a similar size."""
     generator = np.random.default_rng(seed)
     width, height = size
     pixels = np.full((height, width, 3), 128.0)
@@ -65,8 +68,18 @@ def draw_photo(seed: int, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
+def store_photos(originals: Sequence[Path], folder: Path) -> list[Path]:
+    """Write the originals as packing stores them: SIZE x SIZE, quality QUALITY."""
+    folder.mkdir(parents=True)
+    paths = [folder / f"{number:06d}.jpg" for number in range(len(originals))]
+    for original, path in zip(originals, paths, strict=True):
+        picture = Image.open(original).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+        path.write_bytes(loading.encode_jpeg(picture, quality=QUALITY))
+    return paths
+
+
 def repeat_photos(folder: Path, originals: Sequence[Path], *, count: int) -> list[Path]:
-    """`count` files in `folder` with the originals' contents in turn: a copy of each, and hard links to the copies."""
+    """Write `count` files to `folder` that repeat the originals: a copy of each, then hard links to the copies."""
     folder.mkdir()
     copies: list[Path] = []
     for number, original in enumerate(islice(cycle(originals), count)):
@@ -80,7 +93,7 @@ def repeat_photos(folder: Path, originals: Sequence[Path], *, count: int) -> lis
 
 
 def tile_photos(folder: Path, originals: Sequence[Path], *, count: int) -> list[Path]:
-    """Write `count` different 12-megapixel JPEGs as a phone makes them: quality 92, 4:2:0, no tile enlarged."""
+    """Write `count` different 12-megapixel JPEGs like a phone's: quality 92, 4:2:0, no tile enlarged."""
     folder.mkdir()
     tiles = [Image.open(path).convert("RGB") for path in originals[:MAX_TILES]]
     paths = [folder / f"{number:04d}.jpg" for number in range(count)]
@@ -90,7 +103,7 @@ def tile_photos(folder: Path, originals: Sequence[Path], *, count: int) -> list[
 
 
 def _tile(tiles: Sequence[Image.Image], rng: Random) -> Image.Image:
-    """Rows of tiles beside each other; each row is as high as its lowest tile."""
+    """Rows of tiles; each row is as high as its lowest tile."""
     width, height = PHONE_SIZE
     canvas, top = Image.new("RGB", PHONE_SIZE), 0
     while top < height:
@@ -106,20 +119,20 @@ def _tile(tiles: Sequence[Image.Image], rng: Random) -> Image.Image:
 
 
 def make_captions(number: int) -> list[str]:
-    """Five captions of about COCO's length, the same for the same number."""
+    """Five captions of about COCO's length; the same number gives the same captions."""
     rng = Random(number)
     return [" ".join(rng.choices(WORDS, k=rng.randint(8, 13))).capitalize() + "." for _ in range(5)]
 
 
 def write_captions(paths: Sequence[Path], file: Path) -> Path:
-    """A caption file of the pictures, five captions each."""
+    """Write a caption file for the images, five captions each."""
     rows = [{"path": path.name, "captions": make_captions(number)} for number, path in enumerate(paths)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
 
 def write_data(originals: Sequence[Path], folder: Path, *, count: int) -> Path:
-    """`photos/` of so many pictures in `folder`, and `captions.jsonl`; each picture is another file for the packer."""
+    """Write `photos/` with `count` images to `folder`, and `captions.jsonl`."""
     folder.mkdir(exist_ok=True)
     write_captions(repeat_photos(folder / "photos", originals, count=count), folder / "captions.jsonl")
     return folder

@@ -1,4 +1,4 @@
-"""Loaders of short text samples as raw bytes, in lists: little but a loader's own work. And a seek among very many."""
+"""Loaders of short text samples as lists of raw bytes, which measures little but the loader; and a seek."""
 
 import hashlib
 import json
@@ -11,13 +11,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from loaders import Contender, loader_options, read_members
+from contenders.loader import Contender, loader_options, read_members
 
 OURS, READER, TRANSFORM, MIXTURE = "ours", "ours, reading alone", "ours, a transform", "ours, four sources"
 SAMPLE_BYTES, SHARD_SAMPLES, NUM_SHARDS = 200, 10_000, 10
 NUM_SAMPLES = NUM_SHARDS * SHARD_SAMPLES
-SHUFFLE_BUFFER = 1000  # samples that webdataset shuffles among
-BATCHES_FOUND = 8  # whose samples are looked up together, as the loader does
+SHUFFLE_BUFFER = 1000  # samples in webdataset's shuffle buffer
+BATCHES_FOUND = 8  # looked up together, as in the loader
 SHARDS, SEEK_SHARDS = "text", "seek"
 SOURCES = (4, 3, 2, 1)  # shards of each source of the mixture, and its weights
 LETTERS = b"etaoinshrdlu     "
@@ -27,7 +27,7 @@ LETTERS = b"etaoinshrdlu     "
 
 
 def write_shards(folder: Path) -> None:
-    """Make `text/` with NUM_SHARDS shards, and `text-0/` to `text-3/` with links to some of them each."""
+    """Write `text/` with NUM_SHARDS shards, and `text-0/` to `text-3/` with links to some of them."""
     shards = folder / SHARDS
     shards.mkdir()
     entries = [write_shard(shards, number) for number in range(NUM_SHARDS)]
@@ -69,7 +69,7 @@ def write_manifest(folder: Path, entries: Iterable[Any]) -> None:
 
 
 def link(folder: Path, name: str, target: Path, new_name: str) -> None:
-    """Link a shard into another folder, by another name."""
+    """Link a shard into another folder under another name."""
     for suffix in (".tar", ".index"):
         os.link(folder / f"{name}{suffix}", target / f"{new_name}{suffix}")
 
@@ -88,12 +88,12 @@ def ours(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[list
 
 
 def ours_with_a_transform(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[list[Any]]:
-    """Our loader with a function that does nothing, for which random numbers are seeded."""
+    """Our loader with a transform that does nothing, for which random numbers are seeded."""
     return _stream([folder / SHARDS], batch=batch, num_workers=workers, epoch=epoch, transform=_same)
 
 
 def our_mixture(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[list[Any]]:
-    """Our loader of four sources; each sample comes once an epoch."""
+    """Our loader on four sources; each sample comes once an epoch."""
     return _stream(source_folders(folder), batch=batch, num_workers=workers, epoch=epoch, weights=SOURCES)
 
 
@@ -110,7 +110,7 @@ def _same(sample: Any, _rng: Any) -> Any:
 
 
 def our_reader(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[list[Any]]:
-    """What is below our loader: the order, and the samples read and checked."""
+    """The parts below our loader: the order, and reading with checksums."""
     from captioner.streaming.dataset import read_split
     from captioner.streaming.order import ShardOrder
     from captioner.streaming.reader import ShardReader
@@ -126,7 +126,7 @@ def our_reader(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterato
 
 
 def plain_webdataset(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[list[Any]]:
-    """webdataset's own reading of the same tars: they are shuffled, then samples in a buffer."""
+    """webdataset's own reader on the same tars: shuffled tars, then a shuffle buffer."""
     import webdataset as wds
 
     tars = sorted(map(str, (folder / SHARDS).glob("*.tar")))
@@ -135,7 +135,7 @@ def plain_webdataset(folder: Path, *, batch: int, workers: int, epoch: int) -> I
 
 
 def litdata(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[list[Any]]:
-    """Chunks that litdata's `optimize` wrote; it gives views of its chunks."""
+    """Chunks written by litdata's `optimize`; yields views of the chunks."""
     from litdata import StreamingDataLoader, StreamingDataset  # type: ignore
 
     dataset = StreamingDataset(str(folder / "text-litdata"), shuffle=True, drop_last=True, seed=epoch)
@@ -143,7 +143,7 @@ def litdata(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[l
 
 
 def write_litdata(folder: Path) -> None:
-    """litdata's chunks."""
+    """Write litdata's chunks."""
     from litdata import optimize  # type: ignore
 
     output = str(folder / "text-litdata")
@@ -163,7 +163,7 @@ def mosaicml(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[
 
 
 def write_mosaicml(folder: Path) -> None:
-    """MosaicML's shards."""
+    """Write MosaicML's shards."""
     from streaming import MDSWriter  # type: ignore
 
     with MDSWriter(out=str(folder / "text-mds"), columns={"txt": "bytes"}) as writer:
@@ -188,7 +188,7 @@ TEXT_LOADERS = {
 
 
 def link_shards(folder: Path, *, num_shards: int) -> None:
-    """Make `seek/`, with `num_shards` links to the first shard of `text/`."""
+    """Write `seek/`, with `num_shards` links to the first shard of `text/`."""
     from captioner.shards.format import read_manifest, shard_name
 
     seek_folder = folder / SEEK_SHARDS
@@ -204,8 +204,8 @@ def seek(*, folder: str, batch: int, at: float, num_sources: int) -> dict[str, f
     """Seconds from reading the manifest to the first batch after a seek, in a process without workers.
 
     The seek goes to the fraction `at` of the second epoch. Several sources have equal numbers of shards, and SOURCES as
-    weights. `memory_mb` is what loading the state and making the batch add to the process: the indexes of the shards
-    that are open, and the order of the samples that are shuffled together. It is None where the system does not say.
+    weights. `memory_mb` is the memory added by loading the state and making the batch: the indexes of the open shards,
+    and the order of the samples that are shuffled together. It is None if the system does not report it.
     """
     from captioner.shards.format import read_manifest
     from captioner.streaming import StreamingLoader
@@ -234,7 +234,7 @@ def seek(*, folder: str, batch: int, at: float, num_sources: int) -> dict[str, f
 
 
 def resident_megabytes() -> float | None:
-    """The process's resident memory, where the system says it (Linux)."""
+    """The process's resident memory; None if the system does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:

@@ -1,4 +1,4 @@
-"""Running rows and telling what became of them: a table that grows as rows end, and the same as JSON."""
+"""Run the rows and report their results: a table that grows as rows end, and the same as JSON."""
 
 import time
 import traceback
@@ -10,11 +10,11 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
-from gpu_jobs import Bench, CheckError, Job, Outcome, SkipError
-from measure import Bar, at_least, at_most, describe_run, write_json
+from acceptance.jobs import Bench, CheckError, Job, Outcome, SkipError
+from measuring.figures import Bar, at_least, at_most, describe_run, write_json
 
 if TYPE_CHECKING:
-    from gpu_rows import Row
+    from acceptance.rows import Row
 
 PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "tyro", "nltk", "pycocotools", "pillow", "numpy",
             "safetensors", "onnxruntime")  # fmt: skip
@@ -23,7 +23,7 @@ Result = Literal["pass", "FAIL", "skipped"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """What became of a row: its outcome, or the reason why there is none, and the end of what a command printed."""
+    """A row's result: its outcome, or the reason why there is none, and the end of a command's output."""
 
     name: str
     result: Result
@@ -34,18 +34,18 @@ class Finding:
 
     @property
     def bar(self) -> str:
-        """As the table has it."""
+        """The bar as the table shows it."""
         return f"{'<=' if self.outcome.at_most else '>='} {self.outcome.bar:g}" if self.outcome else ""
 
     def as_bar(self) -> Bar | None:
-        """As other benchmarks write it; None where nothing was measured and no bar is known."""
+        """The bar as other benchmarks write it; None if nothing was measured."""
         if self.outcome is None:
             return None
         make = at_most if self.outcome.at_most else at_least
         return make(self.name, self.outcome.figure, self.outcome.bar)
 
     def as_row(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The row as JSON contains it."""
         outcome = self.outcome
         return {
             "name": self.name,
@@ -61,7 +61,7 @@ class Finding:
 
 @dataclass(kw_only=True)
 class Table:
-    """Prints each finding as it comes, and keeps all in a JSON file where one is wanted."""
+    """Prints each finding as it comes, and writes all to a JSON file if one is wanted."""
 
     json: Path | None
     width: int
@@ -74,7 +74,7 @@ class Table:
         self._print("", "check", "figure", "bar", "seconds")
 
     def add(self, finding: Finding) -> None:
-        """Print a row, with what a failed command printed below it."""
+        """Print a row, and below it the output of a failed command."""
         with self._lock:
             self.findings.append(finding)
             figure = f"{finding.outcome.figure:.4g}" if finding.outcome else ""
@@ -85,7 +85,7 @@ class Table:
             self._write()
 
     def close(self) -> int:
-        """Print the counts; returns the exit code."""
+        """Print the counts and return the exit code."""
         counts = Counter(finding.result for finding in self.findings)
         print(f"{counts['pass']} passed, {counts['FAIL']} failed, {counts['skipped']} skipped", flush=True)
         return 1 if counts["FAIL"] else 0
@@ -104,7 +104,7 @@ class Table:
 
 
 def run_rows(rows: "Sequence[Row]", bench: Bench, table: Table, *, parallel: int) -> None:
-    """Run rows in their order, some beside each other; one that is to be alone waits for those before it."""
+    """Run rows in order, several at a time; a row with `alone` runs by itself, after those before it."""
     while rows:
         alone = rows[0].alone
         count = 1 if alone else next((n for n, row in enumerate(rows) if row.alone), len(rows))
@@ -115,7 +115,7 @@ def run_rows(rows: "Sequence[Row]", bench: Bench, table: Table, *, parallel: int
 
 
 def run_row(row: "Row", bench: Bench) -> Finding:
-    """What becomes of a row."""
+    """Run one row and return its result."""
     if time.monotonic() >= bench.ends:
         return Finding(name=row.name, result="skipped", seconds=0.0, reason="the time for all rows was over before")
     started, job = time.monotonic(), Job(bench, seconds=row.seconds)
@@ -128,7 +128,7 @@ def run_row(row: "Row", bench: Bench) -> Finding:
         result, reason = "skipped", str(skipped)
     except CheckError as failed:
         reason, output = failed.reason, failed.output
-    except Exception as error:  # a row's own fault must not stop the others
+    except Exception as error:  # a bug in a row must not stop the others
         reason, output = f"the row itself failed: {error!r}", traceback.format_exc(limit=-3)
     seconds = time.monotonic() - started
     return Finding(name=row.name, result=result, seconds=seconds, outcome=outcome, reason=reason, output=output)

@@ -1,7 +1,7 @@
 """The rows of training: each a function that runs commands and returns an `Outcome`.
 
-Without dropout losses depend on the device's rounding alone. Tolerances of single steps are for TensorFloat-32, which
-the training command asks for, unless a row says otherwise.
+Without dropout, losses differ only by the device's rounding. Tolerances of single steps are for TensorFloat-32, which
+the training command uses, unless a row says otherwise.
 """
 
 import shutil
@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 from safetensors.numpy import load_file
 
-from gpu_commands import (
+from acceptance.commands import (
     ACCELERATE,
     PYTHON,
     TRAIN,
@@ -28,8 +28,8 @@ from gpu_commands import (
     train,
     train_flags,
 )
-from gpu_compare import check_learns, compare_steps, end_difference, weight_difference
-from gpu_jobs import KILLED, REPOSITORY, CheckError, Job, Outcome, SkipError, wait_for_all
+from acceptance.jobs import KILLED, CheckError, Job, Outcome, SkipError, wait_for_all
+from acceptance.rows.compare import check_learns, compare_steps, end_difference, weight_difference
 
 SAVED_AND_STOPPED = 75
 NCCL_REFUSALS = ("Duplicate GPU", "ncclInvalidUsage", "ncclInternalError", "ncclSystemError", "ncclUnhandledCudaError")
@@ -50,7 +50,7 @@ def fp32(job: Job) -> Outcome:
 
 
 def fp32_exact(job: Job) -> Outcome:
-    """Nearer to them without TensorFloat-32."""
+    """Without TensorFloat-32 the losses are closer to the CPU's."""
     if job.device == "cpu":
         raise SkipError("TensorFloat-32 is a GPU's")
     found = train(job, "exact", variables={"NVIDIA_TF32_OVERRIDE": "0"})
@@ -58,14 +58,14 @@ def fp32_exact(job: Job) -> Outcome:
 
 
 def fp32_again(job: Job) -> Outcome:
-    """A second run of the same command: how far from bit for bit."""
+    """A second run of the same command: how far from bit-for-bit equal."""
     found, wanted = train(job, "again"), fp32_run(job)
     difference = weight_difference(found, wanted)
     return compare_steps(found, wanted, tolerance=STEP, note=f"; weights differ by {difference:.1e} at most")
 
 
 def half_precision(job: Job, *, precision: str, tolerance: float) -> Outcome:
-    """The loss goes down, to nearly that in fp32."""
+    """The loss goes down, to nearly the fp32 loss."""
     if precision == "fp16" and job.device == "cpu":
         raise SkipError("Accelerate has fp16 on GPUs only")
     losses = train(job, precision, precision=precision).losses()
@@ -75,30 +75,30 @@ def half_precision(job: Job, *, precision: str, tolerance: float) -> Outcome:
 
 
 def in_two_parts(job: Job) -> Run:
-    """The fp32 run with each step's batch in two parts."""
+    """The fp32 run with each step's batch in two micro-batches."""
     return job.shared("accumulation", partial(train, name="parts", more=("--accumulation-steps", 2)))
 
 
 def accumulation(job: Job) -> Outcome:
-    """Two parts a step: the CPU's losses."""
+    """With two micro-batches per step the losses are the CPU's."""
     flags = ("--accumulation-steps", 2)
     wanted = job.shared("accumulation on the CPU", partial(train, name="cpu-parts", more=flags, device="cpu"))
     return compare_steps(in_two_parts(job), wanted, tolerance=STEP)
 
 
 def accumulation_end(job: Job) -> Outcome:
-    """At the end the loss is near that of whole batches, of which batch norm sees twice as many pictures at once."""
+    """The final loss is near that of undivided batches, where batch norm sees twice as many images at once."""
     difference = end_difference(in_two_parts(job).losses(), fp32_run(job).losses())
     return Outcome(figure=difference, bar=PARTS_END, at_most=True)
 
 
 def compiled(job: Job) -> Outcome:
-    """The losses of the encoder that is not compiled."""
+    """A compiled encoder gives the losses of one that is not compiled."""
     return compare_steps(train(job, "compiled", ("--compile-encoder",)), fp32_run(job), tolerance=STEP)
 
 
 def thawed(job: Job) -> Outcome:
-    """The encoder learns from the middle of the run on: the CPU's losses, other weights than before."""
+    """With the encoder trained from the middle of the run on, the losses are the CPU's, and its weights change."""
     weights, half = encoder_weights(job), sizes(job).steps // 2
     flags = ("--weights", weights, "--finetune-encoder-from-step", half)
     wanted = job.shared("thawed on the CPU", partial(train, name="cpu-thawed", more=flags, device="cpu"))
@@ -111,14 +111,14 @@ def thawed(job: Job) -> Outcome:
 
 
 def residual(job: Job) -> Outcome:
-    """ResNet-18, trained from its first step on: the CPU's losses."""
+    """ResNet-18, trained from the first step on, has the CPU's losses."""
     flags = ("--encoder", "resnet18", "--encoder-learning-rate", 1e-4)
     wanted = job.shared("ResNet-18 on the CPU", partial(train, name="cpu-resnet", more=flags, device="cpu"))
     return compare_steps(train(job, "resnet", flags), wanted, tolerance=RESIDUAL_STEP)
 
 
 def cached_features(job: Job) -> Outcome:
-    """The CPU's losses on its own features of the same pictures."""
+    """Training on features has the losses of the CPU, which computes its own features of the same images."""
     flags = ("--weights", encoder_weights(job), "--finetune-encoder-from-step", None, "--cache-features")
     runs = []
     for name, device in (("cached", job.device), ("cpu-cached", "cpu")):
@@ -147,16 +147,16 @@ def resumed(job: Job) -> Outcome:
 
 
 def two_with_gloo(job: Job) -> Outcome:
-    """Two processes, on one GPU where there is one, have the losses of one process."""
+    """Two processes, on one GPU if there is one, have the losses of one process."""
     run = new_run(job, "gloo")
     flags = train_flags(job, run)
-    ranks = start_ranks(job, [REPOSITORY / "benchmarks/gpu_rank.py", TRAIN], flags, variables=[{}, {}])
+    ranks = start_ranks(job, ["-m", "acceptance.gloo_rank", TRAIN], flags, variables=[{}, {}])
     check_trained_on(job.device, wait_for_all(ranks), processes=2)
     return compare_steps(run, fp32_run(job), tolerance=STEP)
 
 
 def two_with_nccl(job: Job) -> Outcome:
-    """The same with NCCL: on two GPUs, or on one as two machines would have them, if NCCL allows that."""
+    """The same with NCCL: on two GPUs, or on one that poses as two machines, if NCCL allows that."""
     if job.device == "cpu":
         raise SkipError("NCCL is for GPUs")
     run = new_run(job, "nccl")
@@ -170,7 +170,7 @@ def two_with_nccl(job: Job) -> Outcome:
 
 
 def run_as_two_machines(job: Job, flags: Sequence[object]) -> None:
-    """Train with two processes on one GPU that NCCL takes for two machines'. Raises SkipError where it does not."""
+    """Train with two processes on one GPU that poses as two machines. Raises SkipError if NCCL notices."""
     own = [{"NCCL_HOSTID": f"machine-{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"} for rank in (0, 1)]
     ranks = start_ranks(job, [TRAIN], flags, variables=own)
     try:

@@ -1,6 +1,6 @@
-"""Run a command and write what it and every process it started took: `python timed.py RESULT.json COMMAND ...`.
+"""Run a command and write the cost of all its processes: `python timed.py RESULT.json COMMAND ...`.
 
-Counts orphans as well (Linux): a pool's server process outlives the command that started it by a moment.
+Orphans count too (on Linux), because a pool's server process may outlive the command.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def main(result: str, *command: str) -> int:
-    """The command's exit code; RESULT gets `wall_seconds` until it ended and `cpu_seconds` of all processes or null."""
+    """Run the command, return its exit code, and write `wall_seconds` and `cpu_seconds` (or null) to RESULT."""
     adopts = sys.platform == "linux" and ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
     started = time.perf_counter()
     code = subprocess.call(command)

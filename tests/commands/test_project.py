@@ -19,7 +19,7 @@ LIGHT_MODULES = (
     "captioner.metrics",
     "captioner.shards.format",
     "captioner.files.storage",
-    "captioner.files.troubles",
+    "captioner.files.retries",
     "captioner.images.views",
     "captioner.vocabulary",
     "sharding.make_shards",

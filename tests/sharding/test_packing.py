@@ -499,7 +499,6 @@ def test_other_caption_files_give_the_same_samples(coco: Path, tmp_path: Path, e
 
 
 def test_the_output_can_be_a_url(coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("captioner.files.ownership.SETTLE_SECONDS", 0.1)
     monkeypatch.setattr("captioner.files.ownership.BEAT_SECONDS", 0.2)
     pack(coco, "memory://packing/shards", size=64)
     pack(coco, tmp_path / "shards", size=64)

@@ -113,9 +113,9 @@ class Trainer:
         self._evaluator: Evaluator | None = None
         if val:
             self._evaluator = Evaluator(
-                val,
-                self._loss_model,
-                partial(open_loader, features=features.get("val")),
+                split=val,
+                loss_model=self._loss_model,
+                open_loader=partial(open_loader, features=features.get("val")),
                 decoding=settings.decoding(),
                 vocabulary=self._start.vocabulary,
                 accelerator=self._accelerator,
@@ -201,7 +201,7 @@ class Trainer:
         self._report["validation_images"] += len(found.captions)
         self._report["validation_seconds"] += found.seconds
         epoch = self._progress.epochs
-        planned = self._evaluator.num_images
+        planned = self._evaluator.split.num_samples
         ledger = folder.reconcile(self._run, found.ledger, "val", epoch=epoch, planned=planned)
         self._accelerator.print(f"epoch {epoch}: validation {found}; {ledger}")
         is_best = self._progress.add_evaluation(found.metrics, checkpoint=self._checkpoints.name)

@@ -20,7 +20,7 @@ from captioner.vocabulary import START
 from train.data.batches import CaptionBatch
 from train.settings import Schedule
 from train.step.schedule import make_optimizer, make_schedule
-from train.step.step import MAX_GRADIENT_NORM, CaptionLoss, StepLoss, check_finite, sample_inputs, train_step
+from train.step.step import MAX_GRADIENT_NORM, CaptionLoss, StepLoss, TrainStep, check_finite, sample_inputs
 
 VIEW = ViewSpec(size=32, crop=32)
 CAPTIONS = [[[4, 5, 6], [7]], [[9, 8, 7, 6, 5, 4]], [[5, 5], [8, 4, 9, 6, 7], [6]]]
@@ -70,7 +70,7 @@ def take_step(
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0)
     schedule = LambdaLR(optimizer, lambda _step: 1.0)
     loss_model = CaptionLoss(model, view=VIEW, label_smoothing=smoothing).train()
-    record = train_step(loss_model, micro_batches, optimizer=optimizer, schedule=schedule, accelerator=accelerator)
+    record = TrainStep(loss_model, optimizer, schedule, accelerator)(micro_batches)
     changes = {name: before[name] - p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return changes, record
 
@@ -275,12 +275,11 @@ def test_an_encoder_that_learns_later_is_a_frozen_one_until_then(accelerator: Ac
     before = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
     optimizer = make_optimizer(model, 0.1, encoder_learning_rate=0.1)
     schedule = LambdaLR(optimizer, lambda _step: 1.0)
-    loss_model = CaptionLoss(model, view=VIEW, thaw_step=2).train()
+    take_step = TrainStep(CaptionLoss(model, view=VIEW, thaw_step=2).train(), optimizer, schedule, accelerator)
 
     def changes(step: int) -> bool:
         """Whether a step changes any of the encoder's parameters and statistics."""
-        batch = make_batch(CAPTIONS)
-        train_step(loss_model, [batch], step, optimizer=optimizer, schedule=schedule, accelerator=accelerator)
+        take_step([make_batch(CAPTIONS)], step)
         return any(not torch.equal(tensor, before[name]) for name, tensor in model.encoder.state_dict().items())
 
     assert [changes(step) for step in (1, 2, 3)] == [False, False, True]

@@ -43,7 +43,7 @@ from train.data.features import FeatureFiles
 from train.run.encode import prepare_features
 from train.settings import NEW_MODEL, TrainSettings
 from train.step.schedule import make_optimizer, make_schedule
-from train.step.step import MAX_GRADIENT_NORM, CaptionLoss, distribute, train_step
+from train.step.step import MAX_GRADIENT_NORM, CaptionLoss, TrainStep, distribute
 
 CAPTIONS_A_PICTURE = 5
 WARM_UP_SAMPLES = 2
@@ -224,6 +224,7 @@ class Trainer:
         )
         self.schedule = make_schedule(optimizer, DEFAULTS.schedule, total_steps=10_000)
         self.wrapped, self.optimizer = distribute(self.loss_model, optimizer, self.accelerator)
+        self.take_step = TrainStep(self.wrapped, self.optimizer, self.schedule, self.accelerator)
         self.wrapped.train()
         self.cache = str(job.folder / "cache")
         self.open_loader = partial(
@@ -264,9 +265,7 @@ class Trainer:
 
     def step(self, batch: CaptionBatch) -> None:
         """A training step on images or features."""
-        train_step(
-            self.wrapped, [batch], optimizer=self.optimizer, schedule=self.schedule, accelerator=self.accelerator
-        )
+        self.take_step([batch])
 
     def encode(self, batch: CaptionBatch) -> None:
         """The encoder's part of a step."""

@@ -381,7 +381,7 @@ def test_a_poorer_calibration_does_not_replace_a_good_one(
     if lost == "pictures":
         few = write_shards(tmp_path / "few", [9], split="val", size=36, first=100)
         settings = replace(settings, shards=(few,))
-        said = "--calibrate needs 100 pictures, and the val split"
+        said = "--calibrate needs 100 images, and the val split"
     elif lost == "references":
         monkeypatch.setattr("train.evaluation.calibrate.fit_confidence", lambda *_: None)
         said = r"is kept, the new one has no confidence \(fewer than 100 captions"

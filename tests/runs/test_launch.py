@@ -148,7 +148,7 @@ def test_only_a_launchers_end_counts_as_sigterm(launched: bool, monkeypatch: pyt
     if launched:
         monkeypatch.setenv(launch.LAUNCHERS[0], "1")
     parents, sent = iter([7, 7, 7]), []
-    monkeypatch.setattr(launch, "LAUNCHER_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(launch, "LAUNCHER_POLL_SECONDS", 0.01)
     monkeypatch.setattr(os, "getppid", lambda: next(parents, 1))
     monkeypatch.setattr(os, "kill", lambda *arguments: sent.append(arguments))
     launch.end_with_launcher()

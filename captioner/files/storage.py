@@ -315,11 +315,11 @@ def read_json(location: str, *, remedy: str) -> Any:
         raise UserError(f"cannot read {location} ({error}): {remedy}") from error
 
 
-def write_atomic(location: str, content: bytes | str) -> None:
-    """Write a file so that its name holds either the whole content or what it held before. Raises OSError.
+def write_atomic(location: str, content: bytes | str, *, durable: bool = True) -> None:
+    """Write a file whose name always holds either the whole content or what it held before. Raises OSError.
 
-    On disk, content and name are durable (fsync) when this returns. Symbolic links are followed; pipes
-    and character devices, which cannot be replaced, are written to.
+    On disk, content and name are on the disk (fsync) when this returns, unless they need not be `durable`. Symbolic
+    links are followed; pipes and character devices, which cannot be replaced, are written to.
     """
     data = content.encode() if isinstance(content, str) else content
     if is_remote(location):
@@ -334,26 +334,28 @@ def write_atomic(location: str, content: bytes | str) -> None:
         return
     path = path.resolve()  # a symbolic link stays, and its target is written
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with replacing(path, durable=durable) as file:
         file.write(data)
 
 
 @contextmanager
-def replacing(path: Path, *, partial: Path | None = None) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, partial: Path | None = None, durable: bool = True) -> Iterator[BinaryIO]:
     """A temporary file, named `partial` if given, that atomically replaces `path` when the block ends without an error.
 
-    Content and name are durable (fsync) then. Raises OSError.
+    Content and name are on the disk (fsync) then, unless they need not be `durable`. Raises OSError.
     """
     partial = partial or path.with_name(f"{path.name}.{uuid4().hex}.partial")  # two machines may write the same file
     try:
         with partial.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    if durable:
+        _sync_folder(path.parent)
 
 
 def write_new(location: str, content: bytes | str, *, etag: str | None = None) -> None:
@@ -426,8 +428,8 @@ def _open_stream(path: Path) -> BinaryIO | None:
     raise OSError(errno.ENXIO, "is neither a file nor a pipe", str(path))
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in the folder outlive a power cut, where the system can."""
+def _sync_folder(folder: Path) -> None:
+    """Write the names in a folder to the disk, where the system can."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

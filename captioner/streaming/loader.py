@@ -397,28 +397,38 @@ class StreamingLoader:
             self._workers.close()
             self._workers = None
 
-    # ---- told before anything is read -----------------------------------------------------------------------
+    # ---- before anything is read --------------------------------------------------------------------------
 
     def describe(self) -> str:
-        """What an epoch reads, of which sources, and how well it is mixed: lines for people."""
+        """What an epoch reads, of which sources, and how well it is shuffled: lines for people."""
         parts, order, shards = self._resolve(), self.order, self.split.shards
         shard_bytes = [entry.bytes for _, entry in shards]
         last = parts.num_samples - (parts.num_steps - 1) * self.batch_size
-        endings = {
+        last_batches = {
             "keep": f"the last of {min(last, self.batch_size):,}",
-            "pad": f"the last filled up with {self.batch_size - last:,} of the first samples",
-            "drop": f"{parts.num_dropped:,} samples left out",
+            "pad": f"the last padded with {self.batch_size - last:,} of the first samples",
+            "drop": f"{parts.num_dropped:,} samples dropped",
         }
         lines = [
             f"{self.split.num_samples:,} samples in {len(shards):,} shards, {sum(shard_bytes) / 1e9:,.2f} GB",
-            f"{parts.num_steps:,} steps of {self.batch_size:,} samples, {endings[self.last_batch]}; "
+            f"{parts.num_steps:,} steps of {self.batch_size:,} samples, {last_batches[self.last_batch]}; "
             f"{self.batch_size // parts.world_size:,} of each batch for each of {parts.world_size:,} ranks",
         ]
         if isinstance(order, MixtureOrder):
-            lines += [f"weights, as shares of the samples, each rank reads from all shards: {order}"]
+            source_bytes = [sum(entry.bytes for entry in manifest.shards) for manifest in self.split.manifests]
+            read_bytes = sum(size * min(1, passes) for size, passes in zip(source_bytes, order.passes(), strict=True))
+            first_source = order.orders[0].of_epoch(0)
+            lines += [
+                f"weights, as fractions of the samples: {order}",
+                f"each source is one lane with windows of {first_source.window_shards:,} shards",
+                f"rank {parts.rank} reads from the shards of all sources, about {read_bytes / 1e9:,.2f} GB an epoch",
+            ]
         else:
-            own = order.of_epoch(self._epoch).shards_of_rank(parts.rank, world_size=parts.world_size)
+            epoch_order = order.of_epoch(self._epoch)
+            own = epoch_order.shards_of_rank(parts.rank, world_size=parts.world_size)
             own_bytes = sum(shard_bytes[shard] for shard in own)
+            if self.shuffle:
+                lines += [f"{epoch_order.num_lanes:,} lanes with windows of {epoch_order.window_shards:,} shards"]
             lines += [f"rank {parts.rank} reads from {len(own):,} shards, {own_bytes / 1e9:,.2f} GB"]
         first = first_shards(
             order, [position % order.num_samples for position in parts.positions(0)], epoch=self._epoch
@@ -426,8 +436,7 @@ class StreamingLoader:
         first_bytes = sum(shard_bytes[shard] for shard in first)
         lines += [f"before the first step this rank opens {len(first):,} shards, {first_bytes / 1e9:,.2f} GB"]
         if self.shuffle:
-            found = measure_mixing(order, batch_size=self.batch_size, epoch=self._epoch)
-            lines += [f"mixing: {found}"]
+            lines += [f"mixing: {measure_mixing(order, batch_size=self.batch_size, epoch=self._epoch)}"]
         return "\n".join(lines)
 
 

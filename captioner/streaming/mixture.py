@@ -107,13 +107,18 @@ class MixtureOrder:
             for count, part, more in zip(self.since.counts, self.parts, begun, strict=True)
         )
 
+    def passes(self) -> list[float]:
+        """How many passes an epoch makes over each source."""
+        whole = sum(self.parts)
+        return [part / whole * self.num_samples / size for part, size in zip(self.parts, self.sizes, strict=True)]
+
     def __str__(self) -> str:
-        """Each source's part of the samples, and what an epoch takes of it."""
-        whole, lines = sum(self.parts), []
-        for number, (part, size) in enumerate(zip(self.parts, self.sizes, strict=True), start=1):
-            passes = part / whole * self.num_samples / size
-            lines.append(f"{part / whole:.2%} from source {number} ({size:,} samples, {passes:.2f} passes an epoch)")
-        return "; ".join(lines)
+        """Each source's weight, and how much of it an epoch reads."""
+        whole, facts = sum(self.parts), zip(self.parts, self.sizes, self.passes(), strict=True)
+        return "; ".join(
+            f"{part / whole:.2%} from source {number} ({size:,} samples, {passes:.2f} passes an epoch)"
+            for number, (part, size, passes) in enumerate(facts, start=1)
+        )
 
     def open_shards(self, world_size: int) -> int:
         """Shards that one rank reads from at the same time, at most: each rank reads from those of all."""

@@ -691,9 +691,11 @@ def test_new_weights_are_asked_for_by_name_and_change_only_what_comes_after(sour
 
 def test_describe_tells_what_an_epoch_reads(folder: Path, sources: list[Path]) -> None:
     text = make_loader(folder).describe()
-    assert "41 samples" in text
-    assert "6 steps" in text
-    assert "weights" in make_loader(sources, weights=[1, 1, 1]).describe()
+    for fact in ("41 samples in 6 shards", "6 steps of 8 samples", "8 lanes with windows of 32 shards"):
+        assert fact in text
+    text = make_loader(sources, weights=[1, 1, 1]).describe()
+    for fact in ("33.33% from source 1", "windows of 85 shards", "reads from the shards of all sources, about 0.00 GB"):
+        assert fact in text
 
 
 def test_it_is_a_loader_of_the_public_package(folder: Path) -> None:

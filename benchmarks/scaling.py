@@ -283,11 +283,11 @@ def stream_all(url: str, cache: Path, *, rank: int, world_size: int) -> None:
     """Stream an epoch of one rank, as if on its own machine."""
     from captioner.streaming.dataset import read_split
     from train.data.batches import caption_loader
-    from train.data.split import read_merged_vocabulary
+    from train.data.folders import read_merged_vocabulary
 
     loader = caption_loader(
         read_split([url], "train", remedy="see the log of nginx"), batch_size=TINY_BATCH, training=True, crop=32,
-        max_tokens=20, vocabulary=read_merged_vocabulary([url], remedy=""), rank=rank, world_size=world_size,
+        max_tokens=20, vocabulary=read_merged_vocabulary([url]), rank=rank, world_size=world_size,
         cache=cache, cache_gigabytes=1000,
     )  # fmt: skip
     assert sum(batch.num_samples for (batch,) in loader) == loader.ledger.decoded
@@ -331,13 +331,10 @@ def reserve_some(parent: Path, num_kept: int) -> Row:
                     file.truncate(num_bytes)  # sparse
         cache, laps = ShardCache(folder, max_bytes=num_kept * (SHARD_BYTES + SHARD_BYTES // 1000)), Laps()
         for number in range(num_kept, num_kept + num_kept // 5):
-            sha256 = f"{number:064x}"
-            entry = ShardEntry(
-                name="", samples=1, captions=1, failures=0, bytes=SHARD_BYTES, sha256=sha256, fingerprint=""
-            )
-            reserved = cache.reserve("http://127.0.0.1", entry)
-            assert isinstance(reserved, int)
-            os.close(reserved)
+            with cache._locked() as lock:
+                cache._make_room(SHARD_BYTES, lock, keep=())
+                with Path(folder, f"{number:064x}.partial").open("wb") as file:
+                    file.truncate(SHARD_BYTES)
         return {"reserve_ms": 1000 * laps.lap() / (num_kept // 5)}
 
 
@@ -402,14 +399,14 @@ def first_batch(folder: str, at: float, parent: Path) -> Row:
 
     from captioner.streaming.dataset import read_split
     from train.data.batches import caption_loader
-    from train.data.split import read_merged_vocabulary
+    from train.data.folders import read_merged_vocabulary
 
     torch.set_num_threads(1)
     cache, laps, wall = tempfile.mkdtemp(dir=parent), Laps(), time.perf_counter()
     split = read_split([folder], "train", remedy="")
     loader = caption_loader(
         split, batch_size=TINY_BATCH, training=True, crop=224, max_tokens=20,
-        vocabulary=read_merged_vocabulary([folder], remedy=""), cache=cache, cache_gigabytes=1000,
+        vocabulary=read_merged_vocabulary([folder]), cache=cache, cache_gigabytes=1000,
     )  # fmt: skip
     loader.load_state_dict(loader.state_dict() | {"position": int(at * len(loader)) * TINY_BATCH})
     (batch,) = next(iter(loader))
@@ -455,16 +452,17 @@ def measure_packing(work: Work) -> tuple[list[Row], list[Bar]]:
 
 def plan_packing(images: Path, captions: Path) -> Row:
     """Plan a split's packing, and finish as if its shards had been packed."""
-    from sharding.make_shards import plan_split
     from sharding.packing.finish import write_manifest, write_vocabulary
     from sharding.packing.pack import PackedShard
+    from sharding.packing.pack_split import make_recipe
+    from sharding.packing.planning import plan_split
     from sharding.packing.sources import find_sources
     from sharding.settings import ShardSettings
 
     laps = Laps()
     settings = ShardSettings(images=str(images), captions=str(captions), split="train")
     (source,) = find_sources(images=settings.images, captions=settings.captions, split="train")
-    plans, _ = plan_split(source, settings)
+    plans, _ = plan_split(source, make_recipe(settings))
     row = {"shards": len(plans), "plan_seconds": laps.lap(), "plan_megabytes": laps.megabytes}
     assert all(pickle.dumps(plan) for plan in plans)  # as when sent to a worker
     row["send_seconds"] = laps.lap()

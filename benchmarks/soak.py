@@ -100,14 +100,14 @@ def run_rank(job: Job, rank: int) -> None:
     from captioner.streaming import Ledger
     from captioner.streaming.dataset import read_split
     from train.data.batches import caption_loader
-    from train.data.split import read_merged_vocabulary
+    from train.data.folders import read_merged_vocabulary
 
     torch.set_num_threads(1)
     accelerator = Accelerator()
     split = read_split([job.url], "train", remedy="see the log of nginx")
     loader = caption_loader(
         split, batch_size=BATCH, training=True, shuffle_shards=SHUFFLE_SHARDS, crop=CROP, max_tokens=20,
-        vocabulary=read_merged_vocabulary([job.url], remedy="see the log of nginx"), num_workers=WORKERS,
+        vocabulary=read_merged_vocabulary([job.url]), num_workers=WORKERS,
         rank=accelerator.process_index, world_size=accelerator.num_processes, cache=job.folder / "cache",
         cache_gigabytes=job.cache_bytes / 1e9,
     )  # fmt: skip

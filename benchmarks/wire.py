@@ -36,7 +36,7 @@ from servers import Bucket, run_nginx, run_s3, use_s3  # noqa: E402
 
 from captioner import cli  # noqa: E402
 from captioner.errors import UserError  # noqa: E402
-from captioner.files import storage  # noqa: E402
+from captioner.files import retries, storage  # noqa: E402
 from captioner.flags import Count, File  # noqa: E402
 from measuring.figures import Bar, at_least, at_most, describe_run, finish, print_rows, print_run  # noqa: E402
 from measuring.photos import find_or_draw, write_data  # noqa: E402
@@ -45,7 +45,7 @@ PACKAGES = ("torch", "aiohttp", "s3fs", "aiobotocore", "fsspec", "moto", "numpy"
 STORM = Weather(latency_seconds=0.03, loss=0.03, reset=0.04, half_open=0.02, status=0.06)
 KINDS = ("latency", "loss", "reset", "half-open", "5xx")
 LONGEST_RUN_SECONDS = 900
-PAUSE_SECONDS = 1.5 * storage.FIRST_PAUSE_SECONDS * 2**3  # the longest before a fifth attempt; few need as many
+PAUSE_SECONDS = retries.FIRST_PAUSE_SECONDS * 2**3  # the longest before a fifth attempt; few need as many
 LEDGER = re.compile(r"^epoch \d+: training .*?; (.*)$", re.MULTILINE)
 
 

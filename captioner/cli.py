@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from captioner.errors import UserError
-from captioner.flags import Local, Number
+from captioner.flags import Local, Number, flag_name
+from captioner.images import silence_pillow
 
 EXIT_USER_ERROR = 2
 REMEDIES = {
@@ -63,6 +64,7 @@ def run(
     same. Output for which a disk has no room is dropped too, and reported at the end.
     """
     stdout = outlive_readers()
+    silence_pillow()
     try:
         main(parse(settings_class, description=description))
     except UserError as error:
@@ -127,7 +129,7 @@ def check_values(settings: object) -> None:
             check_values(value)
         for each in value if isinstance(value, tuple) else (value,):
             for note in _notes(hint) if each is not None else ():
-                _check(f"--{name.replace('_', '-')}", each, note)
+                _check(flag_name(name), each, note)
 
 
 def _check(flag: str, value: Any, note: object) -> None:

@@ -11,6 +11,11 @@ from tyro.constructors import PrimitiveConstructorSpec
 LARGEST_INT = (1 << 31) - 1  # beyond it NumPy, torch and file formats disagree about what fits
 
 
+def flag_name(field_name: str) -> str:
+    """The command line's name of a settings field."""
+    return f"--{field_name.replace('_', '-')}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Range:
     """The finite numbers that a flag takes."""

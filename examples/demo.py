@@ -21,7 +21,7 @@ from awkward import write_folder
 from captioner import cli
 from captioner.errors import UserError
 from captioner.files.storage import read_json, write_atomic
-from captioner.metrics import caption_scores
+from captioner.metrics import References
 from scenes import UNSEEN_PAIRS, SceneSettings, named_pairs, named_shapes, share_right
 
 DATA, RUN = Path("data/demo"), Path("runs/demo")
@@ -155,7 +155,7 @@ def score(captions: Sequence[str], references: Sequence[Sequence[str]], shown: S
     """Corpus scores of all scenes; correct shapes and pairs of scenes without unseen pairs, and correct pairs of those
     with.
     """
-    corpus = caption_scores(dict(enumerate(captions)), dict(enumerate(references)))
+    corpus = References(dict(enumerate(references))).scores(dict(enumerate(captions)))
     seen = [(caption, pairs) for caption, pairs in zip(captions, shown, strict=True) if not pairs & UNSEEN_PAIRS]
     unseen = [(caption, pairs) for caption, pairs in zip(captions, shown, strict=True) if pairs & UNSEEN_PAIRS]
     return {

@@ -24,7 +24,7 @@ import numpy as np
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.images.loading import ImageError
-from captioner.samples import picture_spans
+from captioner.samples import image_spans
 from captioner.shards.format import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
 
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
@@ -469,7 +469,7 @@ def _read_spans(folder: str, shard: str, *, sha256: str | None = None) -> dict[s
         raise UserError(f"{origin} is of another shard than its manifest says: pack the split again")
     names = (f"{key.decode(errors='surrogateescape')}.jpg" for key in index.keys_S.tolist())
     try:
-        offsets_S, sizes_S = picture_spans(index)
+        offsets_S, sizes_S = image_spans(index)
     except ValueError as error:
         raise UserError(f"{origin} cannot be used ({error}): give the folder of the pictures") from error
     return dict(zip(names, zip(offsets_S.tolist(), sizes_S.tolist(), strict=True), strict=True))

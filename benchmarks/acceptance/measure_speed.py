@@ -4,7 +4,7 @@
     python -m acceptance.measure_speed measure FOLDER '{"encoder": "resnet152", "batch": 128, ...}'
 
 `pack` writes shards of 256-pixel images that compress like photos, with five captions each and a vocabulary of COCO's
-size, and a file of random weights. `measure` prints one line of JSON. The loop is train/run/epoch.py's own, with
+size, and a file of random weights. `measure` prints one line of JSON. The loop is train/run/steps.py's own, with
 workers, curves and log intervals of ten steps, each of which ends when the device has finished; the first and the last
 interval do not count.
 """
@@ -16,7 +16,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,10 @@ from contenders import training
 from contenders.training import CAPTIONS_A_PICTURE, Job, Trainer, num_captions_of, time_all
 from measuring.figures import Cost, take_turns
 from measuring.photos import draw_photos
-from train.data.batches import Batch
-from train.run.epoch import LOG_STEPS, train_epoch
+from train.data.batches import CaptionBatch
 from train.run.launch import Preemption
+from train.run.steps import LOG_STEPS, StepLoop
 from train.run.tracking import HISTORY, Tracker, read_rows
-from train.step.step import train_step
 
 WEIGHTS = "weights.pth"
 NUM_PHOTOS = 24
@@ -82,7 +80,7 @@ def measure(folder: Path, options: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def with_features(trainer: Trainer, batch: Batch) -> Batch:
+def with_features(trainer: Trainer, batch: CaptionBatch) -> CaptionBatch:
     """The batch with the encoder's features instead of images, which leaves only the decoder's work."""
     from dataclasses import replace
 
@@ -91,7 +89,7 @@ def with_features(trainer: Trainer, batch: Batch) -> Batch:
     return replace(batch, inputs=features_BF.float())
 
 
-def repeat(action: Any, batch: Batch, *, times: int) -> int:
+def repeat(action: Any, batch: CaptionBatch, *, times: int) -> int:
     """Run it this number of times; returns the number of captions."""
     for _ in range(times):
         action(batch)
@@ -104,15 +102,13 @@ def run_loop(trainer: Trainer, number: int, readings: list[list[dict[str, Any]]]
     """
     gc.collect()
     accelerator = trainer.accelerator
-    take_step = partial(
-        train_step, trainer.wrapped, optimizer=trainer.optimizer, schedule=trainer.schedule, accelerator=accelerator
-    )
     with tempfile.TemporaryDirectory() as folder, closing(trainer.epoch(number, None)) as loader:
         tracker = Tracker(Path(folder), first_step=0, settings={})
-        train_epoch(
-            loader, take_step, num_epochs=number + 1, checkpoint_steps=sys.maxsize, schedule=trainer.schedule,
-            save=lambda: None, tracker=tracker, stop=Preemption(), accelerator=accelerator,
+        steps = StepLoop(
+            model=trainer.wrapped, optimizer=trainer.optimizer, schedule=trainer.schedule, accelerator=accelerator,
+            stop=Preemption(), tracker=tracker, save=lambda: None, num_epochs=number + 1, checkpoint_steps=sys.maxsize,
         )  # fmt: skip
+        steps.run_epoch(loader)
         tracker.close()
         rows = settled(read_rows(Path(folder) / HISTORY))
     readings.append(rows)

@@ -19,10 +19,10 @@ from captioner.images import loading
 from measuring.commands import packing_command, run_timed, shard_megabytes
 from measuring.figures import Contender, Cost, time_here
 from measuring.photos import QUALITY, SIZE, make_captions, write_captions
-from sharding.make_shards import plan_split
 from sharding.packing.engine import run_local
 from sharding.packing.pack import Progress, pack_shard
-from sharding.packing.planning import ShardPlan
+from sharding.packing.pack_split import make_recipe
+from sharding.packing.planning import ShardPlan, plan_split
 from sharding.packing.sources import find_sources
 from sharding.settings import ShardSettings
 
@@ -57,7 +57,7 @@ def make_plans(paths: Photos, scratch: Path, *, shards: int) -> list[ShardPlan]:
     settings = ShardSettings(
         images=folder, captions=captions, split="train", shard_megabytes=shard_megabytes(len(paths), shards=shards)
     )
-    return plan_split(source, settings)[0]
+    return plan_split(source, make_recipe(settings))[0]
 
 
 # ---- contenders in one process ----------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,10 @@ def collate(samples: Sequence[tuple[Any, list[list[int]]]]) -> tuple[Any, Any]:
     from captioner.model.network import PackedCaptions
 
     views, captions = zip(*samples, strict=True)
-    return default_collate(list(views)), PackedCaptions.pack(captions, max_tokens=MAX_TOKENS)
+    texts = list(chain.from_iterable(captions))
+    tokens, lengths = list(chain.from_iterable(texts)), list(map(len, texts))
+    packed = PackedCaptions.pack(tokens, lengths, list(map(len, captions)), max_tokens=MAX_TOKENS)
+    return default_collate(list(views)), packed
 
 
 # ---- the contenders ---------------------------------------------------------------------------------------

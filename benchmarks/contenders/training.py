@@ -38,7 +38,7 @@ from contenders.pictures import CAPTIONS, CROP, MEAN, SHARDS, STD, find_vocabula
 from measuring.commands import pack_samples, shard_megabytes, stored_photos
 from measuring.figures import Contender, Cost
 from measuring.photos import SIZE, make_captions
-from train.data.batches import PINNED_FOR, Batch, caption_loader
+from train.data.batches import PINNED_FOR, CaptionBatch, caption_loader
 from train.data.features import FeatureFiles
 from train.run.encode import prepare_features
 from train.settings import NEW_MODEL, TrainSettings
@@ -251,24 +251,24 @@ class Trainer:
         loader.load_state_dict(loader.state_dict() | {"position": first * loader.batch_size})
         return loader
 
-    def batch_of(self, num_samples: int, features: FeatureFiles | None) -> Batch:
+    def batch_of(self, num_samples: int, features: FeatureFiles | None) -> CaptionBatch:
         """A batch on the device."""
         loader = self.open_loader(self.split, batch_size=num_samples, num_workers=0, features=features)
         (batch,) = next(iter(loader))
         return batch.to(self.accelerator.device)
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: CaptionBatch) -> None:
         """A training step on images or features."""
         train_step(
             self.wrapped, [batch], optimizer=self.optimizer, schedule=self.schedule, accelerator=self.accelerator
         )
 
-    def encode(self, batch: Batch) -> None:
+    def encode(self, batch: CaptionBatch) -> None:
         """The encoder's part of a step."""
         with torch.no_grad(), self.accelerator.autocast():
             self.model.encoder(normalise(batch.inputs, self.loss_model.view))
 
-    def padded_step(self, batch: Batch) -> None:
+    def padded_step(self, batch: CaptionBatch) -> None:
         """A step on features with padding: LSTM and logits cover all positions up to the longest caption."""
         captions, model = batch.captions, self.model
         inputs_TN, targets_TN = (
@@ -306,7 +306,9 @@ def train_epoch(job: Job, *, steps: int, cached: bool = False) -> Contender:
     return turn
 
 
-def repeat_alone(job: Job, action: Callable[[Trainer, Batch], None], *, times: int = 1, cached: bool) -> Contender:
+def repeat_alone(
+    job: Job, action: Callable[[Trainer, CaptionBatch], None], *, times: int = 1, cached: bool
+) -> Contender:
     """Repeat a part of a step `times` times on one batch on the device."""
 
     def turn(_number: int) -> Cost:
@@ -325,7 +327,7 @@ def repeat_alone(job: Job, action: Callable[[Trainer, Batch], None], *, times: i
     return turn
 
 
-def num_captions_of(batch: Batch) -> int:
+def num_captions_of(batch: CaptionBatch) -> int:
     """The number of captions of all its images."""
     return len(batch.captions.image_of_caption_N)
 

@@ -1,20 +1,17 @@
-"""One owner at a time, on all machines that see a folder: of a run folder, or of a split that is packed.
+"""One owner at a time, on all machines that see a folder: of a run folder, or of a split that is being packed.
 
-The owner keeps a small file, or behind a URL an object, that says which process on which machine it is, and rewrites
-it every 15 seconds. On disk it also locks that file; the system releases the lock however the process ends. Another
-process that wants to be the owner
+The owner has a small file, or behind a URL an object, that names its process and machine, and rewrites it every 15
+seconds (the heartbeat). On disk it also holds a lock on that file, which the system releases however the process ends.
+Another process that wants to be the owner
 
-1. becomes it if there is no file;
-2. is refused if the owner is on the same machine and alive, and takes over at once if that owner is dead, even if its
-   process number has been reused or the machine was rebooted;
-3. watches the file if the owner is on another machine: it is refused if the file changes, and takes over if the file
-   does not change for a minute. Only the file's contents are compared, never clocks.
+1. becomes it if there is no file; of several that try at the same moment, one (on servers: by a conditional request);
+2. on disk, on the owner's machine, is refused while the lock is held, and else becomes the owner at once;
+3. in all other cases watches the file: it is refused when the file changes, and takes over when it has not changed for
+   a minute. Contents are compared, never clocks.
 
-An owner that was silent for a minute and then finds another owner's file has lost ownership.
+An owner that finds another owner's file at its next heartbeat, since it was silent for a minute, ends its process.
 """
 
-import errno
-import fcntl
 import io
 import json
 import logging
@@ -24,7 +21,6 @@ import sys
 import threading
 import time
 import uuid
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -33,16 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from captioner.errors import EXIT_PREEMPTED, UserError
-from captioner.files import storage
+from captioner.files import locks, storage
 
 BEAT_SECONDS = 15.0
 SILENT_SECONDS = 60.0
-SETTLE_SECONDS = 2.0  # by then, a process that found it free at the same moment has written its own record
 LOCK_TRIES = 100
 RETRY_SECONDS = 0.05
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 RECORD_BYTES = 512  # fixed size, so that one write replaces a record
-INITIAL_PIDS = "pid:[4026531836]"  # Linux's process numbers outside of containers
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +54,7 @@ class AlreadyOwnedError(UserError):
 
 
 class NotWritableError(UserError):
-    """A folder or object where ownership would be recorded cannot be written, for a `reason` that the system gave."""
+    """The folder or object that would record the owner cannot be written, for a `reason` that the system gave."""
 
     def __init__(self, location: str, reason: str) -> None:
         super().__init__(location, reason)
@@ -94,10 +87,9 @@ class _Claim:
 
     def record(self, beat: int = 0) -> str:
         """The file's content for this process; different for each heartbeat."""
-        pid = os.getpid()
-        found = {"id": self.id, "host": socket.gethostname(), "machine": _machine(), "boot": _boot(), "pid": pid,
-                 "started": _started(pid), "beat": beat}  # fmt: skip
-        return json.dumps(found).ljust(RECORD_BYTES - 1) + "\n"
+        host = socket.gethostname()
+        record = {"id": self.id, "host": host, "machine": _machine(), "pid": os.getpid(), "beat": beat}
+        return json.dumps(record).ljust(RECORD_BYTES - 1) + "\n"
 
     def read(self) -> Record:
         """The record in the file; empty if there is no file or it is not valid JSON. Raises OSError."""
@@ -111,71 +103,68 @@ class _Claim:
         """The error that names the owner."""
         return AlreadyOwnedError(self.location, self.doing, owner.get("pid", "?"), owner.get("host", "?"))
 
-    def watch(self, owner: Record, *, seconds: float) -> None:
-        """Return once an owner on another machine was silent for `seconds` or left. Raises UserError if it is alive."""
+    def watch(self, owner: Record, *, seconds: float) -> bool:
+        """Whether `owner` was silent for so long; False if its record is gone. Raises AlreadyOwnedError if it lives."""
         found = (self.location, _name(owner), seconds)
         log.warning("%s is owned by %s: waiting up to %.0f s to see if it is alive", *found)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(BEAT_SECONDS / 5)
-            found = self.read()
-            if not found:
-                return
-            if found != owner:
-                raise self.refusal(found)
+            record = self.read()
+            if not record:
+                return False
+            if record != owner:
+                raise self.refusal(record)
+        return True
+
+    @contextmanager
+    def beating(self, write: Callable[[str], None]) -> Iterator[None]:
+        """Write heartbeats while entered, and remove the record at the end."""
+        done = threading.Event()
+
+        def beat() -> None:
+            number = 0
+            while not done.wait(BEAT_SECONDS):
+                number += 1
+                with suppress(OSError):
+                    owner = self.read()
+                    if owner.get("id") != self.id:
+                        _end_process(self, owner)
+                        return
+                    write(self.record(number))
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            with suppress(OSError):
+                if self.read().get("id") == self.id:
+                    storage.delete(self.location)
 
 
 def _name(owner: Record) -> str:
     return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
 
 
-# ---- machines and processes -------------------------------------------------------------------------------
-
-
 def _machine() -> str:
-    """Identifies the machine (across reboots) or container (until a reboot) in which process numbers are valid."""
-    own = f"{socket.gethostname()} {_read_line('/etc/machine-id')}"
-    space = ""
+    """Identifies the kernel whose processes see each other's locks; another one after a reboot."""
+    boot = ""
     with suppress(OSError):
-        space = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - no path
-    return own if space in ("", INITIAL_PIDS) else f"{own} {_boot()} {space}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()} {boot}"
 
 
-def _boot() -> str:
-    """Identifies the current boot of the machine."""
-    return _read_line("/proc/sys/kernel/random/boot_id")
-
-
-def _read_line(path: str) -> str:
-    with suppress(OSError):
-        return Path(path).read_text().strip()
-    return ""
-
-
-def _started(pid: int) -> str | None:
-    """When a process of this machine started; None for one that is gone, and "" where the system does not say."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except OSError:  # another user's
-        pass
-    state, *fields = _read_line(f"/proc/{pid}/stat").rpartition(")")[2].split() or [""]
-    if state and state in "ZX":  # a zombie: it has ended, and its parent has not waited for it
-        return None
-    return fields[18] if fields else ""
-
-
-def _is_of_this_machine(owner: Record) -> bool:
-    return owner.get("machine") == _machine() and isinstance(owner.get("pid"), int)
-
-
-def _is_over(owner: Record) -> bool:
-    """Whether there is no owner, or the owner is known to be dead."""
-    if not _is_of_this_machine(owner):
-        return not owner
-    started = _started(owner["pid"])
-    return owner.get("boot") != _boot() or started is None or (started != "" and started != owner.get("started"))
+def _end_process(claim: _Claim, owner: Record) -> None:
+    print(
+        f"{_name(owner)} {claim.doing} now ({claim.location}), since this process was silent for a minute or that file "
+        "was removed: this process ends at once",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_PREEMPTED)
 
 
 # ---- a locked file ----------------------------------------------------------------------------------------
@@ -187,18 +176,14 @@ def _hold_file(claim: _Claim) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             stack.enter_context(_folder(path.parent))
-            file = _lock(path, claim)
+            file = stack.enter_context(_lock(path, claim))
         except OSError as error:
-            if error.errno in NO_LOCKS:
-                with _hold_object(claim):
-                    yield
+            if error.errno in locks.UNSUPPORTED:
+                stack.enter_context(_hold_object(claim))
+                yield
                 return
             raise NotWritableError(str(path.parent), error.strerror or str(error)) from error
-        stack.callback(file.close)
-        stack.callback(_remove, claim)
-        # A child that outlives this process must not keep the lock, which belongs to the open file.
-        os.register_at_fork(after_in_child=partial(_close, weakref.ref(file)))
-        stack.enter_context(_beating(claim, partial(_rewrite, file)))
+        stack.enter_context(claim.beating(partial(_rewrite, file)))
         yield
 
 
@@ -216,17 +201,18 @@ def _folder(path: Path) -> Iterator[None]:
 
 
 def _lock(path: Path, claim: _Claim) -> io.FileIO:
-    """The open, locked file that says who owns it. Raises UserError when it is another, and OSError."""
+    """The open, locked file, with this process's record. Raises AlreadyOwnedError and OSError."""
     for _ in range(LOCK_TRIES):
         try:
-            file, is_new = io.FileIO(path, "x+"), True
-        except FileExistsError:
-            try:
-                file, is_new = io.FileIO(path, "r+"), False
-            except FileNotFoundError:  # its owner has ended
-                continue
+            file = locks.open_locked(path)
+        except BlockingIOError:
+            _wait_for_lock(path, claim)
+            continue
         try:
-            if _take_file(path, file, claim, is_new=is_new):
+            owner = claim.read()
+            # Locks that are seen on one machine only leave it open whether an owner on another one is alive.
+            if not owner or owner.get("machine") == _machine() or claim.watch(owner, seconds=SILENT_SECONDS):
+                _rewrite(file, claim.record())
                 return file
         except BaseException:
             file.close()
@@ -235,61 +221,22 @@ def _lock(path: Path, claim: _Claim) -> io.FileIO:
     raise claim.refusal(claim.read())
 
 
-def _take_file(path: Path, file: io.FileIO, claim: _Claim, *, is_new: bool) -> bool:
-    """Try to lock the open file and write the record; False if the caller should try again. Raises UserError."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        _wait_for_lock(path, claim)
-        return False
-    if not _is_at(path, file):  # its owner has removed it after it was opened here
-        return False
-    owner = claim.read()
-    certain = is_new or _is_of_this_machine(owner)  # a machine's own locks are seen by all its processes
-    if owner and not certain:
-        claim.watch(owner, seconds=SILENT_SECONDS)
-    elif not certain:
-        time.sleep(SETTLE_SECONDS)  # another machine may have made it, and be about to write
-    if not certain and claim.read() != owner:
-        return False
-    _rewrite(file, claim.record())
-    if not certain:
-        time.sleep(SETTLE_SECONDS)
-        if claim.read().get("id") != claim.id:
-            raise claim.refusal(claim.read())
-    return True
-
-
 def _wait_for_lock(path: Path, claim: _Claim) -> None:
-    """Return when another's lock may be gone. Raises UserError when its owner is alive."""
+    """Return when the lock may be free. Raises AlreadyOwnedError if the process that holds it is alive."""
     owner = claim.read()
-    if _is_over(owner):  # the process that holds the lock has not yet written its record
+    if not owner:  # it has not written its record yet, or has just removed it
         time.sleep(RETRY_SECONDS)
-    elif _is_of_this_machine(owner):
+    elif owner.get("machine") == _machine():
         raise claim.refusal(owner)
-    else:  # a file server may keep the lock of a dead machine
-        claim.watch(owner, seconds=SILENT_SECONDS + 2 * SETTLE_SECONDS)
-        if claim.read() == owner:
-            path.unlink(missing_ok=True)
-
-
-def _is_at(path: Path, file: io.FileIO) -> bool:
-    with suppress(FileNotFoundError):
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    return False
+    elif claim.watch(owner, seconds=SILENT_SECONDS + BEAT_SECONDS):  # a file server keeps the lock of a dead machine
+        path.unlink(missing_ok=True)
 
 
 def _rewrite(file: io.FileIO, record: str) -> None:
-    """Replace what the file says, in one write, and for other machines too."""
+    """Replace the record with one write, durably, so that other machines see it."""
     os.pwrite(file.fileno(), record.encode(), 0)
     os.ftruncate(file.fileno(), len(record))
     os.fsync(file.fileno())
-
-
-def _close(reference: "weakref.ref[io.FileIO]") -> None:
-    file = reference()
-    if file is not None:
-        file.close()
 
 
 # ---- an object, or a file on a disk without locks -----------------------------------------------------------
@@ -298,79 +245,27 @@ def _close(reference: "weakref.ref[io.FileIO]") -> None:
 @contextmanager
 def _hold_object(claim: _Claim) -> Iterator[None]:
     try:
-        _take_object(claim)
+        _create(claim)
     except OSError as error:
         raise NotWritableError(claim.location, str(error)) from error
-    with ExitStack() as stack:
-        stack.callback(_remove, claim)
-        write = partial(storage.write_atomic, claim.location)
-        stack.enter_context(_beating(claim, write, trusting=True))
+    with claim.beating(partial(storage.write_atomic, claim.location)):
         yield
 
 
-def _take_object(claim: _Claim) -> None:
-    """Write the claim and check that it remains. Raises UserError if another process owns the location, and OSError."""
-    watched = None
-    claim.read()  # the first question opens the connection, which takes time
+def _create(claim: _Claim) -> None:
+    """Write this process's record where none is, or in place of a silent owner's. Raises AlreadyOwnedError, OSError."""
     while True:
-        started = time.monotonic()
+        etag = storage.etag(claim.location)  # before the record is read, so that it is not of a later one
         owner = claim.read()
-        if _is_over(owner) or owner == watched:
-            break
-        if _is_of_this_machine(owner):
-            raise claim.refusal(owner)
-        claim.watch(owner, seconds=SILENT_SECONDS)
-        watched = owner
-    storage.write_atomic(claim.location, claim.record())
-    # A slow write may have overwritten a claim already checked by its owner, whose next heartbeat restores it.
-    was_slow = time.monotonic() - started > SETTLE_SECONDS
-    time.sleep(SETTLE_SECONDS + (BEAT_SECONDS if was_slow else 0))
-    owner = claim.read()
-    if owner.get("id") != claim.id:
-        raise claim.refusal(owner)
-
-
-def _end_process(claim: _Claim, owner: Record) -> None:
-    print(
-        f"{_name(owner)} {claim.doing} now ({claim.location}), since this process was silent for a minute or that file "
-        "was removed: this process ends at once",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(EXIT_PREEMPTED)
-
-
-# ---- while it is owned --------------------------------------------------------------------------------------
-
-
-def _remove(claim: _Claim) -> None:
-    with suppress(OSError):
-        if claim.read().get("id") == claim.id:
+        if owner.get("id") == claim.id:  # an earlier attempt succeeded, though its answer was lost
+            return
+        if owner and not claim.watch(owner, seconds=SILENT_SECONDS):
+            continue
+        if owner and etag is None:
             storage.delete(claim.location)
-
-
-@contextmanager
-def _beating(claim: _Claim, write: Callable[[str], None], *, trusting: bool = False) -> Iterator[None]:
-    """Write heartbeats while entered. A `trusting` owner checks for another's claim only after it was silent."""
-    done = threading.Event()
-
-    def beat() -> None:
-        number, renewed = 0, time.time()
-        while not done.wait(BEAT_SECONDS):
-            number += 1
-            with suppress(OSError):
-                if not trusting or time.time() - renewed > SILENT_SECONDS:
-                    owner = claim.read()
-                    if owner.get("id") != claim.id:
-                        _end_process(claim, owner)
-                        return
-                write(claim.record(number))
-                renewed = time.time()
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+        try:
+            storage.write_new(claim.location, claim.record(), etag=etag)
+            return
+        except FileExistsError:  # another process was first, or what is there is not a record
+            if not owner and not claim.read():
+                storage.delete(claim.location)

@@ -1,26 +1,23 @@
 """Files on disk or behind a URL, through one set of functions.
 
-A location is a string: a local path, or a URL that fsspec knows (`s3://bucket/coco`, `http://host/shards`). Remote
-operations are tried several times, with growing pauses, before they fail; those that take `patience_seconds` go on for
-so long. What is tried again is logged (`captioner/files/troubles.py`). Every failure is an OSError: what is not there a
-FileNotFoundError, what a server does not do a StorageError.
+A location is a string: a local path, or a URL that fsspec knows (`s3://bucket/coco`, `http://host/shards`). Requests to
+servers are retried (`captioner/files/retries.py`), for `patience_seconds` where a function has that argument. Every
+failure is an OSError: FileNotFoundError for a missing file, StorageError for a server that fails or refuses.
 """
 
 import errno
 import json
 import os
-import random
 import socket
 import stat
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from html import unescape
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 from urllib.parse import quote, unquote
 from uuid import uuid4
 
@@ -30,13 +27,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from captioner.errors import UserError
-from captioner.files import troubles
+from captioner.files.retries import RefusedError, StorageError, is_refused, retry
 
-NUM_TRIES = 6
-FIRST_PAUSE_SECONDS = 0.3
-LONGEST_PAUSE_SECONDS = 10.0
-NUM_DOUBLINGS = 20  # of a pause; more would be no number
-PATIENCE_SECONDS = 60.0  # after so long there are no more than two tries
 STALL_SECONDS = 15.0  # without a byte from the server a try has failed
 KEPT_SECONDS = 12.0  # that an idle connection is used again; after a stall, none is that may be as dead
 SLOWEST_UPLOAD = 100_000  # bytes a second; a server that takes fewer has stopped to listen
@@ -44,21 +36,10 @@ SLOWEST_DOWNLOAD = 100_000  # bytes a second; a part that comes slower is asked 
 NUM_THREADS = 32  # of questions asked at once: they wait for the network or the disk, not for the processor
 NUM_QUESTIONS = 64  # that a thread takes at once: a task of its own for each of a million files takes 2 GB
 UNKNOWN = -1
+NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 S3 = ("s3://", "s3a://")
 WEB = ("http://", "https://")
 OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "memory"))
-HOPELESS = (PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError)
-NO_CREDENTIALS = frozenset(("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"))  # botocore's
-
-Result = TypeVar("Result")
-
-
-class StorageError(UserError, OSError):
-    """A server that does not do what it is asked to; only the user can mend that."""
-
-
-class RefusedError(StorageError):
-    """It works, but will never do this with this file."""
 
 
 def is_remote(location: str) -> bool:
@@ -95,8 +76,8 @@ def size_bytes(location: str, *, patience_seconds: float | None = None) -> int:
     filesystem, path = _filesystem(location)
     if location.startswith(WEB):
         ask: Any = sync  # its types say that it gives nothing
-        return _patiently(lambda: ask(filesystem.loop, _ask_web, filesystem, path), location, patience_seconds)
-    size = _patiently(lambda: filesystem.info(path), location, patience_seconds)["size"]
+        return retry(lambda: ask(filesystem.loop, _ask_web, filesystem, path), location, patience_seconds)
+    size = retry(lambda: filesystem.info(path), location, patience_seconds)["size"]
     return UNKNOWN if size is None else size
 
 
@@ -107,7 +88,7 @@ async def _ask_web(filesystem: Any, url: str) -> int:
     async with session.head(filesystem.encode_url(url), allow_redirects=True, headers=plain) as answer:
         if answer.status in (404, 410):
             raise FileNotFoundError(url)
-        if _is_refusal(answer.status) or answer.status == 501:  # of the question perhaps; reading will show
+        if is_refused(answer.status) or answer.status == 501:  # of the question perhaps; reading will show
             return UNKNOWN
         answer.raise_for_status()
         packed = answer.headers.get("Content-Encoding", "identity") != "identity"
@@ -166,7 +147,7 @@ def list_files(folder: str) -> list[str]:
     if not is_remote(folder):
         return sorted(path.name for path in Path(folder).iterdir() if path.is_file())
     filesystem, path = _filesystem(folder)
-    entries = _patiently(lambda: filesystem.ls(path, detail=True), folder)
+    entries = retry(lambda: filesystem.ls(path, detail=True), folder)
     names = {entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"}
     return sorted(map(unquote, names) if folder.startswith(WEB) else names)
 
@@ -190,7 +171,7 @@ def _find_all(folder: str) -> dict[str, int]:
         entries = (entry for page in _s3_pages(filesystem, folder) for entry in page.get("Contents", []))
         sizes = {entry["Key"].removeprefix(prefix): entry["Size"] for entry in entries}
         return {name: size for name, size in sizes.items() if name[-1:] not in ("", "/")}  # those are marks of folders
-    found = _patiently(lambda: filesystem.find(root, detail=True), folder)
+    found = retry(lambda: filesystem.find(root, detail=True), folder)
     sizes = {path: UNKNOWN if info["size"] is None else info["size"] for path, info in found.items()}
     return {path.removeprefix(root).lstrip("/"): size for path, size in sizes.items()}
 
@@ -203,7 +184,7 @@ def is_folder(location: str) -> bool:
         if location.startswith(WEB):
             return any(True for _ in scan_folder(location))
         filesystem, path = _filesystem(location)
-        return _patiently(lambda: filesystem.info(path), location)["type"] == "directory"
+        return retry(lambda: filesystem.info(path), location)["type"] == "directory"
     except (FileNotFoundError, RefusedError):
         return False
 
@@ -217,7 +198,7 @@ def scan_folder(folder: str) -> Iterator[tuple[str, bool]]:
     if folder.startswith(S3) and path:
         yield from _scan_s3(filesystem, folder)
         return
-    for entry in _patiently(lambda: filesystem.ls(path, detail=True), folder):
+    for entry in retry(lambda: filesystem.ls(path, detail=True), folder):
         name = entry["name"].rstrip("/")
         if name == path.rstrip("/"):  # the folder itself, as consoles make one, is no file
             continue
@@ -243,7 +224,7 @@ def _s3_pages(filesystem: Any, folder: str, **options: str) -> Iterator[dict[str
     """A listing, page by page, each with patience of its own: one of a million objects is a thousand requests."""
     place = {**_s3_place(filesystem, folder), **options, **getattr(filesystem, "req_kw", {})}
     while True:
-        page = _patiently(lambda: filesystem.call_s3("list_objects_v2", **place), folder)
+        page = retry(lambda: filesystem.call_s3("list_objects_v2", **place), folder)
         yield page
         if not page.get("IsTruncated"):
             return
@@ -265,8 +246,8 @@ def read_bytes(location: str, *, end: int | None = None, patience_seconds: float
     filesystem, path = _filesystem(location)
     if end is not None and location.startswith(WEB):
         ask: Any = sync  # as in size_bytes
-        return _patiently(lambda: ask(filesystem.loop, _cat_web, filesystem, path, end), location, patience_seconds)
-    return _patiently(lambda: _cat(filesystem, path, end), location, patience_seconds)
+        return retry(lambda: ask(filesystem.loop, _cat_web, filesystem, path, end), location, patience_seconds)
+    return retry(lambda: _cat(filesystem, path, end), location, patience_seconds)
 
 
 async def _cat_web(filesystem: Any, url: str, end: int) -> bytes:
@@ -313,7 +294,7 @@ def read_range(location: str, *, start: int, end: int, patience_seconds: float |
     def ask() -> bytes:
         return _check_range(filesystem.cat_file(path, start=start, end=end, **options), start, end)
 
-    return _patiently(ask, location, patience_seconds)
+    return retry(ask, location, patience_seconds)
 
 
 def _check_range(data: bytes, start: int, end: int) -> bytes:
@@ -343,7 +324,7 @@ def write_atomic(location: str, content: bytes | str) -> None:
     data = content.encode() if isinstance(content, str) else content
     if is_remote(location):
         filesystem, path = _filesystem(location)
-        _patiently(lambda: _put(filesystem, path, data), location)
+        retry(lambda: _put(filesystem, path, data), location)
         return
     path = Path(location)
     stream = _open_stream(path)
@@ -351,18 +332,79 @@ def write_atomic(location: str, content: bytes | str) -> None:
         with stream:
             stream.write(data)
         return
-    path = path.resolve()  # a symbolic link stays, and what it points to is written
+    path = path.resolve()  # a symbolic link stays, and its target is written
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")  # two machines may write the same file
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path, *, partial: Path | None = None) -> Iterator[BinaryIO]:
+    """A temporary file, named `partial` if given, that atomically replaces `path` when the block ends without an error.
+
+    Content and name are durable (fsync) then. Raises OSError.
+    """
+    partial = partial or _partial_path(path)
     try:
         with partial.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _partial_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{uuid4().hex}.partial")  # two machines may write the same file
+
+
+def write_new(location: str, content: bytes | str, *, etag: str | None = None) -> None:
+    """Write a file that does not exist, whole or not at all; with `etag`, replace an S3 object that still has it.
+
+    Raises FileExistsError when the file exists or the object has changed, and OSError. Of several writers one succeeds
+    on disk, and on servers with conditional requests (S3, Google Cloud Storage).
+    """
+    data = content.encode() if isinstance(content, str) else content
+    if is_remote(location):
+        filesystem, path = _filesystem(location)
+        condition = {"IfMatch": etag} if etag else {"mode": "create"}
+
+        def put() -> None:
+            try:
+                _put(filesystem, path, data, **condition)
+            except OSError as error:
+                if error.errno == errno.EINVAL:  # s3fs for status 412, a condition that does not hold
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), location) from error
+                raise
+
+        retry(put, location)
+        return
+    path = Path(location)
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), location)
+    partial = _partial_path(path)
+    try:
+        partial.write_bytes(data)
+        os.link(partial, path)
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        with path.open("xb") as file:  # as on memory cards; a kill right here leaves a part of it
+            file.write(data)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def etag(location: str) -> str | None:
+    """The ETag of an S3 object, which changes with its content; None for other files. Raises OSError."""
+    if not location.startswith(S3):
+        return None
+    filesystem, path = _filesystem(location)
+    with suppress(FileNotFoundError):
+        return retry(lambda: filesystem.info(path), location).get("ETag")
+    return None
 
 
 def _open_stream(path: Path) -> BinaryIO | None:
@@ -395,7 +437,7 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _put(filesystem: Any, path: str, data: bytes) -> None:
+def _put(filesystem: Any, path: str, data: bytes, **condition: str) -> None:
     """Object stores show an object only when it is whole; elsewhere a rename does that."""
     protocols = filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)
     if OBJECT_STORES.intersection(protocols):
@@ -405,9 +447,12 @@ def _put(filesystem: Any, path: str, data: bytes) -> None:
 
             # it lets an upload wait, with no limit but that of the whole, until the server says that it would take it
             filesystem.connect().meta.events.unregister("before-call.s3", add_expect_header)
-        filesystem.pipe_file(path, data, **limit)
+        filesystem.pipe_file(path, data, **limit, **condition)
         return
     filesystem.makedirs(filesystem._parent(path), exist_ok=True)
+    if condition:
+        filesystem.pipe_file(path, data, **condition)
+        return
     filesystem.pipe_file(f"{path}.partial", data)
     filesystem.mv(f"{path}.partial", path)
 
@@ -419,7 +464,7 @@ def delete(location: str) -> None:
         return
     filesystem, path = _filesystem(location)
     with suppress(FileNotFoundError):
-        _patiently(lambda: filesystem.rm_file(path), location)
+        retry(lambda: filesystem.rm_file(path), location)
 
 
 # ---- servers ----------------------------------------------------------------------------------------------
@@ -480,49 +525,3 @@ def _configured(protocol: str, name: str) -> dict[str, Any]:
     names = ("http", "https") if protocol.startswith("http") else ("s3", "s3a")
     found = [fsspec.config.conf.get(each, {}).get(name, {}) for each in names]
     return {**found[0], **found[1]}
-
-
-def _patiently(action: Callable[[], Result], location: str, patience_seconds: float | None = None) -> Result:
-    """What `action` gives, tried again after failures that may pass. Raises FileNotFoundError and StorageError.
-
-    Without `patience_seconds` there are NUM_TRIES tries, or two where they take long.
-    """
-    started = time.monotonic()
-    patience = f"{NUM_TRIES - 1} times" if patience_seconds is None else f"for {patience_seconds:.0f} s"
-    for attempt in count(1):
-        asked = time.monotonic()
-        try:
-            result = action()
-            troubles.answered(location)
-            return result
-        except FileNotFoundError:
-            troubles.answered(location)
-            raise
-        except Exception as error:  # each filesystem has its own errors: aiohttp's, botocore's, TimeoutError
-            spent = time.monotonic() - started
-            if patience_seconds is None:
-                too_late = attempt == NUM_TRIES or (attempt > 1 and spent > PATIENCE_SECONDS)
-            else:
-                too_late = spent > patience_seconds
-            kind = _kind_of_end(error)
-            if too_late or kind is not None:
-                problem = " ".join(str(error).split())
-                raise (kind or StorageError)(f"{location}: {type(error).__name__} {problem}".rstrip()) from error
-            troubles.failed(location, error, asked=asked, action=f"it is tried again, at most {patience}")
-        pause = min(FIRST_PAUSE_SECONDS * 2 ** min(attempt - 1, NUM_DOUBLINGS), LONGEST_PAUSE_SECONDS)
-        time.sleep(pause * random.uniform(0.5, 1.5))
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _kind_of_end(error: Exception) -> type[StorageError] | None:
-    """What a failure is that will come again whenever this is tried, or None for one that may pass."""
-    status = getattr(error, "status", None)  # of a web server's answer
-    if isinstance(error, ValueError) or (_is_refusal(status) and status != 401):
-        return RefusedError
-    final = status == 401 or isinstance(error, HOPELESS) or type(error).__name__ in NO_CREDENTIALS
-    return StorageError if final else None
-
-
-def _is_refusal(status: object) -> bool:
-    """Whether a web server's status says that it will never do this."""
-    return isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)

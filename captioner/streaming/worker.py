@@ -29,6 +29,7 @@ from torch.utils.data import Dataset, get_worker_info
 from webdataset.autodecode import Decoder, DecodingError, gzfilter, imagehandler, imagespecs
 
 from captioner.errors import StreamingError, TransformError, UserError
+from captioner.files import storage
 from captioner.shards.splitmix import random_bits
 from captioner.streaming.buffers import WorkerBuffers
 from captioner.streaming.cache import Prefetcher, ShardCache
@@ -277,7 +278,8 @@ class BatchMaker(Dataset[Made | Failed]):
             if self.cache is not None:
                 order = copy.deepcopy(self.order)  # it is used in another thread
                 shards = (self.split.shards[shard] for shard in self._shards_from(order, item, stride))
-                self._prefetcher = Prefetcher(self.cache, shards, ahead=FETCHED_SHARDS)
+                remote = (shard for shard in shards if storage.is_remote(shard[0]))
+                self._prefetcher = Prefetcher(self.cache, remote, ahead=FETCHED_SHARDS)
             self._reader = ShardReader(
                 self.split.shards, max_open=max_open, cache=self.cache, prefetcher=self._prefetcher, fields=self.fields
             )

@@ -3,7 +3,6 @@
 import multiprocessing
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
-from typing import Literal
 
 from captioner import cli
 from captioner.files import storage
@@ -13,10 +12,11 @@ from captioner.shards.writing import claim
 from captioner.workers import count_processors
 from sharding.checking.foreign import foreign_recipe, index_captioned
 from sharding.checking.verify import MAX_THREADS
-from sharding.packing.finish import failure_text, write_manifest, write_vocabulary
+from sharding.packing.finish import write_manifest, write_vocabulary
 from sharding.packing.pack import PackedShard, packed_shard
+from sharding.packing.sources import failure_text
+from sharding.settings import Samples
 
-Samples = Literal["captioned-pictures", "any"]
 PATTERN = "give --pattern, such as 'cc3m-train-*.tar'"
 PAIR = (
     "a sample is a picture KEY.jpg beside its captions KEY.json or KEY.txt; give --samples any where these are no "

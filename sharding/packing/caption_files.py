@@ -17,7 +17,7 @@ from typing import Any
 from pycocotools.coco import COCO
 
 from captioner.errors import UserError
-from captioner.image_ids import ImageId, ImageIds, as_image_id
+from captioner.samples import ImageId, ImageIds, as_image_id
 from captioner.shards.format import Failure
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}

@@ -1,7 +1,7 @@
 """What stands beside a split's shards: the vocabulary, the list of failures and, last of all, the manifest."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from captioner import cli
@@ -62,8 +62,3 @@ def write_manifest(
         settings=recipe | {"backend": " and ".join(sorted({shard.backend for shard in shards}))},
         source=source,
     )
-
-
-def failure_text(reasons: Mapping[str, int]) -> str:
-    """Failures by reason in one cell of a table."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()) if count) or "none"

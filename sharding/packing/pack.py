@@ -14,7 +14,7 @@ from captioner.errors import UserError
 from captioner.files import storage
 from captioner.images import loading
 from captioner.images.decoder_output import own_stderr
-from captioner.samples import Sample, build_index, words_of
+from captioner.samples import CaptionContent, build_index, words_of
 from captioner.shards.format import Failure, FormatError, Member, ShardEntry, ShardIndex, TarBuilder
 from captioner.shards.writing import write, writing
 from captioner.vocabulary import tokenize
@@ -101,9 +101,15 @@ def pack_shard(
         members.append({"jpg": tar.add(f"{key}.jpg", jpeg.data), "json": tar.add(f"{key}.json", sample.to_json())})
         tokens.append(sample.tokens)
     data = tar.to_bytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    if plan.sha256 not in (None, sha256):
+        raise UserError(
+            f"{plan.name} comes out with other bytes than before (another version of a library, or an image changed): "
+            "it was left as it is; delete the split's shards and pack it again"
+        )
     facts = {
         "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": sha256,
         "fingerprint": plan.fingerprint,
         "recipe": asdict(plan.recipe),
         "backend": loading.backend(),
@@ -147,10 +153,10 @@ def _failure(record: Record, error: loading.ImageError) -> Failure:
     return Failure(name=record.file_name, reason=error.reason, message=error.message)
 
 
-def _make_sample(record: Record, original_size: tuple[int, int]) -> Sample:
+def _make_sample(record: Record, original_size: tuple[int, int]) -> CaptionContent:
     """A record's JSON content."""
     width, height = original_size
-    return Sample(
+    return CaptionContent(
         image_id=record.image_id,
         file_name=record.file_name,
         width=width,
@@ -244,7 +250,7 @@ def find_packed(plan: ShardPlan, folder: str) -> PackedShard | None:
     the shard was made from another plan.
     """
     location, tar = (storage.join(folder, f"{plan.name}.{ending}") for ending in ("index", "tar"))
-    remedies = pack_anew(folder, plan.split)
+    remedies = how_to_pack_again(folder, plan.split)
     try:
         index = ShardIndex.from_bytes(storage.read_bytes(location), origin=location)
         tar_bytes = storage.size_bytes(tar)
@@ -265,9 +271,9 @@ def find_packed(plan: ShardPlan, folder: str) -> PackedShard | None:
     return packed_shard(plan.name, index, reused=True) if index.facts["bytes"] == tar_bytes else None
 
 
-def pack_anew(folder: str, split: str) -> str:
+def how_to_pack_again(folder: str, split: str) -> str:
     """What to do where the folder holds something else of the split than what is to be packed."""
-    return f"give another --output, or delete {storage.join(folder, split)}* to pack the split anew"
+    return f"give another --output, or delete {storage.join(folder, split)}* to pack the split again"
 
 
 def _what_differs(plan: ShardPlan, index: ShardIndex, folder: str) -> str:

@@ -4,7 +4,8 @@ A caption file is COCO's or Karpathy's JSON, CSV, TSV or JSONL, told by its endi
 """
 
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -205,3 +206,21 @@ def _to_record(picture: Picture) -> Record:
         captions=captions,
         annotation_ids=numbers,
     )
+
+
+# ---- what could not be packed -----------------------------------------------------------------------------
+
+
+def failure_text(reasons: Mapping[str, int]) -> str:
+    """Failures by reason in one cell of a table."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()) if count) or "none"
+
+
+def describe_failures(failures: Sequence[Failure]) -> str:
+    """The failures by reason, and the first of the commonest one: the end of an error that nothing could be packed."""
+    if not failures:
+        return ": name another file with --captions, or another --split"
+    reasons = Counter(failure.reason for failure in failures)
+    commonest = reasons.most_common(1)[0][0]
+    first = next(failure for failure in failures if failure.reason == commonest)
+    return f" ({failure_text(reasons)}), such as {first.name or 'a row'}: {commonest}, {first.message}"

@@ -1,11 +1,9 @@
-"""Files on disk and behind URLs: sizes, whole writes, patience with servers."""
+"""Files on disk and behind URLs: sizes, atomic writes, servers that fail."""
 
 import errno
 import gzip
 import itertools
-import multiprocessing
 import os
-import re
 import stat
 import subprocess
 import sys
@@ -25,7 +23,7 @@ from hypothesis import strategies as st
 from servers import Bucket, Proxy, free_port, use_s3
 
 from captioner.errors import UserError
-from captioner.files import storage, troubles
+from captioner.files import retries, storage
 from captioner.files.storage import RefusedError, StorageError
 
 ODD_NAMES = ["a b.txt", 'it\'s "q".txt', "50%.txt", "%20.txt", "a#b?c=d&e;f.txt", "кот é 猫.txt", "x+y~[z]{*}.txt"]
@@ -33,7 +31,7 @@ ODD_NAMES = ["a b.txt", 'it\'s "q".txt', "50%.txt", "%20.txt", "a#b?c=d&e;f.txt"
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(retries, "FIRST_PAUSE_SECONDS", 0.001)
 
 
 # ---- names ------------------------------------------------------------------------------------------------
@@ -251,168 +249,6 @@ def test_where_names_show_early_a_rename_makes_the_file_whole(monkeypatch: pytes
     assert storage.list_files("memory://early/deep") == ["file"]
 
 
-# ---- patience ---------------------------------------------------------------------------------------------
-
-
-class StatusError(Exception):
-    """A status, as aiohttp raises it."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(f"status {status}")
-        self.status = status
-
-
-def counted(errors: list[Exception]) -> tuple[Any, list[int]]:
-    calls: list[int] = []
-
-    def action() -> str:
-        calls.append(1)
-        if errors:
-            raise errors.pop(0)
-        return "done"
-
-    return action, calls
-
-
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError("x"),
-        TimeoutError(),
-        ConnectionResetError(),
-        RuntimeError("two\nlines"),
-        *map(StatusError, (429, 500, 503)),
-    ],
-)
-def test_a_failure_that_may_pass_is_tried_again_until_patience_ends(error: Exception) -> None:
-    action, calls = counted([error] * (storage.NUM_TRIES - 1))
-    assert storage._patiently(action, "s3://b/x") == "done"
-    action, calls = counted([error] * storage.NUM_TRIES)
-    with pytest.raises(OSError, match="s3://b/x: ") as caught:
-        storage._patiently(action, "s3://b/x")
-    assert len(calls) == storage.NUM_TRIES
-    assert isinstance(caught.value, UserError)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (FileNotFoundError("x"), FileNotFoundError),
-        *((error, StorageError) for error in (PermissionError("x"), NotImplementedError(), StatusError(401))),
-        *((error, RefusedError) for error in (ValueError("x"), StatusError(400), StatusError(403))),
-    ],
-)
-def test_a_refusal_is_final(error: Exception, expected: type[Exception]) -> None:
-    action, calls = counted([error])
-    with pytest.raises(expected) as caught:
-        storage._patiently(action, "s3://b/x")
-    assert type(caught.value) is expected
-    assert len(calls) == 1
-
-
-def test_slow_failures_are_tried_twice_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.0)
-    action, calls = counted([OSError("x")] * 9)
-    with pytest.raises(StorageError):
-        storage._patiently(action, "s3://b/x")
-    assert len(calls) == 2
-
-
-@pytest.mark.usefixtures("quick")
-def test_patience_in_seconds_is_for_as_many_tries_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "LONGEST_PAUSE_SECONDS", 0.002)
-    action, calls = counted([OSError("x")] * (5 * storage.NUM_TRIES))
-    assert storage._patiently(action, "s3://b/x", 60.0) == "done"
-    action, calls = counted([OSError("x")] * 10_000)
-    started = time.monotonic()
-    with pytest.raises(StorageError):
-        storage._patiently(action, "s3://b/x", 0.3)
-    assert 0.3 <= time.monotonic() - started < 2
-    assert len(calls) > storage.NUM_TRIES
-    action, calls = counted([StatusError(403)])
-    with pytest.raises(RefusedError):
-        storage._patiently(action, "s3://b/x", 60.0)
-
-
-# ---- telling ----------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """A time of its own; each sleep takes seven seconds."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += 7
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    for module in (storage, troubles):
-        monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(troubles, "_of_process", {})
-    return clock
-
-
-@pytest.mark.usefixtures("clock")
-def test_the_first_failure_is_told_at_once_and_then_one_line_a_minute(caplog: pytest.LogCaptureFixture) -> None:
-    action, _ = counted([StatusError(503), *[TimeoutError()] * 7, *[StatusError(503)] * 2])
-    storage._patiently(action, "s3://b/x", 300.0)
-    told, end = f"process {os.getpid()}: failed requests", "last s3://b/x: it is tried again, at most for 300 s"
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{told}: 1 x status 503; {end}",
-        f"{told} in 63 s: 7 x TimeoutError, 2 x status 503; {end}",
-        f"process {os.getpid()}: s3://b answers again, after 70 s of failures",
-    ]
-    assert {record.levelname for record in caplog.records} == {"WARNING"}
-
-
-@pytest.mark.usefixtures("clock")
-def test_nothing_is_told_of_answers_be_they_refusals(caplog: pytest.LogCaptureFixture) -> None:
-    storage._patiently(counted([])[0], "s3://b/x")
-    for error in (FileNotFoundError("x"), StatusError(403), PermissionError("x")):
-        with suppress(OSError):
-            storage._patiently(counted([error])[0], "s3://b/x")
-    assert not caplog.records
-
-
-def test_a_server_was_out_only_where_nobody_was_answered(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    for server, others in (("s3://a", "s3://a"), ("s3://b", "s3://c")):
-        asked = clock.now
-        clock.now += 14
-        troubles.answered(f"{others}/x")
-        clock.now += 1
-        troubles.failed(f"{server}/x", OSError(), asked=asked, action="")
-        clock.now += 1
-        troubles.answered(f"{server}/x")
-    outages = [record.getMessage() for record in caplog.records if "again" in record.getMessage()]
-    assert outages == [f"process {os.getpid()}: s3://b answers again, after 16 s of failures"]
-
-
-def test_threads_and_forked_processes_count_each_failure_once(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(troubles, "QUIET_SECONDS", 0.0)
-    monkeypatch.setattr(troubles, "_of_process", {os.getpid(): (of_this_process := troubles.Troubles())})
-    with ThreadPoolExecutor(8) as threads:
-        for _ in range(400):
-            threads.submit(troubles.failed, "s3://b/x", OSError(), asked=0.0, action="")
-    found = [re.search(r"(\d+) x OSError", record.getMessage()) for record in caplog.records]
-    assert sum(int(match[1]) for match in found if match) == 400
-    with of_this_process._lock:  # as another thread may, while a worker is forked
-        child = multiprocessing.get_context("fork").Process(target=troubles.answered, args=("s3://b/x",))
-        child.start()
-        child.join(10)
-    assert child.exitcode == 0
-
-
 # ---- parts of files ---------------------------------------------------------------------------------------
 
 
@@ -495,8 +331,8 @@ def test_s3_is_scanned_page_by_page(bucket: Bucket, monkeypatch: pytest.MonkeyPa
     for key in ("p/", "p/a.jpg", "p/b?.jpg", "p/c/d.jpg", "p/e.jpg", "p//f.jpg", "q.jpg"):
         bucket.put(key, b"x")
     asked = []
-    patiently = storage._patiently
-    monkeypatch.setattr(storage, "_patiently", lambda *args: asked.append(args[1]) or patiently(*args))
+    retry = storage.retry
+    monkeypatch.setattr(storage, "retry", lambda *args: asked.append(args[1]) or retry(*args))
     root = f"s3://{bucket.name}/p"
     names = storage.scan_folder(root)
     first = next(names)
@@ -518,7 +354,7 @@ def test_s3_is_scanned_page_by_page(bucket: Bucket, monkeypatch: pytest.MonkeyPa
 def test_a_listing_that_fails_goes_on_at_its_page(bucket: Bucket, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of three answers are failures: no listing of seven pages could be had in one go."""
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "1")
-    monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(retries, "FIRST_PAUSE_SECONDS", 0.001)
     names = [f"{number}.jpg" for number in range(6)]
     for name in (*names, "deep/er.jpg"):
         bucket.put(f"p/{name}", b"123")
@@ -605,7 +441,7 @@ def test_an_s3_server_that_fails_often_is_asked_again(bucket: Bucket, s3: str, m
 
 
 def test_an_upload_cut_in_the_middle_leaves_what_was_there(bucket: Bucket, s3: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(storage, "NUM_TRIES", 1)
+    monkeypatch.setattr(retries, "PATIENCE_SECONDS", 0.0)
     bucket.put("x/a", b"old")
     with Proxy(s3) as proxy, use_s3(proxy.address):
         proxy.choose = lambda method, path: "cut request"
@@ -626,7 +462,7 @@ def test_servers_that_stall_are_left_after_a_while(bucket: Bucket, s3: str, monk
 
 
 def test_a_server_that_is_gone_is_told_in_one_line_soon(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "NUM_TRIES", 3)
+    monkeypatch.setattr(retries, "PATIENCE_SECONDS", 1.0)
     started = time.monotonic()
     with (
         use_s3(f"http://127.0.0.1:{free_port()}"),
@@ -643,6 +479,29 @@ def test_without_credentials_nothing_is_tried_twice(s3: str, tmp_path: Path) -> 
     variables |= {"AWS_ENDPOINT_URL": s3, "AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
     assert "StorageError: s3://bucket/x: NoCredentialsError" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("store", ["disk", "memory", "s3"])
+def test_a_new_file_replaces_none(store: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    roots = {"disk": str(tmp_path), "memory": "memory://new"}
+    root = roots[store] if store in roots else f"s3://{request.getfixturevalue('bucket').name}"
+    location = storage.join(root, "file")
+    storage.write_new(location, "first")
+    with pytest.raises(FileExistsError):
+        storage.write_new(location, "second")
+    assert storage.read_bytes(location) == b"first"
+    assert storage.list_files(root) == ["file"]
+
+
+def test_an_s3_object_is_replaced_only_if_it_has_not_changed(bucket: Bucket) -> None:
+    location = f"s3://{bucket.name}/x"
+    assert storage.etag(location) is None
+    storage.write_new(location, "first")
+    etag = storage.etag(location)
+    storage.write_new(location, "second", etag=etag)
+    with pytest.raises(FileExistsError):
+        storage.write_new(location, "third", etag=etag)
+    assert bucket.client.get_object(Bucket=bucket.name, Key="x")["Body"].read() == b"second"
 
 
 # ---- the web ----------------------------------------------------------------------------------------------
@@ -740,7 +599,7 @@ def test_the_web_cannot_be_written(nginx: tuple[str, Path]) -> None:
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("mood", ["500", "503", "drop", "cut answer"])
 def test_a_web_server_that_fails_is_asked_again_and_no_file_is_taken_for_missing(
-    nginx: tuple[str, Path], mood: str
+    nginx: tuple[str, Path], mood: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address, root = nginx
     (root / "faulty").mkdir(exist_ok=True)
@@ -752,6 +611,7 @@ def test_a_web_server_that_fails_is_asked_again_and_no_file_is_taken_for_missing
         assert storage.read_bytes(f"{place}/a") == data
         assert storage.exists(f"{place}/a")
         assert not storage.exists(f"{place}/b")
+        monkeypatch.setattr(retries, "PATIENCE_SECONDS", 0.0)
         proxy.choose = lambda method, path: mood
         for ask in (storage.exists, storage.read_bytes, storage.size_bytes):
             if mood != "cut answer" or ask is storage.read_bytes:

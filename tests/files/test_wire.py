@@ -19,7 +19,7 @@ from faulty_wire import RETRANSMISSION_SECONDS, STATUSES, Weather, Wire, told_in
 from servers import Bucket, use_s3
 from tiny import write_coco, write_shards
 
-from captioner.files import ownership, storage, troubles
+from captioner.files import retries, storage
 from captioner.files.storage import StorageError
 from captioner.streaming import cache
 from sharding import make_shards
@@ -47,7 +47,7 @@ def check_told(log: str, faults: Counter[str]) -> None:
     counts = told_in(log)
     assert 1 <= sum(number for kind, number in counts.items() if kind.startswith("status 5")) <= faults["5xx"]
     assert counts["SocketTimeoutError"] >= 1
-    assert "tried again, at most" in log
+    assert "retried for up to" in log
 
 
 # ---- the wire ---------------------------------------------------------------------------------------------
@@ -139,11 +139,11 @@ def test_a_request_is_answered_with_a_status_and_goes_no_further(nginx: tuple[st
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little patience, and every failure told."""
+    """Short timeouts, and every failure logged."""
     monkeypatch.setattr(storage, "STALL_SECONDS", STALL_SECONDS)
-    monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.02)
-    monkeypatch.setattr(troubles, "QUIET_SECONDS", 0.0)
-    monkeypatch.setattr(troubles, "_of_process", {})  # without what other tests left untold
+    monkeypatch.setattr(retries, "FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(retries, "LOG_SECONDS", 0.0)
+    monkeypatch.setattr(retries.log, "filters", [retries.RateLimit()])  # without what other tests left unlogged
 
 
 @pytest.mark.usefixtures("hasty")
@@ -154,7 +154,7 @@ def test_an_upload_over_a_half_open_connection_ends_soon(
     """Its time limit as a whole is 52 seconds."""
     with Wire(s3, Weather()) as wire, use_s3(wire.address):
         assert not storage.exists(f"s3://{bucket.name}/x")
-        monkeypatch.setattr(storage, "NUM_TRIES", 1)
+        monkeypatch.setattr(retries, "_may_pass", lambda error: False)
         wire.fate = lambda: ("half-open", num_bytes)
         started = time.monotonic()
         with pytest.raises(StorageError):
@@ -167,7 +167,7 @@ def test_an_upload_over_a_half_open_connection_ends_soon(
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="needs a system that knows TCP_USER_TIMEOUT")
 def test_an_upload_to_a_server_that_takes_nothing_ends_soon(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As behind a machine that is gone: what is sent fills the buffers and is never acknowledged."""
-    monkeypatch.setattr(storage, "NUM_TRIES", 1)
+    monkeypatch.setattr(retries, "_may_pass", lambda error: False)
     with socket.create_server(("127.0.0.1", 0)) as deaf, use_s3(f"http://127.0.0.1:{deaf.getsockname()[1]}"):
         started = time.monotonic()
         with pytest.raises(StorageError):
@@ -179,7 +179,7 @@ def test_an_upload_to_a_server_that_takes_nothing_ends_soon(s3: str, monkeypatch
 
 
 def told_here(caplog: pytest.LogCaptureFixture) -> str:
-    return "\n".join(record.getMessage() for record in caplog.records if record.name == "captioner.files.troubles")
+    return "\n".join(record.getMessage() for record in caplog.records if record.name == retries.log.name)
 
 
 def pack(source: str, output: str) -> None:
@@ -191,7 +191,6 @@ def pack(source: str, output: str) -> None:
 def test_a_pack_over_a_bad_wire_has_the_same_bytes(
     bucket: Bucket, s3: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ownership, "SETTLE_SECONDS", 0.05)
     bucket.put_folder(write_coco(tmp_path, num_train=12, num_val=0), "data")
     pack(f"s3://{bucket.name}/data", f"s3://{bucket.name}/calm")
     assert not told_here(caplog)
@@ -206,7 +205,7 @@ def test_a_pack_over_a_bad_wire_has_the_same_bytes(
 
 def hasty_rank(job: Job, *arguments: Any) -> None:
     """A rank with little patience, and its log in a file."""
-    storage.STALL_SECONDS, storage.FIRST_PAUSE_SECONDS, troubles.QUIET_SECONDS = STALL_SECONDS, 0.02, 0.0
+    storage.STALL_SECONDS, retries.FIRST_PAUSE_SECONDS, retries.LOG_SECONDS = STALL_SECONDS, 0.02, 0.0
     cache.CHUNK_BYTES = 8192
     os.dup2(os.open(f"{job.run}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     rank_as_it_is(job, *arguments)

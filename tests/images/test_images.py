@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -552,6 +553,18 @@ def test_a_bomb_inside_an_icon_is_refused_and_not_decoded(monkeypatch: pytest.Mo
     with pytest.raises(ImageError) as caught:
         loading.load_resized(directory + bomb, size=8, resize="squash")
     assert caught.value.reason == "too large"
+
+
+def test_importing_the_library_leaves_pillow_as_it_is() -> None:
+    code = """
+import logging, warnings, numpy
+from PIL import Image
+def state(): return Image.MAX_IMAGE_PIXELS, list(warnings.filters), list(logging.getLogger("PIL").handlers)
+before = state()
+from captioner.images import decoder_output, loading, views
+assert state() == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ---- what shards store --------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from captioner.errors import UserError
 from captioner.streaming.dataset import read_split
 from captioner.streaming.order import ShardOrder
 from train.data.batches import caption_loader
-from train.data.split import read_merged_vocabulary, read_validation
-from train.run.run_folder import ENCODER_WEIGHTS, check_same_parts
+from train.data.folders import read_merged_vocabulary, read_validation
+from train.run.agreement import ENCODER_WEIGHTS, check_same_start
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIZES = (5, 11, 1, 9, 14, 0, 8, 3, 12)
@@ -199,11 +200,11 @@ def test_folders_are_mixed_into_one_epoch(tmp_path: Path) -> None:
 
 def test_a_val_split_that_is_empty_or_absent_is_none(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "shards", (2,))
-    assert read_validation([folder], remedy="") is None
+    assert read_validation([folder]) is None
     write_shards(tmp_path / "shards", (0,), split="val")
-    assert read_validation([folder], remedy="") is None
+    assert read_validation([folder]) is None
     other = write_shards(tmp_path / "other", (3,), split="val")
-    split = read_validation([folder, other], remedy="")
+    split = read_validation([folder, other])
     assert split is not None
     assert split.num_samples == 3
 
@@ -245,7 +246,7 @@ def test_evaluation_needs_room_for_few_shards(shards: str, nginx: tuple[str, Pat
     split = read_split([f"{address}/many"], "val", remedy="")
     num_bytes = sum(path.stat().st_size for path in folder.glob("val-*"))
     loader = caption_loader(
-        split, batch_size=GLOBAL_BATCH, crop=28, max_tokens=9, vocabulary=read_merged_vocabulary([shards], remedy=""),
+        split, batch_size=GLOBAL_BATCH, crop=28, max_tokens=9, vocabulary=read_merged_vocabulary([shards]),
         cache=tmp_path / "cache", cache_gigabytes=num_bytes / 2e9,
     )  # fmt: skip
     assert [position for (batch,) in loader for position in batch.positions] == list(range(60))
@@ -254,12 +255,16 @@ def test_evaluation_needs_room_for_few_shards(shards: str, nginx: tuple[str, Pat
 # ---- mistakes -----------------------------------------------------------------------------------------------
 
 
-def test_ranks_that_see_other_data_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A weights file need not be on each machine."""
-    own = {"train shards": "a", "val shards": None, ENCODER_WEIGHTS: "w"}
-    others: list[dict[str, str | None]] = [own, own | {ENCODER_WEIGHTS: None}]
-    monkeypatch.setattr("train.run.run_folder.gather_object", lambda facts: [*facts, *others])
-    check_same_parts(own)
-    others.append(own | {"val shards": "b"})
-    with pytest.raises(UserError, match=r"rank 3 sees other data than rank 0 \(val shards b, not None\)"):
-        check_same_parts(own)
+def test_ranks_with_other_data_or_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weights file and a cache folder need not be the same on each machine."""
+    inputs = {"train shards": "a", "val shards": None, ENCODER_WEIGHTS: "w"}
+    settings = {"epochs": 3, "cache": "here"}
+    own = {"train shards": "a", "val shards": None, "--epochs": 3}
+    for other, said in (
+        (own, None),
+        (own | {"val shards": "b"}, "rank 1 on other has val shards b, rank 0 on .* has None: give all machines"),
+        (own | {"--epochs": 4}, "rank 1 on other has --epochs 4, rank 0 on .* has 3: give all machines"),
+    ):
+        monkeypatch.setattr("train.run.agreement.gather_object", lambda found, o=other: [*found, ("other", o)])
+        with pytest.raises(UserError, match=said) if said else nullcontext():
+            check_same_start(settings, inputs)

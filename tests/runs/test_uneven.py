@@ -57,7 +57,7 @@ def test_whatever_one_rank_does_alone_in_training_may_take_long(shards: str, tmp
         "train.run.encode:_encode_shards:1",
         "accelerate:Accelerator.save_state:1",
         "captioner.metrics:References.scores:0",
-        "train.run.run_folder:save_bundle:0",
+        "train.run.folder:save_bundle:0",
     ]
     run = tmp_path / "run"
     flags = [
@@ -82,7 +82,7 @@ def test_whatever_one_rank_does_alone_in_training_may_take_long(shards: str, tmp
 
     scoring = ["--model", run / "model", "--shards", shards, "--output", tmp_path / "results.json", "--workers", 0]
     running = start("train/evaluate.py", scoring, log=tmp_path / "scoring", world_size=2, peer_seconds=PEER_SECONDS,
-                    slow=["train.evaluate:report:0"])  # fmt: skip
+                    slow=["train.evaluation.model_scores:report_scores:0"])  # fmt: skip
     done = running.wait()
     assert [rank.exitcode for rank in running.ranks] == [0, 0], done.output
     assert "was slow" in done.output
@@ -90,7 +90,7 @@ def test_whatever_one_rank_does_alone_in_training_may_take_long(shards: str, tmp
     results = tmp_path / "again.json"
     again = [results if value == tmp_path / "results.json" else value for value in scoring]
     running = start("train/evaluate.py", again, log=tmp_path / "lost", world_size=2, peer_seconds=PEER_SECONDS,
-                    slow=["train.evaluate:report:0"])  # fmt: skip
+                    slow=["train.evaluation.model_scores:report_scores:0"])  # fmt: skip
     while not results.exists():
         time.sleep(0.02)
     running.ranks[1].kill()

@@ -16,7 +16,7 @@ from servers import Bucket, Proxy, run_nginx, use_s3
 from tiny import picture, write_captions
 
 from captioner.errors import UserError
-from captioner.files import ownership, storage
+from captioner.files import ownership, retries, storage
 from captioner.shards.writing import claim
 from sharding import make_shards
 from sharding.settings import ShardSettings
@@ -60,8 +60,8 @@ def expected(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 @pytest.fixture
 def bucket(bucket: Bucket, data: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     """A bucket that holds the data."""
-    monkeypatch.setattr(ownership, "SETTLE_SECONDS", 0.05)
     monkeypatch.setattr(ownership, "BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(ownership, "SILENT_SECONDS", 2.0)
     bucket.put_folder(data, "data")
     return bucket
 
@@ -75,9 +75,9 @@ def pack(source: str, output: str, **changed: Any) -> None:
 HASTY = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from captioner.files import ownership, storage
+from captioner.files import ownership, retries, storage
 from sharding import make_shards
-storage.NUM_TRIES, ownership.SETTLE_SECONDS, ownership.BEAT_SECONDS = 2, 0.1, 0.3
+retries.PATIENCE_SECONDS, ownership.BEAT_SECONDS, ownership.SILENT_SECONDS = 1.0, 0.2, 2.0
 make_shards.run()
 """
 
@@ -140,8 +140,9 @@ def test_a_second_packer_of_the_same_output_says_who_is_first(bucket: Bucket) ->
         process = command(f"s3://{bucket.name}/data", output)
         shown, error = process.communicate(timeout=60)
         assert (process.returncode, shown) == (2, "")
-        assert error.startswith(f"error: process {os.getpid()} on ")
-        assert error.count("\n") == 1
+        watching, refusal = error.splitlines()
+        assert "waiting up to 2 s to see if it is alive" in watching
+        assert refusal.startswith(f"error: process {os.getpid()} on ")
     assert bucket.read_all("shards") == {}
 
 
@@ -158,7 +159,7 @@ def test_a_pack_over_a_server_that_fails_often_is_the_same(
     bucket: Bucket, s3: str, expected: dict[str, bytes], moods: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One request of five fails, each kind at least once."""
-    monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(retries, "FIRST_PAUSE_SECONDS", 0.01)
     rng, first = random.Random(0), iter(moods)
     with Proxy(s3) as proxy, use_s3(proxy.address):
         proxy.choose = lambda method, path: next(first, "") or (rng.choice(moods) if rng.random() < 0.2 else "ok")
@@ -272,7 +273,7 @@ def test_a_pack_from_a_web_server_that_fails_often_is_the_same(
     web: str, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One request of five fails, the first of each kind for sure; none is taken for a missing or a cut picture."""
-    monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(retries, "FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(storage, "STALL_SECONDS", 1.0)
     rng = random.Random(0)
     moods = ["500", "503", "drop", "cut answer", "stall"]
@@ -295,7 +296,7 @@ def test_a_picture_that_the_web_server_refuses_is_counted(web: str, tmp_path: Pa
 def test_a_picture_that_the_server_fails_to_send_stops_the_packing(
     web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(retries, "PATIENCE_SECONDS", 0.2)
     with Proxy(web) as proxy:
         proxy.choose = lambda method, path: "500" if method == "GET" and path.endswith("plain.jpg") else "ok"
         with pytest.raises(UserError, match="500"):
@@ -308,7 +309,7 @@ def test_a_web_server_that_is_gone_for_good_ends_in_one_line(
     web: str, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, *, method: str, name: str
 ) -> None:
     """What was finished before is whole; no picture is told to be bad because its server was away."""
-    monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(retries, "PATIENCE_SECONDS", 0.2)
     gone = []
 
     def choose(asked: str, path: str) -> str:

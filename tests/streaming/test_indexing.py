@@ -24,7 +24,7 @@ from captioner.shards.indexing import index_shards
 from captioner.streaming.dataset import read_split
 from captioner.streaming.reader import SampleError, ShardReader
 from sharding import check_shards
-from sharding.check_shards import IndexSettings, RepairSettings, ShowSettings, VerifySettings
+from sharding.settings import IndexSettings, RepairSettings, ShowSettings, VerifySettings
 
 FORMATS = {"USTAR": tarfile.USTAR_FORMAT, "GNU": tarfile.GNU_FORMAT, "PAX": tarfile.PAX_FORMAT}
 IN_PLACE = [HealthCheck.function_scoped_fixture]

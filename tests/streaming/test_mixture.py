@@ -1,5 +1,7 @@
 """The laws of weighted mixtures, and how well orders mix."""
 
+import hashlib
+import json
 import time
 from collections import Counter
 from fractions import Fraction
@@ -212,6 +214,19 @@ def test_equal_sources_do_not_move_in_lockstep() -> None:
     second = [(shard - 2, place) for _, shard, place in refs if shard >= 2]
     assert len(first) == len(second) == 100
     assert sum(one == other for one, other in zip(first, second, strict=True)) < 10
+
+
+def test_the_order_of_a_mixture_is_what_it_was_at_commit_5210727() -> None:
+    order = MixtureOrder(
+        [[40] * 9, [7, 0, 21] * 8],
+        weights=[1, 3],
+        seed=7,
+        batch_size=32,
+        epoch_samples=100,
+        since=Since(150, (100, 50)),
+    )
+    refs = json.dumps([*order.refs(2, range(100)), *order.refs(5, range(100))])
+    assert hashlib.sha256(refs.encode()).hexdigest().startswith("c2565ea72ea885e3")
 
 
 def test_arguments_that_make_no_mixture_are_refused() -> None:

@@ -1,18 +1,43 @@
-"""Worker processes that die or hang, as they do of memory that runs out or of a decoder's fault."""
+"""Processes that die or hang: at a named point of their writing, out of memory, or by a decoder's fault."""
 
 import os
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from captioner.images import loading
 from infer import reading
+from sharding import make_shards
 from sharding.packing import engine
+from sharding.settings import ShardSettings
 
 DEADLY = b"this kills"
 ENDLESS = b"this hangs"
 
 pack, read = engine._work, reading._work
+
+
+def pack_with_signal(settings: ShardSettings, file: str, moment: str, number: int) -> None:
+    """Pack, and send this process a signal where `file` is written.
+
+    `moment` is "half" (half of the partial file is written), "before" or "after" (its rename).
+    """
+    rename = Path.replace
+
+    def rename_with_signal(partial: Path, target: Path) -> Path:
+        if Path(target).name != file:
+            return rename(partial, target)
+        if moment == "half":
+            os.truncate(partial, partial.stat().st_size // 2)
+        if moment != "after":
+            os.kill(os.getpid(), number)
+        renamed = rename(partial, target)
+        os.kill(os.getpid(), number)
+        return renamed
+
+    Path.replace = rename_with_signal  # type: ignore[method-assign, assignment]
+    make_shards.main(settings)
 
 
 def always(pipe: Connection, *_: Any) -> None:

@@ -125,13 +125,13 @@ def _rank(arguments: list[str], log: Path, environment: dict[str, str], slow: Se
 
     from captioner import workers
     from infer import captioning
-    from train.run import run_folder
+    from train.run import agreement
 
     torch.set_num_threads(1)
     torch.set_num_threads = lambda _threads: None  # type: ignore[assignment]  # tests share the machine
     workers.start_server = lambda _module: multiprocessing.get_context("fork")  # type: ignore[assignment]  # of this process, which has loaded torch
     captioning.DESCRIBED_AT_ONCE = 4  # type: ignore[assignment]  # rows come now and then, of few pictures too
-    run_folder.VISIBLE_SECONDS = 1.0  # type: ignore[assignment]  # one disk needs none
+    agreement.VISIBLE_SECONDS = 1.0  # type: ignore[assignment]  # one disk needs none
     sys.stdout = os.fdopen(1, "w", buffering=1)
     _slow_down(slow, seconds=float(environment["CAPTIONER_PEER_TIMEOUT_SECONDS"]) * 1.5)
     import_module(arguments[0].removesuffix(".py").replace("/", ".")).run()

@@ -27,7 +27,7 @@ from captioner.vocabulary import END, START, Vocabulary, tokenize
 from sharding.packing.pack import pack_shard
 from sharding.packing.planning import Recipe, ShardPlan
 from sharding.packing.sources import Record
-from train.data.batches import Batch, CaptionBatches, caption_loader
+from train.data.batches import CaptionBatch, CaptionPipeline, caption_loader
 
 COCO = Path(__file__).parents[3] / "shared/data/coco/images"
 SHARD_SIZES = (5, 1, 7, 4, 6)
@@ -65,7 +65,7 @@ class Dataset:
         loader.set_epoch(epoch)
         return loader
 
-    def read(self, **options: Any) -> list[Batch]:
+    def read(self, **options: Any) -> list[CaptionBatch]:
         """An epoch's batches, of one part each."""
         return [batch for (batch,) in self.loader(**options)]
 
@@ -147,7 +147,7 @@ def dataset(shared_dataset: Dataset, tmp_path: Path) -> Dataset:
     return replace(shared_dataset, folder=folder)
 
 
-def keys_of(batches: list[Batch]) -> list[str]:
+def keys_of(batches: list[CaptionBatch]) -> list[str]:
     return [key for batch in batches for key in batch.keys]
 
 
@@ -184,14 +184,14 @@ def test_parts_are_the_same_images_for_any_number_of_ranks(
             assert all(whole[key] == row for found in batches for key, row in rows_by_key([found]).items())
 
 
-def rows_by_key(batches: list[Batch]) -> dict[str, bytes]:
+def rows_by_key(batches: list[CaptionBatch]) -> dict[str, bytes]:
     return {k: v.numpy().tobytes() for b in batches for k, v in zip(b.keys, b.inputs, strict=False)}
 
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_batch_that_was_broken_off_leaves_nothing_behind(shared_dataset: Dataset, parts: int) -> None:
     """An error, or the end of an iteration, may come in the middle of one; the same samples may come next."""
-    batches = CaptionBatches(
+    batches = CaptionPipeline(
         split=shared_dataset.split, vocabulary=shared_dataset.vocabulary, crop=CROP, max_tokens=6,
         batch_size=GLOBAL_BATCH, accumulation_steps=parts,
     )  # fmt: skip
@@ -233,7 +233,7 @@ def test_a_batch_holds_its_pictures_captions(shared_dataset: Dataset) -> None:
     assert num_cut == 0
 
 
-def ramps(batches: list[Batch]) -> dict[str, float]:
+def ramps(batches: list[CaptionBatch]) -> dict[str, float]:
     """By key: how much brighter a view is on its right than on its left."""
     return {
         key: float(view[:, -1].float().mean() - view[:, 0].float().mean())
@@ -489,7 +489,7 @@ def test_a_stored_file_that_is_no_picture_is_named(dataset: Dataset, monkeypatch
         raise loading.ImageError("undecodable", "no known image format")
 
     monkeypatch.setattr(loading, "decode_stored", refuse)
-    with pytest.raises(UserError, match=r"train-00000\d\.tar is not a picture") as error:
+    with pytest.raises(UserError, match=r"train-00000\d\.tar is not an image") as error:
         dataset.read()
     assert "\n" not in str(error.value)
 

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 
 from captioner.errors import UserError
 from captioner.files.ownership import owned
-from train.run.launch import Preemption, start_accelerator
-from train.run.run_folder import OWNER
+from train.run.folder import OWNER
+from train.run.launch import Preemption, ending_without_peers, start_accelerator
 from train.settings import TrainSettings
 from train.uneven import in_main
 
@@ -22,10 +22,12 @@ def as_job(recipe: Recipe) -> Callable[[TrainSettings], None]:
 
     @functools.wraps(recipe)
     def job(settings: TrainSettings) -> None:
-        accelerator = start_accelerator(seed=settings.seed, thaws_later=bool(settings.finetune_encoder_from_step))
-        stop = Preemption()
-        with owning(Path(settings.output)):
-            recipe(settings, accelerator, stop)
+        remedy = "the same command with --resume continues from the newest checkpoint, on fewer machines too"
+        with ending_without_peers(remedy=remedy):
+            accelerator = start_accelerator(seed=settings.seed, thaws_later=bool(settings.finetune_encoder_from_step))
+            stop = Preemption()
+            with owning(Path(settings.output)):
+                recipe(settings, accelerator, stop)
 
     return job
 

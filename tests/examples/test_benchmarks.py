@@ -16,6 +16,8 @@ import training
 from captioner.errors import UserError
 from captioner.vocabulary import START
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

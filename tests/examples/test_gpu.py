@@ -34,6 +34,8 @@ from gpu_speed_rows import loop_speed, waiting
 from gpu_table import Finding, Table, run_row, run_rows
 from gpu_training_rows import fp32, half_precision
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 HANGS = "import time; time.sleep(60)"
 LOSSES = [4.0, 3.5, 3.2, 3.0, 2.9, 2.8, 2.7, 2.6]

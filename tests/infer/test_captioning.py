@@ -31,6 +31,8 @@ from infer.reading import Reader
 from infer.results import RowWriter, part_path
 from infer.row_index import RowIndex, merge
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1.5e-4  # of scores, which are rounded to 1e-4
 NUMBERS = ("score", "confidence")
 

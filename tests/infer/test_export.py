@@ -26,6 +26,8 @@ from captioner.model.network import CaptionModel, ImageInput, ModelConfig
 from captioner.vocabulary import Vocabulary
 from infer import export
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 WEIGHTS = DATA / "weights" / "squeezenet1_1.pth"
 DECODING = DecodingDefaults(beam_size=1, max_tokens=16)

@@ -21,6 +21,8 @@ from train.data.batches import caption_loader
 from train.data.split import read_merged_vocabulary, read_validation
 from train.run.run_folder import ENCODER_WEIGHTS, check_same_parts
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIZES = (5, 11, 1, 9, 14, 0, 8, 3, 12)
 EPOCHS, NUM_KILLS = 3, 10

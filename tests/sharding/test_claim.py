@@ -129,6 +129,7 @@ def test_a_packer_that_fails_gives_its_claim_back(tmp_path: Path, failure: BaseE
         assert not storage.exists(storage.join(folder, "train.packing"))
 
 
+@pytest.mark.slow
 def test_of_many_packers_that_start_at_once_one_wins(tmp_path: Path) -> None:
     words = race(str(tmp_path), number=4)
     assert words[0] == "done"

@@ -528,6 +528,7 @@ def test_a_server_that_stalls(web: tuple[Watcher, str, Path], home: Path, monkey
     assert watcher.treated.count("stall") == 3
 
 
+@pytest.mark.external
 @pytest.mark.skipif(NGINX is None, reason="needs nginx on the PATH")
 def test_a_server_that_is_started_anew_in_the_middle_of_a_download(tmp_path: Path, home: Path) -> None:
     root, place, port = tmp_path / "web", tmp_path / "nginx", free_port()

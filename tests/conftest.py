@@ -14,9 +14,11 @@ SERVERS = {"s3", "nginx", "chromium", "controller"}  # fixtures that start other
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use one of `SERVERS` as external."""
+    """Mark the tests that use one of `SERVERS`, or name one as a parameter, as external."""
     for item in items:
-        if SERVERS.intersection(getattr(item, "fixturenames", ())):
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        names = {*getattr(item, "fixturenames", ()), *(value for value in parameters if isinstance(value, str))}
+        if SERVERS & names:
             item.add_marker(pytest.mark.external)
 
 

@@ -75,6 +75,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert os.listdir(tmp_path) == []  # noqa: PTH208
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_what_is_listed() -> None:
     code = """
 from pathlib import Path

@@ -150,8 +150,8 @@ class _Worker:
             del self._deaths[index]
         if self._deaths.total() >= max_deaths:
             raise UserError(
-                f"worker processes died {max_deaths} times at {self._name} (exit code {exit_code}): is there too "
-                "little memory for so many?"
+                f"worker processes died {max_deaths} times at {self._name} (exit code {exit_code}): probably there is "
+                "too little memory for this many workers, use fewer"
             )
         self._spawn()
         self._send()

@@ -10,7 +10,7 @@ import os
 import sqlite3
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -117,25 +117,26 @@ class Listing(Iterator[ImageFile]):
         self._real_root = lru_cache(maxsize=1024)(real_root)
         self._rank, self._world_size = rank, world_size
         self.num_found = self.num_linked_folders = self.num_skipped = self.num_repeated = 0
-        roots = dict.fromkeys(map(self._find_root, images))
+        roots = dict.fromkeys(map(_find_root, images))
         folders = dict.fromkeys(map(_without_slash, shards))
         splits = [(folder, manifest) for folder in folders for manifest in _read_manifests(folder)]
         open_lists = [_open_list(name, world_size=world_size) for name in dict.fromkeys(lists)]
         self._seen = Seen() if lists or len(roots) + len(folders) > 1 else None
-        self.num_linked_folders = 0  # without those that `_find_root` met
-        self._files = chain(
-            chain.from_iterable(map(self._walk, roots)),
+        self._found = chain(
+            chain.from_iterable(_walk(root, excluded=self._excluded) for root in roots),
             chain.from_iterable(map(_read_list, open_lists)),
             chain.from_iterable(_list_split(folder, manifest) for folder, manifest in splits),
         )
 
     def __next__(self) -> ImageFile:
-        while True:
-            file = next(self._files)
-            if self._is_wanted(file):
+        for file in self._found:
+            if file is None:
+                self.num_linked_folders += 1
+            elif self._is_wanted(file):
                 self.num_found += 1
                 if self._world_size == 1 or hash_location(file.location) % self._world_size == self._rank:
                     return file
+        raise StopIteration
 
     def _is_wanted(self, file: ImageFile) -> bool:
         location = _join(self._real_root(file.root), file.path)
@@ -146,36 +147,6 @@ class Listing(Iterator[ImageFile]):
         is_new = self._seen is None or self._seen.add(location)
         self.num_repeated += not is_new
         return is_new
-
-    def _find_root(self, source: str) -> "_Root":
-        root = _find_root(source)
-        if root.pattern and next(self._walk(root), None) is None:
-            raise UserError(f"no file matches {source}: correct the pattern, or give --images a folder")
-        return root
-
-    def _walk(self, root: "_Root") -> Iterator[ImageFile]:
-        """The root's file, or all files below its folder that match its pattern."""
-        if root.name:
-            yield ImageFile(root.folder, root.name)
-            return
-        pending = [("", frozenset({root.pattern}) if root.pattern else EVERYTHING)]
-        while pending:
-            above, patterns = pending.pop()
-            try:
-                if above.count("/") > MAX_DEPTH and storage.is_remote(root.folder):
-                    raise OSError(f"more than {MAX_DEPTH} folders deep: it may be a loop")
-                for name, kind in _scan(_join(root.folder, above)):
-                    path, rests = above + name, frozenset(_rests(name, patterns))
-                    if not rests or (kind != "file" and os.path.realpath(_join(root.folder, path)) in self._excluded):
-                        continue
-                    if kind == "folder":
-                        pending.append((f"{path}/", EVERYTHING if () in rests else rests))
-                    elif kind == "linked folder":
-                        self.num_linked_folders += 1
-                    elif () in rests:
-                        yield ImageFile(root.folder, path)
-            except (OSError, ValueError) as error:
-                yield ImageFile(root.folder, above.rstrip("/") or ".", error=_image_error(error))
 
 
 # ---- roots --------------------------------------------------------------------------------------------------------
@@ -203,6 +174,8 @@ def _find_root(source: str) -> _Root:
         elif WILDCARDS.intersection(source):
             folder, pattern = _split_glob(source)
             root = _Root(_without_slash(folder), pattern=pattern)
+            if not any(_walk(root)):
+                raise UserError(f"no file matches {source}: correct the pattern, or give --images a folder")
         else:
             raise UserError(f"nothing at {source} can be read or listed: give --images a folder, a file or a glob")
         next(_scan(_join(root.folder, "")), None)
@@ -248,6 +221,31 @@ def _rests(name: str, patterns: Iterable[Pattern]) -> Iterator[Pattern]:
 
 
 # ---- folders ------------------------------------------------------------------------------------------------------
+
+
+def _walk(root: _Root, *, excluded: Container[str] = ()) -> Iterator[ImageFile | None]:
+    """The root's file, or all files below its folder that match its pattern; None for a link to a folder."""
+    if root.name:
+        yield ImageFile(root.folder, root.name)
+        return
+    pending = [("", frozenset({root.pattern}) if root.pattern else EVERYTHING)]
+    while pending:
+        above, patterns = pending.pop()
+        try:
+            if above.count("/") > MAX_DEPTH and storage.is_remote(root.folder):
+                raise OSError(f"more than {MAX_DEPTH} folders deep: it may be a loop")
+            for name, kind in _scan(_join(root.folder, above)):
+                path, rests = above + name, frozenset(_rests(name, patterns))
+                if not rests or (kind != "file" and os.path.realpath(_join(root.folder, path)) in excluded):
+                    continue
+                if kind == "folder":
+                    pending.append((f"{path}/", EVERYTHING if () in rests else rests))
+                elif kind == "linked folder":
+                    yield None
+                elif () in rests:
+                    yield ImageFile(root.folder, path)
+        except (OSError, ValueError) as error:
+            yield ImageFile(root.folder, above.rstrip("/") or ".", error=_image_error(error))
 
 
 def _scan(folder: str) -> Iterator[tuple[str, Kind]]:

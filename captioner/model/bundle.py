@@ -7,7 +7,6 @@
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -77,7 +76,7 @@ def save_bundle(
     metrics: Mapping[str, Any],
     calibration: Calibration | None = None,
 ) -> None:
-    """Write a model folder; it stands under its name only when it is whole."""
+    """Write a model folder, under a temporary name until it is complete."""
     weights = save_tensors({name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()})
     digest = hashlib.sha256(weights).hexdigest()
     config = {
@@ -89,22 +88,20 @@ def save_bundle(
         "weights_sha256": digest,
         "libraries": {"captioner": __version__, **{library: version(library) for library in LIBRARIES}},
     }
+    files = {
+        "model.safetensors": weights,
+        "config.json": json.dumps(config, indent=1, allow_nan=False),
+        "vocabulary.json": vocabulary.to_json(),
+        "metrics.json": json.dumps(metrics, indent=1, allow_nan=False),
+        "README.md": model_card(config, metrics, calibration),
+    }
+    if calibration is not None:
+        files[CALIBRATION], files[CALIBRATION_ARRAYS] = to_files(calibration, model=digest[:NAME_LETTERS])
     folder = folder.resolve()  # a symbolic link stays
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / "model.safetensors").write_bytes(weights)
-    (partial / "config.json").write_text(json.dumps(config, indent=1, allow_nan=False), encoding="utf-8")
-    (partial / "vocabulary.json").write_text(vocabulary.to_json(), encoding="utf-8")
-    (partial / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False), encoding="utf-8")
-    (partial / "README.md").write_text(model_card(config, metrics, calibration), encoding="utf-8")
-    if calibration is not None:
-        content, arrays = to_files(calibration, model=digest[:NAME_LETTERS])
-        (partial / CALIBRATION).write_bytes(content)
-        (partial / CALIBRATION_ARRAYS).write_bytes(arrays)
-    for path in partial.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    for name, content in files.items():
+        storage.write_atomic(str(partial / name), content)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

@@ -1,4 +1,4 @@
-"""What stands beside a split's shards: the vocabulary, the list of failures and, last of all, the manifest."""
+"""Writes the files beside a split's shards: the vocabulary, the list of failures and, last, the manifest."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from sharding.packing.pack import PackedShard
 def write_vocabulary(
     folder: str, shards: Sequence[PackedShard], *, threshold: int | None, given: Vocabulary | None = None
 ) -> None:
-    """Write vocabulary.json: the given one, or that of the shards' captions, and print what it covers.
+    """Write vocabulary.json, the given one or that of the shards' captions, and print what it covers.
 
     Without a threshold `choose_threshold` decides. Raises UserError where no word reaches the threshold.
     """
@@ -53,7 +53,7 @@ def write_manifest(
     recipe: dict[str, Any],
     source: dict[str, Any],
 ) -> Manifest:
-    """Write the failures' list (those `refused` before packing first) and, last of all, the manifest. UserError."""
+    """Write the list of failures (those `refused` before packing first) and, last, the manifest. Raises UserError."""
     return writing.write_manifest(
         folder,
         split,

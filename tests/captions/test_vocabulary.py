@@ -235,10 +235,12 @@ def test_tokens_of_any_two_neighbours_are_nltks() -> None:
     assert [text for text in texts if tokenize(text) != nltk_tokens(text)] == []
 
 
+@pytest.mark.slow
 def test_tokens_of_real_captions_are_nltks(real_captions: list[str]) -> None:
-    assert [text for text in real_captions if tokenize(text) != nltk_tokens(text)] == []
+    assert [text for text in Random(1).sample(real_captions, 20_000) if tokenize(text) != nltk_tokens(text)] == []
 
 
+@pytest.mark.slow
 def test_tokens_come_eight_times_as_fast_as_nltks(real_captions: list[str]) -> None:
     """Measured 60 times; side by side, so that a busy machine slows both."""
     sample = Random(0).sample(real_captions, 4_000)

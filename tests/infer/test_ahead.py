@@ -1,4 +1,4 @@
-"""A listing that runs ahead gives each entry once, in order and at once, and holds none of them in memory."""
+"""A listing that runs ahead gives each file once, in order and at once, and holds none of them in memory."""
 
 import os
 import resource
@@ -25,9 +25,7 @@ files = st.builds(ImageFile, names, names, st.integers(0, 1 << 40), st.none() | 
 
 @given(listed=st.lists(files, max_size=30), has_error=st.booleans())
 @hypothesis_settings(deadline=None, max_examples=50)
-def test_the_entries_come_as_they_were_listed_and_the_total_at_the_end(
-    listed: list[ImageFile], has_error: bool
-) -> None:
+def test_the_files_come_as_they_were_listed_and_the_total_at_the_end(listed: list[ImageFile], has_error: bool) -> None:
     totals: list[int] = []
     entries = [*listed, ImageFile("a", "b", error=ImageError("missing", "gone"))] if has_error else listed
     ahead = Ahead(iter(entries), on_end=totals.append)
@@ -37,7 +35,7 @@ def test_the_entries_come_as_they_were_listed_and_the_total_at_the_end(
     assert list(ahead) == []
 
 
-def test_an_entry_is_there_as_soon_as_it_is_listed_and_the_total_before_the_first_is_taken() -> None:
+def test_a_file_is_there_as_soon_as_it_is_listed_and_the_total_before_the_first_is_taken() -> None:
     go_on, ended = Event(), Event()
 
     def listing() -> Iterator[ImageFile]:
@@ -53,7 +51,7 @@ def test_an_entry_is_there_as_soon_as_it_is_listed_and_the_total_before_the_firs
     assert list(ahead) == [ImageFile("a", "second")]
 
 
-def test_what_the_listing_raises_comes_behind_its_entries() -> None:
+def test_what_the_listing_raises_comes_after_its_files() -> None:
     def listing() -> Iterator[ImageFile]:
         yield ImageFile("a", "b")
         raise OSError(5, "the list's disk is gone")
@@ -77,6 +75,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert os.listdir(tmp_path) == []  # noqa: PTH208
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_what_is_listed() -> None:
     code = """
 from pathlib import Path

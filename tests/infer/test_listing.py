@@ -583,6 +583,7 @@ with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as fol
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "num_files"), [("folder", 200_000), ("list", 100_000)])
 def test_memory_stays_under_32_bytes_a_file(kind: str, num_files: int) -> None:
     line = [sys.executable, "-c", LIST_LARGE, kind, str(num_files)]

@@ -255,7 +255,7 @@ def test_changed_input_is_refused_with_what_differs(coco: Path, tmp_path: Path, 
     some = sorted((data / "train2014").iterdir())[7]
     content = some.read_bytes()
     picture(99).save(some)
-    with pytest.raises(UserError, match=r"made differently \(pictures were added, removed, or changed in size\)"):
+    with pytest.raises(UserError, match=r"made differently \(images were added, removed, or changed in size\)"):
         make_shards.main(flags(data, output))
     some.unlink()
     with pytest.raises(UserError, match="made differently"):

@@ -122,6 +122,7 @@ def test_fewer_samples_than_a_batch(tmp_path: Path, temporary: Path, capsys: pyt
     assert "1,000 samples/s need" in capsys.readouterr().out
 
 
+@pytest.mark.external
 def test_shards_behind_a_url_are_fetched_first(
     tmp_path: Path, temporary: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -506,48 +506,6 @@ def test_a_server_that_knows_no_ranges_sends_a_shard_once(web: tuple[Watcher, st
     assert len(watcher.parts(entry)) == 1
 
 
-<<<<<<< HEAD
-=======
-def test_a_server_that_stalls(web: tuple[Watcher, str, Path], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "STALL_SECONDS", 0.2)
-    watcher, folder, root = web
-    entry = make_shard(root, 1)
-    count = iter(range(10**6))
-    watcher.choose = lambda method, path: "stall" if next(count) in (0, 2, 5) else "ok"
-    assert is_right(ShardCache(str(home), max_bytes=10**6), folder, entry)
-    assert watcher.treated.count("stall") == 3
-
-
-@pytest.mark.external
-@pytest.mark.skipif(NGINX is None, reason="needs nginx on the PATH")
-def test_a_server_that_is_started_anew_in_the_middle_of_a_download(tmp_path: Path, home: Path) -> None:
-    root, place, port = tmp_path / "web", tmp_path / "nginx", free_port()
-    entry = make_shard(root, 1, kilobytes=1000)
-    place.mkdir()
-    configuration = NGINX_CONFIGURATION.format(home=place, port=port, root=root)
-    (place / "conf").write_text(configuration.replace("access_log off;", "access_log off; limit_rate 200k;"))
-    line = [str(NGINX), "-p", place, "-c", place / "conf", "-e", place / "error.log"]
-    cache = ShardCache(str(home), max_bytes=10**7)
-    server = subprocess.Popen(line)
-    try:
-        wait_for_port(port)
-        worker = Forked(is_right, cache, f"http://127.0.0.1:{port}", entry)
-        partial = home / f"{entry.sha256}.{entry.bytes}.partial"
-        wait_until(lambda: partial.exists() and partial.stat().st_size > 5 * CHUNK)
-        server.kill()
-        server.wait()
-        before = partial.stat().st_size
-        time.sleep(0.5)
-        assert before <= partial.stat().st_size < entry.bytes
-        (place / "conf").write_text(configuration)
-        server = subprocess.Popen(line)
-        assert worker.result() is True
-    finally:
-        server.kill()
-        server.wait()
-
-
->>>>>>> fast
 def test_a_server_that_is_gone_for_good_ends_in_one_line(
     web: tuple[Watcher, str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

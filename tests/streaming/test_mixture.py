@@ -1,11 +1,7 @@
 """The laws of weighted mixtures, and how well orders mix."""
 
-<<<<<<< HEAD
 import hashlib
 import json
-import time
-=======
->>>>>>> fast
 from collections import Counter
 from fractions import Fraction
 from itertools import count

@@ -5,8 +5,8 @@ from datetime import timedelta
 
 from captioner.errors import UserError
 
-# A machine that lost its power says nothing. A process that is alive is silent for as long as its loader is patient
-# with a server (5 minutes, see the shard cache); train/uneven.py has work that takes one longer than the others.
+# A live process is silent for as long as its loader retries a request (5 minutes, see the shard cache);
+# train/uneven.py is for work that takes one rank longer than the others.
 PEER_SECONDS = 600.0
 PEER_VARIABLE = "CAPTIONER_PEER_TIMEOUT_SECONDS"
 

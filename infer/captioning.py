@@ -1,33 +1,83 @@
-"""Captions the images of a reader, batch by batch, and writes their rows.
+"""One process's work: images from the reader are captioned in batches and written as rows.
 
-Files with the same bytes are captioned once. Only the batches in progress are held in memory.
+Files with the same bytes are captioned once. Only unfinished batches are held.
 """
 
+import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
+from captioner import cli
 from captioner.describe import Captioner, Description, Encoded
 from captioner.errors import UserError
+from captioner.workers import count_processors
+from infer.ahead import Ahead
+from infer.listing import ImageFile
+from infer.peers import Peers
 from infer.reading import Batch, DecodedImage, Reader
 from infer.results import FORMAT_VERSION, Row, RowWriter, duplicate_row
 from infer.row_index import RowIndex
+from infer.settings import CaptionSettings
 
+CPU_BATCH_SIZE, GPU_BATCH_SIZE = 8, 128
 DECIMALS = 4  # of scores
-DESCRIBED_AT_ONCE = 256  # images; the decoder reads all its weights for each word, whatever the number of captions
-MAX_SECONDS_UNTIL_DESCRIBED = 10.0  # what a kill may cost; the progress bar stands still meanwhile
+DESCRIBED_AT_ONCE = 256  # images: the decoder reads all its weights for each word, for few captions as for many
+MAX_SECONDS_UNTIL_DESCRIBED = 10.0  # for which the progress bar stands, and which a kill costs
 
 Result = TypeVar("Result")
 
 
+def caption_files(
+    files: Iterator[ImageFile],
+    index: RowIndex,
+    writer: RowWriter,
+    captioner: Captioner,
+    *,
+    settings: CaptionSettings,
+    peers: Peers,
+) -> tuple[int, int]:
+    """Write a row for each file without one to this process's part. Returns how many, and how many are damaged."""
+    on_cpu = captioner.bundle.device.type == "cpu"
+    num_processors = max(1, count_processors() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    num_threads = num_processors if on_cpu else 1
+    captioning = Captioning(captioner, index, writer)
+    num_failed = num_rows = 0
+    process = f" (process 1 of {peers.world_size})" if peers.world_size > 1 else ""
+    with cli.progress_bar(f"captioning{process}", total=None, unit="images", quiet=not peers.is_main) as bar:
+        reader = Reader(
+            without_rows(Ahead(files, on_end=bar.set_total), index, bar),
+            captioner.bundle.view,
+            batch_size=settings.batch_size or (CPU_BATCH_SIZE if on_cpu else GPU_BATCH_SIZE),
+            num_workers=settings.workers or num_processors,
+            num_held=num_threads + 1,
+        )
+        with reader:
+            for rows in captioning.rows(reader, num_threads=num_threads):
+                peers.check()
+                num_rows += len(rows)
+                num_failed += sum("error" in row for row in rows)
+                bar.advance(len(rows), note=f"{num_failed:,} failed")
+    return num_rows, reader.num_damaged
+
+
+def without_rows(files: Iterable[ImageFile], index: RowIndex, bar: cli.Bar) -> Iterator[ImageFile]:
+    """The files that have no row yet."""
+    for file in files:
+        if index.is_done(file.root, file.path):
+            bar.skip()
+        else:
+            yield file
+
+
 @dataclass(frozen=True, slots=True)
 class _Encoding:
-    """A batch, its images with new bytes, and the encoder's output for these."""
+    """A batch, its images whose bytes are new, and their future embeddings."""
 
     batch: Batch
     new: list[DecodedImage]
@@ -36,28 +86,28 @@ class _Encoding:
 
 @dataclass(frozen=True, slots=True)
 class _Describing:
-    """Images of several batches, and their descriptions."""
+    """Images of several batches, and their future descriptions."""
 
     new: list[DecodedImage]
     descriptions: Future[list[Description]]
 
 
 class Captioning:
-    """Captions a reader's batches, and writes their rows."""
+    """Captions the batches of a reader and writes the rows."""
 
     def __init__(self, captioner: Captioner, index: RowIndex, writer: RowWriter) -> None:
         self._captioner = captioner
         self._index = index
         self._writer = writer
-        self._duplicates: dict[str, list[DecodedImage]] = {}  # by sha256: copies of images in progress
-        self._seen: list[tuple[list[DecodedImage], Encoded]] = []  # to be described
-        self._num_waiting = 0  # files since the last call of the decoder
-        self._described = time.monotonic()
+        self._duplicates: dict[str, list[DecodedImage]] = {}  # of each image that is being captioned, by sha256
+        self._encoded: list[tuple[list[DecodedImage], Encoded]] = []  # waiting for the decoder
+        self._num_waiting = 0  # files read since the decoder was last started
+        self._described_at = time.monotonic()
 
     def rows(self, reader: Reader, *, num_threads: int) -> Iterator[list[Row]]:
-        """Caption all batches, on `num_threads` threads; yields rows when they are written.
+        """Caption all batches with `num_threads`; yields rows when they are written.
 
-        The reader must let num_threads + 1 batches be held. Raises UserError when the device has too little memory.
+        The reader must allow num_threads + 1 batches to be held. Raises UserError if the device has too little memory.
         """
         encoding: deque[_Encoding] = deque()
         describing: deque[_Describing] = deque()
@@ -71,27 +121,28 @@ class Captioning:
                     reader.release(batch)
                 while encoding and (len(encoding) > num_threads or encoding[0].encoded.done()):
                     self._gather(encoding.popleft(), reader)
-                if self._seen and self._is_time():
-                    describing.append(self._describe(self._seen, threads))
-                    self._seen, self._num_waiting, self._described = [], 0, time.monotonic()
+                if self._encoded and self._is_time():
+                    describing.append(self._describe(self._encoded, threads))
+                    self._encoded, self._num_waiting, self._described_at = [], 0, time.monotonic()
                 while describing and (len(describing) > num_threads or describing[0].descriptions.done()):
                     yield self._finish(describing.popleft())
             for job in encoding:
                 self._gather(job, reader)
-            num_batches = -(-len(self._seen) // num_threads) or 1
-            parts = [self._seen[first : first + num_batches] for first in range(0, len(self._seen), num_batches)]
+            size = -(-len(self._encoded) // num_threads) or 1
+            parts = [self._encoded[first : first + size] for first in range(0, len(self._encoded), size)]
             describing += [self._describe(part, threads) for part in parts]
             for job in describing:
                 yield self._finish(job)
 
     def _is_time(self) -> bool:
-        """Whether enough files wait for the decoder, or have waited long enough."""
+        """Whether enough images wait for the decoder, or have waited long enough."""
         return (
-            self._num_waiting >= DESCRIBED_AT_ONCE or time.monotonic() - self._described > MAX_SECONDS_UNTIL_DESCRIBED
+            self._num_waiting >= DESCRIBED_AT_ONCE
+            or time.monotonic() - self._described_at > MAX_SECONDS_UNTIL_DESCRIBED
         )
 
     def _sort(self, batch: Batch) -> tuple[list[Row], list[int]]:
-        """The rows of a batch that need no model, and the indices of the views that do."""
+        """The rows of a batch that need no model, and the indices, among the views, of the images that do."""
         self._num_waiting += len(batch.images)
         rows = [failure_row(image, model=self._captioner.bundle.name) for image in batch.images if image.error]
         indices = []
@@ -113,15 +164,17 @@ class Captioning:
         )
 
     def _gather(self, job: _Encoding, reader: Reader) -> None:
-        self._seen.append((job.new, _result(job.encoded)))
+        self._encoded.append((job.new, _result(job.encoded)))
         reader.release(job.batch)
 
-    def _describe(self, seen: Sequence[tuple[list[DecodedImage], Encoded]], threads: ThreadPoolExecutor) -> _Describing:
-        new = [image for images, _ in seen for image in images]
-        return _Describing(new, threads.submit(self._captioner.describe, [encoded for _, encoded in seen]))
+    def _describe(
+        self, encoded: Sequence[tuple[list[DecodedImage], Encoded]], threads: ThreadPoolExecutor
+    ) -> _Describing:
+        new = [image for images, _ in encoded for image in images]
+        return _Describing(new, threads.submit(self._captioner.describe, [part for _, part in encoded]))
 
     def _finish(self, job: _Describing) -> list[Row]:
-        """Write the rows of described images, and of the files with the same bytes."""
+        """Write the rows of described images and of their duplicates."""
         rows = []
         for image, description in zip(job.new, _result(job.descriptions), strict=True):
             row = success_row(image, description, model=self._captioner.bundle.name)
@@ -174,7 +227,7 @@ def success_row(image: DecodedImage, description: Description, *, model: str) ->
 
 
 def failure_row(image: DecodedImage, *, model: str) -> Row:
-    """The row of a file that has no caption, and why."""
+    """The row of a file that has no caption, with the error."""
     assert image.error is not None
     return {
         "root": image.file.root,

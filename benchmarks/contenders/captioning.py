@@ -26,7 +26,9 @@ from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
 from captioner.workers import count_processors
 from contenders import LIGHT, NUM_WORDS
 from contenders.training import BookModel
-from infer import main as command
+from infer.captioning import caption_files
+from infer.inputs import open_listing
+from infer.model import find_device
 from infer.peers import Peers
 from infer.results import RowWriter, part_path
 from infer.row_index import RowIndex, merge
@@ -73,7 +75,7 @@ class Job:
 def start() -> torch.device:
     """Give torch one thread, as the command does, and return the command's device."""
     torch.set_num_threads(1)
-    return command.find_device()
+    return find_device()
 
 
 def make_job(files: list[Path], encoder: str, device: torch.device, scratch: Path, *, quick: bool) -> Job:
@@ -118,10 +120,10 @@ def caption_folder(job: Job, captioner: Captioner, settings: CaptionSettings) ->
     """Caption the job's files as infer/main.py does once it has loaded the model."""
     names = {path.name for path in job.files}
     alone = Peers(settings.output)
-    listing = command.open_listing(settings, alone)
+    listing = open_listing(settings, alone)
     own = (entry for entry in listing if getattr(entry, "path", None) in names)
     with closing(RowIndex(settings.output)) as index, closing(RowWriter(part_path(settings.output, 0))) as writer:
-        num_rows, _ = command.caption_files(own, index, writer, captioner, settings=settings, peers=alone)  # type: ignore[arg-type]
+        num_rows, _ = caption_files(own, index, writer, captioner, settings=settings, peers=alone)  # type: ignore[arg-type]
     summary = merge(settings.output)
     assert num_rows == summary.num_rows == len(job.files), "files were lost"
     assert not summary.failures

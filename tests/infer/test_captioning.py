@@ -25,7 +25,7 @@ from captioner.describe import Captioner
 from captioner.model.bundle import load_bundle
 from infer.captioning import Captioning
 from infer.listing import Listing
-from infer.main import find_device
+from infer.model import find_device
 from infer.reading import Reader
 from infer.results import RowWriter, part_path
 from infer.row_index import RowIndex, merge

@@ -13,7 +13,7 @@ PILLOW_SIMD := pillow-simd==12.1.1.post0
 KEEP_SIMD := [ ! -d $(VENV)/simd ] || { $(BIN)/python -m pip uninstall --quiet --yes pillow pillow-simd && \
 	$(BIN)/python -m pip install --quiet --no-deps --no-index --find-links $(VENV)/simd pillow-simd; }
 
-.PHONY: help setup demo test check format clean simd no-simd bench-peers
+.PHONY: help setup demo test test-quick check format clean simd no-simd bench-peers
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,8 +36,14 @@ $(TESTS_READY): $(READY)
 demo: $(READY) ## pack, train, evaluate and caption drawn scenes: about 5 minutes on 2 CPU cores
 	$(BIN)/python examples/demo.py
 
-test: check ## all checks, then all tests
-	$(BIN)/python -m pytest
+# Two processes; the tests of a file run in one of them, so they share its fixtures.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
+
+test: check ## all checks, then all tests, in two processes
+	$(PYTEST)
+
+test-quick: $(TESTS_READY) ## tests without a server, a whole run or a kill: under 2 minutes on 2 CPU cores
+	$(PYTEST) -m "not slow and not external" --timeout 60
 
 check: $(TESTS_READY) ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

@@ -1,23 +1,22 @@
-"""Captioning folders, end to end: the book's way against ours, our own ceiling, and what a beam costs.
+"""Captioning folders, end to end: ours against the book's loop and our own ceiling, and the cost of a beam.
 
     python benchmarks/captioning.py --images PHOTOS           # about 15 minutes
-    python benchmarks/captioning.py --quick                   # rough figures, drawn pictures
+    python benchmarks/captioning.py --quick                   # rough figures, drawn images
 
-Contenders take turns on the same pictures, with a vocabulary of 9,956 words; figures are medians over the rounds, and
-ratios medians of the rounds' ratios, by the clock: measure on a machine that does nothing else. A turn of ours is the
-captioning command on a folder, from the listing to the merged file, its reading processes started and ended; only the
-start of Python and the loading of the model are left out. No two files have the same bytes. Weights are random, so
-captions do not end by themselves: ours are cut at 12 steps, the mean length of COCO's captions with their end, while
-the book takes its 20.
+Contenders take turns on the same images, with a vocabulary of 9,956 words. Figures are medians over the rounds, ratios
+are medians of the rounds' ratios, both in wall time: measure on an idle machine. A turn of ours is the captioning
+command on a folder, from listing to merged file, including its reading processes; only the start of Python and loading
+the model are not timed. No two files have the same bytes. Weights are random, so captions do not end by themselves:
+ours stop at 12 steps, the mean length of COCO's captions with `<end>`; the book's take 20.
 
-The book captions one picture after the other: Pillow's LANCZOS to 224 x 224, float32, greedy.
+The book captions one image at a time: Pillow's LANCZOS to 224 x 224, float32, greedy.
 
-The ceiling adds up what a picture costs alone, in this process with one thread and everything warm: decoding with
-resizing, the encoder in the quickest of several forms and batch sizes, and the decoder. On a CPU it is the number of
+The ceiling adds up the parts of an image, each measured alone in this process with one thread, warm: decoding with
+resizing, the encoder in the fastest of several forms and batch sizes, and the decoder. On a CPU it is the number of
 cores over that sum; on a GPU the slower of decoding with resizing on all cores, and the encoder. Cores share caches and
 memory, so each part is also measured while the other cores do the same.
 
-Exit codes: 0 measured, whether or not the bars hold; 2 something to mend, told in one line.
+Exit codes: 0 measured, whether or not the bars hold; 2 an error that you can fix, in one line.
 """
 
 import tempfile
@@ -28,39 +27,38 @@ from typing import Any
 
 from captioner import cli
 from captioner.flags import Count, File
-from measure import Bar, describe_run, print_bars, print_rows, write_json
-from photos import draw_photos, find_photos, tile_photos
+from contenders import HEAVY, LARGE, LIGHT
+from measuring.figures import Bar, describe_run, finish, print_rows, print_run
+from measuring.photos import COCO, PHONE, find_or_draw, tile_photos
 
 PACKAGES = ("torch", "torchvision", "accelerate", "pillow", "pillow-simd", "numpy")
-LIGHT, HEAVY, LARGE = "squeezenet1_1", "resnet50", "resnet152"
-COCO, PHONE = "COCO", "12 megapixels"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptioningSettings:
-    """What is measured, on what, and how long."""
+    """What is measured, on which images, and how often."""
 
     images: File | None = None
-    """Folder of photos such as COCO's; without it pictures in COCO's sizes are drawn, which compress like photos."""
+    """Folder of photos such as COCO's; without it, images in COCO's sizes are drawn that compress like photos."""
     encoders: tuple[str, ...] = (LIGHT, HEAVY)
     """Encoders on the CPU; on a GPU resnet152 is measured as well."""
     pictures: Count | None = None
-    """Files of a turn of ours with the light encoder, a fourth of it with others: 1,000, with --quick 48."""
+    """Files of a turn of ours with the light encoder, a quarter of it with others: 1,000, with --quick 48."""
     large_pictures: Count | None = None
     """12-megapixel files of a turn: 320, with --quick 8."""
     rounds: Count | None = None
     """Turns of each contender: 3, with --quick 1."""
     quick: bool = False
-    """Everything small, to see that it runs: the figures are rough."""
+    """Everything small, only to see that it runs."""
     json: File | None = None
     """Write run, rows and bars to this file."""
 
 
 def main(settings: CaptioningSettings) -> None:
-    """Make the pictures, measure, and tell."""
+    """Prepare the images, measure, and report."""
     import torch  # not above: reading processes import this file
 
-    from captioning_parts import make_job, measure, start
+    from contenders.captioning import make_job, measure, start
 
     device = start()
     on_gpu = torch.cuda.is_available()
@@ -69,14 +67,13 @@ def main(settings: CaptioningSettings) -> None:
     bars: list[Bar] = []
     with tempfile.TemporaryDirectory(prefix="captioning-") as temporary:
         scratch = Path(temporary)
-        originals = find_photos(settings.images) if settings.images else draw_photos(scratch / "drawn", count=24)
+        originals = find_or_draw(settings.images, scratch)
         run = describe_run(
             PACKAGES,
             pictures=f"{len(originals)} {f'from {settings.images}' if settings.images else 'DRAWN'}, repeated",
             device=torch.cuda.get_device_name() if on_gpu else "CPU",
         )
-        for name, value in run.items():
-            cli.console.print(f"{name}: {value}")
+        print_run("captioning", run)
         sets = make_sets(originals, scratch, settings)
         for encoder in (LARGE,) if on_gpu else settings.encoders:
             for kind, files in sets.items():
@@ -88,9 +85,7 @@ def main(settings: CaptioningSettings) -> None:
                     rows += found_rows
                     bars += found_bars
     print_rows("captioning", rows)
-    print_bars(bars)
-    if settings.json is not None:
-        write_json(settings.json, run=run, rows=rows, bars=bars)
+    finish(bars, json=settings.json, run=run, rows=rows)
 
 
 def make_sets(originals: Sequence[Path], scratch: Path, settings: CaptioningSettings) -> dict[str, list[Path]]:
@@ -105,7 +100,7 @@ def make_sets(originals: Sequence[Path], scratch: Path, settings: CaptioningSett
 
 
 def write_different(folder: Path, originals: Sequence[Path], *, count: int) -> list[Path]:
-    """The originals in turn, each copy with some other bytes behind the picture, which no decoder looks at."""
+    """Copies of the originals in turn, each with different bytes after the image, which decoders ignore."""
     folder.mkdir()
     contents = [path.read_bytes() for path in originals]
     paths = [folder / f"{number:06d}.jpg" for number in range(count)]
@@ -114,10 +109,5 @@ def write_different(folder: Path, originals: Sequence[Path], *, count: int) -> l
     return paths
 
 
-def run() -> None:
-    """The command line."""
-    cli.run(main, CaptioningSettings, description=__doc__ or "")
-
-
 if __name__ == "__main__":
-    run()
+    cli.run(main, CaptioningSettings, description=__doc__ or "")

@@ -1,18 +1,18 @@
-"""Does cost grow as it should? Manifest, plan, bytes, start-up and packing from small to large; the rest on paper.
+"""How costs grow: manifest, plan, bytes, start-up and packing from small to large; more GPUs on paper.
 
     python benchmarks/scaling.py --images PHOTOS --json scaling.json
     python benchmarks/scaling.py --quick --parts plan           # to see that it runs
 
-`plan`: synthetic manifests of 10^3 to 10^9 samples are read, planned and sought in. `bytes`: what each of W ranks is
-sent by nginx in an epoch, every rank with a cache of its own, and what the plan says for more ranks. `cache`: making
-room for one more shard in a full cache, by those that are kept. `start`: from an opened split to the first batch.
-`packing`: what does not run in parallel, and whole commands with 1 and 2 workers. `doctor`: train/doctor.py on
-256 x 256 pictures, and what GPUs by the hundred would want by its numbers: see docs/scaling.md.
+`plan`: read synthetic manifests of 10^3 to 10^9 samples, plan an epoch, and seek. `bytes`: what nginx sends to each of
+W ranks in an epoch, each with its own cache, and what the plan says for more ranks. `cache`: reserving space for one
+more shard in a full cache, by the number of shards kept. `start`: from opening a split to the first batch. `packing`:
+its serial part, and the whole command with 1 and 2 workers. `doctor`: train/doctor.py on 256 x 256 images, and what
+hundreds of GPUs would need by its figures: see docs/scaling.md.
 
-Processes are fresh where memory counts. Seconds are processor time, the least of the rounds, unless they say wall:
-other programs disturb that little. `bytes`, `start` and `doctor` want nginx and the environment of make check.
+Memory is measured in fresh processes. Seconds are CPU time, the minimum of the rounds, unless they say wall: other
+programs disturb that little. `bytes`, `start` and `doctor` need nginx and the environment of make check.
 
-Exit codes: 0 measured, whether or not the bars hold; 2 something to mend, told in one line.
+Exit codes: 0 measured, whether or not the bars hold; 2 an error that you can fix, in one line.
 """
 
 import json
@@ -40,39 +40,47 @@ from captioner import cli
 from captioner.errors import UserError
 from captioner.flags import Count, File
 from captioner.shards.format import Manifest, ShardEntry, read_manifest
-from measure import Bar, at_most, describe_run, median_of, print_bars, print_rows, take_turns, time_here, write_json
-from photos import draw_photo, draw_photos, find_photos, repeat_photos, write_captions, write_data
-from soak import import_servers
+from measuring.commands import REPOSITORY, import_servers, packing_command, run_timed, shard_megabytes
+from measuring.figures import (
+    Bar,
+    at_most,
+    describe_run,
+    finish,
+    median_of,
+    print_rows,
+    take_turns,
+    time_here,
+)
+from measuring.photos import draw_photo, find_or_draw, find_photos, repeat_photos, write_captions, write_data
 
 Part = Literal["plan", "bytes", "cache", "start", "packing", "doctor"]
 Row = dict[str, Any]
-REPOSITORY = Path(__file__).resolve().parent.parent
 SHARD_SAMPLES, SHARD_BYTES = 2_560, 64_000_000
 SEEK_POSITIONS = 1_024
 TINY_BATCH = 32
-SHARD_WORDS = 6_000  # different ones in the captions of a shard
+SHARD_WORDS = 6_000  # different words in a shard's captions
 PARTS: tuple[Part, ...] = ("plan", "bytes", "cache", "start", "packing", "doctor")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingSettings:
-    """What is measured, and how long."""
+    """What is measured, and how often."""
 
     images: File | None = None
-    """Folder of photos such as COCO's, for packing and doctor; without it such pictures are drawn."""
+    """Folder of photos such as COCO's, for packing and doctor; without it, similar images are drawn."""
     parts: tuple[Part, ...] = PARTS
-    """Only these."""
+    """What to measure."""
     rounds: Count | None = None
-    """How often each thing is measured: 3, with --quick once."""
+    """Rounds of each measurement: 3, with --quick 1."""
     quick: bool = False
-    """Everything small, to see that it runs: the figures are rough."""
+    """Everything small, only to see that it runs."""
     json: File | None = None
     """Write run, rows and bars to this file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A part's folder, and how much it shall do."""
+    """A part's folder, and how much it measures."""
 
     folder: Path
     rounds: int
@@ -81,7 +89,7 @@ class Work:
 
 
 def fresh(work: Callable[..., Row], *arguments: Any, method: str = "spawn", rounds: int = 1) -> Row:
-    """The least of each figure that `work` gives in processes of its own."""
+    """The minimum of each figure that `work` returns in fresh processes."""
     found = []
     for _ in range(rounds):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(method)) as pool:
@@ -90,24 +98,24 @@ def fresh(work: Callable[..., Row], *arguments: Any, method: str = "spawn", roun
 
 
 def peak_megabytes() -> float:
-    """This process's highest resident memory so far."""
+    """This process's peak resident memory so far."""
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1000  # type: ignore[index]
 
 
 class Laps:
-    """Processor seconds of this process since the last lap, and memory since the first."""
+    """CPU seconds of this process since the last lap, and memory since the first."""
 
     def __init__(self) -> None:
         self._megabytes, self._then = peak_megabytes(), time.process_time()
 
     def lap(self) -> float:
-        """Seconds since the last one."""
+        """CPU seconds since the last lap."""
         before, self._then = self._then, time.process_time()
         return self._then - before
 
     @property
     def megabytes(self) -> float:
-        """How much higher the peak is now."""
+        """Growth of the peak memory."""
         return peak_megabytes() - self._megabytes
 
 
@@ -115,7 +123,7 @@ class Laps:
 
 
 def measure_plans(work: Work) -> tuple[list[Row], list[Bar]]:
-    """Manifest and plan by the number of samples, for rank 0 of 1 and of 1,000."""
+    """Measure manifest and plan by the number of samples, for rank 0 of 1 and of 1,000."""
     rows = []
     for power in (3, 6) if work.quick else range(3, 10):
         folder = work.folder / str(power)
@@ -139,7 +147,7 @@ def measure_plans(work: Work) -> tuple[list[Row], list[Bar]]:
 
 
 def write_synthetic(folder: Path, num_samples: int) -> Row:
-    """A manifest of so many samples in shards of the usual size; what writing it cost."""
+    """Write a manifest of `num_samples` samples in shards of the usual size; returns the cost of writing."""
     laps = Laps()
     num_shards = -(-num_samples // SHARD_SAMPLES)
     sizes = np.random.default_rng(0).multinomial(num_samples, [1 / num_shards] * num_shards).tolist()
@@ -179,7 +187,7 @@ def plan_alone(folder: Path, world_size: int) -> Row:
 
 
 def pack_tiny(folder: Path, *, num_shards: int) -> Path:
-    """So many shards of small files that are stored as they are: 23 pictures of 256 x 256 in each, 11 in the last."""
+    """Pack `num_shards` shards of small files stored unchanged: 23 images of 256 x 256 each, 11 in the last."""
     from sharding import make_shards
     from sharding.packing.planning import Recipe, estimate_sample_bytes
     from sharding.settings import ShardSettings
@@ -200,11 +208,11 @@ def pack_tiny(folder: Path, *, num_shards: int) -> Path:
 
 
 def last_shards(packed: Path, folder: Path, *, num_shards: int) -> Path:
-    """A dataset of the last shards of another."""
+    """Write a dataset with the last shards of another."""
     folder.mkdir()
     manifest = read_manifest(str(packed), "train", remedy="")
     manifest = replace(manifest, shards=manifest.shards[-num_shards:])
-    names = ["vocabulary.json", *(f"{e.name}.{ending}" for e in manifest.shards for ending in ("tar", "index"))]
+    names = ["vocabulary.json", *(f"{e.name}.{suffix}" for e in manifest.shards for suffix in ("tar", "index"))]
     for name in names:
         os.link(packed / name, folder / name)
     (folder / "train.manifest.json").write_text(manifest.to_json())
@@ -213,7 +221,7 @@ def last_shards(packed: Path, folder: Path, *, num_shards: int) -> Path:
 
 @contextmanager
 def logging_nginx(root: Path, home: Path) -> Iterator[str]:
-    """The address of nginx over a folder; `home/access.log` tells path and bytes of each answer."""
+    """The address of nginx over a folder; `home/access.log` has path and bytes of each answer."""
     servers = import_servers()
     log = "log_format short '$uri $body_bytes_sent'; access_log {home}/access.log short"
     servers.NGINX_CONFIGURATION = servers.NGINX_CONFIGURATION.replace("access_log off", log)
@@ -222,7 +230,7 @@ def logging_nginx(root: Path, home: Path) -> Iterator[str]:
 
 
 def measure_bytes(work: Work) -> tuple[list[Row], list[Bar]]:
-    """The largest share of a rank, times the ranks: streamed from nginx, and by the plan."""
+    """A rank's largest part of the bytes, as a multiple of 1/W: streamed from nginx, and by the plan."""
     most = 2 if work.quick else 8
     packed, root = pack_tiny(work.folder, num_shards=12 * most), work.folder / "web"
     root.mkdir()
@@ -253,14 +261,14 @@ def measure_bytes(work: Work) -> tuple[list[Row], list[Bar]]:
     print_rows("bytes of an epoch", rows)
     apart = [row for row in rows if row["shards_a_rank"] >= 10 and row["lanes"] % row["ranks"] == 0]
     return rows, [
-        at_most(f"largest share of a rank x ranks, 10 or more shards a rank, by {by}",
+        at_most(f"largest part of a rank x ranks, 10 or more shards a rank, by {by}",
                 max(row["largest_share_times_ranks"] for row in apart if row["by"] == by), 1.2)
         for by in ("nginx", "plan")
     ]  # fmt: skip
 
 
 def count_answers(log: Path) -> tuple[Counter[str], Counter[str], Counter[str]]:
-    """For each folder of shards the bytes that were sent, the answers, and the tars that were asked for."""
+    """For each folder of shards: bytes sent, number of answers, and number of tars requested."""
     sent, asked, tars = Counter[str](), Counter[str](), set()
     for path, num_bytes in map(str.split, log.read_text().splitlines()):
         _, folder, file = path.split("/")
@@ -272,26 +280,26 @@ def count_answers(log: Path) -> tuple[Counter[str], Counter[str], Counter[str]]:
 
 
 def stream_all(url: str, cache: Path, *, rank: int, world_size: int) -> None:
-    """An epoch of one rank, as if on a machine of its own."""
+    """Stream an epoch of one rank, as if on its own machine."""
     from captioner.streaming.dataset import read_split
     from train.data.batches import caption_loader
-    from train.data.split import read_merged_vocabulary
+    from train.data.folders import read_merged_vocabulary
 
     loader = caption_loader(
         read_split([url], "train", remedy="see the log of nginx"), batch_size=TINY_BATCH, training=True, crop=32,
-        max_tokens=20, vocabulary=read_merged_vocabulary([url], remedy=""), rank=rank, world_size=world_size,
+        max_tokens=20, vocabulary=read_merged_vocabulary([url]), rank=rank, world_size=world_size,
         cache=cache, cache_gigabytes=1000,
     )  # fmt: skip
     assert sum(batch.num_samples for (batch,) in loader) == loader.ledger.decoded
 
 
 def planned_share(ranks: int, shards_a_rank: int, shuffle_shards: int) -> Row:
-    """The largest share by the plan of an epoch over shards whose sizes differ as packed ones do; 32 images a rank."""
+    """A rank's largest part of the bytes by the plan, for shard sizes that vary as packed ones do; 32 images a rank."""
     from captioner.streaming.order import EpochOrder
     from train.plan import rank_rows
 
     rng, num_shards = np.random.default_rng(1), ranks * shards_a_rank
-    sizes = [SHARD_SAMPLES] * (num_shards - 1) + [SHARD_SAMPLES // 2]  # the last one is shorter
+    sizes = [SHARD_SAMPLES] * (num_shards - 1) + [SHARD_SAMPLES // 2]  # the last shard is shorter
     num_bytes = (np.array(sizes) * rng.normal(SHARD_BYTES / SHARD_SAMPLES, 150, num_shards)).astype(int).tolist()
     plan = EpochOrder(shard_sizes=sizes, global_batch=32 * ranks, shuffle_shards=shuffle_shards)
     shares = [float(str(row[-1])) for row in rank_rows(plan, num_bytes, world_size=ranks)]
@@ -303,33 +311,30 @@ def planned_share(ranks: int, shards_a_rank: int, shuffle_shards: int) -> Row:
 
 
 def measure_cache(work: Work) -> tuple[list[Row], list[Bar]]:
-    """Making room for one more shard in a cache that is full with so many."""
+    """Measure reserving space for one more shard in a full cache."""
     rows: list[Row] = []
     for size in (100, 1_000) if work.quick else (100, 1_000, 10_000):
         rows.append({"shards_kept": size, **fresh(reserve_some, work.folder, size, rounds=work.rounds)})
-    print_rows("reserving room in a full shard cache", rows)
+    print_rows("reserving space in a full shard cache", rows)
     growth = rows[-1]["reserve_ms"] / rows[0]["reserve_ms"]
-    return rows, [at_most(f"reserving room, {rows[-1]['shards_kept']:,} / 100 shards kept", growth, 2.0)]
+    return rows, [at_most(f"reserving space, {rows[-1]['shards_kept']:,} / 100 shards kept", growth, 2.0)]
 
 
-def reserve_some(place: Path, num_kept: int) -> Row:
-    """Reserve room for a fifth as many shards, one after the other, where files without content are kept."""
+def reserve_some(parent: Path, num_kept: int) -> Row:
+    """Reserve space for a fifth as many shards as are kept; the kept files are sparse."""
     from captioner.streaming.cache import ShardCache
 
-    with tempfile.TemporaryDirectory(dir=place) as folder:
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
         for number in range(num_kept):
-            for ending, num_bytes in (("tar", SHARD_BYTES), ("index", SHARD_BYTES // 1000)):
-                with Path(folder, f"{number:064x}.{ending}").open("wb") as file:
-                    file.truncate(num_bytes)  # a hole
+            for suffix, num_bytes in (("tar", SHARD_BYTES), ("index", SHARD_BYTES // 1000)):
+                with Path(folder, f"{number:064x}.{suffix}").open("wb") as file:
+                    file.truncate(num_bytes)  # sparse
         cache, laps = ShardCache(folder, max_bytes=num_kept * (SHARD_BYTES + SHARD_BYTES // 1000)), Laps()
         for number in range(num_kept, num_kept + num_kept // 5):
-            sha256 = f"{number:064x}"
-            entry = ShardEntry(
-                name="", samples=1, captions=1, failures=0, bytes=SHARD_BYTES, sha256=sha256, fingerprint=""
-            )
-            reserved = cache.reserve("http://127.0.0.1", entry)
-            assert isinstance(reserved, int)
-            os.close(reserved)
+            with cache._locked() as lock:
+                cache._make_room(SHARD_BYTES, lock, keep=())
+                with Path(folder, f"{number:064x}.partial").open("wb") as file:
+                    file.truncate(SHARD_BYTES)
         return {"reserve_ms": 1000 * laps.lap() / (num_kept // 5)}
 
 
@@ -337,7 +342,7 @@ def reserve_some(place: Path, num_kept: int) -> Row:
 
 
 def measure_start(work: Work) -> tuple[list[Row], list[Bar]]:
-    """To the first batch, by the number of shards, at the epoch's start and near its end; imports are told apart."""
+    """Measure the time to the first batch by number of shards, at the epoch's start and near its end, after imports."""
     sizes = (32, 64) if work.quick else (10, 100, 1_000)
     packed = pack_tiny(work.folder, num_shards=sizes[-1])
     for size in sizes:
@@ -358,10 +363,10 @@ def measure_start(work: Work) -> tuple[list[Row], list[Bar]]:
 
 
 def growth_bars(rows: Sequence[Row], at: str) -> list[Bar]:
-    """The first batch of the two largest datasets: it may grow by twice what part `plan` finds for a manifest's shard.
+    """Bars on the growth of the first batch from the second largest dataset to the largest.
 
-    From nginx that is lost in the noise of downloads, so the seconds are of one of these; with few more shards it is so
-    from disk, too, and not measured.
+    On disk, an added shard may take twice as long as part `plan` finds for a shard of a manifest; with few added shards
+    this is not measured. From nginx the noise of downloads hides it, so there seconds per downloaded shard count.
     """
     disk, nginx = (
         [row for row in rows if (row["from"], row["at"]) == (origin, at)][-2:] for origin in ("disk", "nginx")
@@ -370,13 +375,13 @@ def growth_bars(rows: Sequence[Row], at: str) -> list[Bar]:
     more_us = 1e6 * more_seconds / more_shards if more_shards >= 500 else None
     smaller, larger = (row["seconds"] / row["shards_brought"] for row in nginx)
     return [
-        at_most(f"first batch at {at}, disk: µs more for each more shard", more_us, 25.0),
-        at_most(f"first batch at {at}, nginx, a shard brought: largest / next dataset", larger / smaller, 1.25),
+        at_most(f"first batch at {at}, disk: µs for each added shard", more_us, 25.0),
+        at_most(f"first batch at {at}, nginx, a downloaded shard: largest / next dataset", larger / smaller, 1.25),
     ]
 
 
 def fresh_imports(*, rounds: int) -> Row:
-    """From the start of Python until training's loader is imported."""
+    """The time from the start of Python until training's loader is imported."""
     script = "import time, train.data.batches; print(time.process_time())"
     walls, seconds = [], []
     for _ in range(rounds):
@@ -388,22 +393,22 @@ def fresh_imports(*, rounds: int) -> Row:
             "shards_brought": None}  # fmt: skip
 
 
-def first_batch(folder: str, at: float, place: Path) -> Row:
+def first_batch(folder: str, at: float, parent: Path) -> Row:
     """Open a split and take one batch, with an empty cache."""
     import torch
 
     from captioner.streaming.dataset import read_split
     from train.data.batches import caption_loader
-    from train.data.split import read_merged_vocabulary
+    from train.data.folders import read_merged_vocabulary
 
     torch.set_num_threads(1)
-    cache, laps, wall = tempfile.mkdtemp(dir=place), Laps(), time.perf_counter()
+    cache, laps, wall = tempfile.mkdtemp(dir=parent), Laps(), time.perf_counter()
     split = read_split([folder], "train", remedy="")
     loader = caption_loader(
         split, batch_size=TINY_BATCH, training=True, crop=224, max_tokens=20,
-        vocabulary=read_merged_vocabulary([folder], remedy=""), cache=cache, cache_gigabytes=1000,
+        vocabulary=read_merged_vocabulary([folder]), cache=cache, cache_gigabytes=1000,
     )  # fmt: skip
-    loader.load_state_dict(loader.state_dict(steps=int(at * len(loader))))
+    loader.load_state_dict(loader.state_dict() | {"position": int(at * len(loader)) * TINY_BATCH})
     (batch,) = next(iter(loader))
     opened = len({ref.shard for ref in loader.order.refs(0, batch.positions)})
     figures = {"seconds": laps.lap(), "wall_seconds": time.perf_counter() - wall, "megabytes": laps.megabytes}
@@ -415,27 +420,24 @@ def first_batch(folder: str, at: float, place: Path) -> Row:
 
 
 def measure_packing(work: Work) -> tuple[list[Row], list[Bar]]:
-    """What one process does alone, by pictures; and the whole command with 1 and 2 workers in turn."""
-    from packing import run_timed, shard_megabytes
-
-    originals = photos_of(work)
+    """Measure the serial part of packing by number of images, and the whole command with 1 and 2 workers in turn."""
+    originals = find_or_draw(work.images, work.folder)
     rows: list[Row] = []
     for power in (3,) if work.quick else (3, 4, 5):
         pictures = repeat_photos(work.folder / f"pictures-{power}", originals, count=10**power)
         captions = write_captions(pictures, work.folder / f"captions-{power}.jsonl")
         figures = fresh(plan_packing, pictures[0].parent, captions, rounds=work.rounds)
         rows.append({"pictures": 10**power, **figures})
-    print_rows("what one process does alone in packing", rows)
+    print_rows("the serial part of packing", rows)
     count = 60 if work.quick else 2_000
     pictures = repeat_photos(work.folder / "pictures", originals, count=count)
     captions = write_captions(pictures, work.folder / "captions.jsonl")
 
     def turn(workers: int, number: int) -> Any:
         output = work.folder / f"packed-{workers}-{number}"
-        flags = {"images": pictures[0].parent, "captions": captions, "split": "train", "output": output,
-                 "workers": workers, "shard-megabytes": shard_megabytes(count, shards=10)}  # fmt: skip
-        given = [str(text) for flag, value in flags.items() for text in (f"--{flag}", value)]
-        return run_timed([sys.executable, REPOSITORY / "sharding/make_shards.py", *given], work.folder, count)
+        megabytes = shard_megabytes(count, shards=10)
+        command = packing_command(pictures[0].parent, captions, output, workers=workers, shard_megabytes=megabytes)
+        return run_timed(command, work.folder, count)
 
     costs = take_turns({str(workers): partial(turn, workers) for workers in (1, 2)}, rounds=work.rounds)
     commands: list[Row] = []
@@ -448,25 +450,21 @@ def measure_packing(work: Work) -> tuple[list[Row], list[Bar]]:
     return rows + commands, []
 
 
-def photos_of(work: Work) -> list[Path]:
-    """The photos to pack."""
-    return find_photos(work.images) if work.images else draw_photos(work.folder / "drawn-photos", count=24)
-
-
 def plan_packing(images: Path, captions: Path) -> Row:
     """Plan a split's packing, and finish as if its shards had been packed."""
-    from sharding.make_shards import plan_split
     from sharding.packing.finish import write_manifest, write_vocabulary
     from sharding.packing.pack import PackedShard
+    from sharding.packing.pack_split import make_recipe
+    from sharding.packing.planning import plan_split
     from sharding.packing.sources import find_sources
     from sharding.settings import ShardSettings
 
     laps = Laps()
     settings = ShardSettings(images=str(images), captions=str(captions), split="train")
     (source,) = find_sources(images=settings.images, captions=settings.captions, split="train")
-    plans, _ = plan_split(source, settings)
+    plans, _ = plan_split(source, make_recipe(settings))
     row = {"shards": len(plans), "plan_seconds": laps.lap(), "plan_megabytes": laps.megabytes}
-    assert all(pickle.dumps(plan) for plan in plans)  # as each is sent to a worker
+    assert all(pickle.dumps(plan) for plan in plans)  # as when sent to a worker
     row["send_seconds"] = laps.lap()
     content = pickle.dumps(Counter({f"word-{number}": number for number in range(SHARD_WORDS)}))
     entry = ShardEntry(name="", samples=1, captions=5, failures=0, bytes=1, sha256="0" * 64, fingerprint="0" * 64)
@@ -483,7 +481,7 @@ def plan_packing(images: Path, captions: Path) -> Row:
 
 
 def sizeof_words(words: Counter[str]) -> int:
-    """Bytes of a count of words that shares none of them."""
+    """Bytes of a word count that shares no strings with others."""
     return sys.getsizeof(words) + sum(sys.getsizeof(word) + sys.getsizeof(count) for word, count in words.items())
 
 
@@ -492,7 +490,7 @@ def sizeof_words(words: Counter[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a machine of eight GPUs may have; `store` is shared by all machines. MB/s are 10^6 bytes a second."""
+    """An assumed machine of eight GPUs; all machines use one `store`. MB/s are 10^6 bytes a second."""
 
     gpus: int = 8
     cores: int = 96
@@ -503,7 +501,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """From the doctor: µs a sample of a loader worker, of downloading, and of the training process; bytes an image."""
+    """The doctor's figures: µs a sample in a worker, for downloading, and in the training process; bytes an image."""
 
     worker_us: float
     download_us: float
@@ -512,11 +510,11 @@ class Figures:
 
 
 def measure_doctor(work: Work) -> tuple[list[Row], list[Bar]]:
-    """The doctor's numbers from nginx, and what they mean for more GPUs."""
+    """The doctor's figures from nginx, and what they mean for more GPUs."""
     from captioner.streaming.dataset import read_split
-    from training import pack
+    from contenders.training import pack
 
-    pack(photos_of(work), None, work.folder, num_samples=600 if work.quick else 6_000)
+    pack(find_or_draw(work.images, work.folder), None, work.folder, num_samples=600 if work.quick else 6_000)
     with logging_nginx(work.folder, work.folder / "nginx") as address:
         url, file = f"{address}/shards", work.folder / "doctor.json"
         flags = [
@@ -529,25 +527,25 @@ def measure_doctor(work: Work) -> tuple[list[Row], list[Bar]]:
             "--samples-per-second",
             2000,
         ]
-        told = min(
-            (ask_doctor(flags, file) for _ in range(work.rounds)), key=lambda told: sum(told["stage_us"].values())
+        answer = min(
+            (ask_doctor(flags, file) for _ in range(work.rounds)), key=lambda answer: sum(answer["stage_us"].values())
         )
         split = read_split([url], "train", remedy="")
-        download_us = min(bring(split, work.folder / f"cache-{number}") for number in range(work.rounds))
+        download_us = min(download(split, work.folder / f"cache-{number}") for number in range(work.rounds))
     found = Figures(
-        worker_us=sum(told["stage_us"].values()), download_us=download_us,
-        handoff_us=told["handoff_us"], image_bytes=split.bytes / split.num_samples,
+        worker_us=sum(answer["stage_us"].values()), download_us=download_us,
+        handoff_us=answer["handoff_us"], image_bytes=split.bytes / split.num_samples,
     )  # fmt: skip
-    print_rows("the doctor's numbers: µs and bytes an image", [told["stage_us"] | asdict(found)])
-    cli.console.print(told["verdict"], markup=False)
+    print_rows("the doctor's numbers: µs and bytes an image", [answer["stage_us"] | asdict(found)])
+    cli.console.print(answer["verdict"], markup=False)
     paper = [on_paper(found, Machine(), gpus=gpus, rate=rate)
              for rate in (500, 2_000, 5_000) for gpus in (1, 8, 64, 256, 1_000)]  # fmt: skip
     print_rows("on paper, by the doctor's numbers", paper)
-    return [told | asdict(found), *paper], []
+    return [answer | asdict(found), *paper], []
 
 
 def ask_doctor(flags: Sequence[str | Path | int], file: Path) -> Row:
-    """The doctor's numbers, which it writes into `file`. Raises UserError where it fails."""
+    """Run the doctor and return the figures that it writes to `file`. Raises UserError if it fails."""
     command = [sys.executable, REPOSITORY / "train/doctor.py", *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -555,8 +553,8 @@ def ask_doctor(flags: Sequence[str | Path | int], file: Path) -> Row:
     return json.loads(file.read_text())
 
 
-def bring(split: Any, folder: Path) -> float:
-    """Processor time, µs an image, to fetch a Split's shards, all but the first one, for which libraries load."""
+def download(split: Any, folder: Path) -> float:
+    """CPU time, µs an image, to fetch all shards of a Split but the first, which loads libraries."""
     from captioner.streaming.cache import ShardCache
 
     cache, (first, *others) = ShardCache(str(folder), max_bytes=1 << 40), split.shards
@@ -566,7 +564,7 @@ def bring(split: Any, folder: Path) -> float:
 
 
 def on_paper(found: Figures, machine: Machine, *, gpus: int, rate: float) -> Row:
-    """What so many GPUs want that take `rate` images/s each, while all shards come from the store."""
+    """What this number of GPUs needs at `rate` images/s each, if all shards come from the store."""
     here, machines = min(gpus, machine.gpus), math.ceil(gpus / machine.gpus)
     mbs = here * rate * found.image_bytes / 1e6
     row = {
@@ -583,7 +581,7 @@ def on_paper(found: Figures, machine: Machine, *, gpus: int, rate: float) -> Row
     return row | {"tightest": tightest, "of_it": shares[tightest], "limit": tightest if shares[tightest] > 1 else "GPU"}
 
 
-# ---- all of it --------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------
 
 MEASURES = {
     "plan": measure_plans,
@@ -596,7 +594,7 @@ MEASURES = {
 
 
 def main(settings: ScalingSettings) -> None:
-    """Measure the parts, tell."""
+    """Measure the parts, and report."""
     if settings.images:
         find_photos(settings.images)
     rounds = settings.rounds or (1 if settings.quick else 3)
@@ -606,14 +604,12 @@ def main(settings: ScalingSettings) -> None:
     )  # fmt: skip
     rows, bars = [], []
     for part in settings.parts:
-        with tempfile.TemporaryDirectory(prefix=f"scaling-{part}-", ignore_cleanup_errors=True) as place:
-            work = Work(folder=Path(place), rounds=rounds, quick=settings.quick, images=settings.images)
+        with tempfile.TemporaryDirectory(prefix=f"scaling-{part}-", ignore_cleanup_errors=True) as folder:
+            work = Work(folder=Path(folder), rounds=rounds, quick=settings.quick, images=settings.images)
             found, judged = MEASURES[part](work)
         rows += [{"part": part, **row} for row in found]
         bars += judged
-    print_bars(bars)
-    if settings.json:
-        write_json(settings.json, run=run, rows=rows, bars=bars)
+    finish(bars, json=settings.json, run=run, rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""An hour of streaming from a web server that restarts every few minutes: is each epoch whole, does memory grow?
+"""Stream for an hour from a web server that restarts every few minutes: is each epoch complete, does memory grow?
 
     python benchmarks/soak.py                            # an hour: 2 processes with 2 workers each
     python benchmarks/soak.py --minutes 1 --quick        # to see that it runs
 
-Two real processes stream epoch after epoch as training does, at a steady rate, without a model. Their shard cache holds
-half of the shards, so that the server is asked all the time. nginx ends every one to three minutes in the middle of
-whatever it sends and stays away for up to twenty seconds. After each epoch the keys that both processes were given are
-counted against those in the shards' indexes. Every few seconds memory and open files of all six processes are noted.
+Two processes stream epoch after epoch as training does, at a steady rate, without a model. Their shard cache holds half
+of the shards, so they request shards all the time. nginx stops every one to three minutes, in the middle of its
+answers, and stays down for up to twenty seconds. After each epoch the keys of both processes are compared with those in
+the shards' indexes. Memory and open files of all six processes are sampled every few seconds.
 
-Exit codes: 0 measured, whether or not the bars hold; 2 something to mend, told in one line. Wants nginx, and the
+Exit codes: 0 measured, whether or not the bars hold; 2 an error that you can fix, in one line. Needs nginx, and the
 environment of make check.
 """
 
@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -31,27 +30,28 @@ from typing import Any
 from captioner import cli
 from captioner.errors import UserError
 from captioner.flags import Count, File, Positive
-from measure import at_least, at_most, describe_run, print_bars, print_rows, write_json
-from photos import draw_photo, write_data
+from measuring.commands import import_servers
+from measuring.figures import at_least, at_most, describe_run, finish, print_rows
+from measuring.photos import draw_photo, write_data
 
 BATCH, PROCESSES, WORKERS = 64, 2, 2
 SHUFFLE_SHARDS = 16
-CACHE_BYTES = 40_000_000  # at least: shards that are read from at once must fit
+CACHE_BYTES = 40_000_000  # at least: open shards must fit
 SIZE, CROP = 96, 80
 UP_SECONDS, DOWN_SECONDS = (60.0, 180.0), (1.0, 20.0)
 NOTE_SECONDS = 5.0
-SAME_MEMORY, SAME_FILES = 1.02, 1.0  # at most so many times as much at the end as at the start
-WARM_SHARE = 0.1  # of the time, in which caches fill and libraries load
+SAME_MEMORY, SAME_FILES = 1.02, 1.0  # bars on end / start
+WARM_SHARE = 0.1  # of the time: caches fill, libraries load
 
 
 @dataclass(frozen=True, kw_only=True)
 class SoakSettings:
-    """How long, how fast, over how much."""
+    """How long, how fast, and how much is streamed."""
 
     minutes: Positive = 60.0
-    """How long to stream; the epoch under way is finished."""
+    """How long to stream; the current epoch is finished."""
     images_per_second: Positive = 400.0
-    """What both processes together take, as a GPU would; a stream that is slower goes as fast as it can."""
+    """Rate of both processes together, as a GPU would set it; a slower stream runs at full speed."""
     pictures: Count = 24_000
     """Samples of an epoch."""
     quick: bool = False
@@ -62,7 +62,7 @@ class SoakSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the ranks are told."""
+    """What the ranks need to know."""
 
     url: str
     folder: Path
@@ -74,9 +74,9 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """All processes together at a moment: their own memory in MB, and open files; and of the training ones alone.
+    """A sample of all processes: private memory in MB and open files, in total and of the training processes alone.
 
-    Own is what no file holds (heap, stacks, shared buffers); what several share is divided among them.
+    Private memory is backed by no file (heap, stacks, shared buffers); memory that processes share is divided.
     """
 
     megabytes: float
@@ -89,7 +89,7 @@ class Note:
 
 
 def run_rank(job: Job, rank: int) -> None:
-    """Stream epoch after epoch; rank 0 writes down what became of each one's samples."""
+    """Stream epoch after epoch; rank 0 writes each epoch's counts."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_PORT": str(job.port)}
     os.environ |= {"ACCELERATE_USE_CPU": "true"}
@@ -100,19 +100,19 @@ def run_rank(job: Job, rank: int) -> None:
     from captioner.streaming import Ledger
     from captioner.streaming.dataset import read_split
     from train.data.batches import caption_loader
-    from train.data.split import read_merged_vocabulary
+    from train.data.folders import read_merged_vocabulary
 
     torch.set_num_threads(1)
     accelerator = Accelerator()
     split = read_split([job.url], "train", remedy="see the log of nginx")
     loader = caption_loader(
         split, batch_size=BATCH, training=True, shuffle_shards=SHUFFLE_SHARDS, crop=CROP, max_tokens=20,
-        vocabulary=read_merged_vocabulary([job.url], remedy="see the log of nginx"), num_workers=WORKERS,
+        vocabulary=read_merged_vocabulary([job.url]), num_workers=WORKERS,
         rank=accelerator.process_index, world_size=accelerator.num_processes, cache=job.folder / "cache",
         cache_gigabytes=job.cache_bytes / 1e9,
     )  # fmt: skip
-    goes_on = [True]
-    while goes_on[0]:
+    continues = [True]
+    while continues[0]:
         started, epoch, keys = time.monotonic(), loader.epoch, []
         for number, (batch,) in enumerate(loader, start=1):
             keys += batch.keys
@@ -125,24 +125,24 @@ def run_rank(job: Job, rank: int) -> None:
                    "strange": len(counts.keys() - known_keys(job.folder))}  # fmt: skip
             with (job.folder / "epochs.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
-        goes_on[0] = time.time() < job.until
-        broadcast_object_list(goes_on)
+        continues[0] = time.time() < job.until
+        broadcast_object_list(continues)
     accelerator.end_training()
 
 
 def known_keys(folder: Path) -> set[str]:
-    """The keys in the indexes that lie on disk."""
+    """The keys in the indexes on disk."""
     from captioner.shards.format import ShardIndex
 
     indexes = [ShardIndex.from_bytes(path.read_bytes(), origin=str(path)) for path in folder.glob("shards/*.index")]
-    return {index.key(place) for index in indexes for place in range(len(index))}
+    return {index.key(sample) for index in indexes for sample in range(len(index))}
 
 
 # ---- the server -------------------------------------------------------------------------------------------
 
 
 class Restarting:
-    """nginx over a folder, which ends and comes back until it is stopped; `restarts` counts that."""
+    """nginx over a folder, stopped and restarted until the end; `restarts` counts that."""
 
     def __init__(self, folder: Path, *, pace: float) -> None:
         self.restarts = 0
@@ -177,23 +177,11 @@ class Restarting:
             self.restarts += 1
 
 
-def import_servers() -> Any:
-    """The tests' servers. Raises UserError where they cannot be had."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
-    try:
-        import servers
-    except ModuleNotFoundError as error:
-        raise UserError(f"there is no {error.name}: make check installs what this needs") from error
-    if servers.NGINX is None:
-        raise UserError("there is no nginx on the PATH: install it (apt-get install nginx-light)")
-    return servers
-
-
-# ---- what is noted ----------------------------------------------------------------------------------------
+# ---- the samples ------------------------------------------------------------------------------------------
 
 
 def note(ranks: list[int]) -> Note | None:
-    """All processes now; None while some are starting or ending."""
+    """Sample all processes; None while some are starting or ending."""
     megabytes: dict[int, float] = {}
     files: dict[int, int] = {}
     with suppress(OSError):
@@ -219,7 +207,7 @@ def loaders_of(rank: int) -> list[int]:
 
 @contextmanager
 def running(job: Job) -> Iterator[list[Any]]:
-    """The ranks, which are gone at the end."""
+    """Run the ranks, and kill them at the end."""
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=run_rank, args=(job, rank)) for rank in range(PROCESSES)]
     for rank in ranks:
@@ -232,7 +220,7 @@ def running(job: Job) -> Iterator[list[Any]]:
 
 
 def watch(ranks: list[Any], *, total_seconds: float) -> list[Note]:
-    """Notes until the ranks end. Raises UserError where one of them fails."""
+    """Samples until the ranks end. Raises UserError if one of them fails."""
     started, notes = time.monotonic(), []
     with cli.progress_bar("streaming", total=round(total_seconds), unit="s") as bar:
         while any(rank.is_alive() for rank in ranks):
@@ -247,17 +235,17 @@ def watch(ranks: list[Any], *, total_seconds: float) -> list[Note]:
 
 
 def thirds(notes: list[Note], figure: str) -> tuple[float, float]:
-    """The median of a figure in the first and in the last third of the notes after the start."""
+    """The medians of a figure in the first and the last third of the samples after the start."""
     warm = [getattr(each, figure) for each in notes[int(len(notes) * WARM_SHARE) :]]
     size = max(1, len(warm) // 3)
     return statistics.median(warm[:size]), statistics.median(warm[-size:])
 
 
-# ---- all of it --------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------
 
 
 def pack(folder: Path, *, num_pictures: int) -> int:
-    """Shards of so many pictures in `folder/shards`; their bytes."""
+    """Pack `num_pictures` images into `folder/shards`; returns the bytes."""
     from sharding import make_shards
     from sharding.settings import ShardSettings
 
@@ -281,12 +269,12 @@ def pack(folder: Path, *, num_pictures: int) -> int:
 
 
 def main(settings: SoakSettings) -> None:
-    """Pack, stream, tell."""
+    """Pack, stream, and report."""
     servers = import_servers()
     num_pictures = settings.pictures // 10 if settings.quick else settings.pictures
     run = describe_run(("torch", "accelerate", "webdataset", "aiohttp", "fsspec"), minutes=settings.minutes)
-    with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as temporary:
+        folder = Path(temporary)
         num_bytes = pack(folder, num_pictures=num_pictures)
         with Restarting(folder, pace=0.05 if settings.quick else 1.0) as server:
             job = Job(
@@ -296,7 +284,7 @@ def main(settings: SoakSettings) -> None:
             with running(job) as ranks:
                 notes = watch(ranks, total_seconds=60 * settings.minutes)
         if any(rank.exitcode for rank in ranks) or len(notes) < 3:
-            raise UserError("the streams ended early: see above, or give more --minutes")
+            raise UserError("the streams ended early: see the errors above, or give more --minutes")
         epochs = [json.loads(line) for line in (folder / "epochs.jsonl").read_text().splitlines()]
     whole = [e for e in epochs if e["planned"] == e["decoded"] == e["keys"] == num_pictures
              and e["most_often"] == 1 and not e["strange"]]  # fmt: skip
@@ -318,11 +306,9 @@ def main(settings: SoakSettings) -> None:
         "seconds away": round(server.down_seconds), "shards' MB": round(num_bytes / 1e6), "notes": len(notes),
         "images/s": round(sum(e["decoded"] for e in epochs) / sum(e["seconds"] for e in epochs)),
     }  # fmt: skip
-    print_rows("memory and open files of all processes, and of the two that train", rows)
+    print_rows("memory and open files of all processes, and of the two ranks", rows)
     print_rows("the stream", [facts])
-    print_bars(bars)
-    if settings.json:
-        write_json(settings.json, run=run | {key: str(value) for key, value in facts.items()}, rows=rows, bars=bars)
+    finish(bars, json=settings.json, run=run | {key: str(value) for key, value in facts.items()}, rows=rows)
 
 
 if __name__ == "__main__":

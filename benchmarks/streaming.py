@@ -2,21 +2,22 @@
 
     make bench-peers                                                                    # once, for litdata and mosaicml
     python benchmarks/streaming.py --images ../shared/data/coco/images                  # about 15 minutes
-    python benchmarks/streaming.py --quick                                              # a minute, drawn pictures
+    python benchmarks/streaming.py --quick                                              # a minute, drawn images
     python benchmarks/streaming.py --parts text seek --json streaming.json
 
-Contenders take turns: in each round every one makes as many batches as the others, and another one begins; figures are
-medians of rounds, ratios of the rounds' ratios. Everything comes from a warm cache. Only steady iteration is timed.
+Contenders take turns: in each round all make the same number of batches, and each round starts with the next one.
+Figures are medians over the rounds, ratios are medians of the rounds' ratios. All data is in the page cache. Only
+steady iteration is timed.
 
 pictures  training data: JPEGs of 256 x 256 pixels with five captions each, shuffled, cropped at random, in batches of
-          128. Each contender reads a format of its own where it has one. The code and the format of commit 1b46dbb come
-          out of this repository's history: without it that contender is left out. All but the book's loader decode
-          natively and give uint8 pictures with all captions of each; the book's gives floats and one caption a sample.
-          A byte of each page of a batch is read, so that it is really there.
+          128. Each contender reads its own format if it has one. Code and format of commit 1b46dbb come from this
+          repository's history; without it that contender is left out. All but the book's loader decode natively and
+          yield uint8 images with all their captions; the book's yields floats and one caption a sample. One byte of
+          each page of a batch is read, so that its memory is really written.
 text      samples of 200 bytes, shuffled, raw bytes in lists of 256, one process: little but the loader's own work.
 seek      from reading the manifest to the first batch, inside an epoch of 10^8 samples: 10,000 links to one shard.
 
-CPU time is that of all processes. Other programs disturb it little, but measure on a machine that does nothing else.
+CPU time is that of all processes. Other programs disturb it little, but measure on an idle machine.
 
 Exit codes: 0 measured, whether or not the bars hold; 2 an error that you can fix, in one line.
 """
@@ -36,38 +37,42 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
-
-import picture_loaders as pictures
-import text_loaders as text
 from captioner import cli
 from captioner.errors import UserError
 from captioner.flags import Count, File
-from captioner.images import loading
-from measure import (
+from contenders import pictures, text
+from measuring.commands import (
+    REPOSITORY,
+    code_environment,
+    find_peers,
+    pack_samples,
+    plain_pillow,
+    shard_megabytes,
+    stored_photos,
+)
+from measuring.figures import (
     Bar,
     Contender,
     Cost,
     at_least,
     at_most,
     describe_run,
+    finish,
     median_of,
-    print_bars,
     print_rows,
+    print_run,
     take_turns,
     times_as_fast,
-    write_json,
 )
-from packing import QUALITY, REPOSITORY, SIZE, find_peers, plain_pillow, shard_megabytes
-from photos import draw_photos, find_photos, repeat_photos, write_captions
+from measuring.photos import QUALITY, SIZE, draw_photos, find_photos, write_captions
 
 PACKAGES = ("torch", "torchvision", "webdataset", "pillow", "pillow-simd", "nltk", "numpy")
 PICTURE_BATCH, TEXT_BATCH = 128, 256
-WORKERS = (0, 2)  # of picture loaders; those of text have none
-PICTURE_SHARDS = 16  # the same number for each of webdataset's workers
-LEFT_OVER = 24  # batches of an epoch that nobody is asked for: shuffle buffers and queues are full to the end
+WORKERS = (0, 2)  # of image loaders; text loaders have none
+PICTURE_SHARDS = 16  # divides evenly among webdataset's workers
+LEFT_OVER = 24  # batches of an epoch that stay unread, so that shuffle buffers and queues are full to the end
 SEEK_SHARDS = 10_000
-SEEKS = (0.123, 0.5, 0.987)  # parts of an epoch
+SEEKS = (0.123, 0.5, 0.987)  # fractions of an epoch
 PEERS = ("litdata", "mosaicml-streaming")
 Part = Literal["pictures", "text", "seek"]
 PARTS: tuple[Part, ...] = ("pictures", "text", "seek")
@@ -75,27 +80,27 @@ PARTS: tuple[Part, ...] = ("pictures", "text", "seek")
 
 @dataclass(frozen=True, kw_only=True)
 class StreamingSettings:
-    """What is measured, on which pictures, and how long."""
+    """What is measured, on which images, and how often."""
 
     parts: tuple[Part, ...] = PARTS
     """What to measure."""
     images: File | None = None
-    """Folder of photos such as COCO's; without it pictures in COCO's sizes are drawn, which compress like photos."""
+    """Folder of photos such as COCO's; without it, images in COCO's sizes are drawn that compress like photos."""
     rounds: Count | None = None
     """Turns of each contender: 5, with --quick 1."""
     batches: Count | None = None
-    """Batches of pictures that are timed in a turn: 24, with --quick 4."""
+    """Timed batches of images in a turn: 24, with --quick 4."""
     peers: File | None = None
     """The Python that has litdata and mosaicml-streaming: .venv-peers/bin/python, as make bench-peers makes it."""
     quick: bool = False
-    """Everything small, to see that it runs: the figures are rough."""
+    """Everything small, only to see that it runs."""
     json: File | None = None
     """Write run, rows and bars to this file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turns:
-    """What every contender of a part is asked in a turn."""
+    """The parameters of every contender's turn in a part."""
 
     part: Part
     folder: Path
@@ -124,7 +129,7 @@ def main(settings: StreamingSettings) -> None:
             left_out=", ".join(name for name in names_of(settings.parts) if name not in found) or "none",
             mode="quick: rough figures" if settings.quick else f"{rounds} rounds",
         )
-        print_rows("streaming", [{"": name, "of this run": words} for name, words in run.items()])
+        print_run("streaming", run)
         contenders = {name: turn for each in turns for name, turn in make_contenders(found, each).items()}
         costs = take_turns(contenders, rounds=rounds) if contenders else {}
         seeks = measure_seeks(found[key("text", text.OURS)], scratch) if "seek" in settings.parts else []
@@ -132,9 +137,7 @@ def main(settings: StreamingSettings) -> None:
     print_rows(f"medians of {rounds} rounds; ratios: ours as many times as fast", rows)
     print_rows("to the first batch after a seek", seeks)
     bars = [bar for part in settings.parts for bar in BARS[part](costs, seeks)]
-    print_bars(bars)
-    if settings.json:
-        write_json(settings.json, run=run, rows=[*rows, *seeks], bars=bars)
+    finish(bars, json=settings.json, run=run, rows=[*rows, *seeks])
 
 
 # ---- the samples ------------------------------------------------------------------------------------------
@@ -143,7 +146,7 @@ def main(settings: StreamingSettings) -> None:
 def write_samples(
     settings: StreamingSettings, originals: Sequence[Path], scratch: Path, *, earlier: Path | None
 ) -> tuple[list[Turns], dict[str, str]]:
-    """The samples of the parts, what is asked of their contenders, and words about them."""
+    """Write the samples of the parts; returns the turns of their contenders, and descriptions."""
     turns, words = [], {}
     if "pictures" in settings.parts:
         batches = settings.batches or (4 if settings.quick else 24)
@@ -165,34 +168,18 @@ def write_samples(
 
 
 def pack_pictures(originals: Sequence[Path], scratch: Path, *, num_samples: int, earlier: Path | None) -> None:
-    """Shards of so many samples, by the packing command, which keeps JPEGs of the wanted size as they are."""
-    small = scratch / "small"
-    small.mkdir()
-    for number, path in enumerate(originals[:num_samples]):
-        picture = Image.open(path).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-        (small / f"{number:06d}.jpg").write_bytes(loading.encode_jpeg(picture, quality=QUALITY))
-    paths = repeat_photos(scratch / "repeated", sorted(small.iterdir()), count=num_samples)
+    """Pack `num_samples` images that packing stores unchanged, with each version of the code."""
+    paths = stored_photos(originals, scratch, count=num_samples)
     captions = write_captions(paths, scratch / "captions.jsonl")
+    megabytes = shard_megabytes(num_samples, shards=PICTURE_SHARDS)
     for code, shards in ((REPOSITORY, pictures.SHARDS), (earlier, pictures.EARLIER_SHARDS)):
         if code:
-            flags = {
-                "images": paths[0].parent,
-                "captions": captions,
-                "split": "train",
-                "output": scratch / shards,
-                "workers": 1,
-                "shard-megabytes": shard_megabytes(num_samples, shards=PICTURE_SHARDS),
-            }
-            given = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-            command = [sys.executable, code / "sharding/make_shards.py", *given]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env=of_code(code))
-            if done.returncode:
-                raise UserError(f"packing the samples failed ({done.returncode}): {done.stderr[-600:]}")
+            pack_samples(paths[0].parent, captions, scratch / shards, code=code, workers=1, shard_megabytes=megabytes)
 
 
 def describe_pictures(folder: Path | None, originals: Sequence[Path], scratch: Path, num_samples: int) -> str:
-    """Where the samples come from, how many they are, and how large."""
-    source = f"from {folder}" if folder else "DRAWN for want of --images: not comparable with photos"
+    """Source, number and size of the samples."""
+    source = f"from {folder}" if folder else "DRAWN, without --images: not comparable with photos"
     shards = list((scratch / pictures.SHARDS).glob("*.tar"))
     kilobytes = sum(shard.stat().st_size for shard in shards) / num_samples / 1000
     return (
@@ -202,7 +189,7 @@ def describe_pictures(folder: Path | None, originals: Sequence[Path], scratch: P
 
 
 def check_out_earlier(folder: Path) -> Path | None:
-    """The code of the earlier commit, from this repository's history; None, with a line that says so, without it."""
+    """The code of the earlier commit from this repository's history; prints why and returns None if it is missing."""
     try:
         archive = subprocess.run(
             ["git", "-C", REPOSITORY, "archive", pictures.EARLIER], capture_output=True, check=True
@@ -216,26 +203,26 @@ def check_out_earlier(folder: Path) -> Path | None:
     return folder
 
 
-def of_code(code: Path) -> dict[str, str]:
-    """The environment in which Python imports our code from the folder."""
-    return {**os.environ, "PYTHONPATH": str(code)}
-
-
-# ---- processes that make batches --------------------------------------------------------------------------
+# ---- servers of contenders -------------------------------------------------------------------------------
 
 
 class Server:
-    """A `loader_server.py` in the given Python: knows which contenders are there, and has one at a time run."""
+    """A `contenders/server.py` in the given Python: knows which contenders are installed, and runs one at a time."""
 
     def __init__(
         self, python: Path, contenders: Sequence[str], *, log: Path, code: Path = REPOSITORY, paths: Sequence[Path] = ()
     ) -> None:
         self._log = log
-        server = Path(__file__).with_name("loader_server.py")
+        server = Path(__file__).with_name("contenders") / "server.py"
         command = [python, "-P", server, os.pathsep.join(map(str, paths)), *contenders]
         with log.open("w") as errors:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=of_code(code)
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=code_environment(code),
             )
         self._there: dict[str, str] | None = None
 
@@ -254,15 +241,15 @@ class Server:
         return self._read()
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self._process.communicate()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout
         line = self._process.stdout.readline()
-        content = json.loads(line) if line else {"error": "it ended"}
+        content = json.loads(line) if line else {"error": "it exited"}
         if "error" in content:
-            raise UserError(f"loader_server.py failed ({content['error']}): {self._log.read_text()[-600:]}")
+            raise UserError(f"contenders/server.py failed ({content['error']}): {self._log.read_text()[-600:]}")
         return content
 
 
@@ -272,16 +259,16 @@ def key(part: str, name: str) -> str:
 
 
 def names_of(parts: Sequence[Part]) -> list[str]:
-    """The contenders of the parts. A seek is asked of our loader of text."""
+    """The contenders of the parts. Seeks use our text loader."""
     loaders = {"pictures": pictures.PICTURE_LOADERS, "text": text.TEXT_LOADERS, "seek": ()}
     return [key(part, name) for part in parts for name in loaders[part]]
 
 
 def start_servers(scratch: Path, parts: Sequence[Part], *, peers: Path | None, earlier: Path | None) -> list[Server]:
-    """Ours, the earlier commit's where it is there, and the peers' where they are there.
+    """Servers of ours, of the earlier commit if it is available, and of the peers if they are installed.
 
-    The peers find torch among our packages, behind those made for them. Where pillow-simd is in Pillow's place, the
-    book's loader runs there too. Raises UserError.
+    The peers find torch among our packages, after those installed for them. If pillow-simd is installed here, the
+    book's loader runs with the peers too. Raises UserError.
     """
     names = names_of(parts)
     book, of_earlier = key("pictures", pictures.BOOK), key("pictures", pictures.EARLIER)
@@ -305,13 +292,13 @@ def start_servers(scratch: Path, parts: Sequence[Part], *, peers: Path | None, e
 
 
 def assign(servers: Sequence[Server]) -> dict[str, Server]:
-    """The server of each contender that is there; those that a bar compares come one after the other."""
+    """The server of each available contender; contenders that a bar compares follow each other."""
     found = {name: server for server in servers for name in server.there}
     return {name: found[name] for name in sorted(found, key=names_of(PARTS).index)}
 
 
 def make_contenders(found: Mapping[str, Server], turns: Turns) -> dict[str, Contender]:
-    """The contenders of a part with each number of workers. Writes the peers' formats."""
+    """The contenders of a part for each number of workers. Writes the peers' formats."""
     servers = {name: server for name, server in found.items() if name.startswith(f"{turns.part}/")}
     for name, server in servers.items():
         server.ask(name, "write", folder=str(turns.folder))
@@ -346,7 +333,7 @@ def make_contender(name: str, server: Server, turns: Turns, *, workers: int) -> 
 
 
 def label(name: str, workers: int) -> str:
-    """A contender with so many workers."""
+    """A contender's name with its number of workers."""
     return f"{name}, {workers} workers"
 
 
@@ -371,13 +358,13 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def times(costs: Costs, name: str, other: str, *, workers: int = 0, clock: str = "cpu_ms") -> float | None:
-    """How many times as fast one contender is as the other; None where one is not there."""
+    """How many times as fast one contender is as the other; None if one is missing."""
     found = [costs.get(label(each, workers)) for each in (name, other)]
     return times_as_fast(found[0], found[1], clock=clock) if found[0] and found[1] else None
 
 
 def make_rows(costs: Costs) -> list[dict[str, Any]]:
-    """A row for each contender with each number of workers."""
+    """A row for each contender and number of workers."""
     rows = []
     for name, turns in costs.items():
         contender, _, workers = name.removesuffix(" workers").rpartition(", ")
@@ -400,7 +387,7 @@ def make_rows(costs: Costs) -> list[dict[str, Any]]:
 
 
 def picture_bars(costs: Costs, _seeks: Rows) -> list[Bar]:
-    """Ours is as fast as it was."""
+    """Ours is as fast as the earlier commit."""
     ours, earlier = key("pictures", pictures.OURS), key("pictures", pictures.EARLIER)
     return [
         at_least(
@@ -414,7 +401,7 @@ def picture_bars(costs: Costs, _seeks: Rows) -> list[Bar]:
 
 
 def text_bars(costs: Costs, _seeks: Rows) -> list[Bar]:
-    """The loader's own work is little, and a mixture adds next to nothing."""
+    """The loader's overhead is small, and a mixture adds almost nothing."""
     ours, mixture = key("text", text.OURS), key("text", text.MIXTURE)
     return [
         at_least("text: ours / webdataset", times(costs, ours, key("text", "webdataset")), 5),
@@ -424,7 +411,7 @@ def text_bars(costs: Costs, _seeks: Rows) -> list[Bar]:
 
 
 def seek_bars(_costs: Costs, seeks: Rows) -> list[Bar]:
-    """A seek takes no time that grows with the data."""
+    """The time of a seek does not grow with the data."""
     names = {1: "one source", len(text.SOURCES): "a mixture of four"}
     slowest = {num: max(row["seconds"] for row in seeks if row["sources"] == num) for num in names}
     return [at_most(f"seconds to the first batch after a seek, {names[num]}", slowest[num], 2) for num in names]
@@ -433,10 +420,5 @@ def seek_bars(_costs: Costs, seeks: Rows) -> list[Bar]:
 BARS = {"pictures": picture_bars, "text": text_bars, "seek": seek_bars}
 
 
-def run() -> None:
-    """The entry."""
-    cli.run(main, StreamingSettings, description=__doc__ or "")
-
-
 if __name__ == "__main__":
-    run()
+    cli.run(main, StreamingSettings, description=__doc__ or "")

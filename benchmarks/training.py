@@ -1,154 +1,126 @@
-"""Training, end to end: the book's loop against ours, what cached features and packing bring, and a GPU's ceiling.
+"""Training, end to end: ours against the book's loop, the gain from cached features and packing, a GPU's ceiling.
 
     python benchmarks/training.py --images PHOTOS --captions captions.json       # about 8 minutes, COCO's JSON (or .gz)
-    python benchmarks/training.py --quick                                        # rough figures, drawn pictures
+    python benchmarks/training.py --quick                                        # rough figures, drawn images
     python benchmarks/training.py --images PHOTOS --captions captions.json --parts gpu --json training.json
 
-Contenders take turns on the same pictures, with a projection to 9,956 words; figures are medians over the rounds, and
-ratios medians of the rounds' ratios. A turn is a short epoch: reading, decoding, encoding, learning, and the start and
-end of loader processes. The model is new in each turn, and one small batch warms it up. Weights are random, captions
-are cut at the training command's length, and torch has one thread unless told otherwise. Without workers CPU time is
-compared, which other programs disturb little; with workers time on the clock: measure on a machine that does nothing
-else.
+Contenders take turns on the same images, with a projection to 9,956 words. Figures are medians over the rounds, ratios
+are medians of the rounds' ratios. A turn is a short epoch: reading, decoding, encoding, training, and the start and end
+of loader processes. Each turn has a new model, which a small batch warms up. Weights are random, captions are cut at
+the training command's length, and torch has one thread unless --threads says otherwise. Without workers CPU time is
+compared, which other programs disturb little; with workers wall time: measure on an idle machine.
 
-The book's loop has float32, one caption a sample, loose files, Pillow (or pillow-simd, where that is in its place) and
-NLTK; its frozen encoder may be in eval mode and without gradients, which the book does not give it. On a GPU ours is
-compared with its own encoder and decoder on a batch that lies there already, in steady state.
+The book's loop uses float32, one caption a sample, loose files, Pillow (or pillow-simd if installed) and NLTK. Its
+frozen encoder is in eval mode and without gradients, which is faster than in the book. On a GPU, ours is compared with
+its own encoder and decoder on a batch that is already on the device, in steady state.
 
-Exit codes: 0 measured, whether or not the bars hold; 2 something to mend, told in one line.
+Exit codes: 0 measured, whether or not the bars hold; 2 an error that you can fix, in one line.
 """
 
 import gc
-import gzip
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from nltk.tokenize import word_tokenize
-from PIL import Image
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-from torch.optim import Adam
-from torch.utils.data import DataLoader, Dataset, RandomSampler
-from torchvision import transforms
 
 from captioner import cli
-from captioner.errors import UserError
 from captioner.flags import Count, File, Workers, WorkersOrZero
-from captioner.images import loading
-from captioner.images.views import ViewSpec, normalise
-from captioner.model.encoders import Encoder
-from captioner.model.network import CaptionModel, ModelConfig
-from captioner.streaming import StreamingLoader
-from captioner.streaming.dataset import read_split
-from captioner.vocabulary import END, PAD, START, Vocabulary, count_words, read_vocabulary, tokenize
 from captioner.workers import count_processors
-from loaders import loader_options
-from measure import (
+from contenders import HEAVY, LARGE, LIGHT
+from contenders.pictures import write_loose
+from contenders.training import (
+    CAPTIONS_A_PICTURE,
+    Job,
+    Precision,
+    Trainer,
+    like_the_book,
+    num_captions_of,
+    pack,
+    read_captions,
+    repeat_alone,
+    train_epoch,
+    wait_for_gpu,
+)
+from measuring.figures import (
     Bar,
     Contender,
     Cost,
     at_least,
     at_most,
     describe_run,
+    finish,
     median_of,
-    print_bars,
     print_rows,
+    print_run,
     take_turns,
     times_as_fast,
-    write_json,
 )
-from packing import QUALITY, REPOSITORY, SIZE, shard_megabytes
-from photos import draw_photos, find_photos, make_captions, repeat_photos
-from picture_loaders import CAPTIONS, CROP, MEAN, SHARDS, STD, write_loose
-from train.data.batches import PINNED_FOR, Batch, caption_loader
-from train.data.features import FeatureFiles
-from train.run.encode import prepare_features
-from train.settings import NEW_MODEL, TrainSettings
-from train.step.schedule import make_optimizer, make_schedule
-from train.step.step import MAX_GRADIENT_NORM, CaptionLoss, distribute, train_step
+from measuring.photos import find_or_draw
 
 PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "pillow", "pillow-simd", "nltk", "numpy")
-NUM_WORDS = 9956  # COCO's, in the book
-LIGHT, HEAVY, LARGE = "squeezenet1_1", "resnet50", "resnet152"
 BATCH, GPU_BATCHES = 128, (128, 512)
-CAPTIONS_A_PICTURE = 5
-WARM_UP_SAMPLES = 2
-DEFAULTS = TrainSettings()
-WIDTHS = TrainSettings(**NEW_MODEL).model_config(0)
 BOOK, OURS, CACHED = "the book's loop", "ours", "ours, cached features"
 ENCODER, DECODER, PADDED = "encoder alone", "decoder alone, packed", "decoder alone, padded"
 NO_BF16 = "not measured: this CPU has no bf16"
-Precision = Literal["no", "bf16"]  # as Accelerate names them
 NAMES: Mapping[Precision, str] = {"no": "fp32", "bf16": "bf16"}
 Costs = Mapping[str, Sequence[Cost | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """What is measured, on what, and how long."""
+    """What is measured, on which samples, and how often."""
 
     images: File | None = None
-    """Folder of photos such as COCO's; without it pictures in COCO's sizes are drawn, which compress like photos."""
+    """Folder of photos such as COCO's; without it, images in COCO's sizes are drawn that compress like photos."""
     captions: File | None = None
-    """Real captions in COCO's JSON (or .json.gz), given to the pictures in turn; without it words are drawn."""
+    """Real captions in COCO's JSON (or .json.gz), assigned to the images in turn; without it, random words."""
     parts: Literal["all", "cpu", "gpu"] = "all"
-    """The CPU's figures, the GPU's, or both; the GPU's are left out where there is none."""
+    """CPU figures, GPU figures (left out without a GPU), or both."""
     rounds: Count | None = None
     """Turns of each contender: 3, with --quick 1."""
     steps: Count | None = None
     """Batches of a CPU turn: 2, with --quick 1."""
     workers: WorkersOrZero = 0
-    """Loader processes of both contenders in the CPU's figures."""
+    """Loader workers of both contenders for the CPU figures."""
     gpu_workers: WorkersOrZero | None = None
-    """Loader processes in the GPU's figures: all processors, unless told otherwise."""
+    """Loader workers for the GPU figures: one a processor, unless given."""
     threads: Workers = 1
     """Threads of torch in the training process."""
     quick: bool = False
-    """Everything small, to see that it runs: the figures are rough."""
+    """Everything small, only to see that it runs."""
     json: File | None = None
     """Write run, rows and bars to this file."""
 
 
 def main(settings: TrainingSettings) -> None:
-    """Make the samples, measure, and tell."""
+    """Prepare the samples, measure, and report."""
     torch.set_num_threads(settings.threads)
-    torch.set_float32_matmul_precision("high")  # as the training command has it
+    torch.set_float32_matmul_precision("high")  # as in the training command
     rows: list[dict[str, Any]] = []
     bars: list[Bar] = []
     with tempfile.TemporaryDirectory(prefix="training-") as temporary:
         scratch = Path(temporary)
-        originals = find_photos(settings.images) if settings.images else draw_photos(scratch / "drawn", count=24)
+        originals = find_or_draw(settings.images, scratch)
         captions = read_captions(settings.captions) if settings.captions else None
         run = describe_run(
             PACKAGES,
             pictures=f"{len(originals)} {f'from {settings.images}' if settings.images else 'DRAWN'}, repeated",
-            captions=settings.captions or "DRAWN for want of --captions",
+            captions=settings.captions or "DRAWN, without --captions",
             bf16_on_the_cpu="yes" if has_bf16() else "no",
             gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
             mode="quick: rough figures" if settings.quick else "full",
         )
-        print_rows("training", [{"": name, "of this run": text} for name, text in run.items()])
+        print_run("training", run)
         for part in (measure_on_cpu, measure_on_gpu):
             found = part(settings, originals, captions, scratch)
             rows, bars = rows + found[0], bars + found[1]
-    print_bars(bars)
-    if settings.json:
-        write_json(settings.json, run=run, rows=rows, bars=bars)
+    finish(bars, json=settings.json, run=run, rows=rows)
 
 
 def has_bf16() -> bool:
@@ -156,328 +128,18 @@ def has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-# ---- the samples ------------------------------------------------------------------------------------------
-
-
-def read_captions(file: Path) -> list[list[str]]:
-    """The captions of each picture of a COCO file. Raises UserError."""
-    of_picture: dict[Any, list[str]] = {}
-    try:
-        data = file.read_bytes()
-        content = json.loads(gzip.decompress(data) if file.suffix == ".gz" else data)
-        for row in content["annotations"]:
-            of_picture.setdefault(row["image_id"], []).append(row["caption"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read --captions {file} ({error!r}): give captions in COCO's JSON") from error
-    whole = [captions for captions in of_picture.values() if len(captions) >= CAPTIONS_A_PICTURE]
-    if not whole:
-        raise UserError(f"--captions {file} has no picture with {CAPTIONS_A_PICTURE} captions: give COCO's")
-    return [captions[:CAPTIONS_A_PICTURE] for captions in whole]
-
-
-def pack(
-    originals: Sequence[Path], captions: Sequence[Sequence[str]] | None, folder: Path, *, num_samples: int
-) -> None:
-    """Shards of so many samples and their vocabulary, by the packing command. Raises UserError."""
-    small = folder / "small"
-    small.mkdir(parents=True)
-    for number, path in enumerate(originals[:num_samples]):
-        picture = Image.open(path).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-        (small / f"{number:06d}.jpg").write_bytes(loading.encode_jpeg(picture, quality=QUALITY))
-    paths = repeat_photos(folder / "repeated", sorted(small.iterdir()), count=num_samples)
-    chosen = [captions[n % len(captions)] if captions else make_captions(n) for n in range(num_samples)]
-    file, words = folder / "captions.jsonl", folder / "words.json"
-    rows = [{"path": path.name, "captions": told} for path, told in zip(paths, chosen, strict=True)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words.write_text(make_vocabulary(chosen).to_json())
-    flags = {
-        "images": paths[0].parent,
-        "captions": file,
-        "split": "train",
-        "output": folder / SHARDS,
-        "vocabulary": words,
-        "workers": 1 if num_samples < 1000 else count_processors(),
-        "shard-megabytes": shard_megabytes(num_samples, shards=16),
-    }
-    given = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
-    command = [sys.executable, REPOSITORY / "sharding/make_shards.py", *given]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"packing the samples failed ({done.returncode}): {done.stderr[-600:]}")
-
-
-def make_vocabulary(captions: Sequence[Sequence[str]]) -> Vocabulary:
-    """The captions' words, the most frequent first, and made-up ones that fill up to NUM_WORDS."""
-    found = Vocabulary.from_counts(count_words(tokenize(text) for told in captions for text in told), threshold=1)
-    fillers = tuple(f"<filler-{number}>" for number in range(NUM_WORDS))
-    words, counts = (found.words + fillers)[:NUM_WORDS], (found.counts + (0,) * NUM_WORDS)[:NUM_WORDS]
-    return replace(found, words=words, counts=counts)
-
-
-def find_vocabulary(folder: Path) -> Vocabulary:
-    """The words of the samples in `folder`."""
-    return read_vocabulary(str(folder / SHARDS / "vocabulary.json"), remedy="pack again")
-
-
-# ---- the book's loop --------------------------------------------------------------------------------------
-
-
-class BookCaptions(Dataset[tuple[Tensor, list[int]]]):
-    """One caption a sample: its picture from a loose file, decoded each time, and its token ids."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "loose"
-        captions_of: dict[str, list[str]] = json.loads((self.folder / CAPTIONS).read_text())
-        self.samples = [(name, caption) for name, captions in captions_of.items() for caption in captions]
-        self.vocabulary = find_vocabulary(folder)
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomCrop(CROP),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(MEAN, STD),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, list[int]]:
-        name, caption = self.samples[index]
-        image_3PP: Any = self.transform(Image.open(self.folder / name).convert("RGB"))
-        ids = self.vocabulary.encode(word_tokenize(caption.lower(), preserve_line=True))
-        ending = [END] if len(ids) <= DEFAULTS.max_tokens else []
-        return image_3PP, [START, *ids[: DEFAULTS.max_tokens], *ending]
-
-
-def collate_captions(samples: list[tuple[Tensor, list[int]]]) -> tuple[Tensor, Tensor, list[int]]:
-    """Images (B, 3, P, P), padded token ids (B, T), the longest first, and their lengths."""
-    samples.sort(key=lambda sample: len(sample[1]), reverse=True)
-    lengths = [len(ids) for _, ids in samples]
-    tokens_BT = torch.full((len(samples), lengths[0]), PAD)
-    for row_T, (_, ids) in zip(tokens_BT, samples, strict=True):
-        row_T[: len(ids)] = torch.tensor(ids)
-    return torch.stack([image for image, _ in samples]), tokens_BT, lengths
-
-
-class BookModel(nn.Module):
-    """The book's encoder and decoder: B images with a caption each; its weights lie as torchvision makes them."""
-
-    def __init__(self, encoder: str, *, num_words: int) -> None:
-        super().__init__()
-        self.encoder = Encoder(encoder, trainable=False).to(memory_format=torch.contiguous_format)
-        self.linear = nn.Linear(self.encoder.num_features, WIDTHS.embedding_size)
-        self.norm = nn.BatchNorm1d(WIDTHS.embedding_size, momentum=0.01)
-        self.embed = nn.Embedding(num_words, WIDTHS.embedding_size)
-        self.lstm = nn.LSTM(WIDTHS.embedding_size, WIDTHS.hidden_size, batch_first=True)
-        self.predict = nn.Linear(WIDTHS.hidden_size, num_words)
-
-    def forward(self, images_B3PP: Tensor, tokens_BT: Tensor, lengths: list[int]) -> Tensor:
-        """Logits (M, V) of all tokens, `<start>` included."""
-        image_BE = self.norm(self.linear(self.encoder(images_B3PP)))
-        inputs_BTE = torch.cat((image_BE[:, None], self.embed(tokens_BT)), dim=1)
-        hidden, _ = self.lstm(pack_padded_sequence(inputs_BTE, lengths, batch_first=True))
-        return self.predict(hidden.data)
-
-
-def like_the_book(job: "Job", *, steps: int) -> Contender:
-    """So many steps of the book's loop on samples drawn at random."""
-    dataset = BookCaptions(job.folder)
-
-    def turn(number: int) -> Cost:
-        torch.manual_seed(number)
-        model = BookModel(job.encoder, num_words=len(dataset.vocabulary))
-        optimizer = Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-
-        def learn(num_captions: int, num_workers: int) -> int:
-            sampler = RandomSampler(dataset, num_samples=num_captions)
-            options = loader_options(num_workers) | {"sampler": sampler, "collate_fn": collate_captions}
-            for images_B3PP, tokens_BT, lengths in DataLoader(dataset, batch_size=job.batch, **options):
-                targets_M = pack_padded_sequence(tokens_BT, lengths, batch_first=True).data
-                loss = cross_entropy(model(images_B3PP, tokens_BT, lengths), targets_M)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            return num_captions
-
-        learn(WARM_UP_SAMPLES, 0)
-        return time_all(lambda: learn(steps * job.batch, job.workers))
-
-    return turn
-
-
-# ---- ours -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """What is trained, on which samples, and how."""
-
-    folder: Path
-    encoder: str
-    batch: int
-    workers: int
-    precision: Precision
-    on_cpu: bool
-
-
-class Trainer:
-    """What train/main.py puts together, with a new model of random weights, the same ones in each turn."""
-
-    def __init__(self, job: Job) -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision otherwise
-        self.accelerator = Accelerator(cpu=job.on_cpu, mixed_precision=job.precision)
-        self.split = read_split([str(job.folder / SHARDS)], "train", remedy="pack again")
-        self.batch = job.batch
-        vocabulary = find_vocabulary(job.folder)
-        config = ModelConfig(encoder=job.encoder, vocabulary_size=len(vocabulary), dropout=DEFAULTS.dropout)
-        torch.manual_seed(0)
-        self.model = CaptionModel(config)
-        self.loss_model = CaptionLoss(self.model, view=ViewSpec(size=SIZE, crop=CROP))
-        optimizer = make_optimizer(
-            self.model, DEFAULTS.learning_rate, encoder_learning_rate=DEFAULTS.encoder_learning_rate
-        )
-        self.schedule = make_schedule(optimizer, DEFAULTS.schedule, total_steps=10_000)
-        self.wrapped, self.optimizer = distribute(self.loss_model, optimizer, self.accelerator)
-        self.wrapped.train()
-        self.cache = str(job.folder / "cache")
-        self.open_loader = partial(
-            caption_loader,
-            batch_size=job.batch,
-            vocabulary=vocabulary,
-            crop=CROP,
-            max_tokens=DEFAULTS.max_tokens,
-            num_workers=job.workers,
-            cache=self.cache,
-            pin_memory=self.accelerator.device.type in PINNED_FOR,
-        )
-
-    def features(self) -> FeatureFiles:
-        """The cached features, made where they are not there yet."""
-        found = prepare_features(
-            [self.split],
-            loss_model=self.loss_model,
-            open_loader=self.open_loader,
-            cache=self.cache,
-            accelerator=self.accelerator,
-        )
-        return found[self.split.name]
-
-    def epoch(self, number: int, features: FeatureFiles | None, *, steps: int | None = None) -> StreamingLoader:
-        """A loader of crops at random, or of cached features, at the beginning of an epoch, or at its last `steps`."""
-        loader = self.open_loader(self.split, training=True, features=features)
-        first = 0 if steps is None else max(0, len(loader) - steps)
-        loader.set_epoch(number)
-        loader.load_state_dict(loader.state_dict(steps=first))
-        return loader
-
-    def batch_of(self, num_samples: int, features: FeatureFiles | None) -> Batch:
-        """A batch that lies on the device."""
-        loader = self.open_loader(self.split, batch_size=num_samples, num_workers=0, features=features)
-        (batch,) = next(iter(loader))
-        return batch.to(self.accelerator.device)
-
-    def step(self, batch: Batch) -> None:
-        """A step, whatever is in the batch."""
-        train_step(
-            self.wrapped, [batch], optimizer=self.optimizer, schedule=self.schedule, accelerator=self.accelerator
-        )
-
-    def encode(self, batch: Batch) -> None:
-        """The encoder's part of a step."""
-        with torch.no_grad(), self.accelerator.autocast():
-            self.model.encoder(normalise(batch.inputs, self.loss_model.view))
-
-    def padded_step(self, batch: Batch) -> None:
-        """A step on features, with padding: the LSTM and the logits go over all places up to the longest caption."""
-        captions, model = batch.captions, self.model
-        inputs_TN, targets_TN = (
-            pad_packed_sequence(PackedSequence(tokens_M, captions.batch_sizes_T), padding_value=PAD)[0]
-            for tokens_M in (captions.inputs_M, captions.targets_M)
-        )
-        state = model.start(model.encode(batch.inputs), rows_N=captions.image_of_caption_N)
-        hidden_TNH, _ = model.lstm(model.drop(model.embed(inputs_TN)), state)
-        logits_MV = model.predict(model.drop(hidden_TNH)).flatten(0, 1)
-        self.accelerator.backward(cross_entropy(logits_MV, targets_TN.flatten(), ignore_index=PAD))
-        self.accelerator.clip_grad_norm_(self.loss_model.parameters(), MAX_GRADIENT_NORM)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad()
-
-
-def train_epoch(job: Job, *, steps: int, cached: bool = False) -> Contender:
-    """The last steps of an epoch."""
-
-    def turn(number: int) -> Cost:
-        trainer = Trainer(job)
-        features = trainer.features() if cached else None
-        trainer.step(trainer.batch_of(WARM_UP_SAMPLES, features))
-
-        def learn() -> int:
-            num_captions = 0
-            with closing(trainer.epoch(number, features, steps=steps)) as loader:
-                for (batch,) in loader:
-                    trainer.step(batch)
-                    num_captions += num_captions_of(batch)
-            return num_captions
-
-        return time_all(learn)
-
-    return turn
-
-
-def repeat_alone(job: Job, action: Callable[[Trainer, Batch], None], *, times: int = 1, cached: bool) -> Contender:
-    """A part of a step, so many times on one batch that lies on the device."""
-
-    def turn(_number: int) -> Cost:
-        trainer = Trainer(job)
-        features = trainer.features() if cached else None
-        action(trainer, trainer.batch_of(WARM_UP_SAMPLES, features))
-        batch = trainer.batch_of(job.batch, features)
-
-        def repeat() -> int:
-            for _ in range(times):
-                action(trainer, batch)
-            return times * num_captions_of(batch)
-
-        return time_all(repeat)
-
-    return turn
+# ---- on the CPU -------------------------------------------------------------------------------------------
 
 
 def clock_of(workers: int) -> str:
-    """CPU time where all of it is known."""
+    """The clock to compare by: CPU time if all of it is known."""
     return "wall_ms" if workers else "cpu_ms"
-
-
-def num_captions_of(batch: Batch) -> int:
-    """All captions of all its pictures."""
-    return len(batch.captions.image_of_caption_N)
-
-
-def time_all(action: Callable[[], int]) -> Cost:
-    """What `action`, which tells how many items it did, costs in this process and those that it started and ended."""
-    gc.collect()
-    wait_for_gpu()
-    wall, cpu = time.perf_counter(), sum(os.times()[:4])
-    items = action()
-    wait_for_gpu()
-    return Cost(items=items, cpu_seconds=sum(os.times()[:4]) - cpu, wall_seconds=time.perf_counter() - wall)
-
-
-def wait_for_gpu() -> None:
-    """Until it has done all that it was told, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-# ---- on the CPU -------------------------------------------------------------------------------------------
 
 
 def measure_on_cpu(
     settings: TrainingSettings, originals: Sequence[Path], captions: Sequence[Sequence[str]] | None, scratch: Path
 ) -> tuple[list[dict[str, Any]], list[Bar]]:
-    """The book's loop, ours in each precision, and what features and packing bring."""
+    """Measure the book's loop, ours in each precision, and the gain from cached features and packing."""
     clock = clock_of(settings.workers)
     if settings.parts == "gpu":
         return [], cpu_bars({}, clock=clock)
@@ -493,15 +155,15 @@ def measure_on_cpu(
     rows = cpu_rows(costs)
     words = f"batch {batch}, workers: {settings.workers}, torch's threads: {settings.threads}"
     print_rows(f"training on the CPU, {words}: medians of {rounds} rounds", rows)
-    told = [{"encoder": HEAVY, **features_figures(costs, clock=clock)}]
-    print_rows("cached features, end to end: pictures are decoded without them", told)
-    return [{"table": "CPU", **row} for row in rows] + [{"table": "cached features", **row} for row in told], cpu_bars(
+    gains = [{"encoder": HEAVY, **features_figures(costs, clock=clock)}]
+    print_rows("cached features, end to end: images are decoded without them", gains)
+    return [{"table": "CPU", **row} for row in rows] + [{"table": "cached features", **row} for row in gains], cpu_bars(
         costs, clock=clock
     )
 
 
 def cpu_contenders(job: Job, *, steps: int) -> dict[str, Contender]:
-    """All that can be measured here; the heavy encoder has one step where it sees pictures."""
+    """All contenders that can run here; those that encode images with the heavy encoder have one step."""
     light = replace(job, encoder=LIGHT)
     found = {
         label(LIGHT, "no", BOOK): like_the_book(light, steps=steps),
@@ -520,17 +182,17 @@ def cpu_contenders(job: Job, *, steps: int) -> dict[str, Contender]:
 
 
 def label(encoder: str, precision: Precision, name: str) -> str:
-    """A contender's name among all."""
+    """A contender's full name."""
     return f"{encoder}, {NAMES[precision]}: {name}"
 
 
 def ratio(costs: Costs, one: str, other: str, *, clock: str) -> float | None:
-    """How many times as fast one contender is as another; None where one of them is not there."""
+    """How many times as fast one contender is as another; None if one is missing."""
     return times_as_fast(costs[one], costs[other], clock=clock) if one in costs and other in costs else None
 
 
 def cpu_rows(costs: Costs) -> list[dict[str, Any]]:
-    """A row for each contender, also for those that this processor is no place for."""
+    """A row for each contender, including those that this processor cannot run."""
     rows = []
     for encoder in (LIGHT, HEAVY):
         for precision, name in (("no", BOOK), ("no", OURS), ("bf16", OURS), ("no", CACHED), ("no", ENCODER),
@@ -556,7 +218,7 @@ def cpu_rows(costs: Costs) -> list[dict[str, Any]]:
 
 
 def features_figures(costs: Costs, *, clock: str) -> dict[str, float | None]:
-    """How many times as fast cached features make an epoch, and how many times they could."""
+    """The speed-up of an epoch by cached features, and its upper bound."""
     encoder_ms, decoder_ms = (
         median_of(costs.get(label(HEAVY, "no", name), ()), figure=clock) for name in (ENCODER, DECODER)
     )
@@ -570,7 +232,7 @@ def features_figures(costs: Costs, *, clock: str) -> dict[str, float | None]:
 
 
 def cpu_bars(costs: Costs, *, clock: str) -> list[Bar]:
-    """What ours must reach."""
+    """The bars of ours."""
     by = "CPU" if clock == "cpu_ms" else "wall"
     bars: list[Bar] = []
     for encoder, precision, bar in ((LIGHT, "no", 2.5), (LIGHT, "bf16", 4.5), (HEAVY, "bf16", 8.0)):
@@ -590,24 +252,24 @@ def cpu_bars(costs: Costs, *, clock: str) -> list[Bar]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuCost(Cost):
-    """A stretch of an epoch in steady state, in captions."""
+    """The cost of part of an epoch in steady state, in captions."""
 
     waiting_seconds: float
     peak_gigabytes: float
 
     @property
     def waiting_share(self) -> float:
-        """Of the time, the share in which the training process waited for a batch."""
+        """The share of the time in which the training process waited for a batch."""
         return self.waiting_seconds / self.wall_seconds
 
 
 def measure_on_gpu(
     settings: TrainingSettings, originals: Sequence[Path], captions: Sequence[Sequence[str]] | None, scratch: Path
 ) -> tuple[list[dict[str, Any]], list[Bar]]:
-    """Ours, with and without cached features, against encoder and decoder on a batch that is there already."""
+    """Measure ours, with and without cached features, against encoder and decoder on a batch on the device."""
     if settings.parts == "cpu" or not torch.cuda.is_available():
         return [], gpu_bars([])
-    torch.set_num_threads(count_processors())  # which the training command leaves as it is beside a GPU
+    torch.set_num_threads(count_processors())  # the training command's setting with a GPU
     folder = scratch / "gpu"
     pack(originals, captions, folder, num_samples=5120 if settings.quick else 30_720)
     workers = (count_processors()) if settings.gpu_workers is None else settings.gpu_workers
@@ -634,7 +296,7 @@ def measure_on_gpu(
 
 
 def train_steadily(job: Job, *, cached: bool) -> Contender:
-    """An epoch without its first and last tenth: the device is warm, and workers fill their queues to the end."""
+    """Train for an epoch; its first and last tenth are not timed, so the device is warm and queues are full."""
 
     def turn(number: int) -> Cost:
         gc.collect()
@@ -670,7 +332,7 @@ def train_steadily(job: Job, *, cached: bool) -> Contender:
 
 
 def gpu_rows(costs: Costs, *, batch: int) -> list[dict[str, Any]]:
-    """A row for each contender; ours are compared with the parts that they have to do."""
+    """A row for each contender; ours are compared with their parts."""
     wall_ms = {name: median_of(turns, figure="wall_ms") or 0.0 for name, turns in costs.items()}
     parts = {OURS: wall_ms[ENCODER] + wall_ms[DECODER], CACHED: wall_ms[DECODER]}
     return [
@@ -687,7 +349,7 @@ def gpu_rows(costs: Costs, *, batch: int) -> list[dict[str, Any]]:
 
 
 def gpu_bars(rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
-    """What ours must reach on a GPU, for each batch."""
+    """The bars of ours on a GPU, for each batch size."""
     found = {(row["batch"], row["contender"]): row for row in rows}
     bars = []
     for batch in GPU_BATCHES:
@@ -699,10 +361,5 @@ def gpu_bars(rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
     return bars
 
 
-def run() -> None:
-    """The entry."""
-    cli.run(main, TrainingSettings, description=__doc__ or "")
-
-
 if __name__ == "__main__":
-    run()
+    cli.run(main, TrainingSettings, description=__doc__ or "")

@@ -1,17 +1,17 @@
-"""Packing to and training from servers behind a wire with faults, beside the same without faults, in one run.
+"""Pack to and train from servers behind a faulty network connection, and compare with runs without faults.
 
-    python benchmarks/wire.py                                    # about 12 minutes, drawn pictures
+    python benchmarks/wire.py                                    # about 12 minutes, drawn images
     python benchmarks/wire.py --quick                            # a minute
     python benchmarks/wire.py --images ../shared/data/coco/images --json wire.json
 
-The real commands run with their real patience: make_shards.py from S3 (moto) to S3, and train/main.py with the encoder
-small_cnn on two gloo ranks of this machine's processors, from S3 and from nginx. Each runs once undisturbed and then a
-few times through a TCP proxy (tests/support/faulty_wire.py), which makes every chunk late, holds some back as a loss
-does, resets connections, leaves them half-open, and answers with 5xx, all at random and counted. Survived is a run
-that ends well and gives the same: all bytes of the packed folder; or the losses of all steps with the ledger of each
-epoch, which the command compares with its plan. Needs the packages of pip install -e '.[dev]', and nginx.
+The real commands run with their real timeouts: make_shards.py from S3 (moto) to S3, and train/main.py with the encoder
+small_cnn on two gloo ranks on this machine's CPU, from S3 and from nginx. Each runs once undisturbed and then a few
+times through a TCP proxy (tests/support/faulty_wire.py), which delays every chunk, holds some back as a lost packet
+would, resets connections, leaves them half-open, and answers with 5xx, all at random and counted. A run survives if it
+succeeds with the same result: all bytes of the packed folder; or the losses of all steps and each epoch's ledger, which
+the command compares with its plan. Needs the packages of pip install -e '.[dev]', and nginx.
 
-Exit codes: 0 measured, whether or not the bars hold; 2 something to mend, told in one line.
+Exit codes: 0 measured, whether or not the bars hold; 2 an error that you can fix, in one line.
 """
 
 import json
@@ -38,14 +38,14 @@ from captioner import cli  # noqa: E402
 from captioner.errors import UserError  # noqa: E402
 from captioner.files import retries, storage  # noqa: E402
 from captioner.flags import Count, File  # noqa: E402
-from measure import Bar, at_least, at_most, describe_run, print_bars, print_rows, write_json  # noqa: E402
-from photos import draw_photos, find_photos, write_data  # noqa: E402
+from measuring.figures import Bar, at_least, at_most, describe_run, finish, print_rows, print_run  # noqa: E402
+from measuring.photos import find_or_draw, write_data  # noqa: E402
 
 PACKAGES = ("torch", "aiohttp", "s3fs", "aiobotocore", "fsspec", "moto", "numpy")
 STORM = Weather(latency_seconds=0.03, loss=0.03, reset=0.04, half_open=0.02, status=0.06)
 KINDS = ("latency", "loss", "reset", "half-open", "5xx")
 LONGEST_RUN_SECONDS = 900
-PAUSE_SECONDS = retries.FIRST_PAUSE_SECONDS * 2**3  # the longest before a fifth try; few need as many
+PAUSE_SECONDS = retries.FIRST_PAUSE_SECONDS * 2**3  # the longest before a fifth attempt; few need as many
 LEDGER = re.compile(r"^epoch \d+: training .*?; (.*)$", re.MULTILINE)
 
 
@@ -54,18 +54,18 @@ class WireSettings:
     """What is packed and trained on, and how often."""
 
     images: File | None = None
-    """Folder of photos such as COCO's; without it pictures in COCO's sizes are drawn, which compress like photos."""
+    """Folder of photos such as COCO's; without it, images in COCO's sizes are drawn that compress like photos."""
     rounds: Count | None = None
     """Disturbed runs of each command, each with other faults: 3, with --quick 1."""
     quick: bool = False
-    """A few pictures, and training from nginx only, to see that it runs."""
+    """A few images, and training from nginx only, to see that it runs."""
     json: File | None = None
     """Write run, rows and bars to this file."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended: what it made, or None where it failed; its seconds, and what it printed on stderr."""
+    """How a command ended: its result, or None if it failed; its seconds, and its output on stderr."""
 
     result: Any
     seconds: float
@@ -73,25 +73,23 @@ class Outcome:
 
 
 Command = Callable[[str, str], Outcome]
-"""Runs with a name of its own against the server at an address."""
+"""Runs under a unique name against the server at an address."""
 
 
 def main(settings: WireSettings) -> None:
-    """Set up the servers, run everything without and with faults, and tell."""
+    """Start the servers, run everything without and with faults, and report."""
     rounds = settings.rounds or (1 if settings.quick else 3)
     if settings.json and not settings.json.absolute().parent.is_dir():
-        raise UserError(f"there is no folder for --json {settings.json}: make it, or name another file")
+        raise UserError(f"the folder of --json {settings.json} does not exist: create it, or name another file")
     run = describe_run(PACKAGES, weather=STORM, rounds=rounds, mode="quick" if settings.quick else "full")
-    print_rows("faults on the wire", [{"": name, "of this run": text} for name, text in run.items()])
+    print_run("faults on the wire", run)
     try:
         rows = measure_all(settings, rounds)
-    except pytest.skip.Exception as error:  # of the tests' servers, where a program is not installed
+    except pytest.skip.Exception as error:  # the tests' servers skip if a program is not installed
         raise UserError(f"cannot start a server: {error}") from error
     print_rows("without and with faults", rows)
     bars = make_bars(rows)
-    print_bars(bars)
-    if settings.json:
-        write_json(settings.json, run=run, rows=rows, bars=bars)
+    finish(bars, json=settings.json, run=run, rows=rows)
 
 
 def measure_all(settings: WireSettings, rounds: int) -> list[dict[str, Any]]:
@@ -99,7 +97,7 @@ def measure_all(settings: WireSettings, rounds: int) -> list[dict[str, Any]]:
     num_pictures, epochs = (24, 1) if settings.quick else (480, 2)
     with tempfile.TemporaryDirectory(prefix="wire-") as temporary, run_s3() as s3:
         scratch = Path(temporary)
-        originals = find_photos(settings.images) if settings.images else draw_photos(scratch / "drawn", count=24)
+        originals = find_or_draw(settings.images, scratch)
         bucket = Bucket(s3, "wire")
         bucket.put_folder(write_data(originals, scratch / "data", count=num_pictures), "data")
 
@@ -138,7 +136,7 @@ def run_packing(output: str) -> Outcome:
 
 
 def run_training(shards: str, folder: Path, *, epochs: int) -> Outcome:
-    """train/main.py on two gloo ranks with a worker each and an empty cache."""
+    """train/main.py on two gloo ranks with one worker each and an empty cache."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     flags = ["--shards", shards, "--output", str(folder / "run"), "--cache", str(folder / "cache")]
@@ -152,12 +150,12 @@ def run_training(shards: str, folder: Path, *, epochs: int) -> Outcome:
     losses = [(row["step"], row["train/loss"]) for row in history if "train/loss" in row]
     ledgers = LEDGER.findall(done.result)
     if not losses or len(ledgers) != epochs:
-        raise UserError(f"training told no losses or ledgers: {done.result[-600:]}")
+        raise UserError(f"training printed no losses or ledgers: {done.result[-600:]}")
     return Outcome((losses, ledgers), done.seconds, done.log)
 
 
 def execute(command: Sequence[str], **variables: str) -> Outcome:
-    """Run a command; its result is what it printed on stdout, None where it failed or took too long."""
+    """Run a command; its result is its stdout, or None if it failed or took too long."""
     started = time.monotonic()
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     try:
@@ -173,7 +171,7 @@ def execute(command: Sequence[str], **variables: str) -> Outcome:
 
 
 def compare(job: str, command: Command, server: str, rounds: int) -> dict[str, Any]:
-    """A command's row: undisturbed, then so often through a wire with faults."""
+    """A command's row: one undisturbed run, then `rounds` runs through a faulty wire."""
     calm = command("undisturbed", server)
     if calm.result is None or told_in(calm.log):
         raise UserError(f"{job} without faults failed: {calm.log[-600:]}")
@@ -210,7 +208,7 @@ def compare(job: str, command: Command, server: str, rounds: int) -> dict[str, A
 
 
 def bound_seconds(undisturbed: float, faults: Counter[str]) -> float:
-    """How long a run with these faults may take: all waits one after the other, in the longest form each has."""
+    """The longest time that a run with these faults may take: all waits in sequence, each at its maximum."""
     stalled = faults["half-open"] * (storage.STALL_SECONDS + PAUSE_SECONDS)
     failed = (faults["reset"] + faults["5xx"]) * PAUSE_SECONDS
     late = faults["latency"] * 2 * STORM.latency_seconds + faults["loss"] * 2 * RETRANSMISSION_SECONDS
@@ -218,7 +216,7 @@ def bound_seconds(undisturbed: float, faults: Counter[str]) -> float:
 
 
 def make_bars(rows: Sequence[dict[str, Any]]) -> list[Bar]:
-    """What must hold of each job."""
+    """The bars of each job."""
     bars = []
     for row in rows:
         bars.append(at_least(f"{row['job']}, runs with the same result", row["same_result"], row["runs"]))
@@ -226,10 +224,5 @@ def make_bars(rows: Sequence[dict[str, Any]]) -> list[Bar]:
     return bars
 
 
-def run() -> None:
-    """The entry."""
-    cli.run(main, WireSettings, description=__doc__ or "")
-
-
 if __name__ == "__main__":
-    run()
+    cli.run(main, WireSettings, description=__doc__ or "")

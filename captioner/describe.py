@@ -1,4 +1,4 @@
-"""Pictures to descriptions: caption, alt text, scores, confidence.
+"""Images to descriptions: caption, alt text, scores, confidence.
 
 Shapes: B images, P sides of a view in pixels, F pooled features, E embedding width.
 """
@@ -23,23 +23,23 @@ from captioner.files import storage
 from captioner.images.loading import ImageError
 from captioner.images.views import normalise, read_eval_view
 from captioner.model.bundle import Bundle
-from captioner.model.decoding import Caption, diverse
+from captioner.model.decoding import GeneratedCaption, diverse
 
 Precision = Literal["float32", "bfloat16"]
-Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
-LOW_CONFIDENCE, UNLIKE = "low confidence", "unlike training data"
+ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+LOW_CONFIDENCE, OUT_OF_DISTRIBUTION = "low confidence", "unlike training data"
 MAX_LENGTH_PENALTY = 10.0
-CPU_IMAGES = 4  # encoded at once: what is computed of more does not stay in a core's cache
-IMAGES_AT_ONCE = 128
+CPU_BATCH_SIZE = 4  # of the encoder: activations of more do not fit a core's cache
+BATCH_SIZE = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Description:
-    """What is said of a picture.
+    """The captions of an image with their scores.
 
-    `captions` has the best one, `caption`, first. `alt` is clean alt text, empty where the model abstains. `score` is
-    the mean of `token_scores`, the log-probabilities (natural) of the caption's tokens and its end. `confidence` is the
-    chance that the caption is as good as a person's, None without calibration; `review` says why a person should look.
+    `captions` has the best one, `caption`, first. `alt` is empty if the model abstains. `score` is the mean of
+    `token_scores`, the log-probabilities (natural) of the caption's tokens and its end. `confidence` is the probability
+    that the caption is as good as a person's, None without calibration; `review` says why a person should look.
     """
 
     caption: str
@@ -53,17 +53,17 @@ class Description:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What the model sees in B pictures: embeddings (B, E), and whether each is unlike the training data."""
+    """Embeddings (B, E) of B images, and whether each is out of distribution."""
 
     image_BE: Tensor
-    unlike: list[bool]
+    out_of_distribution: list[bool]
 
 
 class Captioner:
-    """Describes pictures with a model folder's model. May be called by several threads at once.
+    """Describes images with a model folder's model. May be called by several threads at once.
 
-    `beam_size` and `length_penalty` None take the model folder's. With `abstain_below`, a caption of lower confidence
-    leaves `alt` empty. Raises UserError for impossible numbers, and NotCalibratedError where that needs confidence.
+    `beam_size` and `length_penalty` default to the model folder's. A caption of lower confidence than `abstain_below`
+    has no `alt`. Raises UserError for invalid numbers, and NotCalibratedError for `abstain_below` without confidence.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Captioner:
         if length_penalty is not None and not abs(length_penalty) <= MAX_LENGTH_PENALTY:
             raise UserError(f"a length penalty of {length_penalty}: give a number around 1")
         if abstain_below is not None and not 0 <= abstain_below <= 1:
-            raise UserError(f"confidence is never below {abstain_below}: give a chance between 0 and 1")
+            raise UserError(f"confidence is never below {abstain_below}: give a probability between 0 and 1")
         chosen: dict[str, Any] = {"beam_size": beam_size, "length_penalty": length_penalty}
         self.bundle = bundle
         self.decoding = replace(bundle.decoding, **{name: value for name, value in chosen.items() if value is not None})
@@ -97,39 +97,39 @@ class Captioner:
         if abstain_below is not None and not self.has_confidence:
             raise NotCalibratedError(self.decoding)
 
-    def __call__(self, pictures: Iterable[Picture]) -> list[Description]:
-        """What is said of each picture: a path, a URL, a file's bytes, a Pillow image, or an array (H, W, 3) of uint8.
+    def __call__(self, images: Iterable[ImageSource]) -> list[Description]:
+        """Describe images: paths, URLs, files' bytes, Pillow images, or arrays (H, W, 3) of uint8.
 
-        Images are turned as their EXIF block says, arrays are upright. Raises ImageError for a picture that cannot be
-        used, TypeError for what is none, and OSError where a server or a disk fails.
+        The EXIF orientation is applied; arrays are upright. Raises ImageError for an image that cannot be used,
+        TypeError for another type, and OSError if a server or a disk fails.
         """
-        if isinstance(pictures, str | bytes | os.PathLike | Image.Image):
-            raise TypeError("give a list of pictures, be it of one")
-        views = (read_eval_view(_read(picture), self.bundle.view)[0] for picture in pictures)
+        if isinstance(images, str | bytes | os.PathLike | Image.Image):
+            raise TypeError("give a list of images, even of one")
+        views = (read_eval_view(_read(image), self.bundle.view)[0] for image in images)
         found: list[Description] = []
-        while group := list(islice(views, IMAGES_AT_ONCE)):
+        while group := list(islice(views, BATCH_SIZE)):
             found += self.describe_views(np.stack(group))
         return found
 
     def describe_views(self, views_BPP3: np.ndarray) -> list[Description]:
-        """What is said of each evaluation view (B, P, P, 3), uint8."""
+        """Describe evaluation views (B, P, P, 3), uint8."""
         return self.describe([self.encode(views_BPP3)])
 
     @torch.inference_mode()
     def encode(self, views_BPP3: np.ndarray) -> Encoded:
-        """What the model sees in each evaluation view (B, P, P, 3), uint8; at least one."""
+        """Encode at least one evaluation view (B, P, P, 3), uint8."""
         bundle, calibration = self.bundle, self.bundle.calibration
         views = torch.from_numpy(views_BPP3)
-        parts = views.split(CPU_IMAGES if bundle.device.type == "cpu" else len(views))
+        parts = views.split(CPU_BATCH_SIZE if bundle.device.type == "cpu" else len(views))
         with torch.autocast(bundle.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             features = [bundle.model.encoder(normalise(part.to(bundle.device), bundle.view)) for part in parts]
         features_BF = torch.cat(features).float()
-        unlike = calibration.is_unlike(features_BF) if calibration else None
-        return Encoded(bundle.model.encode(features_BF), unlike or [False] * len(views))
+        flags = calibration.is_out_of_distribution(features_BF) if calibration else None
+        return Encoded(bundle.model.encode(features_BF), flags or [False] * len(views))
 
     @torch.inference_mode()
     def describe(self, encoded: Sequence[Encoded]) -> list[Description]:
-        """What is said of each picture, in order."""
+        """Describe encoded images, in order."""
         calibration = self.bundle.calibration if self.has_confidence else None
         captions_of_images = diverse(
             self.bundle.model,
@@ -139,13 +139,17 @@ class Captioner:
         )
         scores = [captions[0].score for captions in captions_of_images]
         confidences = (calibration.confidence(scores) if calibration else None) or [None] * len(scores)
-        unlike = chain.from_iterable(part.unlike for part in encoded)
-        return list(map(self._describe, captions_of_images, confidences, unlike))
+        flags = chain.from_iterable(part.out_of_distribution for part in encoded)
+        return list(map(self._describe, captions_of_images, confidences, flags))
 
-    def _describe(self, captions: Sequence[Caption], confidence: float | None, unlike: bool) -> Description:
+    def _describe(
+        self, captions: Sequence[GeneratedCaption], confidence: float | None, out_of_distribution: bool
+    ) -> Description:
         texts = tuple(self.bundle.vocabulary.decode(caption.tokens) for caption in captions)
         unsure = confidence is not None and self.abstain_below is not None and confidence < self.abstain_below
-        reasons = [reason for reason, holds in ((LOW_CONFIDENCE, unsure), (UNLIKE, unlike)) if holds]
+        reasons = [
+            reason for reason, holds in ((LOW_CONFIDENCE, unsure), (OUT_OF_DISTRIBUTION, out_of_distribution)) if holds
+        ]
         return Description(
             caption=texts[0],
             captions=texts,
@@ -157,23 +161,22 @@ class Captioner:
         )
 
 
-def _read(picture: Picture) -> bytes | Image.Image:
-    """A file's bytes or an image, which go the same way from here on."""
-    if isinstance(picture, bytes | Image.Image):
-        return picture
-    if isinstance(picture, np.ndarray):
-        return _to_image(picture)
-    if isinstance(picture, str | os.PathLike):
-        return _read_file(os.fsdecode(picture))
+def _read(source: ImageSource) -> bytes | Image.Image:
+    if isinstance(source, bytes | Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        return _to_image(source)
+    if isinstance(source, str | os.PathLike):
+        return _read_file(os.fsdecode(source))
     raise TypeError(
-        f"{type(picture).__name__} is no picture: give a path, a URL, a file's bytes, a Pillow image or a NumPy array"
+        f"{type(source).__name__} is no image: give a path, a URL, a file's bytes, a Pillow image or a NumPy array"
     )
 
 
 def _to_image(pixels_HW3: np.ndarray) -> Image.Image:
     if pixels_HW3.dtype != np.uint8 or pixels_HW3.ndim != 3 or pixels_HW3.shape[2] != 3:
         found = f"{pixels_HW3.dtype} of shape {pixels_HW3.shape}"
-        raise TypeError(f"an array of {found} is no picture: give uint8 of shape (height, width, 3)")
+        raise TypeError(f"an array of {found} is no image: give uint8 of shape (height, width, 3)")
     if not pixels_HW3.size:
         raise ImageError("empty", f"an array of shape {pixels_HW3.shape} has no pixels")
     return Image.fromarray(np.ascontiguousarray(pixels_HW3))
@@ -182,7 +185,7 @@ def _to_image(pixels_HW3: np.ndarray) -> Image.Image:
 def _read_file(location: str) -> bytes:
     try:
         if not storage.is_remote(location) and not stat.S_ISREG(Path(location).stat().st_mode):
-            raise ImageError("special file", f"{location} is no regular file: give the pictures in a folder one by one")
+            raise ImageError("special file", f"{location} is no regular file: give the images in a folder one by one")
         return storage.read_bytes(location)
     except FileNotFoundError as error:
         raise ImageError("missing", f"there is no file {location}") from error

@@ -1,7 +1,7 @@
-"""How near captions come to what people wrote: BLEU, ROUGE-L and CIDEr-D, as the COCO challenge counts them.
+"""BLEU, ROUGE-L and CIDEr-D of captions, as the COCO challenge counts them.
 
-Captions are plain strings, given as two mappings over the same images: to the candidate (one caption) and to
-the references (any number). `References` counts the latter once, for models that are scored again and again.
+Captions are plain strings, given as two mappings over the same images: to the references (any number), which
+`References` counts once, and to the candidate (one caption).
 CIDEr weighs words by how rare they are in the references *given*, so scores of two different sets of images, or of
 a set and its half, cannot be compared.
 
@@ -58,7 +58,7 @@ K = TypeVar("K", bound=Hashable)
 Ngram = tuple[str, ...]
 
 
-class Caption(NamedTuple):
+class CountedCaption(NamedTuple):
     """One caption: its tokens, and how often each n-gram of 1 to 4 of them occurs."""
 
     tokens: list[str]
@@ -73,16 +73,21 @@ class ImageReferences(NamedTuple):
     norms: list[list[float]]
 
 
-class Image(NamedTuple):
-    """What is compared: the candidate caption of one image, its n-grams' weights in CIDEr, and the references."""
+class Comparison(NamedTuple):
+    """The candidate caption of one image, its n-grams' weights in CIDEr, and the references."""
 
-    candidate: Caption
+    candidate: CountedCaption
     weights: dict[Ngram, float]
     references: ImageReferences
 
 
 class BleuCounts(NamedTuple):
-    """The sums over a corpus that BLEU is made of, `guess` and `correct` for n = 1..4; see `bleu_counts`."""
+    """The sums over a corpus that BLEU is made of: lengths in tokens, and n-grams for n = 1..4.
+
+    `guess` counts the candidates' n-grams, `correct` the matched ones: an n-gram matches at most as often as the one
+    reference that has it most often has it. `reference_tokens` sums the reference lengths closest to the candidates',
+    the shorter of two equally close ones, and 0 for an image without references.
+    """
 
     candidate_tokens: int
     reference_tokens: int
@@ -92,6 +97,8 @@ class BleuCounts(NamedTuple):
 
 class References(Generic[K]):
     """The references of a corpus, tokenized and counted once; scoring then costs little more than the candidates.
+
+    The methods raise ValueError unless the candidates are of the same images.
 
     Raises:
         ValueError: there is no image at all.
@@ -104,7 +111,7 @@ class References(Generic[K]):
         for key, texts in references.items():
             if isinstance(texts, str):
                 raise TypeError(f"references of image {key!r} are one string; give a list of captions")
-        captions = {key: list(map(_caption, texts)) for key, texts in references.items()}
+        captions = {key: list(map(_count_caption, texts)) for key, texts in references.items()}
         counts = {key: _counts(own) for key, own in captions.items()}
         frequency = Counter(chain.from_iterable(counts.values()))
         self._rarest = math.log(len(references))  # the weight of what no reference has, as if one had it
@@ -119,22 +126,39 @@ class References(Generic[K]):
         }
 
     def scores(self, candidates: Mapping[K, str]) -> dict[str, float]:
-        """All scores of the corpus: `bleu1` to `bleu4`, `rouge_l` and `cider` (see `bleu`, `rouge_l`, `cider`).
+        """The corpus' `bleu1` to `bleu4` and `rouge_l`, in 0..1, and `cider`, in 0..10.
 
-        Raises ValueError unless the candidates are of the same images.
+        BLEU-n (Papineni et al., ACL 2002) is the geometric mean of the precisions of 1-grams to n-grams over the
+        whole corpus, times the brevity penalty exp(1 - r/c) where the candidates' c tokens are fewer than the
+        references' r. A corpus without an n-gram in common scores nearly, not exactly, 0, as in the official program.
+
+        ROUGE-L (Lin, ACL workshop 2004) is the mean over the images of the F-measure, with beta 1.2, of longest common
+        subsequence over candidate length (precision) and over reference length (recall). As in the official program,
+        the best precision and the best recall may come from different references. Without references, or with an
+        empty candidate, it is 0. CIDEr is the mean of `cider`.
         """
-        images = self.images(candidates)
-        scores = {f"bleu{n}": score for n, score in enumerate(_bleu(_bleu_counts(images.values())), start=1)}
-        scores["rouge_l"] = fmean(map(_rouge_l, images.values()))
-        scores["cider"] = fmean(map(_cider, images.values()))
+        comparisons = self._compare(candidates).values()
+        scores = {f"bleu{n}": score for n, score in enumerate(_bleu(_bleu_counts(comparisons)), start=1)}
+        scores["rouge_l"] = fmean(map(_rouge_l, comparisons))
+        scores["cider"] = fmean(map(_cider, comparisons))
         return scores
 
     def bleu_counts(self, candidates: Mapping[K, str]) -> BleuCounts:
-        """The sums that BLEU is made of: see the function of this name. Raises as `scores` does."""
-        return _bleu_counts(self.images(candidates).values())
+        """The sums that BLEU is made of."""
+        return _bleu_counts(self._compare(candidates).values())
 
-    def images(self, candidates: Mapping[K, str]) -> dict[K, Image]:
-        """Each image's candidate beside its references. Raises as `scores` does."""
+    def cider(self, candidates: Mapping[K, str]) -> dict[K, float]:
+        """Each image's CIDEr-D in 0..10 (Vedantam et al., CVPR 2015).
+
+        The cosine of TF-IDF weighted n-grams, the candidate's weights clipped to the reference's, times a Gaussian
+        (sigma 6) of the difference of their lengths in tokens; averaged over n = 1..4 and over the references, times
+        10. The document frequency of an n-gram is the number of *these* images with it in a reference: with one image
+        every weight, and so the score, is 0. As in the official program, which calls this "CIDEr", words are not
+        stemmed and term frequencies are plain counts.
+        """
+        return {key: _cider(comparison) for key, comparison in self._compare(candidates).items()}
+
+    def _compare(self, candidates: Mapping[K, str]) -> dict[K, Comparison]:
         if candidates.keys() != self._images.keys():
             only_candidates = _listed(candidates.keys() - self._images.keys())
             only_references = _listed(self._images.keys() - candidates.keys())
@@ -142,66 +166,11 @@ class References(Generic[K]):
                 f"candidates and references name different images: only in candidates {only_candidates}; "
                 f"only in references {only_references}; score the same images in both"
             )
-        return {key: self._image(_caption(text), self._images[key]) for key, text in candidates.items()}
+        captions = {key: _count_caption(text) for key, text in candidates.items()}
+        return {key: Comparison(own, self._weights_of(own), self._images[key]) for key, own in captions.items()}
 
-    def _image(self, candidate: Caption, references: ImageReferences) -> Image:
-        weights = {ngram: self._weights.get(ngram, self._rarest) for ngram in candidate.ngrams}
-        return Image(candidate, weights, references)
-
-
-def caption_scores(candidates: Mapping[K, str], references: Mapping[K, Sequence[str]]) -> dict[str, float]:
-    """The scores of candidates against references that are needed only once: see `References`."""
-    return References(references).scores(candidates)
-
-
-def bleu(candidates: Mapping[K, str], references: Mapping[K, Sequence[str]]) -> list[float]:
-    """Corpus BLEU-1, -2, -3 and -4, each in 0..1 (Papineni et al., ACL 2002).
-
-    BLEU-n is the geometric mean of the precisions of 1-grams to n-grams over the whole corpus, times the
-    brevity penalty exp(1 - r/c) where the candidates' c tokens are fewer than r, the sum of the closest
-    reference lengths. A corpus without an n-gram in common scores nearly, not exactly, 0, as in the official
-    program. An image without references matches nothing and adds 0 to r.
-
-    Raises:
-        ValueError: the two mappings name different images, or no image at all.
-        TypeError: an image's references are one string instead of several.
-    """
-    return _bleu(bleu_counts(candidates, references))
-
-
-def bleu_counts(candidates: Mapping[K, str], references: Mapping[K, Sequence[str]]) -> BleuCounts:
-    """Lengths in tokens, and for n = 1..4 the candidates' n-grams (`guess`) and the matched ones (`correct`).
-
-    An n-gram matches at most as often as the one reference that has it most often has it. Of two reference
-    lengths equally far from the candidate's, the shorter is taken. Raises as `bleu` does.
-    """
-    return References(references).bleu_counts(candidates)
-
-
-def rouge_l(candidates: Mapping[K, str], references: Mapping[K, Sequence[str]]) -> tuple[float, dict[K, float]]:
-    """ROUGE-L in 0..1: the mean over the images, and each image's own (Lin, ACL workshop 2004).
-
-    The F-measure, with beta 1.2, of longest common subsequence over candidate length (precision) and over
-    reference length (recall). As in the official program, the best precision and the best recall may come
-    from different references. Without references, or with an empty candidate, it is 0. Raises as `bleu` does.
-    """
-    images = References(references).images(candidates)
-    scores = {key: _rouge_l(image) for key, image in images.items()}
-    return fmean(scores.values()), scores
-
-
-def cider(candidates: Mapping[K, str], references: Mapping[K, Sequence[str]]) -> tuple[float, dict[K, float]]:
-    """CIDEr-D in 0..10: the mean over the images, and each image's own (Vedantam et al., CVPR 2015).
-
-    The cosine of TF-IDF weighted n-grams, the candidate's weights clipped to the reference's, times a
-    Gaussian (sigma 6) of the difference of their lengths in tokens; averaged over n = 1..4 and over the
-    references, times 10. The document frequency of an n-gram is the number of *these* images with it in a
-    reference: with one image every weight, and so the score, is 0. As in the official program, which calls
-    this "CIDEr", words are not stemmed and term frequencies are plain counts. Raises as `bleu` does.
-    """
-    images = References(references).images(candidates)
-    scores = {key: _cider(image) for key, image in images.items()}
-    return fmean(scores.values()), scores
+    def _weights_of(self, caption: CountedCaption) -> dict[Ngram, float]:
+        return {ngram: self._weights.get(ngram, self._rarest) for ngram in caption.ngrams}
 
 
 def ptb_tokenize(caption: str) -> list[str]:
@@ -223,25 +192,25 @@ def _listed(keys: Iterable[Hashable], *, max_shown: int = 5) -> str:
     return (", ".join(names[:max_shown]) or "none") + rest
 
 
-def _caption(text: str) -> Caption:
+def _count_caption(text: str) -> CountedCaption:
     tokens = ptb_tokenize(text)
-    return Caption(tokens, Counter(chain.from_iterable(_ngrams(tokens, n) for n in ORDERS)))
+    return CountedCaption(tokens, Counter(chain.from_iterable(_ngrams(tokens, n) for n in ORDERS)))
 
 
 def _ngrams(tokens: Sequence[str], n: int) -> Iterator[Ngram]:
     return zip(*(tokens[start:] for start in range(n)), strict=False)
 
 
-def _counts(captions: Sequence[Caption]) -> dict[Ngram, tuple[int, ...]]:
+def _counts(captions: Sequence[CountedCaption]) -> dict[Ngram, tuple[int, ...]]:
     """How often each caption has each n-gram that any of them has."""
     ngrams = dict.fromkeys(chain.from_iterable(caption.ngrams for caption in captions))
     return {ngram: tuple(caption.ngrams.get(ngram, 0) for caption in captions) for ngram in ngrams}
 
 
-def _bleu_counts(images: Iterable[Image]) -> BleuCounts:
+def _bleu_counts(comparisons: Iterable[Comparison]) -> BleuCounts:
     candidate_tokens = reference_tokens = 0
     guess, correct = [0] * len(ORDERS), [0] * len(ORDERS)
-    for candidate, _, references in images:
+    for candidate, _, references in comparisons:
         candidate_tokens += len(candidate.tokens)
         reference_tokens += _closest_length(candidate, references)
         for ngram, count in candidate.ngrams.items():
@@ -250,7 +219,7 @@ def _bleu_counts(images: Iterable[Image]) -> BleuCounts:
     return BleuCounts(candidate_tokens, reference_tokens, guess, correct)
 
 
-def _closest_length(candidate: Caption, references: ImageReferences) -> int:
+def _closest_length(candidate: CountedCaption, references: ImageReferences) -> int:
     length = len(candidate.tokens)
     return min(map(len, references.tokens), key=lambda other: (abs(other - length), other), default=0)
 
@@ -265,9 +234,9 @@ def _bleu(counts: BleuCounts) -> list[float]:
     return scores
 
 
-def _rouge_l(image: Image) -> float:
-    candidate = image.candidate.tokens
-    references = [tokens for tokens in image.references.tokens if tokens]
+def _rouge_l(comparison: Comparison) -> float:
+    candidate = comparison.candidate.tokens
+    references = [tokens for tokens in comparison.references.tokens if tokens]
     common = [_common_length(candidate, reference) for reference in references]
     if not any(common):
         return 0.0
@@ -289,8 +258,8 @@ def _common_length(left: Sequence[str], right: Sequence[str]) -> int:
     return len(left) - (row & everywhere).bit_count()
 
 
-def _cider(image: Image) -> float:
-    candidate, weights, references = image
+def _cider(comparison: Comparison) -> float:
+    candidate, weights, references = comparison
     if not references.tokens:
         return 0.0
     products = [[0.0] * len(ORDERS) for _ in references.tokens]
@@ -305,7 +274,7 @@ def _cider(image: Image) -> float:
     )
 
 
-def _norms(caption: Caption, weights: Mapping[Ngram, float]) -> list[float]:
+def _norms(caption: CountedCaption, weights: Mapping[Ngram, float]) -> list[float]:
     """For n = 1..4 the Euclidean norm of the caption's TF-IDF weights."""
     squares = [0.0] * len(ORDERS)
     for ngram, count in caption.ngrams.items():

@@ -1,8 +1,8 @@
-"""What a captioned picture's JSON says, and the index of a shard of such samples. Imports no torch."""
+"""Captioned images in shards: the content of the captions' member, and the shard's index. Imports no torch."""
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -12,19 +12,20 @@ from captioner.shards.format import Member, ShardIndex
 from captioner.vocabulary import count_words, tokenize
 
 MAX_LENGTH = 65_535  # a longer caption's length, in tokens, is written as this
-CAPTION_ENDINGS = ("json", "txt", "caption", "captions", "text")  # of the fields that hold captions
+CAPTION_EXTENSIONS = ("json", "txt", "caption", "captions", "text")  # of the fields that hold captions
 
 Content = TypeVar("Content")
+ImageId = int | str  # two files may write the same id differently: 1 and "1"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """The content of `KEY.json`; `width` and `height` are the original picture's, in pixels, upright.
+class CaptionContent:
+    """The content of `KEY.json`; `width` and `height` are the original image's, in pixels, upright.
 
     `tokens` holds each caption's token strings, `annotation_ids` the source's id of each caption (or None).
     """
 
-    image_id: int | str
+    image_id: ImageId
     file_name: str
     width: int
     height: int
@@ -33,21 +34,20 @@ class Sample:
     annotation_ids: list[int | str | None]
 
     def to_json(self) -> bytes:
-        """The member's bytes, pure ASCII so that any text survives; equal samples give equal bytes."""
-        fields = {name: getattr(self, name) for name in Sample.__slots__}  # asdict would copy every token
+        """The member's bytes, pure ASCII so that any text survives; equal contents give equal bytes."""
+        fields = {name: getattr(self, name) for name in CaptionContent.__slots__}  # asdict would copy every token
         return json.dumps(fields, separators=(",", ":")).encode()
 
 
-SAMPLE_FIELDS = frozenset(field.name for field in fields(Sample))
-CAPTION_FIELDS = ("captions", "caption", "text")  # where the JSON of other people's shards has them
+SAMPLE_FIELDS = frozenset(field.name for field in fields(CaptionContent))
+CAPTION_FIELDS = ("captions", "caption", "text")  # of the JSON in shards of other programs
 
 
 def read_content(data: bytes | bytearray, *, key: str) -> dict[str, Any]:
-    """A caption member's `image_id`, `captions` and `tokens`, with whatever else a `Sample` has.
+    """The `image_id`, `captions` and `tokens` in a caption member, and the rest of a CaptionContent where it is one.
 
-    Of shards made elsewhere it is a JSON object with one of CAPTION_FIELDS, or text with a caption in each line that
-    is not empty; their `image_id` is the key, and their captions are tokenized here. Raises ValueError where there is
-    no caption.
+    In shards of other programs the member is a JSON object with one of CAPTION_FIELDS, or text with a caption in each
+    line; their `image_id` is the key, and their captions are tokenized here. Raises ValueError if there is no caption.
     """
     text = data.decode("utf-8-sig")
     try:
@@ -69,26 +69,46 @@ def read_content(data: bytes | bytearray, *, key: str) -> dict[str, Any]:
     return {"image_id": key, "captions": captions, "tokens": [tokenize(caption) for caption in captions]}
 
 
+def as_image_id(value: Any) -> ImageId | None:
+    """A number or text as an id; 7.0, as tables write 7, becomes 7. None for any other value."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
+
+
+class ImageIds:
+    """The ids of one file, in which ids of another file can be looked up."""
+
+    def __init__(self, known: Collection[ImageId]) -> None:
+        self._known = set(known)
+        texts = Counter(map(str, self._known))
+        self._by_text = {str(own): own for own in self._known if texts[str(own)] == 1}
+
+    def find(self, wanted: ImageId) -> ImageId | None:
+        """The equal id, or else the only id with the same text (1 for "1"); None if there is none."""
+        return wanted if wanted in self._known else self._by_text.get(str(wanted))
+
+
 # ---- index ------------------------------------------------------------------------------------------------
 
 
 def is_caption_field(field: str) -> bool:
-    """Whether a field of a captioned picture's index (it has two) holds the captions, not the picture."""
-    return field.rpartition(".")[2] in CAPTION_ENDINGS
+    """Whether this one of a captioned image's two fields holds the captions."""
+    return field.rpartition(".")[2] in CAPTION_EXTENSIONS
 
 
 class CaptionFields:
-    """The fields that hold captions, for a ShardReader that needs no pictures."""
+    """The set of all fields that hold captions, for a ShardReader that needs no images."""
 
     def __contains__(self, field: object) -> bool:
         return isinstance(field, str) and is_caption_field(field)
 
 
 def split_pair(sample: Mapping[str, Content]) -> tuple[Content, Content]:
-    """What a captioned picture's two fields hold: the picture's and the captions'. Raises ValueError for others."""
-    (picture,) = (content for field, content in sample.items() if not is_caption_field(field))
+    """The contents of the image field and of the caption field. Raises ValueError unless there is one of each."""
+    (image,) = (content for field, content in sample.items() if not is_caption_field(field))
     (captions,) = (content for field, content in sample.items() if is_caption_field(field))
-    return picture, captions
+    return image, captions
 
 
 def build_index(
@@ -97,7 +117,7 @@ def build_index(
     tokens: Sequence[Sequence[Sequence[str]]],
     facts: dict[str, Any],
 ) -> ShardIndex:
-    """The index of captioned pictures in order: keys, members (picture and captions) and the tokens of the captions.
+    """The index of captioned images in order: keys, members (image and captions) and the tokens of the captions.
 
     The lengths of sample s's captions, in tokens, are `caption_lengths[first_caption[s]:first_caption[s + 1]]`; `words`
     is JSON that counts the shard's tokens.
@@ -114,14 +134,14 @@ def build_index(
     return ShardIndex.of(list(zip(keys, members, strict=True)), facts, optional)
 
 
-def picture_spans(index: ShardIndex) -> tuple[np.ndarray, np.ndarray]:
-    """The offsets and sizes, (S,) in bytes, of a shard's pictures. Raises ValueError where it holds other samples."""
-    is_picture = np.array([not is_caption_field(field) for field in index.fields], dtype=bool)
-    pictures = np.flatnonzero(is_picture[index.member_fields_M])
-    places = np.arange(len(index) + 1)
-    if not (np.array_equal(index.first_member, 2 * places) and np.array_equal(pictures // 2, places[:-1])):
-        raise ValueError("its samples are not a picture with captions each")
-    return index.offsets_M[pictures], index.sizes_M[pictures]
+def image_spans(index: ShardIndex) -> tuple[np.ndarray, np.ndarray]:
+    """The offsets and sizes, (S,) in bytes, of a shard's images. Raises ValueError where it holds other samples."""
+    is_image = np.array([not is_caption_field(field) for field in index.fields], dtype=bool)
+    images = np.flatnonzero(is_image[index.member_fields_M])
+    indices = np.arange(len(index) + 1)
+    if not (np.array_equal(index.first_member, 2 * indices) and np.array_equal(images // 2, indices[:-1])):
+        raise ValueError("its samples are not an image with captions each")
+    return index.offsets_M[images], index.sizes_M[images]
 
 
 def words_of(index: ShardIndex) -> Counter[str]:

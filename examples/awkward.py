@@ -1,4 +1,4 @@
-"""Writes a folder of pictures as people have them: sub-folders, many formats, and files that are broken."""
+"""Write a folder of images as people have them: sub-folders, many formats, and broken files."""
 
 import random
 from pathlib import Path
@@ -14,7 +14,7 @@ NUM_PLAIN = 60
 
 
 def write_folder(folder: Path, *, seed: int) -> dict[str, Scene]:
-    """Fill `folder` with unseen scenes; returns what each usable picture shows, by its path in the folder."""
+    """Fill `folder` with unseen scenes; returns what each usable image shows, by its path in the folder."""
     scenes = [invent_scene(scene_seed(seed, "folder", i), unseen=i % 5 == 0) for i in range(NUM_PLAIN + 7)]
     shown: dict[str, Scene] = {}
 
@@ -50,7 +50,7 @@ def _write(
     if size is not None:
         picture = picture.resize(size, Image.Resampling.BICUBIC)
     exif = Image.Exif()
-    if orientation == 6:  # stored lying on its side; a viewer turns it a quarter clockwise
+    if orientation == 6:  # stored rotated; EXIF says to turn it a quarter clockwise
         picture = picture.transpose(Image.Transpose.ROTATE_90)
         exif[0x0112] = orientation
     picture.convert(mode).save(path, quality=92, exif=exif)

@@ -1,7 +1,7 @@
-"""The whole way on drawn scenes: draw, pack, train, evaluate, caption a folder; then one table of what came out.
+"""All stages on drawn scenes: draw, pack, train, evaluate, caption a folder; then one table of results.
 
-Runs the commands a user would type, and shows each. Whatever is complete from an earlier run is reused.
-Everything lies in data/demo and runs/demo; the figures are in runs/demo/summary.json.
+Runs the commands that a user would type, and prints each. Complete results of an earlier run are reused. All files are
+in data/demo and runs/demo; the figures are in runs/demo/summary.json.
 """
 
 import json
@@ -21,20 +21,20 @@ from awkward import write_folder
 from captioner import cli
 from captioner.errors import UserError
 from captioner.files.storage import read_json, write_atomic
-from captioner.metrics import caption_scores
+from captioner.metrics import References
 from scenes import UNSEEN_PAIRS, SceneSettings, named_pairs, named_shapes, share_right
 
 DATA, RUN = Path("data/demo"), Path("runs/demo")
 SCENES, SHARDS, FOLDER = DATA / "scenes", DATA / "shards", DATA / "folder"
 REPOSITORY = Path(__file__).resolve().parent.parent
 BAR = 0.9
-SOME_FAILED = 3  # the captioning command's exit code for a folder that holds files which are no pictures
+SOME_FAILED = 3  # the captioning command's exit code if some files are no images
 SCORES = {
     "cider": "CIDEr",
     "bleu4": "BLEU-4",
-    "right_shape": f"right_shape: all named shapes are there (bar {BAR})",
-    "right_colour": f"right_colour: all named colour-shape pairs are there (bar {BAR})",
-    "two_kinds_right": "two_kinds_right: the same, scenes of two kinds of shapes only",
+    "right_shape": f"right_shape: all named shapes are present (bar {BAR})",
+    "right_colour": f"right_colour: all named colour-shape pairs are present (bar {BAR})",
+    "two_kinds_right": "two_kinds_right: the same, only scenes with two kinds of shapes",
     "unseen_pairs_right": "unseen_pairs_right: the same, scenes with a pair never trained on",
 }
 
@@ -43,7 +43,7 @@ PACK = (
     f"python sharding/make_shards.py --images {SCENES} --captions {SCENES}/annotations --output {SHARDS} "
     "--size 68 --shard-megabytes 1"
 )
-TRAIN = (  # what the launcher is not told it guesses, and warns that it did
+TRAIN = (  # the launcher guesses missing flags, with a warning
     "accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no "
     f"train/main.py --shards {SHARDS} --output {RUN} --encoder small_cnn --weights none "
     "--finetune-encoder-from-step 0 --crop 60 --embedding-size 192 --hidden-size 192 --epochs 9 --batch-size 32 "
@@ -94,9 +94,9 @@ def main() -> None:
 
 
 def run_stage(command: str, *, finished: Path, fine: Sequence[int] = (0,)) -> tuple[float, bool]:
-    """Run a command as a user would, to one of these exit codes.
+    """Run a command as a user would; it must end with one of these exit codes.
 
-    Returns its wall seconds, and whether `finished` stood there before it began.
+    Returns its wall seconds, and whether `finished` existed before it began.
     """
     reused = finished.exists()
     cli.console.print(f"\n[bold]$ {command}[/bold]")
@@ -105,12 +105,12 @@ def run_stage(command: str, *, finished: Path, fine: Sequence[int] = (0,)) -> tu
     started = time.monotonic()
     code = subprocess.run([*programs[words[0]], *words[1:]], cwd=REPOSITORY, check=False).returncode
     if code not in fine:
-        raise UserError(f"the command above ended with exit code {code}")
+        raise UserError(f"the command above ended with exit code {code}: see its output")
     return time.monotonic() - started, reused
 
 
 def stage_figures(items: int, seconds: float, earlier: dict[str, float] | None) -> dict[str, float]:
-    """A stage's row of the table; that of the run which did the work, where this one only reused it."""
+    """A stage's row of the table; if this run only reused its result, the row of the run that made it."""
     if earlier is not None:
         return earlier
     return {"items": items, "seconds": round(seconds, 2), "items_per_second": round(items / seconds, 2)}
@@ -135,7 +135,7 @@ Pairs = Iterable[tuple[str, str]]
 
 
 def judge(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How right the held-out captions are, and what two ways of captioning without looking would score."""
+    """Scores of the held-out captions, and of two baselines that do not look at the image."""
     facts = list(read_json(str(SCENES / "scenes_val.json"), remedy="").values())
     shown = [{(colour, shape) for colour, shape in facts[row["image_id"] - 1]["pairs"]} for row in rows]
     captions = [row["caption"] for row in rows]
@@ -152,8 +152,10 @@ def judge(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def score(captions: Sequence[str], references: Sequence[Sequence[str]], shown: Sequence[set]) -> dict[str, float]:
-    """Corpus scores of all scenes; right shapes and pairs of scenes without, and pairs of those with, unseen pairs."""
-    corpus = caption_scores(dict(enumerate(captions)), dict(enumerate(references)))
+    """Corpus scores of all scenes; correct shapes and pairs of scenes without unseen pairs, and correct pairs of those
+    with.
+    """
+    corpus = References(dict(enumerate(references))).scores(dict(enumerate(captions)))
     seen = [(caption, pairs) for caption, pairs in zip(captions, shown, strict=True) if not pairs & UNSEEN_PAIRS]
     unseen = [(caption, pairs) for caption, pairs in zip(captions, shown, strict=True) if pairs & UNSEEN_PAIRS]
     return {
@@ -172,7 +174,7 @@ def commonest_training_caption() -> str:
 
 
 def judge_folder(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Whether every file of the captioned folder has its row, and what became of it."""
+    """Check that every file of the captioned folder has its row, and count the results."""
     files = sum(1 for path in FOLDER.rglob("*") if path.is_file())
     errors = Counter(row["error"] for row in rows if "error" in row)
     if files != len(rows):
@@ -181,7 +183,7 @@ def judge_folder(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def print_summary(summary: dict[str, Any], *, seconds: float) -> None:
-    """The one table at the end: stages, then scores beside what needs no look at the picture; and where all lies."""
+    """Print the final table: stages, then scores beside the baselines; and where the files are."""
     table = Table(title="make demo", title_justify="left", title_style="bold")
     for number, name in enumerate(("stage", "items", "seconds", "items/s")):
         table.add_column(name, justify="right" if number else "left")
@@ -202,7 +204,7 @@ def print_summary(summary: dict[str, Any], *, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    cli.outlive_readers()
+    cli.ignore_closed_output()
     try:
         main()
     except UserError as error:

@@ -1,9 +1,9 @@
-"""Fine-tuning a captioning model of Hugging Face under Accelerate, streamed from tar shards, with an exact resume.
+"""Fine-tune a Hugging Face captioning model under Accelerate on streamed tar shards, with an exact resume.
 
     pip install transformers
-    accelerate launch examples/fine_tune_transformers.py data/shards checkpoints 5     # again: it goes on
+    accelerate launch examples/fine_tune_transformers.py data/shards checkpoints 5     # run again to resume
 
-The model here is tiny and starts from random weights, so that nothing is downloaded; `from_pretrained` takes its place.
+The model is tiny and starts from random weights, so that nothing is downloaded; use `from_pretrained` instead.
 """
 
 import json
@@ -29,7 +29,7 @@ SIDE = 32
 
 
 class Collate:
-    """In a worker: pictures of one size and tokenized captions to what the model takes."""
+    """In a worker: turns images of one size and tokenized captions into the model's inputs."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
@@ -43,13 +43,13 @@ class Collate:
 
 
 def prepare(sample: dict, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    """In a worker: a decoded picture at its size, and one of its captions."""
+    """In a worker: a decoded image at its size, and one of its captions."""
     captions = sample["json"]["captions"]
     return np.array(sample["jpg"].resize((SIDE, SIDE))), captions[rng.integers(len(captions))]
 
 
 def learn_tokenizer(shards: str) -> PreTrainedTokenizerFast:
-    """The words of the training captions; each process reads all captions, and nothing else."""
+    """A tokenizer of the training captions' words; each process reads all captions, and no images."""
     samples = StreamingLoader(
         shards, split="train", batch_size=64, shuffle=False, fields=["json"], collate=list, rank=0, world_size=1
     )
@@ -62,7 +62,7 @@ def learn_tokenizer(shards: str) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> VisionEncoderDecoderModel:
-    """A ViT encoder and a GPT-2 decoder, tiny."""
+    """A tiny ViT encoder and GPT-2 decoder."""
     encoder = ViTConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=SIDE, patch_size=8
     )
@@ -77,8 +77,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> VisionEncoderDecoderModel:
 
 
 def main(shards: str, checkpoints: str, epochs: int) -> None:
-    """Train to this number of epochs, on from the newest checkpoint where there is one."""
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # the decoder needs no pooled picture
+    """Train to this number of epochs, from the newest checkpoint if there is one."""
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # the decoder needs no pooled image
     accelerator = Accelerator(kwargs_handlers=[unused])
     set_seed(0)
     tokenizer = learn_tokenizer(shards)
@@ -88,7 +88,7 @@ def main(shards: str, checkpoints: str, epochs: int) -> None:
         collate=Collate(tokenizer), num_workers=2,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)  # the loader as it is
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)  # returned unchanged
     accelerator.register_for_checkpointing(loader)
     latest = Path(checkpoints) / "latest"
     if latest.exists():
@@ -102,7 +102,7 @@ def main(shards: str, checkpoints: str, epochs: int) -> None:
         name = f"epoch-{loader.epoch}"
         accelerator.print(f"{name}: loss {loss.item():.3f}")
         accelerator.save_state(str(Path(checkpoints) / name))
-        accelerator.wait_for_everyone()  # each has written its part
+        accelerator.wait_for_everyone()  # all ranks have written their parts
         if accelerator.is_main_process:
             latest.with_suffix(".new").write_text(name)
             latest.with_suffix(".new").replace(latest)

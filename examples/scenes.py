@@ -1,10 +1,10 @@
-"""Draws captioned scenes in COCO layout: coloured shapes in counts and relations, on textured backgrounds.
+"""Draw captioned scenes in COCO layout: coloured shapes in counts and relations, on textured backgrounds.
 
     python examples/scenes.py --output data/scenes
 
 Writes `train2026/`, `val2026/` and `annotations/captions_{train,val}2026.json` as COCO does, and
-`scenes_{train,val}.json` with what each picture really shows, so that captions can be judged. The pairs in
-`UNSEEN_PAIRS` never occur in training; a fifth of the validation scenes hold one. Equal seeds draw equal files.
+`scenes_{train,val}.json` with the true content of each image, so that captions can be judged. The pairs in
+`UNSEEN_PAIRS` never occur in training; a fifth of the validation scenes have one. Equal seeds draw equal files.
 """
 
 import itertools
@@ -63,7 +63,7 @@ SHARE_OF_UNSEEN_SCENES = 0.2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """One drawn shape: its colour and name, centre and radius in pixels, and turn in radians."""
+    """A drawn shape: its colour and name, centre and radius in pixels, and rotation in radians."""
 
     colour: str
     name: str
@@ -75,7 +75,7 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """What one picture shows. `relation` is that of the first shape to the second, where there are two kinds."""
+    """The content of one image. `relation` is that of the first shape to the second, if there are two kinds."""
 
     shapes: tuple[Shape, ...]
     background: str
@@ -84,7 +84,7 @@ class Scene:
 
     @property
     def pairs(self) -> frozenset[tuple[str, str]]:
-        """The (colour, shape) pairs in the picture."""
+        """The (colour, shape) pairs in the image."""
         return frozenset((shape.colour, shape.name) for shape in self.shapes)
 
 
@@ -93,20 +93,20 @@ class SceneSettings:
     """What to draw, and where."""
 
     output: File = Path("data/scenes")
-    """Folder that receives the pictures and annotations."""
+    """Folder for the images and annotations."""
     train: Count = 6000
     """Number of training scenes."""
     val: Count = 500
-    """Number of validation scenes; a fifth of them hold a colour-shape pair that training never shows."""
+    """Number of validation scenes; a fifth of them have a colour-shape pair that training lacks."""
     seed: Seed = 2026
-    """Equal seeds draw equal pictures and captions."""
+    """Equal seeds draw equal images and captions."""
 
 
 # ---- inventing --------------------------------------------------------------------------------------------
 
 
 def invent_scene(seed: int, *, unseen: bool) -> Scene:
-    """The scene of this seed: one shape, some alike, or two kinds in a relation; `unseen` picks held-out pairs."""
+    """The scene of this seed: one shape, several equal ones, or two related kinds; `unseen` picks held-out pairs."""
     rng = random.Random(seed)
     first = rng.choice(sorted(UNSEEN_PAIRS) if unseen else SEEN_PAIRS)
     background = rng.choice(BACKGROUNDS)
@@ -132,9 +132,9 @@ def _place(
     *,
     relation: str | None = None,
 ) -> tuple[Shape, ...]:
-    """Shapes inside the picture, apart from each other, the first two in the wanted relation.
+    """Shapes inside the image that do not overlap, the first two in the wanted relation.
 
-    They shrink a little with each vain try, so that an end is found however crowded the scene.
+    They shrink a little with each failed attempt, so that this ends for any scene.
     """
     for attempt in itertools.count():
         scale = 0.999**attempt
@@ -149,13 +149,13 @@ def _place(
 
 
 def _drop(colour: str, name: str, radius: float, rng: random.Random) -> Shape:
-    """A shape of that radius anywhere inside the picture."""
+    """A shape of that radius at a random position inside the image."""
     x, y = (rng.uniform(radius + 2, side - radius - 2) for side in (WIDTH_PIXELS, HEIGHT_PIXELS))
     return Shape(colour=colour, name=name, x=x, y=y, radius=radius, turn=rng.uniform(-0.1, 0.1))
 
 
 def _relation(first: Shape, second: Shape) -> str | None:
-    """`left` or `above` when the first clearly is that of the second."""
+    """`left` or `above` if the first shape is clearly left of or above the second."""
     right, down = second.x - first.x, second.y - first.y
     if right > 1.5 * abs(down):
         return "left"
@@ -252,7 +252,7 @@ def named_pairs(caption: str) -> set[tuple[str, str]]:
 
 
 def share_right(named: Iterable[tuple[set, Iterable]]) -> float:
-    """Share of (named, present) where something is named and all that is named is present; 0 when empty."""
+    """The share of (named, present) pairs in which something is named and all of it is present; 0 for no pairs."""
     verdicts = [bool(words) and words <= set(present) for words, present in named]
     return sum(verdicts) / len(verdicts) if verdicts else 0.0
 
@@ -261,7 +261,7 @@ def share_right(named: Iterable[tuple[set, Iterable]]) -> float:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The scene as an RGB picture of WIDTH_PIXELS x HEIGHT_PIXELS."""
+    """The scene as an RGB image of WIDTH_PIXELS x HEIGHT_PIXELS."""
     rng = np.random.default_rng(scene.seed)
     canvas = Image.fromarray(_background(scene.background, rng))
     for shape in scene.shapes:
@@ -271,7 +271,7 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def _background(kind: str, rng: np.random.Generator) -> np.ndarray:
-    """A muted texture, uint8 (H, W, 3), neither as bright nor as dark nor as colourful as a shape."""
+    """A muted texture, uint8 (H, W, 3), less bright, less dark and less colourful than any shape."""
     tone = rng.uniform(95, 165) + rng.uniform(-18, 18, size=3)
     period, angle = rng.integers(7, 16), rng.uniform(0, math.pi)
     slanted = ROWS * math.sin(angle) + COLUMNS * math.cos(angle)
@@ -327,7 +327,7 @@ def scene_seed(seed: int, split: str, index: int) -> int:
 
 
 def invent_split(seed: int, split: str, count: int) -> list[Scene]:
-    """The scenes of a split. Training holds no unseen pair; of other splits every fifth scene holds one."""
+    """The scenes of a split. Training has no unseen pair; in other splits every fifth scene has one."""
     period = round(1 / SHARE_OF_UNSEEN_SCENES)
     return [
         invent_scene(scene_seed(seed, split, index), unseen=split != "train" and index % period == 0)
@@ -341,7 +341,7 @@ def write_picture(scene: Scene, path: Path) -> None:
 
 
 def write_split(settings: SceneSettings, split: str, count: int, *, pool: ProcessPoolExecutor) -> None:
-    """Pictures, COCO annotations and facts of one split; the annotations come last."""
+    """Write images, COCO annotations and true contents of one split; the annotations come last."""
     scenes = invent_split(settings.seed, split, count)
     folder = settings.output / f"{split}2026"
     folder.mkdir(parents=True, exist_ok=True)
@@ -365,7 +365,7 @@ def write_split(settings: SceneSettings, split: str, count: int, *, pool: Proces
 
 
 def main(settings: SceneSettings) -> None:
-    """Draw the training and the validation split, unless they are there from these very settings."""
+    """Draw the training and validation splits, unless they exist with the same settings."""
     marker = settings.output / "settings.json"
     wanted = {"train": settings.train, "val": settings.val, "seed": settings.seed}
     if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == wanted:

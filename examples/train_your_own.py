@@ -1,6 +1,6 @@
-"""A two-tower model of pictures and captions in a plain PyTorch loop, streamed from tar shards, with an exact resume.
+"""A two-tower model of images and captions in a plain PyTorch loop on streamed tar shards, with an exact resume.
 
-python examples/train_your_own.py data/shards clip.pt 5          # again with more epochs: it goes on
+python examples/train_your_own.py data/shards clip.pt 5          # with more epochs: resumes
 torchrun --nproc-per-node 4 examples/train_your_own.py data/shards clip.pt 5
 """
 
@@ -24,7 +24,7 @@ SIDE, BUCKETS, WIDTH = 32, 4096, 64
 
 
 def prepare(sample: dict, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """In a worker: a small picture and, of one of its captions, how often each hashed word is there."""
+    """In a worker: a small image and, for one of its captions, the counts of its hashed words."""
     picture = Image.open(BytesIO(sample["jpg"])).convert("RGB").resize((SIDE, SIDE))
     captions = json.loads(sample["json"])["tokens"]
     words = [zlib.crc32(word.encode()) % BUCKETS for word in captions[rng.integers(len(captions))]]
@@ -32,7 +32,7 @@ def prepare(sample: dict, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
 
 
 class TwoTowers(nn.Module):
-    """Pictures and captions as unit vectors of the same space."""
+    """Images and captions as unit vectors in one space."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class TwoTowers(nn.Module):
         self.read = nn.Linear(BUCKETS, WIDTH)
 
     def forward(self, pictures: Tensor, words: Tensor) -> Tensor:
-        """The loss of telling which caption belongs to which picture of the batch."""
+        """The contrastive loss: which caption belongs to which image of the batch."""
         seen = self.see(pictures.movedim(-1, 1) / 127.5 - 1)
         scores = 20 * normalize(seen) @ normalize(self.read(words)).T
         right = torch.arange(len(scores), device=scores.device)
@@ -49,7 +49,7 @@ class TwoTowers(nn.Module):
 
 
 def main(shards: str, checkpoint: str, epochs: int) -> None:
-    """Train to this number of epochs, on from the checkpoint where there is one."""
+    """Train to this number of epochs, from the checkpoint if there is one."""
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     torch.manual_seed(0)
@@ -71,7 +71,7 @@ def main(shards: str, checkpoint: str, epochs: int) -> None:
             if loader.rank == 0 and loader.steps_done in (len(loader) // 2, len(loader)):
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "data": loader.state_dict()}
                 torch.save(state, f"{checkpoint}.new")
-                Path(f"{checkpoint}.new").replace(checkpoint)  # a checkpoint is whole at any time
+                Path(f"{checkpoint}.new").replace(checkpoint)  # the checkpoint is always complete
                 print(f"epoch {loader.epoch}, step {loader.steps_done} of {len(loader)}: loss {loss.item():.3f}")
 
 

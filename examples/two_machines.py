@@ -1,23 +1,23 @@
-"""Train on two machines, lose one in the middle, go on with the other, then with both: a rehearsal on one Linux host.
+"""Train on two machines, lose one, continue with the other, then with both: a rehearsal on one Linux host.
 
     sudo .venv/bin/python examples/two_machines.py
 
 Three machines are network namespaces, each with its own address and host name, joined by virtual cables: `store`, where
-nginx serves packed shards, and `one` and `two`, which train. Each of these has a shard cache of its own; the run folder
-is on a file system that both see, as NFS is in a cluster. The commands that run on each machine are printed. On a real
-cluster they are the same with its own addresses, network interface, folders and number of GPUs (--num_processes counts
-those of all machines), without ACCELERATE_USE_CPU and --mixed_precision no.
+nginx serves packed shards, and `one` and `two`, which train. These two have separate shard caches; the run folder is on
+a file system that both see, like NFS in a cluster. The commands that run on each machine are printed. On a real cluster
+they are the same with its own addresses, network interface, folders and number of GPUs (--num_processes counts those of
+all machines), without ACCELERATE_USE_CPU and --mixed_precision no.
 
-1. A run on both machines that nothing disturbs.
-2. The same, but `two` loses its cable and its power in the middle of an epoch. `one` hears nothing, and ends after
-   CAPTIONER_PEER_TIMEOUT_SECONDS (10 minutes where that is not set). Then --resume goes on with `one` alone, SIGTERM
-   stops it, and --resume goes on with both to the end.
-3. Both must come to the same: all samples of each epoch read once, the loss of each step, the metrics; and each machine
-   downloaded no shard twice.
+1. An undisturbed run on both machines.
+2. The same, but `two` loses its cable and its power in the middle of an epoch. `one` gets no reply, and ends after
+   CAPTIONER_PEER_TIMEOUT_SECONDS (default: 10 minutes). Then --resume continues with `one` alone, SIGTERM stops it, and
+   --resume continues with both to the end.
+3. Both runs must give the same result: all samples of each epoch read once, the loss of each step, the metrics. No
+   machine may have downloaded a shard twice.
 
-Dropout is off, since it draws other numbers on one process than on two, and a checkpoint is written at each step, since
-then the history holds each step's loss. Needs root, ip, unshare and nginx. Logs and run folders stay in --output. The
-exit code is 1 where something differs.
+Dropout is off, because one process draws other masks than two; a checkpoint is written at each step, so that the
+history has each step's loss. Needs root, ip, unshare and nginx. Logs and run folders stay in --output. The exit code is
+1 if something differs.
 """
 
 import json
@@ -47,12 +47,12 @@ NETWORK = {"store": "10.77.0.1", "one": "10.77.0.2", "two": "10.77.0.3"}
 HTTP_PORT, MAIN_PORT = 8000, 29500
 PEER_SECONDS = 15
 BATCH = 24
-SIZE = 112  # large pictures, so that few make several shards of the smallest size
+SIZE = 112  # large images, so that few fill several shards of the smallest size
 MODEL = (
     "--encoder small_cnn --weights none --finetune-encoder-from-step 0 --crop 64 --embedding-size 32 --hidden-size 32",
     "--learning-rate 5e-3 --encoder-learning-rate 5e-3 --input-dropout 0 --dropout 0",
 )
-SAME = 1e-4  # relative: one process adds up in another order than two
+SAME = 1e-4  # relative: one process sums in another order than two
 PATIENCE_SECONDS = 180.0
 LINE_END = " \\\n    "
 
@@ -70,14 +70,14 @@ http {{
 
 @dataclass(frozen=True, kw_only=True)
 class RehearsalSettings:
-    """How large the rehearsal is, and where it happens."""
+    """The size of the rehearsal, and its folder."""
 
     output: File = Path("data/two_machines")
     """New folder for pictures, shards, caches, run folders and logs."""
     pictures: Count = 480
-    """Training pictures, drawn."""
+    """Number of drawn training images."""
     epochs: Annotated[int, int_flag(at_least=2)] = 3
-    """Passes over them; the power cut comes in the second."""
+    """Epochs; the power cut comes in the second."""
 
 
 # ---- machines -------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class Machine:
         return f"{self.name}-{os.getpid()}"
 
     def start(self, words: Sequence[object], *, log: Path) -> "subprocess.Popen[bytes]":
-        """Run a command there, its output in a file. What starts it replaces itself: signals reach the command."""
+        """Run a command there, with its output in a file. The shell is replaced by the command, so signals reach it."""
         inside = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c"]
         enter = 'mount --bind "$0" /etc/hosts && hostname "$1" && shift && exec env "$@"'
         hosts = self.folder.parent / "hosts"
@@ -108,7 +108,7 @@ class Machine:
             )  # fmt: skip
 
     def kill(self) -> None:
-        """End all its processes at once."""
+        """Kill all its processes."""
         while pids := ip("netns", "pids", self.namespace).split():
             for pid in pids:
                 with suppress(ProcessLookupError):
@@ -117,7 +117,7 @@ class Machine:
 
 @contextmanager
 def run_machines(output: Path) -> Iterator[dict[str, Machine]]:
-    """The three machines, joined by a bridge in the store; at the end all is gone with its processes."""
+    """The three machines, joined by a bridge in the store; afterwards everything is removed, with its processes."""
     machines = {name: Machine(name, output / name) for name in NETWORK}
     (output / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{ip} {name}\n" for name, ip in NETWORK.items()))
     store = machines["store"].namespace
@@ -139,11 +139,11 @@ def run_machines(output: Path) -> Iterator[dict[str, Machine]]:
 
 
 def ip(*words: str) -> str:
-    """What an `ip` command prints. Raises UserError where it fails."""
+    """The output of an `ip` command. Raises UserError if it fails."""
     done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(
-            f"ip {' '.join(words)} failed ({done.stderr.strip()}): run as root, where namespaces may be made"
+            f"ip {' '.join(words)} failed ({done.stderr.strip()}): run as root on a host that allows network namespaces"
         )
     return done.stdout
 
@@ -157,7 +157,7 @@ def start_store(store: Machine) -> None:
 
 
 def downloads(store: Machine) -> Counter[tuple[str, str]]:
-    """Bytes that left the store so far, by machine and shard."""
+    """Bytes that the store has sent so far, by machine and shard."""
     names = {address: name for name, address in NETWORK.items()}
     found: Counter[tuple[str, str]] = Counter()
     for line in (store.folder / "access.log").read_text().splitlines():
@@ -184,12 +184,12 @@ class Job:
         return {name: launcher.returncode for name, launcher in launchers.items()}
 
     def said(self, pattern: str) -> list[str]:
-        """What machine one printed that matches."""
+        """What machine one printed that matches the pattern."""
         return re.findall(pattern, self.logs["one"].read_text())
 
     def failure(self, what: str) -> UserError:
-        """The error that tells of this launch."""
-        return UserError(f"{what}: look at {', '.join(map(str, self.logs.values()))}")
+        """An error that names the logs of this launch."""
+        return UserError(f"{what}: see {', '.join(map(str, self.logs.values()))}")
 
 
 def launch(machines: Sequence[Machine], settings: RehearsalSettings, run: str, *flags: str) -> Job:
@@ -223,7 +223,7 @@ def command(
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
-    """The steps that the run tells of so far, with their losses."""
+    """The steps in the run's history so far, with their losses."""
     path = run / "history.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
@@ -231,21 +231,21 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 def wait_until(condition: Callable[[], object], *, what: str) -> None:
-    """Return when the condition holds. Raises UserError when that takes too long."""
+    """Return when the condition holds. Raises UserError after PATIENCE_SECONDS."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         if time.monotonic() > deadline:
-            raise UserError(f"no {what} after {PATIENCE_SECONDS:.0f} s: look at the logs")
+            raise UserError(f"no {what} after {PATIENCE_SECONDS:.0f} s: see the logs")
         time.sleep(0.05)
 
 
 def wait_for_step(job: Job, run: Path, step: int) -> None:
-    """Return when rank 0 has told of a step. Raises UserError where it ends before."""
+    """Return once rank 0 has logged a step. Raises UserError if training ends first."""
 
     def reached() -> bool:
         if any(launcher.poll() is not None for launcher in job.launchers.values()):
             raise job.failure(f"training ended before step {step}")
-        return any(told >= step for told, _ in losses(run))
+        return any(logged >= step for logged, _ in losses(run))
 
     wait_until(reached, what=f"step {step}")
 
@@ -256,7 +256,7 @@ def wait_for_step(job: Job, run: Path, step: int) -> None:
 def main(settings: RehearsalSettings) -> None:
     """Pack, train undisturbed, train disturbed, compare."""
     check_host(settings)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clean up then, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clean up in that case too
     settings = replace(settings, output=settings.output.absolute())
     settings.output.mkdir(parents=True)
     with run_machines(settings.output) as machines:
@@ -274,11 +274,11 @@ def main(settings: RehearsalSettings) -> None:
 
 
 def check_host(settings: RehearsalSettings) -> None:
-    """Raise UserError where the rehearsal cannot be held."""
+    """Raise UserError if this host cannot run the rehearsal."""
     missing = [name for name in ("ip", "unshare", "nginx") if shutil.which(name) is None]
     if sys.platform != "linux" or os.geteuid() != 0 or missing:
         needs = f" and {', '.join(missing)} on the PATH" if missing else ""
-        raise UserError(f"network namespaces need Linux and root{needs}: run it there, with sudo")
+        raise UserError(f"network namespaces need Linux and root{needs}: run this on Linux with sudo")
     if settings.epochs < 2:
         raise UserError(f"--epochs is {settings.epochs}: give at least 2, the power cut comes in the second")
     if settings.output.exists():
@@ -286,7 +286,7 @@ def check_host(settings: RehearsalSettings) -> None:
 
 
 def pack(settings: RehearsalSettings, store: Machine) -> None:
-    """Draw pictures and pack them into the store's folder."""
+    """Draw images and pack them into the store's folder."""
     pictures = settings.output / "pictures"
     for words in (
         ["examples/scenes.py", "--output", pictures, "--train", settings.pictures, "--val", 16],
@@ -299,15 +299,15 @@ def pack(settings: RehearsalSettings, store: Machine) -> None:
 
 
 def disturbed(both: Sequence[Machine], settings: RehearsalSettings) -> list[Job]:
-    """The run that loses a machine, goes on with the other, and ends with both: its three launches."""
+    """The run that loses a machine, continues with the other, and ends with both: its three launches."""
     run, epoch_steps = settings.output / RUNS[1], steps_of(settings)
     one, two = both
     say("2. the same, but machine two is lost in the middle of the second epoch")
     first = launch(both, settings, run.name)
     wait_for_step(first, run, epoch_steps + epoch_steps // 3)
-    ip("-n", two.namespace, "link", "set", "eth0", "down")  # the cable first: what dies behind it cannot tell anybody
+    ip("-n", two.namespace, "link", "set", "eth0", "down")  # first, so that its death is not reported
     two.kill()
-    say(f"two has lost its cable and its power; one waits for it, {PEER_SECONDS} s at most")
+    say(f"two has lost its cable and its power; one waits at most {PEER_SECONDS} s")
     lost = time.monotonic()
     words = stopped(first, "another process of this job is gone")
     say(f"one, {time.monotonic() - lost:.1f} s later: {words}")
@@ -326,7 +326,7 @@ def disturbed(both: Sequence[Machine], settings: RehearsalSettings) -> list[Job]
 
 
 def finished(job: Job) -> dict[str, int | None]:
-    """The exit codes of a launch that must end well. Raises UserError where it does not."""
+    """The exit codes of a launch that must succeed. Raises UserError if it does not."""
     codes = job.wait(*job.launchers)
     if any(codes.values()):
         raise job.failure(f"training ended with exit codes {codes}")
@@ -337,12 +337,12 @@ def stopped(job: Job, words: str) -> str:
     """The line of machine one that begins with these words, and its launcher's exit code. Raises UserError."""
     codes = job.wait("one")
     if not (lines := job.said(f"{words}.*")):
-        raise job.failure(f"machine one did not say {words!r}")
+        raise job.failure(f"machine one did not print {words!r}")
     return f"{lines[0]} (accelerate launch ends with {codes['one']})"
 
 
 def say(text: str) -> None:
-    """Tell what happens, and when."""
+    """Print what happens, with the time."""
     cli.console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False)
 
 
@@ -355,9 +355,9 @@ def steps_of(settings: RehearsalSettings) -> int:
 
 
 def samples_by_launch(jobs: Sequence[Job], settings: RehearsalSettings) -> list[list[int]]:
-    """For each epoch the samples that each launch brought into the run: up to where the next one went on.
+    """For each epoch the samples of each launch that count: up to the position where the next one resumed.
 
-    Raises UserError where a ledger tells of others.
+    Raises UserError if a ledger differs.
     """
     epoch_steps, rows = steps_of(settings), []
     starts = [int(job.said(r"(\d+) of them done")[0]) for job in jobs]
@@ -370,7 +370,7 @@ def samples_by_launch(jobs: Sequence[Job], settings: RehearsalSettings) -> list[
             row.append(last - first)
             for ledger in job.said(rf"epoch {epoch + 1}: training .*; (planned .*)"):
                 if not ledger.startswith(f"planned {row[-1]}, read {row[-1]}, decoded {row[-1]}, skipped 0"):
-                    raise UserError(f"{row[-1]} samples of epoch {epoch + 1} were due, but its ledger says {ledger}")
+                    raise UserError(f"{row[-1]} samples of epoch {epoch + 1} expected, but its ledger says {ledger}")
         rows.append(row)
     return rows
 
@@ -378,9 +378,9 @@ def samples_by_launch(jobs: Sequence[Job], settings: RehearsalSettings) -> list[
 def compare(
     settings: RehearsalSettings, jobs: Sequence[Job], shards: Path, sent: Sequence[Counter[tuple[str, str]]]
 ) -> bool:
-    """Print the undisturbed run, the first of the jobs, beside the disturbed one, and tell whether they are the same.
+    """Print the undisturbed run, the first of the jobs, beside the disturbed one, and return whether they agree.
 
-    `sent` are the bytes of each machine and shard in both.
+    `sent` are the bytes by machine and shard in both.
     """
     runs = [settings.output / name for name in RUNS]
     samples = [samples_by_launch(part, settings) for part in (jobs[:1], jobs[1:])]
@@ -410,7 +410,7 @@ def compare(
 
 
 def run() -> None:
-    """The console entry."""
+    """The command line."""
     cli.run(main, RehearsalSettings, description=__doc__ or "")
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from captioner.errors import UserError
 from captioner.files import storage
-from infer.listing import Seen, hash_location
+from infer.listing import Seen
 from infer.results import Row
 
 SHARED = "left out, since another picture of the same name has it"
@@ -78,9 +78,9 @@ def _write_sidecar(row: Row, ending: str, seen: Seen) -> str:
         return "not local"
     picture = Path(os.path.abspath(Path(row["root"], row["path"])))  # noqa: PTH100 - a link is a name of its own
     target = picture.with_suffix(ending)
-    if not seen.add(hash_location(str(picture))):  # by another root
+    if not seen.add(str(picture)):  # by another root
         return "kept"
-    if not seen.add(hash_location(str(target))):
+    if not seen.add(str(target)):
         return SHARED
     storage.write_new(str(target), row["caption"] + "\n")
     return "written"

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from captioner.images import silence_pillow
+
 MAX_LINES = 3  # kept of one picture: some decoders print one for every row of pixels
 MAX_LINE_BYTES = 200
 
@@ -93,11 +95,12 @@ def watch_libtiff() -> Any:
 
 @contextmanager
 def own_stderr() -> Iterator[None]:
-    """Declare that this process decodes in one thread, so file descriptor 2 may be redirected while it does.
+    """Declare that this process is ours and decodes in one thread, so file descriptor 2 may be redirected meanwhile.
 
-    Python's own `sys.stderr` goes to the real one all the time, from any thread.
+    Python's own `sys.stderr` goes to the real one all the time, from any thread; Pillow's warnings are dropped.
     """
     global _stderr  # as there is one file descriptor 2 in a process
+    silence_pillow()
     if _stderr is not None or sys.stderr is None:
         yield
         return

@@ -1,7 +1,6 @@
-"""Bytes to upright RGB pictures, their resizing, and JPEG. Imports no torch until the first picture is resized."""
+"""Bytes to upright RGB images, their resizing, and JPEG. Imports no torch until the first image is resized."""
 
 import io
-import logging
 import math
 import re
 import warnings
@@ -10,7 +9,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import PIL
@@ -22,7 +21,7 @@ from captioner.images.metadata import TIFF_STARTS, without_metadata
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_PIXELS = 200_000_000
+MAX_PIXELS = 178_956_970  # Pillow's own limit, which it also applies inside ICO and ICNS
 Backend = Literal["pillow-simd", "native", "pillow"]
 Resize = Literal["squash", "center-crop", "keep-ratio", "none"]
 Reason = Literal[
@@ -78,27 +77,30 @@ FORMATS = (
     Format("JPEG XL", re.compile(rb"\xff\x0a|\0\0\0\x0cJXL ")),
 )
 
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow looks inside ICO and ICNS; all else `_open` refuses, with its own error
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged or large files, which get their errors from here
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # or Python prints them where nobody has set up logging
-
 
 class StoredJpeg(NamedTuple):
-    """A JPEG as a shard holds it, and the (width, height) of the picture that it was made of, upright."""
+    """A JPEG as a shard holds it, and the (width, height) of the upright image that it was made from."""
 
     data: bytes
     original_size: tuple[int, int]
 
 
 class Opened(NamedTuple):
-    """A picture of which only the header was read, and the file that it was read from, without damaged metadata."""
+    """An image of which only the header was read, and the file that it was read from, without damaged metadata."""
 
     image: Image.Image
     data: bytes
 
 
+class Resized(NamedTuple):
+    """An upright RGB image, and the upright (width, height) of its original."""
+
+    image: Image.Image
+    original_size: tuple[int, int]
+
+
 class ImageError(Exception):
-    """A picture that cannot be used: `reason` is one word to count by, the message says what was found."""
+    """An image that cannot be used: `reason` is one word to count by, the message says what was found."""
 
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(reason, message)
@@ -111,10 +113,10 @@ class ImageError(Exception):
 
 @lru_cache(maxsize=1)
 def backend() -> Backend:
-    """What decodes and resizes on this machine: the fastest that is installed.
+    """The fastest installed library that decodes and resizes.
 
-    `pillow-simd` where it stands in Pillow's place (same pixels as Pillow's), `native` where torch has LANCZOS for
-    bytes (within 50 dB of Pillow's), else `pillow`. Formats other than JPEG are always decoded by Pillow.
+    `pillow-simd` where it replaces Pillow (same pixels as Pillow's), `native` where torch has LANCZOS for bytes (within
+    50 dB of Pillow's), else `pillow`. Formats other than JPEG are always decoded by Pillow.
     """
     if HAS_SIMD:
         return "pillow-simd"
@@ -134,8 +136,8 @@ def _has_native_lanczos() -> bool:
 # ---- decoding ---------------------------------------------------------------------------------------------
 
 
-def decode_rgb(data: bytes, *, at_least: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
-    """The upright RGB picture in `data`, and the (width, height) that its header gives, turned upright as well.
+def decode_rgb(data: bytes, *, at_least: int | None = None) -> Resized:
+    """The upright RGB image in `data`, and the (width, height) that its header gives, turned upright as well.
 
     Any format Pillow reads; of an animation the first frame. EXIF orientation is applied, alpha is laid on white,
     16-bit greys keep their upper 8 bits. `at_least` lets a JPEG be decoded at a reduced scale whose sides are both
@@ -151,22 +153,20 @@ def decode_rgb(data: bytes, *, at_least: int | None = None) -> tuple[Image.Image
 
 
 def decode_stored(data: bytes | bytearray) -> np.ndarray:
-    """A shard's picture, which packing left upright and RGB, as (height, width, 3) uint8 pixels. Raises ImageError.
+    """A shard's image, which packing left upright and RGB, as (height, width, 3) uint8 pixels. Raises ImageError.
 
-    libjpeg-turbo's pixels whichever way they come: torchvision's operator where it is there, else Pillow.
+    libjpeg-turbo decodes it, through torchvision's operator if that is installed, else through Pillow.
     """
     pixels_3HW = _decode_jpeg(data) if data.startswith(JPEG_START) else None
     return np.array(decode_rgb(bytes(data))[0]) if pixels_3HW is None else pixels_3HW.permute(1, 2, 0).numpy()
 
 
-def load_resized(source: bytes | Image.Image, *, size: int, resize: Resize) -> tuple[Image.Image, tuple[int, int]]:
-    """The one way from a file's bytes to an RGB picture of the wanted size, and its original upright (width, height).
+def load_resized(source: bytes | Image.Image, *, size: int, resize: Resize) -> Resized:
+    """The upright RGB image in a file's bytes, or of a Pillow image (which is not changed), resized. Raises ImageError.
 
-    A Pillow image goes the same way, turned as its EXIF block says; its pixels are not changed.
-
-    `squash` gives `size` x `size` pixels whatever the sides' ratio was; `keep-ratio` makes the shorter side `size`;
-    `center-crop` keeps the middle square of that; `none` leaves the size alone. Antialiased LANCZOS; a JPEG is
-    decoded at a reduced scale only while that is far larger than the wanted size (DRAFT_SCALE). Raises ImageError.
+    `squash` gives `size` x `size` pixels whatever the aspect ratio; `keep-ratio` makes the shorter side `size`;
+    `center-crop` keeps the middle square of that; `none` keeps the size. Antialiased LANCZOS; a JPEG is decoded at a
+    reduced scale only while that is far larger than the wanted size (DRAFT_SCALE).
     """
     with _image_errors(source if isinstance(source, bytes) else b""):
         if isinstance(source, bytes):
@@ -185,49 +185,62 @@ def to_stored_jpegs(
     mark: Callable[[int], None] = lambda index: None,
     note_damage: Callable[[int], None] = lambda index: None,
 ) -> "list[StoredJpeg | ImageError]":
-    """Files' bytes as the JPEGs that a shard holds, or why not; `mark(i)` is called before file i is processed.
+    """The JPEG that a shard holds of each file, or why there is none; `mark(i)` is called before file i is processed.
 
     An error in `contents` stands for an unreadable file, and is returned unchanged. `note_damage(i)` is called if file
-    i was decoded although its decoder reported damage.
+    i was decoded although its decoder reported damage. An upright RGB JPEG of the wanted size is kept byte for byte,
+    once it was seen to decode.
 
-    An upright RGB JPEG that already has the wanted size is kept as it is, byte for byte, once it was seen to decode.
-    All are opened, then all resized, then all encoded: decoding a picture empties the processor's caches of the code
-    for the rest, which is a twentieth of the time of small ones. Large ones are encoded at once, so that few are held.
+    All are opened, then all resized, then all encoded: decoding an image empties the processor's caches of the code for
+    the rest, which is a twentieth of the time of small ones.
     """
+    results: dict[int, StoredJpeg | ImageError] = {}
+    opened: dict[int, Opened] = {}
+    resized: dict[int, Resized] = {}
 
-    def resized(opened: Opened) -> StoredJpeg | tuple[Image.Image, tuple[int, int]]:
-        image = opened.image
-        fits = (image.format, image.mode, image.size) == ("JPEG", "RGB", _final_size(image.size, size, resize))
-        untouched = fits and _turn(image) is None
-        picture, original_size = _load_resized(opened, size=size, resize=resize)
-        if untouched:
-            return StoredJpeg(opened.data, original_size)
-        large = picture.width * picture.height > LARGE_PIXELS
-        return encoded((picture, original_size)) if large else (picture, original_size)
+    @contextmanager
+    def errors_of(index: int, data: bytes) -> Iterator[None]:
+        mark(index)
+        try:
+            with _image_errors(data) as complaints:
+                yield
+            if complaints:
+                note_damage(index)
+        except ImageError as error:
+            results[index] = error
 
-    def encoded(found: StoredJpeg | tuple[Image.Image, tuple[int, int]]) -> StoredJpeg:
-        if isinstance(found, StoredJpeg):
-            return found
-        return StoredJpeg(encode_jpeg(found[0], quality=quality), found[1])
+    files = {index: content for index, content in enumerate(contents) if isinstance(content, bytes)}
+    for index, data in files.items():
+        with errors_of(index, data):
+            opened[index] = _open(data)
+    for index in list(opened):
+        with errors_of(index, files[index]):
+            found = _resize_or_store(opened.pop(index), size=size, resize=resize, quality=quality)
+            if isinstance(found, StoredJpeg):
+                results[index] = found
+            else:
+                resized[index] = found
+    for index, (image, original_size) in resized.items():
+        with errors_of(index, files[index]):
+            results[index] = StoredJpeg(encode_jpeg(image, quality=quality), original_size)
+    return [content if isinstance(content, ImageError) else results[index] for index, content in enumerate(contents)]
 
-    results: list[Any] = list(contents)
-    for work in (_open, resized, encoded):
-        for index, data in enumerate(contents):
-            if isinstance(data, ImageError) or isinstance(results[index], ImageError):
-                continue
-            mark(index)
-            try:
-                with _image_errors(data) as complaints:
-                    results[index] = work(results[index])
-                if complaints:
-                    note_damage(index)
-            except ImageError as error:
-                results[index] = error
-    return results
+
+def _resize_or_store(opened: Opened, *, size: int, resize: Resize, quality: int) -> Resized | StoredJpeg:
+    """The resized image; as a JPEG already where the file is one, or the image is large, so that few are held."""
+    image = opened.image
+    fits = (image.format, image.mode, image.size) == ("JPEG", "RGB", _final_size(image.size, size, resize))
+    unchanged = fits and _turn(image) is None
+    found = _load_resized(opened, size=size, resize=resize)
+    if unchanged:
+        return StoredJpeg(opened.data, found.original_size)
+    if found.image.width * found.image.height > LARGE_PIXELS:
+        return StoredJpeg(encode_jpeg(found.image, quality=quality), found.original_size)
+    return found
 
 
 def encode_jpeg(image: Image.Image, *, quality: int) -> bytes:
-    """Baseline JPEG bytes of an RGB picture, colour at full resolution (half of it shows in the decoded pixels)."""
+    """Baseline JPEG bytes of an RGB image, with colour at full resolution: at half of it, decoded pixels differ."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling=0, comment=b"")  # none from the source's header
     return buffer.getvalue()
@@ -279,7 +292,7 @@ def _is_left_out(found: Format, error: Exception) -> bool:
 
 
 def _open(data: bytes) -> Opened:
-    """The picture with its header read and its size checked; no pixel is decoded yet."""
+    """The image with its header read and its size checked; no pixel is decoded yet."""
     if not data:
         raise ImageError("empty", "the file has no content")
     opened = _read_header(data)
@@ -313,13 +326,13 @@ def _check_size(image: Image.Image) -> None:
 
 
 def _open_heic(data: bytes) -> Image.Image:
-    """The reader called by hand, since Pillow would hide its errors; it turns the picture upright on its own."""
+    """Call pillow_heif directly, since Pillow would hide its errors; it also turns the image upright."""
     try:
         import pillow_heif
     except ImportError as error:
         message = "a HEIC picture: pip install -c constraints.txt -e '.[heic]' brings its reader"
         raise ImageError("undecodable", message) from error
-    pillow_heif.options.THUMBNAILS = False  # type: ignore[bad-assignment]  # `draft` would take one as the picture
+    pillow_heif.options.THUMBNAILS = False  # type: ignore[bad-assignment]  # `draft` would take one as the image
     return pillow_heif.HeifImageFile(io.BytesIO(data))
 
 
@@ -329,21 +342,19 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
     Uses the EXIF orientation, or that in XMP if there is no other. The image's size is correct only after this call.
     """
     if image.format == "PNG":
-        image.load()  # getexif would, and here the error of a damaged picture is not lost
+        image.load()  # getexif would, and here the error of a damaged image is not lost
     if image.format == "TIFF":
-        image.load()  # which turns the picture, and takes the orientation away
+        image.load()  # which turns the image, and deletes the orientation
     try:
         return UPRIGHT_BY_ORIENTATION.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a damaged EXIF block raises nearly anything, and does no harm to the pixels
         return None
 
 
-def _upright(
-    picture: Image.Image, original_size: tuple[int, int], *, turn: Image.Transpose | None
-) -> tuple[Image.Image, tuple[int, int]]:
+def _upright(image: Image.Image, original_size: tuple[int, int], *, turn: Image.Transpose | None) -> Resized:
     if turn is None:
-        return picture, original_size
-    return picture.transpose(turn), original_size[::-1] if turn in SWAPS_SIDES else original_size
+        return Resized(image, original_size)
+    return Resized(image.transpose(turn), original_size[::-1] if turn in SWAPS_SIDES else original_size)
 
 
 def _reason(error: Exception) -> Reason:
@@ -362,9 +373,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_grey_bytes(image))
     if image.has_transparency_data:
-        picture = image if image.mode == "RGBA" else image.convert("RGBA")
-        image = Image.new("RGB", picture.size, "white")
-        image.paste(picture, mask=picture)
+        transparent = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = Image.new("RGB", transparent.size, "white")
+        image.paste(transparent, mask=transparent)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -385,7 +396,7 @@ def _grey_bytes(image: Image.Image) -> np.ndarray:
 
 
 def _scaled_size(original: tuple[int, int], size: int, resize: Resize) -> tuple[int, int]:
-    """What the whole picture is scaled to; the cut of `center-crop` comes after."""
+    """What the whole image is scaled to, before the cut of `center-crop`."""
     if resize == "none":
         return original
     if resize == "squash":
@@ -399,29 +410,29 @@ def _final_size(original: tuple[int, int], size: int, resize: Resize) -> tuple[i
     return (size, size) if resize == "center-crop" else _scaled_size(original, size, resize)
 
 
-def _load_resized(opened: Opened, *, size: int, resize: Resize) -> tuple[Image.Image, tuple[int, int]]:
+def _load_resized(opened: Opened, *, size: int, resize: Resize) -> Resized:
     turn = _turn(opened.image)
     original_size = opened.image.size
     wanted = _scaled_size(original_size, size, resize)
     if wanted[0] * wanted[1] > MAX_PIXELS:
         raise ImageError("too large", f"{original_size[0]}x{original_size[1]} pixels become {wanted[0]}x{wanted[1]}")
-    picture, upright_size = _upright(_scale(opened, wanted), original_size, turn=turn)
+    image, upright_size = _upright(_scale(opened, wanted), original_size, turn=turn)
     if resize == "center-crop":
-        left, top = ((side - size) // 2 for side in picture.size)
-        picture = picture.crop((left, top, left + size, top + size))
-    return picture, upright_size
+        left, top = ((side - size) // 2 for side in image.size)
+        image = image.crop((left, top, left + size, top + size))
+    return Resized(image, upright_size)
 
 
 def _scale(opened: Opened, wanted: tuple[int, int]) -> Image.Image:
-    """The RGB picture of `wanted` (width, height), still turned as it is stored."""
+    """The RGB image of `wanted` (width, height), still turned as it is stored."""
     image = opened.image
     full_size = image.size
     draft = image.draft("RGB", (math.ceil(DRAFT_SCALE * wanted[0]), math.ceil(DRAFT_SCALE * wanted[1])))
-    # A reduced picture's last row and column may stand for less than a whole one: the box says where it really ends.
+    # A reduced image's last row and column may stand for less than a whole one: the box says where it really ends.
     box = draft[1] if draft else (0, 0, *full_size)
     if wanted == full_size or backend() != "native" or image.width * image.height > HUGE_PIXELS:
-        picture = _to_rgb(image)
-        return picture if wanted == full_size else picture.resize(wanted, Image.Resampling.LANCZOS, box=box)
+        rgb = _to_rgb(image)
+        return rgb if wanted == full_size else rgb.resize(wanted, Image.Resampling.LANCZOS, box=box)
     is_plain = image.format in ("JPEG", "MPO") and image.mode in PLAIN_JPEG_MODES and image.size == full_size
     pixels_3HW = _decode_jpeg(opened.data) if is_plain and opened.data else None
     if pixels_3HW is None:

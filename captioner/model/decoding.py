@@ -1,8 +1,8 @@
 """Captions from image embeddings: batched greedy, beam and diverse search.
 
-Shapes: B images, K beams an image, N captions under way, S ways to go on, G captions to differ from, T generated
-tokens, E embedding width, V vocabulary, C candidates among it. The searches stop as soon as every caption has ended,
-never produce `<pad>`, `<start>` or `<unk>`, and never an empty caption.
+Shapes: B images, K beams an image, N unfinished captions, S candidates for the next token, G captions to differ from,
+T generated tokens, E embedding width, V vocabulary. The searches stop as soon as every caption has ended, never produce
+`<pad>`, `<start>` or `<unk>`, and never an empty caption.
 """
 
 import math
@@ -15,18 +15,18 @@ from torch import Tensor
 from captioner.model.network import CaptionModel, LSTMState
 from captioner.vocabulary import END, PAD, SPECIAL_WORDS, START, UNK
 
-NEVER_SAID = [PAD, START, UNK]
+FORBIDDEN = [PAD, START, UNK]
 DIVERSITY = 0.5
-"""What a token costs, in log-probability, for each earlier caption of the image that says it at the same step."""
-COPY_COST = 1e4
-"""What it costs to end as a copy of an earlier caption: more than any word."""
+"""Penalty of a token, in log-probability, for each earlier caption of the image that has it at the same step."""
+COPY_PENALTY = 1e4
+"""Penalty for ending as a copy of an earlier caption: more than that of any word."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Caption:
-    """A generated caption: token ids without `<end>`, and each step's log-probability, that of `<end>` included.
+class GeneratedCaption:
+    """Token ids without `<end>`, and each step's log-probability, that of `<end>` included.
 
-    A caption cut at the greatest length has no `<end>`, so as many log-probabilities as tokens.
+    A caption cut at `max_tokens` has no `<end>`, so as many log-probabilities as tokens.
     """
 
     tokens: list[int]
@@ -47,15 +47,15 @@ def decode(
     max_tokens: int,
     length_penalty: float = 1.0,
     no_repeat_trigram: bool = True,
-) -> list[Caption]:
+) -> list[GeneratedCaption]:
     """The best caption of each image: greedy when `beam_size` is 1, beam search otherwise.
 
-    With `no_repeat_trigram` no three tokens come twice in a caption in the same order; scores stay the model's own.
+    With `no_repeat_trigram` a caption has no trigram twice; scores stay the model's own.
     """
     if beam_size < 1 or max_tokens < 1:
         raise ValueError(f"beam_size {beam_size} and max_tokens {max_tokens} must be at least 1")
     if model.config.vocabulary_size <= len(SPECIAL_WORDS):
-        raise ValueError("the model's vocabulary holds no word to say")
+        raise ValueError("the model's vocabulary has no words")
     if not len(image_BE):
         return []
     if beam_size == 1:
@@ -80,12 +80,12 @@ def diverse(
     max_tokens: int,
     length_penalty: float = 1.0,
     no_repeat_trigram: bool = True,
-) -> list[list[Caption]]:
-    """Several captions of each image, the first that of `decode`: a diverse beam search with beams of one caption.
+) -> list[list[GeneratedCaption]]:
+    """Several captions of each image, the first that of `decode`: diverse beam search with groups of one beam.
 
-    Each further caption is a greedy path that pays for a token that earlier ones say at the same step, and the more
-    the longer it is their copy (Vijayakumar et al., 2016, plus the last clause). All of an image's captions differ
-    where the vocabulary has at least `num_captions + max_tokens` words.
+    Each further caption is a greedy search with a penalty on tokens that earlier ones have at the same step
+    (Vijayakumar et al., 2016), which here also grows with the length of the copied beginning. All captions of an image
+    differ if the vocabulary has at least `num_captions + max_tokens` words.
     """
     if num_captions < 1:
         raise ValueError(f"num_captions {num_captions} must be at least 1")
@@ -107,28 +107,27 @@ def diverse(
 def _likeliest(
     logits_NV: Tensor, history_NT: Tensor, *, num_tokens: int, no_repeat_trigram: bool
 ) -> tuple[Tensor, Tensor]:
-    """The tokens that may follow `history_NT` and are likeliest: log-probabilities (N, S) and tokens (N, S).
+    """The likeliest next tokens after `history_NT`, best first: log-probabilities (N, S) and tokens (N, S).
 
-    The best come first. What must not be said (special words, an end before any word, the third token of a trigram
-    that is there already) comes last and at minus infinity.
+    Forbidden ones (special words, an end before any word, the third token of a repeated trigram) are at minus infinity.
     """
     scores_NV = logits_NV.log_softmax(dim=1, dtype=torch.float32)
-    scores_NV[:, NEVER_SAID if history_NT.shape[1] else [*NEVER_SAID, END]] = -torch.inf
+    scores_NV[:, FORBIDDEN if history_NT.shape[1] else [*FORBIDDEN, END]] = -torch.inf
     if no_repeat_trigram:
         scores_NV.scatter_(1, _third_tokens(history_NT), -torch.inf)
-    return _top(scores_NV, num_tokens)
+    return _topk(scores_NV, num_tokens)
 
 
 def _third_tokens(history_NT: Tensor) -> Tensor:
-    """The tokens that came after an earlier occurrence of the last two tokens; `<pad>`, never said, elsewhere."""
+    """The tokens that followed earlier occurrences of the last two tokens; `<pad>`, always forbidden, elsewhere."""
     seen = (history_NT[:, :-2] == history_NT[:, -2:-1]) & (history_NT[:, 1:-1] == history_NT[:, -1:])
     return torch.where(seen, history_NT[:, 2:], PAD)
 
 
-def _top(scores_NV: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+def _topk(scores_NV: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """`scores_NV.topk(num_tokens)`, several times faster on the CPU.
 
-    The vocabulary is laid out in rows; the best tokens stand in the columns whose maxima are the greatest.
+    The vocabulary is a table of 32 rows (R); the best tokens are in the columns with the greatest maxima.
     """
     num_rows, num_words = 32, scores_NV.shape[1]
     width = num_words // num_rows
@@ -140,8 +139,8 @@ def _top(scores_NV: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     in_columns = (columns_NS[..., None] + ids_V[: num_rows * width : width]).flatten(1)
     rest = ids_V[num_rows * width :].expand(len(scores_NV), -1)
     candidates_NC = torch.cat((in_columns, rest), dim=1)
-    best_NS, places_NS = scores_NV.gather(1, candidates_NC).topk(num_tokens)
-    return best_NS, candidates_NC.gather(1, places_NS)
+    best_NS, indices_NS = scores_NV.gather(1, candidates_NC).topk(num_tokens)
+    return best_NS, candidates_NC.gather(1, indices_NS)
 
 
 def greedy(
@@ -150,11 +149,11 @@ def greedy(
     *,
     max_tokens: int,
     no_repeat_trigram: bool = True,
-    earlier: Sequence[Sequence[Caption]] = (),
-) -> list[Caption]:
+    earlier: Sequence[Sequence[GeneratedCaption]] = (),
+) -> list[GeneratedCaption]:
     """Take the likeliest next token, at most `max_tokens` times. Captions that have ended leave the batch.
 
-    `earlier` has the captions of each image that this one shall differ from, as many for each: see `diverse`.
+    `earlier` has the captions of each image that this one must differ from, equally many for each: see `diverse`.
     """
     rows = torch.arange(len(image_BE), device=image_BE.device)
     state = model.start(image_BE, rows_N=rows)
@@ -166,7 +165,7 @@ def greedy(
     for _ in range(max_tokens):
         logits_NV, state = model.advance(tokens_N, state, image_BE[rows])
         best = _likeliest(logits_NV, history_NT, num_tokens=num_tokens, no_repeat_trigram=no_repeat_trigram)
-        scores_N, tokens_N = _least_alike(*best, history_NT, earlier_NGT)
+        scores_N, tokens_N = _pick_different(*best, history_NT, earlier_NGT)
         steps.append((rows, tokens_N, scores_N))
         alive = (tokens_N != END).nonzero()[:, 0]
         if not len(alive):
@@ -178,34 +177,34 @@ def greedy(
     return _collect(steps, num_captions=len(image_BE))
 
 
-def _padded_steps(captions: Sequence[Sequence[Caption]], *, max_tokens: int) -> Tensor:
-    """The steps (B, G, T) of G captions of each image: tokens, `<end>` where there is one, then `<pad>`."""
+def _padded_steps(captions: Sequence[Sequence[GeneratedCaption]], *, max_tokens: int) -> Tensor:
+    """The steps (B, G, T) of G captions of each image: tokens, `<end>` unless cut, then `<pad>`."""
     fill = [END] + [PAD] * max_tokens
     steps = [[[*caption.tokens, *fill][:max_tokens] for caption in group] for group in captions]
     return torch.tensor(steps, dtype=torch.long).view(len(captions), -1, max_tokens)
 
 
-def _least_alike(
+def _pick_different(
     scores_NS: Tensor, tokens_NS: Tensor, history_NT: Tensor, earlier_NGT: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The best score (N) and token (N) after each token has paid for the earlier captions that say it now.
+    """The score (N), without its penalty, and the token (N) that are best after the penalties for earlier captions.
 
-    Only G tokens pay, so the best is among the G + 1 likeliest. The cost grows while a caption copies an earlier one,
-    so that they part inside the sentence; without that, some part only where one ends.
+    Only G tokens have a penalty, so the best is among the G + 1 likeliest. It grows while a caption copies an earlier
+    one, so that they differ before their last words.
     """
     step = history_NT.shape[1]
     now_NG = earlier_NGT[:, :, step]
     copied_NG = (earlier_NGT[:, :, :step] == history_NT[:, None]).all(dim=2)
     ends_NG = (now_NG == END) | (step + 1 == earlier_NGT.shape[2])
-    costs_NG = torch.where(copied_NG & ends_NG, COPY_COST, DIVERSITY * (1 + step * copied_NG))
-    costs_NS = ((tokens_NS[:, :, None] == now_NG[:, None]) * costs_NG[:, None]).sum(dim=2)
-    chosen_N1 = (scores_NS - costs_NS).argmax(dim=1, keepdim=True)
+    penalties_NG = torch.where(copied_NG & ends_NG, COPY_PENALTY, DIVERSITY * (1 + step * copied_NG))
+    penalties_NS = ((tokens_NS[:, :, None] == now_NG[:, None]) * penalties_NG[:, None]).sum(dim=2)
+    chosen_N1 = (scores_NS - penalties_NS).argmax(dim=1, keepdim=True)
     return scores_NS.gather(1, chosen_N1)[:, 0], tokens_NS.gather(1, chosen_N1)[:, 0]
 
 
-def _collect(steps: list[tuple[Tensor, Tensor, Tensor]], *, num_captions: int) -> list[Caption]:
-    """Captions from steps of (row of caption, token, score); one transfer from the device in all."""
-    captions = [Caption(tokens=[], token_scores=[]) for _ in range(num_captions)]
+def _collect(steps: list[tuple[Tensor, Tensor, Tensor]], *, num_captions: int) -> list[GeneratedCaption]:
+    """Captions from steps of (row of caption, token, score), with a single transfer from the device."""
+    captions = [GeneratedCaption(tokens=[], token_scores=[]) for _ in range(num_captions)]
     rows, tokens, scores = (torch.cat(column).tolist() for column in zip(*steps, strict=True))
     for row, token, score in zip(rows, tokens, scores, strict=True):
         captions[row].token_scores.append(score)
@@ -226,23 +225,23 @@ def beam_search(
     max_tokens: int,
     length_penalty: float = 1.0,
     no_repeat_trigram: bool = True,
-) -> list[Caption]:
-    """Keep the `beam_size` likeliest beginnings of each image; of those that ended, the best score wins.
+) -> list[GeneratedCaption]:
+    """Keep the `beam_size` likeliest beams of each image; of those that ended, the best score wins.
 
     The score is the total log-probability over the number of steps to the power of `length_penalty`: 1 is the mean
-    step, 0 the plain sum, which favours short captions. An ended beam keeps its place and its total, so an image is
-    done when its K best are all ended; where none has ended at `max_tokens`, the best unended one is the caption.
-    The beams under way of all images advance in one batch, which ended ones leave.
+    step, 0 the plain sum, which favours short captions. An ended beam stays with its total, so an image is done when
+    its K best beams have all ended; if none has ended at `max_tokens`, the best unended one is the caption. The
+    unfinished beams of all images advance in one batch, which ended ones leave.
     """
     num_images, num_words, device = len(image_BE), model.config.vocabulary_size, image_BE.device
     first_beam_B = torch.arange(num_images, device=device) * beam_size
     totals_BK = torch.full((num_images, beam_size), -torch.inf, device=device)
-    totals_BK[:, 0] = 0.0  # the others only fill places, as if they had ended at no probability
+    totals_BK[:, 0] = 0.0  # the others are padding: ended beams of probability 0
     tokens_BK = torch.full((num_images, beam_size), END, device=device)
     tokens_BK[:, 0] = START
     history_BKT = tokens_BK.new_empty((num_images, beam_size, 0))
     scores_BKT = totals_BK.new_empty((num_images, beam_size, 0))
-    alive_N = first_beam_B  # beams under way, numbered through all images
+    alive_N = first_beam_B  # indices of unfinished beams among the B x K
     state = model.start(image_BE, rows_N=torch.arange(num_images, device=device))
     for _ in range(max_tokens):
         logits_NV, state = model.advance(tokens_BK.flatten()[alive_N], state, image_BE[alive_N // beam_size])
@@ -252,7 +251,7 @@ def beam_search(
             num_tokens=min(beam_size, num_words),
             no_repeat_trigram=no_repeat_trigram,
         )
-        steps_BKS, words_BKS = _ways_on(best_NS, words_NS, alive_N, num_images=num_images, beam_size=beam_size)
+        steps_BKS, words_BKS = _candidates(best_NS, words_NS, alive_N, num_images=num_images, beam_size=beam_size)
         totals_BK, chosen_BK = (totals_BK[..., None] + steps_BKS).flatten(1).topk(beam_size)
         origin_BK = chosen_BK // steps_BKS.shape[2]
         tokens_BK = words_BKS.flatten(1).gather(1, chosen_BK)
@@ -267,10 +266,10 @@ def beam_search(
     return _best_beams(history_BKT, scores_BKT, totals_BK, length_penalty=length_penalty)
 
 
-def _ways_on(
+def _candidates(
     best_NS: Tensor, words_NS: Tensor, alive_N: Tensor, *, num_images: int, beam_size: int
 ) -> tuple[Tensor, Tensor]:
-    """For every beam (B, K, S) log-probabilities and tokens: an ended one has only `<end>` to repeat, for nothing."""
+    """Log-probabilities and tokens (B, K, S) of every beam's candidates: an ended one only repeats `<end>`, at 0."""
     steps_BKS = best_NS.new_full((num_images, beam_size, best_NS.shape[1]), -torch.inf)
     steps_BKS[..., 0] = 0.0
     words_BKS = torch.full_like(steps_BKS, END, dtype=torch.long)
@@ -283,10 +282,12 @@ def _reorder(values_BKT: Tensor, origin_BK: Tensor) -> Tensor:
     return values_BKT.gather(1, origin_BK[..., None].expand(-1, -1, values_BKT.shape[2]))
 
 
-def _best_beams(history_BKT: Tensor, scores_BKT: Tensor, totals_BK: Tensor, *, length_penalty: float) -> list[Caption]:
-    """Of each image the ended beam (any beam, where none ended) with the best score: see `beam_search`.
+def _best_beams(
+    history_BKT: Tensor, scores_BKT: Tensor, totals_BK: Tensor, *, length_penalty: float
+) -> list[GeneratedCaption]:
+    """The ended beam of each image (any beam, if none ended) with the best score: see `beam_search`.
 
-    Beams of total minus infinity only fill places that no possible beginning took, and are no captions.
+    Beams of total minus infinity are padding.
     """
     best = []
     for beams, beam_scores, totals in zip(history_BKT.tolist(), scores_BKT.tolist(), totals_BK.tolist(), strict=True):
@@ -296,10 +297,10 @@ def _best_beams(history_BKT: Tensor, scores_BKT: Tensor, totals_BK: Tensor, *, l
     return best
 
 
-def _caption(tokens: list[int], scores: list[float]) -> Caption:
+def _caption(tokens: list[int], scores: list[float]) -> GeneratedCaption:
     length = tokens.index(END) if END in tokens else len(tokens)
-    return Caption(tokens=tokens[:length], token_scores=scores[: length + 1])
+    return GeneratedCaption(tokens=tokens[:length], token_scores=scores[: length + 1])
 
 
-def _beam_score(caption: Caption, length_penalty: float) -> float:
+def _beam_score(caption: GeneratedCaption, length_penalty: float) -> float:
     return sum(caption.token_scores) / len(caption.token_scores) ** length_penalty

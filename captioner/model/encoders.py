@@ -30,7 +30,7 @@ OLD_NAMES = {  # torchvision's own files have names from before its models chang
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preprocessing:
-    """What an encoder's weights want: a square crop of so many pixels a side, and RGB in 0..1 normalised so."""
+    """What an encoder's weights were trained with: the crop's side in pixels, and mean and std of RGB in 0..1."""
 
     crop: int
     mean: tuple[float, float, float]
@@ -38,7 +38,7 @@ class Preprocessing:
 
 
 class FixedCropError(UserError):
-    """The encoder cannot see crops of `crop` pixels, but only of `needed`."""
+    """The encoder takes crops of `needed` pixels only, not of `crop`."""
 
     def __init__(self, encoder: str, crop: int, needed: int) -> None:
         super().__init__(encoder, crop, needed)
@@ -49,9 +49,9 @@ class FixedCropError(UserError):
 
 
 class SmallImagesError(UserError):
-    """Stored images of `size` pixels are smaller than the crops of `crop` pixels that the encoder is to see.
+    """Stored images of `size` pixels are smaller than the encoder's crops of `crop` pixels.
 
-    `packed_size` would leave room for crops at random positions: 256 for 224.
+    `packed_size` has room for crops at random positions: 256 for 224.
     """
 
     def __init__(self, encoder: str, crop: int, size: int) -> None:
@@ -60,13 +60,11 @@ class SmallImagesError(UserError):
         self.packed_size = -(-crop * 8 // 7)
 
     def __str__(self) -> str:
-        return (
-            f"the shards hold images of {self.size} pixels, and encoder {self.encoder} is to see crops of {self.crop}"
-        )
+        return f"the shards hold images of {self.size} pixels, and encoder {self.encoder} takes crops of {self.crop}"
 
 
 class WeightsError(UserError):
-    """`weights` ("default" or a path) cannot be had or do not fit the encoder; `reason` says why."""
+    """`weights` ("default" or a path) cannot be loaded into the encoder; `reason` says why."""
 
     def __init__(self, encoder: str, weights: str, reason: str) -> None:
         super().__init__(encoder, weights, reason)
@@ -79,8 +77,8 @@ class WeightsError(UserError):
 class Encoder(nn.Module):
     """A torchvision classifier without its last layer: images (B, 3, height, width) to features (B, F).
 
-    Trainable or not is decided once. A frozen encoder stays in eval mode whatever `train()` says, computes no
-    gradient, and its batch-norm statistics never drift. On CUDA it runs as a graph (`graphs.py`) unless it is compiled.
+    Unless it is trainable, it stays in eval mode after `train()` and computes no gradient, and on CUDA it runs as a
+    graph (`graphs.py`) unless it is compiled.
     """
 
     def __init__(self, name: str, *, trainable: bool) -> None:
@@ -94,7 +92,7 @@ class Encoder(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Encoder":
-        """As `nn.Module.train`, but a frozen backbone stays in eval mode."""
+        """Set training mode, except for a frozen backbone."""
         super().train(mode)
         if not self.trainable:
             self.backbone.eval()
@@ -113,9 +111,9 @@ class Encoder(nn.Module):
 
 
 def small_cnn() -> nn.Module:
-    """Five 3x3 convolutions, pooled by their maximum: learns small pictures from scratch in minutes on a CPU.
+    """Five 3x3 convolutions and max pooling: learns small images from scratch in minutes on a CPU.
 
-    It has no pretrained weights. torchvision's own models are far slower learners there: see docs/decisions.
+    It has no pretrained weights. torchvision's models learn far more slowly there: see docs/decisions.
     """
     widths_and_strides = ((32, 2), (64, 2), (64, 1), (128, 2), (256, 2))
     layers: list[nn.Module] = []
@@ -140,7 +138,7 @@ class MaxPool(nn.Module):
 
 
 def preprocessing(name: str) -> Preprocessing:
-    """The preprocessing of torchvision's best weights of an encoder, which are not read. Raises UserError."""
+    """The preprocessing of torchvision's default weights of an encoder. Raises UserError for an unknown name."""
     if name == small_cnn.__name__:
         return Preprocessing(crop=224, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     _check_name(name)
@@ -149,7 +147,7 @@ def preprocessing(name: str) -> Preprocessing:
 
 
 def check_crop(name: str, *, crop: int, size: int) -> None:
-    """Raise SmallImagesError or FixedCropError where encoder `name` cannot see crops of `crop` of `size` pixels."""
+    """Raise SmallImagesError or FixedCropError if encoder `name` cannot take crops of `crop` from `size` pixels."""
     needed = preprocessing(name).crop if name.startswith(ONE_SIZE) else crop
     if needed > size:
         raise SmallImagesError(name, needed, size)
@@ -163,15 +161,12 @@ def _check_name(name: str) -> None:
 
 
 def _build_backbone(name: str) -> nn.Module:
-    """A torchvision classifier with fresh weights, otherwise as torchvision builds it for its best weights.
-
-    Auxiliary heads are left out.
-    """
+    """A torchvision classifier with random weights, built as for its default weights, without auxiliary heads."""
     if name == small_cnn.__name__:
         return small_cnn()
     _check_name(name)
     options: dict[str, Any] = {}
-    if name in INCEPTIONS:  # their weights come from elsewhere and want another normalisation, done inside
+    if name in INCEPTIONS:  # their weights expect another normalisation, done inside
         options = {"transform_input": True, "aux_logits": False, "init_weights": True}
     elif name.startswith("vit_"):
         options = {"image_size": preprocessing(name).crop}
@@ -179,12 +174,12 @@ def _build_backbone(name: str) -> nn.Module:
 
 
 def _remove_classifier(backbone: nn.Module, *, name: str) -> int:
-    """Replace the layer that makes class scores by one that passes features on; returns their number F."""
+    """Replace the layer that makes class scores by the identity; returns the number of features F."""
     if isinstance(backbone, nn.Sequential):
         return cast(nn.Linear, backbone.pop(-1)).in_features
     head_name = next((head for head in HEADS if isinstance(getattr(backbone, head, None), nn.Module)), None)
     if head_name is None:
-        raise UserError(f"encoder {name!r} has no classifier that could be taken off: take one such as resnet152")
+        raise UserError(f"encoder {name!r} has no classifier that can be removed: take one such as resnet152")
     head = getattr(backbone, head_name)
     if isinstance(head, nn.Linear):
         setattr(backbone, head_name, nn.Identity())
@@ -199,10 +194,10 @@ def _remove_classifier(backbone: nn.Module, *, name: str) -> int:
 
 
 def load_encoder_weights(encoder: Encoder, *, name: str, weights: str) -> None:
-    """Put pretrained weights into `encoder`: `default` (torchvision's best), `none`, or a state dict's path.
+    """Load pretrained weights into `encoder`: `default` (torchvision's), `none`, or a state dict's path.
 
-    A path holds a torchvision state dict (`.pth`, read without unpickling objects, or `.safetensors`); weights
-    of the classifier that was taken off are ignored. Raises WeightsError.
+    The file is a torchvision state dict (`.pth`, read without unpickling objects, or `.safetensors`); weights of the
+    removed classifier are ignored. Raises WeightsError, and then changes nothing.
     """
     if weights == "none":
         return
@@ -225,7 +220,7 @@ def _new_name(key: str) -> str:
 
 
 def _download_weights(name: str) -> dict[str, Tensor]:
-    """torchvision's default weights, from its cache or downloaded, checked against the hash in their name."""
+    """torchvision's default weights, from its cache or downloaded, checked against the hash in their file name."""
     if name == small_cnn.__name__:
         raise WeightsError(name, "default", "it has no pretrained ones")
     url = cast(Any, get_model_weights(name)).DEFAULT.url
@@ -244,16 +239,14 @@ def _read_state(name: str, path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(name, str(path), "there is no such file")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else _unpickle_tensors(path)
-    except Exception as error:  # the unpickler raises nearly anything on bytes that are no pickle
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises almost any type
         raise WeightsError(name, str(path), f"it is not a readable state dict ({_first_line(error)})") from error
     if not isinstance(state, dict):
         raise WeightsError(name, str(path), f"it is not a state dict but holds a {type(state).__name__}")
     return {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
-
-
-def _unpickle_tensors(path: Path) -> object:
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _first_line(error: Exception) -> str:

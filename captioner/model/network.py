@@ -7,7 +7,6 @@ A suffix says a tensor's shape: `logits_MV`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +23,7 @@ LSTMState = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """What must be known to build the model that a `model.safetensors` fits."""
+    """The arguments of a CaptionModel, as `config.json` holds them."""
 
     encoder: str
     vocabulary_size: int
@@ -50,22 +49,14 @@ class PackedCaptions:
     image_of_caption_N: Tensor
 
     @classmethod
-    def pack(cls, captions_of_images: Sequence[Sequence[Sequence[int]]], *, max_tokens: int) -> "PackedCaptions":
-        """Pack the captions (token ids without `<start>` and `<end>`) of B images; there is at least one caption.
-
-        A caption of more than `max_tokens` is cut there, and has no `<end>` among its targets: it does not end.
-        """
-        captions = list(chain.from_iterable(captions_of_images))
-        tokens = list(chain.from_iterable(captions))
-        return cls.pack_flat(
-            tokens, list(map(len, captions)), list(map(len, captions_of_images)), max_tokens=max_tokens
-        )
-
-    @classmethod
-    def pack_flat(
+    def pack(
         cls, tokens: Sequence[int], lengths: Sequence[int], num_captions: Sequence[int], *, max_tokens: int
     ) -> "PackedCaptions":
-        """`pack` of all captions' tokens in a row, with each caption's length and each image's number of captions."""
+        """Pack captions given as the `tokens` of all (without `<start>` and `<end>`) and the `lengths` of each.
+
+        `num_captions` counts those of each image; there is at least one caption. A caption of more than `max_tokens` is
+        cut there, and `<end>` is not among its targets.
+        """
         full_N = np.array(lengths)
         tokens_NW = np.full((len(lengths), full_N.max() + 1), END)
         tokens_NW[np.arange(full_N.max() + 1) < full_N[:, None]] = tokens
@@ -83,7 +74,7 @@ class PackedCaptions:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """To another process as plain arrays: of so few bytes that is faster than tensors' shared memory."""
+        """Pickle as plain arrays: for so few bytes that is faster than tensors' shared memory."""
         tensors = (self.inputs_M, self.targets_M, self.batch_sizes_T, self.image_of_caption_N)
         return _from_arrays, tuple(tensor.numpy() for tensor in tensors)
 
@@ -101,9 +92,9 @@ def _from_arrays(*arrays: np.ndarray) -> PackedCaptions:
 class CaptionModel(nn.Module):
     """Encoder, Linear and BatchNorm to an image embedding, and an LSTM over it and the words.
 
-    With `image_input="first"` the image embedding is the LSTM's first input; its output there is no prediction.
-    With `"every-step"` it stands beside each word's embedding instead. In training a share `input_dropout`
-    of the words' embeddings is dropped, and a share `dropout` of the LSTM's outputs.
+    With `image_input="first"` the image embedding is the LSTM's first input, whose output is no prediction; with
+    `"every-step"` it is concatenated to each word's embedding instead. `input_dropout` is the dropout of the words'
+    embeddings, `dropout` that of the LSTM's outputs.
     """
 
     def __init__(self, config: ModelConfig, *, encoder_trainable: bool = False) -> None:
@@ -118,16 +109,12 @@ class CaptionModel(nn.Module):
         self.predict = nn.Linear(config.hidden_size, config.vocabulary_size)
         self.drop_input = nn.Dropout(config.input_dropout)
         self.drop = nn.Dropout(config.dropout)
-        remember(self.lstm)
+        init_forget_bias(self.lstm)
 
     def encode(self, inputs: Tensor) -> Tensor:
         """Image embeddings (B, E) of normalised images (B, 3, height, width), or of the encoder's features (B, F)."""
         features_BF = inputs if inputs.dim() == 2 else self.encoder(inputs)
         return self.norm(self.project(features_BF)).to(self.embed.weight.dtype)
-
-    def forward(self, inputs: Tensor, captions: PackedCaptions) -> Tensor:
-        """Logits (M, V) for `captions.targets_M`; each image is encoded once for all its captions."""
-        return self.predict(self.hidden(self.encode(inputs), captions))
 
     def hidden(self, image_BE: Tensor, captions: PackedCaptions) -> Tensor:
         """The LSTM's outputs (M, H), which `predict` turns into logits for `captions.targets_M`."""
@@ -162,8 +149,8 @@ class CaptionModel(nn.Module):
             return self.lstm(inputs, state)
 
 
-def remember(lstm: nn.LSTM) -> None:
-    """Start with open forget gates (their bias at 1), so that what the first input said lasts to the last word."""
+def init_forget_bias(lstm: nn.LSTM) -> None:
+    """Set the forget gates' bias to 1, half in each of LSTM's two biases, so that the state starts out persistent."""
     with torch.no_grad():
         gate_size = lstm.hidden_size
         for name in ("bias_ih_l0", "bias_hh_l0"):
@@ -171,6 +158,6 @@ def remember(lstm: nn.LSTM) -> None:
 
 
 def _caption_of_token(captions: PackedCaptions) -> Tensor:
-    """For each of the M packed tokens the index of its caption among the N."""
+    """The index, among the N captions, of each of the M packed tokens' caption."""
     device = captions.inputs_M.device
     return torch.cat([torch.arange(size, device=device) for size in captions.batch_sizes_T.tolist()])

@@ -1,10 +1,15 @@
-"""Remote shards on a disk of this machine: fetched once, whole and checked, within a limit of bytes.
+"""Remote shards on a disk of this machine: downloaded once, checked, within a limit of bytes.
 
-The folder holds `SHA256.tar` with `SHA256.index`, named after the tar's content, and of downloads under way
-`SHA256.BYTES.partial`, which counts with all of its bytes from the beginning. Processes agree by file locks, which the
-system gives back however their holder ends: `lock` is held for a moment to make room and reserve; a partial file by the
-process that downloads it; a tar, shared, by those that read it. `lock` holds how many bytes are kept at most, so that
-the folder is looked through only when it may be full. Imports no torch.
+The folder holds `SHA256.tar` and `SHA256.index` of each shard, named after the checksum of the tar, and during a
+download `SHA256.partial`. A partial file has the size of the whole tar from the start, so the sizes of the files are
+what is reserved. Processes use file locks (flock), which the system releases however a process ends:
+
+- `lock`, exclusive, for a moment: to reserve bytes, to evict files, to rename a partial file to a tar. It contains the
+  number of reserved bytes, so the folder is scanned only when it may be full.
+- a partial file, exclusive, during its download. One without a lock was left by a process that was killed.
+- a tar, shared, by each process that has it open: it is not evicted.
+
+Imports no torch.
 """
 
 import fcntl
@@ -17,26 +22,24 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
-from enum import Enum
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
 from captioner.errors import UserError
 from captioner.files import storage
-from captioner.shards.format import PACK_AGAIN, FormatError, ShardEntry, ShardIndex
+from captioner.shards.format import PACK_AGAIN, RESTORE, FormatError, ShardEntry, ShardIndex
 
-CHUNK_BYTES = 8 << 20  # of one request; so much is lost at most when a connection or a process ends
-NUM_DOWNLOADS = 3  # of a shard that differs from its manifest; transfer errors are rare, but they happen
-PATIENCE_SECONDS = 300.0  # without progress; a server restarts in less
-GRACE_SECONDS = 60.0  # that others wait longer than the process that downloads
-ROOM_SECONDS = 60.0  # that a reader waits for others to close shards
-POLL_SECONDS = 0.1
-RETRY_SECONDS = 1.0  # between looks for room, and after a failure, of a prefetcher
-NUM_THREADS = 3
-SPARE_SHARE = 0.05  # of the limit, that is freed at once where it is full: looking through the folder takes long
-NAME = re.compile(r"(?P<sha256>[0-9a-f]{64})\.(?:tar|index|(?P<bytes>\d+)\.partial)")
-RESTORE = f"restore the file or {PACK_AGAIN}"
+CHUNK_BYTES = 8 << 20  # of one request
+NUM_DOWNLOADS = 3  # of a file that differs from its manifest; transfer errors are rare, but they happen
+PATIENCE_SECONDS = 300.0  # for which a request that fails is retried; a server restarts in less
+POLL_SECONDS = 0.1  # between attempts of a reader that waits
+MINUTE_POLLS = 600  # for which it waits for room; then it logs, again and again, that it waits for a download
+RETRY_SECONDS = 1.0  # between a prefetcher's attempts
+NUM_THREADS = 3  # of a prefetcher
+SLACK = 0.05  # of the limit, evicted beyond what is needed, because a scan of the folder takes long
+NAME = re.compile(r"[0-9a-f]{64}\.(?:tar|index|partial)")
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +51,11 @@ class MissingShardError(UserError):
 
 
 class DamagedShardError(UserError):
-    """A shard or its index is not what its manifest says, even after it was fetched anew."""
+    """A shard or its index is not what its manifest says, even after it was downloaded again."""
 
 
 class CacheTooSmallError(UserError):
-    """A cache of `max_bytes` has no room for the shard `location` of `num_bytes` beside those that are being read."""
+    """A cache of `max_bytes` has no room for the shard `location` of `num_bytes` beside those that are open."""
 
     def __init__(self, folder: str, max_bytes: int, location: str, num_bytes: int) -> None:
         super().__init__(folder, max_bytes, location, num_bytes)
@@ -76,31 +79,20 @@ class CacheFolderError(UserError):
         return f"cannot keep shards in {self.folder} ({self.reason})"
 
 
-class _Obstacle(Enum):
-    """Why a shard was not brought."""
+class _FullError(Exception):
+    """There is no room at the moment; while other downloads hold some of it, that will change."""
 
-    HERE = "it is in the cache"
-    COMING = "another process or thread brings it"
-    CROWDED = "there is no room while other downloads go on"
-    FULL = "there is no room: all else is being read, or wanted earlier"
-    STOPPED = "the prefetcher was closed"
-
-
-@dataclass(slots=True)
-class _Kept:
-    """What the folder holds of one shard, and the `bytes` that it is counted with."""
-
-    paths: list[Path] = field(default_factory=list)
-    bytes: int = 0
-    used_ns: int = 0
+    def __init__(self, *, downloading: bool) -> None:
+        super().__init__()
+        self.downloading = downloading
 
 
 class ShardCache:
-    """Remote shards in a local folder of at most `max_bytes`, those of downloads under way and of indexes included.
+    """Remote shards in a local folder of at most `max_bytes`, indexes and unfinished downloads included.
 
-    Any number of processes and threads may share the folder. Shards that nobody has open make room for others, the
-    least recently used first; files of other names are left alone and not counted. Holds no open files: it may be
-    pickled, and used after a fork.
+    Any number of processes and threads may use one folder. The least recently used shards that nobody has open are
+    evicted; files with other names are neither counted nor deleted. Holds no open file: it may be pickled, and used
+    after a fork.
     """
 
     def __init__(self, folder: str, *, max_bytes: int) -> None:
@@ -111,307 +103,190 @@ class ShardCache:
         """A shard's index, and a file descriptor of its tar, open for reading.
 
         The shard stays in the cache until the descriptor is closed (os.close), also in processes forked meanwhile.
-        Waits while another process brings the shard. Raises MissingShardError, DamagedShardError, and UserError where
-        the server or the disk fails or the cache is too small.
+        Waits while another process downloads the shard, and for room. Raises MissingShardError, DamagedShardError,
+        CacheTooSmallError, CacheFolderError, and UserError where the server fails.
         """
-        location = tar_location(folder, entry)
-        if entry.bytes > self.max_bytes:
-            raise self._too_small(location, entry.bytes)
-        seen, since = None, time.monotonic()
-        with self._telling():
-            while (pinned := self._pin(entry)) is None:
-                brought = self._bring(folder, entry)
-                if not isinstance(brought, _Obstacle):
-                    with _closing(brought):
-                        pinned = self._pin(entry)
-                    if pinned is not None:
-                        break
-                    brought = _Obstacle.HERE
-                state = self._state()
-                if state != seen:
-                    seen, since = state, time.monotonic()
-                self._check_wait(brought, time.monotonic() - since, location, entry)
-                time.sleep(POLL_SECONDS * random.uniform(0.5, 1.5))
-        return pinned
+        with self._folder_errors(), ExitStack() as stack:
+            file = self._wait_for(folder, entry)
+            stack.callback(_unlock, file)
+            index = self._index(folder, entry)
+            stack.pop_all()
+        return index, file
 
-    def fetch(self, folder: str, entry: ShardEntry) -> bool:
-        """Bring a shard into the cache unless it is there, another process is bringing it, or there is no room.
+    def fetch(
+        self, folder: str, entry: ShardEntry, *, keep: Collection[str] = (), stop: threading.Event | None = None
+    ) -> bool:
+        """Download a shard unless it is in the cache or another process downloads it; False if there is no room.
 
-        Returns whether it is there now. Raises what `open` does.
+        Shards with the checksums `keep` are not evicted for it. Ends early when `stop` is set. Raises what `open` does.
         """
-        brought = self._bring(folder, entry)
-        if not isinstance(brought, _Obstacle):
-            _unlock(brought)
-        return brought is _Obstacle.HERE or not isinstance(brought, _Obstacle)
+        with self._folder_errors():
+            try:
+                file = self._pin_or_download(folder, entry, keep=keep, stop=stop)
+            except _FullError:
+                return False
+        if file is not None:
+            _unlock(file)
+        return True
 
-    # ---- reading ------------------------------------------------------------------------------------------
+    def _wait_for(self, folder: str, entry: ShardEntry) -> int:
+        """What `_pin_or_download` gives, retried while others download the shard or leave no room for it."""
+        location, full_polls = tar_location(folder, entry), 0
+        for poll in count(1):
+            try:
+                file = self._pin_or_download(folder, entry)
+                if file is not None:
+                    return file
+                full_polls = 0
+            except _FullError as error:
+                full_polls = 0 if error.downloading else full_polls + 1
+                if full_polls > MINUTE_POLLS or entry.bytes > self.max_bytes:
+                    raise CacheTooSmallError(str(self.folder), self.max_bytes, location, entry.bytes) from None
+            if poll % MINUTE_POLLS == 0:
+                log.warning("process %d waits for other processes to download %s", os.getpid(), location)
+            time.sleep(POLL_SECONDS * random.uniform(0.5, 1.5))
+        raise AssertionError("the last attempt returns or raises")
 
-    def _path(self, entry: ShardEntry, ending: str) -> Path:
-        return self.folder / f"{entry.sha256}.{ending}"
+    def _path(self, entry: ShardEntry, suffix: str) -> Path:
+        if not re.fullmatch("[0-9a-f]{64}", entry.sha256):
+            raise UserError(f"the manifest has no sha256 for shard {entry.name}: {PACK_AGAIN}")
+        return self.folder / f"{entry.sha256}.{suffix}"
 
-    def _pin(self, entry: ShardEntry) -> tuple[ShardIndex, int] | None:
-        """What `open` gives, or None where the shard is not in the cache. A damaged one is removed."""
+    def _pin(self, entry: ShardEntry) -> int | None:
+        """A descriptor of a shard's tar that keeps it in the cache; None if it is not there.
+
+        Deletes a tar of a wrong size.
+        """
         path = self._path(entry, "tar")
-        try:
+        with ExitStack() as stack, suppress(FileNotFoundError):
             file = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            return None
-        with ExitStack() as stack:
             stack.callback(_unlock, file)
             fcntl.flock(file, fcntl.LOCK_SH)
-            found = os.fstat(file)
-            try:
-                if not os.path.samestat(found, path.stat()):
-                    return None  # it was evicted before it was locked
-            except FileNotFoundError:
+            if not os.path.samestat(os.fstat(file), path.stat()):  # it was evicted before it was locked
                 return None
-            if found.st_size == entry.bytes:
-                with suppress(FileNotFoundError, DamagedShardError, FormatError):
-                    index = self._read_index(entry)
-                    now = time.time_ns()
-                    os.utime(file, ns=(now, now))
-                    os.utime(self._path(entry, "index"), ns=(now, now))  # cleaners of old files take neither
-                    stack.pop_all()
-                    return index, file
-        self._discard(entry)
+            if os.fstat(file).st_size != entry.bytes:
+                path.unlink()
+                return None
+            now = time.time_ns()
+            os.utime(file, ns=(now, now))
+            stack.pop_all()
+            return file
         return None
 
-    def _read_index(self, entry: ShardEntry) -> ShardIndex:
+    def _index(self, folder: str, entry: ShardEntry) -> ShardIndex:
+        """A shard's index: from the cache, or from the server and then cached, unless there is no room for it."""
         path = self._path(entry, "index")
-        return _parse_index(path.read_bytes(), entry, origin=str(path))
+        with suppress(FileNotFoundError, DamagedShardError, FormatError):
+            index = _parse_index(path.read_bytes(), entry, origin=str(path))
+            os.utime(path)
+            return index
+        data, index = _fetch_index(folder, entry)
+        with suppress(_FullError), self._locked() as lock:
+            path.unlink(missing_ok=True)
+            self._make_room(len(data), lock, keep=[entry.sha256])
+            path.write_bytes(data)
+        return index
 
-    def _check_wait(self, obstacle: _Obstacle, waited_seconds: float, location: str, entry: ShardEntry) -> None:
-        """Raise UserError when a reader has waited too long while nothing in the folder changed."""
-        if obstacle is _Obstacle.FULL and waited_seconds > ROOM_SECONDS:
-            raise self._too_small(location, entry.bytes)
-        if obstacle is _Obstacle.HERE and waited_seconds > ROOM_SECONDS:
-            path = self._path(entry, "tar")
-            raise DamagedShardError(f"{path} or its index is damaged while others read it: end them and delete it")
-        if waited_seconds > PATIENCE_SECONDS + GRACE_SECONDS:
-            raise UserError(
-                f"no byte came into {self.folder} for {waited_seconds:.0f} s, though another process fetches "
-                f"{location}: end that process and run again"
-            )
+    # ---- downloads ----------------------------------------------------------------------------------------
 
-    def _too_small(self, location: str, num_bytes: int) -> CacheTooSmallError:
-        return CacheTooSmallError(str(self.folder), self.max_bytes, location, num_bytes)
+    def _pin_or_download(
+        self, folder: str, entry: ShardEntry, *, keep: Collection[str] = (), stop: threading.Event | None = None
+    ) -> int | None:
+        """As `_pin`, but a shard that is not in the cache is downloaded with its index.
 
-    # ---- bringing -----------------------------------------------------------------------------------------
-
-    def reserve(self, folder: str, entry: ShardEntry, *, before: Collection[str] = ()) -> int | _Obstacle:
-        """Reserve room for a shard and begin its download; the descriptor is for `complete` alone.
-
-        `before` are the checksums of shards that this process needs before this one, the soonest first: they do not
-        make room for it, and count as just used, so that for other processes' shards they do so late.
+        None while another process downloads it, and when `stop` is set. Raises _FullError.
         """
-        if not re.fullmatch("[0-9a-f]{64}", entry.sha256):
-            raise UserError(f"the manifest in {folder} has no sha256 for shard {entry.name}: {PACK_AGAIN}")
-        with self._telling():
-            self._touch([*before, entry.sha256])
-            return self._reserve(entry, frozenset((*before, entry.sha256)))
-
-    def complete(
-        self,
-        folder: str,
-        entry: ShardEntry,
-        file: int,
-        *,
-        before: Collection[str] = (),
-        stop: threading.Event | None = None,
-    ) -> int | _Obstacle:
-        """Download a shard with its index. Gives a descriptor of the tar that keeps it in the cache, to be unlocked.
-
-        Ends after a part of the shard when `stop` is set.
-        """
-        partial = self._partial(entry)
-        with self._telling(), ExitStack() as stack:
-            stack.callback(self._release, file, partial)
-            try:
-                obstacle = self._bring_index(folder, entry, frozenset((*before, entry.sha256)))
-                if obstacle is None:
-                    obstacle = self._download(folder, entry, file, stop)
-                if obstacle is not None:
-                    return obstacle
-                os.fsync(file)
-            except OSError:  # of this disk, that may be full; those of the server are told as UserError
-                os.ftruncate(file, 0)
-                raise
-            with self._guard():
-                partial.replace(self._path(entry, "tar"))
+        file = self._pin(entry)
+        if file is not None:
+            return file
+        with ExitStack() as stack:
+            path = self._path(entry, "partial")
+            with self._locked():
+                if self._path(entry, "tar").exists():  # another process has downloaded it meanwhile
+                    return None
+                file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                if not _try_lock(file):
+                    os.close(file)
+                    return None
+                stack.callback(self._give_up, path, file)
+            with self._locked() as lock:
+                self._make_room(entry.bytes - os.fstat(file).st_size, lock, keep=[*keep, entry.sha256])
+                os.ftruncate(file, entry.bytes)
+            self._index(folder, entry)
+            if not _fetch_tar(tar_location(folder, entry), entry, file, stop):
+                return None
+            os.fsync(file)
+            with self._locked():
+                path.replace(self._path(entry, "tar"))
                 fcntl.flock(file, fcntl.LOCK_SH)
-                self._touch([*before, entry.sha256])
             stack.pop_all()
         return file
 
-    def _bring(self, folder: str, entry: ShardEntry) -> int | _Obstacle:
-        """Download a shard unless there is an obstacle; gives what `complete` does."""
-        file = self.reserve(folder, entry)
-        return file if isinstance(file, _Obstacle) else self.complete(folder, entry, file)
-
-    def _partial(self, entry: ShardEntry) -> Path:
-        return self._path(entry, f"{entry.bytes}.partial")
-
-    def _reserve(self, entry: ShardEntry, keep: frozenset[str]) -> int | _Obstacle:
-        """The locked partial file, new or left by a process that ended, its room reserved."""
-        partial = self._partial(entry)
-        with self._guard() as lock:
-            if self._path(entry, "tar").exists():
-                return _Obstacle.HERE
-            if not partial.exists():
-                obstacle = self._make_room(entry.bytes, keep, lock)
-                if obstacle is not None:
-                    return obstacle
-            file = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
-            if _try_lock(file):
-                return file
-            os.close(file)
-            return _Obstacle.COMING
-
-    def _release(self, file: int, partial: Path) -> None:
-        """Give a partial file free: for the next one to go on with, or gone where it is empty."""
-        with _closing(file), self._guard():
-            if os.fstat(file).st_size == 0:
-                partial.unlink(missing_ok=True)
-
-    def _bring_index(self, folder: str, entry: ShardEntry, keep: frozenset[str]) -> _Obstacle | None:
-        """Put the index into the cache, on disk to stay."""
-        path = self._path(entry, "index")
-        with suppress(FileNotFoundError, DamagedShardError, FormatError):
-            self._read_index(entry)
-            return None
-        data = _fetch_index(folder, entry)
-        if entry.bytes + len(data) > self.max_bytes:
-            raise self._too_small(tar_location(folder, entry), entry.bytes + len(data))
-        with self._guard() as lock:
-            path.unlink(missing_ok=True)
-            obstacle = self._make_room(len(data), keep, lock)
-            if obstacle is not None:
-                return obstacle
-            try:
-                path.write_bytes(data)
-            except OSError:
-                path.unlink(missing_ok=True)
-                raise
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-        return None
-
-    def _download(self, folder: str, entry: ShardEntry, file: int, stop: threading.Event | None) -> _Obstacle | None:
-        """Complete a partial file and check it, anew from the start where it is wrong."""
-        location = tar_location(folder, entry)
-        size = _ask(lambda: storage.size_bytes(location, patience_seconds=PATIENCE_SECONDS), location)
-        if size not in (storage.UNKNOWN, entry.bytes):
-            raise DamagedShardError(f"{location} has {size:,} bytes, its manifest says {entry.bytes:,}: {RESTORE}")
-        os.ftruncate(file, min(os.fstat(file).st_size, entry.bytes))
-        for attempt in range(1, NUM_DOWNLOADS + 1):
-            checksum = hashlib.sha256()
-            start = 0
-            while data := os.pread(file, min(CHUNK_BYTES, entry.bytes - start), start):
-                checksum.update(data)
-                start += len(data)
-            while start < entry.bytes:
-                if stop is not None and stop.is_set():
-                    return _Obstacle.STOPPED
-                data = _fetch_part(location, start, entry.bytes)
-                checksum.update(data)
-                _write(file, data, start)
-                start += len(data)
-            if checksum.hexdigest() == entry.sha256:
-                return None
-            log.warning("%s has another sha256 than its manifest, in try %d of %d", location, attempt, NUM_DOWNLOADS)
-            os.ftruncate(file, 0)
-        raise DamagedShardError(f"{location} differs from its manifest (its sha256 is another): {RESTORE}")
+    def _give_up(self, partial_path: Path, file: int) -> None:
+        with self._locked():
+            partial_path.unlink(missing_ok=True)
+            _unlock(file)
 
     # ---- room ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _guard(self) -> Iterator[int]:
-        """Hold the lock under which files are counted, reserved, renamed to tars, and removed; its descriptor."""
+    def _locked(self) -> Iterator[int]:
+        """Hold the cache's lock; gives the descriptor of its file."""
         path = self.folder / "lock"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        with _closing(file):
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file
+        finally:
+            _unlock(file)
 
-    def _state(self) -> dict[str, int]:
-        """What changes when anything is brought: the names of files, and the sizes of partial ones that have any."""
-        state = {}
-        with os.scandir(self.folder) as items:
-            for item in items:
-                if not item.name.endswith(".partial"):
-                    state[item.name] = 0
-                    continue
-                with suppress(FileNotFoundError):
-                    if size := item.stat().st_size:  # readers that find no room make empty ones again and again
-                        state[item.name] = size
-        return state
+    def _make_room(self, num_bytes: int, lock: int, *, keep: Collection[str]) -> None:
+        """Reserve bytes, with the lock held; evicts files if the cache may be full. Raises _FullError."""
+        text = os.pread(lock, 32, 0)
+        reserved = int(text) if text.isdigit() else self.max_bytes
+        if reserved + num_bytes > self.max_bytes:
+            reserved = self._evict(num_bytes, keep)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, b"%d" % (reserved + num_bytes), 0)
 
-    def _scan(self) -> dict[str, _Kept]:
-        """What the folder holds, by checksum."""
-        found: dict[str, _Kept] = {}
-        with os.scandir(self.folder) as items:
-            for item in items:
-                match = NAME.fullmatch(item.name)
-                if match is None:
-                    continue
-                with suppress(FileNotFoundError):
-                    state = item.stat()
-                    kept = found.setdefault(match["sha256"], _Kept())
-                    kept.paths.append(Path(item.path))
-                    kept.bytes += max(state.st_size, int(match["bytes"] or 0))
-                    kept.used_ns = max(kept.used_ns, state.st_mtime_ns)
-        return found
+    def _evict(self, num_bytes: int, keep: Collection[str]) -> int:
+        """Evict the least recently used files until there is room for `num_bytes`, and then up to 5 % more.
 
-    def _make_room(self, num_bytes: int, keep: frozenset[str], lock: int) -> _Obstacle | None:
-        """Reserve so many bytes, under the guard. Where they may not be there, the least recently used shards go, with
-        some more for the next ones; where that does not help, none go.
+        Returns the bytes of what remains. Evicts nothing, and raises _FullError, if that would not be enough.
         """
-        kept_bytes = _read_number(lock)
-        if kept_bytes is not None and kept_bytes + num_bytes <= self.max_bytes:
-            _write_number(lock, kept_bytes + num_bytes)
-            return None
-        found = self._scan()
-        missing = sum(kept.bytes for kept in found.values()) + num_bytes - self.max_bytes
-        spare = int(SPARE_SHARE * self.max_bytes)
-        obstacle, victims = _Obstacle.FULL, []
+        files = self._scan()
+        kept_bytes, target = sum(size for _, size, _ in files), self.max_bytes - num_bytes
+        evicted, downloading = [], False
         with ExitStack() as locks:
-            for sha256, kept in sorted(found.items(), key=lambda item: item[1].used_ns):
-                if missing <= 0 and kept.bytes > missing + spare:
+            for _, size, path in files:
+                if kept_bytes <= target and kept_bytes - size < target - SLACK * self.max_bytes:
                     break
-                if sha256 in keep:
+                if path.stem in keep:
                     continue
-                if _lock_all(kept, locks):
-                    victims.append(kept)
-                    missing -= kept.bytes
-                elif any(path.suffix == ".partial" for path in kept.paths):
-                    obstacle = _Obstacle.CROWDED
-            if missing > 0:
-                return obstacle
-            for kept in victims:
-                _remove(kept)
-        _write_number(lock, missing + self.max_bytes)
-        return None
+                if _lock_unused(path, locks):
+                    evicted.append(path)
+                    kept_bytes -= size
+                elif path.suffix == ".partial":
+                    downloading = True
+            if kept_bytes > target:
+                raise _FullError(downloading=downloading)
+            for path in evicted:
+                path.unlink(missing_ok=True)
+        return kept_bytes
 
-    def _discard(self, entry: ShardEntry) -> None:
-        """Remove a damaged shard, unless others have it open."""
-        with self._guard(), ExitStack() as locks:
-            kept = self._scan().get(entry.sha256, _Kept())
-            if _lock_all(kept, locks):
-                _remove(kept)
-
-    def _touch(self, checksums: list[str]) -> None:
-        """Make these the most recently used, the first of them the most."""
-        for sha256 in reversed(checksums):
-            now = time.time_ns()
-            with suppress(FileNotFoundError):
-                os.utime(self.folder / f"{sha256}.tar", ns=(now, now))
+    def _scan(self) -> list[tuple[int, int, Path]]:
+        """The cache's files, the least recently used first: the time of use, the size, and the path of each."""
+        files = []
+        with os.scandir(self.folder) as items:
+            for item in items:
+                if NAME.fullmatch(item.name):
+                    with suppress(FileNotFoundError):
+                        files.append((item.stat().st_mtime_ns, item.stat().st_size, Path(item.path)))
+        return sorted(files)
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
+    def _folder_errors(self) -> Iterator[None]:
         """Raise CacheFolderError for errors of the folder and its disk."""
         try:
             yield
@@ -422,6 +297,7 @@ class ShardCache:
 
 
 def _try_lock(file: int) -> bool:
+    """Lock a file exclusively; False if somebody else has locked it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -430,87 +306,53 @@ def _try_lock(file: int) -> bool:
 
 
 def _unlock(file: int) -> None:
-    """Give the lock back and close; closing alone would leave it with processes that were forked meanwhile."""
+    """Release the lock and close; processes that were forked meanwhile would keep a lock that is only closed."""
     fcntl.flock(file, fcntl.LOCK_UN)
     os.close(file)
 
 
-@contextmanager
-def _closing(file: int) -> Iterator[None]:
+def _lock_unused(path: Path, locks: ExitStack) -> bool:
+    """Whether nobody has a file open or downloads it; then nobody can until `locks` are released."""
+    if path.suffix == ".index":  # it is read at once
+        return True
     try:
-        yield
-    finally:
-        _unlock(file)
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    locks.callback(_unlock, file)
+    return _try_lock(file)
 
 
-def _lock_all(kept: _Kept, locks: ExitStack) -> bool:
-    """Whether nobody reads or downloads a shard; then nobody can before `locks` are given back."""
-    for path in kept.paths:
-        if path.suffix != ".index":
-            try:
-                file = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:
-                continue
-            locks.callback(_unlock, file)
-            if not _try_lock(file):
-                return False
-    return True
-
-
-def _remove(kept: _Kept) -> None:
-    for path in sorted(kept.paths, reverse=True):  # the tar before its index
-        path.unlink(missing_ok=True)
-
-
-def _read_number(file: int) -> int | None:
-    """What `_write_number` left in a file; None where there is nothing of the kind."""
-    text = os.pread(file, 32, 0)
-    return int(text) if text.isdigit() else None
-
-
-def _write_number(file: int, number: int) -> None:
-    os.ftruncate(file, 0)
-    os.pwrite(file, b"%d" % number, 0)
-
-
-def _write(file: int, data: bytes, start: int) -> None:
-    left = memoryview(data)
-    while left:
-        num_bytes = os.pwrite(file, left, start)
-        left, start = left[num_bytes:], start + num_bytes
-
-
-# ---- from the store ---------------------------------------------------------------------------------------
+# ---- from the server --------------------------------------------------------------------------------------
 
 
 def tar_location(folder: str, entry: ShardEntry) -> str:
-    """Where a shard's tar lies."""
+    """The path or URL of a shard's tar."""
     return storage.join(folder, f"{entry.name}.tar")
 
 
-def _ask(question: Callable[[], Result], location: str) -> Result:
-    """A store's answer. Raises MissingShardError and UserError."""
+def _ask(request: Callable[[], Result], location: str) -> Result:
+    """A server's answer. Raises MissingShardError and UserError."""
     try:
-        return question()
+        return request()
     except FileNotFoundError as error:
         raise MissingShardError(f"there is no {location}: {RESTORE}") from error
     except OSError as error:
         problem = str(error).removeprefix("cannot open ")
-        raise UserError(f"cannot fetch {problem}: mend that and run again") from error
+        raise UserError(f"cannot download {problem}: fix this and run again") from error
 
 
-def _fetch_index(folder: str, entry: ShardEntry) -> bytes:
-    """The bytes of a shard's index, which can be read and are of this shard."""
+def _fetch_index(folder: str, entry: ShardEntry) -> tuple[bytes, ShardIndex]:
+    """A shard's index from the server, as bytes and parsed. Raises DamagedShardError and what `_ask` does."""
     origin = storage.join(folder, f"{entry.name}.index")
-    for attempt in range(1, NUM_DOWNLOADS + 1):
+    for attempt in count(1):
         data = _ask(lambda: storage.read_bytes(origin, patience_seconds=PATIENCE_SECONDS), origin)
         try:
-            _parse_index(data, entry, origin=origin)
-            break
+            return data, _parse_index(data, entry, origin=origin)
         except DamagedShardError:
             if attempt == NUM_DOWNLOADS:
                 raise
-    return data
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _parse_index(data: bytes, entry: ShardEntry, *, origin: str) -> ShardIndex:
@@ -525,112 +367,90 @@ def _parse_index(data: bytes, entry: ShardEntry, *, origin: str) -> ShardIndex:
     return index
 
 
-def _fetch_part(location: str, start: int, size: int) -> bytes:
-    """The bytes of a file of `size` from `start` on: a chunk, or all where the server knows no ranges."""
-    end = min(start + CHUNK_BYTES, size)
-
-    def read() -> bytes:
-        return storage.read_range(location, start=start, end=end, patience_seconds=PATIENCE_SECONDS)
-
-    return _ask(read, location)[: size - start]
+def _fetch_tar(location: str, entry: ShardEntry, file: int, stop: threading.Event | None) -> bool:
+    """Download a tar into an open file and check it; False when `stop` is set before the end."""
+    size = _ask(lambda: storage.size_bytes(location, patience_seconds=PATIENCE_SECONDS), location)
+    if size not in (storage.UNKNOWN, entry.bytes):
+        raise DamagedShardError(f"{location} has {size:,} bytes, its manifest says {entry.bytes:,}: {RESTORE}")
+    for attempt in range(1, NUM_DOWNLOADS + 1):
+        checksum = hashlib.sha256()
+        with open(file, "r+b", closefd=False) as target:
+            target.seek(0)
+            while (start := target.tell()) < entry.bytes:
+                if stop is not None and stop.is_set():
+                    return False
+                end = min(start + CHUNK_BYTES, entry.bytes)
+                read = partial(storage.read_range, location, start=start, end=end, patience_seconds=PATIENCE_SECONDS)
+                data = _ask(read, location)[: entry.bytes - start]  # all of it from a server that knows no ranges
+                checksum.update(data)
+                target.write(data)
+        if checksum.hexdigest() == entry.sha256:
+            return True
+        log.warning("%s has another sha256 than its manifest, in attempt %d of %d", location, attempt, NUM_DOWNLOADS)
+    raise DamagedShardError(f"{location} has another sha256 than its manifest says: {RESTORE}")
 
 
 # ---- ahead of the reader ----------------------------------------------------------------------------------
 
 
 class Prefetcher:
-    """Brings the next shards into a cache while a process reads these; make it in that process.
+    """Downloads the next shards into a cache while a process reads the present ones; make it in that process.
 
-    `shards` are taken one by one in the order in which they are needed first; at most `ahead` of them are in the cache
-    or under way before the reader says that it opened them. The threads end with the process. What goes wrong in them
-    is left for the reader to meet.
+    `shards` are in the order in which they are needed first. At most `ahead` of them are downloaded before the reader
+    calls `opened`. Errors are raised when the reader opens the shard, not here. The threads end with the process.
     """
 
     def __init__(self, cache: ShardCache, shards: Iterable[tuple[str, ShardEntry]], *, ahead: int) -> None:
-        self._cache = cache
-        self._shards = iter(shards)
-        self._ahead = ahead
-        self._waiting: dict[str, None] = {}  # checksums, in the order in which they are needed
+        self._cache, self._shards, self._ahead = cache, iter(shards), ahead
+        self._waiting: set[str] = set()  # checksums of shards that are taken from `shards` and not opened yet
         self._opened: set[str] = set()
-        self._turn = threading.Lock()
         self._changed = threading.Condition()
-        self._closing = threading.Event()
-        self._threads: list[threading.Thread] = []
-
-    def start(self) -> None:
-        """Begin, unless that is done; `opened` does so too."""
-        if not self._threads and not self._closing.is_set():
-            num_threads = min(NUM_THREADS, self._ahead)
-            self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(num_threads)]
-            for thread in self._threads:
-                thread.start()
+        self._closed = threading.Event()
+        self.threads = [threading.Thread(target=self._run, daemon=True) for _ in range(min(NUM_THREADS, ahead))]
+        for thread in self.threads:
+            thread.start()
 
     def opened(self, entry: ShardEntry) -> None:
-        """Hear that the reader opened a shard, fetched or not."""
+        """Called by the reader when it has opened a shard, downloaded ahead or not."""
         with self._changed:
             self._opened.add(entry.sha256)
-            self._waiting.pop(entry.sha256, None)
+            self._waiting.discard(entry.sha256)
             self._changed.notify_all()
-        self.start()
 
     def close(self) -> None:
-        """Stop, without waiting for the parts that are under way."""
-        self._closing.set()
+        """Stop, without waiting for the requests that are under way."""
+        self._closed.set()
         with self._changed:
             self._changed.notify_all()
 
     def _run(self) -> None:
-        while (reserved := self._reserve_next()) is not None:
-            folder, entry, file = reserved
+        while (shard := self._next()) is not None:
+            folder, entry = shard
             try:
-                before = self._needed_before(entry) or ()
-                brought = self._cache.complete(folder, entry, file, before=before, stop=self._closing)
-                if not isinstance(brought, _Obstacle):
-                    _unlock(brought)
-            except Exception:  # the reader meets it when it opens the shard
-                self._give_up(entry)
+                while self._is_needed(entry) and not self._cache.fetch(
+                    folder, entry, keep=frozenset(self._waiting), stop=self._closed
+                ):
+                    self._closed.wait(RETRY_SECONDS)
+            except Exception:  # the reader's own attempt raises it
+                with self._changed:
+                    self._waiting.discard(entry.sha256)
+                self._closed.wait(RETRY_SECONDS)
 
-    def _reserve_next(self) -> tuple[str, ShardEntry, int] | None:
-        """The next shard that is not there, with its partial file; None at the end. Room is given in order of need."""
-        with self._turn:
-            while (shard := self._next()) is not None:
-                folder, entry = shard
-                try:
-                    while (before := self._needed_before(entry)) is not None:
-                        file = self._cache.reserve(folder, entry, before=before)
-                        if not isinstance(file, _Obstacle):
-                            return folder, entry, file
-                        if file in (_Obstacle.HERE, _Obstacle.COMING):
-                            break
-                        self._closing.wait(RETRY_SECONDS)
-                except Exception:  # as above
-                    self._give_up(entry)
-        return None
-
-    def _give_up(self, entry: ShardEntry) -> None:
-        with self._changed:
-            self._waiting.pop(entry.sha256, None)
-        self._closing.wait(RETRY_SECONDS)
+    def _is_needed(self, entry: ShardEntry) -> bool:
+        return entry.sha256 in self._waiting and not self._closed.is_set()
 
     def _next(self) -> tuple[str, ShardEntry] | None:
-        """The next shard to bring, when there may be one more; None at the end."""
+        """The next shard to download, as soon as there may be one more; None at the end."""
         with self._changed:
-            while not self._closing.is_set():
+            while not self._closed.is_set():
                 if len(self._waiting) >= self._ahead:
                     self._changed.wait()
                     continue
-                folder, entry = next(self._shards, (None, None))
-                if folder is None or entry is None:
+                shard = next(self._shards, None)
+                if shard is None:
                     break
-                if entry.sha256 not in self._opened and entry.sha256 not in self._waiting:
-                    self._waiting[entry.sha256] = None
-                    return folder, entry
+                sha256 = shard[1].sha256
+                if sha256 not in self._opened and sha256 not in self._waiting:
+                    self._waiting.add(sha256)
+                    return shard
         return None
-
-    def _needed_before(self, entry: ShardEntry) -> list[str] | None:
-        """The checksums of waiting shards that come before one; None when that one is not waited for any longer."""
-        with self._changed:
-            waiting = list(self._waiting)
-        if self._closing.is_set() or entry.sha256 not in waiting:
-            return None
-        return waiting[: waiting.index(entry.sha256)]

@@ -1,17 +1,18 @@
-"""The order of an epoch: which sample stands at which position.
+"""The order of an epoch: which sample is at which position.
 
-A pure function of (shard sizes, seed, epoch, global batch). The shards are permuted and their sequence of samples is
-cut into L equal stretches, the lanes; each lane is shuffled inside its own windows of shards. Global batch t is
-positions [tG, (t+1)G) of the order, whatever the number of processes: G/L samples of the first lane, then as many of
-the second, and so on. Rank r of W takes the r-th of W equal parts of each batch. When W divides L, that comes from the
-r-th of W equal parts of the sequence: the rank opens its part of the shards and at most one more.
+A pure function of (shard sizes, seed, epoch, global batch). The shards are permuted, and their samples, one shard
+after the other, form the sequence. It is cut into L lanes of equal length, and each lane is shuffled inside windows of
+its own shards. Global batch t is positions [tG, (t+1)G) of the order, whatever the number of processes: G/L samples of
+the first lane, then G/L of the second, and so on. Rank r of W takes the r-th of W equal slices of each batch. When W
+divides L, these samples come from the r-th of W equal slices of the sequence: the rank opens its own shards and at most
+one more.
 
-Imports no torch. Random numbers are hashes (`captioner/shards/splitmix.py`): no library's new version changes an order.
+Imports no torch. Random numbers are hashes (`captioner/shards/splitmix.py`): no new version of a library changes an
+order. Shape suffixes: P positions, L lanes.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,93 +20,131 @@ import numpy as np
 from captioner.shards.splitmix import random_order
 
 SHUFFLE_SHARDS = 256
-UNSHUFFLED_SHARDS = 4  # that are read from at once in the shards' own order: each worker is in another batch
-SHARD_ORDER, WINDOW_ORDER, SAMPLE_CHANCE, SAMPLE_RNG, SOURCE_SEED = range(5)  # the streams of random numbers
+UNSHUFFLED_SHARDS = 4  # open at once without a shuffle: each worker is in another batch
+SHARD_ORDER, WINDOW_ORDER, SAMPLE_CHANCE, SAMPLE_RNG, SOURCE_SEED = range(5)  # streams of random numbers
 
 
 class SampleRef(NamedTuple):
-    """A sample's place: global position in the epoch, shard number, place in the shard."""
+    """A sample: its position in the epoch, the number of its shard, and its index in that shard."""
 
     position: int
     shard: int
     place: int
 
 
-@dataclass(kw_only=True, slots=True)
 class EpochOrder:
-    """The global order of one epoch over S samples in batches of G.
+    """The order of one epoch over S samples in global batches of G.
 
-    `shuffled=False` keeps the shards' order, and may take only the first of `every` so many neighbours.
+    `shuffle_shards` is the number of shards that all processes together read from at once. L is the largest divisor of
+    G that is not above it, and a window is `shuffle_shards // L` shards.
 
-    `shuffle_shards` are read from at the same time, by all processes together: L lanes, the largest divisor of G that
-    is not above it, with windows of as many shards each as that leaves.
+    `shuffled=False` keeps the order of the shards, and takes every `every`-th sample.
+
+    Example with S = 23, G = 6, L = 3: permuted shards of 10, 6 and 7 samples, and windows of one shard. The lanes are
+    the indices [0, 7), [7, 15) and [15, 23) of the sequence. Before the windows are shuffled, the batches are
+
+        batch 0    0  1 |  7  8 | 15 16
+        batch 1    2  3 |  9 10 | 17 18
+        batch 2    4  5 | 11 12 | 19 20
+        batch 3       6 | 13 14 | 21 22    (the last one, of 5 samples)
+
+    The second lane has samples of two shards and so two windows, [7, 10) and [10, 15). The samples at 7, 8 and 9 are
+    permuted, and so are those at 10 to 14.
     """
 
-    shard_sizes: Sequence[int]
-    seed: int = 0
-    epoch: int = 0
-    global_batch: int = 1
-    shuffle_shards: int = SHUFFLE_SHARDS
-    shuffled: bool = True
-    every: int = 1
-    num_samples: int = field(init=False)
-    num_lanes: int = field(init=False)
-    window_shards: int = field(init=False)
-    _order: np.ndarray = field(init=False)
-    _ends: np.ndarray = field(init=False)
-    _starts: np.ndarray = field(init=False)
-    _lane_starts: np.ndarray = field(init=False)
-    _lane_firsts: np.ndarray = field(init=False)
-    _lane_lasts: np.ndarray = field(init=False)
-    _lane_shifts: np.ndarray = field(init=False)
-    _windows: dict[int, dict[int, tuple[int, np.ndarray]]] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        sizes = np.asarray(self.shard_sizes, dtype=np.int64)
-        assert self.every == 1 or not self.shuffled
+    def __init__(
+        self,
+        *,
+        shard_sizes: Sequence[int],
+        seed: int = 0,
+        epoch: int = 0,
+        global_batch: int = 1,
+        shuffle_shards: int = SHUFFLE_SHARDS,
+        shuffled: bool = True,
+        every: int = 1,
+    ) -> None:
+        assert every == 1 or not shuffled
+        self.shard_sizes, self.seed, self.epoch, self.global_batch = shard_sizes, seed, epoch, global_batch
+        self.shuffled, self.every = shuffled, every
+        sizes = np.asarray(shard_sizes, dtype=np.int64)
         total = int(sizes.sum())
-        self.num_samples = -(-total // self.every)
-        most = min(self.global_batch, self.shuffle_shards)
-        self.num_lanes = next(lanes for lanes in range(most, 0, -1) if self.global_batch % lanes == 0)
-        self.window_shards = self.shuffle_shards // self.num_lanes
-        self._order = np.arange(len(sizes))
-        if self.shuffled:
-            self._order = random_order(len(sizes), self.seed, self.epoch, SHARD_ORDER)
-        self._ends = np.cumsum(sizes[self._order])
-        self._starts = self._ends - sizes[self._order]
+        self.num_samples = -(-total // every)
+        most = min(global_batch, shuffle_shards)
+        self.num_lanes = next(lanes for lanes in range(most, 0, -1) if global_batch % lanes == 0)
+        self.window_shards = shuffle_shards // self.num_lanes
+        self._permuted = random_order(len(sizes), seed, epoch, SHARD_ORDER) if shuffled else np.arange(len(sizes))
+        self._ends = np.cumsum(sizes[self._permuted])  # of the permuted shards, as indices of the sequence
+        self._starts = self._ends - sizes[self._permuted]
         self._lane_starts = np.arange(self.num_lanes + 1) * total // self.num_lanes
-        bounds = (self._lane_starts[:-1], np.maximum(self._lane_starts[:-1], self._lane_starts[1:] - 1))
-        self._lane_firsts, self._lane_lasts = (np.searchsorted(self._ends, each, side="right") for each in bounds)
-        are_long = self._lane_lasts + 1 - self._lane_firsts > 2 * self.window_shards
-        self._lane_shifts = np.where(are_long, np.arange(self.num_lanes) % self.window_shards, 0)
+        last_indices_L = np.maximum(self._lane_starts[:-1], self._lane_starts[1:] - 1)
+        self._lane_firsts = self._shards_at(self._lane_starts[:-1])
+        self._lane_lasts = self._shards_at(last_indices_L)
+        are_long_L = self._lane_lasts + 1 - self._lane_firsts > 2 * self.window_shards
+        self._lane_shifts = np.where(are_long_L, np.arange(self.num_lanes) % self.window_shards, 0)
+        self._opened_L = np.full(self.num_lanes, -1)  # the window of each lane whose permutation is stored
+        self._opened_starts_L = np.zeros(self.num_lanes, dtype=np.int64)
+        self._permutations = np.empty((self.num_lanes, 0), dtype=np.int32)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_permutations": self._permutations[:, :0]}  # large, and quickly computed again
 
     def refs(self, positions: Iterable[int]) -> list[SampleRef]:
-        """The samples at the given global positions, in their order."""
+        """The samples at global positions, in the order of these."""
         positions = list(positions)
-        shards, places = self.locate(np.asarray(positions, dtype=np.int64))
-        return list(map(SampleRef, positions, shards.tolist(), places.tolist()))
+        shards_P, places_P = self.locate(np.asarray(positions, dtype=np.int64))
+        return list(map(SampleRef, positions, shards_P.tolist(), places_P.tolist()))
 
-    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The shards, and the places in them, of the samples at the given positions."""
-        spots = positions * self.every
+    def locate(self, positions_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The shard of the sample at each position, and the sample's index in it."""
+        indices_P = positions_P * self.every
         if self.shuffled:
-            spots = self._shuffle(*self._deal(spots))
-        indices = np.searchsorted(self._ends, spots, side="right")
-        return self._order[indices], spots - self._starts[indices]
+            indices_P = self._shuffle_windows(*self._lanes_and_indices(positions_P))
+        permuted_P = self._shards_at(indices_P)
+        return self._permuted[permuted_P], indices_P - self._starts[permuted_P]
 
-    def _deal(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The lane of each position, and its spot in the sequence.
+    def _shards_at(self, indices: np.ndarray) -> np.ndarray:
+        """Which of the permuted shards holds each index of the sequence."""
+        return np.searchsorted(self._ends, indices, side="right")
 
-        Lanes cut the sequence as evenly as whole samples allow, so the last batch, of n samples, has one for each of n
-        G-ths of the sequence that are spread evenly over it, and over the ranks.
+    def _lanes_and_indices(self, positions_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The lane of each position, and its index in the sequence before the windows are shuffled.
+
+        Lanes are as equal in length as whole samples allow. So the last batch, of n samples, has one sample of each of
+        n G-ths of the sequence, spread evenly over lanes and ranks.
         """
         each, (num_full, rest) = self.global_batch // self.num_lanes, divmod(self.num_samples, self.global_batch)
-        batches, offsets = np.divmod(positions, self.global_batch)
-        lanes, before = offsets // each, offsets % each
-        last = batches == num_full
-        lanes[last] = (((offsets[last] + 1) * self.global_batch - 1) // max(1, rest)) // each
-        before[last] = offsets[last] - lanes[last] * each * rest // self.global_batch
-        return lanes, self._lane_starts[lanes] + batches * each + before
+        batches_P, offsets_P = np.divmod(positions_P, self.global_batch)
+        lanes_P, indices_P = offsets_P // each, offsets_P % each
+        if len(batches_P) and batches_P.max() >= num_full:
+            last = batches_P == num_full
+            lanes_P[last] = (((offsets_P[last] + 1) * self.global_batch - 1) // rest) // each
+            indices_P[last] = offsets_P[last] - lanes_P[last] * each * rest // self.global_batch
+        return lanes_P, self._lane_starts[lanes_P] + batches_P * each + indices_P
+
+    def _shuffle_windows(self, lanes_P: np.ndarray, indices_P: np.ndarray) -> np.ndarray:
+        """The index of the sequence that the shuffle of its window moves to each of the given indices."""
+        windows_P = self._windows_at(lanes_P, self._shards_at(indices_P))
+        found_P = np.empty_like(indices_P)
+        for window in np.unique(windows_P).tolist():  # mostly one or two
+            are_in = windows_P == window
+            lanes = lanes_P[are_in]
+            self._open_windows(lanes, window)
+            starts = self._opened_starts_L[lanes]
+            found_P[are_in] = starts + self._permutations[lanes, indices_P[are_in] - starts]
+        return found_P
+
+    def _open_windows(self, lanes_P: np.ndarray, window: int) -> None:
+        """Compute the permutations of a window of these lanes; of each lane the latest one is stored."""
+        if not self._permutations.size:
+            stops = self._ends[np.minimum(np.arange(len(self._ends)) + self.window_shards, len(self._ends)) - 1]
+            longest = min((stops - self._starts).max(), np.diff(self._lane_starts).max())
+            self._permutations = np.empty((self.num_lanes, longest), dtype=np.int32)
+            self._opened_L[:] = -1
+        for lane in np.unique(lanes_P[self._opened_L[lanes_P] != window]).tolist():
+            start, stop = (int(bound) for bound in self._window_bounds(lane, window))
+            order = random_order(stop - start, self.seed, self.epoch, WINDOW_ORDER, lane, window)
+            self._permutations[lane, : stop - start] = order
+            self._opened_L[lane], self._opened_starts_L[lane] = window, start
 
     def shards_of_rank(self, rank: int, *, world_size: int) -> list[int]:
         """The shards that a rank opens in this epoch, in the order of the sequence."""
@@ -113,85 +152,52 @@ class EpochOrder:
         if self.shuffled:
             first, end = rank * self.num_lanes // world_size, -(-(rank + 1) * self.num_lanes // world_size)
         start, stop = int(self._lane_starts[first]), int(self._lane_starts[end])
-        found = range(*self._indices(start, stop)) if start < stop else ()
-        return [int(self._order[index]) for index in found if self._ends[index] > self._starts[index]]
+        if start == stop:
+            return []
+        first, last = self._shards_at(np.array([start, stop - 1])).tolist()
+        return [shard for shard in self._permuted[first : last + 1].tolist() if self.shard_sizes[shard]]
 
     def lanes_of_rank(self, *, world_size: int) -> int:
-        """From how many lanes a rank reads, at most: it may share the first and the last with others."""
+        """From how many lanes a rank reads at most: other ranks may read from the first and the last of them too."""
         shared = 2 if self.num_lanes % world_size else 0
         return min(self.num_lanes, self.num_lanes // world_size + shared)
 
     def better_window(self, *, world_size: int) -> int | None:
-        """The most `shuffle_shards` with which each rank has lanes of its own; None where it has."""
+        """The largest `shuffle_shards` with which no two ranks read from one lane; None if that holds already."""
         if self.num_lanes % world_size == 0:
             return None
         better = range(world_size, max(SHUFFLE_SHARDS, world_size) + 1, world_size)
         return max(lanes for lanes in better if self.global_batch % lanes == 0)
 
-    def _shuffle(self, lanes: np.ndarray, spots: np.ndarray) -> np.ndarray:
-        """The spots of the sequence that the windows' shuffles put at `spots`."""
-        indices = np.searchsorted(self._ends, spots, side="right")
-        windows = self._number(lanes, indices) * self.num_lanes + lanes
-        by_window = np.argsort(windows, kind="stable")
-        sorted_windows = windows[by_window]
-        bounds = [*np.flatnonzero(np.diff(sorted_windows, prepend=-1)).tolist(), len(spots)]
-        found = np.empty_like(spots)
-        for first, end in pairwise(bounds):
-            own = by_window[first:end]
-            number, lane = divmod(int(sorted_windows[first]), self.num_lanes)
-            start, order = self._window(lane, number)
-            found[own] = start + order[spots[own] - start]
-        return found
+    def _window_bounds(self, lanes: Any, windows: Any) -> tuple[Any, Any]:
+        """The first index of the sequence in the given windows of lanes, and the index after the last one.
 
-    def _window(self, lane: int, number: int) -> tuple[int, np.ndarray]:
-        """Where a window starts, and its order; a lane's last two are kept."""
-        kept = self._windows.setdefault(lane, {})
-        window = kept.get(number)
-        if window is None:
-            if len(kept) > 1:
-                del kept[next(iter(kept))]
-            window = kept[number] = self._open_window(lane, number)
-        return window
-
-    def _open_window(self, lane: int, number: int) -> tuple[int, np.ndarray]:
-        """Window `number` of a lane: its start, and its order."""
-        start, stop = (int(each) for each in self._bounds(lane, number))
-        return start, random_order(stop - start, self.seed, self.epoch, WINDOW_ORDER, lane, number).astype(np.int32)
-
-    def _bounds(self, lanes: Any, numbers: Any) -> tuple[Any, Any]:
-        """Where windows of lanes begin and end, `window_shards` shards long.
-
-        In long lanes the first window is shorter by a number that differs from lane to lane, so that they do not all
-        want new shards at once.
+        Windows are `window_shards` shards long. In long lanes the first window is shorter, by a number that differs
+        from lane to lane, so that the lanes do not all open new shards at the same time.
         """
         firsts, lasts = self._lane_firsts[lanes], self._lane_lasts[lanes]
-        starts = firsts - self._lane_shifts[lanes] + numbers * self.window_shards
+        starts = firsts - self._lane_shifts[lanes] + windows * self.window_shards
         window_firsts, window_lasts = np.maximum(firsts, starts), np.minimum(lasts, starts + self.window_shards - 1)
         return (
             np.maximum(self._lane_starts[lanes], self._starts[window_firsts]),
             np.minimum(self._lane_starts[lanes + 1], self._ends[window_lasts]),
         )
 
-    def _number(self, lanes: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        """The number of the window of each lane that holds a shard of the permuted ones."""
-        return (indices - self._lane_firsts[lanes] + self._lane_shifts[lanes]) // self.window_shards
+    def _windows_at(self, lanes: np.ndarray, permuted: np.ndarray) -> np.ndarray:
+        """The number of the window of each lane that holds a permuted shard."""
+        return (permuted - self._lane_firsts[lanes] + self._lane_shifts[lanes]) // self.window_shards
 
     def windows_of(self, shards: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The windows that samples are shuffled in: lane, start and end inside the lane, and the lane's length."""
-        indices = np.argsort(self._order)[shards]
-        lanes = np.searchsorted(self._lane_starts, self._starts[indices] + places, side="right") - 1
-        starts, stops = self._bounds(lanes, self._number(lanes, indices))
+        """The windows in which samples are shuffled: lane, start and stop inside the lane, and the lane's length."""
+        permuted = np.argsort(self._permuted)[shards]
+        lanes = np.searchsorted(self._lane_starts, self._starts[permuted] + places, side="right") - 1
+        starts, stops = self._window_bounds(lanes, self._windows_at(lanes, permuted))
         lane_starts = self._lane_starts[lanes]
         return lanes, starts - lane_starts, stops - lane_starts, self._lane_starts[lanes + 1] - lane_starts
 
-    def _indices(self, start: int, end: int) -> tuple[int, int]:
-        """The stretch of the permuted shards that holds spots [start, end)."""
-        first, last = np.searchsorted(self._ends, (start, end - 1), side="right").tolist()
-        return first, last + 1
-
 
 def num_steps(num_samples: int, *, global_batch: int) -> int:
-    """Optimizer steps of an epoch; the last partial batch counts."""
+    """Optimizer steps of an epoch, the last partial batch included."""
     return -(-num_samples // global_batch)
 
 
@@ -208,7 +214,7 @@ def rank_positions(step: int, *, num_samples: int, global_batch: int, rank: int,
 class ShardOrder:
     """The order of all epochs over the samples of shards, in global batches of `batch_size`.
 
-    Without `shuffle` the shards' own, in every epoch, of `every` so many neighbours the first.
+    Without `shuffle` each epoch has the order of the shards, of which it takes every `every`-th sample.
     """
 
     def __init__(
@@ -221,16 +227,12 @@ class ShardOrder:
         shuffle: bool = True,
         every: int = 1,
     ) -> None:
-        if shuffle:
-            self._first = EpochOrder(
-                shard_sizes=shard_sizes, seed=seed, global_batch=batch_size, shuffle_shards=shuffle_shards
-            )
-        else:
-            self._first = EpochOrder(
-                shard_sizes=shard_sizes, shuffle_shards=UNSHUFFLED_SHARDS, shuffled=False, every=every
-            )
+        settings = {"global_batch": batch_size, "shuffle_shards": shuffle_shards, "seed": seed}
+        if not shuffle:
+            settings = {"shuffle_shards": UNSHUFFLED_SHARDS, "every": every}
+        self._make = partial(EpochOrder, shard_sizes=shard_sizes, shuffled=shuffle, **settings)
         self._shuffle = shuffle
-        self._current = self._first
+        self._first = self._current = self._make()
 
     @property
     def num_samples(self) -> int:
@@ -240,7 +242,7 @@ class ShardOrder:
     def of_epoch(self, epoch: int) -> EpochOrder:
         """The order of one epoch."""
         if self._shuffle and self._current.epoch != epoch:
-            self._current = replace(self._first, epoch=epoch)
+            self._current = self._make(epoch=epoch)
         return self._current
 
     def refs(self, epoch: int, positions: Sequence[int]) -> list[SampleRef]:
@@ -248,5 +250,5 @@ class ShardOrder:
         return self.of_epoch(epoch).refs(positions)
 
     def open_shards(self, world_size: int) -> int:
-        """Shards that one rank reads from at the same time, at most."""
+        """How many shards one rank reads from at the same time, at most."""
         return self._first.lanes_of_rank(world_size=world_size) * (self._first.window_shards + 1)

@@ -1,21 +1,38 @@
-"""Captioned pictures in tars that another program wrote: which member is the picture, and which the captions."""
+"""Captioned images in the tars of any program: which members of a sample they are, and the index of such a tar."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from PIL import Image
+
 from captioner.images import loading
-from captioner.samples import CAPTION_ENDINGS, build_index, read_content
+from captioner.samples import CAPTION_EXTENSIONS, build_index, read_content
 from captioner.shards.format import Failure, Member, ShardIndex
 from captioner.shards.indexing import ANY, MakeIndex, checked, find_samples, foreign_facts, index_any
 from captioner.shards.tar_walk import Buffer, TarMember
 from sharding.packing.pack import MAX_FILE_BYTES
 
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "pbm", "pnm", "gif", "bmp", "tif", "tiff", "avif", "jp2")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "pbm", "pnm", "gif", "bmp", "tif", "tiff", "avif", "jp2")
 MAX_CAPTION_BYTES = 1 << 24
 
 Field = tuple[str, TarMember]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CaptionedImage:
+    """A sample of a tar: its key, its image and caption members by field in the tar's order, and what they hold."""
+
+    key: str
+    members: dict[str, TarMember]
+    image: Image.Image
+    content: dict[str, Any]
+
+    def checked_members(self, data: Buffer) -> dict[str, Member]:
+        """The members with their checksums, as an index has them."""
+        return {field: checked(data, member) for field, member in self.members.items()}
 
 
 class _UnusableError(Exception):
@@ -27,23 +44,33 @@ class _UnusableError(Exception):
         self.message = message
 
 
+def read_samples(data: Buffer, failures: list[Failure], *, name: str) -> Iterator[CaptionedImage]:
+    """The usable samples of the tar `name` (without suffix); the others are appended to `failures`."""
+    found = set[str]()
+    for key, members in find_samples(data, failures, name=name):
+        try:
+            if key in found:
+                raise _UnusableError("duplicate key", f"{name}.tar holds it twice")
+            sample = _read_sample(data, key, list(members.items()))
+        except _UnusableError as error:
+            failures.append(Failure(name=key, reason=error.reason, message=error.message))
+        else:
+            found.add(key)
+            yield sample
+
+
 def index_captioned(data: Buffer, *, name: str, sha256: str, recipe: dict[str, Any]) -> ShardIndex:
-    """The index of the tar `name` (without ending), each picture decoded and its captions read once.
+    """The index of another program's tar `name` (without suffix).
 
     Keys are `name/KEY`: many programs number the samples of each tar from 0.
     """
     failures: list[Failure] = []
-    found: dict[str, tuple[dict[str, Member], list[list[str]]]] = {}
-    for key, members in find_samples(data, failures, name=name):
-        try:
-            if f"{name}/{key}" in found:
-                raise _UnusableError("duplicate key", f"{name}.tar holds it twice")
-            found[f"{name}/{key}"] = _read_sample(data, key, list(members.items()))
-        except _UnusableError as error:
-            failures.append(Failure(name=key, reason=error.reason, message=error.message))
-    pairs, tokens = zip(*found.values(), strict=True) if found else ((), ())
-    facts = foreign_facts(data, sha256=sha256, recipe=recipe, failures=failures)
-    return build_index(list(found), pairs, tokens, facts)
+    keys, members, tokens = [], [], []
+    for sample in read_samples(data, failures, name=name):
+        keys.append(f"{name}/{sample.key}")
+        members.append(sample.checked_members(data))
+        tokens.append(sample.content["tokens"])
+    return build_index(keys, members, tokens, foreign_facts(data, sha256=sha256, recipe=recipe, failures=failures))
 
 
 def foreign_recipe(size: int) -> dict[str, Any]:
@@ -52,7 +79,7 @@ def foreign_recipe(size: int) -> dict[str, Any]:
 
 
 def indexer(recipe: dict[str, Any], *, before: ShardIndex | None = None) -> MakeIndex:
-    """What makes a tar's index again that was made by `recipe`; `before` is that index, if it is there."""
+    """The function that made a tar's index by `recipe`; `before` is the index that names the chosen samples."""
     if "samples" not in recipe:
         return partial(index_captioned, recipe=recipe)
     if recipe["samples"] == ANY or before is None:
@@ -64,24 +91,23 @@ def indexer(recipe: dict[str, Any], *, before: ShardIndex | None = None) -> Make
 # ---- one sample -------------------------------------------------------------------------------------------
 
 
-def _read_sample(data: Buffer, key: str, members: Sequence[Field]) -> tuple[dict[str, Member], list[list[str]]]:
-    """A sample's picture and captions by field, in the tar's order, and its captions' tokens. Raises _UnusableError."""
-    pictures = _choose(members, IMAGE_ENDINGS, what="picture")
-    captions, tokens = _read_captions(data, key, _choose(members, CAPTION_ENDINGS, what="caption"))
+def _read_sample(data: Buffer, key: str, members: Sequence[Field]) -> CaptionedImage:
+    image_member = _choose(members, IMAGE_SUFFIXES, what="picture")[0]
+    captions_member, content = _read_captions(data, key, _choose(members, CAPTION_EXTENSIONS, what="caption"))
     try:
-        loading.decode_rgb(_read(data, pictures[0][1], limit=MAX_FILE_BYTES))
+        image, _ = loading.decode_rgb(_read(data, image_member[1], limit=MAX_FILE_BYTES))
     except loading.ImageError as error:
         raise _UnusableError(error.reason, error.message) from error
-    pair = sorted([pictures[0], captions], key=lambda field: field[1].offset)
-    return {field: checked(data, member) for field, member in pair}, tokens
+    pair = sorted([image_member, captions_member], key=lambda field: field[1].offset)
+    return CaptionedImage(key=key, members=dict(pair), image=image, content=content)
 
 
 def _choose(members: Sequence[Field], wanted: Sequence[str], *, what: str) -> list[Field]:
-    """The members with a wanted ending, best first; a longer one such as `.large.jpg` serves where it is the only one.
+    """The members with a wanted suffix, best first; a longer one such as `.large.jpg` only where it is the only one.
 
     Raises _UnusableError where there is none, or it is not clear which is meant.
     """
-    exact = [(field, member) for ending in wanted for field, member in members if field == ending]
+    exact = [(field, member) for suffix in wanted for field, member in members if field == suffix]
     if exact:
         return exact
     longer = [(field, member) for field, member in members if field.rpartition(".")[2] in wanted]
@@ -93,29 +119,24 @@ def _choose(members: Sequence[Field], wanted: Sequence[str], *, what: str) -> li
     return longer
 
 
-def _read_captions(data: Buffer, key: str, candidates: Sequence[Field]) -> tuple[Field, list[list[str]]]:
-    """The first of the members that holds captions, and their tokens. Raises _UnusableError."""
+def _read_captions(data: Buffer, key: str, candidates: Sequence[Field]) -> tuple[Field, dict[str, Any]]:
+    """The first of the members that holds captions, and its content. Raises _UnusableError."""
     problems = []
     for field, member in candidates:
-        content = _read(data, member, limit=MAX_CAPTION_BYTES)
+        data_of_member = _read(data, member, limit=MAX_CAPTION_BYTES)
         try:
-            if field.endswith("json"):
-                _check_object(content)
-            return (field, member), read_content(content, key=key)["tokens"]
-        except ValueError as error:
+            # of what ends in .json, other text must not be taken for a caption
+            if field.endswith("json") and not isinstance(json.loads(data_of_member.decode("utf-8-sig")), dict):
+                raise ValueError("no JSON object")
+            content = read_content(data_of_member, key=key)
+            if not all(isinstance(word, str) for words in content["tokens"] for word in words):
+                raise ValueError("tokens that are no text")
+            return (field, member), content
+        except (ValueError, TypeError, RecursionError) as error:
             reason = "bad encoding" if isinstance(error, UnicodeError) else "no caption"
-            problems.append((reason, f"{member.name}: {error}"))
-    reason, message = problems[0]
-    raise _UnusableError(reason, message)
-
-
-def _check_object(content: bytes) -> None:
-    """Raise ValueError unless `content` is a JSON object: other text would be taken for a caption."""
-    try:
-        if not isinstance(json.loads(content.decode("utf-8-sig")), dict):
-            raise ValueError("no JSON object")
-    except RecursionError as error:
-        raise ValueError("JSON that is nested too deeply") from error
+            what = "JSON that is nested too deeply" if isinstance(error, RecursionError) else error
+            problems.append((reason, f"{member.name}: {what}"))
+    raise _UnusableError(*problems[0])
 
 
 def _read(data: Buffer, member: TarMember, *, limit: int) -> bytes:

@@ -6,32 +6,30 @@ Shards are read one after the other (a few at once, in threads).
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
 
-from captioner.cli import Bar
+from captioner.cli import progress_bar
 from captioner.errors import UserError
 from captioner.files import storage
-from captioner.images import loading
-from captioner.shards.format import NOT_KEPT, SPLITS, Manifest, manifest_location, read_manifest, shard_name
-from captioner.shards.indexing import BACKEND as FOREIGN
-from captioner.shards.indexing import is_foreign, list_names
+from captioner.shards.format import NOT_KEPT, SPLITS, Manifest, ShardEntry, manifest_location, read_manifest, shard_name
+from captioner.shards.indexing import is_any, is_foreign, list_names
 from captioner.shards.writing import manifest_fingerprint
 from captioner.vocabulary import Vocabulary, read_vocabulary
 from captioner.workers import count_processors
+from sharding.checking.rebuild import recipe_of
 from sharding.checking.verify_shard import (
     INDEX_FIRST,
     INDEX_SAME,
-    PACK_ANEW,
     PACK_SAME,
-    REPAIR,
     Part,
     Problem,
     ShardCheck,
     check_shard,
+    why_unread,
 )
 
 MAX_THREADS = 8
@@ -40,17 +38,39 @@ NO_FOLDER = "there is no dataset folder {}: sharding/make_shards.py makes one"
 
 @dataclass(kw_only=True, slots=True)
 class SplitCheck:
-    """What was found of one split; `problems` has those of the split's own files, `shards` the others."""
+    """What was found of one split: problems of its files alone, its shards, and problems of all of them together."""
 
     split: str
     manifest: Manifest | None = None
-    problems: list[Problem] = field(default_factory=list)
+    own_problems: list[Problem] = field(default_factory=list)
     shards: list[ShardCheck] = field(default_factory=list)
+    cross_problems: list[Problem] = field(default_factory=list)
 
     @property
-    def all_problems(self) -> list[Problem]:
+    def problems(self) -> list[Problem]:
         """The split's problems, then its shards'."""
-        return [*self.problems, *(problem for shard in self.shards for problem in shard.problems)]
+        of_shards = [problem for shard in self.shards for problem in shard.problems]
+        return [*self.own_problems, *self.cross_problems, *of_shards]
+
+
+def check_folder(folder: str, split: str | None, *, doing: str) -> list[SplitCheck]:
+    """Check the splits, or this one, under one progress bar. Raises UserError where there are no shards."""
+    wanted, names = find_splits(folder, split)
+    checks = [open_manifest(folder, name, names) for name in wanted]
+    total = sum(check.manifest.num_samples for check in checks if check.manifest)
+    with progress_bar(f"{doing} {folder}", total=total, unit="images") as bar:
+        for check in checks:
+            check_split(folder, check, report=bar.advance)
+    return checks
+
+
+def find_problems(folder: str, checks: Sequence[SplitCheck]) -> list[Problem]:
+    """The problems of the splits and of the vocabulary that they have in common."""
+    problems = [problem for check in checks for problem in check.problems]
+    captioned = [check for check in checks if check.manifest is None or not is_any(check.manifest)]
+    if captioned:
+        problems += _check_vocabulary(folder, next((check for check in captioned if check.split == "train"), None))
+    return problems
 
 
 # ---- which splits -----------------------------------------------------------------------------------------
@@ -71,190 +91,152 @@ def find_splits(folder: str, split: str | None) -> tuple[list[str], list[str]]:
 
 
 def open_manifest(folder: str, split: str, names: Sequence[str]) -> SplitCheck:
-    """The split's manifest, checked in itself, and files that it does not know."""
+    """The split's manifest, checked in itself, and the shards among `names` that it does not list."""
     check = SplitCheck(split=split)
-    location, own = manifest_location(folder, split), f"{split}.manifest.json"
+    name = f"{split}.manifest.json"
+
+    def add(part: Part, file: str, what: str, remedy: str) -> None:
+        check.own_problems.append(Problem(part=part, file=file, what=what, remedy=remedy))
+
     shards = [name for name in names if re.match(rf"{split}-\d+\.(tar|index)$", name)]
-    if own not in names:
-        num_packed = sum(name.endswith(".index") for name in shards)
-        what, remedy = f"{num_packed:,} shards, but no manifest: the packing is unfinished", PACK_SAME
-        if not num_packed:
-            what, remedy = f"{len(shards):,} tars without indexes and manifest", INDEX_FIRST
-        check.problems.append(Problem(part="unfinished", file=f"{split}-*", what=what, remedy=remedy))
+    if name not in names:
+        num_indexes = sum(name.endswith(".index") for name in shards)
+        what = f"{len(shards) - num_indexes:,} tars and {num_indexes:,} indexes, but no manifest: unfinished"
+        add("unfinished", f"{split}-*", what, PACK_SAME if num_indexes else INDEX_FIRST)
         return check
     try:
-        check.manifest = manifest = read_manifest(folder, split, remedy="")
-        problems = list(_check_manifest(manifest, split=split, raw=storage.read_bytes(location)))
+        manifest = read_manifest(folder, split, remedy="")
+        problems = _check_manifest(manifest, split=split, raw=storage.read_bytes(manifest_location(folder, split)))
     except (UserError, OSError, TypeError, ValueError) as error:
-        check.manifest, problems = None, [f"cannot be used: {str(error).rstrip(': ')}"]
-    else:
-        if not _names_are_right(manifest, split):  # then nothing of it can be believed, least of all what is stray
-            what = "cannot be used: its shards are of another split, not numbered in order, or listed twice"
-            check.manifest, manifest, problems = None, replace(manifest, shards=()), [what]
-            shards = []
-        listed = {f"{entry.name}.{ending}" for entry in manifest.shards for ending in ("tar", "index")}
-        strays = [name for name in shards if name not in listed and not (is_foreign(manifest) and name.endswith("tar"))]
-        for name in strays:
-            what = "is not in the manifest: it is left of another packing"
-            check.problems.append(Problem(part="stray", file=name, what=what, remedy="delete it"))
-    remedy = INDEX_SAME if check.manifest and is_foreign(check.manifest) else PACK_SAME
-    check.problems += [Problem(part="manifest", file=own, what=what, remedy=remedy) for what in problems]
+        add("manifest", name, f"cannot be used: {str(error).rstrip(': ')}", PACK_SAME)
+        return check
+    check.manifest = manifest
+    check.own_problems += [Problem.of(manifest, "manifest", what) for what in problems]
+    suffixes = ("index",) if is_foreign(manifest) else ("tar", "index")
+    listed = {f"{entry.name}.{suffix}" for entry in manifest.shards for suffix in suffixes}
+    for stray in shards:
+        if stray not in listed and stray.endswith(suffixes):
+            add("stray", stray, "is not in the manifest: it is left of another packing", "delete it")
     return check
 
 
-def _names_are_right(manifest: Manifest, split: str) -> bool:
-    names = [entry.name for entry in manifest.shards]
-    if manifest.split != split:
-        return False
-    if is_foreign(manifest):
-        return len(set(names)) == len(names)
-    return names == [shard_name(split, number) for number in range(len(names))]
-
-
-def _check_manifest(manifest: Manifest, *, split: str, raw: bytes) -> Iterator[str]:
-    if manifest.source.get("split") != split:
-        yield f"says that its source is of split {manifest.source.get('split')}"
-    wanted = {"split", "records", "pattern"} if is_foreign(manifest) else {"split", "records", "captions", "images"}
-    if missing := wanted - manifest.source.keys():
-        yield f"its source lacks {', '.join(sorted(missing))}"
-    if not manifest.num_samples:
-        yield "lists no sample"
-    if manifest.fingerprint != manifest_fingerprint(manifest.shards):
-        yield "its fingerprint is not that of its shards"
-    if json.loads(manifest.to_json()) != json.loads(raw):
-        yield "its totals are not those of its shards: it was edited or is damaged"
+def _check_manifest(manifest: Manifest, *, split: str, raw: bytes) -> list[str]:
+    """What is wrong with a manifest in itself. Raises ValueError where not even its names of shards are right."""
+    names, foreign, source = [entry.name for entry in manifest.shards], is_foreign(manifest), manifest.source
+    wanted = names if foreign else [shard_name(split, number) for number in range(len(names))]
+    if manifest.split != split or names != wanted or len(set(names)) < len(names):
+        raise ValueError("its shards are of another split, not numbered in order, or listed twice")
+    fields = {"split", "records", *(("pattern",) if foreign else ("captions", "images"))}
+    num_records = manifest.num_samples + sum(entry.failures for entry in manifest.shards)
+    problems = {
+        f"its source is of split {source.get('split')}": source.get("split") != split,
+        "its source lacks a field": not fields <= source.keys(),
+        "lists no sample": not manifest.num_samples,
+        f"its {source.get('records')} records are not its samples and failures": source.get("records") != num_records,
+        "its fingerprint is not that of its shards": manifest.fingerprint != manifest_fingerprint(manifest.shards),
+        "its totals are not those of its shards": json.loads(manifest.to_json()) != json.loads(raw),
+    }
+    return [what for what, is_wrong in problems.items() if is_wrong]
 
 
 # ---- all shards together ----------------------------------------------------------------------------------
 
 
-def check_split(folder: str, check: SplitCheck, bar: Bar) -> None:
-    """Check all shards of a split that has a manifest, and what they say together; fills `check`."""
+def check_split(folder: str, check: SplitCheck, *, report: Callable[[int], None]) -> None:
+    """Check the shards of a split that has a manifest, except those found whole before, and what they say together.
+
+    `report` is called with the number of samples of each checked shard.
+    """
     manifest = check.manifest
     if manifest is None:
         return
-    entries = manifest.shards
+    listed, problems = _read_failures(folder, manifest)
+    whole = {shard.entry.name: shard for shard in check.shards if not shard.problems}
+    trusted = not any(problem.part == "manifest" for problem in check.own_problems)
+
+    def check_or_keep(entry: ShardEntry, first: int) -> ShardCheck:
+        return whole.get(entry.name) or check_shard(folder, entry, manifest, first if trusted else None, listed)
+
+    firsts = accumulate((entry.samples + entry.failures for entry in manifest.shards), initial=0)
+    check.shards = []
     threads = ThreadPoolExecutor(min(MAX_THREADS, count_processors()))
     try:
-        for shard in threads.map(lambda entry: check_shard(folder, entry, manifest), entries):
+        for shard in threads.map(check_or_keep, manifest.shards, firsts):
             check.shards.append(shard)
-            bar.advance(shard.entry.samples)
+            report(shard.entry.samples)
     finally:
         threads.shutdown(cancel_futures=True)
-    _check_together(folder, check, manifest)
+    check.cross_problems = [*problems, *_check_settings(check.shards, manifest)]
+    if listed is not None:
+        check.cross_problems += _check_failures(check.shards, manifest, listed)
 
 
-def read_failures(folder: str, split: str) -> list[Any]:
-    """The lines of `SPLIT.failures.jsonl`. Raises OSError or ValueError."""
-    text = storage.read_bytes(storage.join(folder, f"{split}.failures.jsonl")).decode()
-    lines = text.split("\n")
-    if lines.pop():
-        raise ValueError("its last line is cut")
-    return [json.loads(line) for line in lines]
-
-
-def _check_together(folder: str, check: SplitCheck, manifest: Manifest) -> None:
-    own = f"{check.split}.manifest.json"
-    remedy = INDEX_SAME if is_foreign(manifest) else PACK_SAME
-
-    def add(what: str, *, file: str = own, part: Part = "manifest", remedy: str = remedy) -> None:
-        check.problems.append(Problem(part=part, file=file, what=what, remedy=remedy))
-
-    readable = [shard for shard in check.shards if shard.facts is not None]
-    _check_settings(check, readable, manifest, add)
-    if not is_foreign(manifest):  # their keys begin with their tar's name
-        _check_keys(check)
-    name = f"{check.split}.failures.jsonl"
+def _read_failures(folder: str, manifest: Manifest) -> tuple[list[Any] | None, list[Problem]]:
+    """The lines of `SPLIT.failures.jsonl`, or None and what is wrong with it."""
     try:
-        listed = read_failures(folder, check.split)
-        reasons = Counter(failure["reason"] for failure in listed)
+        *lines, rest = storage.read_bytes(storage.join(folder, f"{manifest.split}.failures.jsonl")).split(b"\n")
+        if rest:
+            raise ValueError("its last line is cut")
+        listed = [json.loads(line) for line in lines]
+        Counter(failure["reason"] for failure in listed)
+        return listed, []
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-        add(what, file=name, part="failures")
+        return None, [Problem.of(manifest, "failures", why_unread(error))]
+
+
+def _check_failures(shards: Sequence[ShardCheck], manifest: Manifest, listed: Sequence[Any]) -> Iterator[Problem]:
+    """Whether the list of failures ends with those of the shards, and the manifest counts what it lists."""
+    facts = [shard.facts for shard in shards if shard.facts is not None and not shard.has("index")]
+    if len(facts) < len(shards):
         return
-    whole = len(readable) == len(check.shards) and not any(shard.has("index") for shard in check.shards)
-    packed = [failure for shard in readable if shard.facts for failure in shard.facts["failures"]]
-    if whole and listed[len(listed) - len(packed) :] != packed:
-        add(
-            "does not list the failures of the shards, whose indexes have their own checksums",
-            file=name,
-            part="failures",
-        )
-    elif dict(reasons) != {reason: n for reason, n in manifest.failures.items() if reason != NOT_KEPT}:
-        add(f"its failures by reason are not those that {name} lists")
-    not_kept = sum(shard.facts.get("not_kept", 0) for shard in readable if shard.facts)
-    if whole and manifest.failures.get(NOT_KEPT, 0) != not_kept:
-        add("its number of samples that were not kept is not that of its shards")
-    if whole and manifest.source.get("records") != manifest.num_samples + len(packed) + not_kept:
-        add(f"{manifest.source.get('records')} records are not its samples and what was left out")
+    failures = [failure for fact in facts for failure in fact["failures"]]
+    reasons = Counter(failure["reason"] for failure in listed)
+    reasons[NOT_KEPT] = sum(fact.get("not_kept", 0) for fact in facts)
+    if listed[len(listed) - len(failures) :] != failures:
+        yield Problem.of(manifest, "failures", "does not end with the failures that the shards' indexes list")
+    elif reasons != Counter(manifest.failures):
+        yield Problem.of(manifest, "manifest", "its failures by reason are not those of its shards and before packing")
 
 
-def _check_settings(check: SplitCheck, readable: Sequence[ShardCheck], manifest: Manifest, add: Any) -> None:
-    """Whether indexes and manifest tell the same recipe and backend; the one that stands alone is to blame."""
-    backends = {FOREIGN} if is_foreign(manifest) else set(get_args(loading.Backend))
-    facts = [(shard, shard.facts) for shard in readable if shard.facts]
-    odd = [shard for shard, fact in facts if any(manifest.settings.get(k) != v for k, v in fact["recipe"].items())]
-    if odd and len(odd) == len(facts):
-        add("its settings are not those of its shards")
-        odd = []
-    odd += [shard for shard, fact in facts if fact["backend"] not in backends and shard not in odd]
-    for shard in odd:
-        what = "its recipe or backend is another than the manifest's"
-        shard.problems.append(Problem(part="index", file=f"{shard.entry.name}.index", what=what, remedy=REPAIR))
-    if not odd and len(facts) == len(check.shards):
-        joined = " and ".join(sorted({fact["backend"] for _, fact in facts}))
-        if joined != manifest.settings.get("backend"):
-            add(f"its backend is {manifest.settings.get('backend')}, its shards' {joined or 'none'}")
-
-
-def _check_keys(check: SplitCheck) -> None:
-    """Keys are unique: they ascend from shard to shard, and inside, as the scan saw."""
-    last = b""
-    for shard in check.shards:
-        before, last = last, (shard.keys or [last])[-1]
-        if shard.keys and shard.keys[0] <= before:
-            what = f"its first key {shard.keys[0].decode(errors='backslashreplace')} does not follow the last shard's"
-            shard.problems.append(Problem(part="content", file=f"{shard.entry.name}.tar", what=what, remedy=PACK_ANEW))
+def _check_settings(shards: Sequence[ShardCheck], manifest: Manifest) -> Iterator[Problem]:
+    """Whether the manifest says the recipe and the backends that the indexes say."""
+    facts = [shard.facts for shard in shards if shard.facts is not None]
+    backend = " and ".join(sorted({fact["backend"] for fact in facts}))
+    other_backend = len(facts) == len(shards) and backend != manifest.settings.get("backend")
+    if other_backend or any(fact["recipe"] != recipe_of(manifest) for fact in facts):
+        yield Problem.of(manifest, "manifest", "its settings are not those of its shards")
 
 
 # ---- vocabulary -------------------------------------------------------------------------------------------
 
 
-def check_vocabulary(folder: str, train: SplitCheck | None) -> Problem | None:
+def _check_vocabulary(folder: str, train: SplitCheck | None) -> list[Problem]:
     """Whether vocabulary.json can be used, and is what the training captions give, unless it was given to packing."""
     name = "vocabulary.json"
-    location = storage.join(folder, name)
-    foreign = train is not None and train.manifest is not None and is_foreign(train.manifest)
-    remedy = INDEX_SAME if foreign else PACK_SAME
+    manifest = None if train is None else train.manifest
     problem = None
     try:
-        vocabulary = read_vocabulary(location, remedy="")
-        if json.loads(vocabulary.to_json()) != json.loads(storage.read_bytes(location)):
+        vocabulary = read_vocabulary(storage.join(folder, name), remedy="")
+        if json.loads(vocabulary.to_json()) != json.loads(storage.read_bytes(storage.join(folder, name))):
             problem = "it holds more than what was written: it was edited or is damaged"
-        elif train is not None and train.manifest is not None and all(s.words is not None for s in train.shards):
-            counts: Counter[str] = Counter()
-            for shard in train.shards:
-                counts.update(shard.words or {})
-            problem = _compare_words(vocabulary, counts)
+        elif train is not None and manifest is not None and all(shard.words is not None for shard in train.shards):
+            problem = _compare_words(vocabulary, [shard.words for shard in train.shards if shard.words])
     except (UserError, TypeError, ValueError, KeyError, AttributeError) as error:
         problem = str(error).rstrip(": ")
-    return Problem(part="vocabulary", file=name, what=problem, remedy=remedy) if problem else None
+    remedy = INDEX_SAME if manifest is not None and is_foreign(manifest) else PACK_SAME
+    return [Problem(part="vocabulary", file=name, what=problem, remedy=remedy)] if problem else []
 
 
-def _compare_words(vocabulary: Vocabulary, counts: Counter[str]) -> str | None:
-    """What is wrong with a vocabulary that was made from words with these counts; None for one made elsewhere."""
-    own = Vocabulary.from_counts(counts, threshold=vocabulary.threshold)
-    if (own.words, own.counts) == (vocabulary.words, vocabulary.counts):
+def _compare_words(vocabulary: Vocabulary, words: Sequence[Counter[str]]) -> str | None:
+    """What is wrong with a vocabulary that was made from the words of these shards; None for one made elsewhere."""
+    counts: Counter[str] = Counter()
+    for shard in words:
+        counts.update(shard)
+    made = Vocabulary.from_counts(counts, threshold=vocabulary.threshold)
+    if (made.words, made.counts) == (vocabulary.words, vocabulary.counts):
         return None
-    same_counts = all(counts[word] == n for word, n in zip(vocabulary.words[4:], vocabulary.counts[4:], strict=False))
-    if own.words == vocabulary.words or (same_counts and len(vocabulary) > 4):
-        return "its counts or its threshold are not those of the training captions"
-    with suppress(ValueError):
-        if len(vocabulary.counts) != len(vocabulary) or min(vocabulary.counts[4:]) < vocabulary.threshold:
-            return "its counts do not fit its words and threshold"
+    known = dict(zip(vocabulary.words[4:], vocabulary.counts[4:], strict=False))
+    is_of_train = made.words == vocabulary.words or all(counts[word] == count for word, count in known.items())
+    if is_of_train or min(known.values()) < vocabulary.threshold:
+        return "its counts or its threshold are not those of its words in the training captions"
     return None
-
-
-def as_rows(problems: Sequence[Problem]) -> list[tuple[str, str, str]]:
-    """Problems as rows of a table."""
-    return [(problem.file, problem.what, problem.remedy) for problem in problems]

@@ -1,25 +1,26 @@
-"""Records to shards: the order of a split's samples, and which shard holds which. No picture is opened."""
+"""Records to shards: the order of a split's samples, and which shard holds which. No image is opened."""
 
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from captioner.files.storage import UNKNOWN
+from captioner.errors import UserError
+from captioner.files.storage import UNKNOWN, sizes_bytes
 from captioner.images.loading import Resize
-from captioner.shards.format import FORMAT_VERSION, sample_key, shard_name
+from captioner.shards.format import FORMAT_VERSION, Failure, sample_key, shard_name
 from captioner.shards.splitmix import random_order
-from sharding.packing.sources import Record
+from sharding.packing.sources import Record, Source, describe_failures, read_records
 
 ORDER_SEED = 0
 CAPTION_BYTES = 2_000  # a sample's JSON and the headers of its two members
-TYPICAL_FILE_BYTES = 200_000  # of a picture whose server does not tell its size
+TYPICAL_FILE_BYTES = 200_000  # of an image whose server does not send its size
 KEEP_RATIO_AREA = 4 / 3  # photographs' usual sides
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """What decides the shards beside their input: sides in pixels, how a picture is brought to them, JPEG quality."""
+    """What decides the shards beside their input: sides in pixels, how an image is resized to them, JPEG quality."""
 
     size: int
     resize: Resize
@@ -31,7 +32,8 @@ class Recipe:
 class ShardPlan:
     """One shard to make: its name, and the records in order with their keys and the sizes of their files.
 
-    `file_bytes` has None for a picture that is not there, and UNKNOWN where a server does not tell.
+    `file_bytes` has None for an image that is not there, and UNKNOWN where a server does not send the size. `sha256` is
+    that of the tar where it was packed before: no other bytes are written.
     """
 
     name: str
@@ -41,6 +43,7 @@ class ShardPlan:
     file_bytes: tuple[int | None, ...]
     recipe: Recipe
     estimated_bytes: int
+    sha256: str | None = None
 
     @property
     def split(self) -> str:
@@ -49,15 +52,31 @@ class ShardPlan:
 
     @property
     def fingerprint(self) -> str:
-        """Hex sha256 of what decides the shard's bytes: settings, captions, names and sizes of the pictures.
+        """Hex sha256 of what decides the shard's bytes: recipe, captions, names and sizes of the images.
 
-        Where the pictures lie does not count, so that a moved folder is the same input. A picture that was changed
-        to another of exactly as many bytes is not noticed.
+        The folder of the images does not count, so that a moved folder is the same input. An image that was replaced
+        by another one of the same size in bytes is not noticed.
         """
         # as asdict gives them, which would copy every caption
         records = [{name: getattr(record, name) for name in Record.__slots__} for record in self.records]
         content = [FORMAT_VERSION, asdict(self.recipe), self.keys, records, self.file_bytes]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def plan_split(source: Source, recipe: Recipe) -> tuple[list[ShardPlan], list[Failure]]:
+    """A split's shards to make, and what of its caption file cannot be packed. Raises UserError."""
+    records, failures = read_records(source)
+    if not records:
+        raise UserError(
+            f"{source.captions} holds no image of split {source.split} to pack{describe_failures(failures)}"
+        )
+    file_bytes = sizes_bytes(source.images, [record.file_name for record in records])
+    if all(size is None for size in file_bytes):
+        raise UserError(
+            f"none of the {len(records):,} images of split {source.split} is in {source.images} "
+            f"(the first: {records[0].file_name!r}): give --images the folder that their names start from"
+        )
+    return plan_shards(source.split, records, images=source.images, file_bytes=file_bytes, recipe=recipe), failures
 
 
 def estimate_sample_bytes(recipe: Recipe, file_bytes: Sequence[int | None]) -> int:
@@ -84,7 +103,7 @@ def plan_shards(
     """
     ordered = list(zip(records, file_bytes, strict=True))
     if split == "train":
-        ordered = [ordered[place] for place in random_order(len(ordered), ORDER_SEED).tolist()]
+        ordered = [ordered[index] for index in random_order(len(ordered), ORDER_SEED).tolist()]
     sample_bytes = estimate_sample_bytes(recipe, file_bytes)
     per_shard = max(1, recipe.shard_megabytes * 1_000_000 // sample_bytes)
     plans = []
@@ -94,7 +113,7 @@ def plan_shards(
             ShardPlan(
                 name=shard_name(split, number),
                 images=images,
-                keys=tuple(sample_key(split, first + place) for place in range(len(part))),
+                keys=tuple(sample_key(split, first + index) for index in range(len(part))),
                 records=tuple(record for record, _ in part),
                 file_bytes=tuple(size for _, size in part),
                 recipe=recipe,

@@ -24,7 +24,7 @@ from captioner.model.bundle import load_bundle
 from captioner.model.encoders import Encoder
 from captioner.vocabulary import Vocabulary
 from train.main import main
-from train.run import run_folder
+from train.run import folder
 from train.settings import TrainSettings
 from train.step.starting_model import complete
 
@@ -114,8 +114,8 @@ INIT = replace(
         (replace(GOOD, weights=None), "small_cnn: it has no pretrained ones"),
         (replace(GOOD, finetune_encoder_from_step=None), "--finetune-encoder-from-step 0"),
         (replace(GOOD, finetune_encoder_from_step=99), "beyond the run's 3 steps"),
-        (replace(GOOD, crop=60), "is to see crops of 60"),
-        (replace(GOOD, encoder="squeezenet1_1", crop=4), "squeezenet1_1 cannot see pictures of 4 pixels"),
+        (replace(GOOD, crop=60), "takes crops of 60"),
+        (replace(GOOD, encoder="squeezenet1_1", crop=4), "squeezenet1_1 cannot take images of 4 pixels"),
         (replace(GOOD, init="absent"), "absent/config.json"),
         (replace(GOOD, init="cut"), "is cut or changed"),
         (replace(INIT, encoder="resnet152"), "--encoder is resnet152, but the model of --init has small_cnn"),
@@ -124,11 +124,11 @@ INIT = replace(
         (replace(INIT, image_input="every-step"), "--image-input is every-step, but the model of --init has first"),
         (replace(INIT, weights="none"), "--weights none is a random encoder"),
         (replace(INIT, weights="default"), "small_cnn: it has no pretrained ones"),
-        (replace(INIT, crop=60), "is to see crops of 60"),
+        (replace(INIT, crop=60), "takes crops of 60"),
         (replace(GOOD, shards=("absent",)), "make_shards.py"),
         (replace(GOOD, shards=("empty",)), "holds no samples"),
         (replace(GOOD, shards=("wordless",)), "wordless/vocabulary.json"),
-        (replace(GOOD, shards=("shards", "shards/")), "the same shards are named twice (shards/train-000000"),
+        (replace(GOOD, shards=("shards", "shards/")), "the same shards are given twice (shards/train-000000"),
         (replace(GOOD, batch_size=5, accumulation_steps=2), "--batch-size 5 is the global batch"),
         (replace(GOOD, shards=("other",), patience_epochs=2), "--patience-epochs looks at the val split"),
         (replace(GOOD, output="file"), "file is a file"),
@@ -180,13 +180,14 @@ def test_the_corrected_command_runs_where_the_refused_one_was_to(tmp_path: Path)
     assert load_bundle(tmp_path / "run" / "model").model.config.encoder == "small_cnn"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "said"),
     [
         (["--weights", "absent.pth"], "there is no such file: give other --weights"),
         (["--init", "cut"], "is cut or changed"),
         (["--shards", "wordless"], "wordless/vocabulary.json"),
-        (["--shards", "other"], "sees other data than rank 0"),
+        (["--shards", "other"], "give all machines the same shards"),
         (["--accumulation-steps", "3"], "--accumulation-steps 3"),
     ],
 )
@@ -209,6 +210,7 @@ def line_of_both(script: str, flags: list[Any], own: list[str], *, log: Path) ->
     return lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "said"),
     [
@@ -263,7 +265,7 @@ def test_a_finished_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def train_unfinished(settings: TrainSettings) -> None:
     """A run that is stopped when all that is left is to write the model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_folder, "write_model", lambda *_, **__: cli.fail("stopped"))
+        patch.setattr(folder, "write_model", lambda *_, **__: cli.fail("stopped"))
         with pytest.raises(SystemExit):
             main(settings)
 

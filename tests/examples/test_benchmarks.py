@@ -12,9 +12,15 @@ from tiny import picture
 
 import scaling
 import streaming
-import training
+import training as command
 from captioner.errors import UserError
 from captioner.vocabulary import START
+from contenders import training
+from contenders.pictures import write_loose
+from measuring.photos import find_photos
+from train.step.schedule import make_schedule
+
+pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -110,7 +116,7 @@ def test_training_quickly_measured_gives_rows_and_bars(tmp_path: Path) -> None:
     assert len(bars) == len({bar["name"] for bar in bars}) == 13
     for bar in bars:
         assert set(bar) == {"name", "value", "bar", "holds"}
-        absent = bar["name"].startswith("GPU") or ("bf16" in bar["name"] and not training.has_bf16())
+        absent = bar["name"].startswith("GPU") or ("bf16" in bar["name"] and not command.has_bf16())
         assert (bar["value"] is None) == (bar["holds"] is None) == absent
 
 
@@ -121,8 +127,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> training.Job:
     for seed in range(4):
         picture(seed, width=640, height=480).save(folder / f"{seed}.jpg", quality=96)
     captions = [[f"A dog, {'very ' * (5 * number + extra)}tired." for extra in range(5)] for number in range(4)]
-    training.pack(training.find_photos(folder), captions, folder / "packed", num_samples=4)
-    training.write_loose(folder / "packed")
+    training.pack(find_photos(folder), captions, folder / "packed", num_samples=4)
+    write_loose(folder / "packed")
     return training.Job(
         folder=folder / "packed", encoder="squeezenet1_1", batch=4, workers=0, precision="no", on_cpu=True
     )
@@ -147,7 +153,7 @@ def test_padded_and_packed_captions_teach_the_same(job: training.Job) -> None:
         trainer = training.Trainer(job)
         trainer.model.drop.p = 0.0
         trainer.optimizer = torch.optim.SGD([p for p in trainer.model.parameters() if p.requires_grad], lr=1.0)
-        trainer.schedule = training.make_schedule(trainer.optimizer, "constant", total_steps=20)
+        trainer.schedule = make_schedule(trainer.optimizer, "constant", total_steps=20)
         batch = trainer.batch_of(4, None)
         torch.manual_seed(1)
         action(trainer, replace(batch, inputs=torch.rand(4, trainer.model.encoder.num_features)))

@@ -21,18 +21,17 @@ from packaging.requirements import Requirement
 from safetensors.numpy import save_file
 
 import gpu
-import gpu_commands
-import gpu_model_rows
-import gpu_packages
-import gpu_training_rows
-from gpu_commands import Run, check_trained_on, last_flags
-from gpu_compare import weight_difference
-from gpu_jobs import Bench, CheckError, Job, Outcome, SkipError, wait_for_all
-from gpu_model_rows import same_captions
-from gpu_rows import Row
-from gpu_speed_rows import loop_speed, waiting
-from gpu_table import Finding, Table, run_row, run_rows
-from gpu_training_rows import fp32, half_precision
+from acceptance import commands, packages
+from acceptance.commands import Run, check_trained_on, last_flags
+from acceptance.jobs import Bench, CheckError, Job, Outcome, SkipError, wait_for_all
+from acceptance.rows import Row, model, training
+from acceptance.rows.compare import weight_difference
+from acceptance.rows.model import same_captions
+from acceptance.rows.speed import loop_speed, waiting
+from acceptance.rows.training import fp32, half_precision
+from acceptance.table import Finding, Table, run_row, run_rows
+
+pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HANGS = "import time; time.sleep(60)"
@@ -151,7 +150,7 @@ def test_commands_see_the_checkout_and_no_launcher(bench: Bench, monkeypatch: py
         monkeypatch.setenv(name, value)
     bench.packages = Path("/wheels")
     found = bench.environment("cpu")
-    assert found["PYTHONPATH"] == f"{REPOSITORY}:/wheels:/mine"
+    assert found["PYTHONPATH"] == f"{REPOSITORY}:{REPOSITORY}/benchmarks:/wheels:/mine"
     assert found["CUDA_VISIBLE_DEVICES"] == ""
     assert not {"RANK", "ACCELERATE_MIXED_PRECISION"} & set(found)
     assert "CUDA_VISIBLE_DEVICES" not in bench.environment("cuda")
@@ -173,7 +172,7 @@ def test_what_several_rows_need_is_made_once_and_fails_once(bench: Bench) -> Non
     assert len(made) == 1
     assert sorted(finding.result for finding in table.findings) == ["FAIL", "skipped", "skipped", "skipped"]
     assert {finding.reason for finding in table.findings if finding.result == "skipped"} == {
-        "it needs what failed before: a run"
+        "depends on a failed step: a run"
     }
 
 
@@ -260,7 +259,7 @@ def test_half_precision_that_ends_elsewhere_fails(
 ) -> None:
     give(bench, fp32=write_run(tmp_path / "a", LOSSES))
     runs = iter([write_run(tmp_path / "b", [4.1, *LOSSES[1:]]), write_run(tmp_path / "c", [*LOSSES[:-2], 3.0, 3.0])])
-    monkeypatch.setattr(gpu_training_rows, "train", lambda *_, **__: next(runs))
+    monkeypatch.setattr(training, "train", lambda *_, **__: next(runs))
     for result in ("pass", "FAIL"):
         assert find(lambda job: half_precision(job, precision="bf16", tolerance=0.05), bench).result == result
     with pytest.raises(SkipError):
@@ -278,7 +277,7 @@ def test_other_captions_than_the_cpus_make_a_row_fail(bench: Bench, monkeypatch:
     give(bench, captions_on_the_CPU=wanted)
     for changed, result in ((1, "pass"), (2, "FAIL")):
         found = wanted | {f"{number}.jpg": "a dog" for number in range(changed)}
-        monkeypatch.setattr(gpu_model_rows, "captions", lambda *_, found=found, **__: found)
+        monkeypatch.setattr(model, "captions", lambda *_, found=found, **__: found)
         assert find(lambda job: same_captions(job, precision="float32", least=0.95), bench).result == result
 
 
@@ -304,10 +303,10 @@ def test_training_on_another_device_than_asked_for_is_found() -> None:
 def test_pictures_without_captions_are_a_failure(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     code = "import sys, pathlib; pathlib.Path(sys.argv[sys.argv.index('--output') + 1]).write_text('{}\\n')"
     (tmp_path / "caption.py").write_text(code)
-    monkeypatch.setattr(gpu_commands, "CAPTION", tmp_path / "caption.py")
-    give(bench, fp32=Run(folder=tmp_path), data=gpu_commands.Data(scenes=tmp_path, shards=tmp_path))
+    monkeypatch.setattr(commands, "CAPTION", tmp_path / "caption.py")
+    give(bench, fp32=Run(folder=tmp_path), data=commands.Data(scenes=tmp_path, shards=tmp_path))
     with pytest.raises(CheckError, match="0 of 12 pictures have a caption"):
-        gpu_commands.captions(Job(bench, seconds=20), precision="float32")
+        commands.captions(Job(bench, seconds=20), precision="float32")
 
 
 def test_the_last_of_a_flags_values_counts() -> None:
@@ -351,22 +350,20 @@ def test_wheels_bring_what_is_missing_and_what_that_needs_but_never_torch(tmp_pa
     numpy = write_wheel(tmp_path, "numpy", "99.0")
     wheels = [reader, old, braces, elsewhere, torch, numpy]
     wanted = requirements("reader-kept>=1.0", "tools-kept", "torch>=50", "numpy>=2.0")
-    found = gpu_packages.find_needs(wanted, wheels)
+    found = packages.find_needs(wanted, wheels)
     assert set(found.wheels) == {reader, braces}
     assert sorted(map(str, found.missing)) == ["tools-kept", "torch>=50"]
 
 
 def test_the_projects_own_requirements_are_met_here() -> None:
-    assert gpu_packages.find_needs(gpu_packages.required_packages(), []) == gpu_packages.Needs(
-        wheels=(), brought=(), missing=()
-    )
+    assert packages.find_needs(packages.required_packages(), []) == packages.Needs(wheels=(), brought=(), missing=())
 
 
 def test_commands_import_unpacked_wheels(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     write_wheel(wheels, "reader_kept", "1.2")
-    monkeypatch.setattr(gpu_packages, "required_packages", lambda: requirements("reader-kept", "numpy"))
+    monkeypatch.setattr(packages, "required_packages", lambda: requirements("reader-kept", "numpy"))
     bench.packages = gpu.prepare_packages(wheels, tmp_path / "unpacked")
     assert Job(bench, seconds=20).run(python("import reader_kept; print(reader_kept.VERSION)")) == "1.2\n"
 
@@ -375,7 +372,7 @@ def test_what_no_wheel_brings_ends_the_benchmark_before_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_wheel(tmp_path, "reader_kept", "1.2")
-    monkeypatch.setattr(gpu_packages, "required_packages", lambda: requirements("reader-kept", "tools-kept>=2"))
+    monkeypatch.setattr(packages, "required_packages", lambda: requirements("reader-kept", "tools-kept>=2"))
     with pytest.raises(SystemExit) as caught:
         gpu.prepare_packages(tmp_path, tmp_path / "unpacked")
     assert caught.value.code == 2

@@ -24,7 +24,10 @@ from captioner.model.bundle import Bundle, DecodingDefaults, save_bundle
 from captioner.model.encoders import load_encoder_weights
 from captioner.model.network import CaptionModel, ImageInput, ModelConfig
 from captioner.vocabulary import Vocabulary
-from infer import export
+from infer import export, onnx_files
+from infer.onnx_readme import readme
+
+pytestmark = pytest.mark.slow
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 WEIGHTS = DATA / "weights" / "squeezenet1_1.pth"
@@ -41,7 +44,7 @@ def tiny_bundle(image_input: ImageInput) -> Bundle:
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Path]:
     """A model and its ONNX folder, in which the README's code was saved as it says."""
     bundle, folder = tiny_bundle(request.param), tmp_path_factory.mktemp("exported") / "onnx"
-    export.export(bundle, folder)
+    onnx_files.export(bundle, folder)
     return bundle, save_readme_code(folder)
 
 
@@ -95,7 +98,7 @@ def test_trigrams_come_twice_only_where_the_model_folder_lets_them(
     bundle, folder = exported
     free = replace(bundle, decoding=replace(DECODING, no_repeat_trigram=False))
     shutil.copytree(folder, tmp_path / "free")
-    (tmp_path / "free" / "README.md").write_text(export._readme(free))
+    (tmp_path / "free" / "README.md").write_text(readme(free))
     greedy = readme_function(save_readme_code(tmp_path / "free"), "greedy", monkeypatch)
     views = make_views(64)
     assert greedy(views) == pytorch_tokens(free, views)
@@ -108,7 +111,7 @@ def test_the_command_prints_what_it_wrote(
     """All but the exporter's own half minute, which the folder took already."""
     bundle, folder = exported
     save_bundle(tmp_path / "model", model=bundle.model, view=VIEW, vocabulary=VOCABULARY, decoding=DECODING, metrics={})
-    monkeypatch.setattr(export, "_write", lambda _, path, **options: shutil.copy(folder / path.name, path))
+    monkeypatch.setattr(onnx_files, "_write", lambda _, path, **options: shutil.copy(folder / path.name, path))
     settings = export.ExportSettings(model=str(tmp_path / "model"), output=tmp_path / "onnx")
     export.main(settings)
     printed = capsys.readouterr().out
@@ -116,7 +119,7 @@ def test_the_command_prints_what_it_wrote(
     assert len(differences) == 2, printed
     assert max(map(float, differences)) < 1e-4
     before = sorted(path.stat().st_mtime_ns for path in settings.output.iterdir())
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         export.main(settings)
     assert sorted(path.stat().st_mtime_ns for path in settings.output.iterdir()) == before
 
@@ -129,9 +132,9 @@ def test_numbers_that_differ_are_refused(
     other = tiny_bundle(bundle.model.config.image_input)
     with torch.no_grad():
         other.model.norm.bias.add_(0.01)
-    monkeypatch.setattr(export, "_write", lambda _, path, **options: shutil.copy(folder / path.name, path))
+    monkeypatch.setattr(onnx_files, "_write", lambda _, path, **options: shutil.copy(folder / path.name, path))
     with pytest.raises(UserError, match=r"encoder\.onnx differs from PyTorch by .*, so nothing was exported"):
-        export.export(other, tmp_path / "onnx")
+        onnx_files.export(other, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 
 
@@ -160,7 +163,7 @@ def test_captions_of_real_pictures_are_pytorchs(tmp_path: Path, monkeypatch: pyt
         model.norm.momentum = 1.0
         model.encode(normalise(torch.from_numpy(views), view))
     bundle = Bundle(model=model.eval(), view=view, vocabulary=vocabulary, decoding=DECODING, name="")
-    export.export(bundle, tmp_path / "onnx")
+    onnx_files.export(bundle, tmp_path / "onnx")
     wanted = pytorch_tokens(bundle, views)
     assert len(wanted) == 110
     assert len(set(map(tuple, wanted))) > 80

@@ -12,10 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_model import logits, pack
 from torch import Tensor
 
-from captioner.model.decoding import COPY_COST, DIVERSITY, Caption, beam_search, decode, diverse, greedy
-from captioner.model.network import CaptionModel, ImageInput, ModelConfig, PackedCaptions
+from captioner.model.decoding import COPY_PENALTY, DIVERSITY, GeneratedCaption, beam_search, decode, diverse, greedy
+from captioner.model.network import CaptionModel, ImageInput, ModelConfig
 from captioner.vocabulary import END, PAD, START, UNK
 
 FORMS: tuple[ImageInput, ...] = ("first", "every-step")
@@ -70,7 +71,7 @@ def allowed(words: list[int], vocabulary_size: int, *, no_repeat_trigram: bool =
     return [*([END] if words else []), *said]
 
 
-def naive_cost(words: list[int], token: int, earlier: list[Caption], *, max_tokens: int) -> float:
+def naive_cost(words: list[int], token: int, earlier: list[GeneratedCaption], *, max_tokens: int) -> float:
     """What `token` costs after `words`, since earlier captions have it as their step, too."""
     cost = 0.0
     for caption in earlier:
@@ -78,7 +79,7 @@ def naive_cost(words: list[int], token: int, earlier: list[Caption], *, max_toke
         copied = steps[: len(words)] == words
         if steps[len(words) : len(words) + 1] == [token]:
             is_whole_copy = copied and len(words) + 1 == len(steps)
-            cost += COPY_COST if is_whole_copy else DIVERSITY * (1 + copied * len(words))
+            cost += COPY_PENALTY if is_whole_copy else DIVERSITY * (1 + copied * len(words))
     return cost
 
 
@@ -88,8 +89,8 @@ def naive_greedy(
     *,
     max_tokens: int,
     no_repeat_trigram: bool = True,
-    earlier: list[Caption] | None = None,
-) -> Caption:
+    earlier: list[GeneratedCaption] | None = None,
+) -> GeneratedCaption:
     words: list[int] = []
     scores: list[float] = []
     while len(scores) < max_tokens:
@@ -101,7 +102,7 @@ def naive_greedy(
         if token == END:
             break
         words.append(token)
-    return Caption(tokens=words, token_scores=scores)
+    return GeneratedCaption(tokens=words, token_scores=scores)
 
 
 def naive_beam_search(
@@ -112,7 +113,7 @@ def naive_beam_search(
     max_tokens: int,
     length_penalty: float = 1.0,
     no_repeat_trigram: bool = True,
-) -> Caption:
+) -> GeneratedCaption:
     beams: list[tuple[list[int], list[float]]] = [([], [])]
     for _ in range(max_tokens):
         longer = []
@@ -129,24 +130,24 @@ def naive_beam_search(
         beams = sorted(longer, key=lambda beam: -sum(beam[1]))[:beam_size]
     ended = [beam for beam in beams if END in beam[0]] or beams
     tokens, scores = max(ended, key=lambda beam: sum(beam[1]) / len(beam[1]) ** length_penalty)
-    return Caption(tokens=[t for t in tokens if t != END], token_scores=scores)
+    return GeneratedCaption(tokens=[t for t in tokens if t != END], token_scores=scores)
 
 
-def best_of_all(model: CaptionModel, image_E: Tensor, *, max_tokens: int) -> Caption:
+def best_of_all(model: CaptionModel, image_E: Tensor, *, max_tokens: int) -> GeneratedCaption:
     """The ended caption with the greatest mean log-probability a step, by trying every one."""
     words = range(UNK + 1, model.config.vocabulary_size)
-    best: Caption | None = None
+    best: GeneratedCaption | None = None
     for length in range(1, max_tokens):
         for tokens in itertools.product(words, repeat=length):
             steps = [*tokens, END]
             scores = [next_scores(model, image_E, steps[:i])[token] for i, token in enumerate(steps)]
-            caption = Caption(tokens=list(tokens), token_scores=scores)
+            caption = GeneratedCaption(tokens=list(tokens), token_scores=scores)
             best = caption if best is None or caption.score > best.score else best
     assert best is not None
     return best
 
 
-def assert_same(found: Caption, wanted: Caption) -> None:
+def assert_same(found: GeneratedCaption, wanted: GeneratedCaption) -> None:
     assert found.tokens == wanted.tokens
     assert found.token_scores == pytest.approx(wanted.token_scores, abs=1e-4)
 
@@ -199,7 +200,7 @@ def test_a_wide_beam_finds_the_best_of_all_captions(image_input: ImageInput, see
         assert_same(caption, best_of_all(model, image_E, max_tokens=3))
 
 
-def naive_decode(model: CaptionModel, image_E: Tensor, *, beam_size: int, **options) -> Caption:
+def naive_decode(model: CaptionModel, image_E: Tensor, *, beam_size: int, **options) -> GeneratedCaption:
     if beam_size == 1:
         return naive_greedy(model, image_E, **options)
     return naive_beam_search(model, image_E, beam_size=beam_size, **options)
@@ -413,8 +414,8 @@ def test_scores_are_those_of_the_training_forward_pass(image_input: ImageInput, 
     found = decode(model, model.encode(pictures), beam_size=beam_size, max_tokens=6)
     assert len({round(caption.score, 3) for caption in found}) == len(pictures)
     for caption, picture in zip(found, pictures, strict=True):
-        packed = PackedCaptions.pack([[caption.tokens]], max_tokens=6)
-        scores_T = model(picture[None], packed).log_softmax(dim=1).gather(1, packed.targets_M[:, None])[:, 0]
+        packed = pack([[caption.tokens]], max_tokens=6)
+        scores_T = logits(model, picture[None], packed).log_softmax(dim=1).gather(1, packed.targets_M[:, None])[:, 0]
         said = scores_T[: len(caption.token_scores)]
         assert sum(caption.token_scores) == pytest.approx(said.sum().item(), abs=1e-4)
         assert caption.score == pytest.approx(said.mean().item(), abs=1e-4)

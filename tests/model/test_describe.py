@@ -16,7 +16,7 @@ from tiny import picture
 from tiny_model import DECODING, VIEW, make_model, make_views, write_model
 
 from captioner import load_captioner
-from captioner.calibration import Calibration, Curve, fit_space
+from captioner.calibration import Calibration, ConfidenceCurve, fit_space
 from captioner.describe import Captioner, Description
 from captioner.errors import NotCalibratedError, UserError
 from captioner.images.loading import ImageError
@@ -37,7 +37,9 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.inference_mode():
         features_BF = make_model().encoder(normalise(torch.from_numpy(make_views(NUM_VIEWS)), VIEW))
     calibration = Calibration(
-        decoding=asdict(DECODING), curve=Curve(scores=(-2.0, 0.0), chances=(0.0, 1.0)), space=fit_space(features_BF)
+        decoding=asdict(DECODING),
+        curve=ConfidenceCurve(scores=(-2.0, 0.0), chances=(0.0, 1.0)),
+        space=fit_space(features_BF),
     )
     return write_model(tmp_path_factory.mktemp("calibrated") / "model", calibration=calibration)
 

@@ -166,7 +166,7 @@ def test_an_encoder_of_one_size_names_it(name: str) -> None:
 
 def test_shards_of_too_small_pictures_are_named_with_what_to_pack() -> None:
     check_crop("resnet18", crop=256, size=256)
-    with pytest.raises(SmallImagesError, match=r"256 pixels, .* inception_v3 is to see crops of 299$") as error:
+    with pytest.raises(SmallImagesError, match=r"256 pixels, .* inception_v3 takes crops of 299$") as error:
         check_crop("inception_v3", crop=299, size=256)
     one_line(error)
     assert (error.value.crop, error.value.size, error.value.packed_size) == (299, 256, 342)

@@ -4,10 +4,11 @@ from typing import cast
 
 import pytest
 import torch
+from tiny_model import logits, pack
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from captioner.model.network import CaptionModel, ImageInput, ModelConfig, PackedCaptions
+from captioner.model.network import CaptionModel, ImageInput, ModelConfig
 from captioner.vocabulary import END, START
 from train.step.batch_norm import synchronise_batch_norm
 
@@ -68,8 +69,8 @@ def reference_loss(model: CaptionModel, images: Tensor, captions_of_images: list
 def test_loss_and_every_gradient_equal_the_unpacked_reference(image_input: ImageInput, trainable: bool) -> None:
     model = make_model(image_input, trainable=trainable).double().train()
     images = make_images(3).double()
-    packed = PackedCaptions.pack(CAPTIONS, max_tokens=MAX_TOKENS)
-    loss = cross_entropy(model(images, packed), packed.targets_M, reduction="sum")
+    packed = pack(CAPTIONS, max_tokens=MAX_TOKENS)
+    loss = cross_entropy(logits(model, images, packed), packed.targets_M, reduction="sum")
     wanted_loss = reference_loss(model, images, CAPTIONS)
     assert loss.item() == pytest.approx(wanted_loss.item(), abs=1e-5)
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -87,7 +88,7 @@ def test_loss_and_every_gradient_equal_the_unpacked_reference(image_input: Image
 
 
 def test_packing_is_time_major_and_start_is_no_target() -> None:
-    packed = PackedCaptions.pack([[[4]], [[5, 6, 7], [8, 9]]], max_tokens=10)
+    packed = pack([[[4]], [[5, 6, 7], [8, 9]]], max_tokens=10)
     assert packed.image_of_caption_N.tolist() == [1, 1, 0]
     assert packed.batch_sizes_T.tolist() == [3, 3, 2, 1]
     assert packed.inputs_M.tolist() == [START, START, START, 5, 8, 4, 6, 9, 7]
@@ -98,7 +99,7 @@ def test_packing_is_time_major_and_start_is_no_target() -> None:
     ("words", "targets"), [([4, 5], [4, 5, END]), ([4, 5, 6], [4, 5, 6, END]), ([4, 5, 6, 7], [4, 5, 6]), ([], [END])]
 )
 def test_a_longer_caption_is_cut_and_does_not_end(words: list[int], targets: list[int]) -> None:
-    packed = PackedCaptions.pack([[words]], max_tokens=3)
+    packed = pack([[words]], max_tokens=3)
     assert packed.targets_M.tolist() == targets
     assert packed.inputs_M.tolist() == [START, *words][: len(targets)]
 
@@ -109,9 +110,9 @@ def test_a_longer_caption_is_cut_and_does_not_end(words: list[int], targets: lis
 def train_two_steps(model: CaptionModel) -> None:
     model.train()
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
-    packed = PackedCaptions.pack(CAPTIONS, max_tokens=MAX_TOKENS)
+    packed = pack(CAPTIONS, max_tokens=MAX_TOKENS)
     for seed in range(2):
-        loss = cross_entropy(model(make_images(3, seed=seed), packed), packed.targets_M)
+        loss = cross_entropy(logits(model, make_images(3, seed=seed), packed), packed.targets_M)
         loss.backward()
         optimizer.step()
 
@@ -145,8 +146,8 @@ def test_each_image_is_encoded_once_however_many_captions_it_has() -> None:
     model = make_model()
     shapes: list[torch.Size] = []
     model.encoder.backbone.register_forward_hook(lambda _module, inputs, _output: shapes.append(inputs[0].shape))
-    packed = PackedCaptions.pack([[[4, 5], [6], [7], [8], [9, 4]]] * 3, max_tokens=9)
-    logits_MV = model(make_images(3), packed)
+    packed = pack([[[4, 5], [6], [7], [8], [9, 4]]] * 3, max_tokens=9)
+    logits_MV = logits(model, make_images(3), packed)
     assert shapes == [(3, 3, 32, 32)]
     assert logits_MV.shape == (3 * 12, 10)
 
@@ -157,14 +158,14 @@ def test_one_image_alone_trains_and_leaves_statistics_alone() -> None:
     train_two_steps(model)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.zero_grad()
-    packed = PackedCaptions.pack([[[4, 5]]], max_tokens=9)
-    logits_MV = model(make_images(1), packed)
+    packed = pack([[[4, 5]]], max_tokens=9)
+    logits_MV = logits(model, make_images(1), packed)
     cross_entropy(logits_MV, packed.targets_M).backward()
     assert cast(Tensor, model.project.weight.grad).abs().max() > 0
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, buffers[name]), name
     assert model.norm.training
-    torch.testing.assert_close(logits_MV, model.eval()(make_images(1), packed))
+    torch.testing.assert_close(logits_MV, logits(model.eval(), make_images(1), packed))
     model.train()
-    model(make_images(2), PackedCaptions.pack([[[4]], [[5]]], max_tokens=9))
+    logits(model, make_images(2), pack([[[4]], [[5]]], max_tokens=9))
     assert not torch.equal(cast(Tensor, model.norm.running_mean), buffers["norm.running_mean"])

@@ -17,11 +17,12 @@ from tiny_model import caption_views
 
 from captioner.errors import UserError
 from captioner.images.views import ViewSpec, normalise
-from captioner.metrics import bleu_counts, caption_scores
+from captioner.metrics import References
 from captioner.model.bundle import DecodingDefaults, load_bundle, save_bundle
 from captioner.model.network import CaptionModel, ModelConfig
 from captioner.vocabulary import END, Vocabulary, tokenize
-from train.evaluate import EvaluateSettings, main
+from train.evaluate import main
+from train.evaluation.settings import EvaluateSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OFFICIAL = REPOSITORY.parent / "shared" / "data" / "metrics"
@@ -73,9 +74,11 @@ def refusal(settings: EvaluateSettings) -> str:
 def test_a_results_file_gets_the_scores_of_its_captions(tmp_path: Path) -> None:
     found = score_files(tmp_path)
     captions = {row["image_id"]: row["caption"] for row in RESULTS}
-    references = {key: [row["caption"] for row in ANNOTATIONS if row["image_id"] == key] for key in captions}
-    assert found["metrics"] == caption_scores(captions, references)
-    assert found["bleu_counts"] == json.loads(json.dumps(bleu_counts(captions, references)._asdict()))
+    references = References(
+        {key: [row["caption"] for row in ANNOTATIONS if row["image_id"] == key] for key in captions}
+    )
+    assert found["metrics"] == references.scores(captions)
+    assert found["bleu_counts"] == json.loads(json.dumps(references.bleu_counts(captions)._asdict()))
     assert (found["num_images"], found["num_without_result"]) == (2, 0)
 
 
@@ -176,8 +179,7 @@ def test_files_that_are_absent_or_no_json_are_named(tmp_path: Path) -> None:
         (EvaluateSettings(references=Path("r")), "both --results and --references"),
         (EvaluateSettings(results=Path("r"), references=Path("c"), model=Path("m")), "--model is for captioning"),
         (EvaluateSettings(results=Path("r"), references=Path("c"), beam_size=5), "--beam-size is for captioning"),
-        (EvaluateSettings(results=Path("r"), references=Path("c"), batch_size=128), "--batch-size is for captioning"),
-        (EvaluateSettings(results=Path("r"), references=Path("c"), split="val"), "--split is for captioning"),
+        (EvaluateSettings(results=Path("r"), references=Path("c"), batch_size=64), "--batch-size is for captioning"),
     ],
 )
 def test_flags_of_two_uses_and_halves_of_one_are_refused(settings: EvaluateSettings, said: str) -> None:
@@ -394,6 +396,7 @@ def test_a_bundle_decodes_with_its_own_length_penalty(model: Path) -> None:
     assert sum(len(caption.tokens) for caption in plain) < sum(len(caption.tokens) for caption in mean)
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path: Path, model: Path, shards: str, scored: Any) -> None:
     torchrun = [str(Path(sys.executable).parent / TORCHRUN[0]), *TORCHRUN[1:], str(REPOSITORY / "train/evaluate.py")]
     flags = ["--model", str(model), "--shards", shards, "--batch-size", str(BATCH), "--workers", "0"]
@@ -433,7 +436,7 @@ def before_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Pa
         ({"output": "there/"}, "--output there is a folder"),
         ({"json": "results.json"}, "--json results.json is also --output"),
         ({"json": "mine.json", "output": "there/../mine.json"}, "--json mine.json is also --output"),
-        ({"calibrate": True}, "--calibrate needs 100 pictures"),
+        ({"calibrate": True}, "--calibrate needs 100 images"),
         ({"split": "empty"}, "the empty split in shards holds no samples"),
     ],
 )

@@ -17,7 +17,9 @@ from tiny import write_shards
 from trainer import Running, run_training, start_training
 
 from train.run import launch
-from train.run.epoch import Agreement
+from train.run.steps import StopVote
+
+pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHERS = {
@@ -132,10 +134,10 @@ def test_ranks_ask_each_other_every_few_seconds_or_after_each_step(
     others: Any = SimpleNamespace(
         num_processes=2, device="cpu", reduce=lambda own, reduction: own + torch.tensor([1.0, float(own[1])])
     )
-    agreement, asked = Agreement(accelerator=others, started=0.0), []
+    vote, asked = StopVote(accelerator=others, started=0.0), []
     for step in range(1, 30):
         clock[0] += step_seconds
-        if agreement.wants_stop(False, now=False):
+        if vote.wants_stop(False, now=False):
             asked.append(step)
     assert asked[:3] == wanted
 
@@ -148,7 +150,7 @@ def test_only_a_launchers_end_counts_as_sigterm(launched: bool, monkeypatch: pyt
     if launched:
         monkeypatch.setenv(launch.LAUNCHERS[0], "1")
     parents, sent = iter([7, 7, 7]), []
-    monkeypatch.setattr(launch, "LAUNCHER_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(launch, "LAUNCHER_POLL_SECONDS", 0.01)
     monkeypatch.setattr(os, "getppid", lambda: next(parents, 1))
     monkeypatch.setattr(os, "kill", lambda *arguments: sent.append(arguments))
     launch.end_with_launcher()

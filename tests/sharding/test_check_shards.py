@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from tiny import captions_of, picture, write_coco
 
 from captioner.errors import UserError
+from captioner.files import storage
 from captioner.images import views
 from captioner.samples import read_content, split_pair
 from captioner.shards.format import Manifest, ShardIndex, TarBuilder, manifest_location, read_manifest
@@ -31,11 +32,11 @@ from captioner.shards.writing import claim, manifest_fingerprint
 from captioner.streaming.dataset import read_split
 from captioner.vocabulary import Vocabulary, read_vocabulary, tokenize
 from sharding import check_shards, make_shards
-from sharding.check_shards import IndexSettings, RepairSettings, ShowSettings, VerifySettings
+from sharding.checking.verify import check_folder, find_problems
 from sharding.checking.verify_shard import Problem
-from sharding.settings import ShardSettings
-from train.data.batches import Batch, caption_loader
-from train.data.split import read_view
+from sharding.settings import IndexSettings, RepairSettings, ShardSettings, ShowSettings, VerifySettings
+from train.data.batches import CaptionBatch, caption_loader
+from train.data.folders import read_view
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_PLACE = [HealthCheck.function_scoped_fixture]
@@ -64,8 +65,7 @@ def shards(whole: Path, tmp_path: Path) -> Path:
 
 
 def problems(folder: Path | str, split: str | None = None) -> list[Problem]:
-    checks, vocabulary = check_shards.check_folder(str(folder), split, doing="testing")
-    return [problem for check in checks for problem in check.all_problems] + ([vocabulary] if vocabulary else [])
+    return find_problems(str(folder), check_folder(str(folder), split, doing="testing"))
 
 
 def named(folder: Path | str) -> set[tuple[str, str]]:
@@ -174,8 +174,8 @@ def test_swapped_files_are_found(shards: Path) -> None:
     assert named(shards) == set()
 
 
-def test_files_that_say_the_same_in_another_form_are_whole(whole: Path, shards: Path) -> None:
-    """As another version of safetensors or of Python's json may write them; repair leaves them alone, too."""
+def test_files_that_say_the_same_in_another_form_are_whole(shards: Path) -> None:
+    """As another version of safetensors or of Python's json may write them; repair does not touch them."""
     path = shards / "train-000001.index"
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
@@ -183,11 +183,9 @@ def test_files_that_say_the_same_in_another_form_are_whole(whole: Path, shards: 
     for name in ("train.manifest.json", "vocabulary.json"):
         (shards / name).write_text(json.dumps(json.loads((shards / name).read_text()), separators=(" ,", ": ")))
     assert named(shards) == set()
-    (shards / "train-000001.tar").unlink()
-    before = path.read_bytes()
+    before = marks(shards)
     repair(shards)
-    assert path.read_bytes() == before
-    assert (shards / "train-000001.tar").read_bytes() == (whole / "train-000001.tar").read_bytes()
+    assert marks(shards) == before
 
 
 def test_a_split_without_samples_is_no_whole_one(shards: Path) -> None:
@@ -247,15 +245,15 @@ def lose_a_token(members: Members) -> Members:
 
 
 FORGERIES: list[tuple[Callable[[Members], Members], str]] = [
-    (swap_pictures, "checksums"),
+    (swap_pictures, "crc32s_M"),
     (lambda members: [*members[2:], *members[:2]], "does not follow"),
-    (lambda members: [members[0], members[2], members[1], *members[3:]], "stands alone"),
-    (lambda members: members[:-1], "stands alone"),
-    (lambda members: [*members, *members[-2:]], "does not follow"),
+    (lambda members: [members[0], members[2], members[1], *members[3:]], "no caption"),
+    (lambda members: members[:-1], "no caption"),
+    (lambda members: [*members, *members[:2]], "duplicate key"),
     (lambda members: [(members[0][0], members[0][1][:200]), *members[1:]], "truncated"),
     (lambda members: [("a.jpg", members[0][1]), ("a.json", members[1][1]), *members[2:]], "key a"),
     (lose_a_field, "has not the fields"),
-    (lose_a_token, "token counts"),
+    (lose_a_token, "caption_lengths"),
 ]
 
 
@@ -311,7 +309,7 @@ def test_a_vocabulary_that_was_given_to_packing_is_no_problem(whole: Path, tmp_p
     ],
 )
 @pytest.mark.parametrize("how", ["missing", "cut", "flipped"])
-def test_repair_gives_the_same_bytes_and_touches_nothing_else(
+def test_repair_gives_the_same_bytes_and_touches_no_whole_shard(
     whole: Path, shards: Path, broken: list[str], how: str
 ) -> None:
     before = marks(shards)
@@ -326,11 +324,13 @@ def test_repair_gives_the_same_bytes_and_touches_nothing_else(
     repair(shards)
     assert digests(shards) == digests(whole)
     after = marks(shards)
-    assert {name for name in after if name not in broken and after[name] != before[name]} == set()
+    touched = {name for name in after if after[name] != before[name]}
+    packed_again = {name.replace(".tar", ".index") for name in broken if name.endswith(".tar")}
+    assert touched == {*broken, *packed_again}
 
 
 @pytest.mark.parametrize("endings", [["tar"], ["index"], ["tar", "index"]])
-def test_repair_mends_swapped_shards(whole: Path, shards: Path, endings: list[str]) -> None:
+def test_repair_restores_swapped_shards(whole: Path, shards: Path, endings: list[str]) -> None:
     for ending in endings:
         swap(shards / f"train-000000.{ending}", shards / f"train-000001.{ending}")
     repair(shards)
@@ -339,7 +339,7 @@ def test_repair_mends_swapped_shards(whole: Path, shards: Path, endings: list[st
 
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 @settings(deadline=None, max_examples=8, suppress_health_check=IN_PLACE)
-def test_any_flip_in_an_index_is_mended_from_its_tar_alone(whole: Path, shards: Path, where: float, bit: int) -> None:
+def test_any_flip_in_an_index_is_repaired_from_its_tar_alone(whole: Path, shards: Path, where: float, bit: int) -> None:
     manifest = json.loads((whole / "train.manifest.json").read_text())
     manifest["source"] |= {"images": "/nowhere", "captions": "/nowhere"}
     (shards / "train.manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -376,10 +376,10 @@ def test_repair_says_what_it_needs_and_takes_a_source_that_moved(whole: Path, tm
     assert digests(tmp_path / "again").keys() == digests(whole).keys()
     moved = Path(move(data, tmp_path / "moved"))
     (tmp_path / "again" / "train-000001.tar").unlink()
-    with pytest.raises(UserError, match=r"rebuild train-000001 the pictures .*coco/train2014: give --images"):
-        repair(tmp_path / "again")
-    with pytest.raises(UserError, match=r"the captions .*captions_train2014.json: give --captions"):
+    with pytest.raises(UserError, match=r"train-000001 cannot be packed again: .*captions_train2014.json.*--captions"):
         repair(tmp_path / "again", images=str(moved))
+    with pytest.raises(UserError, match=r"train-000001 cannot be packed again: .*coco/train2014.*--images"):
+        repair(tmp_path / "again", captions=str(moved / "annotations"))
     repair(tmp_path / "again", images=str(moved), captions=str(moved / "annotations"))
     assert digests(tmp_path / "again")["train-000001.tar"] == digests(whole)["train-000001.tar"]
 
@@ -397,9 +397,44 @@ def test_repair_refuses_a_source_that_has_changed(whole: Path, shards: Path, tmp
     for path in (data / "train2014").iterdir():  # as many bytes, other pixels
         content = path.read_bytes()
         path.write_bytes(content[:-30] + bytes(28) + b"\xff\xd9" if len(content) > 100 else content)
-    with pytest.raises(UserError, match=r"other bytes.*nothing was written"):
+    with pytest.raises(UserError, match=r"train-000001 comes out with other bytes"):
         repair(shards, images=str(data / "train2014"))
     assert digests(shards) == before
+
+
+def test_repair_leaves_a_shard_whose_images_cannot_be_decoded_any_more(whole: Path, shards: Path) -> None:
+    """The only shard of its split: packing it again would give an empty one, and no index would be left."""
+    data = Path(copytree(whole.parent / "coco", shards.parent / "coco"))
+    for path in (data / "val2014").iterdir():
+        path.write_bytes(bytes(path.stat().st_size))
+    flip_bit(shards / "val-000000.tar", 5000, 1)
+    before = marks(shards)
+    with pytest.raises(UserError, match="val-000000 comes out with other bytes"):
+        repair(shards, images=str(data / "val2014"), split="val")
+    assert marks(shards) == before
+    repair(shards, split="val")
+    assert digests(shards) == digests(whole)
+
+
+def test_a_killed_repair_can_be_run_again(whole: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends where a tar is packed and its index is not."""
+    for name in ("train-000000.tar", "train-000001.tar", "train-000002.index"):
+        (shards / name).unlink()
+    write_file = storage.write_atomic
+
+    def write_or_die(location: str, content: bytes | str) -> None:
+        if location.endswith("1.index"):
+            raise KeyboardInterrupt
+        write_file(location, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "write_atomic", write_or_die)
+        patched.setattr("sharding.checking.repair.count_processors", lambda: 1)
+        with pytest.raises(KeyboardInterrupt):
+            repair(shards)
+    assert named(shards) == {("index", "train-000001.index")}
+    repair(shards)
+    assert digests(shards) == digests(whole)
 
 
 def test_repair_waits_for_no_packer(shards: Path) -> None:
@@ -408,7 +443,7 @@ def test_repair_waits_for_no_packer(shards: Path) -> None:
         repair(shards)
 
 
-def test_what_repair_cannot_mend_it_names(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_repair_names_what_it_cannot_repair(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (shards / "train-000001.index").unlink()
     flip_bit(shards / "val.manifest.json", 20, 4)
     (shards / "vocabulary.json").unlink()
@@ -704,7 +739,7 @@ def test_a_foreign_folder_of_another_version_says_what_to_delete(
     assert problems(foreign, "train") == []
 
 
-def test_faults_in_a_foreign_folder_are_found_and_its_indexes_mended(foreign: Path) -> None:
+def test_faults_in_a_foreign_folder_are_found_and_its_indexes_repaired(foreign: Path) -> None:
     with webdataset.ShardWriter(str(foreign / "train-9%03d.tar"), maxcount=5, verbose=0) as writer:
         for number in (3, 4, 70):  # two of them are keys of other tars too
             writer.write({"__key__": f"{number:06d}"} | samples_of(number))
@@ -725,7 +760,7 @@ def test_faults_in_a_foreign_folder_are_found_and_its_indexes_mended(foreign: Pa
     with pytest.raises(SystemExit):
         repair(foreign, split="train")
     (found,) = problems(foreign, "train")
-    assert (found.part, found.remedy) == ("tar", "bring the file back from where it came")
+    assert (found.part, found.remedy) == ("tar", "restore the file from where it came")
 
 
 def test_indexing_twice_gives_the_same_files(foreign: Path) -> None:
@@ -738,7 +773,7 @@ def test_indexing_twice_gives_the_same_files(foreign: Path) -> None:
 # ---- training on them ---------------------------------------------------------------------------------------
 
 
-def batches(folder: Path, split: str, *, crop: int, training: bool) -> list[Batch]:
+def batches(folder: Path, split: str, *, crop: int, training: bool) -> list[CaptionBatch]:
     shards = read_split([str(folder)], split, remedy="")
     loader = caption_loader(
         shards, batch_size=4, crop=crop, max_tokens=9, training=training,
@@ -778,7 +813,7 @@ def test_splits_of_different_sizes_are_refused(foreign: Path) -> None:
     index_folder(foreign, "train", size=40)
     index_folder(foreign, "val", size=36)
     splits = [read_split([str(foreign)], name, remedy="") for name in ("train", "val")]
-    with pytest.raises(UserError, match=r"have size 40 \(squash\), the val pictures in .* 36 \(squash\)"):
+    with pytest.raises(UserError, match=r"have size 40 \(squash\), the val images in .* 36 \(squash\)"):
         read_view(splits, crop=32)
 
 

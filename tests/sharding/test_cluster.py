@@ -15,10 +15,12 @@ from tiny import write_coco
 
 from captioner.errors import UserError
 from sharding import make_shards
-from sharding.packing import cluster
+from sharding.packing import cluster, pack_split
 from sharding.packing.pack import PackedShard, Report
 from sharding.packing.planning import ShardPlan
 from sharding.settings import ShardSettings
+
+pytestmark = [pytest.mark.slow, pytest.mark.external]
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[ray]'")
 
@@ -153,7 +155,7 @@ def test_without_an_address_a_cluster_is_started_here_and_ended_when_packing_fai
     (tmp_path / "shards" / "train-000001.tar").mkdir(parents=True)
     with pytest.raises(UserError, match=r"cannot read .*train-000001\.tar \(Is a directory\)"):
         pack(data, tmp_path / "shards", workers=1)
-    monkeypatch.setattr(make_shards, "find_packed", lambda plan, folder: None)  # as if it came while shards are packed
+    monkeypatch.setattr(pack_split, "find_packed", lambda plan, folder: None)  # as if it came while shards are packed
     with pytest.raises(UserError, match=r"cannot write .*train-000001\.tar") as caught:
         pack(data, tmp_path / "shards", workers=1)
     assert "\n" not in str(caught.value)

@@ -24,7 +24,7 @@ from tiny import captions_of, write_coco
 
 from captioner.errors import UserError
 from captioner.images import loading
-from captioner.samples import Sample, build_index, picture_spans, split_pair, words_of
+from captioner.samples import CaptionContent, build_index, image_spans, split_pair, words_of
 from captioner.shards.format import (
     Manifest,
     Member,
@@ -226,18 +226,18 @@ def test_an_index_survives_its_file(tokens: list[list[list[str]]], start: int, c
     assert [read.members(place) for place in range(len(read))] == members
 
 
-def test_the_pictures_of_pairs_are_found_in_any_order_of_members() -> None:
+def test_the_images_of_pairs_are_found_in_any_order_of_members() -> None:
     first, second = (
         {"json": Member(0, 1, 2), "large.png": Member(3, 4, 5)},
         {"jpg": Member(6, 7, 8), "txt": Member(9, 10, 11)},
     )
-    offsets_S, sizes_S = picture_spans(ShardIndex.of([("a", first), ("b", second)], {}))
+    offsets_S, sizes_S = image_spans(ShardIndex.of([("a", first), ("b", second)], {}))
     assert (offsets_S.tolist(), sizes_S.tolist()) == ([3, 6], [4, 7])
     assert [split_pair(members)[0] for members in (first, second)] == [Member(3, 4, 5), Member(6, 7, 8)]
-    assert picture_spans(ShardIndex.of([], {}))[0].tolist() == []
+    assert image_spans(ShardIndex.of([], {}))[0].tolist() == []
     for other in ({"jpg": Member(0, 1, 2)}, {"json": Member(0, 1, 2), "txt": Member(0, 1, 2)}, first | second):
-        with pytest.raises(ValueError, match="not a picture with captions"):
-            picture_spans(ShardIndex.of([("a", first), ("b", other)], {}))
+        with pytest.raises(ValueError, match="not an image with captions"):
+            image_spans(ShardIndex.of([("a", first), ("b", other)], {}))
 
 
 def test_keys_of_unequal_length_survive() -> None:
@@ -331,7 +331,7 @@ def test_any_changed_byte_of_an_index_is_found(padding: int) -> None:
 
 def test_a_sample_survives_its_json_whatever_its_text() -> None:
     odd = "a \ud83d \u2028 ü \x00 'cat'"
-    sample = Sample(
+    sample = CaptionContent(
         image_id="x",
         file_name="bad\udcff.jpg",
         width=3,
@@ -340,7 +340,7 @@ def test_a_sample_survives_its_json_whatever_its_text() -> None:
         tokens=[[odd]],
         annotation_ids=[None],
     )
-    assert Sample(**json.loads(sample.to_json())) == sample
+    assert CaptionContent(**json.loads(sample.to_json())) == sample
     assert sample.to_json().isascii()
 
 

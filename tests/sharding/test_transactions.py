@@ -4,7 +4,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -25,14 +24,14 @@ from captioner.files import storage
 from captioner.images import loading
 from captioner.shards.format import read_manifest
 from sharding import make_shards
+from sharding.packing import pack_split
 from sharding.settings import ShardSettings
 
 NUM_PICTURES = 60  # 3 a shard
 NUM_SHARDS = 20
-NUM_KILLS = 20
 
 context: Any = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["sharding.make_shards", "torch"])
+context.set_forkserver_preload(["crash"])
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +78,22 @@ def complete_and_compare(settings: ShardSettings, undisturbed: dict[str, str]) -
     return len(before)
 
 
+def wait_until(condition: Callable[[], bool], *, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
 @contextlib.contextmanager
-def packing(settings: ShardSettings) -> Iterator[Any]:
-    """A process of its own that packs, and is gone at the end whatever happened."""
-    process = context.Process(target=make_shards.main, args=(settings,))
+def packing(settings: ShardSettings, *, num_shards: int) -> Iterator[Any]:
+    """A process that packs and has stopped after so many shards; it is gone at the end whatever happened."""
+    point = (f"train-{num_shards - 1:06d}.index", "after", signal.SIGSTOP)
+    process = context.Process(target=crash.pack_with_signal, args=(settings, *point))
     process.start()
     try:
+        wait_until(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+        assert len(finished(Path(settings.output))) == num_shards
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -93,51 +102,58 @@ def packing(settings: ShardSettings) -> Iterator[Any]:
         process.join()
 
 
-def wait_until(condition: Callable[[], bool], *, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+@pytest.mark.parametrize(
+    ("point", "num_kept"),
+    [
+        (("train-000000.tar", "half"), 0),
+        (("train-000000.tar", "before"), 0),
+        (("train-000003.tar", "after"), 3),
+        (("train-000003.index", "half"), 3),
+        (("train-000003.index", "after"), 4),
+        (("vocabulary.json", "before"), NUM_SHARDS),
+        (("train.failures.jsonl", "before"), NUM_SHARDS),
+        (("train.manifest.json", "half"), NUM_SHARDS),
+        (("train.manifest.json", "after"), NUM_SHARDS),
+    ],
+)
+def test_killed_at_each_step_of_writing(
+    coco: Path, undisturbed: dict[str, str], tmp_path: Path, point: tuple[str, str], num_kept: int
+) -> None:
+    arguments = (flags(coco, tmp_path / "shards"), *point, signal.SIGKILL)
+    process = context.Process(target=crash.pack_with_signal, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert complete_and_compare(flags(coco, tmp_path / "shards"), undisturbed) == num_kept
 
 
-def stop_after(num_shards: int, process: Any, output: Path) -> None:
-    """Halt the process once so many shards are finished, and before it is."""
-    wait_until(lambda: len(list(output.glob("*.index"))) >= num_shards or not process.is_alive())
-    os.kill(process.pid, signal.SIGSTOP)
-    assert len(finished(output)) < NUM_SHARDS
+PAUSE_AFTER_EACH_SHARD = """
+import time
+from pathlib import Path
+rename = Path.replace
+def replace(partial, target):
+    rename(partial, target)
+    if str(target).endswith(".index"):
+        time.sleep(1)
+Path.replace = replace
+"""
 
 
-def test_killed_at_any_moment(coco: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
-    """20 moments spread over the length of a run, from before its first file to after its last."""
-    with packing(flags(coco, tmp_path / "timed")) as process:
-        wait_until((tmp_path / "timed").exists)
-        started = time.monotonic()
-        process.join()
-        length_seconds = time.monotonic() - started
-    rng = random.Random(1)
-    num_kept = []
-    for number in range(NUM_KILLS):
-        output = tmp_path / str(number)
-        with packing(flags(coco, output)) as process:
-            wait_until(output.exists)
-            time.sleep(length_seconds * (number + rng.random()) / NUM_KILLS)
-            process.kill()
-            process.join()
-        num_kept.append(complete_and_compare(flags(coco, output), undisturbed))
-        shutil.rmtree(output)
-    assert len({kept for kept in num_kept if 0 < kept < NUM_SHARDS}) >= 3, num_kept
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
 def test_a_command_with_two_workers_ended_from_outside(
     coco: Path, undisturbed: dict[str, str], tmp_path: Path, signal_number: int
 ) -> None:
     """The processes end at once, and Ctrl-C leaves nothing half written behind."""
     output = tmp_path / "shards"
+    (tmp_path / "sitecustomize.py").write_text(PAUSE_AFTER_EACH_SHARD)  # which each worker loads
     line = [sys.executable, "-m", "sharding.make_shards", "--images", coco, "--captions", coco / "annotations"]
     line += ["--output", output, "--size", 680, "--shard-megabytes", 1, "--threshold", 1, "--workers", 2]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in a shell's background ignore it
-    process = subprocess.Popen(list(map(str, line)), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    process = subprocess.Popen(
+        list(map(str, line)), env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     signal.signal(signal.SIGINT, before)
     wait_until(lambda: any(output.glob("*.index")) or process.poll() is not None)
     if signal_number == signal.SIGINT:
@@ -175,14 +191,13 @@ class TestDisks:
 
     def test_a_disk_that_becomes_read_only(self, coco: Path, undisturbed: dict[str, str], disk: Path) -> None:
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
-        with packing(flags(coco, disk / "shards")) as process:
-            stop_after(3, process, disk / "shards")
-            process.kill()
+        with packing(flags(coco, disk / "shards"), num_shards=3):
+            pass
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         with pytest.raises(UserError, match="Read-only file system"):
             make_shards.main(flags(coco, disk / "shards"))
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
-        assert complete_and_compare(flags(coco, disk / "shards"), undisturbed) >= 3
+        assert complete_and_compare(flags(coco, disk / "shards"), undisturbed) == 3
 
 
 def test_pictures_that_vanish_while_they_are_packed(coco: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
@@ -190,14 +205,13 @@ def test_pictures_that_vanish_while_they_are_packed(coco: Path, undisturbed: dic
     data = tmp_path / "coco"
     shutil.copytree(coco, data)
     output = tmp_path / "shards"
-    with packing(flags(data, output)) as process:
-        stop_after(2, process, output)
+    with packing(flags(data, output), num_shards=2) as process:
         (data / "train2014").rename(data / "away")
         os.kill(process.pid, signal.SIGCONT)
         process.join()
         assert process.exitcode == 1  # UserError, outside the command that would make it a line
     assert not (output / "train.manifest.json").exists()
-    with pytest.raises(UserError, match="none of the 60 pictures of split train is in"):
+    with pytest.raises(UserError, match="none of the 60 images of split train is in"):
         make_shards.main(flags(data, output))
     (data / "away").rename(data / "train2014")
     kept = finished(output)
@@ -214,10 +228,10 @@ def test_a_picture_that_vanishes_or_changes_after_planning_is_told_and_no_shard_
     shutil.copytree(coco, data)
     some = next((data / "train2014").iterdir())
     content = some.read_bytes()
-    planned = make_shards.plan_split
+    planned = pack_split.plan_split
 
     def then(action: Callable[[], object]) -> None:
-        monkeypatch.setattr(make_shards, "plan_split", lambda *given: (planned(*given), action())[0])
+        monkeypatch.setattr(pack_split, "plan_split", lambda *given: (planned(*given), action())[0])
 
     then(some.unlink)
     with pytest.raises(UserError, match=f"{some.name} vanished while it was packed"):
@@ -241,7 +255,7 @@ def test_changed_input_is_refused_with_what_differs(coco: Path, tmp_path: Path, 
     some = sorted((data / "train2014").iterdir())[7]
     content = some.read_bytes()
     picture(99).save(some)
-    with pytest.raises(UserError, match=r"made differently \(pictures were added, removed, or changed in size\)"):
+    with pytest.raises(UserError, match=r"made differently \(images were added, removed, or changed in size\)"):
         make_shards.main(flags(data, output))
     some.unlink()
     with pytest.raises(UserError, match="made differently"):
@@ -272,7 +286,7 @@ def test_a_caption_file_without_captions_leaves_a_finished_split_alone(coco: Pat
     make_shards.main(flags(coco, output))
     before = files(output)
     empty.write_text("image,caption\n")
-    with pytest.raises(UserError, match="holds no picture of split train to pack"):
+    with pytest.raises(UserError, match="holds no image of split train to pack"):
         make_shards.main(flags(coco, output, captions=str(empty)))
     assert files(output) == before
 
@@ -343,8 +357,7 @@ def test_a_second_packer_on_the_same_output_says_so_and_stops(
     coco: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     output = tmp_path / "shards"
-    with packing(flags(coco, output)) as process:
-        stop_after(1, process, output)
+    with packing(flags(coco, output), num_shards=1) as process:
         with pytest.raises(UserError, match=f"process {process.pid} on .* is packing this split"):
             make_shards.main(flags(coco, output))
         os.kill(process.pid, signal.SIGCONT)
@@ -378,8 +391,8 @@ def test_a_shard_whose_worker_dies_is_packed_by_another(
 def test_a_shard_that_kills_every_worker_ends_the_run_with_its_name(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sharding.packing.engine._work", crash.always)
-    with pytest.raises(UserError, match=r"the process that packs train-0000\d\d died 3 times \(exit code 9\)"):
+    monkeypatch.setattr("sharding.packing.engine._pack", crash.always)
+    with pytest.raises(UserError, match=r"died 3 times at train-0000\d\d \(exit code 9\)"):
         make_shards.main(flags(coco, tmp_path / "shards", workers=2))
 
 
@@ -391,7 +404,7 @@ def test_a_picture_that_crashes_the_decoder_is_a_failure_and_costs_no_other_pict
     shutil.copytree(coco, data)
     some = sorted((data / "train2014").iterdir())[7]
     picture(7).save(some, comment=crash.DEADLY)
-    monkeypatch.setattr("sharding.packing.engine._work", crash.packing_deadly_pictures)
+    monkeypatch.setattr("sharding.packing.engine._pack", crash.packing_deadly_pictures)
     make_shards.main(flags(data, tmp_path / "shards", workers=2))
     failures = [json.loads(line) for line in (tmp_path / "shards/train.failures.jsonl").read_text().splitlines()]
     assert failures == [{"name": some.name, "reason": "undecodable", "message": "it crashes the decoder"}]

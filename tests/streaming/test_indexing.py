@@ -24,7 +24,7 @@ from captioner.shards.indexing import index_shards
 from captioner.streaming.dataset import read_split
 from captioner.streaming.reader import SampleError, ShardReader
 from sharding import check_shards
-from sharding.check_shards import IndexSettings, RepairSettings, ShowSettings, VerifySettings
+from sharding.settings import IndexSettings, RepairSettings, ShowSettings, VerifySettings
 
 FORMATS = {"USTAR": tarfile.USTAR_FORMAT, "GNU": tarfile.GNU_FORMAT, "PAX": tarfile.PAX_FORMAT}
 IN_PLACE = [HealthCheck.function_scoped_fixture]
@@ -252,7 +252,7 @@ def test_errors_are_one_line_and_name_no_flag(tmp_path: Path, monkeypatch: pytes
     write_tar(tmp_path / "fields.tar", [(f"image.{number}.txt", b"") for number in range(5)])
     monkeypatch.setattr("captioner.shards.format.MAX_FIELDS", 4)
     refused(
-        r"fields\.tar has 5 names of fields, such as 0\.txt: a sample is adjacent files KEY\.FIELD",
+        r"fields\.tar has 5 different fields, such as 0\.txt: a sample is adjacent files KEY\.FIELD",
         pattern="fields.tar",
     )
     assert not list(tmp_path.glob("*.index"))

@@ -26,13 +26,17 @@ context.set_forkserver_preload(["consumer", "accelerate", "train.main", "infer.c
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to consume, into which run folder; with a pause after each step, in seconds."""
+    """What to consume, into which run folder; with a pause after each step, in seconds.
+
+    All ranks die as by kill -9 after the (epoch, step) `dies_at`.
+    """
 
     shards: tuple[str, ...]
     run: Path
     epochs: int = 1
     workers: int = 0
     pause: float = 0.0
+    dies_at: tuple[int, int] | None = None
     cache: Path | None = None
 
 
@@ -96,7 +100,7 @@ def wait_in_workers(shards: str, ending: str, pids: Path) -> None:
     from captioner.streaming.dataset import read_split
     from captioner.streaming.reader import ShardReader
     from train.data.batches import caption_loader
-    from train.data.split import read_merged_vocabulary
+    from train.data.folders import read_merged_vocabulary
 
     plain, num_read = ShardReader.read, 0
 
@@ -110,7 +114,7 @@ def wait_in_workers(shards: str, ending: str, pids: Path) -> None:
     ShardReader.read = read  # type: ignore[method-assign]
     loader = caption_loader(
         read_split([shards], "train", remedy=""), batch_size=GLOBAL_BATCH, training=True, crop=28, max_tokens=9,
-        vocabulary=read_merged_vocabulary([shards], remedy=""), num_workers=2,
+        vocabulary=read_merged_vocabulary([shards]), num_workers=2,
     )  # fmt: skip
     iterator = iter(loader)
     next(iterator)
@@ -188,19 +192,20 @@ def consume(job: Job) -> None:
     from captioner.streaming import Ledger
     from captioner.streaming.dataset import read_split
     from train.data.batches import caption_loader
-    from train.data.split import read_merged_vocabulary
-    from train.run.run_folder import Progress, resume, save_checkpoint
+    from train.data.folders import read_merged_vocabulary
+    from train.run.checkpoints import Checkpoints, Progress
 
     accelerator = Accelerator()
     split = read_split(job.shards, "train", remedy="")
     cache: dict[str, Any] = {"cache": job.cache, "cache_gigabytes": 1 / 60} if job.cache else {}
     loader = caption_loader(
         split, batch_size=GLOBAL_BATCH, training=True, seed=1, shuffle_shards=8, crop=28, max_tokens=20,
-        vocabulary=read_merged_vocabulary(job.shards, remedy=""), rank=accelerator.process_index,
+        vocabulary=read_merged_vocabulary(job.shards), rank=accelerator.process_index,
         world_size=accelerator.num_processes, num_workers=job.workers, **cache,
     )  # fmt: skip
     accelerator.register_for_checkpointing(loader)
-    resume(job.run, accelerator)
+    checkpoints = Checkpoints(job.run, loader, Progress(), accelerator)
+    checkpoints.resume()
     job.run.mkdir(exist_ok=True)
     with (job.run / f"seen-{os.getpid()}").open("w") as log:
         while loader.epoch < job.epochs:
@@ -210,10 +215,12 @@ def consume(job: Job) -> None:
                 row = [epoch, step, loader.rank, loader.world_size, batch.positions, batch.keys, digest]
                 log.write(json.dumps([time.time(), *row]) + "\n")
                 log.flush()
+                if (epoch, step) == job.dies_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(job.pause)
                 if (step + 1) % CHECKPOINT_STEPS == 0 and step + 1 < len(loader):
-                    save_checkpoint(job.run, loader, Progress(), accelerator)
+                    checkpoints.save()
             planned = split.num_samples - first * GLOBAL_BATCH
             Ledger.of_all(gather_object([loader.ledger]), planned=planned)
-            save_checkpoint(job.run, loader, Progress(), accelerator)
+            checkpoints.save()
     accelerator.end_training()

@@ -1,6 +1,8 @@
 """A random model that says different things of different pictures, without training."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,12 @@ import numpy as np
 import torch
 from PIL import Image
 from tiny import picture
+from torch import Tensor
 
 from captioner.images.views import ViewSpec, normalise
 from captioner.model.bundle import Bundle, DecodingDefaults, save_bundle
-from captioner.model.decoding import Caption, decode
-from captioner.model.network import CaptionModel, ImageInput, ModelConfig
+from captioner.model.decoding import GeneratedCaption, decode
+from captioner.model.network import CaptionModel, ImageInput, ModelConfig, PackedCaptions
 from captioner.vocabulary import Vocabulary
 
 VIEW = ViewSpec(size=40, crop=32)
@@ -46,7 +49,7 @@ def make_model(image_input: ImageInput = "first") -> CaptionModel:
     return model.eval()
 
 
-def caption_views(bundle: Bundle, views_BPP3: np.ndarray, **changed: Any) -> list[Caption]:
+def caption_views(bundle: Bundle, views_BPP3: np.ndarray, **changed: Any) -> list[GeneratedCaption]:
     """Captions of views (B, P, P, 3), uint8, decoded as the model folder says but for what is changed."""
     decoding = replace(bundle.decoding, **changed)
     with torch.inference_mode():
@@ -58,3 +61,15 @@ def write_model(folder: Path, **options: Any) -> Path:
     """A model folder of it, which is returned."""
     save_bundle(folder, model=make_model(), view=VIEW, vocabulary=VOCABULARY, decoding=DECODING, metrics={}, **options)
     return folder
+
+
+def pack(captions_of_images: Sequence[Sequence[Sequence[int]]], *, max_tokens: int) -> PackedCaptions:
+    """The captions (token ids) of each image, packed."""
+    captions = list(chain.from_iterable(captions_of_images))
+    tokens, lengths = list(chain.from_iterable(captions)), list(map(len, captions))
+    return PackedCaptions.pack(tokens, lengths, list(map(len, captions_of_images)), max_tokens=max_tokens)
+
+
+def logits(model: CaptionModel, images: Tensor, captions: PackedCaptions) -> Tensor:
+    """The logits (M, V) of normalised images for `captions.targets_M`."""
+    return model.predict(model.hidden(model.encode(images), captions))

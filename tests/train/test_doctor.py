@@ -11,10 +11,11 @@ from streaming_data import write_split
 from tiny import write_shards
 
 from captioner.errors import UserError
-from train import doctor
-from train.doctor import DoctorSettings, Measured, main, stage_rows, verdict
+from train.data import loader_speed
+from train.data.loader_speed import LoaderSpeed
+from train.doctor import DoctorSettings, main
 
-MADE = Measured(
+MADE = LoaderSpeed(
     stage_us={"read": 40.0, "transform": 340.0, "collate": 20.0},
     handoff_us=10.0,
     alone_rate=2500.0,
@@ -24,8 +25,8 @@ MADE = Measured(
 )
 
 
-def told(measured: Measured, *, wanted: float = 4000.0) -> str:
-    return verdict(measured, wanted=wanted)
+def told(measured: LoaderSpeed, *, wanted: float = 4000.0) -> str:
+    return measured.verdict(wanted=wanted)
 
 
 # ---- verdicts from made-up numbers --------------------------------------------------------------------------
@@ -34,22 +35,22 @@ def told(measured: Measured, *, wanted: float = 4000.0) -> str:
 def test_the_longest_stage_limits_and_the_wanted_workers_are_there() -> None:
     text = told(MADE)
     assert text.startswith("Transform limits: 2 workers make 4,800 samples/s; ")
-    assert "4,000 samples/s want 2 workers of 2,400 each; that leaves 6 of the 8 cores to training." in text
-    assert "want 1 worker of" in told(MADE, wanted=1000)
+    assert "4,000 samples/s need 2 workers of 2,400 each; that leaves 6 of the 8 cores to training." in text
+    assert "need 1 worker of" in told(MADE, wanted=1000)
     assert "\n" not in text
     slow = replace(MADE, stage_us=MADE.stage_us | {"read": 900.0})
     assert told(slow).startswith("Read limits: ")
 
 
 def test_more_than_the_cores_can_make() -> None:
-    assert "want 17 workers of 2,400 each; the 8 cores make about 19,200." in told(MADE, wanted=40_000)
+    assert "need 17 workers of 2,400 each; the 8 cores make about 19,200." in told(MADE, wanted=40_000)
     assert " and 2 training processes (one takes 100,000); " in told(MADE, wanted=150_000)
 
 
 def test_hand_off_limits() -> None:
     text = told(replace(MADE, handoff_us=500.0, workers_rate=1990.0))
     assert text.startswith("Hand-off limits: ")
-    assert "want 2 workers of 2,500 each and 2 training processes (one takes 2,000); " in text
+    assert "need 2 workers of 2,500 each and 2 training processes (one takes 2,000); " in text
 
 
 def test_more_workers_than_cores_do_not_count_as_one_core_each() -> None:
@@ -57,7 +58,7 @@ def test_more_workers_than_cores_do_not_count_as_one_core_each() -> None:
 
 
 def test_the_table_has_a_row_for_each_stage() -> None:
-    rows = stage_rows(MADE)
+    rows = MADE.rows()
     assert [row[0] for row in rows] == ["read", "transform", "collate", "hand-off"]
     assert sum(float(str(row[2])) for row in rows) == pytest.approx(100)
     assert rows[1][3] == 2941
@@ -106,7 +107,7 @@ def test_any_shards_and_any_transform(tmp_path: Path, temporary: Path, capsys: p
     own = replace(settings(shards), transform="doctor_functions:count_bytes")
     main(own)
     main(replace(own, collate="doctor_functions:total"))
-    assert capsys.readouterr().out.count("1,000 samples/s want") == 2
+    assert capsys.readouterr().out.count("1,000 samples/s need") == 2
     for wrong in ("doctor_functions:absent", "absent:count_bytes", "count_bytes"):
         with pytest.raises(UserError, match="give MODULE:FUNCTION"):
             main(replace(own, transform=wrong))
@@ -118,9 +119,10 @@ def test_any_shards_and_any_transform(tmp_path: Path, temporary: Path, capsys: p
 
 def test_fewer_samples_than_a_batch(tmp_path: Path, temporary: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(settings(write_shards(tmp_path / "a", (5,)), batch_size=64))
-    assert "1,000 samples/s want" in capsys.readouterr().out
+    assert "1,000 samples/s need" in capsys.readouterr().out
 
 
+@pytest.mark.external
 def test_shards_behind_a_url_are_fetched_first(
     tmp_path: Path, temporary: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,14 +143,14 @@ def test_nothing_is_left_when_it_is_interrupted(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(doctor, "run_loader", interrupt)
+    monkeypatch.setattr(loader_speed, "run_loader", interrupt)
     with pytest.raises(KeyboardInterrupt):
         main(settings(shards))
     assert files(tmp_path) == before
 
 
 def test_errors_are_told_in_one_line(tmp_path: Path, temporary: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no .*make_shards\.py packs it"):
+    with pytest.raises(UserError, match=r"there is no .*make_shards\.py"):
         main(settings(str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match=r"holds no samples: see its train\.failures\.jsonl"):
         main(settings(write_shards(tmp_path / "empty", (0,))))

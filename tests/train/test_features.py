@@ -19,15 +19,14 @@ from captioner.images.views import ViewSpec
 from captioner.model.network import CaptionModel, ModelConfig
 from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import Split, read_split
-from captioner.streaming.order import ShardOrder
 from captioner.streaming.reader import SampleError
 from captioner.vocabulary import Vocabulary
-from train.data.batches import Batch, caption_loader
+from train.data.batches import CaptionBatch, caption_loader
 from train.data.features import FeatureFiles, FeatureReader
-from train.data.split import read_merged_vocabulary
+from train.data.folders import read_merged_vocabulary
 from train.run.encode import encoder_fingerprint, prepare_features
 from train.step.schedule import make_optimizer
-from train.step.step import CaptionLoss, train_step
+from train.step.step import CaptionLoss, TrainStep
 
 SIZES = [5, 0, 7, 3]
 VIEW = ViewSpec(size=32, crop=28)
@@ -54,7 +53,7 @@ class Setting:
     ) -> None:
         self.accelerator = Accelerator(cpu=True)
         self.split: Split = read_split([str(shards)], "train", remedy="")
-        self.vocabulary: Vocabulary = read_merged_vocabulary([str(shards)], remedy="")
+        self.vocabulary: Vocabulary = read_merged_vocabulary([str(shards)])
         torch.manual_seed(seed)
         config = ModelConfig(encoder="small_cnn", vocabulary_size=len(self.vocabulary), embedding_size=8, hidden_size=9)
         self.loss_model = CaptionLoss(CaptionModel(config), view=view)
@@ -84,7 +83,7 @@ class Setting:
         """Of epochs in order, without crops and flips."""
         return self.open_loader(self.split, features=files)
 
-    def batches(self, files: FeatureFiles | None) -> list[Batch]:
+    def batches(self, files: FeatureFiles | None) -> list[CaptionBatch]:
         return [batch for (batch,) in self.loader(files)]
 
 
@@ -97,13 +96,7 @@ def test_losses_are_those_without_them(shards: Path, workers: int) -> None:
         files = setting.prepare() if cached else None
         optimizer = make_optimizer(setting.loss_model.model, 1e-2, encoder_learning_rate=0.0)
         schedule = LambdaLR(optimizer, lambda _step: 1.0)
-        step = partial(
-            train_step,
-            setting.loss_model.train(),
-            optimizer=optimizer,
-            schedule=schedule,
-            accelerator=setting.accelerator,
-        )
+        step = TrainStep(setting.loss_model.train(), optimizer, schedule, setting.accelerator)
         batches = setting.batches(files)
         assert [batch.inputs.dim() for batch in batches] == [2 if cached else 4] * 4
         losses.append([float(record[0] / record[1]) for record in (step([batch]) for batch in batches)])
@@ -160,7 +153,7 @@ def test_those_of_another_encoder_or_crop_are_refused(shards: Path) -> None:
 def test_those_of_another_shard_are_refused(shards: Path) -> None:
     files = Setting(shards).prepare()
     shutil.copy(files.paths[0], files.paths[3])
-    with pytest.raises(UserError, match="not a whole feature file"):  # it has another number of samples
+    with pytest.raises(UserError, match="holds features of another shard"):
         Setting(shards).prepare()
     files.paths[3].unlink()
     other = tiny.write_shards(shards / "other", [5], first=60)
@@ -183,29 +176,18 @@ def test_a_cut_file_is_refused(shards: Path, share: float) -> None:
 
 def test_a_flipped_bit_is_found_when_its_row_is_read(shards: Path) -> None:
     files = Setting(shards).prepare()
-    opened = files.open(2)
-    row_bytes = 4 * files.num_features
     data = bytearray(files.paths[2].read_bytes())
-    data[opened.start + 3 * row_bytes + 17] ^= 1
+    row = np.array(files.open(2).rows[3])
+    data[data.index(row.tobytes()) + 17] ^= 1
+    files.paths[2].unlink()
     files.paths[2].write_bytes(data)
-    reader, row = FeatureReader(files, max_open=1), np.empty(files.num_features, dtype=np.float32)
+    reader = FeatureReader(files)
     for place in range(SIZES[2]):
         if place == 3:
             with pytest.raises(SampleError, match=r"train-000002.features is damaged at sample 3"):
                 reader.read_into(row, 2, place)
         else:
             reader.read_into(row, 2, place)
-    reader.close()
-
-
-def test_few_files_are_open_at_once(shards: Path) -> None:
-    setting = Setting(shards)
-    files = setting.prepare()
-    reader, row = FeatureReader(files, max_open=2), np.empty(files.num_features, dtype=np.float32)
-    for _, shard, place in ShardOrder(SIZES, seed=0, batch_size=4).refs(0, range(15)):
-        reader.read_into(row, shard, place)
-        assert len(reader._open) <= 2
-    reader.close()
 
 
 def test_a_picture_that_could_not_be_read_stays_out(shards: Path) -> None:

@@ -9,16 +9,16 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_model import caption_views
+from tiny_model import caption_views, logits, pack
 from torch.nn.functional import cross_entropy
 
 from captioner.errors import UserError
 from captioner.images.views import ViewSpec, normalise
 from captioner.model.bundle import Bundle, DecodingDefaults, load_bundle, save_bundle
-from captioner.model.network import CaptionModel, ImageInput, ModelConfig, PackedCaptions
+from captioner.model.network import CaptionModel, ImageInput, ModelConfig
 from captioner.streaming.dataset import read_split
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
-from train.data.split import check_fits
+from train.data.folders import check_fits
 from train.settings import TrainSettings, check_settings, count_steps
 from train.step.starting_model import choose_view, start_from
 
@@ -72,9 +72,9 @@ def test_everything_known_is_kept(image_input: ImageInput, num_new: int) -> None
     for name, tensor in after.items():
         kept = tensor[: len(KNOWN)] if name in WORD_ROWS else tensor
         assert torch.equal(kept, before[name]), name
-    packed = PackedCaptions.pack([[[4, 5, 6], [7]], [[8, 9]]], max_tokens=9)
-    logits_MV = extended.model(make_images(2), packed)
-    torch.testing.assert_close(logits_MV[:, : len(KNOWN)], bundle.model(make_images(2), packed))
+    packed = pack([[[4, 5, 6], [7]], [[8, 9]]], max_tokens=9)
+    logits_MV = logits(extended.model, make_images(2), packed)
+    torch.testing.assert_close(logits_MV[:, : len(KNOWN)], logits(bundle.model, make_images(2), packed))
 
 
 @pytest.mark.parametrize("trainable", [False, True])
@@ -120,11 +120,11 @@ def test_new_embeddings_differ_and_lie_among_the_known_ones() -> None:
 def test_a_new_word_is_learned() -> None:
     bundle = extend(make_bundle(), 1)
     tokens = bundle.vocabulary.encode(["a", "zebra", "sits"])
-    packed = PackedCaptions.pack([[tokens], [tokens]], max_tokens=9)
+    packed = pack([[tokens], [tokens]], max_tokens=9)
     optimizer = torch.optim.Adam((p for p in bundle.model.parameters() if p.requires_grad), lr=0.03)
     for _ in range(60):
         optimizer.zero_grad()
-        cross_entropy(bundle.model(make_images(2), packed), packed.targets_M).backward()
+        cross_entropy(logits(bundle.model, make_images(2), packed), packed.targets_M).backward()
         optimizer.step()
     assert {bundle.vocabulary.decode(caption.tokens) for caption in caption_views(bundle, make_views(2))} == {
         "a zebra sits"
@@ -156,7 +156,7 @@ def test_shards_of_other_pictures_are_refused_with_the_flags_to_pack_with() -> N
 
 def test_pictures_come_as_the_encoders_weights_want_them(tmp_path: Path) -> None:
     split = read_split([tiny.write_shards(tmp_path, [2], size=480)], "train", remedy="")
-    view = choose_view([split, None], encoder="efficientnet_v2_l", crop=None, initial=None)
+    view = choose_view([split], encoder="efficientnet_v2_l", crop=None, initial=None)
     assert (view.size, view.crop, view.mean, view.std) == (480, 480, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert choose_view([split], encoder="resnet18", crop=None, initial=None).crop == 224
     assert choose_view([split], encoder="resnet18", crop=400, initial=None).crop == 400
@@ -170,11 +170,13 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
 
 
 def test_a_run_without_steps_or_with_settings_that_would_do_nothing_is_refused() -> None:
-    assert count_steps(TrainSettings(epochs=3), 5, has_val=False) == 15
-    assert count_steps(TrainSettings(epochs=3, finetune_encoder_from_step=14, patience_epochs=1), 5, has_val=True) == 15
+    assert count_steps(TrainSettings(epochs=3), 160, has_val=False) == 15
+    assert (
+        count_steps(TrainSettings(epochs=3, finetune_encoder_from_step=14, patience_epochs=1), 160, has_val=True) == 15
+    )
     with pytest.raises(UserError, match="holds no samples"):
         count_steps(TrainSettings(), 0, has_val=True)
     with pytest.raises(UserError, match="beyond the run's 15 steps"):
-        count_steps(TrainSettings(epochs=3, finetune_encoder_from_step=15), 5, has_val=True)
+        count_steps(TrainSettings(epochs=3, finetune_encoder_from_step=15), 160, has_val=True)
     with pytest.raises(UserError, match="there is none"):
-        count_steps(TrainSettings(patience_epochs=2), 5, has_val=False)
+        count_steps(TrainSettings(patience_epochs=2), 160, has_val=False)

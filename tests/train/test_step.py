@@ -1,4 +1,4 @@
-"""The step's gradient is that of the mean over target tokens, in one part and several; fillers weigh nothing."""
+"""The step's gradient is that of the mean over target tokens, in one micro-batch and several; fillers weigh nothing."""
 
 import math
 import sys
@@ -8,18 +8,19 @@ from itertools import pairwise
 import pytest
 import torch
 from accelerate import Accelerator
+from tiny_model import logits, pack
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 from captioner.errors import UserError
 from captioner.images.views import ViewSpec, normalise
-from captioner.model.network import CaptionModel, ModelConfig, PackedCaptions
+from captioner.model.network import CaptionModel, ModelConfig
 from captioner.vocabulary import START
-from train.data.batches import Batch
+from train.data.batches import CaptionBatch
 from train.settings import Schedule
 from train.step.schedule import make_optimizer, make_schedule
-from train.step.step import MAX_GRADIENT_NORM, CaptionLoss, StepLoss, check_finite, train_step, with_guesses
+from train.step.step import MAX_GRADIENT_NORM, CaptionLoss, StepLoss, TrainStep, check_finite, sample_inputs
 
 VIEW = ViewSpec(size=32, crop=32)
 CAPTIONS = [[[4, 5, 6], [7]], [[9, 8, 7, 6, 5, 4]], [[5, 5], [8, 4, 9, 6, 7], [6]]]
@@ -36,40 +37,40 @@ def make_model(*, trainable: bool = False) -> CaptionModel:
     return CaptionModel(config, encoder_trainable=trainable).train()
 
 
-def make_batch(captions: Sequence[list[list[int]]], *, first_image: int = 0) -> Batch:
+def make_batch(captions: Sequence[list[list[int]]], *, first_image: int = 0) -> CaptionBatch:
     """A batch of random views, image i always the same."""
     views = [
         torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(first_image + i))
         for i in range(len(captions))
     ]
     names = [str(first_image + i) for i in range(len(captions))]
-    packed = PackedCaptions.pack(captions, max_tokens=20)
+    packed = pack(captions, max_tokens=20)
     positions = list(range(first_image, first_image + len(names)))
-    return Batch(torch.stack(views), packed, positions, names, list(names), [["words"]] * len(names), 0)
+    return CaptionBatch(torch.stack(views), packed, positions, names, list(names), [["words"]] * len(names), 0)
 
 
-def make_filler() -> Batch:
+def make_filler() -> CaptionBatch:
     views_BPP3 = torch.zeros((1, 32, 32, 3), dtype=torch.uint8)
-    return Batch(views_BPP3, PackedCaptions.pack([[[]]], max_tokens=20), [], [], [], [], 0)
+    return CaptionBatch(views_BPP3, pack([[[]]], max_tokens=20), [], [], [], [], 0)
 
 
-def mean_gradients(model: CaptionModel, batch: Batch, *, smoothing: float = 0.0) -> dict[str, Tensor]:
+def mean_gradients(model: CaptionModel, batch: CaptionBatch, *, smoothing: float = 0.0) -> dict[str, Tensor]:
     """Gradients of the mean cross-entropy of all target tokens, by PyTorch alone."""
-    logits_MV = model(normalise(batch.inputs, VIEW), batch.captions)
+    logits_MV = logits(model, normalise(batch.inputs, VIEW), batch.captions)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     loss = cross_entropy(logits_MV, batch.captions.targets_M, label_smoothing=smoothing)
     return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 
 
 def take_step(
-    model: CaptionModel, parts: Sequence[Batch], accelerator: Accelerator, *, smoothing: float = 0.0
+    model: CaptionModel, micro_batches: Sequence[CaptionBatch], accelerator: Accelerator, *, smoothing: float = 0.0
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Each parameter's change in a step of plain SGD at rate 1, with its sign turned: its gradient; and the record."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0)
     schedule = LambdaLR(optimizer, lambda _step: 1.0)
     loss_model = CaptionLoss(model, view=VIEW, label_smoothing=smoothing).train()
-    record = train_step(loss_model, parts, optimizer=optimizer, schedule=schedule, accelerator=accelerator)
+    record = TrainStep(loss_model, optimizer, schedule, accelerator)(micro_batches)
     changes = {name: before[name] - p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return changes, record
 
@@ -97,14 +98,14 @@ def test_a_step_follows_the_gradient_of_the_mean_over_tokens(
 
 def test_the_record_is_the_plain_loss_before_the_step(accelerator: Accelerator) -> None:
     batch, model = make_batch(CAPTIONS), make_model()
-    logits_MV = model(normalise(batch.inputs, VIEW), batch.captions)
+    logits_MV = logits(model, normalise(batch.inputs, VIEW), batch.captions)
     wanted = cross_entropy(logits_MV, batch.captions.targets_M, reduction="sum").item()
     for smoothing in (0.0, 0.2):
         _, record = take_step(make_model(), [batch], accelerator, smoothing=smoothing)
         assert record[0].item() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_wild_gradient_is_clipped_and_told_as_it_was(accelerator: Accelerator) -> None:
+def test_a_large_gradient_is_clipped_and_its_norm_before_is_returned(accelerator: Accelerator) -> None:
     model = make_model()
     with torch.no_grad():
         model.predict.weight *= 300
@@ -124,16 +125,18 @@ def test_a_second_step_starts_from_zero_gradients(accelerator: Accelerator) -> N
 
 
 @pytest.mark.parametrize("cuts", [(0, 1), (0, 2), (0, 1, 2)])
-def test_parts_of_unequal_length_add_up_to_the_whole_batch(accelerator: Accelerator, cuts: tuple[int, ...]) -> None:
-    """Batch norm is in eval mode: its batches are the parts'."""
+def test_micro_batches_of_unequal_length_add_up_to_the_whole_batch(
+    accelerator: Accelerator, cuts: tuple[int, ...]
+) -> None:
+    """Batch norm is in eval mode: its batches are the micro-batches."""
     whole = make_batch(CAPTIONS)
     wanted = mean_gradients(eval_norm(make_model()), whole)
     ends = (*cuts[1:], len(CAPTIONS))
-    parts = [make_batch(CAPTIONS[cut:end], first_image=cut) for cut, end in zip(cuts, ends, strict=True)]
-    parts.append(make_filler())
+    micro_batches = [make_batch(CAPTIONS[cut:end], first_image=cut) for cut, end in zip(cuts, ends, strict=True)]
+    micro_batches.append(make_filler())
     model = eval_norm(make_model())
     model.train = lambda _mode=True: model  # type: ignore[method-assign]
-    found, record = take_step(model, parts, accelerator)
+    found, record = take_step(model, micro_batches, accelerator)
     assert_equal(found, wanted)
     assert record[1] == len(whole.captions.targets_M)
 
@@ -173,42 +176,42 @@ def test_what_is_not_a_number_ends_the_run_at_its_step(column: int, scaled: bool
 # ---- scheduled sampling -------------------------------------------------------------------------------------
 
 
-def test_guesses_replace_words_but_no_start_and_no_target() -> None:
+def test_sampled_words_replace_inputs_but_no_start_and_no_target() -> None:
     """A model that is sure of word 3 everywhere."""
     model, captions = make_model(), make_batch(CAPTIONS).captions
     with torch.no_grad():
         model.predict.bias[3] = 100
     image_BE = torch.zeros((3, 6))
-    found = with_guesses(model, image_BE, captions, share=1.0)
+    found = sample_inputs(model, image_BE, captions, fraction=1.0)
     first = int(captions.batch_sizes_T[0])
     assert (found.inputs_M[:first] == START).all()
     assert (found.inputs_M[first:] == 3).all()
     assert found.targets_M is captions.targets_M
-    assert torch.equal(with_guesses(model, image_BE, captions, share=0.0).inputs_M, captions.inputs_M)
+    assert torch.equal(sample_inputs(model, image_BE, captions, fraction=0.0).inputs_M, captions.inputs_M)
 
 
-def test_a_guess_stands_where_the_word_it_foretells_stood() -> None:
+def test_a_sampled_word_replaces_the_word_that_it_predicts() -> None:
     """A model that is sure of the true next word gives back the captions themselves."""
-    model, captions = make_model(), PackedCaptions.pack([[[4, 5, 6], [7, 8]], [[9, 8, 4, 6, 5]]], max_tokens=20)
+    model, captions = make_model(), pack([[[4, 5, 6], [7, 8]], [[9, 8, 4, 6, 5]]], max_tokens=20)
     torch.manual_seed(1)
     hidden_MH = 10 * torch.nn.functional.one_hot(captions.targets_M, 10).float()
     model.hidden = lambda _image_BE, _captions: hidden_MH  # type: ignore[method-assign]
     model.predict = torch.nn.Linear(10, 10)
     with torch.no_grad():
         model.predict.weight.copy_(10 * torch.eye(10))
-    found = with_guesses(model, torch.zeros((2, 6)), captions, share=1.0)
+    found = sample_inputs(model, torch.zeros((2, 6)), captions, fraction=1.0)
     assert torch.equal(found.inputs_M, captions.inputs_M)
 
 
-def test_about_the_given_share_is_replaced() -> None:
-    captions = PackedCaptions.pack([[[4] * 18] * 50] * 4, max_tokens=20)
+def test_about_the_given_fraction_is_replaced() -> None:
+    captions = pack([[[4] * 18] * 50] * 4, max_tokens=20)
     model = make_model()
     with torch.no_grad():
         model.predict.bias[3] = 100
     torch.manual_seed(0)
-    found = with_guesses(model, torch.zeros((4, 6)), captions, share=0.25)
-    share = (found.inputs_M == 3).float().mean() * 19 / 18  # the first of 19 inputs is never replaced
-    assert 0.23 < share < 0.27
+    found = sample_inputs(model, torch.zeros((4, 6)), captions, fraction=0.25)
+    fraction = (found.inputs_M == 3).float().mean() * 19 / 18  # the first of 19 inputs is never replaced
+    assert 0.23 < fraction < 0.27
 
 
 # ---- learning rate and losses -------------------------------------------------------------------------------
@@ -272,25 +275,24 @@ def test_an_encoder_that_learns_later_is_a_frozen_one_until_then(accelerator: Ac
     before = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
     optimizer = make_optimizer(model, 0.1, encoder_learning_rate=0.1)
     schedule = LambdaLR(optimizer, lambda _step: 1.0)
-    loss_model = CaptionLoss(model, view=VIEW, thaw_step=2).train()
+    take_step = TrainStep(CaptionLoss(model, view=VIEW, thaw_step=2).train(), optimizer, schedule, accelerator)
 
     def changes(step: int) -> bool:
         """Whether a step changes any of the encoder's parameters and statistics."""
-        batch = make_batch(CAPTIONS)
-        train_step(loss_model, [batch], step, optimizer=optimizer, schedule=schedule, accelerator=accelerator)
+        take_step([make_batch(CAPTIONS)], step)
         return any(not torch.equal(tensor, before[name]) for name, tensor in model.encoder.state_dict().items())
 
     assert [changes(step) for step in (1, 2, 3)] == [False, False, True]
 
 
-def test_losses_are_told_a_token() -> None:
+def test_losses_are_means_over_tokens() -> None:
     loss = StepLoss(6.0, 4)
     assert loss.per_token == 1.5
     assert loss.perplexity == pytest.approx(math.exp(1.5))
     assert str(loss) == "loss 1.500, perplexity 4.48"
 
 
-def test_extreme_losses_do_no_harm() -> None:
+def test_extreme_losses_stay_finite_numbers() -> None:
     assert StepLoss(1e6, 1).perplexity == sys.float_info.max
     assert str(StepLoss(1e6, 1)) == "loss 1000000.000, perplexity 1.8e+308"
     assert StepLoss(0.0, 0).per_token == 0.0

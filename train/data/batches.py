@@ -1,13 +1,13 @@
-"""Captioned pictures to batches of views, or of cached features, and packed captions: what the loader's workers do.
+"""Captioned images to batches of views, or of cached features, and packed captions: what the loader's workers do.
 
-Shapes: B samples, P sides of a view in pixels, F features of a picture.
+Shapes: B samples, P sides of a view in pixels, F features of an image.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,13 +19,16 @@ from captioner.images import loading, views
 from captioner.images.decoder_output import own_stderr, redirect_stderr, restore_stderr
 from captioner.model.network import PackedCaptions
 from captioner.samples import CaptionFields, is_caption_field, read_content
+from captioner.shards.format import RESTORE
 from captioner.shards.splitmix import random_integer
 from captioner.streaming import SampleError, StreamingLoader, batch_buffer
-from captioner.streaming.cache import RESTORE
 from captioner.streaming.dataset import Split
 from captioner.streaming.order import SAMPLE_CHANCE
 from captioner.vocabulary import Vocabulary
 from train.data.features import FeatureFiles, FeatureReader
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -33,12 +36,12 @@ PINNED_FOR = ("cuda", "xpu")  # device types that copy from page-locked memory a
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """A rank's samples of a global batch, or a part of them: uint8 views (B, P, P, 3), or cached features (B, F).
+class CaptionBatch:
+    """A rank's samples of a global batch, or a micro-batch of them: uint8 views (B, P, P, 3), or features (B, F).
 
-    With all their captions. A rank that a part does not reach gets a filler: one row of zeros and an empty caption,
-    with `num_samples` 0, so that it can join the step with zero loss. `positions` are those in the epoch, `references`
-    the raw captions.
+    With all their captions. A rank without samples of a micro-batch gets a filler: one row of zeros and an empty
+    caption, with `num_samples` 0, so that it joins the step with zero loss. `positions` are those in the epoch,
+    `references` the raw captions, and `num_cut` counts the captions that were cut.
     """
 
     inputs: Tensor
@@ -59,47 +62,47 @@ class Batch:
         """Tokens to be predicted, none in a filler."""
         return len(self.captions.targets_M) if self.positions else 0
 
-    def to(self, device: torch.device) -> "Batch":
-        """The batch with its tensors on `device`; from page-locked memory it returns before they are there.
+    def to(self, device: torch.device) -> "CaptionBatch":
+        """The batch with its tensors on `device`; the copy from page-locked memory is asynchronous.
 
         Other memory might be reused before it is copied, so that copy is waited for.
         """
         may_pin = device.type in PINNED_FOR  # `is_pinned` would load CUDA for a run on the CPU
         return self._map(lambda tensor: tensor.to(device, non_blocking=may_pin and tensor.is_pinned()))
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> "CaptionBatch":
         """The batch with its tensors in page-locked memory."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "CaptionBatch":
         return replace(self, inputs=change(self.inputs), captions=self.captions.map(change))
 
 
-def _drawing_nothing(function: Function) -> Function:
-    """The function, marked so that the loader seeds no random numbers for it: chance comes from the position here."""
+def _not_random(function: Function) -> Function:
+    """The function, marked so that the loader seeds no generators for it: its random bits come from the position."""
     function.is_random = False  # type: ignore[attr-defined]
     return function
 
 
-class Row(NamedTuple):
-    """A sample whose view, or features, is in the buffer: its part of the batch, position, key and captions."""
+class FilledRow(NamedTuple):
+    """A sample whose view, or features, is in the buffer: its micro-batch, position, key and captions."""
 
-    part: int
+    micro_batch: int
     position: int
     key: str
     content: dict[str, Any]
 
 
 @dataclass(kw_only=True)
-class CaptionBatches:
-    """The `decode`, `transform` and `collate` of a loader whose global batches are of `batch_size` samples.
+class CaptionPipeline:
+    """The `decode`, `transform` and `collate` of a loader whose global batches have `batch_size` samples.
 
-    Views are cut at random and sometimes mirrored, by functions of (`seed`, epoch, position); without a seed the middle
-    is taken. With `features` these are read instead of pictures.
+    Views are cropped at random and sometimes mirrored, by functions of (`seed`, epoch, position); without a seed the
+    centre is taken. With `features` these are read instead of images.
 
-    A rank's batch comes in `accumulation_steps` parts: part m of A has the samples whose offset i in the global batch
-    has i mod A = m, of all ranks together: the same ones on any number of ranks. A batch of n < A samples has n parts,
-    and fillers after them.
+    A rank's batch comes in `accumulation_steps` micro-batches: number m of A has the samples whose offset i in the
+    global batch has i mod A = m, of all ranks together: the same ones on any number of ranks. A global batch of n < A
+    samples has n micro-batches, and fillers after them.
     """
 
     split: Split
@@ -115,13 +118,13 @@ class CaptionBatches:
     _last: int = field(init=False, default=-1)
     _buffer: Tensor | None = field(init=False, default=None)
     _rows: Any = field(init=False, default=None)  # the buffer as an array, whose rows cost less to take
-    _filled: list[int] = field(init=False, default_factory=list)  # rows, by part
+    _filled: list[int] = field(init=False, default_factory=list)  # rows of each micro-batch
     _reader: FeatureReader | None = field(init=False, default=None)
     _stderr: Any = field(init=False, default=None)
 
     @cached_property
     def stored_sizes(self) -> list[int | None]:
-        """For each shard the size to squash its pictures to on reading; None where packing has done so."""
+        """For each shard the size to squash its images to when they are read; None where packing has done so."""
         return [
             manifest.settings["size"] if manifest.settings.get("resize") == "none" else None
             for manifest in self.split.manifests
@@ -129,8 +132,8 @@ class CaptionBatches:
         ]
 
     @property
-    def part_rows(self) -> int:
-        """Rows of a part, at most."""
+    def micro_batch_rows(self) -> int:
+        """Rows of a micro-batch, at most."""
         return self.batch_size // self.world_size // self.accumulation_steps
 
     # ---- a sample -----------------------------------------------------------------------------------------
@@ -147,35 +150,35 @@ class CaptionBatches:
         sample["__picture__"] = picture
         return sample
 
-    @_drawing_nothing
-    def transform(self, sample: dict[str, Any], _rng: object = None) -> Row:
+    @_not_random
+    def transform(self, sample: dict[str, Any], _rng: object = None) -> FilledRow:
         """Write a parsed sample's view, or features, into the batch's buffer. Raises SampleError and UserError."""
         content, position = sample["__content__"], sample["__position__"]
-        part = self._part(sample["__epoch__"], position)
-        row = self._rows[part * self.part_rows + self._filled[part]]
+        micro_batch = self._micro_batch_of(sample["__epoch__"], position)
+        row = self._rows[micro_batch * self.micro_batch_rows + self._filled[micro_batch]]
         if self.features is None:
             self._fill_view(row, sample, content["captions"])
         else:
             self._feature_reader().read_into(row, sample["__shard__"], sample["__place__"])
-        self._filled[part] += 1
-        return Row(part, position, sample["__key__"], content)
+        self._filled[micro_batch] += 1
+        return FilledRow(micro_batch, position, sample["__key__"], content)
 
-    def _part(self, epoch: int, position: int) -> int:
-        """The part that a sample belongs to; the first one of a batch takes a new buffer."""
+    def _micro_batch_of(self, epoch: int, position: int) -> int:
+        """The micro-batch of a sample; the first sample of a batch takes a new buffer."""
         step, offset = divmod(position, self.batch_size)
         if self._batch != (epoch, step) or position <= self._last:
             shape, dtype = self._row_format()
-            self._buffer = batch_buffer((self.part_rows * self.accumulation_steps, *shape), dtype)
+            self._buffer = batch_buffer((self.micro_batch_rows * self.accumulation_steps, *shape), dtype)
             self._rows, self._filled = self._buffer.numpy(), [0] * self.accumulation_steps
             self._batch = epoch, step
-            self._keep_quiet()
+            self._silence_decoders()
         self._last = position
         if self.accumulation_steps == 1:
             return 0
         return offset % min(self.accumulation_steps, self.split.num_samples - step * self.batch_size)
 
-    def _keep_quiet(self) -> None:
-        """In a worker, in which one thread decodes, what decoders print goes nowhere until the batch is collated."""
+    def _silence_decoders(self) -> None:
+        """In a worker, in which one thread decodes, drop what decoders print until the batch is collated."""
         if self._stderr is None and get_worker_info() is not None:
             self._stderr = own_stderr()
             self._stderr.__enter__()
@@ -191,19 +194,19 @@ class CaptionBatches:
         pixels_HW3 = self._decode(sample)
         height, width, _ = pixels_HW3.shape
         if min(height, width) < self.crop:
-            raise UserError(f"the shards hold pictures of {width}x{height}: give a smaller --crop")
+            raise UserError(f"the shards hold images of {width}x{height}: give a smaller --crop")
         if self.seed is None:
             view_PP3[:] = views.eval_view(pixels_HW3, crop=self.crop)
             return
-        chance = random_integer(sample["__position__"], self.seed, sample["__epoch__"], SAMPLE_CHANCE)
-        cut_PP3, mirrored = views.train_view(pixels_HW3, crop=self.crop, chance=chance)
-        if mirrored and not views.speaks_of_sides(captions):  # NumPy would take many times as long
+        random_bits = random_integer(sample["__position__"], self.seed, sample["__epoch__"], SAMPLE_CHANCE)
+        cut_PP3, mirrored = views.train_view(pixels_HW3, crop=self.crop, random_bits=random_bits)
+        if mirrored and not views.mentions_sides(captions):  # NumPy would take many times as long
             torch.from_numpy(view_PP3).copy_(torch.from_numpy(cut_PP3).flip(1))
         else:
             view_PP3[:] = cut_PP3
 
     def _decode(self, sample: dict[str, Any]) -> np.ndarray:
-        """A picture's pixels (height, width, 3), uint8; pictures that were stored as they are get their size here."""
+        """An image's pixels (height, width, 3), uint8; images that were stored in their own size are squashed here."""
         picture = sample["__picture__"]
         squash_to = self.stored_sizes[sample["__shard__"]]
         try:
@@ -211,7 +214,7 @@ class CaptionBatches:
                 return loading.decode_stored(picture)
             return np.array(loading.load_resized(picture, size=squash_to, resize="squash")[0])
         except loading.ImageError as error:
-            message = f"sample {sample['__key__']} in {sample['__url__']} is not a picture ({error}): {RESTORE}"
+            message = f"sample {sample['__key__']} in {sample['__url__']} is not an image ({error}): {RESTORE}"
             raise SampleError("undecodable", message) from error
 
     def _feature_reader(self) -> FeatureReader:
@@ -222,18 +225,21 @@ class CaptionBatches:
 
     # ---- a batch ------------------------------------------------------------------------------------------
 
-    @_drawing_nothing
-    def collate(self, rows: list[Row]) -> list[Batch]:
-        """The parts of the batch that these samples are."""
+    @_not_random
+    def collate(self, rows: list[FilledRow]) -> list[CaptionBatch]:
+        """The micro-batches of these samples."""
         if self._stderr is not None:
             restore_stderr()
-        parts = range(self.accumulation_steps)
-        batches = [self._pack([row for row in rows if row.part == part], part * self.part_rows) for part in parts]
+        numbers = range(self.accumulation_steps)
+        batches = [
+            self._pack([row for row in rows if row.micro_batch == number], number * self.micro_batch_rows)
+            for number in numbers
+        ]
         self._batch = self._buffer = self._rows = None
         return batches
 
-    def _pack(self, rows: list[Row], first: int) -> Batch:
-        """The samples whose rows begin at `first`; none at all to a filler."""
+    def _pack(self, rows: list[FilledRow], first: int) -> CaptionBatch:
+        """The micro-batch of samples whose rows begin at `first`; a filler where there are none."""
         if rows and self._buffer is not None:
             inputs = self._buffer[first : first + len(rows)]
         else:
@@ -242,9 +248,9 @@ class CaptionBatches:
         captions = [caption for row in rows for caption in row.content["tokens"]] or [[]]
         num_captions = [len(row.content["tokens"]) for row in rows] or [1]
         tokens, lengths = self.vocabulary.encode(chain.from_iterable(captions)), list(map(len, captions))
-        return Batch(
+        return CaptionBatch(
             inputs=inputs,
-            captions=PackedCaptions.pack_flat(tokens, lengths, num_captions, max_tokens=self.max_tokens),
+            captions=PackedCaptions.pack(tokens, lengths, num_captions, max_tokens=self.max_tokens),
             positions=[row.position for row in rows],
             keys=[row.key for row in rows],
             image_ids=[row.content["image_id"] for row in rows],
@@ -254,7 +260,7 @@ class CaptionBatches:
 
 
 def find_members(sample: dict[str, Any]) -> tuple[bytes, bytes]:
-    """The content of a sample's picture, empty where it was not read, and of its captions: it has no other fields."""
+    """The content of a sample's image, empty where it was not read, and of its captions: it has no other fields."""
     picture = captions = b""
     for name, content in sample.items():
         if name[:2] != "__":
@@ -265,13 +271,13 @@ def find_members(sample: dict[str, Any]) -> tuple[bytes, bytes]:
     return picture, captions
 
 
-def check_batch_size(batch_size: int, *, world_size: int, accumulation_steps: int = 1) -> None:
-    """Raise UserError for a global batch that cannot be divided evenly."""
-    if batch_size % (world_size * accumulation_steps):
-        raise UserError(
-            f"--batch-size {batch_size} is the global batch and must be a multiple of the {world_size} processes "
-            f"times --accumulation-steps {accumulation_steps}"
-        )
+def rank_options(accelerator: "Accelerator") -> dict[str, Any]:
+    """The options of `caption_loader` that depend on the process and its device."""
+    return {
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "pin_memory": accelerator.device.type in PINNED_FOR,
+    }
 
 
 def caption_loader(
@@ -289,12 +295,12 @@ def caption_loader(
     features: FeatureFiles | None = None,
     **options: Any,
 ) -> StreamingLoader:
-    """The loader of a split's samples, whose batches are lists of `accumulation_steps` parts (`CaptionBatches`).
+    """The loader of a split's samples; each of its batches is a list of `accumulation_steps` micro-batches.
 
-    For training they are shuffled, and their views cut at random; else they come in the split's order. `options` are
-    those of StreamingLoader.
+    For training samples are shuffled, and their views cropped at random; else they come in the split's order. `options`
+    are those of StreamingLoader. See `CaptionPipeline`.
     """
-    batches = CaptionBatches(
+    pipeline = CaptionPipeline(
         split=split,
         vocabulary=vocabulary,
         crop=crop,
@@ -312,9 +318,9 @@ def caption_loader(
         seed=seed,
         shuffle=training,
         fields=None if features is None else CaptionFields(),
-        decode=batches.parse,
-        transform=batches.transform,
-        collate=batches.collate,
+        decode=pipeline.parse,
+        transform=pipeline.transform,
+        collate=pipeline.collate,
         rank=rank,
         world_size=world_size,
         **options,

@@ -1,11 +1,12 @@
-"""Measuring a trained model's confidence, and what its training pictures are like, on a split with references.
+"""Calibration of a trained model's confidence, and of what its images are like, on a split with references.
 
-Shapes: B pictures, F features of a picture.
+Shapes: B images, F features of an image.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -14,16 +15,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from captioner.calibration import Calibration, fit_confidence, fit_space
-from captioner.metrics import cider
-from captioner.model.bundle import DecodingDefaults
+from captioner.calibration import MIN_IMAGES, Calibration, fit_confidence, fit_space
+from captioner.errors import UserError
+from captioner.metrics import References
+from captioner.model.bundle import Bundle, DecodingDefaults, save_calibration
 from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import Split
 from train.evaluation.predictions import ValidationCaption
-from train.step.step import CaptionLoss
+from train.step.step import CaptionLoss, encode_split
 
-MOST_PICTURES = 4096  # of large splits so many are enough, taken at equal distances
-ENCODED_TOGETHER = 64  # pictures of a rank's batch
+MAX_IMAGES = 4096  # of larger splits every k-th image is taken
 
 
 def calibrate(
@@ -35,10 +36,10 @@ def calibrate(
     decoding: DecodingDefaults,
     accelerator: Accelerator,
 ) -> Calibration | None:
-    """The calibration of a model that made these captions of the split's pictures, decoding so; in the main process.
+    """The calibration of a model that made these captions of the split's images with this `decoding`.
 
-    All ranks must call it; the others get None, and their `captions` are not read. `open_loader` opens a loader of the
-    split's samples, with middle crops or cached features.
+    All ranks must call it; all but the main one get None, and their `captions` are not read. `open_loader` opens a
+    loader of the split's samples, with centre crops or cached features.
     """
     features_BF = sample_features(split, loss_model=loss_model, open_loader=open_loader, accelerator=accelerator)
     if not accelerator.is_main_process:
@@ -53,19 +54,19 @@ def calibrate(
 
 
 def thinned(captions: Sequence[ValidationCaption]) -> Sequence[ValidationCaption]:
-    """At most MOST_PICTURES of them, at equal distances."""
+    """Every k-th caption, at most MAX_IMAGES."""
     return captions[:: _stride(len(captions))]
 
 
-def _stride(num_pictures: int) -> int:
-    return max(1, -(-num_pictures // MOST_PICTURES))
+def _stride(num_images: int) -> int:
+    return max(1, -(-num_images // MAX_IMAGES))
 
 
 def are_good(captions: Sequence[ValidationCaption]) -> list[bool]:
-    """Whether each caption is at least as near to its picture's references as half of what people write is.
+    """Whether each caption scores at least as high as the median human caption.
 
-    One reference of each picture is left out, and stands for what people write. Nearness is CIDEr-D to the others: of
-    the measures here it follows people's judgement of single captions best (Anderson et al., ECCV 2016). There are two
+    One reference of each image is left out as the human caption. The score is CIDEr-D against the others: of the
+    measures here it follows human judgement of single captions best (Anderson et al., ECCV 2016). Each image needs two
     references or more.
     """
     people, others = {}, {}
@@ -73,30 +74,56 @@ def are_good(captions: Sequence[ValidationCaption]) -> list[bool]:
         left_out = number % len(row.references)
         people[number] = row.references[left_out]
         others[number] = row.references[:left_out] + row.references[left_out + 1 :]
-    _, of_people = cider(people, others)
-    _, of_model = cider({number: row.caption for number, row in enumerate(captions)}, others)
+    references = References(others)
+    of_people = references.cider(people)
+    of_model = references.cider({number: row.caption for number, row in enumerate(captions)})
     bar = median(of_people.values())
     return [of_model[number] >= bar for number in range(len(captions))]
 
 
-@torch.no_grad()
 def sample_features(
     split: Split, *, loss_model: CaptionLoss, open_loader: Callable[..., StreamingLoader], accelerator: Accelerator
 ) -> Tensor:
-    """The encoder's features (B, F) of at most MOST_PICTURES pictures of a split, in its order, the same on every rank.
+    """The encoder's features (B, F) of every k-th image of a split, in its order, the same on every rank.
 
-    They stand at equal distances in the split, the same ones for any number of ranks.
+    These are at most MAX_IMAGES, the same ones for any number of ranks.
     """
     loss_model.eval()
-    positions: list[int] = []
-    features: list[np.ndarray] = []
-    together, every = ENCODED_TOGETHER * accelerator.num_processes, _stride(split.num_samples)
-    with closing(open_loader(split, batch_size=together, accumulation_steps=1, every=every)) as loader:
-        for (batch,) in loader:
-            with accelerator.autocast():
-                features_BF = loss_model.features(batch.to(accelerator.device).inputs)
-            positions += batch.positions
-            features.append(features_BF[: batch.num_samples].float().cpu().numpy())  # none of a filler's row
-    found = gather_object([(positions, np.concatenate(features))])
+    batches = encode_split(
+        split,
+        loss_model=loss_model,
+        open_loader=open_loader,
+        accelerator=accelerator,
+        world_size=accelerator.num_processes,
+        every=_stride(split.num_samples),
+    )
+    found = list(chain.from_iterable(gather_object([list(batches)])))
     order = np.argsort(np.concatenate([positions for positions, _ in found]))
     return torch.from_numpy(np.concatenate([features_BF for _, features_BF in found])[order])
+
+
+def check_enough(split: Split) -> None:
+    """Raise UserError for a split that is too small to calibrate on."""
+    if split.num_samples < MIN_IMAGES:
+        raise UserError(
+            f"--calibrate needs {MIN_IMAGES} images, and the {split.name} split in {split.folders[0]} holds "
+            f"{split.num_samples}: give more of them with --shards or --split, or leave out --calibrate"
+        )
+
+
+def keep_calibration(bundle: Bundle, folder: Path, calibration: Calibration) -> None:
+    """Write a calibration into the folder of its model, unless the folder's own has more.
+
+    Raises UserError if the folder's own has more, or if writing fails.
+    """
+    old = bundle.calibration
+    if calibration.curve is None and calibration.space is None:
+        raise UserError(f"there is nothing to keep in {folder}, {calibration}: calibrate on other shards")
+    if old and ((old.curve and not calibration.curve) or (old.space and not calibration.space)):
+        raise UserError(
+            f"the calibration in {folder} is kept, the new one has {calibration}: calibrate on other shards"
+        )
+    try:
+        save_calibration(folder, calibration, model=bundle.name)
+    except OSError as error:
+        raise UserError(f"cannot write the calibration into {folder} ({error}): fix this and rerun") from error

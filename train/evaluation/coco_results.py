@@ -7,7 +7,7 @@ from typing import Any
 
 from captioner.errors import UserError
 from captioner.files import storage
-from captioner.image_ids import ImageId, ImageIds, as_image_id
+from captioner.samples import ImageId, ImageIds, as_image_id
 
 RESULTS_FORM = 'give a COCO results file, [{"image_id": 1, "caption": "a dog"}, ...]'
 REFERENCES_FORM = (

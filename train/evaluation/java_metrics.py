@@ -1,4 +1,4 @@
-"""METEOR and SPICE, which exist only as Java programs; the optional package pycocoevalcap brings and runs them."""
+"""METEOR and SPICE, which exist only as Java programs; the optional package pycocoevalcap contains and runs them."""
 
 import shutil
 import subprocess
@@ -16,7 +16,7 @@ Texts = dict[int, list[str]]
 def java_scores(
     candidates: Mapping[K, str], references: Mapping[K, Sequence[str]], *, metrics: Sequence[JavaMetric]
 ) -> dict[str, float]:
-    """The corpus scores in 0..1 of the `metrics`, by name. Raises UserError where a part that they need is missing."""
+    """The corpus scores in 0..1 of the `metrics`, by name. Raises UserError where Java or the package is missing."""
     check_java(metrics)
     hypotheses = {number: [_tokenized(candidates[key])] for number, key in enumerate(candidates)}
     originals = {number: [_tokenized(text) for text in references[key]] for number, key in enumerate(candidates)}
@@ -25,7 +25,7 @@ def java_scores(
 
 
 def check_java(metrics: Sequence[JavaMetric]) -> None:
-    """Raise UserError where Java or the package is missing; nothing is asked for no metrics."""
+    """Raise UserError where Java or the package is missing, unless `metrics` is empty."""
     if not metrics:
         return
     needed = f"{' and '.join(metrics)} cannot be computed"
@@ -46,7 +46,7 @@ def _meteor(references: Texts, candidates: Texts) -> float:
 
     try:
         return float(Meteor().compute_score(references, candidates)[0])
-    except (OSError, ValueError) as error:  # what the package makes of a Java program that ended early
+    except (OSError, ValueError) as error:  # which the package raises where the Java program ended early
         raise UserError(
             f"METEOR's Java program failed ({error}): try `java -Xmx2G -version`, or leave meteor out"
         ) from error
@@ -56,7 +56,7 @@ def _spice(references: Texts, candidates: Texts) -> float:
     from pycocoevalcap.spice.spice import Spice  # type: ignore[missing-import]
 
     try:
-        spice = Spice()  # at its first use it downloads the parser
+        spice = Spice()  # downloads the parser when it is first used
     except OSError as error:
         raise UserError(
             f"SPICE cannot download its parser, Stanford CoreNLP 3.6.0 ({error}): run it once with access to "
@@ -66,6 +66,6 @@ def _spice(references: Texts, candidates: Texts) -> float:
         return float(spice.compute_score(references, candidates)[0])
     except subprocess.CalledProcessError as error:
         raise UserError(
-            f"SPICE's Java program ended with code {error.returncode}, and says why above: it needs 8 GB of memory and "
-            "Java 8; or leave spice out"
+            f"SPICE's Java program ended with code {error.returncode}, see its output above: it needs 8 GB of memory "
+            "and Java 8; or leave spice out"
         ) from error

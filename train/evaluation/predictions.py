@@ -1,6 +1,7 @@
-"""The captions that a model made of the validation pictures, and their file. Imports no torch."""
+"""The captions that a model generated for the validation images, and their file. Imports no torch."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,18 +21,18 @@ class ValidationCaption:
 
 
 def read_captions(path: Path) -> list[ValidationCaption]:
-    """The captions that `write_captions` wrote, numbered anew. Raises UserError."""
+    """The captions that `write_captions` wrote, with positions counted from 0. Raises UserError."""
     try:
         rows = read_bytes(str(path)).splitlines()
         return [ValidationCaption(position=number, **json.loads(row)) for number, row in enumerate(rows)]
     except (OSError, TypeError, ValueError) as error:
         raise UserError(
-            f"cannot read {path} ({error}): put it back, or an empty one for a model without confidence, and go on "
-            "with --resume"
+            f"cannot read {path} ({error}): restore it, or write an empty one for a model without confidence, and "
+            "continue with --resume"
         ) from error
 
 
-def write_captions(path: Path, rows: list[ValidationCaption]) -> None:
+def write_captions(path: Path, rows: Sequence[ValidationCaption]) -> None:
     """Write the captions as JSONL: `image_id`, `caption`, `score`, `references`."""
     fields = [{name: value for name, value in asdict(row).items() if name != "position"} for row in rows]
     write_atomic(str(path), "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in fields))

@@ -2,10 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,19 +20,19 @@ from captioner.model.decoding import decode
 from captioner.streaming import Ledger, StreamingLoader
 from captioner.streaming.dataset import Split
 from captioner.vocabulary import Vocabulary
-from train.data.batches import Batch
+from train.data.batches import CaptionBatch
 from train.evaluation.calibrate import calibrate
-from train.evaluation.predictions import ValidationCaption, read_captions
+from train.evaluation.predictions import ValidationCaption
 from train.step.step import CaptionLoss, StepLoss
 from train.uneven import in_main
 
-NUM_SAMPLES = 8  # pictures whose captions are shown as they change
+NUM_SAMPLES = 8  # images whose captions are shown as they change
 
 
 @torch.no_grad()
 def evaluate_split(
     loss_model: CaptionLoss,
-    batches: Iterable[Batch],
+    batches: Iterable[CaptionBatch],
     *,
     vocabulary: Vocabulary,
     decoding: DecodingDefaults,
@@ -40,9 +40,8 @@ def evaluate_split(
 ) -> tuple[StepLoss, list[ValidationCaption]]:
     """The split's loss, and a caption for each of its images in the split's order, the same on every rank.
 
-    Each picture is decoded and encoded once for both. The captions are generated in float32 as they are outside of
-    training, whatever the precision of training: their scores are what confidence is calibrated on. Raises UserError
-    for a loss that is not a number.
+    Each image is decoded and encoded once for both. Captions are generated in float32 as outside of training, whatever
+    the precision of training: confidence is calibrated on their scores. Raises UserError for a loss that is not finite.
     """
     model, was_training = loss_model.model, loss_model.training
     loss_model.eval()
@@ -73,15 +72,15 @@ def evaluate_split(
     loss = StepLoss(sum(loss_sums), sum(nums_targets))
     if not math.isfinite(loss.loss_sum):
         raise UserError(
-            f"the loss of the evaluated split is {loss.loss_sum}: this model is of no use, train one again with a "
-            "smaller learning rate"
+            f"the loss of the evaluated split is {loss.loss_sum}: this model is of no use, train again with a smaller "
+            "learning rate"
         )
     return loss, sorted(gather_object(rows), key=lambda row: row.position)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """What an evaluation found; `metrics` are corpus scores, and the loss, by name."""
+    """The result of an evaluation; `metrics` are corpus scores, and the loss, by name."""
 
     captions: list[ValidationCaption]
     metrics: dict[str, float]
@@ -97,91 +96,84 @@ class Evaluation:
         return f"loss {self.metrics['validation_loss']:.3f}, {scores}, {self.seconds:.1f} s"
 
 
+@dataclass(kw_only=True)
 class Evaluator:
-    """Evaluates a model on one split again and again; its references are tokenized once.
+    """Evaluates a model on one split, any number of times; its references are tokenized once.
 
-    `open_loader` opens a loader of the split, with middle crops or cached features.
+    `open_loader` opens a loader of the split, with centre crops or cached features. All ranks must call each method,
+    except for `sample_captions`.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        loss_model: CaptionLoss,
-        open_loader: Callable[..., StreamingLoader],
-        *,
-        decoding: DecodingDefaults,
-        vocabulary: Vocabulary,
-        accelerator: Accelerator,
-    ) -> None:
-        self._split = split
-        self._loss_model = loss_model
-        self._open_loader = open_loader
-        self._decoding = decoding
-        self._vocabulary = vocabulary
-        self._accelerator = accelerator
-        self._loader: StreamingLoader | None = None
-        self._references: References | None = None
-        self._positions: list[int] = []
-        self._samples: dict[int, np.ndarray] | None = None
+    split: Split
+    loss_model: CaptionLoss
+    open_loader: Callable[..., StreamingLoader]
+    decoding: DecodingDefaults
+    vocabulary: Vocabulary
+    accelerator: Accelerator
+    _references: References | None = field(init=False, default=None)
+    _positions: list[int] = field(init=False, default_factory=list)
 
-    @property
-    def num_images(self) -> int:
-        """Images of the split."""
-        return self._split.num_samples
+    @cached_property
+    def _loader(self) -> StreamingLoader:
+        """Its workers are started once: a fork in the middle of a run is a risk."""
+        return self.open_loader(self.split)
+
+    def caption_split(self) -> tuple[dict[str, float], list[ValidationCaption], Ledger]:
+        """Loss and perplexity, and the captions, the same on every rank; and this rank's ledger. Raises UserError."""
+        loss, rows = evaluate_split(
+            self.loss_model,
+            chain.from_iterable(self._loader),
+            vocabulary=self.vocabulary,
+            decoding=self.decoding,
+            accelerator=self.accelerator,
+        )
+        ledger = self._loader.ledger
+        if not rows:
+            raise UserError(f"none of the {self.split.num_samples:,} {self.split.name} samples can be used: {ledger}")
+        return {"validation_loss": loss.per_token, "validation_perplexity": loss.perplexity}, rows, ledger
 
     def evaluate(self) -> Evaluation:
-        """Loss, captions and scores of the whole split, the same on every rank; all must call it."""
+        """Loss, captions and scores of the whole split, the same on every rank. Raises UserError."""
         started = time.monotonic()
-        if self._loader is None:  # its workers are started once: a fork in the middle of a run is not without danger
-            self._loader = self._open_loader(self._split)
-        loader = self._loader
-        loss, rows = evaluate_split(
-            self._loss_model,
-            chain.from_iterable(loader),
-            vocabulary=self._vocabulary,
-            decoding=self._decoding,
-            accelerator=self._accelerator,
-        )
-        if not rows:
-            raise UserError(f"none of the {self.num_images:,} {self._split.name} samples can be used: {loader.ledger}")
-        metrics = {"validation_loss": loss.per_token, "validation_perplexity": loss.perplexity, **self._score(rows)}
-        return Evaluation(captions=rows, metrics=metrics, ledger=loader.ledger, seconds=time.monotonic() - started)
+        losses, rows, ledger = self.caption_split()
+        metrics = {**losses, **in_main(lambda: self._score(rows))}
+        return Evaluation(captions=rows, metrics=metrics, ledger=ledger, seconds=time.monotonic() - started)
 
     def _score(self, rows: list[ValidationCaption]) -> dict[str, float]:
-        """Corpus scores by name, computed by the main process for all."""
+        """Corpus scores by name."""
+        positions = [row.position for row in rows]
+        if self._references is None or positions != self._positions:  # other bad samples were skipped before
+            self._references = References({row.position: row.references for row in rows})
+            self._positions = positions
+        return self._references.scores({row.position: row.caption for row in rows})
 
-        def score() -> dict[str, float]:
-            positions = [row.position for row in rows]
-            if self._references is None or positions != self._positions:  # other bad samples were left out before
-                self._references = References({row.position: row.references for row in rows})
-                self._positions = positions
-            return self._references.scores({row.position: row.caption for row in rows})
-
-        return in_main(score)
-
-    def calibrate(self, captions: Path) -> Calibration | None:
-        """The calibration of the model that made the captions in this file of the split's pictures.
-
-        All ranks must call it, and the main process gets it. Raises UserError.
-        """
+    def calibrate(self, captions: Sequence[ValidationCaption]) -> Calibration | None:
+        """The calibration of the model that made these captions of the split, in the main process. Raises UserError."""
         return calibrate(
-            read_captions(captions) if self._accelerator.is_main_process else [],
-            self._split,
-            loss_model=self._loss_model,
-            open_loader=self._open_loader,
-            decoding=self._decoding,
-            accelerator=self._accelerator,
+            captions,
+            self.split,
+            loss_model=self.loss_model,
+            open_loader=self.open_loader,
+            decoding=self.decoding,
+            accelerator=self.accelerator,
         )
 
-    def samples(self, found: Evaluation) -> tuple[list[np.ndarray], list[str]]:
-        """The split's first pictures, uint8 (P, P, 3), and what was said of them. In this process alone."""
-        if self._samples is None:
-            loader = self._open_loader(
-                self._split, batch_size=min(NUM_SAMPLES, self._split.num_samples), rank=0, world_size=1,
-                accumulation_steps=1, num_workers=0, features=None,
-            )  # fmt: skip
-            (batch,) = next(iter(loader))
-            self._samples = dict(zip(batch.positions, batch.inputs.numpy().copy(), strict=False))
+    def sample_captions(self, found: Evaluation) -> tuple[list[np.ndarray], list[str]]:
+        """The split's first images, uint8 (P, P, 3), and their captions. In this process alone."""
         captions = {row.position: row.caption for row in found.captions}
-        shown = [position for position in self._samples if position in captions]
-        return [self._samples[position] for position in shown], [captions[position] for position in shown]
+        shown = [position for position in self._sample_images if position in captions]
+        return [self._sample_images[position] for position in shown], [captions[position] for position in shown]
+
+    @cached_property
+    def _sample_images(self) -> dict[int, np.ndarray]:
+        loader = self.open_loader(
+            self.split,
+            batch_size=min(NUM_SAMPLES, self.split.num_samples),
+            rank=0,
+            world_size=1,
+            accumulation_steps=1,
+            num_workers=0,
+            features=None,
+        )
+        (batch,) = next(iter(loader))
+        return dict(zip(batch.positions, batch.inputs.numpy().copy(), strict=False))

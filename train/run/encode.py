@@ -1,13 +1,12 @@
-"""Encoding all pictures of a split once, by all ranks together, into its feature files.
+"""Encoding all images of a split once, by all ranks together, into its feature files.
 
-Shapes: S samples of a shard, F features of a picture, B images of a batch.
+Shapes: S samples of a shard, F features of an image.
 """
 
 import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,40 +23,17 @@ from captioner.images.views import ViewSpec
 from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import Split
 from train.data.features import FORMAT_VERSION, ROW_DTYPE, FeatureFiles
-from train.step.step import CaptionLoss
+from train.step.step import CaptionLoss, encode_split
 from train.uneven import refused_together, waiting_for_all
-
-ENCODED_TOGETHER = 64  # pictures of a batch
 
 
 def encoder_fingerprint(encoder: nn.Module, view: ViewSpec, *, precision: str = "no") -> str:
-    """Hex sha256 of the encoder's weights, of how pictures come to it, and of Accelerate's mixed precision."""
+    """Hex sha256 of the encoder's weights, its view of images, and Accelerate's mixed precision."""
     digest = hashlib.sha256(json.dumps([asdict(view), precision]).encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def find_features(
-    splits: Sequence[Split], *, loss_model: CaptionLoss, cache: str, precision: str
-) -> dict[str, FeatureFiles]:
-    """Where the features of splits belong, by their names. Raises UserError for files of another encoder or shard."""
-    if not splits:
-        return {}
-    encoder, name = loss_model.model.encoder, loss_model.model.config.encoder
-    fingerprint = encoder_fingerprint(encoder, loss_model.view, precision=precision)
-    found = {}
-    for split in splits:
-        found[split.name] = FeatureFiles.of(
-            split,
-            encoder=name,
-            num_features=encoder.num_features,
-            fingerprint=fingerprint,
-            cache=Path(cache).expanduser(),
-        )
-        found[split.name].missing()
-    return found
 
 
 def prepare_features(
@@ -68,46 +44,48 @@ def prepare_features(
     cache: str,
     accelerator: Accelerator,
 ) -> dict[str, FeatureFiles]:
-    """The feature files of splits, by their names; those that are not there yet are made first, by the ranks together.
+    """The feature files of splits, by the splits' names; the ranks together make those that are missing.
 
-    `open_loader` opens a loader of a split's samples with middle crops; features of folders behind URLs go to `cache`.
-    Each file is written whole or not at all, so that a killed run goes on. Raises UserError for files of another
+    `open_loader` opens a loader of a split's samples with centre crops; features of folders behind URLs go to `cache`.
+    Each file is written whole or not at all, so that a killed run continues. Raises UserError for files of another
     encoder, view or shard, and where they cannot be written.
     """
-    with refused_together():
-        found = find_features(splits, loss_model=loss_model, cache=cache, precision=accelerator.mixed_precision)
+    if not splits:
+        return {}
+    encoder = loss_model.model.encoder
+    with refused_together():  # all have looked before the first writes
+        fingerprint = encoder_fingerprint(encoder, loss_model.view, precision=accelerator.mixed_precision)
+        found = {
+            split.name: FeatureFiles.of(
+                split,
+                encoder=loss_model.model.config.encoder,
+                num_features=encoder.num_features,
+                fingerprint=fingerprint,
+                cache=Path(cache).expanduser(),
+            )
+            for split in splits
+        }
+        missing = {name: files.missing() for name, files in found.items()}
     for split in splits:
-        _make_missing(found[split.name], split, loss_model=loss_model, open_loader=open_loader, accelerator=accelerator)
+        files, numbers = found[split.name], missing[split.name]
+        own = numbers[accelerator.process_index :: accelerator.num_processes]
+        with waiting_for_all():  # one may be hours faster than another; where one fails, the others keep their files
+            try:
+                if own:
+                    _encode_shards(
+                        files, split, own, loss_model=loss_model, open_loader=open_loader, accelerator=accelerator
+                    )
+            except OSError as error:
+                raise UserError(
+                    f"cannot keep features beside the shards ({error}): fix this and rerun, or leave out "
+                    "--cache-features"
+                ) from error
+        absent = [str(files.paths[number]) for number in numbers if not files.paths[number].exists()]
+        if absent:
+            raise UserError(f"{absent[0]} was written by another machine: keep the shards where all machines see them")
     return found
 
 
-def _make_missing(
-    files: FeatureFiles,
-    split: Split,
-    *,
-    loss_model: CaptionLoss,
-    open_loader: Callable[..., StreamingLoader],
-    accelerator: Accelerator,
-) -> None:
-    missing = files.missing()
-    accelerator.wait_for_everyone()  # all have looked before the first writes
-    own = missing[accelerator.process_index :: accelerator.num_processes]
-    with waiting_for_all():  # one may be hours faster than another; where one fails, the others keep what they made
-        try:
-            if own:
-                _encode_shards(
-                    files, split, own, loss_model=loss_model, open_loader=open_loader, accelerator=accelerator
-                )
-        except OSError as error:
-            raise UserError(
-                f"cannot keep features beside the shards ({error}): fix that, or leave out --cache-features"
-            ) from error
-    absent = [str(files.paths[number]) for number in missing if not files.paths[number].exists()]
-    if absent:
-        raise UserError(f"{absent[0]} was written by another machine: keep the shards where all machines see them")
-
-
-@torch.no_grad()
 def _encode_shards(
     files: FeatureFiles,
     split: Split,
@@ -118,25 +96,23 @@ def _encode_shards(
     accelerator: Accelerator,
 ) -> None:
     """Make the files of `own` shards, in this process alone."""
-    part = split.only(own)
-    total, quiet = part.num_samples, not accelerator.is_main_process
-    with (
-        closing(open_loader(part, batch_size=ENCODED_TOGETHER, rank=0, world_size=1)) as loader,
-        cli.progress_bar(f"encoding {split.name}", total=total, unit="images", quiet=quiet) as bar,
-    ):
+    own_split = split.only(own)
+    batches = encode_split(
+        own_split, loss_model=loss_model, open_loader=open_loader, accelerator=accelerator, rank=0, world_size=1
+    )
+    total, quiet = own_split.num_samples, not accelerator.is_main_process
+    with cli.progress_bar(f"encoding {split.name}", total=total, unit="images", quiet=quiet) as bar:
 
         def rows() -> Iterator[tuple[int, np.ndarray]]:
-            for (batch,) in loader:
-                with accelerator.autocast():
-                    features_BF = loss_model.features(batch.to(accelerator.device).inputs)
-                bar.advance(batch.num_samples)
-                yield from zip(batch.positions, features_BF.float().cpu().numpy(), strict=False)
+            for positions, features_BF in batches:
+                bar.advance(len(positions))
+                yield from zip(positions, features_BF, strict=True)
 
         _write_files(files, own, rows())
 
 
 def _write_files(files: FeatureFiles, own: Sequence[int], rows: Iterator[tuple[int, np.ndarray]]) -> None:
-    """One file after the other, of (position among `own`'s samples, features) in order; others are unusable."""
+    """Write one file after the other from rows (position in `own`'s samples, features); absent samples are unusable."""
     position, first = next(rows, (-1, np.empty(0)))
     start = 0
     for number in own:

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 
 from captioner.errors import UserError
 from captioner.files.ownership import owned
-from train.run.launch import Preemption, start_accelerator
-from train.run.run_folder import OWNER
+from train.run.folder import OWNER
+from train.run.launch import Preemption, ending_without_peers, start_accelerator
 from train.settings import TrainSettings
 from train.uneven import in_main
 
@@ -22,10 +22,12 @@ def as_job(recipe: Recipe) -> Callable[[TrainSettings], None]:
 
     @functools.wraps(recipe)
     def job(settings: TrainSettings) -> None:
-        accelerator = start_accelerator(seed=settings.seed, thaws_later=bool(settings.finetune_encoder_from_step))
-        stop = Preemption()
-        with owning(Path(settings.output)):
-            recipe(settings, accelerator, stop)
+        remedy = "the same command with --resume continues from the newest checkpoint, on fewer machines too"
+        with ending_without_peers(remedy=remedy):
+            accelerator = start_accelerator(seed=settings.seed, thaws_later=bool(settings.finetune_encoder_from_step))
+            stop = Preemption()
+            with owning(Path(settings.output)):
+                recipe(settings, accelerator, stop)
 
     return job
 
@@ -34,12 +36,11 @@ def as_job(recipe: Recipe) -> Callable[[TrainSettings], None]:
 def owning(run: Path) -> Iterator[None]:
     """Own the run folder while entered, in the main process for all. Raises UserError, in all, if another job does."""
     with ExitStack() as stack:
-        owner = owned(str(run / OWNER), doing="is training in this folder")
 
         def own() -> None:
             if run.exists() and not run.is_dir():
                 raise UserError(f"{run} is a file: give a folder with --output")
-            stack.enter_context(owner)
+            stack.enter_context(owned(str(run / OWNER), doing="is training in this folder"))
 
         in_main(own)
         yield

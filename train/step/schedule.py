@@ -1,4 +1,4 @@
-"""What is trained at which rate: the optimizer's parameter groups, and their learning rates step by step."""
+"""The optimizer's parameter groups, and their learning rates step by step."""
 
 import math
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from captioner.model.network import CaptionModel
 from train.settings import Schedule
 
-WARMUP_SHARE = 0.05
+WARMUP_FRACTION = 0.05
 
 
 def make_optimizer(model: CaptionModel, learning_rate: float, *, encoder_learning_rate: float) -> Adam:
-    """Adam over the parameters that are to be trained, in one or two groups: the decoder's, and the encoder's."""
+    """Adam over the trained parameters, in one or two groups: the decoder's, and the encoder's."""
     encoder = [p for p in model.encoder.parameters() if p.requires_grad]
     known = set(map(id, model.encoder.parameters()))
     groups = [{"params": [p for p in model.parameters() if id(p) not in known], "lr": learning_rate}]
@@ -25,21 +25,21 @@ def make_optimizer(model: CaptionModel, learning_rate: float, *, encoder_learnin
 
 
 def make_schedule(optimizer: Optimizer, kind: Schedule, *, total_steps: int, encoder_from_step: int = 0) -> LambdaLR:
-    """Each group's rate as a share of its peak: a linear rise over the first 5 % of its steps, then as `kind` says.
+    """A linear warm-up of each group over the first 5 % of its steps, then as `kind` says.
 
-    The second group, the encoder's, starts `encoder_from_step` steps later and has no rate before.
+    The second group, the encoder's, starts `encoder_from_step` steps later; until then its rate is 0.
     """
     starts = (0, encoder_from_step)[: len(optimizer.param_groups)]
-    shares: list[Callable[[int], float]] = [
-        partial(share_of_peak, kind=kind, first_step=first, total_steps=total_steps) for first in starts
+    factors: list[Callable[[int], float]] = [
+        partial(rate_factor, kind=kind, first_step=first, total_steps=total_steps) for first in starts
     ]
-    return LambdaLR(optimizer, shares)
+    return LambdaLR(optimizer, factors)
 
 
-def share_of_peak(step: int, *, kind: Schedule, first_step: int, total_steps: int) -> float:
-    """The learning rate at `step` (from 0) over its peak, in 0..1; 0 before `first_step`."""
+def rate_factor(step: int, *, kind: Schedule, first_step: int, total_steps: int) -> float:
+    """The learning rate at `step` (from 0) divided by its peak, in 0..1; 0 before `first_step`."""
     done, steps = step - first_step, total_steps - first_step
-    warmup_steps = max(1, round(WARMUP_SHARE * steps))
+    warmup_steps = max(1, round(WARMUP_FRACTION * steps))
     if done < 0:
         return 0.0
     if done < warmup_steps:
@@ -49,13 +49,13 @@ def share_of_peak(step: int, *, kind: Schedule, first_step: int, total_steps: in
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warmup_steps) / max(1, steps - warmup_steps))))
 
 
-def let_encoder_learn(model: CaptionModel, *, learning: bool) -> None:
-    """Let an encoder that is to be trained learn, or keep it as a frozen one for now, its batch norm included."""
-    if model.encoder.trainable != learning:  # asked at every step, and a walk through the encoder
-        model.encoder.trainable = learning
+def set_encoder_trainable(model: CaptionModel, trainable: bool) -> None:
+    """Train the encoder from now on, or keep it frozen, its batch norm included."""
+    if model.encoder.trainable != trainable:  # called at every step, and `train` walks through the encoder
+        model.encoder.trainable = trainable
         model.encoder.train(model.training)
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether no parameter of the module is ever trained."""
+    """Whether no parameter of the module is trained."""
     return not any(parameter.requires_grad for parameter in module.parameters())

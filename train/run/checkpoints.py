@@ -1,0 +1,205 @@
+"""A run's checkpoints: whole or absent, and of what training changes only.
+
+`checkpoints/epoch-0001-000000001000/` (epoch, step) · `encoder.safetensors` (a frozen encoder, stored once)
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from captioner.errors import UserError
+from captioner.files.storage import write_atomic
+from captioner.streaming import StreamingLoader
+from train.run.agreement import wait_until_all_see
+from train.uneven import in_main, refused_together
+
+FOLDER = "checkpoints"
+COMPLETE = "complete.json"
+WEIGHTS = "model.safetensors"  # Accelerate's name
+ENCODER = "encoder.safetensors"
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """The epochs that were trained and evaluated, the best one's metrics, and its checkpoint. Accelerate stores it."""
+
+    epochs: int = 0
+    best: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    epochs_since_best: int = 0
+
+    def add_evaluation(self, metrics: dict[str, float], *, checkpoint: str) -> bool:
+        """Count an epoch's evaluation, before its checkpoint is written. Returns whether it is the best so far."""
+        is_best = not self.best or metrics["cider"] > self.metrics["cider"]
+        self.epochs_since_best += 1
+        if is_best:
+            self.best, self.metrics, self.epochs_since_best = checkpoint, metrics, 0
+        return is_best
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state to checkpoint."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state."""
+        for name in asdict(self):
+            setattr(self, name, state[name])
+
+
+@dataclass
+class Checkpoints:
+    """Saves and loads what is registered with Accelerate, on all ranks; the `keep` newest and the best one are kept."""
+
+    run: Path
+    loader: StreamingLoader
+    progress: Progress
+    accelerator: Accelerator
+    keep: int = 2
+
+    @property
+    def name(self) -> str:
+        """The name of the checkpoint at the loader's step."""
+        return f"epoch-{self.loader.epoch:04d}-{self.loader.steps_done:012d}"
+
+    def save(self) -> None:
+        """Write a checkpoint, its completion marker last; only then delete old ones.
+
+        Raises UserError where it cannot be written; the checkpoints before it stay.
+        """
+        folder = self.run / FOLDER / self.name
+
+        def write() -> None:
+            try:
+                self.accelerator.save_state(str(folder))
+            except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+                raise UserError(_first_line(error)) from error
+
+        def complete() -> None:
+            _sync(folder)  # all ranks have written
+            write_atomic(str(folder / COMPLETE), json.dumps(self.loader.state_dict()))
+
+        in_main(lambda: _remove(folder))
+        try:
+            with refused_together():
+                write()
+            in_main(complete)
+        except (UserError, OSError) as error:
+            if self.accelerator.is_main_process:
+                _remove(folder)
+            whole = find_checkpoints(self.run)
+            left = f"{whole[-1]} is whole" if whole else "there is none before it"
+            raise UserError(
+                f"cannot write {folder} ({error}); {left}: make room, then continue with --resume"
+            ) from error
+        in_main(self._remove_old)
+
+    def _remove_old(self) -> None:
+        for old in find_checkpoints(self.run)[: -self.keep]:
+            if old.name != self.progress.best:
+                _remove(old)
+
+    def resume(self) -> None:
+        """Load the newest complete checkpoint that the main process sees, if any, with the loader's state.
+
+        Raises UserError when it was made on other data or cannot be read.
+        """
+        newest = in_main(lambda: [path.name for path in find_checkpoints(self.run)[-1:]])
+        for name in newest:  # the run folder may have another path on each machine
+            checkpoint = self.run / FOLDER / name
+            wait_until_all_see(checkpoint / COMPLETE)
+            with refused_together():
+                _load(checkpoint, self.accelerator)
+
+    def load_best(self, loss_model: nn.Module) -> None:
+        """Load the best epoch's weights; without a validation split the model keeps the last ones."""
+        if self.progress.best:
+            load_weights(self.run / FOLDER / self.progress.best, loss_model)
+
+
+def find_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints, the newest last."""
+    return sorted(path.parent for path in run.glob(f"{FOLDER}/epoch-*/{COMPLETE}"))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _sync(folder: Path) -> None:
+    """Write all files of a folder to the disk, so that a completion marker never outlives them."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            file = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(file)
+            finally:
+                os.close(file)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint, its completion marker first, so that a kill in the middle leaves an incomplete one."""
+    (folder / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _load(checkpoint: Path, accelerator: Accelerator) -> None:
+    try:
+        accelerator.load_state(str(checkpoint))
+    except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
+        raise UserError(
+            f"cannot read the checkpoint {checkpoint} ({_first_line(error)}): delete it to continue from the one "
+            "before, and launch with the same --mixed_precision as before"
+        ) from error
+
+
+# ---- weights ------------------------------------------------------------------------------------------------
+
+
+def checkpoint_trained_weights(loss_model: nn.Module, accelerator: Accelerator) -> None:
+    """Make checkpoints hold only the weights that training changes, under names independent of the world size."""
+
+    def save(_models: list[nn.Module], states: list[dict[str, Tensor]], _folder: str) -> None:
+        states[:] = [{name: tensor.contiguous() for name, tensor in trained_weights(loss_model).items()}]
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        models.clear()
+        load_weights(Path(folder), loss_model)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def load_weights(checkpoint: Path, loss_model: nn.Module) -> None:
+    """Load a checkpoint's weights into the model. Raises UserError where they are of another one."""
+    found, wanted = load_file(checkpoint / WEIGHTS), trained_weights(loss_model)
+    if {name: tensor.shape for name, tensor in found.items()} != {name: w.shape for name, w in wanted.items()}:
+        raise UserError(f"{checkpoint} is of another model: give another --output, or the settings it was made with")
+    loss_model.load_state_dict(found, strict=False)
+
+
+def trained_weights(loss_model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without the modules that are frozen: those with parameters of which none is trained."""
+    frozen = tuple(f"{name}." for name, module in loss_model.named_modules() if _is_frozen(module))
+    return {name: tensor for name, tensor in loss_model.state_dict().items() if not name.startswith(frozen)}
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+
+def keep_encoder(run: Path, backbone: nn.Module) -> None:
+    """Store a frozen encoder's weights in the run folder, once: checkpoints do not hold them."""
+    if not (run / ENCODER).exists():
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in backbone.state_dict().items()}
+        write_atomic(str(run / ENCODER), save_tensors(tensors))

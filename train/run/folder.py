@@ -1,0 +1,228 @@
+"""The run folder: the settings and inputs a run was started with, and what it leaves.
+
+It is created after all checks of the start have passed, see docs/decisions/0019-what-a-run-is.md.
+
+`settings.json` · `encoder.safetensors` (a frozen one, once) · `checkpoints/` · `history.jsonl` · `samples.jsonl` and
+`samples/` · `tensorboard/` · `skipped.jsonl` · `validation.jsonl` (of the best epoch) · `metrics.json` · `report.json`
+`report.html` · `model/` (last)
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from captioner.calibration import Calibration
+from captioner.errors import UserError
+from captioner.files.storage import read_json, write_atomic
+from captioner.images.views import ViewSpec
+from captioner.model.bundle import Bundle, DecodingDefaults, save_bundle
+from captioner.model.network import CaptionModel
+from captioner.streaming import Ledger
+from captioner.vocabulary import Vocabulary
+from train.data.folders import CaptionData
+from train.run.agreement import ENCODER_WEIGHTS, check_same_start, check_shared
+from train.run.checkpoints import ENCODER, FOLDER, find_checkpoints
+from train.settings import CHANGEABLE, TrainSettings
+from train.uneven import in_main, refused_together
+
+SETTINGS = "settings.json"
+INPUTS = "made_of"  # in settings.json
+BEST_CAPTIONS = "validation.jsonl"
+OWNER = "owner.json"
+SKIPPED = "skipped.jsonl"
+
+
+def model_folder(run: Path) -> Path:
+    """The folder of a finished run's model."""
+    return run / "model"
+
+
+def kept_encoder(run: Path) -> str | None:
+    """The stored weights of the run's frozen encoder; those of a start that was killed do not count."""
+    return str(run / ENCODER) if (run / ENCODER).exists() and (run / SETTINGS).exists() else None
+
+
+def input_fingerprints(
+    data: CaptionData, vocabulary: Vocabulary, *, initial: Bundle | None, weights: str | None
+) -> dict[str, str | None]:
+    """A content fingerprint of each input of a run, independent of the input's location and name.
+
+    None for an input that is absent, and for a weights file that no longer exists.
+    """
+    return {
+        "train shards": data.train.fingerprint,
+        "val shards": data.val.fingerprint if data.val else None,
+        "vocabulary": vocabulary.fingerprint,
+        "model of --init": initial.name if initial else None,
+        ENCODER_WEIGHTS: _weights_fingerprint(weights),
+    }
+
+
+def _weights_fingerprint(weights: str | None) -> str | None:
+    if weights in (None, "default", "none"):
+        return weights
+    if not Path(weights).is_file():
+        return None
+    with Path(weights).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- the start ----------------------------------------------------------------------------------------------
+
+
+def is_finished(run: Path, settings: TrainSettings, inputs: Mapping[str, str | None]) -> bool:
+    """Whether the run's model is there, as the main process sees it; nothing is written.
+
+    Raises UserError where the ranks have different settings or inputs, where the folder holds a run of other settings
+    (those in CHANGEABLE excepted) or inputs, and where an unfinished run is not to be resumed.
+    """
+    check_same_start(asdict(settings), inputs)
+
+    def look() -> bool:
+        finished = model_folder(run).exists()
+        if (run / SETTINGS).exists():
+            _check_same_run(run, _as_read(settings), inputs)
+        if find_checkpoints(run) and not settings.resume and not finished:
+            raise UserError(
+                f"{run} holds an unfinished run: continue with --resume, give another --output, or delete {run}"
+            )
+        return finished
+
+    return in_main(look)
+
+
+def _check_same_run(run: Path, settings: Mapping[str, Any], inputs: Mapping[str, str | None]) -> None:
+    """Raise UserError where the folder's settings or inputs differ from these."""
+    path = run / SETTINGS
+    old = read_json(str(path), remedy=f"delete {run} or give another --output")
+    if not isinstance(old, dict) or INPUTS not in old:
+        raise UserError(f"{path} is damaged or of an older version: give another --output, or delete {run}")
+    changes = [
+        f"{name} was {old.get(name)}, is {value}"
+        for name, value in settings.items()
+        if name not in CHANGEABLE and old.get(name) != value
+    ]
+    for name, fingerprint in inputs.items():
+        before = old[INPUTS].get(name)
+        is_gone = name == ENCODER_WEIGHTS and fingerprint is None and old.get("weights") == settings["weights"]
+        if fingerprint != before and not is_gone:  # weights are kept in the run folder
+            order = ", or in another order" if name.endswith("shards") else ""
+            changes.append(f"different {name}{order}: fingerprint {_short(before)} became {_short(fingerprint)}")
+    if changes:
+        raise UserError(
+            f"{run} was started with other settings ({', '.join(changes)}): give another --output, or delete {run}"
+        )
+
+
+def _as_read(settings: TrainSettings) -> dict[str, Any]:
+    """Settings as they come back from a file: lists for tuples."""
+    return json.loads(json.dumps(asdict(settings)))
+
+
+def _short(fingerprint: str | None) -> str:
+    return fingerprint[:12] if fingerprint else "none"
+
+
+@contextmanager
+def starting(run: Path, settings: TrainSettings, inputs: Mapping[str, str | None]) -> Iterator[None]:
+    """Make the run folder on entering, and write its settings on leaving.
+
+    An error within is raised on all ranks, and so is a UserError where they do not share the folder; no new folder is
+    left then.
+    """
+    made = in_main(lambda: _make(run))
+    try:
+        check_shared(run)
+        with refused_together():
+            yield
+        content = json.dumps({**asdict(settings), INPUTS: inputs}, indent=1)
+        in_main(lambda: write_atomic(str(run / SETTINGS), content))
+    except BaseException:
+        if PartialState().is_main_process:
+            _unmake(made)
+        raise
+
+
+def _make(run: Path) -> list[Path]:
+    """Make the folder with its parents; returns those that were not there, the innermost first, or held no run yet."""
+    new = [folder for folder in (run, *run.parents) if not folder.exists()]
+    run.mkdir(parents=True, exist_ok=True)
+    return new or ([run] if {path.name for path in run.iterdir()} <= {OWNER} else [])
+
+
+def _unmake(made: Sequence[Path]) -> None:
+    """Undo `_make`: delete what is in the run folder except its owner file, and the folders that are empty then."""
+    for path in made[0].iterdir() if made else ():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != OWNER:
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        for folder in made:
+            folder.rmdir()
+
+
+# ---- what a run leaves --------------------------------------------------------------------------------------
+
+
+def reconcile(run: Path, ledger: Ledger, split: str, *, epoch: int, planned: int) -> Ledger:
+    """The sum of all ranks' ledgers; skipped samples are listed in `skipped.jsonl`.
+
+    Raises UserError where no sample could be used, and RuntimeError when some are lost.
+    """
+    total = Ledger.of_all(gather_object([ledger]), planned=planned)
+    if total.skipped and PartialState().is_main_process:
+        with (run / SKIPPED).open("a", encoding="utf-8") as file:
+            rows = ({"split": split, "epoch": epoch, **asdict(skip)} for skip in total.skipped)
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    if planned and not total.decoded:
+        raise UserError(
+            f"none of the {planned:,} {split} samples of epoch {epoch} could be used ({total.skipped[0].message}): see "
+            f"{run / SKIPPED}"
+        )
+    return total
+
+
+def write_figures(run: Path, **figures: Mapping[str, float]) -> None:
+    """Write JSON files: `metrics={...}` into `metrics.json`."""
+    for name, content in figures.items():
+        write_atomic(str(run / f"{name}.json"), json.dumps(dict(content), indent=1, allow_nan=False))
+
+
+def write_model(
+    run: Path,
+    model: CaptionModel,
+    *,
+    view: ViewSpec,
+    vocabulary: Vocabulary,
+    decoding: DecodingDefaults,
+    metrics: Mapping[str, float],
+    calibration: Calibration | None,
+) -> None:
+    """Write the model folder, which ends the run, and delete the checkpoints, which are not needed any more.
+
+    Raises UserError where it cannot be written; the checkpoints stay then.
+    """
+    folder = model_folder(run)
+    try:
+        save_bundle(
+            folder,
+            model=model,
+            view=view,
+            vocabulary=vocabulary,
+            decoding=decoding,
+            metrics=metrics,
+            calibration=calibration,
+        )
+    except OSError as error:
+        raise UserError(f"cannot write {folder} ({error}): make room, then continue with --resume") from error
+    shutil.rmtree(run / FOLDER, ignore_errors=True)
+    (run / ENCODER).unlink(missing_ok=True)

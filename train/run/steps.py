@@ -1,0 +1,180 @@
+"""The optimizer steps of an epoch: progress, curves, checkpoints, and losses that stay on the device for some steps.
+
+Shapes: S steps since the losses were last read.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass, field
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from captioner import cli
+from captioner.streaming import StreamingLoader
+from train.data.batches import CaptionBatch
+from train.run.launch import Preemption
+from train.run.tracking import Tracker
+from train.step.step import StepLoss, TrainStep, check_finite
+
+LOG_STEPS = 10
+VOTE_SECONDS = 5.0  # longest time between votes on stopping, or one step if that takes longer
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """Sums over steps of all ranks; of the `seconds`, `data_seconds` were spent waiting for data."""
+
+    loss_sum: float = 0.0
+    num_targets: int = 0
+    num_images: int = 0
+    num_cut: int = 0
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+
+    @property
+    def loss(self) -> StepLoss:
+        """The cross-entropy of the target tokens."""
+        return StepLoss(self.loss_sum, self.num_targets)
+
+    def __add__(self, other: "StepMetrics") -> "StepMetrics":
+        return StepMetrics(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __str__(self) -> str:
+        return f"{self.loss}, {self.seconds:.1f} s, {self.num_cut:,} captions cut"
+
+    def curves(self) -> dict[str, float]:
+        """The values by the names of their curves."""
+        found = {
+            "train/loss": self.loss.per_token,
+            "train/perplexity": self.loss.perplexity,
+            "train/tokens_per_second": self.num_targets / self.seconds,
+            "train/images_per_second": self.num_images / self.seconds,
+            "train/waiting_share": self.data_seconds / self.seconds,
+        }
+        if torch.cuda.is_initialized():  # a run on the CPU does not load it
+            found["train/gpu_gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
+        return found
+
+
+class MetricsWindow:
+    """This rank's steps since the metrics were last read; their losses stay on the device, so that no step waits."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._records: list[Tensor] = []
+        self._counts = np.zeros(3)  # images, cut captions, seconds waiting for data
+        self._started = time.monotonic()
+
+    def add(self, record: Tensor, micro_batches: Sequence[CaptionBatch], *, data_seconds: float) -> None:
+        """Count a step with its `TrainStep` record."""
+        self._records.append(record)
+        num_images = sum(batch.num_samples for batch in micro_batches)
+        num_cut = sum(batch.num_cut for batch in micro_batches)
+        self._counts += (num_images, num_cut, data_seconds)
+
+    def reduce(self, *, last_step: int) -> StepMetrics:
+        """The metrics of all ranks' steps; all ranks must call it. Raises UserError for a loss that is not finite."""
+        records_S3 = torch.stack(self._records)
+        counts = torch.from_numpy(self._counts).to(records_S3)
+        sums = self._accelerator.reduce(torch.cat((records_S3[:, :2].flatten(), counts)), reduction="sum").cpu()
+        records_S3 = torch.cat((sums[:-3].view(-1, 2), records_S3[:, 2:].cpu()), dim=1)
+        check_finite(records_S3, last_step=last_step, scaled=self._accelerator.scaler is not None)
+        num_images, num_cut, data_seconds = sums[-3:].tolist()
+        loss_sum, num_targets, _ = records_S3.double().sum(dim=0).tolist()
+        return StepMetrics(
+            loss_sum,
+            round(num_targets),
+            round(num_images),
+            round(num_cut),
+            seconds=time.monotonic() - self._started,
+            data_seconds=data_seconds / self._accelerator.num_processes,
+        )
+
+
+@dataclass(kw_only=True)
+class StopVote:
+    """A vote of all ranks on whether to stop, at the same steps on all of them."""
+
+    accelerator: Accelerator
+    num_steps: int = 0
+    started: float = field(default_factory=time.monotonic)
+    steps_until_vote: int = 1
+
+    def wants_stop(self, stop: bool, *, now: bool) -> bool:
+        """Whether a rank wants to stop; False after steps without a vote. With `now` there is one after this step."""
+        if self.accelerator.num_processes == 1:
+            return stop
+        self.num_steps += 1
+        if self.num_steps < self.steps_until_vote and not now:
+            return False
+        own = torch.tensor([float(stop), time.monotonic() - self.started], device=self.accelerator.device)
+        stops, seconds = self.accelerator.reduce(own, reduction="sum").tolist()
+        fitting = int(VOTE_SECONDS * self.num_steps * self.accelerator.num_processes / seconds)
+        self.num_steps, self.started, self.steps_until_vote = 0, time.monotonic(), max(1, min(fitting, LOG_STEPS))
+        return stops > 0
+
+
+@dataclass(kw_only=True)
+class StepLoop:
+    """The steps of a run's epochs, with their curves, checkpoints, and the end on SIGTERM."""
+
+    take_step: TrainStep
+    stop: Preemption
+    tracker: Tracker
+    save: Callable[[], None]
+    num_epochs: int
+    checkpoint_steps: int
+
+    def run_epoch(self, loader: StreamingLoader) -> StepMetrics:
+        """Take the steps of the loader's epoch from its position to the end, and return their metrics.
+
+        All ranks read the losses, save and stop at the same steps.
+        """
+        accelerator, epoch, epoch_steps = self.take_step.accelerator, loader.epoch, len(loader)
+        before = epoch * epoch_steps
+        window, total = MetricsWindow(accelerator), StepMetrics()
+        vote = StopVote(accelerator=accelerator)
+        with (
+            self.stop.deferred(),
+            cli.progress_bar(
+                f"epoch {epoch + 1} of {self.num_epochs}",
+                total=self.num_epochs * epoch_steps,
+                unit="steps",
+                quiet=not accelerator.is_main_process,
+                done=before + loader.steps_done,
+            ) as bar,
+        ):
+            for step, (batches, data_seconds) in enumerate(timed(loader), start=before + loader.steps_done + 1):
+                num_left = loader.split.num_samples - (step - 1 - before) * loader.batch_size
+                micro_batches = batches[:num_left]  # the last global batch may have fewer samples than micro-batches
+                window.add(self.take_step(micro_batches, step), micro_batches, data_seconds=data_seconds)
+                due = step % self.checkpoint_steps == 0 or step == before + epoch_steps
+                stopping, note = vote.wants_stop(self.stop.requested, now=due), ""
+                if due or stopping or step % LOG_STEPS == 0:
+                    metrics = window.reduce(last_step=step)
+                    rate = float(self.take_step.schedule.get_last_lr()[0])
+                    self.tracker.log(
+                        step, {"epoch": step / epoch_steps, "train/learning_rate": rate, **metrics.curves()}
+                    )
+                    window = MetricsWindow(accelerator)
+                    total, note = total + metrics, str(metrics.loss)
+                bar.advance(note=note)
+                if due or stopping:
+                    self.save()
+                if stopping:
+                    self.stop.leave()
+        return total
+
+
+def timed(batches: Iterable[list[CaptionBatch]]) -> Iterator[tuple[list[CaptionBatch], float]]:
+    """Each batch with the seconds that it was waited for."""
+    iterator = iter(batches)
+    while True:
+        started = time.monotonic()
+        batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch, time.monotonic() - started

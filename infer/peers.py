@@ -22,7 +22,7 @@ from captioner.peers import peer_timeout
 from infer.results import find_process_files, process_path
 
 BEATS = 60  # in the time after which a silent process is lost
-POLL_SECONDS = 0.2  # when this process has nothing else to do
+POLL_SECONDS = 0.2  # while this process is idle
 RECORD_BYTES = 128  # fixed size, so that one write replaces a record
 RESUMABLE = "all rows are kept: run the same command again to resume, with fewer processes if needed"
 
@@ -89,7 +89,7 @@ class Peers:
         return [sum(of_all) for of_all in zip(counts, *others, strict=True)]
 
     def dismiss(self) -> None:
-        """Let all other processes end: their rows are merged. Call it in rank 0."""
+        """End all other processes, whose rows are merged. Call it in rank 0."""
         self._left.set()
         self._watched = []
         with self._lock:
@@ -103,12 +103,12 @@ class Peers:
 
     def _keep_beating(self) -> None:
         while not self._left.wait(self._limit_seconds / BEATS):
-            with suppress(OSError):  # the others will miss it
+            with suppress(OSError):  # a missing heartbeat
                 self._write()
             self._look()
 
     def _write(self, **changes: Any) -> None:
-        """Write this process's record over the last one. One that has finished makes no new file: it was dismissed."""
+        """Overwrite this process's record. After `finish` a missing file is not created again: rank 0 removed it."""
         with self._lock:
             self._record |= {**changes, "beat": self._record["beat"] + 1}
             may_create = os.O_CREAT if self._record["state"] == "working" and not self._left.is_set() else 0
@@ -116,7 +116,7 @@ class Peers:
             try:
                 os.write(file, json.dumps(self._record).encode().ljust(RECORD_BYTES))
             finally:
-                os.close(file)  # which hands it to a file server
+                os.close(file)  # NFS then sends it to the server
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -127,14 +127,14 @@ class Peers:
 
 
 class _Peer:
-    """What another process's file said last, in `record`: nothing yet where it is of an earlier job."""
+    """The last `record` in another process's file; empty until the file changes, as it may be from an earlier job."""
 
     def __init__(self, path: Path, rank: int) -> None:
         self.rank = rank
         self.record: dict[str, Any] = {}
         self._path = path
         self._content: bytes | None = None
-        self._changed: float | None = None  # when it did last, in monotonic seconds
+        self._changed: float | None = None  # last, in monotonic seconds
 
     def look(self, now: float, *, forgive: bool) -> None:
         """Read the file; a change shows that its process is alive."""
@@ -148,7 +148,7 @@ class _Peer:
             self._changed = now
 
     def loss(self, limit_seconds: float) -> str | None:
-        """What shows that the process is lost, if anything does."""
+        """Why the process counts as lost, or None."""
         if self.record.get("state") == "failed":
             return "has failed: see the end of its output"
         if self._changed is None or time.monotonic() - self._changed < limit_seconds:
@@ -159,7 +159,7 @@ class _Peer:
 
 
 def _read(path: Path) -> bytes:
-    """A record; nothing where there is none, or half of one."""
+    """A record; empty if it is missing or incomplete."""
     try:
         content = path.read_bytes()
         json.loads(content)

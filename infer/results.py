@@ -1,7 +1,7 @@
-"""The rows of captions.jsonl: their keys, appending them safely to parts, and the settings that decided them.
+"""The rows of captions.jsonl: their keys, the part files that processes append to, and the settings behind the rows.
 
-While a job runs, each process appends to a part of its own beside the output. What decides a row's content is kept
-beside the output too. `row_index` finds rows again, and merges the parts.
+While a job runs, each process appends to its own part file beside the output. The settings that determine a row's
+content are in a file beside the output too. `row_index` finds existing rows and merges the parts.
 """
 
 import glob
@@ -19,19 +19,19 @@ from captioner.errors import UserError
 from captioner.files import locks, storage
 
 FORMAT_VERSION = 2
-TAIL_BYTES = 1 << 16  # read at once to find where a part's last whole row ends
-WORKING_FOLDER = "working_folder"  # where relative roots start
+TAIL_BYTES = 1 << 16  # read at once to find the end of the last complete row
+WORKING_FOLDER = "working_folder"  # the base of relative roots
 
 
 class Row(TypedDict):
-    """One file's row. A failure has only the place, the model, `error` and `message`; a captioned picture all the rest.
+    """One file's row. A failure has root, path, model, `error` and `message`; a captioned picture all other keys.
 
-    `root` is the folder or URL as given, `path` is relative to it with `/`; bytes that are no UTF-8 stand as `\\udcXX`.
+    `root` is the folder or URL as given, `path` is relative to it with `/`; bytes that are not UTF-8 are `\\udcXX`.
     `caption` is the model's, `alt` the same as a sentence, or "" when the tool abstains. `captions`, the best first, is
     there only when several were asked for. `score` is the mean of `token_scores`, the log-probabilities (natural) of
-    the caption's tokens and its end; `confidence` is a chance, None where the model has no calibration.
+    the caption's tokens and its end; `confidence` is a probability, None if the model is not calibrated.
     `review` says why a person should look ("low confidence", "unlike training data", or both). `duplicate_of` is the
-    location of the first file, in this order, with the same bytes, whose caption this one shares.
+    location of the first file, in this order, with the same bytes, whose caption this one has.
     `width` and `height` are the original's in pixels, upright; `sha256` is the file's; `model` names the weights.
     `error` is the kind of failure (captioner.images.loading.Reason), `message` what was found.
     """
@@ -69,7 +69,7 @@ def duplicate_row(first: Row, *, root: str, path: str) -> Row:
 
 
 def find_output(output: Path) -> Path:
-    """The file of rows that --output names, existing or not. Links are followed, so all other files are beside it.
+    """The path of --output with symbolic links resolved, so that all other files are beside it.
 
     Raises UserError if it is not a regular file, and so cannot be replaced by the merged rows.
     """
@@ -112,12 +112,12 @@ def find_parts(output: Path) -> list[Path]:
 
 
 def settings_path(output: Path) -> Path:
-    """The file that tells with which settings the rows were made."""
+    """The file with the settings that the rows were made with."""
     return output.with_name(f"{output.name}.settings.json")
 
 
 def merging_path(output: Path) -> Path:
-    """The file that becomes the output when it is whole."""
+    """The temporary name of the merged rows."""
     return output.with_name(f"{output.name}.partial")
 
 
@@ -127,19 +127,19 @@ def process_path(output: Path, rank: int) -> Path:
 
 
 def find_process_files(output: Path) -> list[Path]:
-    """The files of all processes, also of those that were killed; rank 0's is the last."""
+    """The heartbeat files of all processes, killed ones included; rank 0's is last."""
     return sorted(output.parent.glob(f"{glob.escape(output.name)}.process-*"), reverse=True)
 
 
 def own_files(output: Path, *, num_processes: int) -> list[Path]:
-    """All that a run of `num_processes` keeps on disk, there or not, and what an earlier run left."""
+    """All files that a run of `num_processes` writes, existing or not, and those that an earlier run left."""
     parts = {*find_parts(output), *(part_path(output, rank) for rank in range(num_processes))}
     processes = {*find_process_files(output), *(process_path(output, rank) for rank in range(num_processes))}
     return [output, settings_path(output), merging_path(output), *sorted(parts), *sorted(processes)]
 
 
 def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings to keep beside the output. Raises UserError when rows are there that were made with others.
+    """The settings to write beside the output. Raises UserError if existing rows were made with other settings.
 
     A working folder is None where all names are absolute, which fits any; an earlier one is kept.
     """
@@ -147,7 +147,7 @@ def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         return dict(settings)
     remedy = f"give another --output, or delete {output} and its parts"
     found = storage.read_json(
-        str(settings_path(output)), remedy=f"only it tells how the rows in {output} were made; {remedy}"
+        str(settings_path(output)), remedy=f"it has the settings of the rows in {output}; {remedy}"
     )
     earlier = found if isinstance(found, dict) else {}
     now = json.loads(json.dumps(settings))  # as it would be read
@@ -165,7 +165,7 @@ def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_settings(output: Path, settings: Mapping[str, Any]) -> None:
-    """Keep the settings beside the output; call it before the first part is opened."""
+    """Write the settings beside the output; call it before opening the first part."""
     storage.write_atomic(str(settings_path(output)), json.dumps(settings, indent=1, allow_nan=False) + "\n")
 
 
@@ -177,9 +177,9 @@ def _shown(settings: Mapping[str, Any], key: str) -> str:
 
 
 class RowWriter:
-    """Appends rows to a process's part; after `write` returns, its rows survive a kill.
+    """Appends rows to a process's part file; rows survive a kill once `write` has returned.
 
-    It holds the part's lock, where the file system has locks. Raises UserError when another run does.
+    It locks the part, where the file system has locks. Raises UserError while another run has locked it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -189,12 +189,12 @@ class RowWriter:
         self._end = _cut_torn_row(self._file)
 
     def write(self, rows: Iterable[Row]) -> list[int]:
-        """Append the rows, hand them to the operating system at once, and tell the offset of each in bytes."""
+        """Append the rows without buffering; returns the offset of each in bytes."""
         lines = [to_line(row).encode("ascii") for row in rows]
         *offsets, self._end = accumulate(map(len, lines), initial=self._end)
         left = memoryview(b"".join(lines))
         with writing(self.path):
-            while left:  # a nearly full disk may write only some of it before it fails
+            while left:  # a nearly full disk may write a part before it fails
                 left = left[self._file.write(left) :]
         return offsets
 
@@ -209,11 +209,11 @@ class RowWriter:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """While entered, an OSError in writing the open file of rows becomes a UserError that names the file."""
+    """Turns an OSError in writing the open file of rows into a UserError that names the file."""
     try:
         yield
     except OSError as error:
-        if error.filename:  # another file's
+        if error.filename:  # of another file
             raise
         raise UserError(
             f"cannot write {path} ({error.strerror or error}): make room for it; the same command resumes from there"
@@ -233,7 +233,7 @@ def open_part(path: Path) -> io.FileIO:
 
 
 def _cut_torn_row(file: io.FileIO) -> int:
-    """Cut a last line that a killed process left without its end; the size then, in bytes."""
+    """Remove an incomplete last line, left by a killed process; returns the size in bytes, and seeks there."""
     size = end = file.seek(0, os.SEEK_END)
     while end:
         start = max(0, end - TAIL_BYTES)
@@ -250,6 +250,6 @@ def _cut_torn_row(file: io.FileIO) -> int:
 
 
 def read_rows(output: Path) -> Iterator[Row]:
-    """The rows of a merged file, one by one, in its order."""
+    """Yields the rows of a merged file, in its order."""
     with output.open("rb") as file:
         yield from map(json.loads, file)

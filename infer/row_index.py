@@ -1,6 +1,6 @@
 """Finds the rows of this run and earlier ones, and merges all parts into one sorted file; memory stays flat.
 
-Rows are found through a private SQLite database of places, checksums and offsets, which spills to disk by itself.
+Rows are found through a private SQLite database of locations, checksums and offsets, which spills to disk by itself.
 """
 
 import json
@@ -25,7 +25,7 @@ Entry = tuple[bytes, bytes, bytes, bytes | None]  # file, root, path, sha256 (No
 
 
 class _Files:
-    """Tells which rows are of one file, whatever names a run gave its folder: photos, photos/ or /home/me/photos.
+    """Identifies a file whatever name a run gave its folder: photos, photos/ or /home/me/photos.
 
     Relative roots start from the folder `base`.
     """
@@ -38,17 +38,17 @@ class _Files:
         return root if is_remote(root) else real_root(os.path.join(self._base, root))  # noqa: PTH118 - bytes as they are
 
     def key(self, root: str, path: str) -> bytes:
-        """The same 16 bytes for all names of a file."""
+        """A 16-byte hash that is the same for all names of a file."""
         location = storage.join(self._real(root), path)
         return blake2b(location.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
     def entry(self, row: Row) -> Entry:
-        """What a row is found by; bytes compare as Python's strings do."""
+        """The columns that a row is found by; as bytes they sort like Python's strings."""
         root, path = (row[key].encode("utf-8", "surrogatepass") for key in ("root", "path"))
         return self.key(row["root"], row["path"]), root, path, None if "error" in row else bytes.fromhex(row["sha256"])
 
     def parse(self, line: bytes) -> Entry | None:
-        """The entry of a line; None for one that is no row."""
+        """The entry of a line; None if it is not a row."""
         try:
             row = json.loads(line)
             return self.entry(row) if row["format_version"] == FORMAT_VERSION else None
@@ -57,24 +57,24 @@ class _Files:
 
 
 def _read_entries(paths: Sequence[Path], files: _Files, *, whole: Path) -> Iterator[tuple[Any, ...]]:
-    """Each row's entry, the number of its file of rows and its offset there. Only `whole` cannot end in a torn row."""
+    """Each row's entry, the number of its file and its offset in it. All files but `whole` may end in a torn row."""
     for number, path in enumerate(paths):
         offset = 0
         with path.open("rb") as file:
             for line_number, line in enumerate(file, start=1):
                 if path != whole and not line.endswith(b"\n"):
-                    break  # torn by a kill: that file is captioned again
+                    break  # torn by a kill: its image is captioned again
                 entry = files.parse(line)
                 if entry is None:
                     raise UserError(
-                        f"line {line_number} of {path} is no row of this version: give another --output, or delete it"
+                        f"line {line_number} of {path} is not a row of this version: give another --output or delete it"
                     )
                 yield *entry, number, offset
                 offset += len(line)
 
 
 class _RowFiles:
-    """Rows of several files, each by its file's number and its offset in bytes."""
+    """Reads rows of several files, by the file's number and the offset in bytes."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._numbers = {path: number for number, path in enumerate(paths)}
@@ -87,7 +87,7 @@ class _RowFiles:
         if number not in self._open:
             self._open[number] = list(self._numbers)[number].open("rb")
         self._open[number].seek(offset)
-        return self._open[number].readline().rstrip(b"\n") + b"\n"  # an editor may have left the last without its end
+        return self._open[number].readline().rstrip(b"\n") + b"\n"  # an editor may have removed the last newline
 
     def close(self) -> None:
         for file in self._open.values():
@@ -100,7 +100,7 @@ INSERT = "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)"
 
 
 def _open_database() -> sqlite3.Connection:
-    """A private database that lives in memory while it is small, and else in a temporary file without a name."""
+    """A private database, in memory while it is small and in an unnamed temporary file after that."""
     database = sqlite3.connect("")
     database.execute("PRAGMA journal_mode = OFF")
     database.execute("CREATE TABLE rows (name BLOB, root BLOB, path BLOB, sha256 BLOB, file INTEGER, offset INTEGER)")
@@ -118,9 +118,9 @@ def _room_for_database() -> Iterator[None]:
 
 
 class RowIndex:
-    """Finds the rows of this run and earlier ones by place and by content; its memory does not grow with them.
+    """Finds the rows of this run and earlier ones by location and by content, in constant memory.
 
-    Relative roots start from the folder `base`. Raises UserError for an output that is no file of rows. With
+    Relative roots start from the folder `base`. Raises UserError for an output that is not a file of rows. With
     `retry_errors` failures of earlier runs do not count.
     """
 
@@ -147,7 +147,7 @@ class RowIndex:
         return None if found is None else json.loads(self._files.read(*found))
 
     def add(self, row: Row, path: Path, offset: int) -> None:
-        """Take in a row that was written to the part `path` at `offset`."""
+        """Index a row that was written to the part `path` at `offset`."""
         with _room_for_database():
             self._database.execute(INSERT, (*self._names.entry(row), self._files.number(path), offset))
 
@@ -159,7 +159,7 @@ class RowIndex:
 
 # ---- merging ----------------------------------------------------------------------------------------------
 
-# Of a file's rows a success wins, then the latest: the other columns are those of the row with the greatest rank.
+# Of a file's rows a success wins, then the latest: SQLite takes the other columns from the row with the greatest rank.
 KEEP_ONE_A_FILE = """
     CREATE TABLE kept AS
     SELECT sha256, file, offset, max(rowid + iif(sha256 IS NULL, 0, 1 << 60)) AS rank
@@ -176,7 +176,7 @@ IN_ORDER = """
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a merged file holds: failures by reason; duplicates and rows to review are captioned ones."""
+    """Counts of a merged file: failures by reason; duplicates and rows to review are captioned."""
 
     num_rows: int
     failures: Counter[str]
@@ -185,11 +185,11 @@ class Summary:
 
 
 def merge(output: Path, *, base: str = "") -> Summary:
-    """Write all rows, sorted by place and each file once, to `output`; then remove the parts.
+    """Write all rows to `output`, sorted by location and one for each file; then remove the parts.
 
     Relative roots start from the folder `base`. Files with the same bytes get the caption of the first of them, so the
-    result does not tell who captioned which. Raises UserError for an output that is no file of rows, and while another
-    run is writing a part.
+    result does not depend on which process captioned which. Raises UserError for an output that is not a file of rows,
+    and while another run is writing a part.
     """
     parts = find_parts(output)
     with ExitStack() as stack:
@@ -203,7 +203,7 @@ def merge(output: Path, *, base: str = "") -> Summary:
 
 
 def _merged_rows(output: Path, parts: Sequence[Path], names: _Files) -> Iterator[tuple[Row, bytes]]:
-    """The rows and their lines. Most lines are taken as they are: making one takes as long as all the rest."""
+    """The rows and their lines. Most lines are copied: encoding one takes as long as all the rest."""
     files = [path for path in (output, *parts) if path.exists()]
     with closing(_open_database()) as database, closing(_RowFiles(files)) as lines:
         database.executemany(INSERT, _read_entries(files, names, whole=output))

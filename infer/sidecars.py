@@ -1,4 +1,4 @@
-"""A text file beside each captioned picture, as tools that read training data want it."""
+"""A text file beside each captioned picture, a format that training tools read."""
 
 import os
 from collections import Counter
@@ -26,10 +26,9 @@ def check_ending(ending: str) -> None:
 
 @dataclass(kw_only=True)
 class Sidecars:
-    """What became of the sidecars of captioned pictures: their numbers by outcome.
+    """Counts of sidecars by outcome; `num_failed` could not be written.
 
-    `names` has the first pictures of each outcome that a person should know of. `num_failed` sidecars could not be
-    written.
+    `names` has the first pictures of each outcome that the user should know about.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -72,7 +71,7 @@ def write_sidecars(rows: Iterable[Row], *, ending: str) -> Sidecars:
 
 
 def _write_sidecar(row: Row, ending: str, seen: Seen) -> str:
-    """What became of a row's sidecar. `seen` are the pictures and sidecars of earlier rows. Raises OSError."""
+    """Write a row's sidecar; returns the outcome. `seen` has earlier rows' pictures and sidecars. Raises OSError."""
     if not row["alt"]:
         return "abstained"
     if storage.is_remote(row["root"]):

@@ -48,7 +48,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         ("https://host", ["half \ud83d"], "https://host/half%20%ED%A0%BD"),
     ],
 )
-def test_names_are_joined_and_quoted_for_the_web_only(folder: str, names: list[str], expected: str) -> None:
+def test_names_are_joined_and_percent_encoded_for_the_web_only(folder: str, names: list[str], expected: str) -> None:
     assert storage.join(folder, *names) == expected
 
 
@@ -61,7 +61,7 @@ def test_a_web_server_reads_back_any_quoted_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("location", ["file:///tmp/x", "local:///tmp/x"])
-def test_an_address_of_this_machine_is_refused_and_the_path_named(location: str) -> None:
+def test_a_url_of_this_machine_is_refused_and_the_path_named(location: str) -> None:
     for action in (storage.read_bytes, storage.exists, storage.delete, storage.list_files):
         with pytest.raises(UserError, match=r"give its path alone, /tmp/x"):
             action(location)
@@ -69,7 +69,7 @@ def test_an_address_of_this_machine_is_refused_and_the_path_named(location: str)
         storage.sizes_bytes(location, ["a"])
 
 
-def test_an_address_that_nobody_knows_is_refused_in_one_line() -> None:
+def test_an_unknown_protocol_is_refused_in_one_line() -> None:
     with pytest.raises(StorageError, match="cannot open floppy://a") as caught:
         storage.read_bytes("floppy://a")
     assert "\n" not in str(caught.value)
@@ -108,7 +108,7 @@ def test_sizes_come_in_order_for_many_files(tmp_path: Path) -> None:
     assert storage.sizes_bytes(str(tmp_path), [str(size) for size in range(199, -2, -1)]) == [*range(199, -1, -1), None]
 
 
-def test_a_file_is_written_whole_with_its_folders_or_replaced(tmp_path: Path) -> None:
+def test_a_file_is_created_with_its_folders_or_replaced(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "er" / "file"
     for content in (b"one", "two é"):
         storage.write_atomic(str(path), content)
@@ -172,7 +172,7 @@ print("after")
 
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "out.txt"])
 @pytest.mark.parametrize("kind", ["file", "pipe"])
-def test_the_own_output_keeps_what_was_printed(name: str, kind: str, tmp_path: Path) -> None:
+def test_writing_to_stdout_keeps_what_was_printed(name: str, kind: str, tmp_path: Path) -> None:
     words = [sys.executable, "-c", WRITE, name]
     if kind == "file":
         with (tmp_path / "out.txt").open("w") as out:
@@ -185,7 +185,7 @@ def test_the_own_output_keeps_what_was_printed(name: str, kind: str, tmp_path: P
     assert printed == "before\ntext\nafter\n"
 
 
-def test_content_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_content_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
     fsync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda handle: (order.append("fsync"), fsync(handle)))
@@ -217,7 +217,7 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_else(small_disk: Path) ->
     assert target.read_bytes() == b"old"
 
 
-def test_what_is_deleted_is_gone_and_may_be_gone_before(tmp_path: Path) -> None:
+def test_deleting_a_missing_file_is_no_error(tmp_path: Path) -> None:
     location = str(tmp_path / "file")
     storage.write_atomic(location, b"x")
     for _ in range(2):
@@ -241,7 +241,7 @@ def test_memory_is_a_store_like_others() -> None:
     fsspec.filesystem("memory").store.clear()
 
 
-def test_where_names_show_early_a_rename_makes_the_file_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_that_show_incomplete_files_get_a_rename(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "OBJECT_STORES", frozenset())
     storage.write_atomic("memory://early/deep/file", b"one")
     storage.write_atomic("memory://early/deep/file", b"two")
@@ -253,7 +253,7 @@ def test_where_names_show_early_a_rename_makes_the_file_whole(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("store", ["disk", "memory", "web", "s3"])
-def test_a_part_of_a_file_is_read(store: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_range_of_a_file_is_read(store: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     data = os.urandom(1000)
     if store == "web":
         address, root = request.getfixturevalue("nginx")
@@ -273,7 +273,7 @@ def test_a_part_of_a_file_is_read(store: str, tmp_path: Path, request: pytest.Fi
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_part_that_comes_short_is_asked_again_and_a_whole_file_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_range_is_retried_and_a_whole_file_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     place = "memory://parts/short"
     storage.write_atomic(place, data := os.urandom(100))
     filesystem = fsspec.filesystem("memory")
@@ -312,8 +312,8 @@ def test_s3_keeps_any_name(bucket: Bucket, prefix: str) -> None:
         storage.read_bytes(location)
 
 
-def test_s3_is_asked_anew_each_time(bucket: Bucket) -> None:
-    """fsspec remembers listings, and would not see what others write."""
+def test_s3_listings_are_not_cached(bucket: Bucket) -> None:
+    """fsspec caches listings, and would not see what others write."""
     root = f"s3://{bucket.name}/x"
     bucket.put("x/a", b"1")
     assert storage.sizes_bytes(root, ["a", "b"]) == [1, None]
@@ -351,7 +351,7 @@ def test_s3_is_scanned_page_by_page(bucket: Bucket, monkeypatch: pytest.MonkeyPa
     ]
 
 
-def test_a_listing_that_fails_goes_on_at_its_page(bucket: Bucket, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_listing_resumes_at_its_page(bucket: Bucket, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of three answers are failures: no listing of seven pages could be had in one go."""
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "1")
     monkeypatch.setattr(retries, "FIRST_PAUSE_SECONDS", 0.001)
@@ -388,7 +388,7 @@ class Listed:
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])
-def test_a_mark_for_a_folder_is_no_file_in_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_marker_is_not_a_file(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = [
         {"name": "b/p/", "type": kind},
         {"name": "b/p/p", "type": "file"},
@@ -406,11 +406,11 @@ def test_who_pays_for_reading_pays_for_listing(monkeypatch: pytest.MonkeyPatch) 
     assert store.asked == {"Bucket": "b", "Prefix": "p/", "Delimiter": "/", "RequestPayer": "requester"}
 
 
-def test_an_empty_object_has_no_beginning_to_be_read(bucket: Bucket) -> None:
+def test_an_empty_object_is_read_without_a_retry(bucket: Bucket) -> None:
     bucket.put("empty", b"")
     started = time.monotonic()
     assert storage.read_bytes(f"s3://{bucket.name}/empty", end=10) == b""
-    assert time.monotonic() - started < 3.0  # it is not tried again and again
+    assert time.monotonic() - started < 3.0  # without retries
 
 
 def test_a_large_object_goes_up_in_parts_and_comes_back(bucket: Bucket) -> None:
@@ -419,7 +419,7 @@ def test_a_large_object_goes_up_in_parts_and_comes_back(bucket: Bucket) -> None:
     assert storage.read_bytes(f"s3://{bucket.name}/large") == data
 
 
-def test_no_such_bucket_is_told_in_one_line(bucket: Bucket) -> None:
+def test_a_missing_bucket_is_an_error_of_one_line(bucket: Bucket) -> None:
     assert not storage.exists(f"s3://{bucket.name}-none")
     with pytest.raises(OSError, match="bucket"):
         storage.write_atomic(f"s3://{bucket.name}-none/x", b"x")
@@ -427,7 +427,7 @@ def test_no_such_bucket_is_told_in_one_line(bucket: Bucket) -> None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("mood", ["500", "503", "drop", "cut request", "cut answer"])
-def test_an_s3_server_that_fails_often_is_asked_again(bucket: Bucket, s3: str, mood: str) -> None:
+def test_requests_to_a_failing_s3_server_are_retried(bucket: Bucket, s3: str, mood: str) -> None:
     with Proxy(s3) as proxy, use_s3(proxy.address):
         answers = iter([mood, "ok", mood, mood, "ok", mood, *["ok"] * 99])
         proxy.choose = lambda method, path: next(answers)
@@ -452,7 +452,7 @@ def test_an_upload_cut_in_the_middle_leaves_what_was_there(bucket: Bucket, s3: s
     assert bucket.read_all("x") == {"a": b"old"}
 
 
-def test_servers_that_stall_are_left_after_a_while(bucket: Bucket, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_to_a_stalling_s3_server_are_retried(bucket: Bucket, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "STALL_SECONDS", 0.5)
     with Proxy(s3) as proxy, use_s3(proxy.address):
         answers = iter(["stall", "ok", "stall", "ok"])
@@ -461,7 +461,7 @@ def test_servers_that_stall_are_left_after_a_while(bucket: Bucket, s3: str, monk
         assert storage.read_bytes(f"s3://{bucket.name}/x/a") == b"123"
 
 
-def test_a_server_that_is_gone_is_told_in_one_line_soon(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_gone_is_an_error_of_one_line_soon(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "PATIENCE_SECONDS", 1.0)
     started = time.monotonic()
     with (
@@ -473,7 +473,7 @@ def test_a_server_that_is_gone_is_told_in_one_line_soon(bucket: Bucket, monkeypa
     assert time.monotonic() - started < 15
 
 
-def test_without_credentials_nothing_is_tried_twice(s3: str, tmp_path: Path) -> None:
+def test_missing_credentials_are_not_retried(s3: str, tmp_path: Path) -> None:
     code = "from captioner.files import storage; storage.read_bytes('s3://bucket/x')"
     variables = {name: value for name, value in os.environ.items() if not name.startswith("AWS")}
     variables |= {"AWS_ENDPOINT_URL": s3, "AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}
@@ -598,7 +598,7 @@ def test_the_web_cannot_be_written(nginx: tuple[str, Path]) -> None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("mood", ["500", "503", "drop", "cut answer"])
-def test_a_web_server_that_fails_is_asked_again_and_no_file_is_taken_for_missing(
+def test_requests_to_a_failing_web_server_are_retried_and_no_file_counts_as_missing(
     nginx: tuple[str, Path], mood: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address, root = nginx
@@ -619,7 +619,7 @@ def test_a_web_server_that_fails_is_asked_again_and_no_file_is_taken_for_missing
                     ask(f"{place}/a")
 
 
-def test_a_web_server_that_stalls_is_left_after_a_while(
+def test_requests_to_a_stalling_web_server_are_retried(
     nginx: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "STALL_SECONDS", 0.5)

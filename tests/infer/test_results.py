@@ -426,7 +426,9 @@ def test_a_foreign_output_is_refused_and_left_as_it_is(tmp_path: Path, content: 
     output = tmp_path / "captions.jsonl"
     output.write_bytes(content)
     for reader in (RowIndex, merge):
-        with pytest.raises(UserError, match=r"line 1 of .*captions\.jsonl is no row.*give another --output") as caught:
+        with pytest.raises(
+            UserError, match=r"line 1 of .*captions\.jsonl is not a row.*give another --output"
+        ) as caught:
             reader(output)
         assert "\n" not in str(caught.value)
     assert output.read_bytes() == content

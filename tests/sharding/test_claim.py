@@ -1,4 +1,4 @@
-"""One packer at a time: real processes that want the same split, and die with it."""
+"""One packer at a time: real processes that claim the same split, and die with it."""
 
 import errno
 import fcntl
@@ -86,7 +86,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- on disk ----------------------------------------------------------------------------------------------
 
 
-def test_a_second_packer_is_told_who_is_first_and_the_file_goes_with_it(tmp_path: Path) -> None:
+def test_a_second_packer_is_refused_with_the_first_ones_name_and_the_file_is_removed(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "shards"
     with holding(str(folder), hold=2.0) as first:
         with (
@@ -103,7 +103,7 @@ def test_a_second_packer_is_told_who_is_first_and_the_file_goes_with_it(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_packers_claim_is_free_at_once_and_its_half_files_go(tmp_path: Path) -> None:
+def test_a_killed_packers_claim_is_free_at_once_and_its_partial_files_are_removed(tmp_path: Path) -> None:
     with holding(str(tmp_path)) as first:
         os.kill(first.pid, signal.SIGKILL)
         first.wait()
@@ -121,7 +121,7 @@ def test_a_killed_packers_claim_is_free_at_once_and_its_half_files_go(tmp_path: 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("failure", [UserError("x"), KeyboardInterrupt(), OSError("x")])
-def test_a_packer_that_fails_gives_its_claim_back(tmp_path: Path, failure: BaseException) -> None:
+def test_a_failed_packer_releases_its_claim(tmp_path: Path, failure: BaseException) -> None:
     for folder in (str(tmp_path), "memory://claim/failing"):
         with pytest.raises(type(failure)), claim(folder, "train"):
             raise failure
@@ -189,7 +189,7 @@ def test_a_holder_that_ends_while_it_is_asked_who_it_is_is_no_error(tmp_path: Pa
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("content", ["", "\0\0", "[]", '{"pid": "x"}', "{"])
-def test_a_leftover_of_any_content_is_no_obstacle(tmp_path: Path, content: str) -> None:
+def test_a_leftover_of_any_content_blocks_nobody(tmp_path: Path, content: str) -> None:
     (tmp_path / "train.packing").write_text(content)
     with claim(str(tmp_path), "train"):
         pass
@@ -252,7 +252,7 @@ def test_a_live_claim_behind_a_url_is_refused_and_kept_alive(bucket: Bucket) -> 
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_dead_process_of_this_machine_has_no_claim(bucket: Bucket) -> None:
+def test_a_dead_process_of_this_machine_loses_its_claim(bucket: Bucket) -> None:
     folder = f"s3://{bucket.name}/shards"
     with holding(folder) as first:
         os.kill(first.pid, signal.SIGKILL)
@@ -292,7 +292,9 @@ def test_another_machine_that_is_alive_keeps_its_claim(bucket: Bucket) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_who_slept_and_lost_the_claim_leaves_it_to_the_other(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_owner_that_lost_its_claim_leaves_it_to_the_other(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ended: list[str] = []
     monkeypatch.setattr(ownership, "_end_process", lambda _claim, owner: ended.append(owner["id"]))
     with claim(f"s3://{bucket.name}/shards", "train"):

@@ -15,14 +15,22 @@ from typing import Any
 from captioner.cli import progress_bar
 from captioner.errors import UserError
 from captioner.files import storage
-from captioner.shards.format import NOT_KEPT, SPLITS, Manifest, ShardEntry, manifest_location, read_manifest, shard_name
+from captioner.shards.format import (
+    NOT_KEPT,
+    PACK_FIRST,
+    SPLITS,
+    Manifest,
+    ShardEntry,
+    manifest_location,
+    read_manifest,
+    shard_name,
+)
 from captioner.shards.indexing import is_any, is_foreign, list_names
 from captioner.shards.writing import manifest_fingerprint
 from captioner.vocabulary import Vocabulary, read_vocabulary
 from captioner.workers import count_processors
 from sharding.checking.rebuild import recipe_of
 from sharding.checking.verify_shard import (
-    INDEX_FIRST,
     INDEX_SAME,
     PACK_SAME,
     Part,
@@ -102,7 +110,7 @@ def open_manifest(folder: str, split: str, names: Sequence[str]) -> SplitCheck:
     if name not in names:
         num_indexes = sum(name.endswith(".index") for name in shards)
         what = f"{len(shards) - num_indexes:,} tars and {num_indexes:,} indexes, but no manifest: unfinished"
-        add("unfinished", f"{split}-*", what, PACK_SAME if num_indexes else INDEX_FIRST)
+        add("unfinished", f"{split}-*", what, PACK_SAME if num_indexes else PACK_FIRST)
         return check
     try:
         manifest = read_manifest(folder, split, remedy="")

@@ -21,12 +21,11 @@ from captioner.shards.tar_walk import Buffer, open_tar
 from sharding.checking.rebuild import index_from_tar, restore_facts
 
 PACK_SAME = "run sharding/make_shards.py again with the same flags: whole shards are kept"
-INDEX_FIRST = "pack again, or, if another program made them, run sharding/check_shards.py index"
 INDEX_SAME = "run sharding/check_shards.py index again"
 CHOOSE_SAME = "run captioner.streaming.index_shards again with the same `keep`"
 REPAIR = "run sharding/check_shards.py repair"
-RESTORE = "restore the file from where it came"
-PACK_AGAIN = "delete the split's shards and pack it again"
+RESTORE_COPY = "restore the file from where it came"
+DELETE_AND_PACK = "delete the split's shards and pack it again"
 
 Part = Literal["tar", "index", "content", "manifest", "failures", "vocabulary", "unfinished", "stray"]
 Add = Callable[[Part, str], None]
@@ -46,9 +45,9 @@ class Problem:
         """The problem of a part of a split, or of one of its shards, with the remedy for it."""
         foreign = is_foreign(manifest)
         remedies = {
-            "tar": RESTORE if foreign else REPAIR,
+            "tar": RESTORE_COPY if foreign else REPAIR,
             "index": CHOOSE_SAME if is_chosen(manifest) else REPAIR,
-            "content": PACK_AGAIN,
+            "content": DELETE_AND_PACK,
         }
         files = {"tar": f"{shard}.tar", "content": f"{shard}.tar", "index": f"{shard}.index"}
         files |= {"manifest": f"{manifest.split}.manifest.json", "failures": f"{manifest.split}.failures.jsonl"}

@@ -43,7 +43,7 @@ def _pack(
     plan: ShardPlan, folder: str, *, excluded: dict[int, int | None], set_index: Callable[[int], None], report: Report
 ) -> PackedShard | Exception:
     try:
-        return pack_shard(plan, folder, report=report, mark=set_index, refused=excluded)
+        return pack_shard(plan, folder, report=report, set_index=set_index, excluded=excluded)
     except UserError as error:
         return error
     except Exception:

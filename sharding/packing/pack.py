@@ -62,31 +62,31 @@ def pack_shard(
     folder: str,
     *,
     report: Report = lambda progress: None,
-    mark: Callable[[int], None] = lambda position: None,
-    refused: Collection[int] = (),
+    set_index: Callable[[int], None] = lambda position: None,
+    excluded: Collection[int] = (),
 ) -> PackedShard:
     """Write `NAME.tar` and then `NAME.index` into `folder`.
 
-    `report` is called with the progress several times a second, `mark` with each image's position before it is decoded,
-    and with BETWEEN after that. Images at `refused` positions are failures, and not decoded. No other thread of the
-    process may decode meanwhile, nor print to stderr but by Python. Raises UserError when the output cannot be written,
-    when the tar has another sha256 than the plan asks for (then nothing is written), or when images vanish or change
-    while they are packed.
+    `report` is called with the progress several times a second, `set_index` with each image's position before it is
+    decoded, and with BETWEEN after that. Images at `excluded` positions are failures, and not decoded. No other thread
+    of the process may decode meanwhile, nor print to stderr but by Python. Raises UserError when the output cannot be
+    written, when the tar has another sha256 than the plan asks for (then nothing is written), or when images vanish or
+    change while they are packed.
     """
     stored: list[tuple[int, loading.StoredJpeg]] = []
     failures: list[Failure] = []
     damaged: list[int] = []
     bytes_read = 0
     reported = time.monotonic()
-    for first, contents in _read_groups(plan, refused=refused):
+    for first, contents in _read_groups(plan, excluded=excluded):
         for position, result in enumerate(
-            _to_stored_jpegs(plan, first, contents, mark=mark, note_damage=damaged.append), start=first
+            _to_stored_jpegs(plan, first, contents, set_index=set_index, note_damage=damaged.append), start=first
         ):
             if isinstance(result, loading.StoredJpeg):
                 stored.append((position, result))
             else:
                 failures.append(_failure(plan.records[position], result))
-        mark(BETWEEN)
+        set_index(BETWEEN)
         bytes_read += sum(len(content) for content in contents if isinstance(content, bytes))
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
@@ -131,7 +131,7 @@ def _to_stored_jpegs(
     first: int,
     contents: Sequence[bytes | loading.ImageError],
     *,
-    mark: Callable[[int], None],
+    set_index: Callable[[int], None],
     note_damage: Callable[[int], None],
 ) -> list[loading.StoredJpeg | loading.ImageError]:
     """The images from position `first` on as JPEGs, or why not."""
@@ -141,7 +141,7 @@ def _to_stored_jpegs(
         size=recipe.size,
         resize=recipe.resize,
         quality=recipe.quality,
-        mark=lambda number: mark(first + number),
+        mark=lambda number: set_index(first + number),
         note_damage=note_damage,
     )
 
@@ -173,7 +173,7 @@ def _make_sample(record: Record, original_size: tuple[int, int]) -> CaptionConte
 
 
 def _read_groups(
-    plan: ShardPlan, *, refused: Collection[int]
+    plan: ShardPlan, *, excluded: Collection[int]
 ) -> Iterator[tuple[int, list[bytes | loading.ImageError]]]:
     """The content of the plan's images in groups to be packed together: the first one's position, and all."""
     group: list[bytes | loading.ImageError] = []
@@ -181,7 +181,7 @@ def _read_groups(
     for position, content in enumerate(_read_images(plan)):
         if isinstance(content, loading.ImageError):
             group.append(content)
-        elif position in refused:
+        elif position in excluded:
             group.append(loading.ImageError("undecodable", "it crashes the decoder"))
         else:
             group.append(content)

@@ -30,11 +30,11 @@ from captioner.model.encoders import Encoder
 from captioner.model.network import CaptionModel, ModelConfig
 from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import read_split
-from captioner.vocabulary import END, PAD, START, Vocabulary, count_words, read_vocabulary, tokenize
+from captioner.vocabulary import END, PAD, START, Vocabulary, count_words, tokenize
 from captioner.workers import count_processors
 from contenders import NUM_WORDS
 from contenders.loader import loader_options
-from contenders.pictures import CAPTIONS, CROP, MEAN, SHARDS, STD
+from contenders.pictures import CAPTIONS, CROP, MEAN, SHARDS, STD, find_vocabulary
 from measuring.commands import pack_samples, shard_megabytes, stored_photos
 from measuring.figures import Contender, Cost
 from measuring.photos import SIZE, make_captions
@@ -99,11 +99,6 @@ def make_vocabulary(captions: Sequence[Sequence[str]]) -> Vocabulary:
     return replace(found, words=words, counts=counts)
 
 
-def find_vocabulary(folder: Path) -> Vocabulary:
-    """The vocabulary of the samples in `folder`."""
-    return read_vocabulary(str(folder / SHARDS / "vocabulary.json"), remedy="pack again")
-
-
 # ---- the book's loop --------------------------------------------------------------------------------------
 
 
@@ -114,7 +109,7 @@ class BookCaptions(Dataset[tuple[Tensor, list[int]]]):
         self.folder = folder / "loose"
         captions_of: dict[str, list[str]] = json.loads((self.folder / CAPTIONS).read_text())
         self.samples = [(name, caption) for name, captions in captions_of.items() for caption in captions]
-        self.vocabulary = find_vocabulary(folder)
+        self.vocabulary = find_vocabulary(folder / SHARDS)
         self.transform = transforms.Compose(
             [
                 transforms.RandomCrop(CROP),
@@ -214,7 +209,7 @@ class Trainer:
         self.accelerator = Accelerator(cpu=job.on_cpu, mixed_precision=job.precision)
         self.split = read_split([str(job.folder / SHARDS)], "train", remedy="pack again")
         self.batch = job.batch
-        vocabulary = find_vocabulary(job.folder)
+        vocabulary = find_vocabulary(job.folder / SHARDS)
         config = ModelConfig(encoder=job.encoder, vocabulary_size=len(vocabulary), dropout=DEFAULTS.dropout)
         torch.manual_seed(0)
         self.model = CaptionModel(config)

@@ -7,10 +7,9 @@ import numpy as np
 
 
 def content_sha256(text: str, arrays: Mapping[str, np.ndarray]) -> str:
-    """Hex sha256 of a text, and of each array's name, type, shape and elements; the order of the arrays does not count.
+    """Hex sha256 of a text and of each array's name, type, shape and elements; the order of the arrays does not matter.
 
-    The bytes of a safetensors file are another matter: its padding and the order of its tensors may change with the
-    library's version.
+    Unlike the bytes of a safetensors file, whose padding and order of tensors may change with the library's version.
     """
     digest = hashlib.sha256(text.encode())
     for name, array in sorted(arrays.items()):

@@ -1,8 +1,8 @@
-"""The dataset folder's contract: keys, samples, tar members, index and manifest. Imports no torch.
+"""The format of a dataset folder: keys, samples, tar members, index and manifest. Imports no torch.
 
 A sample is what webdataset makes of adjacent tar members with one key: `KEY.jpg` and `KEY.json` are the fields `jpg`
-and `json`. Beside `train-000000.tar` stands `train-000000.index`, and beside all shards `train.manifest.json`, which is
-written last.
+and `json`. The folder has an index for each shard (`train-000000.index` for `train-000000.tar`) and one manifest for
+all shards of a split (`train.manifest.json`), which is written last.
 """
 
 import json
@@ -24,17 +24,22 @@ from captioner.shards.content import content_sha256
 FORMAT_VERSION = 4
 BLOCK_BYTES = 512
 TAR_NAME_BYTES = 100
-MAX_FIELDS = 1 << 16  # of a shard: what uint16 numbers
-TAR_HEADER = (  # of an empty name and size, with blanks for the checksum, which counts them so
+MAX_FIELDS = 1 << 16  # of a shard: they are numbered in uint16
+TAR_HEADER = (  # without name and size; the checksum is computed with blanks in its own field
     bytes(100) + b"0000644\0" + 2 * b"0000000\0" + bytes(12) + b"00000000000\0" + 8 * b" " + b"0" + bytes(100)
     + b"ustar\x0000" + bytes(247)
 )  # fmt: skip
 SPLITS = ("train", "val", "test")
-NOT_KEPT = "not kept"  # how a manifest counts samples that were left out by choice
+NOT_KEPT = "not kept"  # the reason under which a manifest counts samples that `keep` left out
+PACK_FIRST = (
+    "pack it with sharding/make_shards.py (for COCO after sharding/download_coco.py), or index another program's tars "
+    "with sharding/check_shards.py index"
+)
 PACK_AGAIN = (
     "pack the split again with sharding/make_shards.py, or index another program's tars again with "
     "sharding/check_shards.py index"
 )
+RESTORE = f"restore the file or {PACK_AGAIN}"
 
 
 def sample_key(split: str, position: int) -> str:
@@ -43,7 +48,7 @@ def sample_key(split: str, position: int) -> str:
 
 
 def shard_name(split: str, number: int) -> str:
-    """A shard's file name without its ending."""
+    """A shard's file name without its extension."""
     return f"{split}-{number:06d}"
 
 
@@ -52,7 +57,7 @@ def shard_name(split: str, number: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Where one tar member's content lies, and its checksum."""
+    """Offset and size of a tar member's content in its file, and its checksum."""
 
     offset: int
     size: int
@@ -60,7 +65,7 @@ class Member:
 
 
 def _tar_header(name: bytes, size: int) -> bytes:
-    """What `tarfile` writes for a plain file of mode 644 and time 0, ten times as fast. Raises ValueError."""
+    """The header that `tarfile` writes for a file of mode 644 and time 0, ten times as fast. Raises ValueError."""
     if len(name) > TAR_NAME_BYTES or size >= 8**11:
         raise ValueError(f"{name!r} with {size} bytes does not fit a USTAR header")
     header = bytearray(TAR_HEADER)
@@ -71,14 +76,14 @@ def _tar_header(name: bytes, size: int) -> bytes:
 
 
 class TarBuilder:
-    """Collects members of a plain USTAR file whose bytes depend on names and contents alone."""
+    """Builds a plain USTAR file whose bytes depend only on the names and contents of its members."""
 
     def __init__(self) -> None:
         self._chunks: list[bytes] = []
         self._size = 0
 
     def add(self, name: str, content: bytes) -> Member:
-        """Append a member and say where its content lies."""
+        """Append a member and return its offset, size and checksum."""
         padding = bytes(-len(content) % BLOCK_BYTES)
         self._chunks += (_tar_header(name.encode(), len(content)), content, padding)
         offset = self._size + BLOCK_BYTES
@@ -96,9 +101,9 @@ class TarBuilder:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """What could not be used, and why: `reason` is what failures are counted by.
+    """An input that could not be used, and why. Failures are counted by `reason`.
 
-    `name` is that of a file, a sample or a tar member, empty where it is not known.
+    `name` is that of a file, a sample or a tar member; it is empty if it is not known.
     """
 
     name: str
@@ -108,7 +113,7 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardIndex:
-    """Where the M members of a shard's S samples are, in the tar's order; loads without parsing each sample.
+    """The members of a shard's samples, in the order of the tar: M members of S samples, as arrays.
 
     `keys_S` holds bytes strings. The members of sample s are `first_member[s]:first_member[s + 1]` of the arrays with
     suffix M; member m is the field `fields[member_fields_M[m]]` (`jpg`, `seg.png`, ...: lower case, as webdataset names
@@ -133,14 +138,14 @@ class ShardIndex:
         facts: dict[str, Any],
         optional: Mapping[str, np.ndarray] | None = None,
     ) -> "ShardIndex":
-        """The index of samples in order, each a key and its members by field, in the tar's order.
+        """The index of samples in the order of the tar, each a key and its members by field.
 
-        Raises TooManyFieldsError for more than MAX_FIELDS names of fields.
+        Raises TooManyFieldsError for more than MAX_FIELDS different fields.
         """
         names = [key.encode(errors="surrogateescape") for key, _ in samples]
         fields = sorted({name for _, members in samples for name in members})
         if len(fields) > MAX_FIELDS:
-            raise TooManyFieldsError(f"{len(fields):,} names of fields, such as {fields[0]}")
+            raise TooManyFieldsError(f"{len(fields):,} different fields, such as {fields[0]}")
         number_of = {name: number for number, name in enumerate(fields)}
         table = [(number_of[name], m.offset, m.size, m.crc32) for _, found in samples for name, m in found.items()]
         table_4M = np.array(table, dtype=np.int64).reshape(len(table), 4).T
@@ -160,7 +165,7 @@ class ShardIndex:
         return len(self.keys_S)
 
     def key(self, place: int) -> str:
-        """A sample's key as text that can be shown; bytes of other people's keys that are no UTF-8 become `\\xNN`."""
+        """A sample's key as printable text; bytes that are not UTF-8 become `\\xNN`."""
         return self.keys_S[place].decode(errors="backslashreplace")
 
     def members(self, place: int) -> dict[str, Member]:
@@ -173,18 +178,18 @@ class ShardIndex:
 
     @property
     def failures(self) -> list[Failure]:
-        """What of the shard's input could not be used."""
+        """The inputs of the shard that could not be used."""
         return [Failure(**failure) for failure in self.facts["failures"]]
 
     @property
     def num_not_kept(self) -> int:
-        """How many samples of the tar were left out by choice."""
+        """How many samples of the tar `keep` left out."""
         return self.facts.get("not_kept", 0)
 
     def to_bytes(self) -> bytes:
         """The index file: arrays in the safetensors format, and in its header a checksum with the rest as JSON.
 
-        The checksum is of the content (`content_sha256`), so that any safetensors file that says the same is whole.
+        The checksum is that of the content (`content_sha256`), so it holds for any safetensors file of equal content.
         """
         arrays = {
             **self.optional,
@@ -196,12 +201,12 @@ class ShardIndex:
             "crc32s": self.crc32s_M,
         }
         facts = json.dumps({"format_version": FORMAT_VERSION, "fields": self.fields, **self.facts}, sort_keys=True)
-        # One entry only: safetensors writes several in any order, and equal indexes shall be equal bytes.
+        # One entry only: safetensors writes several in any order, and equal indexes must have equal bytes.
         return save_arrays(arrays, metadata={"facts": content_sha256(facts, arrays) + facts})
 
     @classmethod
     def from_bytes(cls, data: bytes, *, origin: str) -> "ShardIndex":
-        """Read `to_bytes`; `origin` names the file in errors. Raises UserError where it cannot be used."""
+        """The index in the bytes of `to_bytes`. Raises UserError, with the file name `origin`, if it cannot be used."""
         try:
             arrays = load_arrays(data)
             header = data[8 : 8 + int.from_bytes(data[:8], "little")].decode("ascii")
@@ -228,20 +233,20 @@ class ShardIndex:
         return index
 
     def _check_shapes(self) -> None:
-        """Raise ValueError for arrays that do not belong together."""
+        """Raise ValueError for arrays that do not fit each other."""
         num_members = (int(self.first_member[-1]),)
         in_order = self.first_member[0] == 0 and (np.diff(self.first_member) >= 0).all()
         if self.first_member.shape != (len(self) + 1,) or not in_order:
-            raise ValueError("its members do not belong to its samples")
+            raise ValueError("its members do not fit its samples")
         arrays = (self.member_fields_M, self.offsets_M, self.sizes_M, self.crc32s_M)
         if any(array_M.shape != num_members for array_M in arrays):
             raise ValueError("its arrays have different lengths")
         if (self.member_fields_M >= len(self.fields)).any():
-            raise ValueError("its members have fields without a name")
+            raise ValueError("some members have no field name")
 
 
 class TooManyFieldsError(Exception):
-    """More names of fields than an index can number."""
+    """More different fields than an index can number."""
 
 
 class FormatError(UserError):
@@ -259,10 +264,10 @@ def check_format(found: object, *, origin: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardEntry:
-    """One shard as its manifest lists it; `name` has no ending.
+    """One shard as its manifest lists it; `name` has no extension.
 
-    `failures` is how many samples were left out, `fingerprint` of all that the shard is made from. Only captioned
-    pictures have `captions`.
+    `failures` is the number of samples that were left out, `fingerprint` a hash of all that the shard was made from.
+    Only captioned pictures have `captions`.
     """
 
     name: str
@@ -275,7 +280,7 @@ class ShardEntry:
 
     @classmethod
     def of(cls, name: str, index: ShardIndex) -> "ShardEntry":
-        """What a shard's index says of it."""
+        """The entry of a shard with this index."""
         return cls(
             name=name,
             samples=len(index),
@@ -289,7 +294,7 @@ class ShardEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What a complete split holds. `settings` and `source` say how it was made; `failures` counts by reason."""
+    """A complete split. `settings` and `source` say how it was made; `failures` counts failures by reason."""
 
     split: str
     shards: tuple[ShardEntry, ...]
@@ -310,12 +315,12 @@ class Manifest:
 
 
 def manifest_location(folder: str, split: str) -> str:
-    """Where a split's manifest lies."""
+    """The path or URL of a split's manifest."""
     return storage.join(folder, f"{split}.manifest.json")
 
 
 def read_manifest(folder: str, split: str, *, remedy: str) -> Manifest:
-    """The manifest of a complete split. Raises UserError, with `remedy`, when the split is not there."""
+    """The manifest of a complete split. Raises UserError, with `remedy`, if there is none."""
     origin = manifest_location(folder, split)
     content = storage.read_json(origin, remedy=remedy)
     try:

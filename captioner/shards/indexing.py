@@ -1,7 +1,7 @@
-"""Tars that any program wrote: which samples they hold in webdataset's convention, and the index files of a split.
+"""Indexes of tars that any program wrote, by webdataset's convention.
 
-Members of one sample are adjacent. Its key is their path up to the first dot of the file name, its fields are named by
-what follows, in lower case. Nothing is unpacked or changed, and what cannot be used is counted by reason.
+Adjacent members with one key are a sample. The key is their path up to the first dot of the file name, and the rest of
+the name, in lower case, is the field. Nothing is unpacked or changed, and what cannot be used is counted by reason.
 """
 
 import hashlib
@@ -36,18 +36,18 @@ from captioner.shards.tar_walk import Buffer, DamagedTarError, TarMember, open_t
 from captioner.shards.writing import claim, count_reasons, write, write_manifest, writing
 
 BACKEND = "foreign"
-ANY, CHOSEN = "any", "chosen"  # what the manifest's settings call samples that are not captioned pictures
+ANY, CHOSEN = "any", "chosen"  # samples in the manifest's settings, unless they are captioned pictures
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-NO_SAMPLE = "a sample is adjacent files KEY.FIELD, with no dot in the key"
-UNPACK = "samples are read out of the middle of a tar, so unpack it to a plain one first (gunzip, unxz, unzstd)"
+COMPRESSED_EXTENSIONS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+NO_SAMPLE = "a sample is adjacent files KEY.FIELD, without a dot in the key"
+UNPACK = "samples are read from the middle of a tar, so unpack it to a plain tar first (gunzip, unxz, unzstd)"
 
 _KEY_AND_FIELD = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's `base_plus_ext`
 _META = re.compile(r"__[^/]*__($|/)")  # what webdataset skips
 _RESERVED = re.compile(r"__\w+__")  # fields that readers add to a sample
 
 TarSample = tuple[str, dict[str, TarMember]]
-MakeIndex = Callable[..., ShardIndex]  # (tar's content, *, name without ending, sha256)
+MakeIndex = Callable[..., ShardIndex]  # (tar's content, *, name without extension, sha256)
 
 
 def index_shards(
@@ -58,12 +58,12 @@ def index_shards(
     num_workers: int = 1,
     keep: Callable[[str, dict[str, bytes]], bool] | None = None,
 ) -> Manifest:
-    """Index the tars of a folder or URL that fit `pattern`, so that they can be streamed as `split`.
+    """Index the tars of a folder or URL that match `pattern`, so that they can be streamed as `split`.
 
-    Without a pattern these are `SPLIT*.tar` where there are any, else `*.tar`. Beside each tar an index is written, and
-    last of all `SPLIT.manifest.json`. `keep` chooses samples by their key and content by field; the others are counted
-    in the manifest. More than one worker are processes: `keep` is then a module's function, and a script calls this
-    under `if __name__ == "__main__"`. Raises UserError.
+    Without a pattern these are `SPLIT*.tar` if there are any, else `*.tar`. Writes an index next to each tar, and at
+    the end `SPLIT.manifest.json`. `keep(key, content by field)` says which samples to keep; the others are counted in
+    the manifest. More than one worker are processes: then `keep` must be a function of a module, and a script must call
+    this under `if __name__ == "__main__"`. Raises UserError.
     """
     if split not in SPLITS:
         raise UserError(f"there is no split {split!r}: give one of {', '.join(SPLITS)}")
@@ -93,7 +93,7 @@ def index_shards(
 
 
 def _processes(number: int) -> Any:
-    """A context that gives an executor, or None where this process does the work."""
+    """A context with an executor, or with None if this process does the work."""
     if number <= 1:
         return nullcontext()
     return ProcessPoolExecutor(number, mp_context=multiprocessing.get_context("spawn"))
@@ -105,17 +105,17 @@ def _keep(keep: Callable[[str, dict[str, bytes]], bool], data: Buffer, sample: T
 
 
 def is_foreign(manifest: Manifest) -> bool:
-    """Whether the split's tars were only indexed, not made, by this program."""
+    """Whether this program only indexed the split's tars, and did not write them."""
     return manifest.settings.get("backend") == BACKEND or "pattern" in manifest.source
 
 
 def is_any(manifest: Manifest) -> bool:
-    """Whether the split's samples are of any kind, not captioned pictures."""
+    """Whether the split's samples are anything but captioned pictures."""
     return "samples" in manifest.settings
 
 
 def is_chosen(manifest: Manifest) -> bool:
-    """Whether the split holds those samples of its tars that a caller chose: the tars alone do not tell which."""
+    """Whether `keep` chose the split's samples, so that the tars alone do not say which they are."""
     return manifest.settings.get("samples") == CHOSEN
 
 
@@ -130,7 +130,7 @@ def index_any(
     recipe: dict[str, Any],
     choose: Callable[[Buffer, TarSample], bool] | None = None,
 ) -> ShardIndex:
-    """The index of a tar's samples of any kind, or of those that `choose` takes."""
+    """The index of a tar's samples, or of those for which `choose` is true."""
     failures: list[Failure] = []
     samples = []
     num_not_kept = 0
@@ -143,13 +143,13 @@ def index_any(
     index = ShardIndex.of(samples, foreign_facts(data, sha256=sha256, recipe=recipe, failures=failures))
     if num_not_kept:
         index.facts["not_kept"] = num_not_kept
-    # The same tar may be indexed in other ways elsewhere, and caches keep shards by their content.
+    # The same tar may be indexed with other samples elsewhere.
     index.facts["fingerprint"] = content_sha256(sha256, {"offsets": index.offsets_M})
     return index
 
 
 def foreign_facts(data: Buffer, *, sha256: str, recipe: dict[str, Any], failures: Sequence[Failure]) -> dict[str, Any]:
-    """The facts of an index that stands beside another program's tar."""
+    """The facts of an index of another program's tar."""
     return {
         "bytes": len(data),
         "sha256": sha256,
@@ -161,9 +161,9 @@ def foreign_facts(data: Buffer, *, sha256: str, recipe: dict[str, Any], failures
 
 
 def find_samples(data: Buffer, failures: list[Failure], *, name: str) -> Iterator[TarSample]:
-    """The tar's samples in order: each a key and its members by field; what is of no use goes to `failures`.
+    """The tar's samples in order, each a key and its members by field; what cannot be used goes to `failures`.
 
-    The same key comes again where members with it are not adjacent.
+    Members with one key that are not adjacent are several samples.
     """
     for key, members in _groups(data, failures, name=name):
         counts = Counter(field for field, _ in members)
@@ -186,7 +186,7 @@ def _groups(data: Buffer, failures: list[Failure], *, name: str) -> Iterator[tup
             if member.kind != "file":
                 failures.append(Failure(name=member.name, reason="not a file", message=member.kind))
             elif match is None:
-                failures.append(Failure(name=member.name, reason="no key", message="the name has no ending"))
+                failures.append(Failure(name=member.name, reason="no key", message="the name has no extension"))
             else:
                 if members and match[1] != key:
                     yield key, members
@@ -200,7 +200,7 @@ def _groups(data: Buffer, failures: list[Failure], *, name: str) -> Iterator[tup
 
 
 def checked(data: Buffer, member: TarMember) -> Member:
-    """A member as an index has it, with its checksum."""
+    """A member with its checksum, as in an index."""
     return Member(member.offset, member.size, zlib.crc32(data[member.offset : member.offset + member.size]))
 
 
@@ -208,21 +208,21 @@ def checked(data: Buffer, member: TarMember) -> Member:
 
 
 def find_tars(folder: str, split: str, pattern: str | None, *, remedy: str) -> tuple[list[str], str]:
-    """Names, without ending, of the tars to index, and the pattern that they fit.
+    """Names, without extension, of the tars to index, and the pattern that they match.
 
-    Raises UserError, with `remedy` where no file fits.
+    Raises UserError, with `remedy` if no file matches.
     """
     for tried in [pattern] if pattern else [f"{split}*.tar", "*.tar"]:
         names = list_names(folder, tried)
         if names:
             break
     else:
-        packed = [name for ending in COMPRESSED_ENDINGS for name in list_names(folder, f"*{ending}")]
+        packed = [name for extension in COMPRESSED_EXTENSIONS for name in list_names(folder, f"*{extension}")]
         if packed:
             raise UserError(f"{folder} holds compressed tars such as {packed[0]}: {UNPACK}")
         raise UserError(f"no file in {folder} fits {tried}: {remedy}")
     for name in names:
-        if name.endswith(COMPRESSED_ENDINGS):
+        if name.endswith(COMPRESSED_EXTENSIONS):
             raise UserError(f"{storage.join(folder, name)} is compressed: {UNPACK}")
         if not name.endswith(".tar"):
             raise UserError(f"{storage.join(folder, name)} fits {tried} and is no .tar: {remedy}")
@@ -230,9 +230,9 @@ def find_tars(folder: str, split: str, pattern: str | None, *, remedy: str) -> t
 
 
 def list_names(folder: str, pattern: str, *, missing: str = "there is no folder {}: check the path") -> list[str]:
-    """Names of the files in a folder that fit `pattern`, sorted; `/` in a pattern reaches into folders.
+    """Names of the files in a folder that match `pattern`, sorted; with `/` in the pattern, in its folders.
 
-    Raises UserError, with `missing` where there is no folder.
+    Raises UserError, with `missing` if there is no folder.
     """
     try:
         return storage.find_files(folder, pattern)
@@ -243,7 +243,7 @@ def list_names(folder: str, pattern: str, *, missing: str = "there is no folder 
 
 
 def refuse_others(folder: str, split: str, names: Sequence[str]) -> None:
-    """Raise UserError for tars of another split, and for shards that make_shards.py made."""
+    """Raise UserError for tars of another split, and for shards of make_shards.py."""
     for other in SPLITS:
         if not storage.exists(manifest_location(folder, other)):
             continue
@@ -279,10 +279,9 @@ def index_tars(
     executor: Executor | None = None,
     remedy: str = NO_SAMPLE,
 ) -> Iterator[tuple[str, ShardIndex]]:
-    """Write each tar's index beside it and give it, in the order of `names`.
+    """Write an index next to each tar and yield it, in the order of `names`.
 
-    A manifest that is there is deleted first. Nothing is written, and UserError raised, with `remedy`, where no sample
-    can be used.
+    An earlier manifest is deleted first. If no sample can be used, writes nothing and raises UserError, with `remedy`.
     """
     work = partial(_index_tar, folder, make_index)
     written = False
@@ -319,4 +318,4 @@ def _index_tar(folder: str, make_index: MakeIndex, name: str) -> ShardIndex:
     except TooManyFieldsError as error:
         raise UserError(f"{location} has {error}: {NO_SAMPLE}") from error
     except OSError as error:
-        raise UserError(f"cannot read {location} ({error.strerror or error}): mend that and run again") from error
+        raise UserError(f"cannot read {location} ({error.strerror or error}): fix this and run again") from error

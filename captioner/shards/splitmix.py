@@ -1,7 +1,7 @@
-"""Random bits and orders that are functions of their key alone, on any machine and under any version of any library.
+"""Random bits and permutations that depend only on their key, on any machine and with any version of any library.
 
-Python and NumPy promise neither for their own shuffles: what they decide (which sample lies in which shard, and comes
-when) would change with an update.
+Python and NumPy promise this for none of their shuffles: with an update of theirs, samples would move to other shards
+and positions.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 
 def random_bits(counters: np.ndarray, *key: int) -> np.ndarray:
-    """64 random bits (uint64) for each counter, a function of key and counter alone: SplitMix64's output function."""
+    """64 random bits (uint64) for each counter, a function of key and counter: SplitMix64's output function."""
     state = np.zeros(1, dtype=np.uint64)
     for part in key:
         state = _mix(state + np.uint64((part * GOLDEN + GOLDEN) & MASK))
@@ -25,7 +25,7 @@ def _mix(bits: np.ndarray) -> np.ndarray:
 
 
 def random_integer(counter: int, *key: int) -> int:
-    """`random_bits` of one counter, without NumPy, whose overhead would be most of the time."""
+    """`random_bits` of one counter, without NumPy, whose overhead would take most of the time."""
     state = 0
     for part in key:
         state = _mix_integer(state + part * GOLDEN + GOLDEN)
@@ -40,5 +40,5 @@ def _mix_integer(bits: int) -> int:
 
 
 def random_order(length: int, *key: int) -> np.ndarray:
-    """A permutation of `length` numbers, a function of the key alone."""
+    """A permutation of the numbers below `length`, a function of the key."""
     return np.argsort(random_bits(np.arange(length), *key), kind="stable")

@@ -1,4 +1,4 @@
-"""A tar file's members, read from the file itself: where each lies and what it is. Knows no index and no manifest."""
+"""The members of a tar file, read from the tar itself, without an index or a manifest."""
 
 import io
 import mmap
@@ -16,12 +16,12 @@ Buffer = mmap.mmap | bytes
 
 
 class DamagedTarError(Exception):
-    """What is wrong with a tar file, and at which byte."""
+    """The tar file is damaged; the message says how, and at which byte."""
 
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """One member: where its headers begin, where its content lies, and what it is (`file`, `folder` or another)."""
+    """A member: `start` of its headers, `offset` and `size` of its content, and `kind` (`file`, `folder`, …)."""
 
     name: str
     kind: str
@@ -31,13 +31,13 @@ class TarMember:
 
     @property
     def is_plain(self) -> bool:
-        """Whether a single header stands before the content of a regular file, as in the tars that we write."""
+        """Whether it is a regular file with a single header, as in the tars that we write."""
         return self.kind == "file" and self.offset == self.start + BLOCK_BYTES
 
 
 @contextmanager
 def open_tar(location: str) -> Iterator[Buffer]:
-    """A file's content; on disk it is mapped, behind a URL it is fetched whole. Raises OSError."""
+    """A file's content: a memory map of a file on disk, the downloaded bytes of one behind a URL. Raises OSError."""
     if storage.is_remote(location):
         yield storage.read_bytes(location)
         return
@@ -52,8 +52,8 @@ def open_tar(location: str) -> Iterator[Buffer]:
 def walk(data: Buffer) -> Iterator[TarMember]:
     """All members in order, of any uncompressed tar that Python reads (USTAR, PAX, GNU).
 
-    Raises DamagedTarError, after the whole members, where the file is cut, holds a bad header, or goes on behind its
-    end. An archive that ends without tar's closing blocks is whole.
+    Raises DamagedTarError, after the intact members, if the file is cut, has a bad header, or has data after its end.
+    An archive without tar's closing blocks is accepted.
     """
     if not len(data):
         raise DamagedTarError("it is empty")
@@ -63,9 +63,11 @@ def walk(data: Buffer) -> Iterator[TarMember]:
     try:
         with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
             while (info := tar.next()) is not None:
-                tar.members = []  # type: ignore[missing-attribute]  # else all are kept while the archive is open
+                tar.members = []  # type: ignore[missing-attribute]  # or all are kept while the archive is open
                 if info.offset < end or info.size < 0 or info.offset_data + info.size > len(data):
-                    raise DamagedTarError(f"{info.name} at byte {info.offset:,} goes beyond the end: the file is cut")
+                    raise DamagedTarError(
+                        f"{info.name} at byte {info.offset:,} ends after the end of the file, which is cut"
+                    )
                 end = info.offset_data + info.size
                 yield TarMember(info.name, _kind(info), info.offset, info.offset_data, info.size)
             stopped = tar.offset
@@ -76,7 +78,7 @@ def walk(data: Buffer) -> Iterator[TarMember]:
     if any(data[stopped : stopped + BLOCK_BYTES]):
         raise DamagedTarError(f"there is no tar header at byte {stopped:,}")
     if data[stopped:].strip(b"\0"):
-        raise DamagedTarError(f"there is more behind the archive's end at byte {stopped:,} (several tars in one?)")
+        raise DamagedTarError(f"there is data after the end of the archive at byte {stopped:,} (several tars in one?)")
 
 
 def _kind(info: tarfile.TarInfo) -> str:

@@ -1,4 +1,4 @@
-"""What one process at a time writes into a dataset folder: indexes, the list of failures and, last, the manifest."""
+"""Writes a dataset folder, one process at a time: indexes, the list of failures and, last, the manifest."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ def claim_location(folder: str, split: str) -> str:
 
 @contextmanager
 def claim(folder: str, split: str) -> Iterator[None]:
-    """Hold the right to pack `split` into `folder`. Raises UserError while another process holds it."""
+    """Own `split` in `folder` while it is packed. Raises UserError if another process does."""
     with owned(claim_location(folder, split), doing="is packing this split into this folder"):
         _sweep(folder, split)
         try:
@@ -32,7 +32,7 @@ def claim(folder: str, split: str) -> Iterator[None]:
 
 
 def _sweep(folder: str, split: str) -> None:
-    """Remove what a killed packer of this split left half written; the vocabulary is the training packer's."""
+    """Delete the partial files of a killed packer of this split; the vocabulary belongs to the train split."""
     if storage.is_remote(folder):
         return
     for pattern in (f"{split}[-.]*.partial", *(["vocabulary.json.*.partial"] if split == "train" else [])):
@@ -49,12 +49,12 @@ def write(location: str, content: bytes | str) -> None:
 
 @contextmanager
 def writing(location: str) -> Iterator[str]:
-    """What fails while a file of the dataset folder is written, as a UserError."""
+    """Raise UserError for an OSError while a file of the dataset folder is written."""
     try:
         yield location
     except OSError as error:
         raise UserError(
-            f"cannot write {location} ({error.strerror or error}): mend that (is the disk full, or read-only?) and run "
+            f"cannot write {location} ({error.strerror or error}): fix this (is the disk full or read-only?) and run "
             "the same command again; finished shards are kept"
         ) from error
 
@@ -69,9 +69,9 @@ def write_manifest(
     settings: dict[str, Any],
     source: dict[str, Any],
 ) -> Manifest:
-    """Write the list of failures and, last of all, the manifest, which adds `records` to `source`. Raises UserError.
+    """Write the list of failures and then the manifest, which adds `records` to `source`. Raises UserError.
 
-    `num_not_kept` samples were left out by choice; the manifest counts them, and the list does not name them.
+    `num_not_kept` samples were left out by `keep`; the manifest counts them, and the list does not name them.
     """
     manifest = Manifest(
         split=split,
@@ -95,5 +95,5 @@ def count_reasons(failures: Sequence[Failure], *, num_not_kept: int) -> dict[str
 
 
 def manifest_fingerprint(shards: Sequence[ShardEntry]) -> str:
-    """The fingerprint that belongs to a manifest with these shards."""
+    """The fingerprint of a manifest with these shards."""
     return hashlib.sha256(json.dumps([shard.fingerprint for shard in shards]).encode()).hexdigest()

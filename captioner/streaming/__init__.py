@@ -1,4 +1,4 @@
-"""Samples of tar shards for any training loop: each exactly once an epoch, in one order, resumed by a seek.
+"""Samples of tar shards for any training loop: each exactly once an epoch, in one order, with exact resume.
 
 from captioner.streaming import StreamingLoader
 loader = StreamingLoader("data/shards", split="train", batch_size=256)
@@ -28,7 +28,7 @@ __all__ = [
 _MODULES = {"StreamingLoader": "loader", "SampleError": "reader", "Ledger": "ledger", "batch_buffer": "buffers"}
 
 
-def __getattr__(name: str) -> Any:  # the order and the cache are for programs without torch too
+def __getattr__(name: str) -> Any:  # so that the order and the cache can be imported without torch
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -1,8 +1,8 @@
-"""Memory for batches that workers fill and the training process reads without a copy, and what is in a batch.
+"""Shared memory for batches, which workers fill and the training process reads without a copy.
 
-A worker takes a buffer, fills it and returns tensors in it. They arrive as the buffer's number; the training process
-makes tensors of the same memory, and the worker may fill the buffer again once the last of them is gone. Who keeps all
-batches loses nothing: a worker that finds no free buffer takes fresh memory.
+A worker takes a buffer, fills it and returns tensors of it. These are sent as the number of the buffer; the training
+process makes tensors of the same memory, and the worker may fill the buffer again once the last of them is freed. A
+consumer may keep all batches: a worker that finds no free buffer allocates new memory.
 """
 
 import copy
@@ -18,23 +18,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-PLAIN = frozenset((str, bytes, int, float, bool, type(None)))  # no container, no tensor
+PLAIN = frozenset((str, bytes, int, float, bool, type(None)))  # neither containers nor tensors
 
 
 def batch_buffer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor for a batch, to be filled in `transform` or `collate` and returned in the batch.
 
-    It reaches the training process without a copy, and is used again when that process has dropped the batch: keep no
-    tensor of it elsewhere. Outside of these functions it is a plain tensor.
+    It is passed to the training process without a copy, and reused when that process has freed the batch: keep no
+    reference to it elsewhere. Outside of these functions it is an ordinary tensor.
     """
     return torch.empty(tuple(shape), dtype=dtype) if _own is None else _own.take(shape, dtype)
 
 
-_own: "WorkerBuffers | None" = None  # of the loader that makes a batch in this process
+_own: "WorkerBuffers | None" = None  # those of the loader that makes a batch in this process now
 
 
 class Slot:
-    """A tensor in a buffer. `memory` is the buffer, where the training process has not seen it yet."""
+    """A tensor in a buffer. `memory` is the buffer itself, the first time that it is sent, or None."""
 
     def __init__(self, number: int, memory: Tensor | None, tensor: Tensor) -> None:
         self.number, self.memory, self.dtype = number, memory, tensor.dtype
@@ -42,9 +42,9 @@ class Slot:
 
 
 class WorkerBuffers:
-    """The side that fills: at most `count` buffers, whose state is `taken[first:first + count]` in shared memory.
+    """The buffers of one worker: at most `count`, whose flags are `taken[first:first + count]` in shared memory.
 
-    Only a worker sets a flag, only the training process clears it.
+    Only the worker sets a flag, and only the training process clears it.
     """
 
     def __init__(self, taken: Tensor, *, first: int, count: int) -> None:
@@ -56,7 +56,7 @@ class WorkerBuffers:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """While entered `batch_buffer` takes from these; those that went into no batch are free again after it."""
+        """While entered, `batch_buffer` takes these buffers. At the end those that are in no batch are freed."""
         global _own  # noqa: PLW0603
         before, _own = _own, self
         try:
@@ -67,7 +67,7 @@ class WorkerBuffers:
             self._in_hand.clear()
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A free buffer as a tensor; fresh memory where there is none."""
+        """A free buffer as a tensor; new memory if there is none."""
         num_bytes = math.prod(shape) * dtype.itemsize
         for number in self._numbers:
             if not self._taken[number]:
@@ -83,7 +83,7 @@ class WorkerBuffers:
         return torch.empty(tuple(shape), dtype=dtype)
 
     def give(self, batch: Any) -> tuple[Any, bool]:
-        """The batch with Slots for tensors in buffers, and whether there are any."""
+        """The batch with Slots instead of tensors in buffers, and whether there are any."""
         if not self._in_hand:
             return batch, False
         given: set[int] = set()
@@ -108,7 +108,7 @@ class WorkerBuffers:
 
 
 class Buffers:
-    """The training process's side, of all workers."""
+    """The buffers of all workers, in the training process."""
 
     def __init__(self, *, num_workers: int, count: int) -> None:
         self.taken = torch.zeros(max(1, num_workers) * count, dtype=torch.uint8)
@@ -118,7 +118,7 @@ class Buffers:
         self._memory: dict[int, Tensor] = {}
 
     def open(self, batch: Any) -> Any:
-        """The batch with tensors for Slots; several in one buffer keep it taken until the last is gone."""
+        """The batch with tensors instead of Slots; a buffer is taken until the last tensor in it is freed."""
         owners: dict[int, Tensor] = {}
         return map_leaves(batch, lambda value: self._tensor(value, owners) if isinstance(value, Slot) else value)
 
@@ -126,7 +126,7 @@ class Buffers:
         if slot.memory is not None:
             self._memory[slot.number] = slot.memory
         if slot.number not in owners:
-            owner = np.frombuffer(self._memory[slot.number].numpy(), dtype=np.uint8)  # lives as long as its tensors
+            owner = np.frombuffer(self._memory[slot.number].numpy(), dtype=np.uint8)  # it lives as long as its tensors
             weakref.finalize(owner, self._flags.__setitem__, slot.number, 0)
             owners[slot.number] = torch.from_numpy(owner)
         whole = owners[slot.number]
@@ -135,9 +135,9 @@ class Buffers:
 
 
 def map_leaves(batch: Any, change: Callable[[Any], Any], *, until: str = "") -> Any:
-    """The batch with each value changed that is no container, or that has an attribute `until`.
+    """The batch with `change` applied to each value that is not a container, or that has an attribute `until`.
 
-    Containers are dictionaries, lists, tuples and dataclasses; those in which nothing changes stay themselves.
+    Containers are dictionaries, lists, tuples and dataclasses; one in which nothing changes is returned itself.
     """
     if type(batch) in PLAIN:
         return batch
@@ -163,7 +163,7 @@ def map_leaves(batch: Any, change: Callable[[Any], Any], *, until: str = "") -> 
 
 
 def _rebuilt(batch: Any, names: list[Any], values: list[Any]) -> Any:
-    """A container like `batch` with other values."""
+    """A container of the same type with new values."""
     if isinstance(batch, tuple | list):
         return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     if type(batch) is dict:
@@ -178,6 +178,6 @@ def _rebuilt(batch: Any, names: list[Any], values: list[Any]) -> Any:
 
 
 def pinned(batch: Any) -> Any:
-    """The batch with its tensors, and objects that have a `pin_memory()`, in page-locked memory."""
+    """The batch with its tensors, and its objects that have a method `pin_memory`, in page-locked memory."""
     name = "pin_memory"
     return map_leaves(batch, lambda value: value.pin_memory() if hasattr(value, name) else value, until=name)

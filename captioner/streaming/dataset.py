@@ -10,12 +10,12 @@ from functools import cached_property
 from captioner.errors import StreamingError
 from captioner.shards.format import Manifest, ShardEntry, read_manifest
 
-NOT_THERE = "index_shards makes it for tars that are there"
+NOT_THERE = "index_shards writes it for existing tars"
 
 
 @dataclass(frozen=True)
 class Split:
-    """The shards of the folders' manifests, one manifest after the other."""
+    """The shards of one or several manifests, one manifest after the other."""
 
     name: str
     folders: tuple[str, ...]
@@ -28,7 +28,7 @@ class Split:
         return [(folder, entry) for folder, manifest in pairs for entry in manifest.shards]
 
     def only(self, numbers: Sequence[int]) -> "Split":
-        """The split of some of the shards, given by their numbers, in the order of these."""
+        """A split of the shards with these numbers, in this order."""
         pairs = [self.shards[number] for number in numbers]
         manifest_of = dict(zip(self.folders, self.manifests, strict=True))
         manifests = tuple(replace(manifest_of[folder], shards=(entry,)) for folder, entry in pairs)
@@ -36,46 +36,45 @@ class Split:
 
     @property
     def num_samples(self) -> int:
-        """Samples of all shards."""
+        """How many samples all shards have."""
         return sum(manifest.num_samples for manifest in self.manifests)
 
     @property
     def bytes(self) -> int:
-        """Bytes of all shards."""
+        """How many bytes all shards have."""
         return sum(entry.bytes for _, entry in self.shards)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex sha256 of what decides which sample stands where."""
+        """Hex sha256 of all that decides which sample has which number."""
         content = [[entry.sha256, entry.samples, entry.fingerprint] for _, entry in self.shards]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Samples of each shard."""
+        """How many samples each shard has."""
         return [entry.samples for _, entry in self.shards]
 
 
 def read_split(folders: Sequence[str], name: str, *, remedy: str = NOT_THERE) -> Split:
     """The split of all `folders`.
 
-    Raises UserError, with `remedy`, where one of them does not hold it, and StreamingError where two hold the same
-    shard.
+    Raises UserError, with `remedy`, if a folder has no such split, and StreamingError if two have the same shard.
     """
     if not folders:
-        raise StreamingError("no dataset folder is named: give at least one")
+        raise StreamingError("there is no dataset folder: give at least one")
     split = Split(name, tuple(folders), tuple(read_manifest(folder, name, remedy=remedy) for folder in folders))
     counts = Counter(entry.sha256 for _, entry in split.shards if entry.samples)
     twice = [f"{folder}/{entry.name}" for folder, entry in split.shards if counts[entry.sha256] > 1]
     if twice:
-        raise StreamingError(f"the same shards are named twice ({', '.join(twice[:4])}): name each folder once")
+        raise StreamingError(f"the same shards are given twice ({', '.join(twice[:4])}): give each folder once")
     return split
 
 
 def check_filled(split: Split) -> None:
-    """Raise StreamingError for a split without samples: nothing could be done with it."""
+    """Raise StreamingError for a split without samples."""
     if not split.num_samples:
         raise StreamingError(
             f"the {split.name} split in {split.folders[0]} holds no samples: see its {split.name}.failures.jsonl, or "
-            "name another split"
+            "give another split"
         )

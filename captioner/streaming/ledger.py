@@ -1,16 +1,16 @@
-"""What became of the samples that were planned. Imports no torch."""
+"""Counts of the samples that were planned, read, decoded and skipped. Imports no torch."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 SHOWN = 5
-READ_FIRST = ("shard missing", "shard damaged", "checksum")  # reasons of samples that were not even read
+READ_FIRST = ("shard missing", "shard damaged", "checksum")  # reasons why a sample could not be read
 
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """A sample, by its position in the epoch, that could not be used, and why."""
+    """A sample that could not be used, by its position in the epoch, and why."""
 
     position: int
     reason: str
@@ -19,9 +19,9 @@ class Skip:
 
 @dataclass(kw_only=True, slots=True)
 class Ledger:
-    """What became of the samples of an epoch, or of its part since a resume, on one rank.
+    """Counts of one rank's samples in an epoch, or since a resume in it.
 
-    `repeated` samples fill up the last batch, `dropped` ones are in a last batch that is left out.
+    `repeated` samples pad the last batch; `dropped` ones are in a last batch that is left out.
     """
 
     planned: int = 0
@@ -32,8 +32,8 @@ class Ledger:
     skipped: list[Skip] = field(default_factory=list)
 
     def count(self, found: Sequence[int], skipped: Sequence[Skip], *, planned: Sequence[int], num_samples: int) -> None:
-        """Add a batch of the epoch of `num_samples`. Raises RuntimeError unless it is exactly what was planned."""
-        if not skipped and found == list(planned) and (not planned or planned[-1] < num_samples):  # nearly always
+        """Count a batch in an epoch of `num_samples`. Raises RuntimeError if it is not exactly what was planned."""
+        if not skipped and found == list(planned) and (not planned or planned[-1] < num_samples):  # the usual case
             self.planned, self.read, self.decoded = (
                 count + len(planned) for count in (self.planned, self.read, self.decoded)
             )
@@ -42,8 +42,8 @@ class Ledger:
         if arrived != list(planned):
             missing, strange = sorted(set(planned) - set(arrived)), sorted(set(arrived) - set(planned))
             raise RuntimeError(
-                f"a batch of {len(planned)} samples came with {len(arrived)}: positions {missing[:SHOWN]} are missing, "
-                f"{strange[:SHOWN]} were not planned, the rest came more than once"
+                f"a batch of {len(planned)} samples has {len(arrived)}: positions {missing[:SHOWN]} are missing, "
+                f"{strange[:SHOWN]} were not planned, the rest are duplicates"
             )
         repeated = sum(position >= num_samples for position in planned)
         self.planned += len(planned) - repeated
@@ -55,14 +55,14 @@ class Ledger:
 
     @classmethod
     def of_all(cls, ledgers: Sequence["Ledger"], *, planned: int) -> "Ledger":
-        """All ranks' ledgers as one. Raises RuntimeError when they do not add up to the `planned` samples."""
+        """The sum of all ranks' ledgers. Raises RuntimeError if it does not add up to the `planned` samples."""
         total = cls()
         for ledger in ledgers:
             for name in ("planned", "read", "decoded", "repeated", "dropped"):
                 setattr(total, name, getattr(total, name) + getattr(ledger, name))
             total.skipped += ledger.skipped
         if not planned == total.planned + total.dropped or total.planned != total.decoded + len(total.skipped):
-            raise RuntimeError(f"{planned} samples were planned, but the processes saw others: {total}")
+            raise RuntimeError(f"{planned} samples were planned, but the ledgers of all ranks say: {total}")
         return total
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The loader: batches of a global order for this rank, with a state that resumes them anywhere."""
+"""The loader: this rank's batches of a global order, with a state for exact resume."""
 
 import atexit
 import os
@@ -43,15 +43,15 @@ CACHE = "~/.cache/captioner/shards"
 CACHE_GIGABYTES = 50.0
 STATE_VERSION = 1
 LAST_BATCHES = ("keep", "drop", "pad")
-# Before workers are forked. A gloo thread takes one of Python's locks to free the tensors of the last collective, and
-# a worker forked at that moment waits for the lock forever (seen with Python 3.11).
+# Wait before workers are forked. A gloo thread takes one of Python's locks to free the tensors of the last collective,
+# and a worker forked at that moment waits for the lock forever (seen with Python 3.11).
 QUIET_SECONDS = 0.1
 
 
 class StreamingLoader:
     """Batches of samples from tar shards, for any training loop.
 
-    Each sample comes once an epoch, in one order for any number of ranks and workers, and a resume is a seek.
+    Each sample comes once an epoch. The order is the same for any number of ranks and workers, and resume is exact.
 
         loader = StreamingLoader("data/shards", split="train", batch_size=256, transform=prepare, num_workers=8)
         while loader.epoch < 10:
@@ -59,36 +59,38 @@ class StreamingLoader:
                 ...
 
     `sources` is a dataset folder, a path or URL, or several. Without `weights` several are read as one. With `weights`,
-    one for each, they are mixed: a source with twice the weight of another gives twice as many samples, and starts over
-    when it is at its end; an epoch has `epoch_samples`, without it as many as all sources together.
+    one for each, they are mixed: twice the weight is twice as many samples, and a source that is at its end starts
+    over. An epoch of a mixture has `epoch_samples`, by default as many as all sources together.
 
     Order
-        `batch_size` samples make a global batch, that of one optimizer step of all ranks together; each of `world_size`
-        ranks gets an equal part of it. `seed` decides the order, and `shuffle_shards` how many shards are mixed with
-        each other at a time. With `shuffle=False` samples come as they are stored, for validation: each iteration
-        starts at the beginning, and of `every` so many neighbours it takes the first. `last_batch` says what becomes of
-        the last, shorter batch: "keep" it, although a rank may get nothing of it (`collate([])`); "drop" it; or "pad"
-        it with the first samples of the epoch.
+        `batch_size` is the size of the global batch, that of one optimizer step of all ranks together; each of
+        `world_size` ranks gets an equal slice of it. The order depends on `seed`, and `shuffle_shards` is the number of
+        shards that all ranks together read from at once. With `shuffle=False`, for validation, samples come in the
+        order of the shards, each iteration starts at the beginning, and only every `every`-th sample is read.
+        `last_batch` is for the last, shorter batch: "keep" it, although some rank may get no sample of it
+        (`collate([])`); "drop" it; or "pad" it with the first samples of the epoch.
     Samples
         Each is a dictionary of bytes by extension (`jpg`, `json`, `seg.png`, …), with `__key__`, `__url__`,
-        `__epoch__`, `__position__`, `__shard__` and `__place__`. `fields` are the extensions to read; all, unless
-        given. `decode` is webdataset's name for the form of pictures ("pil", "torchrgb8", …), with which text, JSON,
-        NumPy arrays and others are decoded too, or a function of a sample, which is called for a whole batch before the
-        first `transform`: parse text in it, and decode pictures in `transform`. `transform(sample, rng)` makes anything
-        of it; `rng` is a NumPy Generator, seeded like the global generators of torch, NumPy and Python by (seed, epoch,
-        position). `collate(list)` makes a batch; it is torch's default_collate unless given. Functions with the
-        attribute `is_random = False` are not seeded, which saves some microseconds a sample.
+        `__epoch__`, `__position__`, `__shard__` and `__place__`, its index in the shard. `fields` are the extensions to
+        read, by default all. `decode` is webdataset's name for an image format ("pil", "torchrgb8", …), with which
+        text, JSON, NumPy arrays and others are decoded too; or it is a function of a sample, which is called for the
+        whole batch before the first `transform`: parse text in it, and decode images in `transform`.
+        `transform(sample, rng)` returns anything; `rng` is a NumPy Generator, seeded like the global generators of
+        torch, NumPy and Python by (seed, epoch, position). `collate(list)` returns a batch; by default it is torch's
+        default_collate. For functions with the attribute `is_random = False` nothing is seeded, which saves some
+        microseconds a sample.
     Processes
-        `num_workers` processes make the batches, each `prefetch_batches` ahead; they start at the first iteration and
-        live as long as the loader. `start_method` is "fork", "spawn" or "forkserver". With `pin_memory` batches come in
-        page-locked memory. `rank` and `world_size` are those of torch.distributed, or of the launcher's RANK and
-        WORLD_SIZE, unless given.
+        `num_workers` processes make the batches, each `prefetch_batches` ahead. They start at the first iteration and
+        live as long as the loader. `start_method` is "fork", "spawn" or "forkserver". With `pin_memory` batches are in
+        page-locked memory. `rank` and `world_size` are by default those of torch.distributed, or else the launcher's
+        RANK and WORLD_SIZE.
     Errors
-        Up to `tolerate_bad_samples` samples of an epoch and rank that cannot be read or decoded, or for which
-        `transform` raises SampleError, are left out and counted in `ledger`; one more raises. Another exception in
-        `transform` or `collate` is raised as TransformError. Arguments and states that do not fit raise StreamingError.
+        In each epoch, a rank skips up to `tolerate_bad_samples` samples that cannot be read or decoded, or for which
+        `transform` raises SampleError, and counts them in `ledger`; one more raises. Any other exception in `transform`
+        or `collate` is raised as TransformError. Arguments and states that do not fit raise StreamingError.
     Remote shards
-        Shards behind URLs are kept in `cache`, a folder for all processes of a machine, of at most `cache_gigabytes`.
+        Shards behind URLs are downloaded to `cache`, a folder that all processes of a machine use, of at most
+        `cache_gigabytes`.
     """
 
     def __init__(
@@ -127,13 +129,13 @@ class StreamingLoader:
         if last_batch not in LAST_BATCHES:
             raise StreamingError(f"last_batch is {last_batch!r}: give one of {', '.join(LAST_BATCHES)}")
         if (rank is None) != (world_size is None):
-            raise StreamingError("rank and world_size belong together: give both or neither")
+            raise StreamingError("only one of rank and world_size is given: give both or neither")
         if epoch_samples is not None and weights is None:
             raise StreamingError(
                 "epoch_samples is the length of a mixture's epoch: give weights too, [1] for one source"
             )
         if every > 1 and (shuffle or weights is not None):
-            raise StreamingError("every is for shuffle=False without weights: a thinner validation split")
+            raise StreamingError("every is for shuffle=False without weights: a smaller validation split")
         self.batch_size, self.seed, self.shuffle, self.shuffle_shards = batch_size, seed, shuffle, shuffle_shards
         self.weights, self.epoch_samples, self.every = weights, epoch_samples, every
         self.last_batch, self.tolerate_bad_samples = last_batch, tolerate_bad_samples
@@ -150,8 +152,8 @@ class StreamingLoader:
         self._since: Since | None = None
         self._epoch = self._steps = 0
         self._loaded = False
-        self._turn = 0  # of the iterator that may go on
-        self._begun = False  # whether it has been asked for a batch
+        self._turn = 0  # number of the iterator that is valid
+        self._begun = False  # whether that iterator has been asked for a batch
         self._padded = 0
         self._parts: Parts | None = None
         self._workers: _Workers | None = None
@@ -168,20 +170,19 @@ class StreamingLoader:
 
     @property
     def rank(self) -> int:
-        """This process's number among those that share each batch."""
+        """This process's number, among those that get a slice of each batch."""
         return self._resolve().rank
 
     @property
     def world_size(self) -> int:
-        """How many processes share each batch."""
+        """How many processes get a slice of each batch."""
         return self._resolve().world_size
 
     def _resolve(self) -> Parts:
         rank, world_size = resolve_rank(*self._given_rank)
         if self.batch_size % world_size:
             raise StreamingError(
-                f"batch_size {self.batch_size} is that of all ranks together and must be a multiple of their number, "
-                f"{world_size}"
+                f"batch_size {self.batch_size} is that of all ranks together: give a multiple of {world_size}"
             )
         found = replace(self._alone(), rank=rank, world_size=world_size)
         if self._parts is None:
@@ -211,47 +212,47 @@ class StreamingLoader:
             last_batch=self.last_batch,
         )  # fmt: skip
 
-    # ---- where it stands ----------------------------------------------------------------------------------
+    # ---- state --------------------------------------------------------------------------------------------
 
     @property
     def epoch(self) -> int:
-        """The epoch that the next batch is of, from 0; it moves when an iteration ends."""
+        """The epoch of the next batch, from 0. It moves when an iteration ends."""
         return self._epoch
 
     @property
     def steps_done(self) -> int:
-        """How many of the epoch's batches were taken, also before a resume."""
+        """How many batches of the epoch were taken, those before a resume included."""
         return self._steps
 
     @property
     def num_padded(self) -> int:
-        """How many rows of the batch that was taken last repeat samples of the epoch's beginning; they come last."""
+        """How many rows at the end of the latest batch repeat the first samples of the epoch."""
         return self._padded
 
     def __len__(self) -> int:
-        """Steps of a whole epoch, the same on every rank."""
+        """How many steps a whole epoch has, the same on every rank."""
         return self._resolve().num_steps
 
     @property
     def sampler(self) -> "StreamingLoader":
-        """The loader itself: Lightning calls the `set_epoch` of a sampler, and no other where an epoch begins."""
+        """The loader itself: at the start of an epoch Lightning calls only the `set_epoch` of a sampler."""
         return self
 
-    batch_sampler = None  # Lightning asks for it where there is a sampler
+    batch_sampler = None  # Lightning reads it if there is a sampler
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the beginning of an epoch; nothing where the loader is in it."""
+        """Go to the start of an epoch; does nothing if the loader is in that epoch."""
         if epoch != self._epoch:
             self._go_to(epoch, 0)
 
     def state_dict(self, steps: int | None = None) -> dict[str, Any]:
-        """The state after the batches that were taken, or after `steps` of this epoch: numbers and text, for JSON.
+        """The state after the batches that were taken, or after `steps` steps of the epoch; it can be stored as JSON.
 
-        It is the same on every rank. A loop that fetches batches before it uses them gives `steps`; more than were
-        taken of this epoch are of the one before. Raises StreamingError for steps that were not taken.
+        It is the same on every rank. A loop that takes batches before it uses them gives `steps`; more than were taken
+        in this epoch are steps of the epoch before. Raises StreamingError for steps that were not taken.
         """
         epoch, steps = self._epoch, self._steps if steps is None else steps
-        if steps > self._steps:  # who reads ahead has met the epoch's end before the last batches were used
+        if steps > self._steps:  # the loop reads ahead and has ended the epoch before it used the last batches
             epoch -= 1
         if epoch < 0 or not 0 <= steps <= self._alone().num_steps:
             raise StreamingError(f"steps is {steps}, and {self._steps} of epoch {self._epoch} were taken")
@@ -270,10 +271,10 @@ class StreamingLoader:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where a state stands, on any number of ranks and workers; the end of an epoch is the next one's start.
+        """Continue from a state, on any number of ranks and workers; the end of an epoch is the start of the next one.
 
-        Raises StreamingError for a state of other data, and inside an epoch for one of another order: another seed,
-        batch size or window may begin with an epoch only, for a mixture only with the run. New weights need
+        Raises StreamingError for a state of other data or of another order. Seed, batch size and shuffle_shards may
+        change at the start of an epoch, for a mixture only at the start of the run. New weights need
         `allow_new_weights`.
         """
         try:
@@ -302,7 +303,7 @@ class StreamingLoader:
         self._loaded = True
 
     def _load_weights(self, state: dict[str, Any], position: int) -> None:
-        """Take a mixture's history from a state; where its weights were others, these hold from here on."""
+        """Take over a mixture's history from a state; if its weights were others, the new ones hold from here on."""
         assert isinstance(self.order, MixtureOrder)
         if "parts" not in state:
             raise StreamingError("the state is not of a mixture: leave out weights")
@@ -312,7 +313,7 @@ class StreamingLoader:
             if not self._allow_new_weights:
                 raise StreamingError(
                     f"the state's weights were {parts}, they are {list(self.order.parts)}, in parts of "
-                    f"{sum(parts)}: give those, or allow_new_weights=True to have the new ones from here on"
+                    f"{sum(parts)}: give those, or allow_new_weights=True to use the new ones from here on"
                 )
             earlier = self._make_order(parts)
             assert isinstance(earlier, MixtureOrder)
@@ -332,12 +333,13 @@ class StreamingLoader:
     def __iter__(self) -> Iterator[Any]:
         """This rank's batches from where the state stands to the end of the epoch.
 
-        After a break the next iteration goes on behind the last batch that was taken. A new iterator ends older ones.
+        After a break the next iteration continues after the last batch that was taken. A new iterator invalidates the
+        older ones.
         """
         parts = self._resolve()
         if not self.shuffle and not self._loaded:
             self._steps = 0
-        if self._steps >= parts.num_steps:  # all were taken by one who did not ask for the end
+        if self._steps >= parts.num_steps:  # all batches were taken, but not the end of the iteration
             self._epoch, self._steps = self._epoch + 1, 0
         self._loaded = self._begun = False
         self._turn += 1
@@ -364,10 +366,10 @@ class StreamingLoader:
 
     def _check_turn(self, turn: int) -> None:
         if turn != self._turn:
-            raise RuntimeError("a newer iterator of this loader, or another state, has taken over: iterate that one")
+            raise RuntimeError("a newer iterator or a loaded state has made this one invalid: use a new iterator")
 
     def _count(self, made: Made, parts: Parts, step: int) -> None:
-        """Let a batch be taken. Raises StreamingError after too many bad samples."""
+        """Count a batch as taken. Raises TooManyBadSamplesError."""
         self.ledger.count(made.positions, made.skipped, planned=parts.positions(step), num_samples=parts.num_samples)
         if len(self.ledger.skipped) > self.tolerate_bad_samples:
             raise TooManyBadSamplesError(
@@ -391,34 +393,44 @@ class StreamingLoader:
         return _Workers(maker, buffers, self.num_workers, start_method=self._start_method, prefetch=self._prefetch)
 
     def close(self) -> None:
-        """End the workers; the next iteration starts others."""
+        """End the workers; the next iteration starts new ones."""
         self._turn += 1
         if self._workers is not None:
             self._workers.close()
             self._workers = None
 
-    # ---- told before anything is read -----------------------------------------------------------------------
+    # ---- before anything is read --------------------------------------------------------------------------
 
     def describe(self) -> str:
-        """What an epoch reads, of which sources, and how well it is mixed: lines for people."""
+        """What an epoch reads, of which sources, and how well it is shuffled: lines for people."""
         parts, order, shards = self._resolve(), self.order, self.split.shards
         shard_bytes = [entry.bytes for _, entry in shards]
         last = parts.num_samples - (parts.num_steps - 1) * self.batch_size
-        endings = {
+        last_batches = {
             "keep": f"the last of {min(last, self.batch_size):,}",
-            "pad": f"the last filled up with {self.batch_size - last:,} of the first samples",
-            "drop": f"{parts.num_dropped:,} samples left out",
+            "pad": f"the last padded with {self.batch_size - last:,} of the first samples",
+            "drop": f"{parts.num_dropped:,} samples dropped",
         }
         lines = [
             f"{self.split.num_samples:,} samples in {len(shards):,} shards, {sum(shard_bytes) / 1e9:,.2f} GB",
-            f"{parts.num_steps:,} steps of {self.batch_size:,} samples, {endings[self.last_batch]}; "
+            f"{parts.num_steps:,} steps of {self.batch_size:,} samples, {last_batches[self.last_batch]}; "
             f"{self.batch_size // parts.world_size:,} of each batch for each of {parts.world_size:,} ranks",
         ]
         if isinstance(order, MixtureOrder):
-            lines += [f"weights, as shares of the samples, each rank reads from all shards: {order}"]
+            source_bytes = [sum(entry.bytes for entry in manifest.shards) for manifest in self.split.manifests]
+            read_bytes = sum(size * min(1, passes) for size, passes in zip(source_bytes, order.passes(), strict=True))
+            first_source = order.orders[0].of_epoch(0)
+            lines += [
+                f"weights, as fractions of the samples: {order}",
+                f"each source is one lane with windows of {first_source.window_shards:,} shards",
+                f"rank {parts.rank} reads from the shards of all sources, about {read_bytes / 1e9:,.2f} GB an epoch",
+            ]
         else:
-            own = order.of_epoch(self._epoch).shards_of_rank(parts.rank, world_size=parts.world_size)
+            epoch_order = order.of_epoch(self._epoch)
+            own = epoch_order.shards_of_rank(parts.rank, world_size=parts.world_size)
             own_bytes = sum(shard_bytes[shard] for shard in own)
+            if self.shuffle:
+                lines += [f"{epoch_order.num_lanes:,} lanes with windows of {epoch_order.window_shards:,} shards"]
             lines += [f"rank {parts.rank} reads from {len(own):,} shards, {own_bytes / 1e9:,.2f} GB"]
         first = first_shards(
             order, [position % order.num_samples for position in parts.positions(0)], epoch=self._epoch
@@ -426,8 +438,7 @@ class StreamingLoader:
         first_bytes = sum(shard_bytes[shard] for shard in first)
         lines += [f"before the first step this rank opens {len(first):,} shards, {first_bytes / 1e9:,.2f} GB"]
         if self.shuffle:
-            found = measure_mixing(order, batch_size=self.batch_size, epoch=self._epoch)
-            lines += [f"mixing: {found}"]
+            lines += [f"mixing: {measure_mixing(order, batch_size=self.batch_size, epoch=self._epoch)}"]
         return "\n".join(lines)
 
 
@@ -435,12 +446,12 @@ class StreamingLoader:
 
 
 def _is_random(function: Callable[..., Any] | None) -> bool:
-    """Whether random numbers are seeded for a function: for each but those with the attribute `is_random = False`."""
+    """Whether random numbers are seeded for a function: unless it has the attribute `is_random = False`."""
     return function is not None and getattr(function, "is_random", True)
 
 
 class _Workers:
-    """The processes that make batches, or this one where there are none, until closed or dropped."""
+    """The worker processes, or this process if there are none, until closed or garbage-collected."""
 
     def __init__(
         self, maker: BatchMaker, buffers: Buffers, num_workers: int, *, start_method: str | None, prefetch: int
@@ -458,12 +469,12 @@ class _Workers:
                 self._maker, batch_size=None, sampler=self._items, num_workers=num_workers, prefetch_factor=prefetch,
                 persistent_workers=True, worker_init_fn=partial(follow_training, os.getpid(), over),
                 multiprocessing_context=start_method or ("fork" if sys.platform == "linux" else None),
-                generator=torch.Generator(),  # what it draws must not move the global random numbers
+                generator=torch.Generator(),  # the global one must not advance
             )  # fmt: skip
             self._started = False
 
     def batches(self, items: Iterable[Item]) -> Iterator[Made]:
-        """The batches of the items, in their order. Raises what a worker met."""
+        """The batches of the items, in their order. Raises a worker's error."""
         if self._loader is None:
             found: Iterable[Made | Failed] = map(self._maker.__getitem__, items)
         else:
@@ -485,15 +496,15 @@ class _Workers:
             found = iter(self._loader)
         except (AttributeError, TypeError, pickle.PicklingError) as error:
             raise StreamingError(
-                f"decode, transform or collate cannot be pickled, and so not be sent to workers ({error}): define them "
-                "at the top of a module"
+                f"decode, transform or collate cannot be pickled for the workers ({error}): define them at the "
+                "top of a module"
             ) from error
-        atexit.register(self._end)  # before torch's own, which waits for each of them
+        atexit.register(self._end)  # runs before torch's own, which waits for each worker
         self._started = True
         return found
 
     def close(self) -> None:
-        """End them."""
+        """End the worker processes."""
         self._maker.close()
         if self._end is not None:
             self._end()
@@ -502,7 +513,7 @@ class _Workers:
 
 
 class _Items(Sampler[Item]):
-    """What the workers are asked for next."""
+    """The items of an iteration, in the order in which workers get them."""
 
     given: Iterable[Item] = ()
 
@@ -511,10 +522,10 @@ class _Items(Sampler[Item]):
 
 
 def pinned_ahead(batches: Iterable[Made], pin: Callable[[Made], Made]) -> Iterator[Made]:
-    """The batches as `pin` copies them, in order, each copied by a thread during the step on the batch before it.
+    """The batches as copied by `pin`, in order; a thread copies each during the step on the batch before it.
 
-    A batch's buffer is free once copied. Exceptions of `batches` or `pin` are raised after the batches before them.
-    The thread ends with the iterator.
+    A copied batch's buffer is free. Exceptions of `batches` and `pin` are raised after the batches before them. The
+    thread ends with the iterator.
     """
     copies: deque[Future[Made]] = deque()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="pin") as thread:
@@ -529,14 +540,14 @@ def pinned_ahead(batches: Iterable[Made], pin: Callable[[Made], Made]) -> Iterat
 def _submit_each(batches: Iterable[Made], submit: Callable[[Made], Future[Made]]) -> Iterator[Future[Made]]:
     try:
         yield from map(submit, batches)
-    except Exception as error:  # it waits for the batches before it
+    except Exception as error:  # raised after the batches before it
         failed: Future[Made] = Future()
         failed.set_exception(error)
         yield failed
 
 
 def _pin(made: Made, *, device_index: int) -> Made:
-    torch.accelerator.set_device_index(device_index)  # a thread starts on device 0
+    torch.accelerator.set_device_index(device_index)  # a new thread is on device 0
     return replace(made, batch=pinned(made.batch))
 
 
@@ -550,13 +561,13 @@ def read_sources(sources: str | Path | Sequence[str | Path], split: str) -> Spli
 
 
 def resolve_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """This process's rank and the number of ranks: as given, or of torch.distributed, or of the launcher, or 0 of 1.
+    """Rank and world size: as given, else those of torch.distributed, else those of the launcher, else 0 and 1.
 
-    Raises StreamingError where torch.distributed and the launcher disagree.
+    Raises StreamingError if torch.distributed and the launcher disagree.
     """
     if rank is not None and world_size is not None:
         if not 0 <= rank < world_size:
-            raise StreamingError(f"rank {rank} is not one of 0 to {world_size - 1}")
+            raise StreamingError(f"rank {rank} is not between 0 and {world_size - 1}")
         return rank, world_size
     launched = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     try:

@@ -1,8 +1,8 @@
 """The order of a weighted mixture of sources. Imports no torch.
 
-A table of one period says which source gives the sample at each position. It is filled as Tijdeman's solution of the
-chairman assignment problem (1980): in every prefix each source has within one sample of its weight times the length.
-A source's samples come in its own order, one pass after the other, also across the epochs of the mixture.
+A table of one period says from which source the sample at each position is. It is Tijdeman's solution of the chairman
+assignment problem (1980): in every prefix the count of each source differs from its weight times the length by less
+than one. A source's samples come in its own order, one pass after the other, also across the mixture's epochs.
 """
 
 from collections.abc import Sequence
@@ -17,22 +17,22 @@ from captioner.shards.splitmix import random_bits
 from captioner.streaming.dataset import Split
 from captioner.streaming.order import SHUFFLE_SHARDS, SOURCE_SEED, SampleRef, ShardOrder
 
-PERIOD = 1 << 14  # weights are rounded to so many parts
+PERIOD = 1 << 14  # the longest period: weights are rounded to fractions of it
 
 
 class Since(NamedTuple):
-    """From which position of the run the weights hold, and how many samples each source had given before."""
+    """The position of the run from which the weights hold, and how many samples of each source came before it."""
 
     position: int
     counts: tuple[int, ...]
 
 
 class MixtureOrder:
-    """The order of a mixture, in epochs of `epoch_samples`; as many as all sources have, unless given.
+    """The order of a mixture in epochs of `epoch_samples`, by default as many as all sources have.
 
-    `sources` are the sizes of each one's shards; shards are numbered on through all sources. `weights` are rounded to
-    parts of a period; they hold from `since` on. Each source has its own order, whatever the weights. Raises
-    StreamingError for weights that are no positive numbers and for sources without samples.
+    `sources` are the shard sizes of each source; shard numbers continue from one source to the next. `weights` are
+    rounded to parts of a period and hold from `since` on. The order inside a source does not depend on the weights.
+    Raises StreamingError for weights that are not positive numbers and for sources without samples.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class MixtureOrder:
         self._table, self._before = fill_period(self.parts)
         window = max(1, shuffle_shards // len(sources))
         seeds = random_bits(np.arange(len(sources)), seed, SOURCE_SEED).tolist()
-        self.orders = [  # in one lane: what a batch has of a source comes from anywhere in its window
+        self.orders = [  # in one lane: a batch has few samples of a source, and they come from anywhere in its window
             ShardOrder(sizes, seed=own, batch_size=1, shuffle_shards=window, shuffle=shuffle)
             for sizes, own in zip(sources, seeds, strict=True)
         ]
@@ -74,7 +74,7 @@ class MixtureOrder:
         return list(map(SampleRef, positions, shards.tolist(), places.tolist()))
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The shards, and the places in them, of the samples at positions of the run."""
+        """The shard of the sample at each position of the run, and the sample's index in it."""
         shards, places = np.empty_like(positions), np.empty_like(positions)
         sources, numbers = self.assign(positions)
         for source, order in enumerate(self.orders):
@@ -87,7 +87,7 @@ class MixtureOrder:
         return shards, places
 
     def assign(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each position of the run, and the number of the sample in that source's passes, from 0."""
+        """The source at each position of the run, and how many samples of that source came before it."""
         if len(positions) and positions.min() < self.since.position:
             raise StreamingError(
                 f"position {positions.min():,} of the run is before position {self.since.position:,}, from which these "
@@ -99,7 +99,7 @@ class MixtureOrder:
         return sources, counts[sources] + periods * parts[sources] + self._before[inside]
 
     def counts(self, position: int) -> tuple[int, ...]:
-        """How many samples each source gives in the first `position` of the run; not before `since`."""
+        """How many of the first `position` samples of the run are from each source; from `since` on."""
         periods, inside = divmod(position - self.since.position, len(self._table))
         begun = np.bincount(self._table[:inside], minlength=len(self.parts)).tolist()
         return tuple(
@@ -107,23 +107,29 @@ class MixtureOrder:
             for count, part, more in zip(self.since.counts, self.parts, begun, strict=True)
         )
 
+    def passes(self) -> list[float]:
+        """How many passes an epoch makes over each source."""
+        whole = sum(self.parts)
+        return [part / whole * self.num_samples / size for part, size in zip(self.parts, self.sizes, strict=True)]
+
     def __str__(self) -> str:
-        """Each source's part of the samples, and what an epoch takes of it."""
-        whole, lines = sum(self.parts), []
-        for number, (part, size) in enumerate(zip(self.parts, self.sizes, strict=True), start=1):
-            passes = part / whole * self.num_samples / size
-            lines.append(f"{part / whole:.2%} from source {number} ({size:,} samples, {passes:.2f} passes an epoch)")
-        return "; ".join(lines)
+        """Each source's weight, and how much of it an epoch reads."""
+        whole, facts = sum(self.parts), zip(self.parts, self.sizes, self.passes(), strict=True)
+        return "; ".join(
+            f"{part / whole:.2%} from source {number} ({size:,} samples, {passes:.2f} passes an epoch)"
+            for number, (part, size, passes) in enumerate(facts, start=1)
+        )
 
     def open_shards(self, world_size: int) -> int:
-        """Shards that one rank reads from at the same time, at most: each rank reads from those of all."""
+        """How many shards one rank reads from at the same time, at most: each rank reads from all sources' shards."""
         return sum(order.open_shards(1) for order in self.orders)
 
 
 def round_weights(weights: Sequence[float]) -> tuple[int, ...]:
-    """Weights as parts of a period, at least one each, without a common divisor; by largest remainders.
+    """Weights as whole numbers of at least 1 without a common divisor, rounded by largest remainders.
 
-    Raises StreamingError for weights that are no positive numbers, and for one that is too small beside the others.
+    Their sum is the length of the period. Raises StreamingError for weights that are not positive numbers, and for one
+    that is too small compared with the others.
     """
     if not all(isfinite(weight) and weight > 0 for weight in weights):
         raise StreamingError(f"the weights are {list(weights)}: give numbers above 0")
@@ -144,10 +150,10 @@ def round_weights(weights: Sequence[float]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=16)
 def fill_period(parts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The source at each position of a period, and how often that source was there before.
+    """The source at each position of a period, and how often that source came before in the period.
 
-    At each position, of the sources that may come already, the one is chosen that must come first (Tijdeman 1980). One
-    always may: what is due to all of them adds up to `length`.
+    At each position the source with the earliest deadline is chosen, of those whose turn may have come (Tijdeman 1980).
+    There always is one, because what is due to all sources adds up to `length`.
     """
     length, num_sources = sum(parts), len(parts)
     table, before = np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.int64)
@@ -174,7 +180,7 @@ def make_order(
     epoch_samples: int | None = None,
     since: Since | None = None,
 ) -> ShardOrder | MixtureOrder:
-    """The order of a split: of its folders read as one, or mixed by weights. Raises StreamingError as MixtureOrder."""
+    """The order of a split: its folders read as one, or mixed by weights. Raises StreamingError."""
     if not weights:
         return ShardOrder(
             split.sizes, seed=seed, batch_size=batch_size, shuffle_shards=shuffle_shards, shuffle=shuffle, every=every

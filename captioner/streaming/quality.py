@@ -1,7 +1,7 @@
-"""How well an order mixes, against a full shuffle, and what it opens before the first step. Imports no torch.
+"""How well an order mixes compared with a full shuffle, and what it opens before the first step. Imports no torch.
 
-A window is shuffled fully, so what is expected of an order follows from where its windows begin and end: no window is
-shuffled here, and it takes as long for 10^8 samples as for 10^5.
+Inside a window the shuffle is uniform, so the expected figures follow from the bounds of the windows. No window is
+shuffled here: it takes as long for 10^8 samples as for 10^5.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from captioner.shards.splitmix import random_bits
 from captioner.streaming.mixture import MixtureOrder
 from captioner.streaming.order import EpochOrder, ShardOrder
 
-LOOKED_AT = 1 << 14  # samples
+NUM_MEASURED = 1 << 14  # samples
 
 Order = ShardOrder | MixtureOrder
 
@@ -22,9 +22,9 @@ Order = ShardOrder | MixtureOrder
 class Mixing:
     """How well an epoch is mixed.
 
-    `displacement` is the mean distance between where a sample is stored and where it comes, 1 for a full shuffle.
-    `near` is the part of the neighbours in storage that come within a batch's length of each other, and `near_shuffled`
-    that part in a full shuffle.
+    `displacement` is the mean distance between a sample's index in storage and its position, 1 for a full shuffle.
+    `near` is the fraction of neighbours in storage whose positions are at most a batch apart, and `near_shuffled` is
+    that fraction in a full shuffle.
     """
 
     displacement: float
@@ -40,7 +40,7 @@ class Mixing:
 
 
 def measure_mixing(order: Order, *, batch_size: int, epoch: int = 0) -> Mixing:
-    """What is expected of a shuffled order; of a mixture the mean of its sources, each in the pass it begins with."""
+    """The expected mixing of a shuffled order; for a mixture the mean over its sources, each in its first pass."""
     if isinstance(order, ShardOrder):
         return _measure(order.of_epoch(epoch), distance=batch_size)
     parts = np.array(order.parts) / sum(order.parts)
@@ -57,12 +57,12 @@ def measure_mixing(order: Order, *, batch_size: int, epoch: int = 0) -> Mixing:
 
 
 def _measure(order: EpochOrder, *, distance: int) -> Mixing:
-    """The mixing of an epoch, with neighbours that come at most `distance` apart."""
+    """The mixing of an epoch; samples at most `distance` positions apart are near."""
     size, ends = order.num_samples, np.cumsum(order.shard_sizes)
     if size < 2:
         return Mixing(displacement=1.0, near=0.0, near_shuffled=0.0)
-    stored = np.arange(min(size - 1, LOOKED_AT))
-    if size > LOOKED_AT:
+    stored = np.arange(min(size - 1, NUM_MEASURED))
+    if size > NUM_MEASURED:
         stored = (random_bits(stored) % np.uint64(size - 1)).astype(np.int64)
     (lanes, starts, stops, lengths), (next_lanes, next_starts, *_) = (
         order.windows_of(shards, each - (ends - order.shard_sizes)[shards])
@@ -82,11 +82,11 @@ def _measure(order: EpochOrder, *, distance: int) -> Mixing:
 
 
 def near_in_full_shuffle(sizes: np.ndarray, distance: int) -> np.ndarray:
-    """For permutations of so many samples the part of neighbours that come at most `distance` apart."""
+    """The fraction of neighbours that are at most `distance` apart in permutations of these sizes."""
     distances = np.minimum(distance, sizes - 1)
     return (2 * sizes - distances - 1) * distances / np.maximum(1, sizes * (sizes - 1))
 
 
 def first_shards(order: Order, positions: Sequence[int], *, epoch: int = 0) -> list[int]:
-    """The shards that samples at these positions are in, those of a first batch say; they are opened before a step."""
+    """The shards of the samples at these positions: those of a first batch are opened before the first step."""
     return sorted({shard for _, shard, _ in order.refs(epoch, positions)})

@@ -1,4 +1,4 @@
-"""Single samples out of shards, each byte of them checked. Imports no torch."""
+"""Reads single samples from shards and checks their checksums. Imports no torch."""
 
 import os
 import zlib
@@ -9,9 +9,8 @@ from pathlib import Path
 
 from captioner.errors import StreamingError, UserError
 from captioner.files import storage
-from captioner.shards.format import ShardEntry, ShardIndex
+from captioner.shards.format import RESTORE, ShardEntry, ShardIndex
 from captioner.streaming.cache import (
-    RESTORE,
     DamagedShardError,
     MissingShardError,
     Prefetcher,
@@ -19,12 +18,12 @@ from captioner.streaming.cache import (
     tar_location,
 )
 
-NEAR_BYTES = 4096  # between members that are read together
-TOGETHER_BYTES = 1 << 14  # read together at most: to copy members out of more costs more than reads of their own
+NEAR_BYTES = 4096  # between members that are read with one system call
+TOGETHER_BYTES = 1 << 14  # read with one call at most: copying members out of more costs more than several calls
 
 
 class SampleError(StreamingError):
-    """A sample that cannot be used: a reason to count by, and one line that says where and what to do."""
+    """A sample that cannot be used: the reason to count it by, and one line that says where it is and what to do."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(reason, message)
@@ -37,9 +36,9 @@ class SampleError(StreamingError):
 
 @dataclass(frozen=True, slots=True)
 class OpenShard:
-    """A shard's index with its tar open for reading; single numbers come faster out of views than out of arrays.
+    """A shard's open tar and its index, as memory views: single numbers are read faster from these than from arrays.
 
-    `fields` has None for those that are not read.
+    `fields` has None for fields that are not read.
     """
 
     file: int
@@ -54,7 +53,7 @@ class OpenShard:
 
     @classmethod
     def of(cls, index: ShardIndex, file: int, *, wanted: Container[str] | None) -> "OpenShard":
-        """Of a shard's index and open tar; without `wanted` all fields are read."""
+        """From a shard's index and its open tar. Without `wanted` all fields are read."""
         return cls(
             file,
             index.keys_S.tobytes(),
@@ -68,16 +67,16 @@ class OpenShard:
         )
 
     def key(self, place: int) -> str:
-        """As `ShardIndex.key`."""
+        """The same as `ShardIndex.key`."""
         start = place * self.key_bytes
         key = self.keys[start : start + self.key_bytes]
         return (key.rstrip(b"\0") if key[-1:] == b"\0" else key).decode("utf-8", "backslashreplace")
 
 
 class ShardReader:
-    """Reads samples of a split's shards; at most `max_open` of these, the last used, are kept open.
+    """Reads samples of a split's shards, and keeps the `max_open` shards that were used last open.
 
-    Shards behind URLs come through `cache`, and the `prefetcher` that downloads them is told which are open. With
+    Shards behind URLs are read through `cache`; `prefetcher.opened` is called for each shard that is opened. With
     `fields` only these are read. Close it after use.
     """
 
@@ -112,9 +111,9 @@ class ShardReader:
         return found
 
     def read(self, shard: int, place: int) -> tuple[str, dict[str, bytes]]:
-        """A sample's key, and the content of its fields in the tar's order, each checked.
+        """The key of the sample at index `place`, and the content of its fields in the tar's order.
 
-        Raises SampleError for a missing or damaged shard or member, and UserError when a server or disk fails.
+        Raises SampleError for a missing or damaged shard or member, and UserError if a server or disk fails.
         """
         found = self._open.get(shard)
         if found is None:
@@ -124,7 +123,9 @@ class ShardReader:
         try:
             return found.key(place), _read_fields(found, place)
         except OSError as error:
-            raise UserError(f"cannot read {self.location(shard)} ({error.strerror or error}): mend that") from error
+            raise UserError(
+                f"cannot read {self.location(shard)} ({error.strerror or error}): fix this and run again"
+            ) from error
         except _ChecksumError as error:
             where = f"{self.location(shard)} is damaged at sample {found.key(place)}, field {error}"
             raise SampleError("checksum", f"{where} (checksum differs): {RESTORE}") from error
@@ -148,11 +149,14 @@ class ShardReader:
 
 
 class _ChecksumError(Exception):
-    """The field whose checksum differs."""
+    """A field's checksum differs."""
 
 
 def _read_fields(shard: OpenShard, place: int) -> dict[str, bytes]:
-    """A sample's content by field; neighbours are read with one system call. Raises OSError and _ChecksumError."""
+    """A sample's content by field; adjacent members are read with one system call.
+
+    Raises OSError and _ChecksumError.
+    """
     member, end = shard.first_member[place], shard.first_member[place + 1]
     if end - member == 1 and (field := shard.fields[shard.member_fields_M[member]]) is not None:
         content = os.pread(shard.file, shard.sizes_M[member], shard.offsets_M[member])
@@ -178,7 +182,7 @@ def _read_fields(shard: OpenShard, place: int) -> dict[str, bytes]:
 
 
 def _end_of_run(shard: OpenShard, member: int, end: int) -> int:
-    """The byte where the last of the members ends that are read together with this one; `end` is behind the sample."""
+    """Where the last of the members ends that are read with this one; `end` is the first member of the next sample."""
     run_start = shard.offsets_M[member]
     run_end = run_start + shard.sizes_M[member]
     for other in range(member + 1, end):
@@ -192,7 +196,7 @@ def _end_of_run(shard: OpenShard, member: int, end: int) -> int:
 
 
 def open_cached(cache: ShardCache, folder: str, entry: ShardEntry) -> tuple[ShardIndex, int]:
-    """As `open_local` for a folder behind a URL, through the cache. Raises SampleError, and UserError as it does."""
+    """As `open_local`, but through the cache if the folder is behind a URL. Raises what the cache does too."""
     if not storage.is_remote(folder):
         return open_local(folder, entry)
     try:
@@ -205,7 +209,7 @@ def open_cached(cache: ShardCache, folder: str, entry: ShardEntry) -> tuple[Shar
 
 
 def open_local(folder: str, entry: ShardEntry) -> tuple[ShardIndex, int]:
-    """A shard's index, and its tar open for reading, both seen to be what the manifest says. Raises SampleError."""
+    """A shard's index, and its tar open for reading, both as the manifest says. Raises SampleError."""
     location, origin = tar_location(folder, entry), storage.join(folder, f"{entry.name}.index")
     try:
         index = ShardIndex.from_bytes(Path(origin).read_bytes(), origin=origin)
@@ -220,7 +224,7 @@ def open_local(folder: str, entry: ShardEntry) -> tuple[ShardIndex, int]:
 
 
 def check_shard(index: ShardIndex, file: int, entry: ShardEntry, *, location: str) -> tuple[ShardIndex, int]:
-    """The index and the open tar, if both are what the manifest lists; else closes it and raises SampleError."""
+    """The index and the open tar, if both are what the manifest lists. Else closes the tar and raises SampleError."""
     num_bytes = os.fstat(file).st_size
     if num_bytes != entry.bytes:
         problem = f"{location} has {num_bytes:,} bytes, its manifest says {entry.bytes:,}"

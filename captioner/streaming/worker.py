@@ -1,7 +1,7 @@
-"""What a loader's worker does: read the samples of a batch, decode and transform each, collate them.
+"""A loader's worker: reads the samples of a batch, decodes and transforms each, and collates them.
 
-A batch is asked for by its epoch and step; everything else is a function of these. So a worker needs no state, lives as
-long as its loader, and takes any epoch and any step next.
+A batch is a function of its epoch and step. So a worker has no state, lives as long as its loader, and can make any
+batch next.
 """
 
 import copy
@@ -40,10 +40,10 @@ from captioner.streaming.order import SAMPLE_RNG, SampleRef, ShardOrder, rank_po
 from captioner.streaming.reader import SampleError, ShardReader
 
 MAX_OPEN_FILES = 400  # of a process; systems allow 1,024
-BATCHES_FOUND = 8  # whose samples are looked up at once
-FETCHED_SHARDS = 8  # that a process lets wait in the cache before they are needed
-FOLLOW_SECONDS = 0.2  # how soon a worker ends after training does
-MOST_SEED = (1 << 63) - 1  # that torch takes
+BATCHES_FOUND = 8  # whose samples are looked up with one call
+FETCHED_SHARDS = 8  # that a process downloads ahead
+FOLLOW_SECONDS = 0.2  # within which a worker ends after the training process
+MAX_SEED = (1 << 63) - 1  # of torch
 PICKLES = (".pkl", ".pickle", ".pyd", ".pth")
 
 Order = ShardOrder | MixtureOrder
@@ -54,7 +54,7 @@ Collate = Callable[[list[Any]], Any]
 
 
 class Item(NamedTuple):
-    """What a worker is asked for: the part of its rank of one global batch."""
+    """A batch to make: the rank's slice of the global batch of this epoch and step."""
 
     epoch: int
     step: int
@@ -62,7 +62,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A batch as it leaves a worker, the positions of its samples, and what is not in it."""
+    """A batch from a worker, with the positions of its samples, and those that were skipped."""
 
     batch: Any
     positions: list[int]
@@ -72,7 +72,7 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Why there is no batch: an error of ours, or one of the user's functions with its traceback."""
+    """The error because of which there is no batch, and its traceback."""
 
     error: Exception
     trace: str
@@ -80,7 +80,7 @@ class Failed:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Which positions of an epoch are in which step of a rank."""
+    """The positions of a rank's steps in an epoch."""
 
     num_samples: int
     batch_size: int
@@ -90,17 +90,17 @@ class Parts:
 
     @property
     def num_steps(self) -> int:
-        """Steps of an epoch, the same on every rank."""
+        """How many steps an epoch has, the same on every rank."""
         full, rest = divmod(self.num_samples, self.batch_size)
         return full + (rest > 0 and self.last_batch != "drop")
 
     @property
     def num_dropped(self) -> int:
-        """Samples that are in no step."""
+        """How many samples are in no step."""
         return max(0, self.num_samples - self.num_steps * self.batch_size)
 
     def positions(self, step: int) -> range:
-        """This rank's positions of a step; those from `num_samples` on repeat the epoch's beginning."""
+        """This rank's positions of a step; those from `num_samples` on repeat the first samples of the epoch."""
         num_samples = self.num_samples
         if self.last_batch == "pad":
             num_samples = self.num_steps * self.batch_size
@@ -110,7 +110,7 @@ class Parts:
 
 
 class BatchMaker(Dataset[Made | Failed]):
-    """Makes the batch of an `Item`: in a worker, or in the training process where there are none."""
+    """Makes the batch of an `Item`, in a worker, or in the training process if there are no workers."""
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class BatchMaker(Dataset[Made | Failed]):
             return self._make(item)
         try:
             made = self._make(item)
-            if not self._sent:  # torch would only print the error, and its loader wait for ever
+            if not self._sent:  # else torch would only print the error, and its loader wait forever
                 ForkingPickler.dumps(made)
                 self._sent = True
             return made
@@ -155,7 +155,7 @@ class BatchMaker(Dataset[Made | Failed]):
             return Failed(as_sent(error), traceback.format_exc())
 
     def close(self) -> None:
-        """Close what is open; it opens again when it is asked for more."""
+        """Close the shards and stop prefetching; the next batch opens them again."""
         for opened in (self._prefetcher, self._reader):
             if opened is not None:
                 opened.close()
@@ -177,7 +177,7 @@ class BatchMaker(Dataset[Made | Failed]):
     def _make(self, item: Item) -> Made:
         positions = self.parts.positions(item.step)
         skipped: list[Skip] = []
-        # All are read and parsed before a picture is decoded, which empties the processor's caches.
+        # All samples are read and parsed before the first is transformed: decoding images empties the CPU's caches.
         samples, values = self._read(item, positions, skipped)
         found = [sample["__position__"] for sample in samples]
         seeded = positions if self.transform is not None else positions[:1]
@@ -189,7 +189,7 @@ class BatchMaker(Dataset[Made | Failed]):
         return Made(batch, found, skipped, in_buffers)
 
     def _read(self, item: Item, positions: range, skipped: list[Skip]) -> tuple[list[Sample], list[Any]]:
-        """The samples of a batch as they are stored, and as `parse` leaves them."""
+        """The samples of a batch as they are stored, and as `parse` returns them."""
         reader, epoch = self._follow(item), item.epoch
         samples: list[Sample] = []
         parsed: list[Any] = []
@@ -208,7 +208,7 @@ class BatchMaker(Dataset[Made | Failed]):
         return samples, parsed
 
     def _find(self, item: Item) -> list[SampleRef]:
-        """The samples of a batch; those of this process's next batches are looked up with them, which costs less."""
+        """The samples of a batch; those of this process's next batches are looked up with the same call, for speed."""
         if item not in self._found:
             stride = worker.num_workers if (worker := get_worker_info()) else 1
             steps = range(item.step, self.parts.num_steps, stride)[:BATCHES_FOUND]
@@ -235,7 +235,7 @@ class BatchMaker(Dataset[Made | Failed]):
         return values, found
 
     def _transformed(self, sample: Sample, parsed: Any) -> Any:
-        """A parsed sample as `decode` and `transform` leave it. Raises SampleError and TransformError."""
+        """What `decode` and `transform` return for a parsed sample. Raises SampleError and TransformError."""
         decoded = parsed if self.decode is None else decoded_by(self.decode, parsed)
         if self.transform is None:
             return decoded
@@ -268,7 +268,7 @@ class BatchMaker(Dataset[Made | Failed]):
     # ---- its shards ---------------------------------------------------------------------------------------
 
     def _follow(self, item: Item) -> ShardReader:
-        """The reader. At the beginning of an epoch and after a seek other shards are fetched ahead."""
+        """The reader for a batch. At the start of an epoch and after a seek, prefetching starts from its shards."""
         worker = get_worker_info()
         stride = worker.num_workers if worker else 1
         is_next, self._expected = item == self._expected, Item(item.epoch, item.step + stride)
@@ -276,7 +276,7 @@ class BatchMaker(Dataset[Made | Failed]):
             self.close()
             max_open = min(MAX_OPEN_FILES, self.order.open_shards(self.parts.world_size))
             if self.cache is not None:
-                order = copy.deepcopy(self.order)  # it is used in another thread
+                order = copy.deepcopy(self.order)  # for other threads
                 shards = (self.split.shards[shard] for shard in self._shards_from(order, item, stride))
                 remote = (shard for shard in shards if storage.is_remote(shard[0]))
                 self._prefetcher = Prefetcher(self.cache, remote, ahead=FETCHED_SHARDS)
@@ -286,7 +286,7 @@ class BatchMaker(Dataset[Made | Failed]):
         return self._reader
 
     def _shards_from(self, order: Order, item: Item, stride: int) -> Iterator[int]:
-        """The numbers of this process's shards, from a batch to the end of the epoch, in the order of first use."""
+        """This process's shards, from a batch to the end of the epoch, in the order of first use."""
         known: set[int] = set()
         for step in range(item.step, self.parts.num_steps, stride):
             positions = [position % order.num_samples for position in self.parts.positions(step)]
@@ -302,10 +302,10 @@ def cause(error: BaseException) -> BaseException:
 
 
 def as_sent(error: Exception) -> Exception:
-    """The error, or one that says the same where it cannot be sent to another process."""
+    """The error, or a RuntimeError with its text if it cannot be sent to another process."""
     try:
         return pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever the user's class does
+    except Exception:  # the class may be the user's
         return RuntimeError(describe(error))
 
 
@@ -332,14 +332,14 @@ def decoded_by(decode: Decode, sample: Sample) -> Sample:
 
 
 class FieldDecoder:
-    """webdataset's decoders of a sample's fields, by the name of what pictures become ("pil", "torchrgb8", …).
+    """webdataset's decoders of a sample's fields, by the name of the image format ("pil", "torchrgb8", …).
 
-    Pickles are left as bytes: loading one can run anything.
+    Pickles stay bytes, because loading one can run any code.
     """
 
     def __init__(self, name: str) -> None:
         if name not in imagespecs:
-            raise StreamingError(f"there is no decoding {name!r}: choose one of {', '.join(sorted(imagespecs))}")
+            raise StreamingError(f"there is no decoder {name!r}: choose one of {', '.join(sorted(imagespecs))}")
         self._decoder = Decoder([imagehandler(name)], pre=[gzfilter, leave_pickles])
 
     def __call__(self, sample: Sample) -> Sample:
@@ -348,7 +348,7 @@ class FieldDecoder:
 
 
 def leave_pickles(key: str, data: bytes) -> bytes | None:
-    """webdataset's handler of fields that must not be decoded."""
+    """A webdataset handler: pickles stay bytes, other fields go to the next handler."""
     return data if key.lower().endswith(PICKLES) else None
 
 
@@ -356,10 +356,10 @@ def leave_pickles(key: str, data: bytes) -> bytes | None:
 
 
 class Randomness:
-    """One generator for all samples, which is also NumPy's global one, and the global ones of torch and Python.
+    """Seeds the random numbers of each sample, as a function of (seed, epoch, position).
 
-    To seed these takes some microseconds; to make new ones would take many. What a sample draws is a function of (seed,
-    epoch, position) alone.
+    One generator is used for all samples and is NumPy's global generator too; those of torch and Python are seeded
+    with it. Seeding takes a few microseconds, new generators would take far longer.
     """
 
     def __init__(self) -> None:
@@ -370,7 +370,7 @@ class Randomness:
 
     @contextmanager
     def batch(self, seed: int, epoch: int, positions: range) -> Iterator[None]:
-        """Prepare for the samples of a batch; elsewhere than in a worker the global generators are restored after."""
+        """Prepare the seeds of a batch. Outside of a worker the global generators are restored at the end."""
         self._bits = dict(
             zip(positions, random_bits(np.asarray(positions), seed, epoch, SAMPLE_RNG).tolist(), strict=True)
         )
@@ -388,25 +388,25 @@ class Randomness:
             random.setstate(pythons)
 
     def start(self, position: int, *, stream: int = 0) -> np.random.Generator:
-        """Seed all generators for a sample of the batch, or with stream 1 for the batch that begins with it."""
+        """Seed all generators for a sample of the batch, or with stream 1 for the collation of the batch it begins."""
         bits, state = self._bits[position], self._state
         state["state"]["key"][0], state["state"]["key"][1] = bits, stream
         self._philox.state = state
         random.seed(bits + stream)
-        torch.default_generator.manual_seed((bits + stream) & MOST_SEED)
+        torch.default_generator.manual_seed((bits + stream) & MAX_SEED)
         return self.generator
 
 
-# ---- a worker's life --------------------------------------------------------------------------------------
+# ---- end of a worker --------------------------------------------------------------------------------------
 
 
 def follow_training(training: int, over: Any, _worker: int) -> None:
-    """Keep a worker alive exactly as long as the training process needs its batches, even while it is blocked.
+    """End a worker when the training process no longer needs its batches, even if the worker is blocked.
 
-    SIGTERM, which launchers and schedulers send to all processes of a job, does not end it, since training needs
-    batches until it has saved; SIGTERM of the training process does, and so do `over` and that process's own end.
+    It ends with the training process, when that process sends SIGTERM, and when `over` is set. SIGTERM from others
+    is ignored: launchers and schedulers send it to all processes, and training needs batches until it has saved.
     """
-    if sys.platform == "linux":  # elsewhere the sender of a signal is unknown
+    if sys.platform == "linux":  # other systems do not say who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a thread of a library may not block it
     Thread(target=_end_after, args=(training, over), daemon=True).start()

@@ -341,6 +341,7 @@ def load_space(model: Path) -> FeatureSpace:
     return found
 
 
+@pytest.mark.slow
 def test_training_writes_a_calibrated_model_folder(trained: Path) -> None:
     found = load_calibration(trained)
     assert found.decoding == asdict(DecodingDefaults(beam_size=1))
@@ -351,6 +352,7 @@ def test_training_writes_a_calibrated_model_folder(trained: Path) -> None:
     assert card.count("| 13 |") == 10
 
 
+@pytest.mark.slow
 def test_evaluation_calibrates_as_training_did(trained: Path, shards: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / "model"))
     wanted_curve, wanted_space = load_calibration(folder).curve, load_space(folder)
@@ -475,6 +477,7 @@ def draw_chart(seed: int) -> Image.Image:
     return chart
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (PHOTOS.exists() and WEIGHTS.exists()), reason=f"there is no {PHOTOS} or no {WEIGHTS}")
 def test_charts_and_text_are_unlike_photos() -> None:
     encoder = Encoder("squeezenet1_1", trainable=False).eval()

@@ -128,7 +128,7 @@ INIT = replace(
         (replace(GOOD, shards=("absent",)), "make_shards.py"),
         (replace(GOOD, shards=("empty",)), "holds no samples"),
         (replace(GOOD, shards=("wordless",)), "wordless/vocabulary.json"),
-        (replace(GOOD, shards=("shards", "shards/")), "the same shards are named twice (shards/train-000000"),
+        (replace(GOOD, shards=("shards", "shards/")), "the same shards are given twice (shards/train-000000"),
         (replace(GOOD, batch_size=5, accumulation_steps=2), "--batch-size 5 is the global batch"),
         (replace(GOOD, shards=("other",), patience_epochs=2), "--patience-epochs looks at the val split"),
         (replace(GOOD, output="file"), "file is a file"),
@@ -180,6 +180,7 @@ def test_the_corrected_command_runs_where_the_refused_one_was_to(tmp_path: Path)
     assert load_bundle(tmp_path / "run" / "model").model.config.encoder == "small_cnn"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "said"),
     [
@@ -209,6 +210,7 @@ def line_of_both(script: str, flags: list[Any], own: list[str], *, log: Path) ->
     return lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "said"),
     [

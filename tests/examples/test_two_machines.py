@@ -16,6 +16,8 @@ from trainer import Running, start_training
 
 from train.run.launch import is_lost_peer
 
+pytestmark = [pytest.mark.slow, pytest.mark.external]
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = ("--encoder", "small_cnn", "--weights", "none", "--finetune-encoder-from-step", 0, "--crop", 28)
 SMALL = ("--batch-size", 4, "--embedding-size", 8, "--hidden-size", 8, "--epochs", 100, "--checkpoint-steps", 3)

@@ -19,6 +19,8 @@ from trainer import Running, run_training, start_training
 from train.run import launch
 from train.run.steps import StopVote
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHERS = {
     "torchrun": ("torchrun", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),

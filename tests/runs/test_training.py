@@ -36,6 +36,8 @@ from train.run.launch import start_accelerator
 from train.step.schedule import make_optimizer
 from train.step.step import CaptionLoss, distribute
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 TORCHRUN = ("torchrun", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
 NUM_TRAIN, NUM_VAL, BATCH = 33, 10, 8  # the last batch holds one image: the second rank has none

@@ -12,6 +12,8 @@ from trainer import start, start_training
 
 from captioner.model.encoders import Encoder
 
+pytestmark = pytest.mark.slow
+
 PEER_SECONDS = 3.0
 
 

@@ -7,7 +7,6 @@ import pickle
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import NGINX, NGINX_CONFIGURATION, Bucket, Proxy, _Handler, free_port, use_s3, wait_for_port
+from servers import Bucket, Proxy, _Handler, use_s3
 from streaming_data import make_loader, run_epochs, write_split
 
 from captioner.errors import UserError
@@ -235,11 +234,6 @@ def test_two_indexes_of_one_tar_can_be_read_at_once(web: tuple[Watcher, str, Pat
     assert watcher.parts(entries[1]) == []
     for file in files:
         os.close(file)
-
-
-def test_the_cache_needs_no_torch() -> None:
-    code = "import sys, captioner.streaming.cache; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 # ---- many processes ---------------------------------------------------------------------------------------
@@ -489,13 +483,16 @@ def test_what_killed_processes_left_is_evicted_and_other_files_are_not(
 # ---- servers that fail ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mood", ["500", "503", "429", "drop", "cut answer", "flip"])
-def test_a_server_that_fails_every_third_time(web: tuple[Watcher, str, Path], home: Path, mood: str) -> None:
-    """A flipped bit costs a whole download, so that there are no more than two."""
+@pytest.mark.parametrize("mood", ["500", "503", "429", "drop", "cut answer", "stall", "flip"])
+def test_a_server_that_fails_every_third_time(
+    web: tuple[Watcher, str, Path], home: Path, monkeypatch: pytest.MonkeyPatch, mood: str
+) -> None:
+    """A flipped bit costs a whole download, and a stall its time, so there are few of them."""
+    monkeypatch.setattr(storage, "STALL_SECONDS", 0.2)
     watcher, folder, root = web
     entry = make_shard(root, 1)
     count = iter(range(10**6))
-    times = {"flip": 9}.get(mood, 10**6)
+    times = {"flip": 9, "stall": 9}.get(mood, 10**6)
     watcher.choose = lambda method, path: mood if (number := next(count)) % 3 == 1 and number < times else "ok"
     assert is_right(ShardCache(str(home), max_bytes=10**6), folder, entry)
     assert watcher.treated.count(mood) >= 2
@@ -507,46 +504,6 @@ def test_a_server_that_knows_no_ranges_sends_a_shard_once(web: tuple[Watcher, st
     watcher.choose = lambda method, path: "whole"
     assert is_right(ShardCache(str(home), max_bytes=10**6), folder, entry)
     assert len(watcher.parts(entry)) == 1
-
-
-def test_a_server_that_stalls(web: tuple[Watcher, str, Path], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "STALL_SECONDS", 0.2)
-    watcher, folder, root = web
-    entry = make_shard(root, 1)
-    count = iter(range(10**6))
-    watcher.choose = lambda method, path: "stall" if next(count) in (0, 2, 5) else "ok"
-    assert is_right(ShardCache(str(home), max_bytes=10**6), folder, entry)
-    assert watcher.treated.count("stall") == 3
-
-
-@pytest.mark.skipif(NGINX is None, reason="needs nginx on the PATH")
-def test_a_server_that_is_restarted_in_the_middle_of_a_download(
-    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cache_module, "CHUNK_BYTES", 10**6)
-    root, place, port = tmp_path / "web", tmp_path / "nginx", free_port()
-    entry = make_shard(root, 1, kilobytes=1000)
-    place.mkdir()
-    configuration = NGINX_CONFIGURATION.format(home=place, port=port, root=root)
-    (place / "conf").write_text(configuration.replace("access_log off;", "access_log off; limit_rate 200k;"))
-    line = [str(NGINX), "-p", place, "-c", place / "conf", "-e", place / "error.log"]
-    cache = ShardCache(str(home), max_bytes=10**7)
-    server = subprocess.Popen(line)
-    try:
-        wait_for_port(port)
-        worker = Forked(is_right, cache, f"http://127.0.0.1:{port}", entry)
-        wait_until((home / f"{entry.sha256}.partial").exists)
-        time.sleep(0.1)
-        server.kill()
-        server.wait()
-        time.sleep(0.5)
-        assert not kept(home, entry)[0]
-        (place / "conf").write_text(configuration)
-        server = subprocess.Popen(line)
-        assert worker.result() is True
-    finally:
-        server.kill()
-        server.wait()
 
 
 def test_a_server_that_is_gone_for_good_ends_in_one_line(
@@ -751,6 +708,7 @@ def test_next_shards_come_while_the_reader_sleeps_and_no_more_than_wanted(
 
 
 def test_a_prefetcher_evicts_nothing_that_its_reader_has_not_opened(web: tuple[Watcher, str, Path], home: Path) -> None:
+    """The reader does: what it opens now comes first."""
     watcher, folder, root = web
     entries = [make_shard(root, number) for number in range(6)]
     cache = ShardCache(str(home), max_bytes=num_bytes(root, *entries[:2]) + 100)
@@ -758,18 +716,6 @@ def test_a_prefetcher_evicts_nothing_that_its_reader_has_not_opened(web: tuple[W
         wait_until(lambda: sum(kept(home, *entries)) == 2)
         time.sleep(0.2)
         assert sum(bool(watcher.parts(entry)) for entry in entries) == 2
-        for entry in entries:
-            assert is_right(cache, folder, entry)
-            prefetcher.opened(entry)
-
-
-def test_a_reader_comes_before_its_prefetcher(web: tuple[Watcher, str, Path], home: Path) -> None:
-    """What was brought too early makes room for a shard that is read now."""
-    _, folder, root = web
-    entries = [make_shard(root, number) for number in range(4)]
-    cache = ShardCache(str(home), max_bytes=num_bytes(root, *entries[:2]) + 100)
-    with prefetching(cache, ((folder, entry) for entry in entries), ahead=4) as prefetcher:
-        wait_until(lambda: sum(kept(home, *entries)) == 2)
         for entry in reversed(entries):
             assert is_right(cache, folder, entry)
             prefetcher.opened(entry)

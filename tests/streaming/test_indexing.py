@@ -252,7 +252,7 @@ def test_errors_are_one_line_and_name_no_flag(tmp_path: Path, monkeypatch: pytes
     write_tar(tmp_path / "fields.tar", [(f"image.{number}.txt", b"") for number in range(5)])
     monkeypatch.setattr("captioner.shards.format.MAX_FIELDS", 4)
     refused(
-        r"fields\.tar has 5 names of fields, such as 0\.txt: a sample is adjacent files KEY\.FIELD",
+        r"fields\.tar has 5 different fields, such as 0\.txt: a sample is adjacent files KEY\.FIELD",
         pattern="fields.tar",
     )
     assert not list(tmp_path.glob("*.index"))

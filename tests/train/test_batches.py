@@ -269,7 +269,7 @@ def test_pictures_whose_captions_speak_of_sides_are_never_mirrored(shared_datase
     ],
 )
 def test_words_of_sides(caption: str, sided: bool) -> None:
-    assert views.speaks_of_sides(["a dog", caption]) == sided
+    assert views.mentions_sides(["a dog", caption]) == sided
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -22,7 +22,7 @@ def refused_together() -> Iterator[None]:
     """Within, an error on one rank is raised on all: otherwise they would wait for it.
 
     All ranks must enter; each may take as long as it needs, and none may use the process group inside. Raises the
-    UserError or OSError of this rank, or else that of another one as a UserError.
+    UserError or OSError of this rank, or else that of another rank as a UserError.
     """
     failure = None
     with waiting_for_all():

@@ -140,14 +140,14 @@ class CaptionPipeline:
 
     @staticmethod
     def parse(sample: dict[str, Any]) -> dict[str, Any]:
-        """The sample with its `__picture__` and its captions' `__content__`. Raises SampleError."""
-        picture, captions = find_members(sample)
+        """The sample with its `__image__` and its captions' `__content__`. Raises SampleError."""
+        image, captions = find_members(sample)
         try:
             sample["__content__"] = read_content(captions, key=sample["__key__"])
         except ValueError as error:
             message = f"sample {sample['__key__']} in {sample['__url__']} has no captions ({error}): {RESTORE}"
             raise SampleError("no captions", message) from error
-        sample["__picture__"] = picture
+        sample["__image__"] = image
         return sample
 
     @_not_random
@@ -207,12 +207,12 @@ class CaptionPipeline:
 
     def _decode(self, sample: dict[str, Any]) -> np.ndarray:
         """An image's pixels (height, width, 3), uint8; images that were stored in their own size are squashed here."""
-        picture = sample["__picture__"]
+        image = sample["__image__"]
         squash_to = self.stored_sizes[sample["__shard__"]]
         try:
             if squash_to is None:
-                return loading.decode_stored(picture)
-            return np.array(loading.load_resized(picture, size=squash_to, resize="squash")[0])
+                return loading.decode_stored(image)
+            return np.array(loading.load_resized(image, size=squash_to, resize="squash")[0])
         except loading.ImageError as error:
             message = f"sample {sample['__key__']} in {sample['__url__']} is not an image ({error}): {RESTORE}"
             raise SampleError("undecodable", message) from error
@@ -261,14 +261,14 @@ class CaptionPipeline:
 
 def find_members(sample: dict[str, Any]) -> tuple[bytes, bytes]:
     """The content of a sample's image, empty where it was not read, and of its captions: it has no other fields."""
-    picture = captions = b""
+    image = captions = b""
     for name, content in sample.items():
         if name[:2] != "__":
             if is_caption_field(name):
                 captions = content
             else:
-                picture = content
-    return picture, captions
+                image = content
+    return image, captions
 
 
 def rank_options(accelerator: "Accelerator") -> dict[str, Any]:

@@ -180,7 +180,7 @@ def checkpoint_trained_weights(loss_model: nn.Module, accelerator: Accelerator) 
 
 
 def load_weights(checkpoint: Path, loss_model: nn.Module) -> None:
-    """Load a checkpoint's weights into the model. Raises UserError where they are of another one."""
+    """Load a checkpoint's weights into the model. Raises UserError where they are of another model."""
     found, wanted = load_file(checkpoint / WEIGHTS), trained_weights(loss_model)
     if {name: tensor.shape for name, tensor in found.items()} != {name: w.shape for name, w in wanted.items()}:
         raise UserError(f"{checkpoint} is of another model: give another --output, or the settings it was made with")

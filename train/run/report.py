@@ -12,7 +12,7 @@ from typing import Any
 
 from captioner.files.storage import read_json, write_atomic
 from captioner.pages import load_template
-from train.run.tracking import HISTORY, PICTURES, SAMPLES, read_rows
+from train.run.tracking import HISTORY, SAMPLE_IMAGES, SAMPLES, read_rows
 
 REPORT = "report.html"
 MAX_CURVE_POINTS = 500
@@ -97,7 +97,7 @@ class Chart:
 class ImageHistory:
     """A validation image as a data URI (None: its file is gone), and the model's captions: (when, caption)."""
 
-    picture: str | None
+    image: str | None
     captions: list[tuple[str, str]]
 
 
@@ -196,7 +196,7 @@ def _setting(value: Any) -> str:
         case list():
             return ", ".join(map(str, value))
         case dict():  # fingerprints
-            return ", ".join(f"{name} {part[:12]}" for name, part in value.items() if part)
+            return ", ".join(f"{name} {text[:12]}" for name, text in value.items() if text)
         case _:
             return str(value)
 
@@ -212,7 +212,7 @@ def _samples(run: Path, moments: Mapping[int, str]) -> list[ImageHistory]:
     shown = [rows[index] for index in sorted({0, len(rows) // 2, len(rows) - 1})]
     return [
         ImageHistory(
-            picture=_data_uri(run / PICTURES / f"{number:02d}.jpg"),
+            image=_data_uri(run / SAMPLE_IMAGES / f"{number:02d}.jpg"),
             captions=[
                 (moments.get(row["step"], f"step {row['step']:,}"), row["captions"][number])
                 for row in shown
@@ -223,10 +223,10 @@ def _samples(run: Path, moments: Mapping[int, str]) -> list[ImageHistory]:
     ]
 
 
-def _data_uri(picture: Path) -> str | None:
-    if not picture.exists():
+def _data_uri(image: Path) -> str | None:
+    if not image.exists():
         return None
-    return f"data:image/jpeg;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+    return f"data:image/jpeg;base64,{base64.b64encode(image.read_bytes()).decode()}"
 
 
 # ---- charts ---------------------------------------------------------------------------------------------------

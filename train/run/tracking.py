@@ -22,7 +22,7 @@ from captioner.files.storage import write_atomic
 
 HISTORY = "history.jsonl"
 SAMPLES = "samples.jsonl"
-PICTURES = "samples"
+SAMPLE_IMAGES = "samples"
 WANDB_ID = "wandb.txt"
 JPEG_QUALITY = 90
 
@@ -57,7 +57,7 @@ class Tracker:
             _drop_later(run / name, last_step=first_step)
         self._run = run
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)  # it purges this step too
-        self._pictures_saved = False
+        self._images_saved = False
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Add the values of a step to all curves; a number that is not finite is null in the history."""
@@ -71,22 +71,22 @@ class Tracker:
         self._board.flush()  # a run that is killed has the same curves in both
         self._log_to_wandb(step, numbers)
 
-    def show(self, step: int, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+    def show(self, step: int, images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
         """Add the captions at a step of images (each uint8 (P, P, 3)), the same ones every time."""
-        if self._quiet or len(pictures) == 0:
+        if self._quiet or len(images) == 0:
             return
-        if not self._pictures_saved:
-            for number, picture in enumerate(pictures):
-                write_atomic(str(self._run / PICTURES / f"{number:02d}.jpg"), _jpeg(picture))
-            self._pictures_saved = True
+        if not self._images_saved:
+            for number, image in enumerate(images):
+                write_atomic(str(self._run / SAMPLE_IMAGES / f"{number:02d}.jpg"), _jpeg(image))
+            self._images_saved = True
         _append(self._run / SAMPLES, {"step": step, "captions": list(captions)})
-        self._board.add_image("validation/samples", _draw_grid(pictures, captions), step, dataformats="HWC")
+        self._board.add_image("validation/samples", _draw_grid(images, captions), step, dataformats="HWC")
         self._board.flush()
         if self._wandb is not None:
             import wandb  # type: ignore[missing-import]  # an extra
 
-            images = [wandb.Image(picture, caption=text) for picture, text in zip(pictures, captions, strict=True)]
-            self._log_to_wandb(step, {"validation/samples": images})
+            logged = [wandb.Image(image, caption=text) for image, text in zip(images, captions, strict=True)]
+            self._log_to_wandb(step, {"validation/samples": logged})
 
     def close(self) -> None:
         """Close the TensorBoard file and the Weights & Biases run."""
@@ -135,29 +135,29 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------
+# ---- images ---------------------------------------------------------------------------------------------------
 
 
-def _jpeg(picture: np.ndarray) -> bytes:
+def _jpeg(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()
 
 
-def _draw_grid(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+def _draw_grid(images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
     """One image, uint8 (H, W, 3), of all images in rows, each above its caption."""
     font = ImageFont.load_default(FONT_PIXELS)
-    width = max(pictures[0].shape[1], MIN_CELL_PIXELS)
+    width = max(images[0].shape[1], MIN_CELL_PIXELS)
     texts = [_wrap(caption, font, width=width) for caption in captions]
-    height = pictures[0].shape[0] + LINE_PIXELS * max(map(len, texts))
-    columns = min(GRID_COLUMNS, len(pictures))
-    rows = math.ceil(len(pictures) / columns)
+    height = images[0].shape[0] + LINE_PIXELS * max(map(len, texts))
+    columns = min(GRID_COLUMNS, len(images))
+    rows = math.ceil(len(images) / columns)
     grid = Image.new("RGB", (columns * (width + GAP_PIXELS), rows * (height + GAP_PIXELS)), "white")
-    for index, (picture, lines) in enumerate(zip(pictures, texts, strict=True)):
+    for index, (image, lines) in enumerate(zip(images, texts, strict=True)):
         cell = Image.new("RGB", (width, height), "white")  # crops what is too wide for its line
-        cell.paste(Image.fromarray(picture))
+        cell.paste(Image.fromarray(image))
         for number, line in enumerate(lines):
-            ImageDraw.Draw(cell).text((0, picture.shape[0] + number * LINE_PIXELS), line, fill="black", font=font)
+            ImageDraw.Draw(cell).text((0, image.shape[0] + number * LINE_PIXELS), line, fill="black", font=font)
         row, column = divmod(index, columns)
         grid.paste(cell, (column * (width + GAP_PIXELS), row * (height + GAP_PIXELS)))
     return np.asarray(grid)

@@ -39,7 +39,7 @@ demo: $(READY) ## pack, train, evaluate and caption drawn scenes: about 5 minute
 # Two processes; the tests of a file run in one of them, so they share its fixtures.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
 
-test: check ## all checks, then all tests: about 12 minutes on 2 CPU cores
+test: check ## all checks, then all tests, in two processes
 	$(PYTEST)
 
 test-quick: $(TESTS_READY) ## tests without a server, a whole run or a kill: under 2 minutes on 2 CPU cores

@@ -28,8 +28,8 @@ from typing import Any
 from captioner import cli
 from captioner.flags import Count, File
 from contenders import HEAVY, LARGE, LIGHT
-from measuring.figures import Bar, describe_run, print_bars, print_rows, write_json
-from measuring.photos import COCO, PHONE, draw_photos, find_photos, tile_photos
+from measuring.figures import Bar, describe_run, finish, print_rows, print_run
+from measuring.photos import COCO, PHONE, find_or_draw, tile_photos
 
 PACKAGES = ("torch", "torchvision", "accelerate", "pillow", "pillow-simd", "numpy")
 
@@ -67,14 +67,13 @@ def main(settings: CaptioningSettings) -> None:
     bars: list[Bar] = []
     with tempfile.TemporaryDirectory(prefix="captioning-") as temporary:
         scratch = Path(temporary)
-        originals = find_photos(settings.images) if settings.images else draw_photos(scratch / "drawn", count=24)
+        originals = find_or_draw(settings.images, scratch)
         run = describe_run(
             PACKAGES,
             pictures=f"{len(originals)} {f'from {settings.images}' if settings.images else 'DRAWN'}, repeated",
             device=torch.cuda.get_device_name() if on_gpu else "CPU",
         )
-        for name, value in run.items():
-            cli.console.print(f"{name}: {value}")
+        print_run("captioning", run)
         sets = make_sets(originals, scratch, settings)
         for encoder in (LARGE,) if on_gpu else settings.encoders:
             for kind, files in sets.items():
@@ -86,9 +85,7 @@ def main(settings: CaptioningSettings) -> None:
                     rows += found_rows
                     bars += found_bars
     print_rows("captioning", rows)
-    print_bars(bars)
-    if settings.json is not None:
-        write_json(settings.json, run=run, rows=rows, bars=bars)
+    finish(bars, json=settings.json, run=run, rows=rows)
 
 
 def make_sets(originals: Sequence[Path], scratch: Path, settings: CaptioningSettings) -> dict[str, list[Path]]:
@@ -112,10 +109,5 @@ def write_different(folder: Path, originals: Sequence[Path], *, count: int) -> l
     return paths
 
 
-def run() -> None:
-    """The command line."""
-    cli.run(main, CaptioningSettings, description=__doc__ or "")
-
-
 if __name__ == "__main__":
-    run()
+    cli.run(main, CaptioningSettings, description=__doc__ or "")

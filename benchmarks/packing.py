@@ -13,7 +13,6 @@ Exit codes: 0 measured, whether or not the bars hold; 2 an error that you can fi
 """
 
 import math
-import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -50,6 +49,7 @@ from contenders.packing import (
     through_the_engine,
     use_one_thread,
 )
+from contenders.text import resident_megabytes
 from measuring import jpeg_table
 from measuring.commands import find_peers, plain_pillow
 from measuring.figures import (
@@ -59,14 +59,14 @@ from measuring.figures import (
     at_least,
     at_most,
     describe_run,
+    finish,
     median_of,
-    print_bars,
     print_rows,
+    print_run,
     take_turns,
     times_as_fast,
-    write_json,
 )
-from measuring.photos import SIZE, draw_photos, find_photos, repeat_photos, tile_photos
+from measuring.photos import SIZE, find_or_draw, repeat_photos, tile_photos
 from sharding.packing.pack import Progress, pack_shard
 from sharding.packing.planning import ShardPlan
 
@@ -107,7 +107,7 @@ def main(settings: PackingSettings) -> None:
         scratch = Path(temporary)
         rounds = settings.rounds or (2 if settings.quick else 5)
         num_pictures = settings.pictures or (160 if settings.quick else 3000)
-        originals = find_photos(settings.images) if settings.images else draw_photos(scratch / "drawn", count=24)
+        originals = find_or_draw(settings.images, scratch)
         small = repeat_photos(scratch / "small", originals, count=max(num_pictures, rounds))
         large = tile_photos(scratch / "large", originals, count=4 if settings.quick else 36)
         run = describe_run(
@@ -119,7 +119,7 @@ def main(settings: PackingSettings) -> None:
             temporary_files=f"in {scratch.parent} (set TMPDIR to change)",
             mode="quick: rough figures" if settings.quick else "full",
         )
-        print_rows("packing", [{"": name, "of this run": text} for name, text in run.items()])
+        print_run("packing", run)
 
         rows, bars = measure_steady_state("COCO", slices(small, rounds), scratch, peers=peers, scaling=small)
         more_rows, more_bars = measure_steady_state("12 MP", [large] * rounds, scratch, peers=peers)
@@ -130,9 +130,7 @@ def main(settings: PackingSettings) -> None:
             measure_quality(originals, settings),
         ):
             rows, bars = rows + part[0], bars + part[1]
-    print_bars(bars)
-    if settings.json:
-        write_json(settings.json, run=run, rows=rows, bars=bars)
+    finish(bars, json=settings.json, run=run, rows=rows)
 
 
 def describe_pictures(folder: Path | None, originals: Photos, small: Photos, large: Photos) -> dict[str, str]:
@@ -280,18 +278,13 @@ def watch_memory(plans: Sequence[ShardPlan], folder: str, num_pictures: int) -> 
     packed = 0
 
     def note(now: Progress) -> None:
-        quarter = min(3, 4 * (packed + now.pictures - 1) // num_pictures)
-        quarters[quarter] = max(quarters[quarter], resident_megabytes())
+        quarter = min(3, 4 * (packed + now.images - 1) // num_pictures)
+        quarters[quarter] = max(quarters[quarter], resident_megabytes() or 0.0)
 
     for plan in plans:
         pack_shard(plan, folder, report=note)
         packed += len(plan.records)
     return quarters
-
-
-def resident_megabytes() -> float:
-    """This process's resident memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
 
 
 # ---- JPEG qualities ---------------------------------------------------------------------------------------
@@ -306,10 +299,5 @@ def measure_quality(originals: Photos, settings: PackingSettings) -> tuple[list[
     return [{"table": "quality", **row} for row in rows], []
 
 
-def run() -> None:
-    """The command line."""
-    cli.run(main, PackingSettings, description=__doc__ or "")
-
-
 if __name__ == "__main__":
-    run()
+    cli.run(main, PackingSettings, description=__doc__ or "")

@@ -45,14 +45,13 @@ from measuring.figures import (
     Bar,
     at_most,
     describe_run,
+    finish,
     median_of,
-    print_bars,
     print_rows,
     take_turns,
     time_here,
-    write_json,
 )
-from measuring.photos import draw_photo, draw_photos, find_photos, repeat_photos, write_captions, write_data
+from measuring.photos import draw_photo, find_or_draw, find_photos, repeat_photos, write_captions, write_data
 
 Part = Literal["plan", "bytes", "cache", "start", "packing", "doctor"]
 Row = dict[str, Any]
@@ -422,7 +421,7 @@ def first_batch(folder: str, at: float, parent: Path) -> Row:
 
 def measure_packing(work: Work) -> tuple[list[Row], list[Bar]]:
     """Measure the serial part of packing by number of images, and the whole command with 1 and 2 workers in turn."""
-    originals = photos_of(work)
+    originals = find_or_draw(work.images, work.folder)
     rows: list[Row] = []
     for power in (3,) if work.quick else (3, 4, 5):
         pictures = repeat_photos(work.folder / f"pictures-{power}", originals, count=10**power)
@@ -449,11 +448,6 @@ def measure_packing(work: Work) -> tuple[list[Row], list[Bar]]:
                          "least_wall_seconds": best, "cpu_seconds": figures["cpu_ms"] * count / 1000})  # fmt: skip
     print_rows(f"the whole packing command: medians of {work.rounds} rounds", commands)
     return rows + commands, []
-
-
-def photos_of(work: Work) -> list[Path]:
-    """The photos to pack."""
-    return find_photos(work.images) if work.images else draw_photos(work.folder / "drawn-photos", count=24)
 
 
 def plan_packing(images: Path, captions: Path) -> Row:
@@ -520,7 +514,7 @@ def measure_doctor(work: Work) -> tuple[list[Row], list[Bar]]:
     from captioner.streaming.dataset import read_split
     from contenders.training import pack
 
-    pack(photos_of(work), None, work.folder, num_samples=600 if work.quick else 6_000)
+    pack(find_or_draw(work.images, work.folder), None, work.folder, num_samples=600 if work.quick else 6_000)
     with logging_nginx(work.folder, work.folder / "nginx") as address:
         url, file = f"{address}/shards", work.folder / "doctor.json"
         flags = [
@@ -615,9 +609,7 @@ def main(settings: ScalingSettings) -> None:
             found, judged = MEASURES[part](work)
         rows += [{"part": part, **row} for row in found]
         bars += judged
-    print_bars(bars)
-    if settings.json:
-        write_json(settings.json, run=run, rows=rows, bars=bars)
+    finish(bars, json=settings.json, run=run, rows=rows)
 
 
 if __name__ == "__main__":

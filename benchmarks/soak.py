@@ -31,7 +31,7 @@ from captioner import cli
 from captioner.errors import UserError
 from captioner.flags import Count, File, Positive
 from measuring.commands import import_servers
-from measuring.figures import at_least, at_most, describe_run, print_bars, print_rows, write_json
+from measuring.figures import at_least, at_most, describe_run, finish, print_rows
 from measuring.photos import draw_photo, write_data
 
 BATCH, PROCESSES, WORKERS = 64, 2, 2
@@ -308,9 +308,7 @@ def main(settings: SoakSettings) -> None:
     }  # fmt: skip
     print_rows("memory and open files of all processes, and of the two ranks", rows)
     print_rows("the stream", [facts])
-    print_bars(bars)
-    if settings.json:
-        write_json(settings.json, run=run | {key: str(value) for key, value in facts.items()}, rows=rows, bars=bars)
+    finish(bars, json=settings.json, run=run | {key: str(value) for key, value in facts.items()}, rows=rows)
 
 
 if __name__ == "__main__":

@@ -57,12 +57,12 @@ from measuring.figures import (
     at_least,
     at_most,
     describe_run,
+    finish,
     median_of,
-    print_bars,
     print_rows,
+    print_run,
     take_turns,
     times_as_fast,
-    write_json,
 )
 from measuring.photos import QUALITY, SIZE, draw_photos, find_photos, write_captions
 
@@ -129,7 +129,7 @@ def main(settings: StreamingSettings) -> None:
             left_out=", ".join(name for name in names_of(settings.parts) if name not in found) or "none",
             mode="quick: rough figures" if settings.quick else f"{rounds} rounds",
         )
-        print_rows("streaming", [{"": name, "of this run": words} for name, words in run.items()])
+        print_run("streaming", run)
         contenders = {name: turn for each in turns for name, turn in make_contenders(found, each).items()}
         costs = take_turns(contenders, rounds=rounds) if contenders else {}
         seeks = measure_seeks(found[key("text", text.OURS)], scratch) if "seek" in settings.parts else []
@@ -137,9 +137,7 @@ def main(settings: StreamingSettings) -> None:
     print_rows(f"medians of {rounds} rounds; ratios: ours as many times as fast", rows)
     print_rows("to the first batch after a seek", seeks)
     bars = [bar for part in settings.parts for bar in BARS[part](costs, seeks)]
-    print_bars(bars)
-    if settings.json:
-        write_json(settings.json, run=run, rows=[*rows, *seeks], bars=bars)
+    finish(bars, json=settings.json, run=run, rows=[*rows, *seeks])
 
 
 # ---- the samples ------------------------------------------------------------------------------------------
@@ -422,10 +420,5 @@ def seek_bars(_costs: Costs, seeks: Rows) -> list[Bar]:
 BARS = {"pictures": picture_bars, "text": text_bars, "seek": seek_bars}
 
 
-def run() -> None:
-    """The command line."""
-    cli.run(main, StreamingSettings, description=__doc__ or "")
-
-
 if __name__ == "__main__":
-    run()
+    cli.run(main, StreamingSettings, description=__doc__ or "")

@@ -54,14 +54,14 @@ from measuring.figures import (
     at_least,
     at_most,
     describe_run,
+    finish,
     median_of,
-    print_bars,
     print_rows,
+    print_run,
     take_turns,
     times_as_fast,
-    write_json,
 )
-from measuring.photos import draw_photos, find_photos
+from measuring.photos import find_or_draw
 
 PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "pillow", "pillow-simd", "nltk", "numpy")
 BATCH, GPU_BATCHES = 128, (128, 512)
@@ -106,7 +106,7 @@ def main(settings: TrainingSettings) -> None:
     bars: list[Bar] = []
     with tempfile.TemporaryDirectory(prefix="training-") as temporary:
         scratch = Path(temporary)
-        originals = find_photos(settings.images) if settings.images else draw_photos(scratch / "drawn", count=24)
+        originals = find_or_draw(settings.images, scratch)
         captions = read_captions(settings.captions) if settings.captions else None
         run = describe_run(
             PACKAGES,
@@ -116,13 +116,11 @@ def main(settings: TrainingSettings) -> None:
             gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
             mode="quick: rough figures" if settings.quick else "full",
         )
-        print_rows("training", [{"": name, "of this run": text} for name, text in run.items()])
+        print_run("training", run)
         for part in (measure_on_cpu, measure_on_gpu):
             found = part(settings, originals, captions, scratch)
             rows, bars = rows + found[0], bars + found[1]
-    print_bars(bars)
-    if settings.json:
-        write_json(settings.json, run=run, rows=rows, bars=bars)
+    finish(bars, json=settings.json, run=run, rows=rows)
 
 
 def has_bf16() -> bool:
@@ -363,10 +361,5 @@ def gpu_bars(rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
     return bars
 
 
-def run() -> None:
-    """The command line."""
-    cli.run(main, TrainingSettings, description=__doc__ or "")
-
-
 if __name__ == "__main__":
-    run()
+    cli.run(main, TrainingSettings, description=__doc__ or "")

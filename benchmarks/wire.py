@@ -38,8 +38,8 @@ from captioner import cli  # noqa: E402
 from captioner.errors import UserError  # noqa: E402
 from captioner.files import retries, storage  # noqa: E402
 from captioner.flags import Count, File  # noqa: E402
-from measuring.figures import Bar, at_least, at_most, describe_run, print_bars, print_rows, write_json  # noqa: E402
-from measuring.photos import draw_photos, find_photos, write_data  # noqa: E402
+from measuring.figures import Bar, at_least, at_most, describe_run, finish, print_rows, print_run  # noqa: E402
+from measuring.photos import find_or_draw, write_data  # noqa: E402
 
 PACKAGES = ("torch", "aiohttp", "s3fs", "aiobotocore", "fsspec", "moto", "numpy")
 STORM = Weather(latency_seconds=0.03, loss=0.03, reset=0.04, half_open=0.02, status=0.06)
@@ -82,16 +82,14 @@ def main(settings: WireSettings) -> None:
     if settings.json and not settings.json.absolute().parent.is_dir():
         raise UserError(f"the folder of --json {settings.json} does not exist: create it, or name another file")
     run = describe_run(PACKAGES, weather=STORM, rounds=rounds, mode="quick" if settings.quick else "full")
-    print_rows("faults on the wire", [{"": name, "of this run": text} for name, text in run.items()])
+    print_run("faults on the wire", run)
     try:
         rows = measure_all(settings, rounds)
     except pytest.skip.Exception as error:  # the tests' servers skip if a program is not installed
         raise UserError(f"cannot start a server: {error}") from error
     print_rows("without and with faults", rows)
     bars = make_bars(rows)
-    print_bars(bars)
-    if settings.json:
-        write_json(settings.json, run=run, rows=rows, bars=bars)
+    finish(bars, json=settings.json, run=run, rows=rows)
 
 
 def measure_all(settings: WireSettings, rounds: int) -> list[dict[str, Any]]:
@@ -99,7 +97,7 @@ def measure_all(settings: WireSettings, rounds: int) -> list[dict[str, Any]]:
     num_pictures, epochs = (24, 1) if settings.quick else (480, 2)
     with tempfile.TemporaryDirectory(prefix="wire-") as temporary, run_s3() as s3:
         scratch = Path(temporary)
-        originals = find_photos(settings.images) if settings.images else draw_photos(scratch / "drawn", count=24)
+        originals = find_or_draw(settings.images, scratch)
         bucket = Bucket(s3, "wire")
         bucket.put_folder(write_data(originals, scratch / "data", count=num_pictures), "data")
 
@@ -226,10 +224,5 @@ def make_bars(rows: Sequence[dict[str, Any]]) -> list[Bar]:
     return bars
 
 
-def run() -> None:
-    """The command line."""
-    cli.run(main, WireSettings, description=__doc__ or "")
-
-
 if __name__ == "__main__":
-    run()
+    cli.run(main, WireSettings, description=__doc__ or "")

@@ -23,7 +23,7 @@ from captioner.flags import Local, Number, flag_name
 from captioner.images import silence_pillow
 
 EXIT_USER_ERROR = 2
-REMEDIES = {
+REMEDY_OF_ERRNO = {
     errno.ENOENT: "check the path",
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room",
@@ -33,17 +33,17 @@ REMEDIES = {
     errno.ENOTDIR: "a part of that path is a file: give another path",
     errno.EISDIR: "give the path of a file",
     errno.EEXIST: "give another path, or remove it",
-    errno.ELOOP: "its symbolic links lead back to each other: give another path",
+    errno.ELOOP: "its symbolic links form a loop: give another path",
     errno.ENAMETOOLONG: "give a shorter path",
     errno.ENXIO: "give the path of a file",
     errno.EPIPE: "the program that read it has ended",
 }
-READER_GONE = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal
+CLOSED_OUTPUT = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal
 EXIT_INTERRUPTED = 130
-SECONDS_BETWEEN_LINES = 60.0  # where a progress bar cannot be drawn
+LOG_SECONDS = 60.0  # between lines of progress in a log file
 
 Settings = TypeVar("Settings")
-Remedies = Mapping[type[UserError], str]  # what to do about an error, in terms of a command's flags
+Remedies = Mapping[type[UserError], str]  # what to do, with a command's flags; `{error.x}` is the error's attribute
 
 console = Console(
     highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout and sys.stdout.isatty() else 140
@@ -59,20 +59,20 @@ def run(
 ) -> None:
     """Parse the command line into `settings_class`, call `main`, and turn failures into exit codes.
 
-    A `UserError` becomes one line on stderr and exit code 2 (as a wrong flag does), with the command's remedy for its
-    class; Ctrl-C becomes 130. Output that nobody reads (`| head -1`) is dropped: the work and the exit code are the
-    same. Output for which a disk has no room is dropped too, and reported at the end.
+    A `UserError` becomes one line on stderr, with the command's remedy for its class, and exit code 2 (as a wrong flag
+    does); Ctrl-C becomes 130. Output to a closed pipe (`| head -1`) is dropped: the work and the exit code are the
+    same. Output to a full disk is dropped too, and reported at the end.
     """
-    stdout = outlive_readers()
+    stdout = ignore_closed_output()
     silence_pillow()
     try:
         main(parse(settings_class, description=description))
     except UserError as error:
         fail(with_remedy(error, remedies or {}))
     except OSError as error:
-        if error.errno not in REMEDIES and error.filename is None:  # the program's own fault
+        if error.errno not in REMEDY_OF_ERRNO and error.filename is None:  # the program's own fault
             raise
-        fail(describe_refusal(error))
+        fail(describe_os_error(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
@@ -81,12 +81,12 @@ def run(
         fail(f"the work is done, but its output was not fully written ({stdout.error.strerror}): make room for it")
 
 
-def outlive_readers() -> "Stream":
+def ignore_closed_output() -> "Stream":
     """Replace stdout, which is returned, and stderr by streams that drop what they cannot write."""
-    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed one: no file opened later may get its number
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # or a file opened later would get a closed one's number
         pass
     os.close(opened)
-    shown = []
+    streams = []
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         old = getattr(sys, name)  # None where it was closed
         raw = Stream(descriptor if old is None else old.fileno(), "w", closefd=False)
@@ -94,81 +94,80 @@ def outlive_readers() -> "Stream":
         by_line = old is None or old.line_buffering or old.write_through
         format_of = {} if old is None else {"encoding": old.encoding, "errors": old.errors}
         setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), line_buffering=by_line, **format_of))
-        shown.append(raw)
-    return shown[0]
+        streams.append(raw)
+    return streams[0]
 
 
 class Stream(io.FileIO):
-    """A standard stream that outlives its reader; `error` is the first other reason why something was not written."""
+    """A standard stream that drops output to a closed pipe or terminal; `error` is the first other failure."""
 
     error: OSError | None = None
-    replaced: object = None  # which would close its descriptor with its last reference
+    replaced: object = None  # kept alive: it would close the descriptor
 
     def write(self, data: Any, /) -> int:
-        """Write what can be written; all counts as written."""
+        """Write as much as possible; returns the size of all."""
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in READER_GONE:
+            if error.errno not in CLOSED_OUTPUT:
                 self.error = self.error or error
             return memoryview(data).nbytes
 
 
 def parse(settings_class: type[Settings], *, description: str, args: Sequence[str] | None = None) -> Settings:
-    """The settings in the command line (or `args`). Raises UserError for values that no flag of theirs takes."""
+    """The settings in the command line (or `args`). Raises UserError for values that a flag does not accept."""
     settings = tyro.cli(settings_class, description=description, args=args)
     check_values(settings)
     return settings
 
 
 def check_values(settings: object) -> None:
-    """Raise UserError for a number out of its range, and for a URL where a path is wanted: see `captioner.flags`."""
+    """Raise UserError for a number out of its range, or a URL instead of a local path: see `captioner.flags`."""
     for name, hint in get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
         if is_dataclass(value):
             check_values(value)
         for each in value if isinstance(value, tuple) else (value,):
-            for note in _notes(hint) if each is not None else ():
-                _check(flag_name(name), each, note)
+            for annotation in _annotations(hint) if each is not None else ():
+                _check(flag_name(name), each, annotation)
 
 
-def _check(flag: str, value: Any, note: object) -> None:
-    if isinstance(note, Number) and value not in note.numbers:
-        raise UserError(f"{flag} is {value}: give {str(note.numbers) or 'a finite number'}")
-    if isinstance(note, Local) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value)):  # Path makes one slash of two
+def _check(flag: str, value: Any, annotation: object) -> None:
+    if isinstance(annotation, Number) and value not in annotation.numbers:
+        raise UserError(f"{flag} is {value}: give {str(annotation.numbers) or 'a finite number'}")
+    if isinstance(annotation, Local) and re.match(
+        r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value)
+    ):  # Path makes one slash of two
         raise UserError(f"{flag} {value} is a URL: give a path on this machine")
 
 
-def _notes(hint: Any) -> Iterator[object]:
-    """What an annotation says beside the type, which may be of an optional value or of several."""
+def _annotations(hint: Any) -> Iterator[object]:
+    """The metadata of `Annotated` types anywhere in a type hint."""
     yield from getattr(hint, "__metadata__", ())
     for inner in get_args(hint):
-        yield from _notes(inner)
+        yield from _annotations(inner)
 
 
 def with_remedy(error: UserError, remedies: Remedies) -> str:
-    """The error's line with the remedy for its class or the nearest base class; `{error.x}` there is its data."""
+    """The error's line with the remedy for its class or the nearest base class."""
     remedy = next((remedies[kind] for kind in type(error).__mro__ if kind in remedies), None)
     return f"{error}: {remedy.format(error=error)}" if remedy else str(error)
 
 
-def describe_refusal(error: OSError) -> str:
-    """The line for what the system refused to read or write."""
-    remedy = REMEDIES.get(error.errno or 0, "check that file and its disk")
+def describe_os_error(error: OSError) -> str:
+    """The line for a file that cannot be read or written."""
+    remedy = REMEDY_OF_ERRNO.get(error.errno or 0, "check that file and its disk")
     return f"{error.filename or 'a file'}: {error.strerror}: {remedy}"
 
 
 def fail(message: str) -> NoReturn:
-    """Print `message` as one line on stderr and leave with exit code 2."""
+    """Print `message` as one line on stderr and exit with code 2."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(EXIT_USER_ERROR)
 
 
 class Bar:
-    """One running progress bar: items done, and a free text at its end (rates, failures, losses).
-
-    Where output goes to a file, it `logs`: a line now and then.
-    """
+    """A progress bar: items done, rate, and a note at its end; with `logs`, a line every LOG_SECONDS instead."""
 
     def __init__(
         self, progress: Progress, *, description: str, total: int | None, unit: str, done: int, logs: bool
@@ -178,30 +177,30 @@ class Bar:
         self._unit = unit
         self._task = progress.add_task(description, total=total, completed=done, note="")
         self._done_before = done
-        self._said = time.monotonic()
+        self._logged_at = time.monotonic()
 
     def advance(self, num_items: int = 1, *, note: str = "") -> None:
         """Count `num_items` more as done and show `note` behind the rate."""
         self.set(int(self._progress.tasks[self._task].completed) + num_items, note=note)
 
     def set(self, num_items: int, *, note: str = "") -> None:
-        """Say that `num_items` are done in all and show `note` behind the rate."""
+        """Set the number of items done and show `note` behind the rate."""
         self._progress.update(self._task, completed=num_items)
         task = self._progress.tasks[self._task]
         rate = (task.completed - self._done_before) / task.elapsed if task.elapsed else 0.0
         self._progress.update(self._task, note=f"{rate:,.1f} {self._unit}/s {note}".rstrip())
-        if self._logs and time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
-            self._said = time.monotonic()
+        if self._logs and time.monotonic() - self._logged_at > LOG_SECONDS:
+            self._logged_at = time.monotonic()
             total = "" if task.total is None else f" of {task.total:,.0f}"
             console.print(f"{task.description}: {num_items:,}{total}, {task.fields['note']}")
 
     def skip(self, num_items: int = 1) -> None:
-        """Count items as done by an earlier run, which do not count for the rate."""
+        """Count `num_items` more as done by an earlier run, so not for the rate."""
         self._done_before += num_items
         self.advance(num_items)
 
     def set_total(self, total: int) -> None:
-        """Say how many items there are, once that is known."""
+        """Set the number of items, once it is known."""
         self._progress.update(self._task, total=total)
 
 
@@ -209,9 +208,9 @@ class Bar:
 def progress_bar(
     description: str, *, total: int | None, unit: str, quiet: bool = False, done: int = 0
 ) -> Iterator[Bar]:
-    """A progress bar with count, share, rate and time left; a line a minute where there is no terminal.
+    """A progress bar with count, percentage, rate and time left, or a line a minute in a log file; none if `quiet`.
 
-    It is silent when `quiet`. `done` items of an earlier run count as completed, but not for the rate.
+    `done` items of an earlier run count as completed, but not for the rate.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -238,7 +237,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[objec
 
 
 def print_damaged(num_damaged: int) -> None:
-    """Say how many pictures were decoded although they are damaged, if any were."""
+    """Print how many damaged images could be decoded, if any."""
     if num_damaged:
         console.print(f"{num_damaged:,} pictures are damaged, but could be decoded: parts of them may look wrong")
 

@@ -1,4 +1,4 @@
-"""Types of command-line flags: numbers with a range, which `--help` shows and `captioner.cli` checks, and paths."""
+"""Types of command-line flags: numbers with a range, and paths. `--help` shows the range, `captioner.cli` checks it."""
 
 import math
 import os
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-LARGEST_INT = (1 << 31) - 1  # beyond it NumPy, torch and file formats disagree about what fits
+MAX_INT = (1 << 31) - 1  # NumPy, torch and file formats all hold it
 
 
 def flag_name(field_name: str) -> str:
@@ -18,7 +18,7 @@ def flag_name(field_name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Range:
-    """The finite numbers that a flag takes."""
+    """A range of finite numbers."""
 
     at_least: float | None = None
     above: float | None = None
@@ -46,7 +46,7 @@ class Range:
     def metavar(self, name: str) -> str:
         """The range around a number's name: `INT >= 1`, `0 <= FLOAT < 1`."""
         low = {">=": self.at_least, ">": self.above}
-        high = {"<=": None if self.at_most == LARGEST_INT else self.at_most, "<": self.below}
+        high = {"<=": None if self.at_most == MAX_INT else self.at_most, "<": self.below}
         lows = [(sign, bound) for sign, bound in low.items() if bound is not None]
         highs = [f" {sign} {bound}" for sign, bound in high.items() if bound is not None]
         if not highs:
@@ -56,13 +56,13 @@ class Range:
 
 @dataclass(frozen=True, kw_only=True)
 class Number(PrimitiveConstructorSpec[Any]):
-    """How tyro parses a number and shows its range; whether it is in it is for `captioner.cli` to say, in one line."""
+    """How tyro parses a number and shows its range, which `captioner.cli` checks."""
 
     numbers: Range
 
 
-def int_flag(*, at_least: int, at_most: int = LARGEST_INT) -> Number:
-    """What `Annotated` wants for an int in this range."""
+def int_flag(*, at_least: int, at_most: int = MAX_INT) -> Number:
+    """The metadata of `Annotated` for an int in this range."""
     return _number(int, Range(at_least=at_least, at_most=at_most))
 
 
@@ -79,7 +79,7 @@ def _number(kind: type[int] | type[float], numbers: Range) -> Number:
 
 @dataclass(frozen=True, kw_only=True)
 class Local(PrimitiveConstructorSpec[Any]):
-    """A path on this machine; URLs are for `captioner.cli` to refuse."""
+    """A local path; `captioner.cli` refuses URLs."""
 
 
 def _path(

@@ -1,4 +1,4 @@
-"""HTML pages from Jinja2 templates: what comes from users is escaped, and a name that is missing is an error."""
+"""Jinja2 templates of HTML pages: values are escaped, and a missing name is an error."""
 
 from pathlib import Path
 

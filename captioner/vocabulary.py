@@ -22,15 +22,16 @@ TOKENIZER = "nltk-word-tokenize-lower"
 PAD, START, END, UNK = 0, 1, 2, 3
 SPECIAL_WORDS = ("<pad>", "<start>", "<end>", "<unk>")
 THRESHOLD = 4
-LEAST_COVERAGE = 0.9
+MIN_COVERAGE = 0.9
+PACK_AGAIN = "pack the training split again with sharding/make_shards.py"
 GLUED_TOKENS = frozenset((".", ",", ";", ":", "!", "?", ")", "'s", "n't", "'re", "'ll", "'ve", "'m", "'d"))
 
 
-# Left to NLTK: its contractions, and what its substitutions, made one after the other, do to each other.
+# Contractions, and texts in which NLTK's successive substitutions affect each other.
 # Every alternative starts with a literal, which keeps the search fast.
 _LEFT_TO_NLTK = re.compile(r"""`|""|,[,:]|:[,:]|'\w{,2}'|cannot|d'ye|gimme|gonna|gotta|lemme|more'n|wanna""")
 _OPENING_QUOTE = re.compile(r"""(?:^|(?<=[ (\[{<]))\"""")
-# The set of all marks stands first, and the conditions look back at the mark, which keeps the search fast.
+# The set of all marks comes first, and the conditions look back at the mark, which keeps the search fast.
 _MARK = re.compile(
     r"""
     ( [\[\](){}<>;@\#$%&?!*,:.-]
@@ -99,14 +100,14 @@ class Vocabulary:
         )
 
     def coverage(self, counts: Mapping[str, int]) -> float:
-        """The fraction of running words, in captions with these counts, that the vocabulary holds."""
+        """The fraction of tokens, in captions with these counts, that the vocabulary holds."""
         known = sum(count for word, count in counts.items() if word in self.ids)
         return known / max(1, sum(counts.values()))
 
     def extended(self, other: "Vocabulary") -> "Vocabulary":
-        """This vocabulary with its ids kept, followed by the words only `other` has as `from_counts` orders them.
+        """This vocabulary, followed by the words that only `other` has, in the order of `from_counts`.
 
-        Counts of both are added up. The threshold stays this vocabulary's.
+        The counts of both are added. The threshold is this vocabulary's.
         """
         counts = Counter(dict(zip(self.words, self.counts, strict=True)))
         counts.update(dict(zip(other.words, other.counts, strict=True)))
@@ -124,7 +125,7 @@ class Vocabulary:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex sha256 of what decides ids: the words in order and the tokenizer's name."""
+        """Hex sha256 of the tokenizer's name and the words in order, on which ids depend."""
         return hashlib.sha256(json.dumps([self.tokenizer, self.words]).encode()).hexdigest()
 
     def encode(self, tokens: Iterable[str]) -> list[int]:
@@ -133,7 +134,7 @@ class Vocabulary:
         return [get(token, UNK) for token in tokens]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The caption that ids spell, up to the first `<end>`, without special words."""
+        """The caption with these ids, up to the first `<end>`, without special words."""
         return join_tokens(self.words[index] for index in _until_end(ids))
 
     def to_json(self) -> str:
@@ -151,14 +152,13 @@ class Vocabulary:
 
     @classmethod
     def from_json(cls, text: str, *, origin: str) -> "Vocabulary":
-        """Read `to_json`'s text; `origin` names the file in errors. Raises UserError when it cannot be trusted."""
+        """The vocabulary in `to_json`'s text; `origin` names the file in errors. Raises UserError if it is damaged."""
         try:
             content = json.loads(text)
             found = content["format_version"]
             if found != FORMAT_VERSION:
                 raise UserError(
-                    f"{origin} has vocabulary format {found}, this version reads {FORMAT_VERSION}: pack the training "
-                    "split again with sharding/make_shards.py"
+                    f"{origin} has vocabulary format {found}, this version reads {FORMAT_VERSION}: {PACK_AGAIN}"
                 )
             vocabulary = cls(
                 words=tuple(map(str, content["words"])),
@@ -168,13 +168,13 @@ class Vocabulary:
                 tokenizer_version=content["tokenizer_version"],
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{origin} is not a vocabulary file ({error!r}): pack the training split again") from error
+            raise UserError(f"{origin} is not a vocabulary file ({error!r}): {PACK_AGAIN}") from error
         _check(vocabulary, content.get("fingerprint"), origin=origin)
         return vocabulary
 
 
 def read_vocabulary(location: str, *, remedy: str) -> Vocabulary:
-    """The vocabulary in a file or behind a URL. Raises UserError, ending with `remedy` when it cannot be read."""
+    """The vocabulary in a file or behind a URL. Raises UserError, ending with `remedy` if it cannot be read."""
     try:
         text = storage.read_bytes(location).decode()
     except FileNotFoundError as error:
@@ -185,30 +185,24 @@ def read_vocabulary(location: str, *, remedy: str) -> Vocabulary:
 
 
 def choose_threshold(counts: Mapping[str, int]) -> int:
-    """THRESHOLD, or the greatest below it at which the vocabulary covers LEAST_COVERAGE of the running words.
+    """THRESHOLD, or the greatest below it at which the vocabulary covers MIN_COVERAGE of the tokens.
 
-    Small data needs the latter: of 300 real captions a threshold of 4 leaves a fifth of the words unknown.
+    With small data THRESHOLD covers less: of 300 real captions it leaves a fifth of the words unknown.
     """
-    wanted = LEAST_COVERAGE * sum(counts.values())
+    wanted = MIN_COVERAGE * sum(counts.values())
     covered = {least: sum(n for n in counts.values() if n >= least) for least in range(THRESHOLD, 0, -1)}
     return next((least for least, known in covered.items() if known >= wanted), 1)
 
 
 def _check(vocabulary: Vocabulary, fingerprint: str | None, *, origin: str) -> None:
     if vocabulary.words[: len(SPECIAL_WORDS)] != SPECIAL_WORDS or len(set(vocabulary.words)) != len(vocabulary):
-        raise UserError(
-            f"{origin} does not start with {SPECIAL_WORDS} or repeats a word: pack the training split again"
-        )
+        raise UserError(f"{origin} does not start with {SPECIAL_WORDS} or repeats a word: {PACK_AGAIN}")
     if len(vocabulary) == len(SPECIAL_WORDS):
-        raise UserError(
-            f"{origin} holds no word beside {SPECIAL_WORDS}: pack the training split again with a smaller threshold"
-        )
+        raise UserError(f"{origin} holds no word beside {SPECIAL_WORDS}: {PACK_AGAIN} with a smaller threshold")
     if vocabulary.tokenizer != TOKENIZER:
         raise UserError(f"{origin} was made with tokenizer {vocabulary.tokenizer!r}, this version has {TOKENIZER!r}")
     if fingerprint != vocabulary.fingerprint:
-        raise UserError(
-            f"{origin} was edited by hand or damaged (its fingerprint differs): pack the training split again"
-        )
+        raise UserError(f"{origin} was edited by hand or damaged (its fingerprint differs): {PACK_AGAIN}")
 
 
 def _until_end(ids: Iterable[int]) -> Iterable[int]:

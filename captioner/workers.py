@@ -1,21 +1,34 @@
-"""Worker processes that come from a server which has loaded their code once: importing torch costs seconds."""
+"""A pool of worker processes that survives their deaths: an item that kills its worker costs itself alone.
+
+Workers are forked from a server process that has imported their code once: importing torch costs seconds.
+"""
 
 import math
 import multiprocessing
 import os
+import signal
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from multiprocessing import forkserver
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from captioner.errors import UserError
 from captioner.images import loading
+
+NO_ITEM = -1  # the index of a worker that is between items
+MAX_DEATHS_AT_ONE_ITEM = 2
+POLL_SECONDS = 1.0
+MAX_SECONDS_TO_EXIT = 5.0  # a process that waits for a lost disk exits later
 
 
 def start_server(module: str) -> ForkServerContext:
-    """Let the server that workers come from start to load `module`, in the background, if it has not yet."""
+    """Start the server process that workers are forked from, unless it runs; it imports `module` in the background."""
     context = multiprocessing.get_context("forkserver")
     native = [] if loading.HAS_SIMD else ["torch"]
     context.set_forkserver_preload([module, *native])
@@ -23,23 +36,142 @@ def start_server(module: str) -> ForkServerContext:
     return context
 
 
-def hire(
-    context: ForkServerContext, work: Callable[..., None], *arguments: Any
-) -> tuple[ForkServerProcess, Connection]:
-    """A process that runs `work` with its end of a pipe and the arguments, and our end."""
-    ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(theirs, *arguments), daemon=True)
-    process.start()
-    theirs.close()
-    return process, ours
+class WorkerPool:
+    """Worker processes that each do one task at a time; a dead one is replaced, and its task starts again.
+
+    A worker calls `work(task, *arguments, excluded=..., set_index=..., report=...)`: `set_index(i)` before item i of
+    the task, `report(message)` to send a message early, and its result is the last message. An item at which two
+    workers died, or one spent more than `max_seconds`, is in `excluded` when the task starts again: a dict from its
+    index to the exit code (None: timed out). After `max_deaths` other deaths at one task `run` raises UserError.
+    """
+
+    def __init__(
+        self,
+        context: ForkServerContext,
+        work: Callable[..., Any],
+        *arguments: Any,
+        size: int,
+        max_deaths: int,
+        max_seconds: float = math.inf,
+    ) -> None:
+        self._max_deaths = max_deaths
+        self._max_seconds = max_seconds
+        self._last_poll = time.monotonic()
+        self._workers = [_Worker(context, (work, *arguments)) for _ in range(size)]
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.pipe.close()
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join(MAX_SECONDS_TO_EXIT)
+
+    def run(self, tasks: Iterator[tuple[str, Any]]) -> Iterator[Any]:
+        """Yield the workers' messages, in no fixed order.
+
+        `tasks` gives a name for error messages and the task. It is asked for one when a worker is idle.
+        """
+        messages: deque[Any] = deque()
+        while True:
+            for worker in self._workers:
+                if worker.is_idle and (task := next(tasks, None)):
+                    worker.start(*task)
+            if messages:
+                yield messages.popleft()
+            elif all(worker.is_idle for worker in self._workers):
+                return
+            else:
+                messages.extend(self._receive())
+
+    def _receive(self) -> Iterator[Any]:
+        """Wait up to POLL_SECONDS for messages, one of each worker, and restart workers that are dead or hang."""
+        ready = wait([worker.pipe for worker in self._workers if not worker.is_idle], POLL_SECONDS)
+        now = time.monotonic()
+        seconds = min(now - self._last_poll, POLL_SECONDS)  # a pause of all processes is no worker's fault
+        self._last_poll = now
+        for worker in self._workers:
+            if worker.pipe in ready:
+                try:
+                    worker.is_idle, message = worker.pipe.recv()
+                except (EOFError, OSError):
+                    worker.restart(timed_out=False, max_deaths=self._max_deaths)
+                else:
+                    yield message
+            elif worker.seconds_at_item(seconds) > self._max_seconds:
+                worker.process.kill()
+                worker.restart(timed_out=True, max_deaths=self._max_deaths)
 
 
-def receive(pipe: Connection) -> Any:
-    """A worker's message, or None when it is dead."""
-    try:
-        return pipe.recv()
-    except (EOFError, OSError):
-        return None
+class _Worker:
+    """A process, this side of its pipe, and the task that it does."""
+
+    def __init__(self, context: ForkServerContext, arguments: tuple[Any, ...]) -> None:
+        self._context = context
+        self._arguments = arguments
+        self.is_idle = True
+        self._spawn()
+
+    def _spawn(self) -> None:
+        self._index: Any = self._context.RawValue("q", NO_ITEM)  # in shared memory: the item that it is at
+        self.pipe, remote = self._context.Pipe()
+        self.process = self._context.Process(target=_serve, args=(remote, self._index, *self._arguments), daemon=True)
+        self.process.start()
+        remote.close()
+
+    def start(self, name: str, task: Any) -> None:
+        self._name, self._task = name, task
+        self._deaths: Counter[int] = Counter()  # by the item's index
+        self._excluded: dict[int, int | None] = {}
+        self._send()
+
+    def _send(self) -> None:
+        self.is_idle, self._last_index, self._seconds = False, NO_ITEM, 0.0
+        with suppress(OSError):  # it is dead: the pool will notice
+            self.pipe.send((self._task, self._excluded))
+
+    def seconds_at_item(self, seconds: float) -> float:
+        """How long it has been at its item, `seconds` after the last call."""
+        is_waiting = self.is_idle or self._index.value != self._last_index
+        self._last_index, self._seconds = self._index.value, 0.0 if is_waiting else self._seconds + seconds
+        return self._seconds
+
+    def restart(self, *, timed_out: bool, max_deaths: int) -> None:
+        """Start a dead worker's task again in a new process. Raises UserError after too many deaths."""
+        index = self._index.value
+        self.process.join(MAX_SECONDS_TO_EXIT)
+        self.pipe.close()
+        exit_code = self.process.exitcode or 0
+        self._deaths[index] += 1
+        if index != NO_ITEM and (timed_out or self._deaths[index] == MAX_DEATHS_AT_ONE_ITEM):
+            self._excluded[index] = None if timed_out else exit_code
+            del self._deaths[index]
+        if self._deaths.total() >= max_deaths:
+            raise UserError(
+                f"worker processes died {max_deaths} times at {self._name} (exit code {exit_code}): is there too "
+                "little memory for so many?"
+            )
+        self._spawn()
+        self._send()
+
+
+def _serve(pipe: Connection, index: Any, work: Callable[..., Any], *arguments: Any) -> None:
+    """Do the tasks that come through the pipe, until the pool closes it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
+    use_one_thread()
+    set_index = partial(setattr, index, "value")
+
+    def send(message: Any, *, is_result: bool = False) -> None:
+        pipe.send((is_result, message))
+
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            task, excluded = pipe.recv()
+            result = work(task, *arguments, excluded=excluded, set_index=set_index, report=send)
+            set_index(NO_ITEM)
+            send(result, is_result=True)
 
 
 def count_processors(*, membership: Path = Path("/proc/self/cgroup"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -18,7 +18,7 @@ Made from the docstrings by `python docs/reference.py`: change those, not this p
 
 
 def reference() -> str:
-    """The text of the page: what captioner.streaming gives to others, and its errors."""
+    """The text of the page: the public API of captioner.streaming, and its errors."""
     from captioner import errors, streaming
     from captioner.streaming import ledger
 
@@ -29,7 +29,7 @@ def reference() -> str:
 
 
 def _section(value: Any) -> str:
-    """A class with its public members, or a function."""
+    """The section of a class with its public members, or of a function."""
     parts = [_entry(f"## {value.__name__}", value.__name__, value)]
     if inspect.isclass(value):
         parts += [_member(name, member) for name, member in vars(value).items() if _is_public(name, member)]
@@ -65,7 +65,7 @@ def _docstring(value: Any) -> str:
 
 
 def _signature(name: str, value: Any) -> str:
-    """How it is called, one parameter a line where one line is too long; types without their modules."""
+    """The signature; one parameter a line if it is too long; types without their modules."""
     signature = inspect.signature(value)
     parameters = [each for each in signature.parameters.values() if each.name not in ("self", "cls")]
     shown = list(map(str, parameters))

@@ -204,7 +204,7 @@ def print_summary(summary: dict[str, Any], *, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    cli.outlive_readers()
+    cli.ignore_closed_output()
     try:
         main()
     except UserError as error:

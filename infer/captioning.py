@@ -14,7 +14,7 @@ import torch
 
 from captioner.describe import Captioner, Description, Encoded
 from captioner.errors import UserError
-from infer.reading import Batch, Picture, Reader
+from infer.reading import Batch, DecodedImage, Reader
 from infer.results import FORMAT_VERSION, Row, RowWriter, duplicate_row
 from infer.row_index import RowIndex
 
@@ -30,7 +30,7 @@ class _Encoding:
     """A batch, its pictures with bytes that are new, and what the model will have seen in these."""
 
     batch: Batch
-    new: list[Picture]
+    new: list[DecodedImage]
     encoded: Future[Encoded]
 
 
@@ -38,7 +38,7 @@ class _Encoding:
 class _Describing:
     """Pictures of several batches, and what will be said of them."""
 
-    new: list[Picture]
+    new: list[DecodedImage]
     descriptions: Future[list[Description]]
 
 
@@ -49,8 +49,8 @@ class Captioning:
         self._captioner = captioner
         self._index = index
         self._writer = writer
-        self._twins: dict[str, list[Picture]] = {}  # those with the same bytes as one that is being captioned
-        self._seen: list[tuple[list[Picture], Encoded]] = []  # to be described
+        self._duplicates: dict[str, list[DecodedImage]] = {}  # those with the same bytes as one that is being captioned
+        self._seen: list[tuple[list[DecodedImage], Encoded]] = []  # to be described
         self._num_waiting = 0  # files that have come since pictures were last given to be described
         self._described = time.monotonic()
 
@@ -62,7 +62,7 @@ class Captioning:
         encoding: deque[_Encoding] = deque()
         describing: deque[_Describing] = deque()
         with ThreadPoolExecutor(num_threads) as threads:
-            while (batch := reader.next_batch()) is not None:
+            for batch in reader:
                 rows, places = self._sort(batch)
                 yield self._write(rows)
                 if places:
@@ -92,16 +92,16 @@ class Captioning:
 
     def _sort(self, batch: Batch) -> tuple[list[Row], list[int]]:
         """The rows of a batch that need no model, and the places, among the views, of the pictures that do."""
-        self._num_waiting += len(batch.pictures)
-        rows = [failure_row(picture, model=self._captioner.bundle.name) for picture in batch.pictures if picture.error]
+        self._num_waiting += len(batch.images)
+        rows = [failure_row(picture, model=self._captioner.bundle.name) for picture in batch.images if picture.error]
         places = []
         for place, picture in enumerate(_usable(batch)):
-            if picture.sha256 in self._twins:
-                self._twins[picture.sha256].append(picture)
+            if picture.sha256 in self._duplicates:
+                self._duplicates[picture.sha256].append(picture)
             elif known := self._index.find_caption(picture.sha256):
                 rows.append(duplicate_row(known, root=picture.file.root, path=picture.file.path))
             else:
-                self._twins[picture.sha256] = []
+                self._duplicates[picture.sha256] = []
                 places.append(place)
         return rows, places
 
@@ -114,7 +114,7 @@ class Captioning:
         self._seen.append((job.new, _result(job.encoded)))
         reader.release(job.batch)
 
-    def _describe(self, seen: Sequence[tuple[list[Picture], Encoded]], threads: ThreadPoolExecutor) -> _Describing:
+    def _describe(self, seen: Sequence[tuple[list[DecodedImage], Encoded]], threads: ThreadPoolExecutor) -> _Describing:
         new = [picture for pictures, _ in seen for picture in pictures]
         return _Describing(new, threads.submit(self._captioner.describe, [encoded for _, encoded in seen]))
 
@@ -124,8 +124,8 @@ class Captioning:
         for picture, description in zip(job.new, _result(job.descriptions), strict=True):
             row = success_row(picture, description, model=self._captioner.bundle.name)
             rows.append(row)
-            for twin in self._twins.pop(picture.sha256):
-                rows.append(duplicate_row(row, root=twin.file.root, path=twin.file.path))
+            for duplicate in self._duplicates.pop(picture.sha256):
+                rows.append(duplicate_row(row, root=duplicate.file.root, path=duplicate.file.path))
         return self._write(rows)
 
     def _write(self, rows: list[Row]) -> list[Row]:
@@ -144,11 +144,11 @@ def _result(future: Future[Result]) -> Result:
         ) from error
 
 
-def _usable(batch: Batch) -> list[Picture]:
-    return [picture for picture in batch.pictures if picture.error is None]
+def _usable(batch: Batch) -> list[DecodedImage]:
+    return [picture for picture in batch.images if picture.error is None]
 
 
-def success_row(picture: Picture, description: Description, *, model: str) -> Row:
+def success_row(picture: DecodedImage, description: Description, *, model: str) -> Row:
     """The row of a captioned picture."""
     row: Row = {
         "root": picture.file.root,
@@ -171,7 +171,7 @@ def success_row(picture: Picture, description: Description, *, model: str) -> Ro
     return row
 
 
-def failure_row(picture: Picture, *, model: str) -> Row:
+def failure_row(picture: DecodedImage, *, model: str) -> Row:
     """The row of a file that has no caption, and why."""
     assert picture.error is not None
     return {

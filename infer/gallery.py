@@ -24,6 +24,7 @@ from PIL import Image
 
 from captioner.cli import console, progress_bar
 from captioner.errors import UserError
+from captioner.files import storage
 from captioner.files.storage import WEB, is_remote
 from captioner.images.loading import ImageError, decode_rgb
 from captioner.pages import load_template
@@ -43,7 +44,7 @@ SHOWN_KEYS = frozenset(
     ("path", "caption", "captions", "alt", "score", "confidence", "review", "duplicate_of", "error", "message")
 )
 
-_THUMBNAIL_NAME = re.compile(r"[0-9a-f]{32}\.jpg(\.tmp)?")
+_THUMBNAIL_NAME = re.compile(r"[0-9a-f]{32}\.jpg(\.[0-9a-f]{32}\.partial)?")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -78,9 +79,9 @@ def write_gallery(rows: Iterable[Row], folder: Path, *, title: str, model: str) 
     for name in STATIC:  # first, since they tell later runs whose folder it is
         _write(folder / name, Path(__file__).with_name(name).read_bytes())
     thumbnails = _make_thumbnails(pictures, folder / THUMBNAILS)
-    _write(folder / DATA, _data(entries, roots=list(roots), thumbnails=thumbnails).encode("ascii"))
+    _write(folder / DATA, _data(entries, roots=list(roots), thumbnails=thumbnails))
     page = _page(entries, roots=list(roots), title=title, model=model)
-    _write(folder / INDEX, _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", page).encode())
+    _write(folder / INDEX, _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", page))
     _remove_stale(folder / THUMBNAILS, keep=set(thumbnails.values()))
     return folder / INDEX
 
@@ -204,13 +205,9 @@ def _thumbnail(sha256: str, file: ImageFile) -> bytes | None:
 # ---- files ----------------------------------------------------------------------------------------------------
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Write under a temporary name and rename, so that a file is whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
+def _write(path: Path, content: bytes | str) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        storage.write_atomic(str(path), content, durable=False)
     except OSError as error:
         raise UserError(
             f"cannot write the gallery file {path}: {error.strerror}; choose a folder that can be written"

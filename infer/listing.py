@@ -1,17 +1,17 @@
-"""What there is to caption: the files of folders, globs, URLs, lists and shards, found while they are being captioned.
+"""Finds the files to caption, in folders, globs, URLs, lists and shards, while they are being captioned.
 
-On disk and on S3 nothing is held but the open folders, so that the first file comes at once and millions of them take
-no memory; other stores give a folder whole. With a list, or several sources, all places are remembered, in about 20
-bytes each, since they may name a file again.
+On disk and on S3 only the names of folders not yet read are held in memory; other stores list a whole folder at once.
+With a list, or several sources, a temporary SQLite file finds duplicates.
 """
 
 import codecs
 import errno
 import os
+import sqlite3
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from hashlib import blake2b
@@ -19,49 +19,49 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-import numpy as np
-
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.images.loading import ImageError
 from captioner.samples import image_spans
 from captioner.shards.format import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
 
-NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-NO_FILE = (errno.EISDIR, errno.ENXIO, errno.ENODEV)  # a folder, a socket, a device without a driver
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+NOT_A_FILE = (errno.EISDIR, errno.ENXIO, errno.ENODEV)  # a folder, a socket, a device without a driver
 WILDCARDS = frozenset("*?[")
-NUM_OPEN = 64  # folders, each inside the one before
-MAX_DEPTH = 32  # folders on a server: some follow links in circles
-NUM_RECENT = 1 << 14  # hashes that are not sorted in yet
+MAX_DEPTH = 32  # folders on a server: some follow links in loops
 
-Pattern = tuple[str, ...]  # a glob's parts
+Pattern = tuple[str, ...]  # a glob, split at /
 EVERYTHING: frozenset[Pattern] = frozenset({("**",)})
 Kind = Literal["file", "folder", "linked file", "linked folder"]
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class ImageFile:
-    """A file, or a span of a tar: the folder it was found through, and its path below that.
+    """A file, or a byte range of a tar: the folder it was found through, and its path below that.
 
-    `path` has `/` between its parts, and bytes that are no UTF-8 as `\\udcXX`; behind web addresses it stays quoted.
-    A picture in a shard has the path `train-000000.tar/KEY.jpg`, and lies `size` bytes long at byte `start` of the tar.
+    `path` has `/` between its parts, and bytes that are not UTF-8 as `\\udcXX`; web addresses stay quoted. An image in
+    a shard has the path `train-000000.tar/KEY.jpg`, and is `size` bytes at byte `start` of the tar. `error` says why a
+    folder cannot be listed, or the index of a shard cannot be read.
     """
 
     root: str
     path: str
     start: int = 0
     size: int | None = None
+    error: ImageError | None = field(default=None, compare=False)
 
     @property
     def location(self) -> str:
-        """Where the file lies, as a path or URL."""
+        """The file's path or URL."""
         return _join(self.root, self.path)
 
     def read(self, *, max_bytes: int) -> bytes:
         """The file's content.
 
-        Raises ImageError: missing, unreadable, special file (never opened in a way that waits), or too large.
+        Raises ImageError: missing, unreadable, special file (never opened in a way that blocks), or too large.
         """
+        if self.error is not None:
+            raise self.error
         try:
             if self.size is not None:
                 _check_size(self.size, max_bytes)
@@ -70,183 +70,83 @@ class ImageFile:
             read = _read_remote if storage.is_remote(self.root) else _read_local
             return read(self.location, max_bytes)
         except (OSError, ValueError) as error:
-            raise _refusal(error) from error
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A file or folder that cannot be read, and why."""
-
-    file: ImageFile
-    error: ImageError
+            raise _image_error(error) from error
 
 
 def locate(root: str, path: str) -> ImageFile:
-    """The file of a row; a shard's picture is found through its index."""
+    """The file of a row; an image in a shard is found through the shard's index."""
     tar, _, name = path.partition(".tar/")
-    return ImageFile(root, path, *(_cached_spans(root, tar).get(name, ()) if name else ()))
+    start, size = _cached_spans(root, tar).get(name, (0, None)) if name else (0, None)
+    return ImageFile(root, path, start, size)
 
 
-def list_files(
-    images: Sequence[str],
-    *,
-    lists: Sequence[str] = (),
-    shards: Sequence[str] = (),
-    excluded: Sequence[Path] = (),
-    skip_endings: Sequence[str] = (),
-    rank: int = 0,
-    world_size: int = 1,
-) -> "Listing":
-    """This process's share of all that there is to caption, in no certain order, each file once.
+class Listing(Iterator[ImageFile]):
+    """Iterates over this process's files, each once, in the order in which they are found.
 
     `images` are folders with all below them, files, and globs, on disk or behind URLs. A glob's `**` stands for any
-    number of folders, its `*` also for names that begin with a dot; a folder that fits counts with all below it.
+    number of folders, its `*` also for names that begin with a dot; a folder that matches counts with all below it.
     `lists` are text files with a path or URL a line, `-` is the standard input. `shards` are dataset folders.
-    `excluded` files and folders are left out, and names that end in `skip_endings`. Links to files count as files,
-    links to folders are counted and not followed, since they may lead in circles.
+    `excluded` files and folders are left out, and names with one of `skip_suffixes`. Links to files count as files;
+    links to folders are counted and not followed, since they may form loops.
 
-    A file that several sources name keeps the place that comes first. Only its root is resolved for that: it has a
-    place for each link below a root that leads to it, and for each way that a list goes up, with `..`. It belongs to
-    the process that a hash of its place gives, the root as given joined with the path, so that processes lose and
-    repeat none even where their listings differ (but for files that sources spell differently and only some of the
-    processes see in the first). Raises UserError for what is not there, matches nothing, or cannot be listed.
-    """
-    for option, names in (("--images", images), ("--list", lists), ("--shards", shards)):
-        if "" in names:
-            raise UserError(f"an empty name in {option}: name what you mean, the folder you are in is .")
-    roots = dict.fromkeys(map(_find_root, images))
-    manifests = [
-        (folder, manifest)
-        for folder in dict.fromkeys(map(_without_slash, shards))
-        for manifest in _read_manifests(folder)
-    ]
-    return Listing(
-        roots,
-        lists=[_open_list(name, world_size=world_size) for name in dict.fromkeys(lists)],
-        manifests=manifests,
-        excluded=excluded,
-        skip_endings=skip_endings,
-        rank=rank,
-        world_size=world_size,
-    )
+    A file that several sources name belongs to the first. Only its root is resolved for that: a list's `..` and links
+    below the root give a file other names. A hash of root and path, as given, decides which process captions a file, so
+    that none is lost or repeated where their listings differ.
 
-
-class Listing(Iterator[ImageFile | Refused]):
-    """Gives each file once, or why it cannot be read; its counts are of all processes' files, and grow meanwhile.
-
-    `num_found` files are to be captioned, `num_linked_folders` were not followed, `num_skipped` files have an ending
-    that is left out, `num_repeated` times a file was named again.
+    The counts are of all processes' files, and grow during iteration: `num_found` files to caption,
+    `num_linked_folders` not followed, `num_skipped` by suffix, `num_repeated` duplicates of another source.
+    Raises UserError for a source that does not exist, matches nothing, or cannot be listed.
     """
 
     def __init__(
         self,
-        roots: "Iterable[_Root]",
+        images: Sequence[str],
         *,
-        lists: Iterable[BinaryIO] = (),
-        manifests: Iterable[tuple[str, Manifest]] = (),
+        lists: Sequence[str] = (),
+        shards: Sequence[str] = (),
         excluded: Sequence[Path] = (),
-        skip_endings: Sequence[str] = (),
+        skip_suffixes: Sequence[str] = (),
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.num_found = 0
-        self.num_linked_folders = 0
-        self.num_skipped = 0
-        self.num_repeated = 0
+        for option, names in (("--images", images), ("--list", lists), ("--shards", shards)):
+            if "" in names:
+                raise UserError(f"an empty name in {option}: the current folder is .")
         self._excluded = {os.path.realpath(path) for path in excluded}
-        self._excluded_names = {Path(path).name for path in (*excluded, *self._excluded)}
-        roots, lists, manifests = list(roots), list(lists), list(manifests)
-        found = chain(
-            chain.from_iterable(chain(self._give_named(root), self._walk(root)) for root in roots),
-            chain.from_iterable(map(self._read_list, lists)),
-            chain.from_iterable(_list_split(folder, manifest) for folder, manifest in manifests),
+        self._skip_suffixes = tuple(skip_suffixes)
+        self._real_root = lru_cache(maxsize=1024)(real_root)
+        self._rank, self._world_size = rank, world_size
+        self.num_found = self.num_linked_folders = self.num_skipped = self.num_repeated = 0
+        roots = dict.fromkeys(map(_find_root, images))
+        folders = dict.fromkeys(map(_without_slash, shards))
+        splits = [(folder, manifest) for folder in folders for manifest in _read_manifests(folder)]
+        open_lists = [_open_list(name, world_size=world_size) for name in dict.fromkeys(lists)]
+        self._seen = Seen() if lists or len(roots) + len(folders) > 1 else None
+        self._found = chain(
+            chain.from_iterable(_walk(root, excluded=self._excluded) for root in roots),
+            chain.from_iterable(map(_read_list, open_lists)),
+            chain.from_iterable(_list_split(folder, manifest) for folder, manifest in splits),
         )
-        seen = Seen() if lists or len(roots) + len({folder for folder, _ in manifests}) > 1 else None
-        self._files = self._share(found, seen, endings=tuple(skip_endings), rank=rank, world_size=world_size)
 
-    def __iter__(self) -> "Listing":
-        return self
+    def __next__(self) -> ImageFile:
+        for file in self._found:
+            if file is None:
+                self.num_linked_folders += 1
+            elif self._is_wanted(file):
+                self.num_found += 1
+                if self._world_size == 1 or hash_location(file.location) % self._world_size == self._rank:
+                    return file
+        raise StopIteration
 
-    def __next__(self) -> ImageFile | Refused:
-        return next(self._files)
-
-    def _share(
-        self,
-        found: Iterable[ImageFile | Refused],
-        seen: "Seen | None",
-        *,
-        endings: tuple[str, ...],
-        rank: int,
-        world_size: int,
-    ) -> Iterator[ImageFile | Refused]:
-        real = lru_cache(maxsize=1024)(real_root)
-        for item in found:
-            file = item.file if isinstance(item, Refused) else item
-            if file.path.endswith(endings):
-                self.num_skipped += 1
-                continue
-            if seen and not seen.add(hash_location(_join(real(file.root), file.path))):
-                self.num_repeated += 1
-                continue
-            self.num_found += 1
-            if world_size == 1 or hash_location(file.location) % world_size == rank:
-                yield item
-
-    def _give_named(self, root: "_Root") -> Iterator[ImageFile | Refused]:
-        if root.name:
-            location = _join(root.folder, root.name)
-            kind = "file" if storage.is_remote(location) else _kind(location)
-            if not self._is_excluded(root.name, location, kind):
-                yield _result(ImageFile(root.folder, root.name), kind)
-
-    def _walk(self, root: "_Root") -> Iterator[ImageFile | Refused]:
-        """All that fits a root's patterns.
-
-        A folder is listed as soon as it is met, so that no others wait, but no more than NUM_OPEN at once.
-        """
-        folders = [("", root.patterns, _scan(_join(root.folder, "")))] if root.patterns else []
-        while folders:
-            above, patterns, entries = folders[-1]
-            try:
-                for name, kind in entries:
-                    rests = EVERYTHING if patterns is EVERYTHING else frozenset(_rests(name, patterns))
-                    fits = rests is EVERYTHING or () in rests
-                    path = above + name
-                    location = _join(root.folder, path)
-                    if not rests or self._is_excluded(name, location, kind):
-                        continue
-                    if kind == "folder" and path.count("/") >= MAX_DEPTH and storage.is_remote(location):
-                        yield Refused(ImageFile(root.folder, path), _too_deep())
-                    elif kind == "folder":
-                        below = f"{path}/", EVERYTHING if fits else rests, _scan(f"{location}/")
-                        if len(folders) < NUM_OPEN:
-                            folders.append(below)
-                            break
-                        folders.insert(0, below)
-                    elif kind == "linked folder":
-                        self.num_linked_folders += 1
-                    elif fits:
-                        yield _result(ImageFile(root.folder, path), kind)
-                else:
-                    folders.pop()
-            except (OSError, ValueError) as error:
-                folders.pop()
-                yield Refused(ImageFile(root.folder, above.rstrip("/") or "."), _refusal(error))
-
-    def _read_list(self, lines: BinaryIO) -> Iterator[ImageFile]:
-        with lines:
-            for number, line in enumerate(lines):
-                if not number:
-                    line = line.removeprefix(codecs.BOM_UTF8)  # noqa: PLW2901
-                if line.strip():
-                    file = ImageFile(*_split_line(os.fsdecode(line.rstrip(b"\r\n"))))
-                    if not self._is_excluded(file.path.rpartition("/")[2], file.location, "file"):
-                        yield file
-
-    def _is_excluded(self, name: str, location: str, kind: Kind | ImageError) -> bool:
-        """Only what may be excluded by its name, and links, are resolved: that takes a question of each folder."""
-        suspect = name in self._excluded_names or (kind == "linked file" and self._excluded)
-        return bool(suspect) and "\0" not in location and os.path.realpath(location) in self._excluded
+    def _is_wanted(self, file: ImageFile) -> bool:
+        location = _join(self._real_root(file.root), file.path)
+        is_skipped = file.path.endswith(self._skip_suffixes)
+        if is_skipped or location in self._excluded:
+            self.num_skipped += is_skipped
+            return False
+        is_new = self._seen is None or self._seen.add(location)
+        self.num_repeated += not is_new
+        return is_new
 
 
 # ---- roots --------------------------------------------------------------------------------------------------------
@@ -254,71 +154,54 @@ class Listing(Iterator[ImageFile | Refused]):
 
 @dataclass(frozen=True, slots=True)
 class _Root:
-    """A folder, and what of it is wanted: a single file, or all that fits the patterns."""
+    """A folder, and what of it is wanted: a single file, all that matches a pattern, or everything."""
 
     folder: str
     name: str = ""
-    patterns: frozenset[Pattern] = frozenset()
+    pattern: Pattern = ()
 
 
-def _find_root(place: str) -> _Root:
+def _find_root(source: str) -> _Root:
     """The folder of one of --images, and what is wanted of it. Raises UserError."""
     try:
-        if storage.is_folder(place):
-            _check_folder(place)
-            return _Root(_without_slash(place), patterns=EVERYTHING)
-        if not place.endswith("/") and storage.exists(place):
-            if storage.is_remote(place) and storage.size_bytes(place) == storage.UNKNOWN:
-                storage.read_bytes(place, end=1)  # a server that does not show a folder may refuse to say so
-            folder, name = _split_location(place)
+        if storage.is_folder(source):
+            root = _Root(_without_slash(source))
+        elif not source.endswith("/") and storage.exists(source):
+            if storage.is_remote(source) and storage.size_bytes(source) == storage.UNKNOWN:
+                storage.read_bytes(source, end=1)  # some servers do not say that a folder is hidden before it is read
+            folder, name = _split_location(source)
             return _Root(_without_slash(folder), name)
+        elif WILDCARDS.intersection(source):
+            folder, pattern = _split_glob(source)
+            root = _Root(_without_slash(folder), pattern=pattern)
+            if not any(_walk(root)):
+                raise UserError(f"no file matches {source}: correct the pattern, or give --images a folder")
+        else:
+            raise UserError(f"nothing at {source} can be read or listed: give --images a folder, a file or a glob")
+        next(_scan(_join(root.folder, "")), None)
     except OSError as error:
         raise UserError(
-            f"cannot look at {place} ({error.strerror or error}): mend that, or name other pictures"
+            f"cannot list {source} ({error.strerror or error}): make it readable, or give --images another folder"
         ) from error
-    if not WILDCARDS.intersection(place):
-        raise UserError(
-            f"there is nothing at {place} that can be read or listed: give --images a folder, a file or a glob"
-        )
-    folder, pattern = _split_glob(place)
-    root = _Root(_without_slash(folder), patterns=frozenset({pattern}))
-    first = next(Listing([root]), None)
-    if isinstance(first, Refused) and first.file.path == ".":
-        raise _not_listable(place, first.error)
-    if first is None:
-        raise UserError(f"no file fits {place}: mend the pattern, or give --images a folder")
     return root
 
 
-def _check_folder(place: str) -> None:
-    """Raise UserError where a folder on disk cannot be listed; one on a server has been asked before."""
-    try:
-        if not storage.is_remote(place):
-            next(_scan(place), None)
-    except OSError as error:
-        raise _not_listable(place, _refusal(error)) from error
-
-
-def _not_listable(place: str, error: ImageError) -> UserError:
-    return UserError(f"cannot list {place} ({error.message}): make it readable, or name other folders")
-
-
 def _without_slash(folder: str) -> str:
-    """A folder by one name only, whether or not a slash was typed."""
+    """The folder's name without slashes at its end."""
     return folder if folder.endswith("://") else folder.rstrip("/") or "/"
 
 
-def _split_glob(place: str) -> tuple[str, Pattern]:
+def _split_glob(glob: str) -> tuple[str, Pattern]:
     """The folder before the first wildcard, and the parts of the rest."""
-    scheme, mark, rest = place.partition("://") if storage.is_remote(place) else ("", "", place)
+    scheme, separator, rest = glob.partition("://") if storage.is_remote(glob) else ("", "", glob)
     parts = rest.split("/")
     num_fixed = next(number for number, part in enumerate(parts) if WILDCARDS.intersection(part))
-    folder = scheme + mark + "/".join(parts[:num_fixed])
-    return folder or ("/" if place.startswith("/") else "."), tuple(part for part in parts[num_fixed:] if part)
+    folder = scheme + separator + "/".join(parts[:num_fixed])
+    return folder or ("/" if glob.startswith("/") else "."), tuple(part for part in parts[num_fixed:] if part)
 
 
 def _split_location(location: str) -> tuple[str, str]:
-    """A file's folder and its name there; a web address' query belongs to the name."""
+    """A file's folder and its name there; the query of a web address belongs to the name."""
     if not storage.is_remote(location):
         folder, name = os.path.split(location)
         return folder or ".", name
@@ -328,7 +211,7 @@ def _split_location(location: str) -> tuple[str, str]:
 
 
 def _rests(name: str, patterns: Iterable[Pattern]) -> Iterator[Pattern]:
-    """What is left of the patterns below an entry of this name; the empty rest where it fits as it is."""
+    """What is left of the patterns for the entries below `name`; () among them if `name` itself matches."""
     for pattern in patterns:
         if pattern[0] == "**":
             yield pattern
@@ -340,59 +223,101 @@ def _rests(name: str, patterns: Iterable[Pattern]) -> Iterator[Pattern]:
 # ---- folders ------------------------------------------------------------------------------------------------------
 
 
-def _scan(folder: str) -> Iterator[tuple[str, Kind | ImageError]]:
-    """The names in a folder and what they are, as the system gives them. Raises OSError."""
+def _walk(root: _Root, *, excluded: Container[str] = ()) -> Iterator[ImageFile | None]:
+    """The root's file, or all files below its folder that match its pattern; None for a link to a folder."""
+    if root.name:
+        yield ImageFile(root.folder, root.name)
+        return
+    pending = [("", frozenset({root.pattern}) if root.pattern else EVERYTHING)]
+    while pending:
+        above, patterns = pending.pop()
+        try:
+            if above.count("/") > MAX_DEPTH and storage.is_remote(root.folder):
+                raise OSError(f"more than {MAX_DEPTH} folders deep: it may be a loop")
+            for name, kind in _scan(_join(root.folder, above)):
+                path, rests = above + name, frozenset(_rests(name, patterns))
+                if not rests or (kind != "file" and os.path.realpath(_join(root.folder, path)) in excluded):
+                    continue
+                if kind == "folder":
+                    pending.append((f"{path}/", EVERYTHING if () in rests else rests))
+                elif kind == "linked folder":
+                    yield None
+                elif () in rests:
+                    yield ImageFile(root.folder, path)
+        except (OSError, ValueError) as error:
+            yield ImageFile(root.folder, above.rstrip("/") or ".", error=_image_error(error))
+
+
+def _scan(folder: str) -> Iterator[tuple[str, Kind]]:
+    """Each name in a folder and its kind, in the system's order. Pipes and the like are files here. Raises OSError."""
     if storage.is_remote(folder):
         yield from ((name, "folder" if is_folder else "file") for name, is_folder in storage.scan_folder(folder))
         return
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_file(follow_symlinks=False):
-                yield entry.name, "file"
-            elif entry.is_dir(follow_symlinks=False):
-                yield entry.name, "folder"
+            if entry.is_symlink():
+                yield entry.name, "linked folder" if Path(entry).is_dir() else "linked file"
             else:
-                yield entry.name, _kind(entry.path, linked=entry.is_symlink())
-
-
-def _kind(path: str, *, linked: bool = False) -> Kind | ImageError:
-    """What a path leads to, or why it is no picture."""
-    try:
-        mode = os.stat(path).st_mode  # noqa: PTH116 - as in storage: there may be a million
-    except OSError as error:
-        return _refusal(error)
-    if stat.S_ISREG(mode):
-        return "linked file" if linked else "file"
-    return "linked folder" if stat.S_ISDIR(mode) else _special()
-
-
-def _result(file: ImageFile, kind: Kind | ImageError) -> ImageFile | Refused:
-    return Refused(file, kind) if isinstance(kind, ImageError) else file
+                yield entry.name, "folder" if entry.is_dir() else "file"
 
 
 def _join(root: str, path: str) -> str:
-    """`root/path` for paths and URLs alike, as they are."""
+    """`root/path` for paths and URLs alike, unchanged."""
     return f"{root}{path}" if root.endswith("/") else f"{root}/{path}"
+
+
+def real_root(root: str) -> str:
+    """A root without links and dots, so that it has one name."""
+    return root if storage.is_remote(root) else os.path.realpath(root)
+
+
+def hash_location(location: str) -> int:
+    """64 bits that are the same in all processes and versions."""
+    return int.from_bytes(blake2b(location.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+class Seen:
+    """A set of locations, by their hashes, in a temporary file."""
+
+    def __init__(self) -> None:
+        self._database = sqlite3.connect("", check_same_thread=False)  # a listing is read by another thread
+        self._database.execute("PRAGMA journal_mode = OFF")
+        self._database.execute("CREATE TABLE seen (hash INTEGER PRIMARY KEY)")
+
+    def add(self, location: str) -> bool:
+        """Whether the location is new. Raises UserError when the temporary file cannot grow."""
+        key = hash_location(location) - (1 << 63)  # SQLite's integers are signed
+        try:
+            return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,)).rowcount == 1
+        except sqlite3.OperationalError as error:
+            raise UserError(
+                f"the temporary file of seen names cannot grow ({error}): set SQLITE_TMPDIR to a folder with room"
+            ) from error
 
 
 # ---- lists --------------------------------------------------------------------------------------------------------
 
 
 def _open_list(name: str, *, world_size: int) -> BinaryIO:
-    """A list that was opened once: what a pipe gave cannot be read again. Raises UserError.
-
-    Processes that share an input, or a pipe, would each get only what the others left.
-    """
+    """The open list: a pipe can be read only once, and by one process. Raises UserError."""
     if name == "-" and sys.stdin is None:
         raise UserError("the list - is the standard input, which is closed: write the list to a file, and name that")
     try:
         if world_size > 1 and (name == "-" or not stat.S_ISREG(Path(name).stat().st_mode)):
-            raise UserError(f"several processes cannot share the list {name}: write it to a file, and name that")
+            raise UserError(f"several processes cannot read the list {name}: write it to a file, and name that")
         return sys.stdin.buffer if name == "-" else open(name, "rb")  # noqa: PTH123
     except OSError as error:
         raise UserError(
             f"cannot read the list {name} ({error.strerror}): give a text file with a path a line"
         ) from error
+
+
+def _read_list(lines: BinaryIO) -> Iterator[ImageFile]:
+    with lines:
+        for number, line in enumerate(lines):
+            text = line if number else line.removeprefix(codecs.BOM_UTF8)
+            if text.strip():
+                yield ImageFile(*_split_line(os.fsdecode(text.rstrip(b"\r\n"))))
 
 
 def _split_line(line: str) -> tuple[str, str]:
@@ -401,38 +326,6 @@ def _split_line(line: str) -> tuple[str, str]:
         return _split_location(line)
     path = "/".join(part for part in line.split("/") if part not in ("", ".")) or "."
     return "/" if line.startswith("/") else ".", path
-
-
-def hash_location(location: str) -> int:
-    """64 bits of a file's place that are the same in all processes and versions."""
-    place = location.encode("utf-8", "surrogatepass")
-    return int.from_bytes(blake2b(place, digest_size=8).digest(), "little")
-
-
-def real_root(root: str) -> str:
-    """A root by one name only, whatever links and dots lead to it."""
-    return root if storage.is_remote(root) else os.path.realpath(root)
-
-
-class Seen:
-    """A set of 64-bit hashes in about 20 bytes each: a sorted array, and a set of the few that came last."""
-
-    def __init__(self) -> None:
-        self._recent: set[int] = set()
-        self._older = np.empty(0, np.uint64)
-
-    def add(self, key: int) -> bool:
-        """Whether the key was not there yet."""
-        place = int(self._older.searchsorted(np.uint64(key)))
-        if key in self._recent or (place < len(self._older) and int(self._older[place]) == key):
-            return False
-        self._recent.add(key)
-        if len(self._recent) >= max(NUM_RECENT, len(self._older) // 16):
-            recent = np.fromiter(self._recent, np.uint64, len(self._recent))
-            self._older = np.concatenate((self._older, recent))
-            self._older.sort()
-            self._recent.clear()
-        return True
 
 
 # ---- shards -------------------------------------------------------------------------------------------------------
@@ -444,40 +337,40 @@ def _read_manifests(folder: str) -> list[Manifest]:
     try:
         splits = [split for split in SPLITS if storage.exists(manifest_location(folder, split))]
     except OSError as error:
-        raise UserError(f"cannot look at {folder} ({error.strerror or error}): {remedy}") from error
+        raise UserError(f"cannot read {folder} ({error.strerror or error}): {remedy}") from error
     if not splits:
         raise UserError(f"there is no manifest of a split in {folder}: {remedy}")
     return [read_manifest(folder, split, remedy=remedy) for split in splits]
 
 
-def _list_split(folder: str, manifest: Manifest) -> Iterator[ImageFile | Refused]:
+def _list_split(folder: str, manifest: Manifest) -> Iterator[ImageFile]:
     for shard in manifest.shards:
         try:
             spans = _read_spans(folder, shard.name, sha256=shard.sha256)
         except (OSError, UserError) as error:
-            yield Refused(ImageFile(folder, f"{shard.name}.tar"), _refusal(error))
+            yield ImageFile(folder, f"{shard.name}.tar", error=_image_error(error))
             continue
         for name, (start, size) in spans.items():
             yield ImageFile(folder, f"{shard.name}.tar/{name}", start, size)
 
 
 def _read_spans(folder: str, shard: str, *, sha256: str | None = None) -> dict[str, tuple[int, int]]:
-    """Start and size in bytes of a shard's pictures, by name. Raises OSError and UserError."""
+    """Start and size in bytes of a shard's images, by name. Raises OSError and UserError."""
     origin = storage.join(folder, f"{shard}.index")
     index = ShardIndex.from_bytes(storage.read_bytes(origin), origin=origin)
     if sha256 not in (None, index.facts.get("sha256")):
-        raise UserError(f"{origin} is of another shard than its manifest says: pack the split again")
+        raise UserError(f"{origin} does not belong to the shard in its manifest: pack the split again")
     names = (f"{key.decode(errors='surrogateescape')}.jpg" for key in index.keys_S.tolist())
     try:
         offsets_S, sizes_S = image_spans(index)
     except ValueError as error:
-        raise UserError(f"{origin} cannot be used ({error}): give the folder of the pictures") from error
+        raise UserError(f"{origin} cannot be used ({error}): give the folder of the images") from error
     return dict(zip(names, zip(offsets_S.tolist(), sizes_S.tolist(), strict=True), strict=True))
 
 
 @lru_cache(maxsize=4)
 def _cached_spans(folder: str, shard: str) -> dict[str, tuple[int, int]]:
-    """`_read_spans`, and nothing where there is no such shard: folders may be called `.tar` as well."""
+    """`_read_spans`; empty if there is no such shard: a folder may be called `.tar` too."""
     try:
         return _read_spans(folder, shard)
     except (OSError, UserError):
@@ -488,16 +381,16 @@ def _cached_spans(folder: str, shard: str) -> dict[str, tuple[int, int]]:
 
 
 def _read_local(location: str, max_bytes: int) -> bytes:
-    with open(location, "rb", opener=_open_at_once) as file:
+    with open(location, "rb", opener=_open_nonblocking) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
-            raise _special()
+            raise _special_file()
         _check_size(found.st_size, max_bytes)
         return file.read(found.st_size)
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """Opening a pipe would wait for a writer."""
+def _open_nonblocking(path: str, flags: int) -> int:
+    """Open a file; a pipe without a writer would block."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
@@ -512,19 +405,15 @@ def _check_size(num_bytes: int, max_bytes: int) -> None:
         raise ImageError("too large", f"{num_bytes:,} bytes or more, {max_bytes:,} are allowed: shrink it")
 
 
-def _refusal(error: Exception) -> ImageError:
+def _image_error(error: Exception) -> ImageError:
     """Why a file or folder cannot be read."""
     number = getattr(error, "errno", None)
     message = " ".join(str(getattr(error, "strerror", None) or error).split())
-    if number in NO_FILE:
-        return _special()
-    missing = isinstance(error, FileNotFoundError | UnicodeError) or number in NOT_THERE or "null byte" in message
+    if number in NOT_A_FILE:
+        return _special_file()
+    missing = isinstance(error, FileNotFoundError | UnicodeError) or number in MISSING or "null byte" in message
     return ImageError("missing" if missing else "unreadable", message)
 
 
-def _too_deep() -> ImageError:
-    return ImageError("unreadable", f"more than {MAX_DEPTH} folders deep: it may be a circle")
-
-
-def _special() -> ImageError:
+def _special_file() -> ImageError:
     return ImageError("special file", "it is a folder, pipe, socket or device: only regular files are read")

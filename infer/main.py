@@ -25,7 +25,7 @@ from captioner.files.storage import is_remote
 from captioner.workers import count_processors
 from infer.ahead import Ahead
 from infer.gallery import check_folder, write_gallery
-from infer.listing import ImageFile, Listing, Refused, list_files
+from infer.listing import ImageFile, Listing
 from infer.peers import Peers, find_peers
 from infer.reading import Reader, prepare
 from infer.results import (
@@ -136,18 +136,18 @@ def find_device() -> "torch.device":
 def open_listing(settings: CaptionSettings, peers: Peers) -> Listing:
     """This process's share of the files, without what this program wrote itself."""
     excluded = own_files(settings.output, num_processes=peers.world_size)
-    return list_files(
+    return Listing(
         settings.images,
         lists=settings.list,
         shards=settings.shards,
         excluded=[*excluded, settings.gallery] if settings.gallery else excluded,
-        skip_endings=[settings.sidecar] if settings.sidecar else [],
+        skip_suffixes=[settings.sidecar] if settings.sidecar else [],
         rank=peers.rank,
         world_size=peers.world_size,
     )
 
 
-def check_files(listing: Listing, settings: CaptionSettings) -> Iterator[ImageFile | Refused]:
+def check_files(listing: Listing, settings: CaptionSettings) -> Iterator[ImageFile]:
     """The listing as it is. Raises UserError where no process has a file, before anything is written."""
     first = next(listing, None)
     if first is None and not listing.num_found:
@@ -180,7 +180,7 @@ def row_settings(captioner: "Captioner", settings: CaptionSettings) -> dict[str,
 
 
 def caption_files(
-    files: Iterator[ImageFile | Refused],
+    files: Iterator[ImageFile],
     index: RowIndex,
     writer: RowWriter,
     captioner: "Captioner",
@@ -214,14 +214,13 @@ def caption_files(
     return num_rows, reader.num_damaged
 
 
-def left_to_do(files: Iterable[ImageFile | Refused], index: RowIndex, bar: Bar) -> Iterator[ImageFile | Refused]:
+def left_to_do(files: Iterable[ImageFile], index: RowIndex, bar: Bar) -> Iterator[ImageFile]:
     """The files that have no row yet."""
-    for entry in files:
-        file = entry.file if isinstance(entry, Refused) else entry
+    for file in files:
         if index.is_done(file.root, file.path):
             bar.skip()
         else:
-            yield entry
+            yield file
 
 
 # ---- after ------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ While a job runs, each process appends to a part of its own beside the output. W
 beside the output too. `row_index` finds rows again, and merges the parts.
 """
 
-import fcntl
 import glob
 import io
 import json
@@ -17,8 +16,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from captioner.errors import UserError
-from captioner.files import storage
-from captioner.files.ownership import NO_LOCKS
+from captioner.files import locks, storage
 
 FORMAT_VERSION = 2
 TAIL_BYTES = 1 << 16  # read at once to find where a part's last whole row ends
@@ -201,13 +199,11 @@ class RowWriter:
         return offsets
 
     def close(self) -> None:
-        """Flush to disk, give the lock back and close; a part without rows is removed."""
+        """Flush to disk, close and unlock; a part without rows is removed."""
         with writing(self.path):
             os.fsync(self._file.fileno())
         if not self._end:
             self.path.unlink(missing_ok=True)
-        with suppress(OSError):
-            fcntl.flock(self._file, fcntl.LOCK_UN)  # workers forked meanwhile hold it as well, and may outlive us
         self._file.close()
 
 
@@ -225,24 +221,15 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def open_part(path: Path) -> io.FileIO:
-    """A part, locked for this process alone, where the file system has locks. Raises UserError where another has it."""
-    file = io.FileIO(path, "a+")
-    if not _take_lock(file):
-        file.close()
-        raise UserError(f"another run is writing to {path}: wait for it, stop it, or give another --output")
-    return file
-
-
-def _take_lock(file: io.FileIO) -> bool:
-    """Whether the file is ours now: no other holds it, nor has merged and removed it since it was opened here."""
+    """A part file, locked where the file system has locks. Raises UserError while another process has it locked."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return locks.open_locked(path)
+    except BlockingIOError as error:
+        raise UserError(f"another run is writing to {path}: wait for it, stop it, or give another --output") from error
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in locks.UNSUPPORTED:
             raise
-    return os.fstat(file.fileno()).st_nlink > 0
+        return io.FileIO(path, "r+")
 
 
 def _cut_torn_row(file: io.FileIO) -> int:
@@ -256,7 +243,7 @@ def _cut_torn_row(file: io.FileIO) -> int:
             break
     if end < size:
         file.truncate(end)
-    return end
+    return file.seek(end)
 
 
 # ---- reading ----------------------------------------------------------------------------------------------

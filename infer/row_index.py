@@ -225,7 +225,7 @@ def _merged_rows(output: Path, parts: Sequence[Path], names: _Files) -> Iterator
 def _write_merged(rows: Iterable[tuple[Row, bytes]], output: Path) -> Summary:
     failures: Counter[str] = Counter()
     num_rows = num_duplicates = num_review = 0
-    with merging_path(output).open("wb") as file:
+    with storage.replacing(output, partial=merging_path(output)) as file:
         for row, line in rows:
             file.write(line)
             num_rows += 1
@@ -233,8 +233,4 @@ def _write_merged(rows: Iterable[tuple[Row, bytes]], output: Path) -> Summary:
             num_review += row.get("review") is not None
             if "error" in row:
                 failures[row["error"]] += 1
-        file.flush()
-        os.fsync(file.fileno())
-    merging_path(output).replace(output)
-    storage.sync_folder(output.parent)
     return Summary(num_rows=num_rows, failures=failures, num_duplicates=num_duplicates, num_review=num_review)

@@ -1,21 +1,17 @@
 """A text file beside each captioned picture, as tools that read training data want it."""
 
-import errno
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from uuid import uuid4
 
 from PIL import Image
 
 from captioner.errors import UserError
 from captioner.files import storage
-from infer.listing import Seen, hash_location
+from infer.listing import Seen
 from infer.results import Row
-
-NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 
 SHARED = "left out, since another picture of the same name has it"
 UNREMARKABLE = frozenset(("written", "kept", "abstained", "not local"))
@@ -83,27 +79,9 @@ def _write_sidecar(row: Row, ending: str, seen: Seen) -> str:
         return "not local"
     picture = Path(os.path.abspath(Path(row["root"], row["path"])))  # noqa: PTH100 - a link is a name of its own
     target = picture.with_suffix(ending)
-    if not seen.add(hash_location(str(picture))):  # by another root
+    if not seen.add(str(picture)):  # by another root
         return "kept"
-    if not seen.add(hash_location(str(target))):
+    if not seen.add(str(target)):
         return SHARED
-    _write_new(target, row["caption"].encode("utf-8") + b"\n")
+    storage.write_new(str(target), row["caption"] + "\n")
     return "written"
-
-
-def _write_new(path: Path, content: bytes) -> None:
-    """Write a file that is not there, whole or not at all. Raises OSError, FileExistsError when it is there."""
-    if os.path.lexists(path):
-        raise FileExistsError(path)
-    partial = path.with_name(f".{uuid4().hex}.partial")
-    try:
-        partial.write_bytes(content)
-        try:
-            os.link(partial, path)
-        except OSError as error:
-            if error.errno not in NO_HARD_LINKS:
-                raise
-            with path.open("xb") as file:  # as on memory cards; not whole when killed right here
-                file.write(content)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -5,29 +5,27 @@
     python sharding/download_coco.py --output /big/disk/coco --keep-zips
 
 Leaves OUTPUT/train2014/*.jpg, OUTPUT/val2014/*.jpg and OUTPUT/annotations/captions_{train,val}2014.json.
+
+2014: 20 GB to download (train 13.5, val 6.6, captions 0.25), 123,287 photos; needs 27 GB of disk, as each zip is
+deleted once it is unpacked. 2017: the same photos split otherwise (train 19.3, val 0.8); needs 39 GB of disk.
+20 GB take half an hour at 100 Mbit/s. Stop it whenever you like: the same command continues where it stopped and
+skips what is complete. http_proxy and https_proxy are honoured.
+
+Next: python sharding/make_shards.py
 """
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from captioner import cli
 from captioner.errors import UserError
+from captioner.files.storage import write_atomic
 from captioner.flags import File
-from sharding.download import download, read_json, say, source_path, unzip, write_json
-
-DESCRIPTION = """Download COCO's photos and captions and unpack them for make_shards.py.
-
-2014: 20 GB to download (train 13.5, val 6.6, captions 0.25), 123,287 photos; takes 27 GB of disk while it
-works, as each zip is deleted once it is unpacked.
-2017: the same photos split otherwise (train 19.3, val 0.8); takes 39 GB of disk while it works.
-
-20 GB last half an hour at 100 Mbit/s, five hours at 10 Mbit/s. Stop it whenever you like: the same command
-continues where it stopped and skips what is complete. http_proxy and https_proxy are honoured.
-A small start: --year 2017 --splits val (5,000 photos, 1 GB).
-
-Next: python sharding/make_shards.py"""
+from sharding.download import download, say, unzip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,94 +34,65 @@ class DownloadSettings:
 
     output: File = Path("data/coco")
     """Folder for train2014/*.jpg, val2014/*.jpg and annotations/captions_*.json; made if it is not there."""
-
     year: Literal[2014, 2017] = 2014
     """Edition of the data set; 2014 is the book's and that of the Karpathy split."""
-
     splits: tuple[Literal["train", "val"], ...] = ("train", "val")
     """Photos to download. The captions of both splits always come: they are one small zip."""
-
     base_url: str = "http://images.cocodataset.org"
     """Server, or a mirror of it with the same zips/ and annotations/ below it."""
-
     keep_zips: bool = False
     """Keep each zip after it is unpacked (20 GB more)."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Archive:
-    """One zip of COCO: its path at the server, and which of its members are wanted."""
-
-    path: str
-    pattern: str
-
-    @property
-    def name(self) -> str:
-        """The file name alone."""
-        return self.path.rpartition("/")[2]
-
-
-def archives_of(year: int, splits: Sequence[str]) -> list[Archive]:
-    """The zips to fetch, the small one first, so that a wrong address or a blocked network shows at once."""
-    annotations = Archive(
-        path=f"annotations/annotations_trainval{year}.zip", pattern=f"annotations/captions_*{year}.json"
-    )
-    photos = [
-        Archive(path=f"zips/{split}{year}.zip", pattern=f"{split}{year}/*.jpg") for split in dict.fromkeys(splits)
-    ]
-    return [annotations, *photos]
-
-
 def main(settings: DownloadSettings) -> None:
-    """Download and unpack every archive that is not complete yet; raises `UserError`."""
+    """Download and unpack every archive that is not complete yet. Raises UserError."""
     if not settings.base_url.startswith(("http://", "https://")):
         raise UserError(f"--base-url {settings.base_url} is not an http:// or https:// address")
     if not settings.splits:
         raise UserError("--splits is empty: name train, val or both")
     try:
         settings.output.mkdir(parents=True, exist_ok=True)
-        for archive in archives_of(settings.year, settings.splits):
-            fetch(archive, settings.output, base_url=settings.base_url, keep_zip=settings.keep_zips)
+        for path, pattern in archives_of(settings.year, settings.splits):
+            fetch(f"{settings.base_url.rstrip('/')}/{path}", settings.output, pattern, keep_zip=settings.keep_zips)
     except OSError as error:
-        remedy = "mend that, and the same command continues"
+        remedy = "fix that, and the same command continues"
         raise UserError(f"cannot read or write in {settings.output} ({error}): {remedy}") from error
     say("next: python sharding/make_shards.py")
 
 
-def fetch(archive: Archive, output: Path, *, base_url: str, keep_zip: bool) -> None:
-    """Leave the wanted members of `archive` under `output`, and a marker that says they are complete.
+def archives_of(year: int, splits: Sequence[str]) -> list[tuple[str, str]]:
+    """The zips' paths at the server and the members to unpack, the small one first: a wrong address shows at once."""
+    annotations = (f"annotations/annotations_trainval{year}.zip", f"annotations/captions_*{year}.json")
+    return [annotations, *((f"zips/{split}{year}.zip", f"{split}{year}/*.jpg") for split in dict.fromkeys(splits))]
+
+
+def fetch(url: str, output: Path, pattern: str, *, keep_zip: bool) -> None:
+    """Leave the members of a zip that match `pattern` under `output`, and a marker that says they are complete.
 
     The marker is written last; while it and the files it counts are there, the server is asked for nothing.
     """
-    zip_path = output / archive.name
+    archive = output / url.rpartition("/")[2]
     marker = output / f"{archive.name}.done.json"
-    if is_complete(marker, output, archive.pattern):
-        left = f" ({zip_path} is no longer needed)" if zip_path.exists() and not keep_zip else ""
-        say(f"{archive.name}: complete, skipped{left}")
+    if is_complete(marker, output, pattern):
+        say(f"{archive.name}: complete, skipped")
         return
-    source = download(f"{base_url.rstrip('/')}/{archive.path}", zip_path)
-    num_members = unzip(zip_path, output, pattern=archive.pattern)
-    write_json(marker, {"size": source.size, "num_members": num_members, "etag": source.etag})
-    source_path(zip_path).unlink(missing_ok=True)
+    download(url, archive)
+    record = {"format_version": 1, "num_members": unzip(archive, output, pattern=pattern)}
+    write_atomic(str(marker), json.dumps(record) + "\n")
     if not keep_zip:
-        zip_path.unlink()
+        archive.unlink()
 
 
 def is_complete(marker: Path, output: Path, pattern: str) -> bool:
     """Whether `marker` is there and as many files match `pattern` as it counted when it was written."""
-    record = read_json(marker)
-    if record is None:
-        return False
-    num_files = sum(1 for _ in output.glob(pattern))
-    if num_files < record["num_members"]:
-        say(f"{marker}: only {num_files:,} of {record['num_members']:,} files are left, fetching them again")
-        return False
-    return True
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        return len(list(output.glob(pattern))) >= json.loads(marker.read_bytes())["num_members"]
+    return False
 
 
 def run() -> None:
-    """The command `python sharding/download_coco.py`."""
-    cli.run(main, DownloadSettings, description=DESCRIPTION)
+    """The console entry."""
+    cli.run(main, DownloadSettings, description=__doc__ or "")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,17 @@ from servers import Bucket, run_nginx, run_s3, use_s3
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+SERVERS = {"s3", "nginx", "chromium", "controller"}  # fixtures that start other programs
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use one of `SERVERS`, or name one as a parameter, as external."""
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        names = {*getattr(item, "fixturenames", ()), *(value for value in parameters if isinstance(value, str))}
+        if SERVERS & names:
+            item.add_marker(pytest.mark.external)
+
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:

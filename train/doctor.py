@@ -8,9 +8,8 @@ train while nothing else runs; it leaves nothing behind.
 """
 
 import json
-import tempfile
 from dataclasses import asdict, dataclass
-from functools import partial
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -20,7 +19,7 @@ from captioner.files import storage
 from captioner.flags import Count, File, Location, Pixels, Positive, Workers
 from captioner.streaming.cache import CacheFolderError
 from train.data.folders import read_filled_split
-from train.data.loader_speed import find_functions, measure_loader
+from train.data.loader_speed import caption_functions, fetch_some_shards, measure_loader, user_functions
 from train.settings import TrainSettings
 
 COLUMNS = ("stage", "µs a sample", "share %", "samples/s a core")
@@ -55,31 +54,34 @@ class DoctorSettings:
 
 def main(settings: DoctorSettings) -> None:
     """Measure, then print a table and one line of verdict."""
-    split = read_filled_split(settings.shards, settings.split)
+    split, seconds = read_filled_split(settings.shards, settings.split), settings.seconds
     if settings.json is not None and settings.json.is_dir():
         raise UserError(f"--json {settings.json} is a folder: give the name of a file")
+    if settings.collate and not settings.transform:
+        raise UserError("--collate takes what your --transform makes: give both, or neither")
     torch.set_num_threads(1)
-    with cli.progress_bar("measuring", total=2, unit="parts") as bar, tempfile.TemporaryDirectory() as cache:
+    with cli.progress_bar("measuring", total=2, unit="parts") as bar, TemporaryDirectory() as cache:
+        split, download_mbs = fetch_some_shards(split, cache, seconds=seconds / 2)
+        batch_size = min(settings.batch_size, split.num_samples)
+        if settings.transform:
+            functions = user_functions(settings.transform, settings.collate)
+        else:
+            functions = caption_functions(
+                split, crop=settings.crop, max_tokens=TrainSettings.max_tokens, batch_size=batch_size
+            )
         speed = measure_loader(
-            split,
-            partial(
-                find_functions,
-                transform=settings.transform,
-                collate=settings.collate,
-                crop=settings.crop,
-                max_tokens=TrainSettings.max_tokens,
-            ),
-            batch_size=settings.batch_size,
-            workers=settings.workers,
-            seconds=settings.seconds,
-            cache_folder=cache,
-            bar=bar,
+            split, functions, batch_size=batch_size, workers=settings.workers, seconds=seconds, cache=cache, bar=bar
         )
     verdict = speed.verdict(wanted=settings.samples_per_second)
     cli.print_table(f"{split.name} of {', '.join(split.folders)}", COLUMNS, speed.rows())
     cli.console.print(verdict, markup=False)
     if settings.json:
-        content = {**asdict(speed), "wanted": settings.samples_per_second, "verdict": verdict}
+        content = {
+            **asdict(speed),
+            "download_mbs": download_mbs,
+            "wanted": settings.samples_per_second,
+            "verdict": verdict,
+        }
         try:
             storage.write_atomic(str(settings.json), json.dumps(content, indent=1, allow_nan=False))
         except OSError as error:

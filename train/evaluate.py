@@ -27,9 +27,7 @@ def main(settings: EvaluateSettings) -> None:
     check_settings(settings)
     check_java(settings.java_metrics)
     if settings.scores_file:
-        score_results(
-            settings.results, settings.references, java_metrics=settings.java_metrics, json_file=settings.json
-        )
+        score_results(settings)
     else:
         from train.evaluation.model_scores import score_model
         from train.run.launch import ending_without_peers, start_accelerator

@@ -1,4 +1,4 @@
-"""Work that may take one rank much longer than the others, without the slow rank being mistaken for a lost one."""
+"""Work that takes one rank much longer than the others, without a timeout of the process group."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,17 +12,17 @@ from accelerate.utils import reduce as sum_over_ranks
 
 from captioner.errors import UserError
 
-LOOK_SECONDS = 1.0  # far below any timeout of the process group
+HEARTBEAT_SECONDS = 1.0  # far below any timeout of the process group
 
 Outcome = TypeVar("Outcome")
 
 
 @contextmanager
 def refused_together() -> Iterator[None]:
-    """While entered, an error in one process is raised in all: otherwise they would wait for it.
+    """Within, an error on one rank is raised on all: otherwise they would wait for it.
 
-    All processes must enter; each may take as long as it needs, and none may wait for another inside. Raises the
-    UserError or OSError of this process, or the UserError of another one; another's OSError as a UserError.
+    All ranks must enter; each may take as long as it needs, and none may use the process group inside. Raises the
+    UserError or OSError of this rank, or else that of another one as a UserError.
     """
     failure = None
     with waiting_for_all():
@@ -39,7 +39,7 @@ def refused_together() -> Iterator[None]:
 
 
 def in_main(action: Callable[[], Outcome]) -> Outcome:
-    """What the main process's `action` returns, in all processes; its UserError or OSError is raised in all."""
+    """The result of `action` in the main process, on all ranks; its UserError or OSError is raised on all."""
     found: list[Any] = [None]
     with refused_together():
         if PartialState().is_main_process:
@@ -49,9 +49,9 @@ def in_main(action: Callable[[], Outcome]) -> Outcome:
 
 @contextmanager
 def waiting_for_all() -> Iterator[None]:
-    """Exit when all processes exit; all must enter, and none may use the process group inside.
+    """A barrier at the exit; all ranks must enter, and none may use the process group inside.
 
-    A thread of each exchanges a heartbeat every second, so that a slow process does not count as lost. Raises
+    A thread of each exchanges a heartbeat every second, so that a slow rank does not count as lost. Raises
     RuntimeError if one is lost: at once if its connection closes, else after the process group's timeout.
     """
     state = PartialState()
@@ -61,7 +61,7 @@ def waiting_for_all() -> Iterator[None]:
     done, left = Event(), Event()
     failures: list[RuntimeError] = []
 
-    def look() -> None:
+    def exchange_heartbeats() -> None:
         device = torch.device(state.device or "cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)  # each thread has its own
@@ -70,11 +70,11 @@ def waiting_for_all() -> Iterator[None]:
                 num_done = sum_over_ranks(torch.tensor(float(done.is_set()), device=device), reduction="sum")
                 if int(num_done.item()) == state.num_processes:
                     return
-                done.wait(LOOK_SECONDS)
+                done.wait(HEARTBEAT_SECONDS)
         except RuntimeError as error:
             failures.append(error)
 
-    thread = Thread(target=look, daemon=True)
+    thread = Thread(target=exchange_heartbeats, daemon=True)
     thread.start()
     try:
         yield
@@ -82,7 +82,7 @@ def waiting_for_all() -> Iterator[None]:
         thread.join()
     except BaseException:
         left.set()
-        thread.join(2 * LOOK_SECONDS)
+        thread.join(2 * HEARTBEAT_SECONDS)
         raise
     if failures:
         raise failures[0]

@@ -101,12 +101,11 @@ def run_loop(trainer: Trainer, number: int, readings: list[list[dict[str, Any]]]
     `readings`.
     """
     gc.collect()
-    accelerator = trainer.accelerator
     with tempfile.TemporaryDirectory() as folder, closing(trainer.epoch(number, None)) as loader:
         tracker = Tracker(Path(folder), first_step=0, settings={})
         steps = StepLoop(
-            model=trainer.wrapped, optimizer=trainer.optimizer, schedule=trainer.schedule, accelerator=accelerator,
-            stop=Preemption(), tracker=tracker, save=lambda: None, num_epochs=number + 1, checkpoint_steps=sys.maxsize,
+            take_step=trainer.take_step, stop=Preemption(), tracker=tracker, save=lambda: None, num_epochs=number + 1,
+            checkpoint_steps=sys.maxsize,
         )  # fmt: skip
         steps.run_epoch(loader)
         tracker.close()

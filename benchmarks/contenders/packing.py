@@ -231,7 +231,7 @@ def steady_cost(seen: Sequence[tuple[float, Progress]], lengths: dict[str, int],
     done: dict[str, int] = {}
     start: tuple[float, int] | None = None
     for seconds, progress in seen:
-        done[progress.shard] = progress.pictures
+        done[progress.shard] = progress.images
         pictures = sum(done.values())
         if start is None and len(done) >= workers:
             start = seconds, pictures

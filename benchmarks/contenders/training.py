@@ -30,11 +30,11 @@ from captioner.model.encoders import Encoder
 from captioner.model.network import CaptionModel, ModelConfig
 from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import read_split
-from captioner.vocabulary import END, PAD, START, Vocabulary, count_words, read_vocabulary, tokenize
+from captioner.vocabulary import END, PAD, START, Vocabulary, count_words, tokenize
 from captioner.workers import count_processors
 from contenders import NUM_WORDS
 from contenders.loader import loader_options
-from contenders.pictures import CAPTIONS, CROP, MEAN, SHARDS, STD
+from contenders.pictures import CAPTIONS, CROP, MEAN, SHARDS, STD, find_vocabulary
 from measuring.commands import pack_samples, shard_megabytes, stored_photos
 from measuring.figures import Contender, Cost
 from measuring.photos import SIZE, make_captions
@@ -43,7 +43,7 @@ from train.data.features import FeatureFiles
 from train.run.encode import prepare_features
 from train.settings import NEW_MODEL, TrainSettings
 from train.step.schedule import make_optimizer, make_schedule
-from train.step.step import MAX_GRADIENT_NORM, CaptionLoss, distribute, train_step
+from train.step.step import MAX_GRADIENT_NORM, CaptionLoss, TrainStep, distribute
 
 CAPTIONS_A_PICTURE = 5
 WARM_UP_SAMPLES = 2
@@ -99,11 +99,6 @@ def make_vocabulary(captions: Sequence[Sequence[str]]) -> Vocabulary:
     return replace(found, words=words, counts=counts)
 
 
-def find_vocabulary(folder: Path) -> Vocabulary:
-    """The vocabulary of the samples in `folder`."""
-    return read_vocabulary(str(folder / SHARDS / "vocabulary.json"), remedy="pack again")
-
-
 # ---- the book's loop --------------------------------------------------------------------------------------
 
 
@@ -114,7 +109,7 @@ class BookCaptions(Dataset[tuple[Tensor, list[int]]]):
         self.folder = folder / "loose"
         captions_of: dict[str, list[str]] = json.loads((self.folder / CAPTIONS).read_text())
         self.samples = [(name, caption) for name, captions in captions_of.items() for caption in captions]
-        self.vocabulary = find_vocabulary(folder)
+        self.vocabulary = find_vocabulary(folder / SHARDS)
         self.transform = transforms.Compose(
             [
                 transforms.RandomCrop(CROP),
@@ -214,7 +209,7 @@ class Trainer:
         self.accelerator = Accelerator(cpu=job.on_cpu, mixed_precision=job.precision)
         self.split = read_split([str(job.folder / SHARDS)], "train", remedy="pack again")
         self.batch = job.batch
-        vocabulary = find_vocabulary(job.folder)
+        vocabulary = find_vocabulary(job.folder / SHARDS)
         config = ModelConfig(encoder=job.encoder, vocabulary_size=len(vocabulary), dropout=DEFAULTS.dropout)
         torch.manual_seed(0)
         self.model = CaptionModel(config)
@@ -224,6 +219,7 @@ class Trainer:
         )
         self.schedule = make_schedule(optimizer, DEFAULTS.schedule, total_steps=10_000)
         self.wrapped, self.optimizer = distribute(self.loss_model, optimizer, self.accelerator)
+        self.take_step = TrainStep(self.wrapped, self.optimizer, self.schedule, self.accelerator)
         self.wrapped.train()
         self.cache = str(job.folder / "cache")
         self.open_loader = partial(
@@ -264,9 +260,7 @@ class Trainer:
 
     def step(self, batch: CaptionBatch) -> None:
         """A training step on images or features."""
-        train_step(
-            self.wrapped, [batch], optimizer=self.optimizer, schedule=self.schedule, accelerator=self.accelerator
-        )
+        self.take_step([batch])
 
     def encode(self, batch: CaptionBatch) -> None:
         """The encoder's part of a step."""

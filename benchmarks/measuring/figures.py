@@ -142,12 +142,26 @@ def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         cli.print_table(title, [name.replace("_", " ") for name in rows[0]], cells)
 
 
+def print_run(title: str, run: Mapping[str, str]) -> None:
+    """Print what `describe_run` found."""
+    print_rows(title, [{"": name, "of this run": text} for name, text in run.items()])
+
+
 def print_bars(bars: Sequence[Bar]) -> None:
     """Print the bars, and whether each holds."""
     words = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}
     rows = [("-" if bar.value is None else f"{bar.value:.2f}", bar.bar, words[bar.holds]) for bar in bars]
     cells = [(bar.name, *row) for bar, row in zip(bars, rows, strict=True)]
     cli.print_table("bars", ("what", "value", "bar", ""), cells)
+
+
+def finish(
+    bars: Sequence[Bar], *, json: Path | None, run: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Print the bars, and write everything to `json` if given. Raises UserError."""
+    print_bars(bars)
+    if json:
+        write_json(json, run=run, rows=rows, bars=bars)
 
 
 def write_json(path: Path, *, run: Mapping[str, str], rows: Sequence[Mapping[str, Any]], bars: Sequence[Bar]) -> None:

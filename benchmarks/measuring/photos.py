@@ -36,6 +36,11 @@ WORDS = (
 )
 
 
+def find_or_draw(images: Path | None, folder: Path) -> list[Path]:
+    """The photos in `images`, or drawn ones in `folder`/drawn-photos. Raises UserError if `images` has none."""
+    return find_photos(images) if images else draw_photos(folder / "drawn-photos", count=24)
+
+
 def find_photos(folder: Path) -> list[Path]:
     """The JPEG files directly in `folder`, by name. Raises UserError if there is none."""
     if not folder.is_dir():

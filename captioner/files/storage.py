@@ -29,13 +29,13 @@ from fsspec.implementations.local import LocalFileSystem
 from captioner.errors import UserError
 from captioner.files.retries import RefusedError, StorageError, is_refused, retry
 
-STALL_SECONDS = 15.0  # without a byte from the server a try has failed
-KEPT_SECONDS = 12.0  # that an idle connection is used again; after a stall, none is that may be as dead
-SLOWEST_UPLOAD = 100_000  # bytes a second; a server that takes fewer has stopped to listen
-SLOWEST_DOWNLOAD = 100_000  # bytes a second; a part that comes slower is asked for again
-NUM_THREADS = 32  # of questions asked at once: they wait for the network or the disk, not for the processor
-NUM_QUESTIONS = 64  # that a thread takes at once: a task of its own for each of a million files takes 2 GB
+STALL_SECONDS = 15.0  # without a byte from the server, after which a request has failed
+KEEPALIVE_SECONDS = 12.0  # below STALL_SECONDS: a retry after a stall opens a new connection
+SLOWEST_TRANSFER = 100_000  # bytes a second; slower uploads and downloads are retried
+NUM_THREADS = 32  # for requests that wait for the network or the disk, not for the processor
+FILES_PER_TASK = 64  # one task a file would take 2 GB for a million files
 UNKNOWN = -1
+MISSING = (404, 410)
 NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 S3 = ("s3://", "s3a://")
 WEB = ("http://", "https://")
@@ -48,7 +48,7 @@ def is_remote(location: str) -> bool:
 
 
 def join(folder: str, *names: str) -> str:
-    """`folder/name/...` for paths and URLs alike; in a web address the names are quoted."""
+    """`folder/name/...` for paths and URLs; the names are percent-encoded in http URLs."""
     if folder.startswith(WEB):
         names = tuple(quote(name, errors="surrogatepass") for name in names)
     start = folder if folder.endswith("://") else folder.rstrip("/") + "/"
@@ -56,7 +56,7 @@ def join(folder: str, *names: str) -> str:
 
 
 def exists(location: str) -> bool:
-    """Whether there is a file or folder at `location`; of a web address, whether the server does not deny it.
+    """Whether there is a file or folder at `location`; on the web, whether the server does not answer 404 or 410.
 
     Raises OSError.
     """
@@ -70,90 +70,81 @@ def exists(location: str) -> bool:
 
 
 def size_bytes(location: str, *, patience_seconds: float | None = None) -> int:
-    """A file's size, UNKNOWN where a server does not say. Raises OSError (FileNotFoundError among them)."""
+    """A file's size; UNKNOWN if the server does not report it. Raises OSError (FileNotFoundError among them)."""
     if not is_remote(location):
         return Path(location).stat().st_size
     filesystem, path = _filesystem(location)
     if location.startswith(WEB):
-        ask: Any = sync  # its types say that it gives nothing
-        return retry(lambda: ask(filesystem.loop, _ask_web, filesystem, path), location, patience_seconds)
+        return retry(lambda: _run(filesystem, _web_size, path), location, patience_seconds)
     size = retry(lambda: filesystem.info(path), location, patience_seconds)["size"]
     return UNKNOWN if size is None else size
 
 
-async def _ask_web(filesystem: Any, url: str) -> int:
-    """A web file's size. fsspec's own question takes any failure, of the network too, for a missing file."""
+def _run(filesystem: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of an async function in the event loop of the filesystem."""
+    run: Any = sync  # fsspec's annotation says that it returns None
+    return run(filesystem.loop, function, filesystem, *arguments)
+
+
+async def _web_size(filesystem: Any, url: str) -> int:
+    """A web file's size. fsspec's own function reports any failure, of the network too, as a missing file."""
     session = await filesystem.set_session()
-    plain = {"Accept-Encoding": "identity"}
-    async with session.head(filesystem.encode_url(url), allow_redirects=True, headers=plain) as answer:
-        if answer.status in (404, 410):
+    headers = {"Accept-Encoding": "identity"}
+    async with session.head(filesystem.encode_url(url), allow_redirects=True, headers=headers) as answer:
+        if answer.status in MISSING:
             raise FileNotFoundError(url)
-        if is_refused(answer.status) or answer.status == 501:  # of the question perhaps; reading will show
+        if is_refused(answer.status) or answer.status == 501:  # perhaps HEAD only: reading will show
             return UNKNOWN
         answer.raise_for_status()
-        packed = answer.headers.get("Content-Encoding", "identity") != "identity"
-        return UNKNOWN if packed else int(answer.headers.get("Content-Length", UNKNOWN))
+        is_compressed = answer.headers.get("Content-Encoding", "identity") != "identity"
+        return UNKNOWN if is_compressed else int(answer.headers.get("Content-Length", UNKNOWN))
 
 
 def sizes_bytes(folder: str, names: Sequence[str]) -> list[int | None]:
-    """Sizes of the files `names` in `folder`, in order: None where there is no regular file, or UNKNOWN.
+    """Sizes of the files `names` in `folder`, in order: None for a missing or special file, or UNKNOWN.
 
-    Object stores are asked with one listing, web servers and disks with a question a file, many at once. Raises
-    OSError where a server fails.
+    Object stores get one listing; web servers and disks one request a file, in parallel. Raises OSError.
     """
-    if not is_remote(folder):
-        return _ask_all(_local_size, [join(folder, name) for name in names])
-    if folder.startswith(WEB):
-        return _ask_all(_web_size, [join(folder, name) for name in names])
-    sizes = _find_all(folder)
-    return [sizes.get(name) for name in names]
-
-
-def _ask_all(question: Callable[[str], int | None], locations: Sequence[str]) -> list[int | None]:
-    parts = [locations[first : first + NUM_QUESTIONS] for first in range(0, len(locations), NUM_QUESTIONS)]
+    if is_remote(folder) and not folder.startswith(WEB):
+        sizes = _find_all(folder)
+        return [sizes.get(name) for name in names]
+    locations = [join(folder, name) for name in names]
+    tasks = [locations[first : first + FILES_PER_TASK] for first in range(0, len(locations), FILES_PER_TASK)]
     threads = ThreadPoolExecutor(NUM_THREADS)
     try:
-        return list(chain.from_iterable(threads.map(lambda part: [question(location) for location in part], parts)))
+        return list(chain.from_iterable(threads.map(lambda task: [_size_or_none(each) for each in task], tasks)))
     finally:
         threads.shutdown(cancel_futures=True)
 
 
-def _local_size(path: str) -> int | None:
+def _size_or_none(location: str) -> int | None:
     try:
-        found = os.stat(path)  # noqa: PTH116 - a Path for each of a million pictures costs seconds
+        if is_remote(location):
+            return size_bytes(location)
+        found = os.stat(location)  # noqa: PTH116 - a Path for each of a million images costs seconds
+    except PermissionError:
+        return UNKNOWN  # reading will show
+    except StorageError:
+        raise
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file can have
         return None
-    except PermissionError:
-        return UNKNOWN  # reading will tell
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             return None
-        raise StorageError(f"cannot look at {path} ({error.strerror}): mend that and run again") from error
+        raise StorageError(f"cannot look at {location} ({error.strerror}): fix this and run again") from error
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
-def _web_size(location: str) -> int | None:
-    try:
-        return size_bytes(location)
-    except FileNotFoundError:
-        return None
-
-
 def list_files(folder: str) -> list[str]:
-    """The names of the files in a folder, sorted; of a web server, those its page for the folder links to.
-
-    Raises OSError.
-    """
+    """The names of the files in a folder, sorted; on the web, of the files that its page links to. Raises OSError."""
     if not is_remote(folder):
         return sorted(path.name for path in Path(folder).iterdir() if path.is_file())
-    filesystem, path = _filesystem(folder)
-    entries = retry(lambda: filesystem.ls(path, detail=True), folder)
-    names = {entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"}
+    names = [name for name, is_folder in scan_folder(folder) if not is_folder]
     return sorted(map(unquote, names) if folder.startswith(WEB) else names)
 
 
 def find_files(folder: str, pattern: str) -> list[str]:
-    """The names of the files below a folder that fit `pattern`, sorted; its `/` reach into folders. Raises OSError."""
+    """The paths of the files below a folder that match a glob pattern such as `*/*.tar`, sorted. Raises OSError."""
     if not is_remote(folder):
         root = Path(folder)
         if not root.is_dir():
@@ -164,20 +155,20 @@ def find_files(folder: str, pattern: str) -> list[str]:
 
 
 def _find_all(folder: str) -> dict[str, int]:
-    """The sizes of all files below a remote folder, UNKNOWN where a server does not say, by the rest of their names."""
+    """The sizes of all files below a remote folder (UNKNOWN if not reported), by their paths in it."""
     filesystem, root = _filesystem(folder)
     if folder.startswith(S3):
-        prefix = _s3_place(filesystem, folder)["Prefix"]
+        prefix = _s3_prefix(filesystem, folder)["Prefix"]
         entries = (entry for page in _s3_pages(filesystem, folder) for entry in page.get("Contents", []))
         sizes = {entry["Key"].removeprefix(prefix): entry["Size"] for entry in entries}
-        return {name: size for name, size in sizes.items() if name[-1:] not in ("", "/")}  # those are marks of folders
+        return {name: size for name, size in sizes.items() if name[-1:] not in ("", "/")}  # not folder markers
     found = retry(lambda: filesystem.find(root, detail=True), folder)
     sizes = {path: UNKNOWN if info["size"] is None else info["size"] for path, info in found.items()}
     return {path.removeprefix(root).lstrip("/"): size for path, size in sizes.items()}
 
 
 def is_folder(location: str) -> bool:
-    """Whether `location` is a folder; on the web, whether its server lists something there. Raises OSError."""
+    """Whether `location` is a folder; on the web, whether its page links to files. Raises OSError."""
     if not is_remote(location):
         return Path(location).is_dir()
     try:
@@ -190,9 +181,9 @@ def is_folder(location: str) -> bool:
 
 
 def scan_folder(folder: str) -> Iterator[tuple[str, bool]]:
-    """The names in a remote folder, each with whether it is a folder, as the server gives them.
+    """Each name in a remote folder, and whether it is a folder, in the server's order.
 
-    Of S3 page by page, of others once the whole folder is known. Web names stay quoted. Raises OSError.
+    On S3 page by page, elsewhere after the whole listing. Web names stay percent-encoded. Raises OSError.
     """
     filesystem, path = _filesystem(f"{folder.rstrip('/')}/" if folder.startswith(WEB) else folder)
     if folder.startswith(S3) and path:
@@ -200,9 +191,9 @@ def scan_folder(folder: str) -> Iterator[tuple[str, bool]]:
         return
     for entry in retry(lambda: filesystem.ls(path, detail=True), folder):
         name = entry["name"].rstrip("/")
-        if name == path.rstrip("/"):  # the folder itself, as consoles make one, is no file
+        if name == path.rstrip("/"):  # a folder marker
             continue
-        if folder.startswith(WEB):  # a page may link to anything: to other orders of itself, to the folder above
+        if folder.startswith(WEB):  # a page may also link to its other sort orders, and to the folder above
             name = unescape(name).removeprefix(path).removeprefix("./")
             if not name.strip(".") or any(mark in name for mark in "/?#"):
                 continue
@@ -210,30 +201,30 @@ def scan_folder(folder: str) -> Iterator[tuple[str, bool]]:
 
 
 def _scan_s3(filesystem: Any, folder: str) -> Iterator[tuple[str, bool]]:
-    """fsspec would hold all of a folder's million objects before it tells of the first."""
-    prefix = _s3_place(filesystem, folder)["Prefix"]
+    """The same page by page; fsspec would hold all of a folder's objects before it returns the first."""
+    prefix = _s3_prefix(filesystem, folder)["Prefix"]
     for page in _s3_pages(filesystem, folder, Delimiter="/"):
         for entry in page.get("CommonPrefixes", []):
             yield entry["Prefix"].removeprefix(prefix).removesuffix("/"), True
         for entry in page.get("Contents", []):
-            if entry["Key"] != prefix:  # the folder itself, as above
+            if entry["Key"] != prefix:  # a folder marker
                 yield entry["Key"].removeprefix(prefix), False
 
 
 def _s3_pages(filesystem: Any, folder: str, **options: str) -> Iterator[dict[str, Any]]:
-    """A listing, page by page, each with patience of its own: one of a million objects is a thousand requests."""
-    place = {**_s3_place(filesystem, folder), **options, **getattr(filesystem, "req_kw", {})}
+    """A listing page by page, each retried by itself: a million objects are a thousand requests."""
+    request = {**_s3_prefix(filesystem, folder), **options, **getattr(filesystem, "req_kw", {})}
     while True:
-        page = retry(lambda: filesystem.call_s3("list_objects_v2", **place), folder)
+        page = retry(lambda: filesystem.call_s3("list_objects_v2", **request), folder)
         yield page
         if not page.get("IsTruncated"):
             return
-        place["ContinuationToken"] = page["NextContinuationToken"]
+        request["ContinuationToken"] = page["NextContinuationToken"]
 
 
-def _s3_place(filesystem: Any, folder: str) -> dict[str, str]:
-    """A folder's bucket, and what the keys of all its objects begin with."""
-    bucket = filesystem.split_path(folder)[0]  # it may have a slash in it: that of an access point
+def _s3_prefix(filesystem: Any, folder: str) -> dict[str, str]:
+    """A folder's bucket, and the prefix of the keys of all its objects."""
+    bucket = filesystem.split_path(folder)[0]  # which may contain a slash: an access point's
     prefix = folder.partition("://")[2].removeprefix(bucket).removeprefix("/")
     return {"Bucket": bucket, "Prefix": prefix if not prefix or prefix.endswith("/") else f"{prefix}/"}
 
@@ -241,23 +232,22 @@ def _s3_place(filesystem: Any, folder: str) -> dict[str, str]:
 def read_bytes(location: str, *, end: int | None = None, patience_seconds: float | None = None) -> bytes:
     """The content of a file, whole or up to `end`. Raises OSError (FileNotFoundError among them)."""
     if not is_remote(location):
-        with open(location, "rb") as file:  # noqa: PTH123 - a Path takes as long again
+        with open(location, "rb") as file:  # noqa: PTH123 - a Path takes twice as long
             return file.read() if end is None else file.read(end)
     filesystem, path = _filesystem(location)
     if end is not None and location.startswith(WEB):
-        ask: Any = sync  # as in size_bytes
-        return retry(lambda: ask(filesystem.loop, _cat_web, filesystem, path, end), location, patience_seconds)
+        return retry(lambda: _run(filesystem, _cat_web, path, end), location, patience_seconds)
     return retry(lambda: _cat(filesystem, path, end), location, patience_seconds)
 
 
 async def _cat_web(filesystem: Any, url: str, end: int) -> bytes:
-    """A web file up to `end`. fsspec would hold all that comes, and some servers send no parts, or send them packed."""
+    """A web file up to `end`, also from servers that ignore Range or compress; fsspec would read their whole answer."""
     session = await filesystem.set_session()
     headers = {**filesystem.kwargs.get("headers", {}), "Accept-Encoding": "identity", "Range": f"bytes=0-{end - 1}"}
     async with session.get(filesystem.encode_url(url), **{**filesystem.kwargs, "headers": headers}) as answer:
-        if answer.status == 416:  # an empty file has no first byte to ask for
+        if answer.status == 416:  # the range of an empty file
             return b""
-        if answer.status in (404, 410):
+        if answer.status in MISSING:
             raise FileNotFoundError(url)
         answer.raise_for_status()
         data = bytearray()
@@ -274,13 +264,13 @@ def _cat(filesystem: Any, path: str, end: int | None) -> bytes:
     except Exception as error:
         if end is None or getattr(error, "errno", None) != errno.EINVAL:
             raise
-        return filesystem.cat_file(path)  # an empty file has no first byte to ask for
+        return filesystem.cat_file(path)  # S3 refuses a range of an empty object
 
 
 def read_range(location: str, *, start: int, end: int, patience_seconds: float | None = None) -> bytes:
-    """The bytes [start, end) of a file that has so many; all from `start` on where a server sends whole files only.
+    """Bytes [start, end) of a file; more if the server ignores Range.
 
-    Raises OSError (FileNotFoundError among them).
+    Raises OSError when the file is shorter (FileNotFoundError when it is missing).
     """
     if not is_remote(location):
         with open(location, "rb") as file:  # noqa: PTH123 - as in read_bytes
@@ -289,12 +279,12 @@ def read_range(location: str, *, start: int, end: int, patience_seconds: float |
     filesystem, path = _filesystem(location)
     options: dict[str, Any] = {"headers": {"Accept-Encoding": "identity"}} if location.startswith(WEB) else {}
     if filesystem.async_impl:
-        options["timeout"] = 4 * STALL_SECONDS + (end - start) / SLOWEST_DOWNLOAD
+        options["timeout"] = 4 * STALL_SECONDS + (end - start) / SLOWEST_TRANSFER
 
-    def ask() -> bytes:
+    def request() -> bytes:
         return _check_range(filesystem.cat_file(path, start=start, end=end, **options), start, end)
 
-    return retry(ask, location, patience_seconds)
+    return retry(request, location, patience_seconds)
 
 
 def _check_range(data: bytes, start: int, end: int) -> bytes:
@@ -302,11 +292,11 @@ def _check_range(data: bytes, start: int, end: int) -> bytes:
         return data
     if len(data) >= end:
         return data[start:]
-    raise OSError(f"{len(data):,} bytes came of the {end - start:,} from {start:,} on")
+    raise OSError(f"received {len(data):,} of the {end - start:,} bytes from {start:,} on")
 
 
 def read_json(location: str, *, remedy: str) -> Any:
-    """The JSON content of a file. Raises UserError, ending with `remedy`, when it is absent or no JSON."""
+    """The parsed JSON of a file. Raises UserError, with `remedy`, when the file is missing or not JSON."""
     try:
         return json.loads(read_bytes(location))
     except FileNotFoundError as error:
@@ -315,11 +305,11 @@ def read_json(location: str, *, remedy: str) -> Any:
         raise UserError(f"cannot read {location} ({error}): {remedy}") from error
 
 
-def write_atomic(location: str, content: bytes | str) -> None:
-    """Write a file so that its name holds either the whole content or what it held before. Raises OSError.
+def write_atomic(location: str, content: bytes | str, *, durable: bool = True) -> None:
+    """Write a file whose name always holds either the whole content or what it held before. Raises OSError.
 
-    On disk, content and name are durable (fsync) when this returns. Symbolic links are followed; pipes
-    and character devices, which cannot be replaced, are written to.
+    On disk, content and name are on the disk (fsync) when this returns, unless they need not be `durable`. Symbolic
+    links are followed; pipes and character devices, which cannot be replaced, are written to.
     """
     data = content.encode() if isinstance(content, str) else content
     if is_remote(location):
@@ -334,30 +324,28 @@ def write_atomic(location: str, content: bytes | str) -> None:
         return
     path = path.resolve()  # a symbolic link stays, and its target is written
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with replacing(path, durable=durable) as file:
         file.write(data)
 
 
 @contextmanager
-def replacing(path: Path, *, partial: Path | None = None) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, partial: Path | None = None, durable: bool = True) -> Iterator[BinaryIO]:
     """A temporary file, named `partial` if given, that atomically replaces `path` when the block ends without an error.
 
-    Content and name are durable (fsync) then. Raises OSError.
+    Content and name are on the disk (fsync) then, unless they need not be `durable`. Raises OSError.
     """
-    partial = partial or _partial_path(path)
+    partial = partial or path.with_name(f"{path.name}.{uuid4().hex}.partial")  # two machines may write the same file
     try:
         with partial.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def _partial_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{uuid4().hex}.partial")  # two machines may write the same file
+    if durable:
+        _sync_folder(path.parent)
 
 
 def write_new(location: str, content: bytes | str, *, etag: str | None = None) -> None:
@@ -367,24 +355,27 @@ def write_new(location: str, content: bytes | str, *, etag: str | None = None) -
     on disk, and on servers with conditional requests (S3, Google Cloud Storage).
     """
     data = content.encode() if isinstance(content, str) else content
-    if is_remote(location):
-        filesystem, path = _filesystem(location)
-        condition = {"IfMatch": etag} if etag else {"mode": "create"}
-
-        def put() -> None:
-            try:
-                _put(filesystem, path, data, **condition)
-            except OSError as error:
-                if error.errno == errno.EINVAL:  # s3fs for status 412, a condition that does not hold
-                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), location) from error
-                raise
-
-        retry(put, location)
+    if not is_remote(location):
+        _create(Path(location), data)
         return
-    path = Path(location)
+    filesystem, path = _filesystem(location)
+    condition = {"IfMatch": etag} if etag else {"mode": "create"}
+
+    def put() -> None:
+        try:
+            _put(filesystem, path, data, **condition)
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # s3fs for status 412, a condition that does not hold
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), location) from error
+            raise
+
+    retry(put, location)
+
+
+def _create(path: Path, data: bytes) -> None:
     if os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), location)
-    partial = _partial_path(path)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    partial = path.with_name(f".{uuid4().hex}.partial")
     try:
         partial.write_bytes(data)
         os.link(partial, path)
@@ -408,15 +399,15 @@ def etag(location: str) -> str | None:
 
 
 def _open_stream(path: Path) -> BinaryIO | None:
-    """What is at `path` opened for writing, where it cannot be replaced: a pipe, a device, this process's output.
+    """`path` opened for writing if it cannot be replaced: a pipe, a character device, this process's own output.
 
-    None where there is nothing, or a file or folder. Raises OSError for disks and sockets.
+    None if it is a file, a folder or missing. Raises OSError for block devices and sockets.
     """
     try:
         found = path.stat()
     except FileNotFoundError:
         return None
-    for descriptor in (1, 2):  # /dev/stdout may be a file, and a renamed one would take the rest of the output along
+    for descriptor in (1, 2):  # /dev/stdout may be a file, and later output would go to the replaced one
         with suppress(OSError):
             if os.path.samestat(found, os.fstat(descriptor)):
                 return os.fdopen(os.dup(descriptor), "wb")
@@ -427,8 +418,8 @@ def _open_stream(path: Path) -> BinaryIO | None:
     raise OSError(errno.ENXIO, "is neither a file nor a pipe", str(path))
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in the folder outlive a power cut, where the system can."""
+def _sync_folder(folder: Path) -> None:
+    """Write the names in a folder to the disk, where the system can."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -438,14 +429,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def _put(filesystem: Any, path: str, data: bytes, **condition: str) -> None:
-    """Object stores show an object only when it is whole; elsewhere a rename does that."""
+    """Write a remote file atomically: object stores show complete objects only, other servers rename."""
     protocols = filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)
     if OBJECT_STORES.intersection(protocols):
-        limit = {"timeout": 4 * STALL_SECONDS + len(data) / SLOWEST_UPLOAD} if filesystem.async_impl else {}
+        limit = {"timeout": 4 * STALL_SECONDS + len(data) / SLOWEST_TRANSFER} if filesystem.async_impl else {}
         if "s3" in protocols:
             from botocore.handlers import add_expect_header
 
-            # it lets an upload wait, with no limit but that of the whole, until the server says that it would take it
+            # "Expect: 100-continue" has no timeout of its own: a dead connection would block for the whole request's
             filesystem.connect().meta.events.unregister("before-call.s3", add_expect_header)
         filesystem.pipe_file(path, data, **limit, **condition)
         return
@@ -458,7 +449,7 @@ def _put(filesystem: Any, path: str, data: bytes, **condition: str) -> None:
 
 
 def delete(location: str) -> None:
-    """Remove a file if it is there. Raises OSError."""
+    """Remove a file if it exists. Raises OSError."""
     if not is_remote(location):
         Path(location).unlink(missing_ok=True)
         return
@@ -471,25 +462,25 @@ def delete(location: str) -> None:
 
 
 def _filesystem(location: str) -> tuple[Any, str]:
-    """fsspec's filesystem and the path in it. Raises StorageError where there is none for such URLs."""
+    """fsspec's filesystem and the path in it. Raises StorageError for a URL that fsspec cannot open."""
     try:
         filesystem, path = url_to_fs(location, **_options(location))
     except ImportError as error:
         raise StorageError(
-            f"cannot open {location} ({error}): s3:// and http:// addresses want pip install -e '.[s3]'"
+            f"cannot open {location} ({error}): s3:// and http:// need pip install -e '.[s3]'"
         ) from error
-    except Exception as error:  # some connect at once, and raise their libraries' own errors
-        raise StorageError(f"cannot open {location} ({error}): give a local path, or another address") from error
+    except Exception as error:  # some connect here, and raise their libraries' own errors
+        raise StorageError(f"cannot open {location} ({error}): give a local path, or another URL") from error
     if isinstance(filesystem, LocalFileSystem):
         raise StorageError(f"{location} is on this machine: give its path alone, {path}")
     if location.startswith(S3):
-        filesystem.retries = 1  # the tries are counted here
-    filesystem.invalidate_cache()  # of listings: other processes write there too
+        filesystem.retries = 1  # `retry` does that
+    filesystem.invalidate_cache()  # of listings, which other processes change
     return filesystem, path
 
 
 def _options(location: str) -> dict[str, Any]:
-    """What fsspec's filesystem is made with, beside the user's configuration: limits for servers that stall."""
+    """Arguments for fsspec's filesystem, with the user's configuration: timeouts for servers that stall."""
     protocol = location.partition("://")[0]
     if location.startswith(WEB):
         from aiohttp import ClientTimeout
@@ -498,22 +489,22 @@ def _options(location: str) -> dict[str, Any]:
         return {"client_kwargs": {"timeout": timeout, **_configured(protocol, "client_kwargs")}}
     if protocol in ("s3", "s3a"):
         limits = {"connect_timeout": STALL_SECONDS, "read_timeout": STALL_SECONDS}
-        retries = {"retries": {"total_max_attempts": 1}}  # as above; botocore's own would not be told
+        retries = {"retries": {"total_max_attempts": 1}}  # `retry` does that, and logs them
         from aiobotocore import config
 
-        connections: dict[str, Any] = {"keepalive_timeout": KEPT_SECONDS}
-        if hasattr(config, "SocketFactoryType"):  # else only its time limit ends an upload that nobody takes
+        connections: dict[str, Any] = {"keepalive_timeout": KEEPALIVE_SECONDS}
+        if hasattr(config, "SocketFactoryType"):  # else only the request's timeout ends an upload to a dead server
             connections["socket_factory"] = _open_socket
         settings = {**limits, **retries, "connector_args": connections}
         return {
             "config_kwargs": {**settings, **_configured(protocol, "config_kwargs")},
-            "max_concurrency": 1,  # more costs a question for the size before each read, and fills gaps with zeros
+            "max_concurrency": 1,  # more makes s3fs request the size before each read, and fill gaps with zeros
         }
     return {}
 
 
 def _open_socket(address: tuple[Any, ...]) -> socket.socket:
-    """A socket for aiohttp, which itself has no limit for sending: it fails when nobody takes what it sends."""
+    """A socket for aiohttp that fails when sent data stays unacknowledged; aiohttp has no timeout for sending."""
     opened = socket.socket(*address[:3])
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * STALL_SECONDS))
@@ -521,7 +512,7 @@ def _open_socket(address: tuple[Any, ...]) -> socket.socket:
 
 
 def _configured(protocol: str, name: str) -> dict[str, Any]:
-    """The user's configuration, as fsspec joins it for the names of one filesystem."""
+    """The user's fsspec configuration for all protocol names of one filesystem."""
     names = ("http", "https") if protocol.startswith("http") else ("s3", "s3a")
     found = [fsspec.config.conf.get(each, {}).get(name, {}) for each in names]
     return {**found[0], **found[1]}

@@ -1,6 +1,6 @@
-"""From RGB pictures to the model's input: crops in uint8 on the CPU, normalisation on the device.
+"""From RGB images to the model's input: crops in uint8 on the CPU, normalisation on the device.
 
-Shapes: B images, S sides of a stored picture, P sides of a crop, in pixels.
+Shapes: B images, S sides of a stored image, P sides of a crop, in pixels.
 """
 
 import re
@@ -24,7 +24,7 @@ SIDE_WORDS = re.compile(r"\b(left|right)")  # also "left.", "upper-left", "right
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewSpec:
-    """How a picture becomes the model's input: resized to `size`, cropped to `crop`, normalised per channel."""
+    """How an image becomes the model's input: resized to `size`, cropped to `crop`, normalised per channel."""
 
     size: int = 256
     resize: loading.Resize = "squash"
@@ -34,30 +34,30 @@ class ViewSpec:
 
 
 def eval_view(pixels_SS3: np.ndarray, *, crop: int) -> np.ndarray:
-    """The middle (P, P, 3) of a picture, for validation and inference."""
+    """The center crop (P, P, 3), for validation and inference."""
     top, left = ((side - crop) // 2 for side in pixels_SS3.shape[:2])
     return pixels_SS3[top : top + crop, left : left + crop]
 
 
-def train_view(pixels_HW3: np.ndarray, *, crop: int, chance: int) -> tuple[np.ndarray, bool]:
-    """A (P, P, 3) of a picture at a random place, and whether to mirror it, every other time, if its captions allow it.
+def train_view(pixels_HW3: np.ndarray, *, crop: int, random_bits: int) -> tuple[np.ndarray, bool]:
+    """A random crop (P, P, 3), and whether to flip it: with probability 1/2, if no caption `mentions_sides`.
 
-    `chance` is 64 random bits.
+    `random_bits` holds 64 random bits.
     """
     height, width = pixels_HW3.shape[:2]
-    top = (chance & 0xFFFFFF) * (height - crop + 1) >> 24
-    left = (chance >> 24 & 0xFFFFFF) * (width - crop + 1) >> 24
-    return pixels_HW3[top : top + crop, left : left + crop], bool(chance >> 63)
+    top = (random_bits & 0xFFFFFF) * (height - crop + 1) >> 24
+    left = (random_bits >> 24 & 0xFFFFFF) * (width - crop + 1) >> 24
+    return pixels_HW3[top : top + crop, left : left + crop], bool(random_bits >> 63)
 
 
-def speaks_of_sides(captions: list[str]) -> bool:
-    """Whether a caption would become wrong if its picture were mirrored."""
+def mentions_sides(captions: list[str]) -> bool:
+    """Whether a caption would become wrong if its image were flipped."""
     text = "\n".join(captions).lower()
     return ("left" in text or "right" in text) and SIDE_WORDS.search(text) is not None
 
 
 def read_eval_view(source: bytes | Image.Image, spec: ViewSpec) -> tuple[np.ndarray, tuple[int, int]]:
-    """A file's bytes, or an image, to the (P, P, 3) uint8 evaluation view, and the original (width, height).
+    """The evaluation view (P, P, 3), uint8, of a file's bytes or an image, and the original (width, height).
 
     Raises ImageError.
     """
@@ -68,14 +68,12 @@ def read_eval_view(source: bytes | Image.Image, spec: ViewSpec) -> tuple[np.ndar
 def normalise(views_BPP3: "Tensor", spec: ViewSpec) -> "Tensor":
     """uint8 views to the model's float input (B, 3, P, P), channels-last in memory, on the views' device."""
     mean, std = _mean_and_std(spec, views_BPP3.device)
-    return (
-        views_BPP3.permute(0, 3, 1, 2).float().sub_(mean).div_(std)
-    )  # in place: fresh memory costs more than the sums
+    return views_BPP3.permute(0, 3, 1, 2).float().sub_(mean).div_(std)  # in place: new memory costs more than the sums
 
 
 @lru_cache(maxsize=8)
 def _mean_and_std(spec: ViewSpec, device: "torch.device") -> "tuple[Tensor, Tensor]":
-    """Of bytes, each (1, 3, 1, 1). Kept, since bringing numbers to a device waits for it."""
+    """Of values 0 to 255, each (1, 3, 1, 1). Cached, since a copy to the device waits for it."""
     import torch
 
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (spec.mean, spec.std))

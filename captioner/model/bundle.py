@@ -1,13 +1,12 @@
 """The model folder: weights, configuration, vocabulary, metrics and card; all that inference reads.
 
-`model.safetensors` · `config.json` · `vocabulary.json` · `metrics.json` · `README.md`, and where it was calibrated
+`model.safetensors` · `config.json` · `vocabulary.json` · `metrics.json` · `README.md`, and if it was calibrated
 `calibration.json` · `calibration.safetensors`
 """
 
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +30,7 @@ from captioner.vocabulary import Vocabulary
 
 FORMAT_VERSION = 1
 LIBRARIES = ("torch", "torchvision", "nltk")
-MAKE_AGAIN = "copy the whole model folder again, or write it anew with train/main.py"
+COPY_AGAIN = "copy the whole model folder again, or train it again with train/main.py"
 CALIBRATE_AGAIN = "copy the whole model folder again, or delete calibration.json and calibrate with train/evaluate.py"
 CALIBRATION, CALIBRATION_ARRAYS = "calibration.json", "calibration.safetensors"
 NAME_LETTERS = 12  # of the weights' sha256
@@ -51,7 +50,7 @@ class DecodingDefaults:
 class Bundle:
     """A model ready to caption; `name` identifies its weights (the beginning of their sha256).
 
-    `calibration` is None where the model folder holds none.
+    `calibration` is None if the model folder has none.
     """
 
     model: CaptionModel
@@ -63,7 +62,7 @@ class Bundle:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and its input is brought."""
+        """The model's device."""
         return next(self.model.parameters()).device
 
 
@@ -77,7 +76,7 @@ def save_bundle(
     metrics: Mapping[str, Any],
     calibration: Calibration | None = None,
 ) -> None:
-    """Write a model folder; it stands under its name only when it is whole."""
+    """Write a model folder, under a temporary name until it is complete."""
     weights = save_tensors({name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()})
     digest = hashlib.sha256(weights).hexdigest()
     config = {
@@ -89,22 +88,20 @@ def save_bundle(
         "weights_sha256": digest,
         "libraries": {"captioner": __version__, **{library: version(library) for library in LIBRARIES}},
     }
+    files = {
+        "model.safetensors": weights,
+        "config.json": json.dumps(config, indent=1, allow_nan=False),
+        "vocabulary.json": vocabulary.to_json(),
+        "metrics.json": json.dumps(metrics, indent=1, allow_nan=False),
+        "README.md": model_card(config, metrics, calibration),
+    }
+    if calibration is not None:
+        files[CALIBRATION], files[CALIBRATION_ARRAYS] = to_files(calibration, model=digest[:NAME_LETTERS])
     folder = folder.resolve()  # a symbolic link stays
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / "model.safetensors").write_bytes(weights)
-    (partial / "config.json").write_text(json.dumps(config, indent=1, allow_nan=False), encoding="utf-8")
-    (partial / "vocabulary.json").write_text(vocabulary.to_json(), encoding="utf-8")
-    (partial / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False), encoding="utf-8")
-    (partial / "README.md").write_text(model_card(config, metrics, calibration), encoding="utf-8")
-    if calibration is not None:
-        content, arrays = to_files(calibration, model=digest[:NAME_LETTERS])
-        (partial / CALIBRATION).write_bytes(content)
-        (partial / CALIBRATION_ARRAYS).write_bytes(arrays)
-    for path in partial.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    for name, content in files.items():
+        storage.write_atomic(str(partial / name), content)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
@@ -115,8 +112,8 @@ def save_calibration(folder: Path, calibration: Calibration, *, model: str) -> N
     Raises OSError, and UserError where the folder's own files cannot be read; the old calibration is there still.
     """
     content, arrays = to_files(calibration, model=model)
-    config = storage.read_json(str(folder / "config.json"), remedy=MAKE_AGAIN)
-    metrics = storage.read_json(str(folder / "metrics.json"), remedy=MAKE_AGAIN)
+    config = storage.read_json(str(folder / "config.json"), remedy=COPY_AGAIN)
+    metrics = storage.read_json(str(folder / "metrics.json"), remedy=COPY_AGAIN)
     card = model_card(config, metrics, calibration).encode()
     files = {CALIBRATION_ARRAYS: arrays, "README.md": card, CALIBRATION: content}
     with TemporaryDirectory(prefix=".calibration-", dir=folder) as new:  # a full disk is noticed there
@@ -164,23 +161,23 @@ calibration error {found.calibration_error:.3f}, Brier score {found.brier_score:
 def load_bundle(folder: str | Path, *, device: torch.device | str = "cpu") -> Bundle:
     """The model in `folder`, a path or a URL, in eval mode on `device`.
 
-    Raises UserError when parts are cut or do not match.
+    Raises UserError if files are damaged or do not belong together.
     """
     folder = str(folder)
     config_file = storage.join(folder, "config.json")
-    config = storage.read_json(config_file, remedy=f"give a folder that train/main.py wrote; or {MAKE_AGAIN}")
+    config = storage.read_json(config_file, remedy=f"give a folder that train/main.py wrote; or {COPY_AGAIN}")
     found = config.get("format_version") if isinstance(config, dict) else None
     if found != FORMAT_VERSION:
         raise UserError(f"{folder} has model format {found}, this version reads {FORMAT_VERSION}: train it again")
     try:
         bundle = _assemble(folder, config)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{config_file} is not as it was written ({error!r}): {MAKE_AGAIN}") from error
+        raise UserError(f"{config_file} is not as it was written ({error!r}): {COPY_AGAIN}") from error
     bundle.model.to(device)
     return replace(bundle, calibration=bundle.calibration and bundle.calibration.to(device))
 
 
-def _read(folder: str, name: str, *, remedy: str = MAKE_AGAIN) -> bytes:
+def _read(folder: str, name: str, *, remedy: str = COPY_AGAIN) -> bytes:
     """A file of a model folder. Raises UserError."""
     location = storage.join(folder, name)
     try:
@@ -210,11 +207,11 @@ def _assemble(folder: str, config: dict[str, Any]) -> Bundle:
     text = _read(folder, "vocabulary.json").decode(errors="replace")
     vocabulary = Vocabulary.from_json(text, origin=origin)
     if vocabulary.fingerprint != config["vocabulary_fingerprint"]:
-        raise UserError(f"{origin} is not the vocabulary that this model was trained with: {MAKE_AGAIN}")
+        raise UserError(f"{origin} is not the vocabulary that this model was trained with: {COPY_AGAIN}")
     weights, weights_file = _read(folder, "model.safetensors"), storage.join(folder, "model.safetensors")
     digest = hashlib.sha256(weights).hexdigest()
     if digest != config["weights_sha256"]:
-        raise UserError(f"{weights_file} is cut or changed (its sha256 differs): {MAKE_AGAIN}")
+        raise UserError(f"{weights_file} is cut or changed (its sha256 differs): {COPY_AGAIN}")
     view_fields: dict[str, Any] = config["view"] | {name: tuple(config["view"][name]) for name in ("mean", "std")}
     view, decoding = ViewSpec(**view_fields), DecodingDefaults(**config["decoding"])
     possible = min(decoding.beam_size, decoding.max_tokens) >= 1 and math.isfinite(decoding.length_penalty)
@@ -225,7 +222,7 @@ def _assemble(folder: str, config: dict[str, Any]) -> Bundle:
         model.load_state_dict(load_tensors(weights))
     except (safetensors.SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{weights_file} does not fit its config.json ({reason}): {MAKE_AGAIN}") from error
+        raise UserError(f"{weights_file} does not fit its config.json ({reason}): {COPY_AGAIN}") from error
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise UserError(f"{weights_file} holds weights that are no finite numbers: train the model again")
     name = digest[:NAME_LETTERS]

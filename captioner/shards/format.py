@@ -31,10 +31,15 @@ TAR_HEADER = (  # without name and size; the checksum is computed with blanks in
 )  # fmt: skip
 SPLITS = ("train", "val", "test")
 NOT_KEPT = "not kept"  # the reason under which a manifest counts samples that `keep` left out
+PACK_FIRST = (
+    "pack it with sharding/make_shards.py (for COCO after sharding/download_coco.py), or index another program's tars "
+    "with sharding/check_shards.py index"
+)
 PACK_AGAIN = (
     "pack the split again with sharding/make_shards.py, or index another program's tars again with "
     "sharding/check_shards.py index"
 )
+RESTORE = f"restore the file or {PACK_AGAIN}"
 
 
 def sample_key(split: str, position: int) -> str:

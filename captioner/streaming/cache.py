@@ -29,7 +29,7 @@ from typing import TypeVar
 
 from captioner.errors import UserError
 from captioner.files import storage
-from captioner.shards.format import PACK_AGAIN, FormatError, ShardEntry, ShardIndex
+from captioner.shards.format import PACK_AGAIN, RESTORE, FormatError, ShardEntry, ShardIndex
 
 CHUNK_BYTES = 8 << 20  # of one request
 NUM_DOWNLOADS = 3  # of a file that differs from its manifest; transfer errors are rare, but they happen
@@ -40,7 +40,6 @@ RETRY_SECONDS = 1.0  # between a prefetcher's attempts
 NUM_THREADS = 3  # of a prefetcher
 SLACK = 0.05  # of the limit, evicted beyond what is needed, because a scan of the folder takes long
 NAME = re.compile(r"[0-9a-f]{64}\.(?:tar|index|partial)")
-RESTORE = f"restore the file or {PACK_AGAIN}"
 
 log = logging.getLogger(__name__)
 

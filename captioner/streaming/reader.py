@@ -9,9 +9,8 @@ from pathlib import Path
 
 from captioner.errors import StreamingError, UserError
 from captioner.files import storage
-from captioner.shards.format import ShardEntry, ShardIndex
+from captioner.shards.format import RESTORE, ShardEntry, ShardIndex
 from captioner.streaming.cache import (
-    RESTORE,
     DamagedShardError,
     MissingShardError,
     Prefetcher,

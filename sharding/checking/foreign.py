@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from captioner.images import loading
-from captioner.samples import CAPTION_EXTENSIONS, SAMPLE_FIELDS, build_index, read_content
+from captioner.samples import CAPTION_EXTENSIONS, build_index, read_content
 from captioner.shards.format import Failure, Member, ShardIndex
 from captioner.shards.indexing import ANY, MakeIndex, checked, find_samples, foreign_facts, index_any
 from captioner.shards.tar_walk import Buffer, TarMember
@@ -103,7 +103,7 @@ def _read_sample(data: Buffer, key: str, members: Sequence[Field]) -> CaptionedI
 
 
 def _choose(members: Sequence[Field], wanted: Sequence[str], *, what: str) -> list[Field]:
-    """The members with a wanted suffix, best first; a longer one such as `.large.jpg` serves where it is the only one.
+    """The members with a wanted suffix, best first; a longer one such as `.large.jpg` only where it is the only one.
 
     Raises _UnusableError where there is none, or it is not clear which is meant.
     """
@@ -123,45 +123,20 @@ def _read_captions(data: Buffer, key: str, candidates: Sequence[Field]) -> tuple
     """The first of the members that holds captions, and its content. Raises _UnusableError."""
     problems = []
     for field, member in candidates:
-        content = _read(data, member, limit=MAX_CAPTION_BYTES)
+        data_of_member = _read(data, member, limit=MAX_CAPTION_BYTES)
         try:
-            if field.endswith("json"):
-                _check_object(content)
-            return (field, member), _check_types(read_content(content, key=key))
-        except ValueError as error:
+            # of what ends in .json, other text must not be taken for a caption
+            if field.endswith("json") and not isinstance(json.loads(data_of_member.decode("utf-8-sig")), dict):
+                raise ValueError("no JSON object")
+            content = read_content(data_of_member, key=key)
+            if not all(isinstance(word, str) for words in content["tokens"] for word in words):
+                raise ValueError("tokens that are no text")
+            return (field, member), content
+        except (ValueError, TypeError, RecursionError) as error:
             reason = "bad encoding" if isinstance(error, UnicodeError) else "no caption"
-            problems.append((reason, f"{member.name}: {error}"))
-    reason, message = problems[0]
-    raise _UnusableError(reason, message)
-
-
-def _check_object(content: bytes) -> None:
-    """Raise ValueError unless `content` is a JSON object: other text would be taken for a caption."""
-    try:
-        if not isinstance(json.loads(content.decode("utf-8-sig")), dict):
-            raise ValueError("no JSON object")
-    except RecursionError as error:
-        raise ValueError("JSON that is nested too deeply") from error
-
-
-def _check_types(content: dict[str, Any]) -> dict[str, Any]:
-    """The content. Raises ValueError where it has all fields of our samples, and one of them another type."""
-    if not content.keys() >= SAMPLE_FIELDS:
-        return content
-    kinds = {"image_id": int | str, "file_name": str, "width": int, "height": int, "annotation_ids": list}
-    wrong = [name for name, kind in kinds.items() if not isinstance(content[name], kind)]
-    texts, tokens = content["captions"], content["tokens"]
-    if not _is_texts(texts) or not isinstance(tokens, list) or not all(map(_is_texts, tokens)):
-        wrong.append("captions or tokens")
-    elif not len(texts) == len(tokens) == len(content["annotation_ids"]) > 0:
-        wrong.append("number of captions, tokens or annotation_ids")
-    if wrong:
-        raise ValueError(f"its {wrong[0]} is not that of a sample")
-    return content
-
-
-def _is_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+            what = "JSON that is nested too deeply" if isinstance(error, RecursionError) else error
+            problems.append((reason, f"{member.name}: {what}"))
+    raise _UnusableError(*problems[0])
 
 
 def _read(data: Buffer, member: TarMember, *, limit: int) -> bytes:

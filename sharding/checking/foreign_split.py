@@ -1,6 +1,7 @@
-"""Index files, manifest and, of captioned pictures, a vocabulary for a folder of tars that somebody else wrote."""
+"""Indexes, manifest and, of captioned images, a vocabulary for a folder of tars that another program wrote."""
 
 import multiprocessing
+import time
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 
@@ -14,12 +15,13 @@ from sharding.checking.foreign import foreign_recipe, index_captioned
 from sharding.checking.verify import MAX_THREADS
 from sharding.packing.finish import write_manifest, write_vocabulary
 from sharding.packing.pack import PackedShard, packed_shard
-from sharding.packing.sources import failure_text
+from sharding.packing.pack_split import PackedSplit
+from sharding.packing.tables import show_packed
 from sharding.settings import Samples
 
 PATTERN = "give --pattern, such as 'cc3m-train-*.tar'"
 PAIR = (
-    "a sample is a picture KEY.jpg beside its captions KEY.json or KEY.txt; give --samples any where these are no "
+    "a sample is an image KEY.jpg beside its captions KEY.json or KEY.txt; give --samples any where these are no "
     "captioned pictures"
 )
 
@@ -34,6 +36,7 @@ def index_split(
     work = partial(index_captioned if captioned else index_any, recipe=recipe)
     shards: list[PackedShard] = []
     num_samples = num_failures = 0
+    started = time.monotonic()
     with claim(folder, split), cli.progress_bar(f"indexing {split}", total=len(names), unit="tars") as bar:
         refuse_others(folder, split, names)
         with _executor(captioned=captioned, num_tars=len(names)) as executor:
@@ -47,28 +50,13 @@ def index_split(
             write_vocabulary(folder, shards, threshold=threshold)
         source = {"split": split, "pattern": pattern}
         manifest = write_manifest(folder, split, shards, recipe=recipe, source=source)
-    _tell(folder, manifest)
+    show_packed([PackedSplit(manifest=manifest, shards=shards, seconds=time.monotonic() - started)], folder)
     return manifest
 
 
 def _executor(*, captioned: bool, num_tars: int) -> Executor:
-    """Threads where pictures are decoded, outside Python; processes where Python reads small members."""
+    """Threads where images are decoded, outside Python; processes where Python reads small members."""
     workers = min(MAX_THREADS, count_processors(), num_tars)
     if captioned or workers == 1:
         return ThreadPoolExecutor(workers)
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-
-
-def _tell(folder: str, manifest: Manifest) -> None:
-    num_captions, num_bytes = (sum(getattr(s, name) for s in manifest.shards) for name in ("captions", "bytes"))
-    row = (
-        manifest.split,
-        manifest.num_samples,
-        num_captions,
-        len(manifest.shards),
-        num_bytes / 1e6,
-        failure_text(manifest.failures),
-    )
-    cli.print_table(folder, ("split", "samples", "captions", "shards", "MB", "left out"), [row])
-    if manifest.failures:
-        cli.console.print(f"what was left out is listed in {storage.join(folder, manifest.split)}.failures.jsonl")

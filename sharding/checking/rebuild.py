@@ -1,12 +1,11 @@
 """A tar to the index that belongs to it, by reading the tar alone, and what is wrong with its samples."""
 
-import re
 from collections.abc import Sequence
 from typing import Any, get_args
 
 from captioner.images import loading
 from captioner.samples import SAMPLE_FIELDS, build_index
-from captioner.shards.format import BLOCK_BYTES, Failure, Manifest, ShardEntry, ShardIndex
+from captioner.shards.format import BLOCK_BYTES, Failure, Manifest, ShardEntry, ShardIndex, sample_key
 from captioner.shards.indexing import is_chosen, is_foreign
 from captioner.shards.tar_walk import Buffer, TarMember
 from sharding.checking.foreign import CaptionedImage, indexer, read_samples
@@ -15,11 +14,12 @@ SHOWN_PROBLEMS = 3
 
 
 def index_from_tar(
-    data: Buffer, *, sha256: str, entry: ShardEntry, manifest: Manifest, before: ShardIndex | None
+    data: Buffer, *, sha256: str, entry: ShardEntry, manifest: Manifest, first: int | None, before: ShardIndex | None
 ) -> tuple[ShardIndex, list[str]]:
     """The index of a tar with this `sha256`, and what is wrong with the samples of one that we packed.
 
-    `before` is the index beside the tar, if it can be read: its facts are used where the tar does not say them.
+    `first` is the position of its first sample in the split, if that is known. `before` is the index beside the tar, if
+    it can be read: its facts are used where the tar does not say them.
     """
     facts = {} if before is None else before.facts
     if is_foreign(manifest):
@@ -28,12 +28,14 @@ def index_from_tar(
     failures: list[Failure] = []
     problems: list[str] = []
     keys, members, tokens = [], [], []
-    last, end = "", 0
+    positions = range(first or 0, (first or 0) + entry.samples + entry.failures)
+    expected = iter([sample_key(manifest.split, position) for position in positions])
+    end = 0
     for sample in read_samples(data, failures, name=entry.name):
-        if not re.fullmatch(rf"{re.escape(manifest.split)}-\d{{9,}}", sample.key) or sample.key <= last:
-            problems.append(f"key {sample.key} does not follow {last or 'as the first one'}")
+        if first is not None and sample.key not in expected:  # which goes on behind the key
+            problems.append(f"key {sample.key} does not follow {keys[-1] if keys else 'the shard before'}")
         problems += _check_sample(sample, start=end, recipe=facts.get("recipe", {}))
-        last, end = sample.key, _end_of(list(sample.members.values())[-1])
+        end = _end_of(list(sample.members.values())[-1])
         keys.append(sample.key)
         members.append(sample.checked_members(data))
         tokens.append(sample.content["tokens"])
@@ -46,14 +48,15 @@ def index_from_tar(
 def _check_sample(sample: CaptionedImage, *, start: int, recipe: dict[str, Any]) -> list[str]:
     """How a sample departs from the format of packed shards; it should begin at byte `start`."""
     problems = []
-    if sample.content.keys() != SAMPLE_FIELDS:
+    content = sample.content
+    if content.keys() != SAMPLE_FIELDS:
         problems.append(f"{sample.key}.json has not the fields of a sample")
+    elif not len(content["captions"]) == len(content["tokens"]) == len(content["annotation_ids"]):
+        problems.append(f"{sample.key}.json has not as many tokens or annotation_ids as captions")
     size, resize, sides = recipe.get("size"), recipe.get("resize"), sample.image.size
     fits = {"squash": sides == (size, size), "center-crop": sides == (size, size), "keep-ratio": min(sides) == size}
     if not fits.get(str(resize), True):
         problems.append(f"{sample.key}.jpg has {sides[0]}x{sides[1]} pixels, which is not {resize} to {size}")
-    if list(sample.members) != ["jpg", "json"]:
-        problems.append(f"{sample.key} has the members {', '.join(sample.members)} instead of jpg and json")
     for member in sample.members.values():
         if not member.is_plain or member.start != start:
             problems.append(f"{member.name} is no plain USTAR member that follows the one before it")

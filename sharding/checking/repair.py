@@ -14,7 +14,7 @@ from sharding.checking.rebuild import recipe_of
 from sharding.checking.verify import SplitCheck
 from sharding.packing.engine import run_local
 from sharding.packing.planning import Recipe, ShardPlan, plan_split
-from sharding.packing.sources import Source, find_sources
+from sharding.packing.sources import find_sources
 
 
 def repair_split(
@@ -57,20 +57,12 @@ def _plan_again(
             f"{names} cannot be packed as before: its images were resized by {made}, here is {here}; repair where the "
             "former is installed, or delete the split's shards and pack it again"
         )
-    source = Source(
-        split=split,
-        images=images or str(manifest.source.get("images")),
-        captions=captions or str(manifest.source.get("captions")),
-    )
-    for flag, location in (("--images", source.images), ("--captions", source.captions)):
-        if not _exists(location):
-            raise UserError(
-                f"the {flag[2:]} of split {split} are needed to pack {names} again, and there is no {location}: give "
-                f"{flag} the path where they are now"
-            )
-    if images or captions:
-        source = find_sources(images=source.images, captions=source.captions, split=split)[0]
-    plans = {plan.name: plan for plan in plan_split(source, Recipe(**recipe_of(manifest)))[0]}
+    images, captions = images or str(manifest.source["images"]), captions or str(manifest.source["captions"])
+    try:
+        (source,) = find_sources(images=images, captions=captions, split=split)
+        plans = {plan.name: plan for plan in plan_split(source, Recipe(**recipe_of(manifest)))[0]}
+    except UserError as error:
+        raise UserError(f"{names} cannot be packed again: {error}") from error
     changed = [e.name for e in entries if e.name not in plans or plans[e.name].fingerprint != e.fingerprint]
     if changed:
         raise UserError(
@@ -79,10 +71,3 @@ def _plan_again(
             "and pack it again"
         )
     return [replace(plans[entry.name], sha256=entry.sha256) for entry in entries]
-
-
-def _exists(location: str) -> bool:
-    try:
-        return storage.exists(location)
-    except OSError:
-        return False

@@ -1,4 +1,4 @@
-"""What a dataset folder holds, in tables, and one of its samples. Nothing is checked here."""
+"""Prints what a dataset folder holds, and one of its samples. Nothing is checked here."""
 
 import io
 from collections import Counter
@@ -11,14 +11,12 @@ from captioner import cli
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.samples import read_content, split_pair
-from captioner.shards.format import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
+from captioner.shards.format import PACK_FIRST, SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
 from captioner.shards.indexing import is_any, is_foreign
 from captioner.vocabulary import read_vocabulary
-from sharding.checking.verify_shard import INDEX_FIRST
 
 NUM_WORDS = 20
 SHOWN_BYTES = 500
-PACK_FIRST = "sharding/make_shards.py packs it"
 
 
 def show_dataset(folder: str, *, split: str | None, key: str | None) -> None:
@@ -26,7 +24,7 @@ def show_dataset(folder: str, *, split: str | None, key: str | None) -> None:
     there = [s for s in SPLITS if split in (None, s) and storage.exists(manifest_location(folder, s))]
     if not there:
         what = f"{split}.manifest.json" if split else "manifest of a whole split"
-        raise UserError(f"there is no {what} in {folder}: {PACK_FIRST}; {INDEX_FIRST} for tars without one")
+        raise UserError(f"there is no {what} in {folder}: {PACK_FIRST}")
     manifests = [read_manifest(folder, name, remedy=PACK_FIRST) for name in there]
     _show_splits(folder, manifests)
     if not all(map(is_any, manifests)):
@@ -35,7 +33,7 @@ def show_dataset(folder: str, *, split: str | None, key: str | None) -> None:
 
 
 def plain(text: object) -> str:
-    """Text of any origin as it can be printed: nothing in it is markup, control characters do not act."""
+    """Text of any origin for printing: without markup, and with control characters escaped."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
     return escape(shown.encode(errors="backslashreplace").decode())
 
@@ -75,25 +73,25 @@ def _show_sample(folder: str, manifests: list[Manifest], key: str | None) -> Non
     found = _find_sample(folder, manifests, key)
     if found is None:
         raise UserError(f"{folder} holds no sample {f'with key {key}' if key else 'at all'}: see the table above")
-    manifest, shard, index, place = found
+    manifest, shard, index, position = found
     location = storage.join(folder, f"{shard}.tar")
     try:
         data = storage.read_bytes(location)
     except OSError as error:
-        raise UserError(f"cannot read {location} ({error}): check_shards.py repair brings it back") from error
-    fields = {name: data[m.offset : m.offset + m.size] for name, m in index.members(place).items()}
-    rows: list[tuple[str, object]] = [("key", index.key(place)), ("shard", f"{shard}, sample {place:,}")]
+        raise UserError(f"cannot read {location} ({error}): check_shards.py repair makes it again") from error
+    fields = {name: data[m.offset : m.offset + m.size] for name, m in index.members(position).items()}
+    rows: list[tuple[str, object]] = [("key", index.key(position)), ("shard", f"{shard}, sample {position:,}")]
     try:
-        rows += _fields(fields) if is_any(manifest) else _captioned(fields, key=index.key(place))
+        rows += _fields(fields) if is_any(manifest) else _captioned(fields, key=index.key(position))
     except (ValueError, OSError) as error:
         raise UserError(
-            f"sample {index.key(place)} in {location} cannot be read ({error}): check_shards.py verify tells more"
+            f"sample {index.key(position)} in {location} cannot be read ({error}): check_shards.py verify says more"
         ) from error
     cli.print_table("one sample", ("field", "value"), [(plain(name), plain(value)) for name, value in rows])
 
 
 def _fields(fields: dict[str, bytes]) -> list[tuple[str, object]]:
-    """A row for each field: short text as it is, of all else the size."""
+    """A row for each field: short text as it is, the size of everything else."""
     rows: list[tuple[str, object]] = []
     for name, content in fields.items():
         text = content.decode(errors="replace") if len(content) <= SHOWN_BYTES else ""
@@ -103,11 +101,11 @@ def _fields(fields: dict[str, bytes]) -> list[tuple[str, object]]:
 
 
 def _captioned(fields: dict[str, bytes], *, key: str) -> list[tuple[str, object]]:
-    """The rows of a captioned picture. Raises ValueError and OSError."""
+    """The rows of a captioned image. Raises ValueError and OSError."""
     encoded, captions = split_pair(fields)
     content = read_content(captions, key=key)
-    with Image.open(io.BytesIO(encoded)) as picture:
-        stored = f"{picture.width}x{picture.height} pixels, {picture.format}, {len(encoded):,} bytes"
+    with Image.open(io.BytesIO(encoded)) as image:
+        stored = f"{image.width}x{image.height} pixels, {image.format}, {len(encoded):,} bytes"
     rows = [*_facts(content), ("stored", stored)]
     for caption, tokens in zip(content["captions"], content["tokens"], strict=True):
         rows += [("caption", caption), ("tokens", " | ".join(tokens))]
@@ -124,15 +122,15 @@ def _facts(content: dict[str, Any]) -> list[tuple[str, object]]:
 def _find_sample(
     folder: str, manifests: list[Manifest], key: str | None
 ) -> tuple[Manifest, str, ShardIndex, int] | None:
-    """The manifest, the shard's name and index, and the sample's place in it."""
+    """The manifest, the shard's name and index, and the sample's position in the shard."""
     for manifest in manifests:
         for entry in manifest.shards:
             location = storage.join(folder, f"{entry.name}.index")
             try:
                 index = ShardIndex.from_bytes(storage.read_bytes(location), origin=location)
             except OSError as error:
-                raise UserError(f"cannot read {location} ({error}): check_shards.py repair brings it back") from error
-            place = next((p for p in range(len(index)) if key in (None, index.key(p))), None)
-            if place is not None:
-                return manifest, entry.name, index, place
+                raise UserError(f"cannot read {location} ({error}): check_shards.py repair makes it again") from error
+            position = next((p for p in range(len(index)) if key in (None, index.key(p))), None)
+            if position is not None:
+                return manifest, entry.name, index, position
     return None

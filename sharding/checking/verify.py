@@ -8,8 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from captioner.cli import progress_bar
@@ -29,6 +29,7 @@ from sharding.checking.verify_shard import (
     Problem,
     ShardCheck,
     check_shard,
+    why_unread,
 )
 
 MAX_THREADS = 8
@@ -98,60 +99,44 @@ def open_manifest(folder: str, split: str, names: Sequence[str]) -> SplitCheck:
         check.own_problems.append(Problem(part=part, file=file, what=what, remedy=remedy))
 
     shards = [name for name in names if re.match(rf"{split}-\d+\.(tar|index)$", name)]
-    num_indexes = sum(name.endswith(".index") for name in shards)
-    if name not in names and num_indexes:
-        add(
-            "unfinished", f"{split}-*", f"{num_indexes:,} shards, but no manifest: the packing is unfinished", PACK_SAME
-        )
-    elif name not in names:
-        add("unfinished", f"{split}-*", f"{len(shards):,} tars without indexes and manifest", INDEX_FIRST)
-    else:
-        try:
-            manifest = read_manifest(folder, split, remedy="")
-            problems = list(
-                _check_manifest(manifest, split=split, raw=storage.read_bytes(manifest_location(folder, split)))
-            )
-        except (UserError, OSError, TypeError, ValueError) as error:
-            add("manifest", name, f"cannot be used: {str(error).rstrip(': ')}", PACK_SAME)
-            return check
-        if not _names_are_right(manifest, split):  # then nothing of it can be believed, least of all what is stray
-            what = "cannot be used: its shards are of another split, not numbered in order, or listed twice"
-            add("manifest", name, what, PACK_SAME)
-            return check
-        check.manifest = manifest
-        check.own_problems += [Problem.of(manifest, "manifest", what) for what in problems]
-        suffixes = ("index",) if is_foreign(manifest) else ("tar", "index")
-        listed = {f"{entry.name}.{suffix}" for entry in manifest.shards for suffix in suffixes}
-        for stray in shards:
-            if stray not in listed and stray.endswith(suffixes):
-                add("stray", stray, "is not in the manifest: it is left of another packing", "delete it")
+    if name not in names:
+        num_indexes = sum(name.endswith(".index") for name in shards)
+        what = f"{len(shards) - num_indexes:,} tars and {num_indexes:,} indexes, but no manifest: unfinished"
+        add("unfinished", f"{split}-*", what, PACK_SAME if num_indexes else INDEX_FIRST)
+        return check
+    try:
+        manifest = read_manifest(folder, split, remedy="")
+        problems = _check_manifest(manifest, split=split, raw=storage.read_bytes(manifest_location(folder, split)))
+    except (UserError, OSError, TypeError, ValueError) as error:
+        add("manifest", name, f"cannot be used: {str(error).rstrip(': ')}", PACK_SAME)
+        return check
+    check.manifest = manifest
+    check.own_problems += [Problem.of(manifest, "manifest", what) for what in problems]
+    suffixes = ("index",) if is_foreign(manifest) else ("tar", "index")
+    listed = {f"{entry.name}.{suffix}" for entry in manifest.shards for suffix in suffixes}
+    for stray in shards:
+        if stray not in listed and stray.endswith(suffixes):
+            add("stray", stray, "is not in the manifest: it is left of another packing", "delete it")
     return check
 
 
-def _names_are_right(manifest: Manifest, split: str) -> bool:
-    names = [entry.name for entry in manifest.shards]
-    if manifest.split != split:
-        return False
-    if is_foreign(manifest):
-        return len(set(names)) == len(names)
-    return names == [shard_name(split, number) for number in range(len(names))]
-
-
-def _check_manifest(manifest: Manifest, *, split: str, raw: bytes) -> Iterator[str]:
-    source = manifest.source
-    if source.get("split") != split:
-        yield f"says that its source is of split {source.get('split')}"
-    wanted = {"split", "records", "pattern"} if is_foreign(manifest) else {"split", "records", "captions", "images"}
-    if missing := wanted - source.keys():
-        yield f"its source lacks {', '.join(sorted(missing))}"
-    if not manifest.num_samples:
-        yield "lists no sample"
-    if source.get("records") != manifest.num_samples + sum(entry.failures for entry in manifest.shards):
-        yield f"{source.get('records')} records are not its samples and what was left out"
-    if manifest.fingerprint != manifest_fingerprint(manifest.shards):
-        yield "its fingerprint is not that of its shards"
-    if json.loads(manifest.to_json()) != json.loads(raw):
-        yield "its totals are not those of its shards: it was edited or is damaged"
+def _check_manifest(manifest: Manifest, *, split: str, raw: bytes) -> list[str]:
+    """What is wrong with a manifest in itself. Raises ValueError where not even its names of shards are right."""
+    names, foreign, source = [entry.name for entry in manifest.shards], is_foreign(manifest), manifest.source
+    wanted = names if foreign else [shard_name(split, number) for number in range(len(names))]
+    if manifest.split != split or names != wanted or len(set(names)) < len(names):
+        raise ValueError("its shards are of another split, not numbered in order, or listed twice")
+    fields = {"split", "records", *(("pattern",) if foreign else ("captions", "images"))}
+    num_records = manifest.num_samples + sum(entry.failures for entry in manifest.shards)
+    problems = {
+        f"its source is of split {source.get('split')}": source.get("split") != split,
+        "its source lacks a field": not fields <= source.keys(),
+        "lists no sample": not manifest.num_samples,
+        f"its {source.get('records')} records are not its samples and failures": source.get("records") != num_records,
+        "its fingerprint is not that of its shards": manifest.fingerprint != manifest_fingerprint(manifest.shards),
+        "its totals are not those of its shards": json.loads(manifest.to_json()) != json.loads(raw),
+    }
+    return [what for what, is_wrong in problems.items() if is_wrong]
 
 
 # ---- all shards together ----------------------------------------------------------------------------------
@@ -165,54 +150,52 @@ def check_split(folder: str, check: SplitCheck, *, report: Callable[[int], None]
     manifest = check.manifest
     if manifest is None:
         return
-    listed, problem = _read_failures(folder, manifest)
+    listed, problems = _read_failures(folder, manifest)
     whole = {shard.entry.name: shard for shard in check.shards if not shard.problems}
     trusted = not any(problem.part == "manifest" for problem in check.own_problems)
 
-    def check_or_keep(entry: ShardEntry) -> ShardCheck:
-        return whole.get(entry.name) or check_shard(folder, entry, manifest, trusted=trusted, listed=listed)
+    def check_or_keep(entry: ShardEntry, first: int) -> ShardCheck:
+        return whole.get(entry.name) or check_shard(folder, entry, manifest, first if trusted else None, listed)
 
+    firsts = accumulate((entry.samples + entry.failures for entry in manifest.shards), initial=0)
     check.shards = []
     threads = ThreadPoolExecutor(min(MAX_THREADS, count_processors()))
     try:
-        for shard in threads.map(check_or_keep, manifest.shards):
+        for shard in threads.map(check_or_keep, manifest.shards, firsts):
             check.shards.append(shard)
             report(shard.entry.samples)
     finally:
         threads.shutdown(cancel_futures=True)
-    check.cross_problems = [problem] if problem else []
-    found = [*_check_settings(check.shards, manifest), *_check_keys(check.shards, manifest)]
-    found += _check_failures(check.shards, manifest, listed) if listed is not None else []
-    check.cross_problems += found
+    check.cross_problems = [*problems, *_check_settings(check.shards, manifest)]
+    if listed is not None:
+        check.cross_problems += _check_failures(check.shards, manifest, listed)
 
 
-def _read_failures(folder: str, manifest: Manifest) -> tuple[list[Any] | None, Problem | None]:
+def _read_failures(folder: str, manifest: Manifest) -> tuple[list[Any] | None, list[Problem]]:
     """The lines of `SPLIT.failures.jsonl`, or None and what is wrong with it."""
     try:
-        text = storage.read_bytes(storage.join(folder, f"{manifest.split}.failures.jsonl")).decode()
-        *lines, rest = text.split("\n")
+        *lines, rest = storage.read_bytes(storage.join(folder, f"{manifest.split}.failures.jsonl")).split(b"\n")
         if rest:
             raise ValueError("its last line is cut")
         listed = [json.loads(line) for line in lines]
         Counter(failure["reason"] for failure in listed)
+        return listed, []
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-        return None, Problem.of(manifest, "failures", what)
-    return listed, None
+        return None, [Problem.of(manifest, "failures", why_unread(error))]
 
 
 def _check_failures(shards: Sequence[ShardCheck], manifest: Manifest, listed: Sequence[Any]) -> Iterator[Problem]:
     """Whether the list of failures ends with those of the shards, and the manifest counts what it lists."""
     facts = [shard.facts for shard in shards if shard.facts is not None and not shard.has("index")]
+    if len(facts) < len(shards):
+        return
     failures = [failure for fact in facts for failure in fact["failures"]]
-    counted = {reason: count for reason, count in manifest.failures.items() if reason != NOT_KEPT}
-    is_complete = len(facts) == len(shards)
-    if is_complete and list(listed[len(listed) - len(failures) :]) != failures:
+    reasons = Counter(failure["reason"] for failure in listed)
+    reasons[NOT_KEPT] = sum(fact.get("not_kept", 0) for fact in facts)
+    if listed[len(listed) - len(failures) :] != failures:
         yield Problem.of(manifest, "failures", "does not end with the failures that the shards' indexes list")
-    elif dict(Counter(failure["reason"] for failure in listed)) != counted:
-        yield Problem.of(manifest, "manifest", "its failures by reason are not those that are listed beside it")
-    if is_complete and manifest.failures.get(NOT_KEPT, 0) != sum(fact.get("not_kept", 0) for fact in facts):
-        yield Problem.of(manifest, "manifest", "its number of samples that were not kept is not that of its shards")
+    elif reasons != Counter(manifest.failures):
+        yield Problem.of(manifest, "manifest", "its failures by reason are not those of its shards and before packing")
 
 
 def _check_settings(shards: Sequence[ShardCheck], manifest: Manifest) -> Iterator[Problem]:
@@ -224,49 +207,36 @@ def _check_settings(shards: Sequence[ShardCheck], manifest: Manifest) -> Iterato
         yield Problem.of(manifest, "manifest", "its settings are not those of its shards")
 
 
-def _check_keys(shards: Sequence[ShardCheck], manifest: Manifest) -> Iterator[Problem]:
-    """Whether keys ascend from shard to shard; those of other programs' tars begin with the tar's name."""
-    last = b""
-    for shard in shards if not is_foreign(manifest) else ():
-        before, last = last, (shard.keys or [last])[-1]
-        if shard.keys and shard.keys[0] <= before:
-            what = f"its first key {shard.keys[0].decode(errors='backslashreplace')} does not follow the last shard's"
-            yield Problem.of(manifest, "content", what, shard=shard.entry.name)
-
-
 # ---- vocabulary -------------------------------------------------------------------------------------------
 
 
 def _check_vocabulary(folder: str, train: SplitCheck | None) -> list[Problem]:
     """Whether vocabulary.json can be used, and is what the training captions give, unless it was given to packing."""
     name = "vocabulary.json"
-    location = storage.join(folder, name)
     manifest = None if train is None else train.manifest
     problem = None
     try:
-        vocabulary = read_vocabulary(location, remedy="")
-        if json.loads(vocabulary.to_json()) != json.loads(storage.read_bytes(location)):
+        vocabulary = read_vocabulary(storage.join(folder, name), remedy="")
+        if json.loads(vocabulary.to_json()) != json.loads(storage.read_bytes(storage.join(folder, name))):
             problem = "it holds more than what was written: it was edited or is damaged"
         elif train is not None and manifest is not None and all(shard.words is not None for shard in train.shards):
-            counts: Counter[str] = Counter()
-            for shard in train.shards:
-                counts.update(shard.words or {})
-            problem = _compare_words(vocabulary, counts)
+            problem = _compare_words(vocabulary, [shard.words for shard in train.shards if shard.words])
     except (UserError, TypeError, ValueError, KeyError, AttributeError) as error:
         problem = str(error).rstrip(": ")
     remedy = INDEX_SAME if manifest is not None and is_foreign(manifest) else PACK_SAME
     return [Problem(part="vocabulary", file=name, what=problem, remedy=remedy)] if problem else []
 
 
-def _compare_words(vocabulary: Vocabulary, counts: Counter[str]) -> str | None:
-    """What is wrong with a vocabulary that was made from words with these counts; None for one made elsewhere."""
-    own = Vocabulary.from_counts(counts, threshold=vocabulary.threshold)
-    if (own.words, own.counts) == (vocabulary.words, vocabulary.counts):
+def _compare_words(vocabulary: Vocabulary, words: Sequence[Counter[str]]) -> str | None:
+    """What is wrong with a vocabulary that was made from the words of these shards; None for one made elsewhere."""
+    counts: Counter[str] = Counter()
+    for shard in words:
+        counts.update(shard)
+    made = Vocabulary.from_counts(counts, threshold=vocabulary.threshold)
+    if (made.words, made.counts) == (vocabulary.words, vocabulary.counts):
         return None
-    same_counts = all(counts[word] == n for word, n in zip(vocabulary.words[4:], vocabulary.counts[4:], strict=False))
-    if own.words == vocabulary.words or (same_counts and len(vocabulary) > 4):
-        return "its counts or its threshold are not those of the training captions"
-    with suppress(ValueError):
-        if len(vocabulary.counts) != len(vocabulary) or min(vocabulary.counts[4:]) < vocabulary.threshold:
-            return "its counts do not fit its words and threshold"
+    known = dict(zip(vocabulary.words[4:], vocabulary.counts[4:], strict=False))
+    is_of_train = made.words == vocabulary.words or all(counts[word] == count for word, count in known.items())
+    if is_of_train or min(known.values()) < vocabulary.threshold:
+        return "its counts or its threshold are not those of its words in the training captions"
     return None

@@ -25,7 +25,7 @@ INDEX_FIRST = "pack again, or, if another program made them, run sharding/check_
 INDEX_SAME = "run sharding/check_shards.py index again"
 CHOOSE_SAME = "run captioner.streaming.index_shards again with the same `keep`"
 REPAIR = "run sharding/check_shards.py repair"
-RESTORE = "bring the file back from where it came"
+RESTORE = "restore the file from where it came"
 PACK_AGAIN = "delete the split's shards and pack it again"
 
 Part = Literal["tar", "index", "content", "manifest", "failures", "vocabulary", "unfinished", "stray"]
@@ -60,14 +60,13 @@ class Problem:
 class ShardCheck:
     """What was found of one shard. `facts` and `words` are its index's, None where the index cannot be used.
 
-    `keys` are its first and its last. `rebuilt` is the index to write where only the index is broken.
+    `rebuilt` is the index to write where only the index is broken.
     """
 
     entry: ShardEntry
     problems: list[Problem] = field(default_factory=list)
     facts: dict[str, Any] | None = None
     words: Counter[str] | None = None
-    keys: list[bytes] = field(default_factory=list)
     rebuilt: ShardIndex | None = None
 
     def has(self, *parts: Part) -> bool:
@@ -76,11 +75,12 @@ class ShardCheck:
 
 
 def check_shard(
-    folder: str, entry: ShardEntry, manifest: Manifest, *, trusted: bool, listed: Sequence[Any] | None
+    folder: str, entry: ShardEntry, manifest: Manifest, first: int | None, listed: Sequence[Any] | None
 ) -> ShardCheck:
     """Read one shard and its index whole.
 
-    `trusted` says that the manifest is whole in itself; `listed` are the failures of the split, None if they are lost.
+    `first` is the position of its first sample in the split, None where the manifest is damaged and does not say it;
+    `listed` are the failures of the split, None where they are lost.
     """
     check = ShardCheck(entry=entry)
 
@@ -93,35 +93,33 @@ def check_shard(
         with open_tar(storage.join(folder, f"{entry.name}.tar")) as data:
             sha256 = hashlib.sha256(data).hexdigest()
             if _is_as_written(data, sha256, entry, index, add):
-                found, problems = index_from_tar(data, sha256=sha256, entry=entry, manifest=manifest, before=index)
+                found, problems = index_from_tar(
+                    data, sha256=sha256, entry=entry, manifest=manifest, first=first, before=index
+                )
                 for what in problems:
                     add("content", what)
-                if not problems:
-                    _compare_index(check, index, found, add, trusted=trusted)
+                if not problems and index is not None:
+                    _compare_index(check, index, found, add, part="manifest" if first is None else "index")
                 if not problems and check.has("index"):
                     facts = restore_facts(found, entry, manifest, listed=listed)
                     check.rebuilt = None if facts is None else replace(found, facts=facts)
-    except FileNotFoundError:
-        add("tar", "is missing")
     except OSError as error:
-        add("tar", f"cannot be read: {error.strerror or error}")
+        add("tar", why_unread(error))
     return check
+
+
+def why_unread(error: Exception) -> str:
+    """What is wrong with a file that reading it raised this error."""
+    return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
 
 
 def _open_index(folder: str, entry: ShardEntry, add: Add) -> ShardIndex | None:
     """The shard's index; a problem where it is missing or cannot be used."""
     name = f"{entry.name}.index"
     try:
-        index = ShardIndex.from_bytes(storage.read_bytes(storage.join(folder, name)), origin=name)
-        if missing := {"bytes", "sha256", "fingerprint", "recipe", "backend", "failures"} - index.facts.keys():
-            raise UserError(f"lacks {', '.join(sorted(missing))}")
-        return index
-    except FileNotFoundError:
-        add("index", "is missing")
-    except OSError as error:
-        add("index", f"cannot be read: {error.strerror or error}")
-    except UserError as error:
-        add("index", str(error))
+        return ShardIndex.from_bytes(storage.read_bytes(storage.join(folder, name)), origin=name)
+    except (OSError, UserError) as error:
+        add("index", why_unread(error))
     return None
 
 
@@ -142,49 +140,37 @@ def _is_as_written(data: Buffer, sha256: str, entry: ShardEntry, index: ShardInd
 def _describe_damage(data: Buffer, entry: ShardEntry, index: ShardIndex | None) -> str:
     """How a tar differs from what was packed, and in which samples, where its index has their checksums."""
     if len(data) != entry.bytes:
-        what = f"has {len(data):,} bytes instead of {entry.bytes:,}"
-    else:
-        what = "is damaged (sha256 differs)"
+        return f"has {len(data):,} bytes instead of {entry.bytes:,}"
     if index is None or index.facts["sha256"] != entry.sha256:
-        return what
+        return "is damaged (sha256 differs)"
     damaged = [
         index.key(position)
         for position in range(len(index))
         if any(crc32(data[m.offset : m.offset + m.size]) != m.crc32 for m in index.members(position).values())
     ]
-    if damaged:
-        return f"{what}: {len(damaged):,} of {len(index):,} samples, the first {damaged[0]}"
-    return f"{what}: no sample, only headers between them"
+    where = f", the first {damaged[0]}" if damaged else ", only headers between them"
+    return f"is damaged (sha256 differs): {len(damaged):,} of {len(index):,} samples{where}"
 
 
-def _compare_index(check: ShardCheck, index: ShardIndex | None, found: ShardIndex, add: Add, *, trusted: bool) -> None:
-    """Compare the index with the one made from its tar, and with the manifest's entry."""
-    if index is None:
-        return
-    if (index.facts["sha256"], index.facts["bytes"]) != (found.facts["sha256"], found.facts["bytes"]):
-        add("index", "is of another tar (bytes or sha256 differ)")
-        return
-    if names := differing(index, found):
-        add("index", f"{', '.join(names)} differ from what its tar holds")
-        return
-    check.words, keys = words_of(index), index.keys_S.tolist()
-    check.keys = [*keys[:1], *keys[-1:]]
+def _compare_index(check: ShardCheck, index: ShardIndex, found: ShardIndex, add: Add, *, part: Part) -> None:
+    """Compare the index with the one made from its tar, and with the manifest's entry, where `part` is at fault."""
     entry = ShardEntry.of(check.entry.name, index)
-    if entry != replace(check.entry, sha256=entry.sha256):
-        text = f"{entry.name}: samples, captions, failures, bytes or fingerprint differ"
-        add("index" if trusted else "manifest", f"index and manifest do not agree on {text}")
+    if (entry.sha256, entry.bytes) != (found.facts["sha256"], found.facts["bytes"]):
+        add("index", "is of another tar (bytes or sha256 differ)")
+    elif names := _differing(index, found):
+        add("index", f"{', '.join(names)} differ from what its tar holds")
+    else:
+        check.words = words_of(index)
+        if entry != replace(check.entry, sha256=entry.sha256):
+            what = "samples, captions, failures, bytes or fingerprint"
+            add(part, f"index and manifest do not agree on the {what} of {entry.name}")
 
 
-def differing(first: ShardIndex, second: ShardIndex) -> list[str]:
+def _differing(first: ShardIndex, second: ShardIndex) -> list[str]:
     """The names of what differs between two indexes."""
-    names = [f.name for f in fields(ShardIndex) if f.name != "optional"]
-    pairs = {name: (getattr(first, name), getattr(second, name)) for name in names}
-    for name in first.optional | second.optional:
-        pairs[name] = first.optional.get(name), second.optional.get(name)
-    return [name for name, (one, other) in pairs.items() if not _is_equal(one, other)]
+    one, other = _by_name(first), _by_name(second)
+    return [name for name in one | other if not np.array_equal(one.get(name, ()), other.get(name, ()))]
 
 
-def _is_equal(first: Any, second: Any) -> bool:
-    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
-        return first.dtype == second.dtype and np.array_equal(first, second)
-    return type(first) is type(second) and first == second
+def _by_name(index: ShardIndex) -> dict[str, Any]:
+    return {f.name: getattr(index, f.name) for f in fields(index) if f.name != "optional"} | index.optional

@@ -1,6 +1,6 @@
-"""The bytes of a caption file to pictures with captions: COCO's and Karpathy's JSON, CSV, TSV, JSONL.
+"""Parses caption files: COCO's and Karpathy's JSON, CSV, TSV, JSONL.
 
-What concerns one row is a Failure beside the pictures; a file that is another thing altogether is a UserError.
+A row that cannot be used is a Failure; a file that is no caption file is a UserError.
 """
 
 import codecs
@@ -21,7 +21,7 @@ from captioner.samples import ImageId, ImageIds, as_image_id
 from captioner.shards.format import Failure
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-ENDINGS = (".json", ".csv", ".tsv", ".jsonl")
+SUFFIXES = (".json", ".csv", ".tsv", ".jsonl")
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 _NUMBER_OR_TEXT = "a whole number or text"
@@ -29,25 +29,28 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Picture:
-    """A picture as the file has it, at `place`; captions are (annotation id, text) pairs, stripped and not empty."""
+class SourceImage:
+    """An image of a caption file; captions are (annotation id, text) pairs, stripped and not empty.
+
+    `where` is its line or id in the file, for messages.
+    """
 
     image_id: ImageId
     file_name: str
-    place: str
+    where: str
     captions: list[tuple[ImageId | None, str]]
 
 
-def parse_pictures(data: bytes, *, kind: str, split: str, location: str) -> Iterator[Picture | Failure]:
-    """All that a file holds of `split`, pictures in its order; `kind` is one of ENDINGS, `location` for messages.
+def parse_images(data: bytes, *, kind: str, split: str, location: str) -> Iterator[SourceImage | Failure]:
+    """The images of `split` in a file's order, and its failures; `kind` is one of SUFFIXES, `location` for messages.
 
-    Rows of CSV, TSV and JSONL with the same picture become one. Raises UserError for what is no such file.
+    Rows of CSV, TSV and JSONL with the same image become one. Raises UserError for what is no such file.
     """
     if kind == ".json":
         content = parse_json(data, location=location)
         if is_karpathy(content):
-            return _karpathy_pictures(content, split=split, location=location)
-        return _coco_pictures(content, location=location)
+            return _karpathy_images(content, split=split, location=location)
+        return _coco_images(content, location=location)
     if kind == ".jsonl":
         return _merge(_jsonl_rows(data, location=location))
     return _merge(_table_rows(data, delimiter=DELIMITERS[kind], location=location))
@@ -65,13 +68,13 @@ def parse_json(data: bytes, *, location: str) -> Any:
 # ---- entries of any kind ----------------------------------------------------------------------------------
 
 
-def _check_caption(value: object, *, image: str, place: str) -> str | Failure:
-    """The caption without white space around it, or why it is none."""
+def _check_caption(value: object, *, image: str, where: str) -> str | Failure:
+    """The caption without white space around it, or its failure."""
     if not isinstance(value, str):
-        return Failure(name=image, reason="bad row", message=f"{place}: the caption is no text: {reprlib.repr(value)}")
+        return Failure(name=image, reason="bad row", message=f"{where}: the caption is no text: {reprlib.repr(value)}")
     if _has_surrogates(value):
-        return Failure(name=image, reason="bad encoding", message=f"{place}: half a surrogate pair in the caption")
-    return value.strip() or Failure(name=image, reason="empty caption", message=place)
+        return Failure(name=image, reason="bad encoding", message=f"{where}: half a surrogate pair in the caption")
+    return value.strip() or Failure(name=image, reason="empty caption", message=where)
 
 
 def _has_surrogates(text: str) -> bool:
@@ -79,7 +82,7 @@ def _has_surrogates(text: str) -> bool:
 
 
 def _first(entry: Any, *keys: str) -> Any:
-    """What an entry has under the first of `keys` that it has, None where it has none or is no object."""
+    """An entry's value of the first of `keys` that it has; None where it has none or is no object."""
     if isinstance(entry, dict):
         for key in keys:
             if entry.get(key) is not None:
@@ -88,7 +91,7 @@ def _first(entry: Any, *keys: str) -> Any:
 
 
 def _text(entry: Any, *keys: str) -> str:
-    """The same where it is text, else empty."""
+    """The value that `_first` gives where it is text, else empty."""
     value = _first(entry, *keys)
     return value if isinstance(value, str) else ""
 
@@ -96,7 +99,7 @@ def _text(entry: Any, *keys: str) -> str:
 # ---- COCO -------------------------------------------------------------------------------------------------
 
 
-def _coco_pictures(content: Any, *, location: str) -> Iterator[Picture | Failure]:
+def _coco_images(content: Any, *, location: str) -> Iterator[SourceImage | Failure]:
     images: list[dict[str, Any]] = []
     for position, image in enumerate(_coco_list(content, "images", "id", "file_name", location=location)):
         image_id, name = as_image_id(_first(image, "id")), _first(image, "file_name")
@@ -114,14 +117,14 @@ def _coco_pictures(content: Any, *, location: str) -> Iterator[Picture | Failure
             yield annotation
         else:
             annotations.append(annotation)
-    coco: Any = COCO()  # its own types know of boxes only, not of captions
+    coco: Any = COCO()  # its type hints know boxes only, not captions
     coco.dataset = {"images": images, "annotations": annotations}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools announces its index
         coco.createIndex()
     for image in images:
         captions = [(found["id"], found["caption"]) for found in coco.imgToAnns.get(image["id"], [])]
-        place = f"image id {image['id']}"
-        yield Picture(image_id=image["id"], file_name=image["file_name"], place=place, captions=captions)
+        where = f"image id {image['id']}"
+        yield SourceImage(image_id=image["id"], file_name=image["file_name"], where=where, captions=captions)
 
 
 def _coco_list(content: Any, name: str, *keys: str, location: str) -> list[Any]:
@@ -140,16 +143,16 @@ def _has(entry: Any, *keys: str) -> bool:
 
 
 def _check_annotation(entry: Any, position: int, names: dict[ImageId, str], ids: ImageIds) -> dict[str, Any] | Failure:
-    """What the index needs of an annotation, or why it is not used."""
+    """The fields of an annotation that COCO's index needs, or its failure."""
     number, wanted = as_image_id(_first(entry, "id")), as_image_id(_first(entry, "image_id"))
-    place = f"annotations[{position}]" if number is None else f"annotation {number}"
+    where = f"annotations[{position}]" if number is None else f"annotation {number}"
     if wanted is None or (number is None and _first(entry, "id") is not None):
-        message = f"{place} lacks {_NUMBER_OR_TEXT} as image_id, or has an id of another kind: {reprlib.repr(entry)}"
+        message = f"{where} lacks {_NUMBER_OR_TEXT} as image_id, or has an id of another kind: {reprlib.repr(entry)}"
         return Failure(name="", reason="bad row", message=message)
     image_id = ids.find(wanted)
     if image_id is None:
-        return Failure(name="", reason="no picture", message=f"{place}: there is no image of id {wanted!r}")
-    caption = _check_caption(entry.get("caption"), image=names[image_id], place=place)
+        return Failure(name="", reason="no picture", message=f"{where}: there is no image of id {wanted!r}")
+    caption = _check_caption(entry.get("caption"), image=names[image_id], where=where)
     return caption if isinstance(caption, Failure) else {"id": number, "image_id": image_id, "caption": caption}
 
 
@@ -157,7 +160,7 @@ def _check_annotation(entry: Any, position: int, names: dict[ImageId, str], ids:
 
 
 def is_karpathy(content: Any) -> bool:
-    """Whether a JSON file's content is of Karpathy's kind: pictures that hold their sentences."""
+    """Whether a JSON file's content is of Karpathy's kind: images that hold their sentences."""
     images = content.get("images") if isinstance(content, dict) else None
     return isinstance(images, list) and any(_has(image, "sentences") for image in images)
 
@@ -168,28 +171,28 @@ def karpathy_splits(content: Any, *, location: str) -> set[str]:
     known = ", ".join(KARPATHY_SPLITS)
     if unknown := sorted(names - KARPATHY_SPLITS.keys()):
         shown = unknown[0].encode("unicode_escape").decode()
-        raise UserError(f"{location} has pictures of split {shown}: give each one of {known}")
+        raise UserError(f"{location} has images of split {shown}: give each one of {known}")
     if not names:
-        raise UserError(f"no picture in {location} says its `split`: give each one of {known}")
+        raise UserError(f"no image in {location} says its `split`: give each one of {known}")
     return {KARPATHY_SPLITS[name] for name in names}
 
 
-def _karpathy_pictures(content: Any, *, split: str, location: str) -> Iterator[Picture | Failure]:
-    """The pictures of a split; one that does not say its split fails in every split, since it may be of any."""
+def _karpathy_images(content: Any, *, split: str, location: str) -> Iterator[SourceImage | Failure]:
+    """The images of a split; one that does not say its split fails in every split, since it may be of any."""
     found = karpathy_splits(content, location=location)
     if split not in found:
         raise UserError(f"{location} holds no captions of split {split}: it has {', '.join(sorted(found))}")
     for position, image in enumerate(content["images"]):
         if KARPATHY_SPLITS.get(_text(image, "split"), split) != split:
             continue
-        if _is_karpathy_picture(image):
-            yield from _karpathy_picture(image)
+        if _is_karpathy_image(image):
+            yield from _karpathy_image(image)
         else:
             message = f"images[{position}] lacks split, filename, id or sentences: {reprlib.repr(image)}"
             yield Failure(name=_text(image, "filename"), reason="bad row", message=message)
 
 
-def _is_karpathy_picture(image: Any) -> bool:
+def _is_karpathy_image(image: Any) -> bool:
     return (
         bool(_text(image, "split"))
         and isinstance(image.get("filename"), str)
@@ -199,52 +202,52 @@ def _is_karpathy_picture(image: Any) -> bool:
     )
 
 
-def _karpathy_picture(image: dict[str, Any]) -> Iterator[Picture | Failure]:
+def _karpathy_image(image: dict[str, Any]) -> Iterator[SourceImage | Failure]:
     name = "/".join(part for part in (image.get("filepath"), image["filename"]) if part)
     image_id = as_image_id(_first(image, "cocoid", "imgid"))
     image_id = name if image_id is None else image_id
     captions: list[tuple[ImageId | None, str]] = []
     for position, sentence in enumerate(image.get("sentences") or []):
         number = as_image_id(_first(sentence, "sentid"))
-        place = f"image id {image_id}, sentences[{position}]" if number is None else f"sentence {number}"
-        caption = _check_caption(_first(sentence, "raw"), image=name, place=place)
+        where = f"image id {image_id}, sentences[{position}]" if number is None else f"sentence {number}"
+        caption = _check_caption(_first(sentence, "raw"), image=name, where=where)
         if isinstance(caption, Failure):
             yield caption
         elif number is not None or _first(sentence, "sentid") is None:
             captions.append((number, caption))
         else:
-            message = f"{place}: the sentid is not {_NUMBER_OR_TEXT}: {reprlib.repr(sentence['sentid'])}"
+            message = f"{where}: the sentid is not {_NUMBER_OR_TEXT}: {reprlib.repr(sentence['sentid'])}"
             yield Failure(name=name, reason="bad row", message=message)
-    yield Picture(image_id=image_id, file_name=name, place=f"image id {image_id}", captions=captions)
+    yield SourceImage(image_id=image_id, file_name=name, where=f"image id {image_id}", captions=captions)
 
 
 # ---- CSV, TSV, JSONL: one row for a caption ---------------------------------------------------------------
 
 
-def _merge(rows: Iterable[Picture | Failure]) -> Iterator[Picture | Failure]:
-    """Rows of the same picture as one, where the first of them stood; the failures before."""
-    pictures: dict[str, Picture] = {}
+def _merge(rows: Iterable[SourceImage | Failure]) -> Iterator[SourceImage | Failure]:
+    """All failures, then the images, each with the captions of all its rows, in the order of their first rows."""
+    images: dict[str, SourceImage] = {}
     for row in rows:
         if isinstance(row, Failure):
             yield row
-        elif (first := pictures.setdefault(row.file_name, row)) is not row:
+        elif (first := images.setdefault(row.file_name, row)) is not row:
             first.captions.extend(row.captions)
-    yield from pictures.values()
+    yield from images.values()
 
 
-def _row(name: str, captions: Iterable[object], *, place: str) -> Iterator[Picture | Failure]:
-    """A row's picture, after those of its captions that fail."""
+def _row(name: str, captions: Iterable[object], *, where: str) -> Iterator[SourceImage | Failure]:
+    """The failures of a row's captions, then its image with the others."""
     texts: list[tuple[ImageId | None, str]] = []
     for value in captions:
-        caption = _check_caption(value, image=name, place=place)
+        caption = _check_caption(value, image=name, where=where)
         if isinstance(caption, Failure):
             yield caption
         else:
             texts.append((None, caption))
-    yield Picture(image_id=name, file_name=name, place=place, captions=texts)
+    yield SourceImage(image_id=name, file_name=name, where=where, captions=texts)
 
 
-def _table_rows(data: bytes, *, delimiter: str, location: str) -> Iterator[Picture | Failure]:
+def _table_rows(data: bytes, *, delimiter: str, location: str) -> Iterator[SourceImage | Failure]:
     lines = _split_table(data.decode("utf-8-sig", "surrogateescape"), delimiter)  # bad bytes become surrogates
     columns = [cell.strip() for cell in next(lines, (1, []))[1]]
     if columns.count("image") != 1 or columns.count("caption") != 1:
@@ -255,27 +258,25 @@ def _table_rows(data: bytes, *, delimiter: str, location: str) -> Iterator[Pictu
         )
     image, caption = columns.index("image"), columns.index("caption")
     for number, cells in lines:
-        place = f"line {number}"
+        where = f"line {number}"
         name = cells[image] if len(cells) > image else ""
         if any(map(_has_surrogates, cells)):
-            yield Failure(name=name, reason="bad encoding", message=f"{place}: bytes that are not UTF-8")
+            yield Failure(name=name, reason="bad encoding", message=f"{where}: bytes that are not UTF-8")
         elif not cells:
-            yield Failure(
-                name="", reason="bad row", message=f"{place}: its cells cannot be told apart, look at its quotes"
-            )
+            yield Failure(name="", reason="bad row", message=f"{where}: its cells cannot be parsed, check its quotes")
         elif len(cells) != len(columns):
             message = (
-                f"{place}: {len(cells)} cells under {len(columns)} columns (a cell with {delimiter!r} needs quotes)"
+                f"{where}: {len(cells)} cells under {len(columns)} columns (a cell with {delimiter!r} needs quotes)"
             )
             yield Failure(name=name, reason="bad row", message=message)
         else:
-            yield from _row(name, [cells[caption]], place=place)
+            yield from _row(name, [cells[caption]], where=where)
 
 
 def _split_table(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The number of each row's first line, and its cells, none for a line where none can be told; no blank lines.
+    """The number of each row's first line, and its cells: none for a line that cannot be parsed. Skips blank lines.
 
-    After such a line it goes on with the very next, so that a quote which does not close costs one row only.
+    After such a line parsing continues with the next one, so that a quote which does not close costs one row only.
     """
     lines = io.StringIO(text, newline="").readlines()
     position = 0
@@ -290,7 +291,7 @@ def _split_table(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         position += num_lines
 
 
-def _jsonl_rows(data: bytes, *, location: str) -> Iterator[Picture | Failure]:
+def _jsonl_rows(data: bytes, *, location: str) -> Iterator[SourceImage | Failure]:
     num_rows = num_known = 0
     for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if line.strip():
@@ -298,7 +299,7 @@ def _jsonl_rows(data: bytes, *, location: str) -> Iterator[Picture | Failure]:
             row = _parse_row(text)
             num_rows += 1
             num_known += _has(row, "path") or _has(row, "image")
-            yield from _jsonl_row(row, is_utf8=not _has_surrogates(text), place=f"line {number}")
+            yield from _jsonl_row(row, is_utf8=not _has_surrogates(text), where=f"line {number}")
     if num_rows and not num_known:
         raise UserError(
             f'{location} holds no line like {{"path": "photo.jpg", "caption": "A cat."}}: '
@@ -313,18 +314,18 @@ def _parse_row(text: str) -> Any:
         return None
 
 
-def _jsonl_row(row: Any, *, is_utf8: bool, place: str) -> Iterator[Picture | Failure]:
+def _jsonl_row(row: Any, *, is_utf8: bool, where: str) -> Iterator[SourceImage | Failure]:
     problem = _jsonl_problem(row, is_utf8=is_utf8)
     if problem is not None:
         reason, message = problem
-        yield Failure(name=_text(row, "path", "image"), reason=reason, message=f"{place}: {message}")
+        yield Failure(name=_text(row, "path", "image"), reason=reason, message=f"{where}: {message}")
         return
     one, several = row.get("caption"), row.get("captions")
-    yield from _row(_text(row, "path", "image"), several if one is None else [one], place=place)
+    yield from _row(_text(row, "path", "image"), several if one is None else [one], where=where)
 
 
 def _jsonl_problem(row: Any, *, is_utf8: bool) -> tuple[str, str] | None:
-    """Why a line is of no use, as reason and message; the captions themselves are looked at later."""
+    """Why a line cannot be used, as reason and message; the captions themselves are checked later."""
     if not is_utf8:
         return "bad encoding", "bytes that are not UTF-8"
     if not isinstance(_first(row, "path", "image"), str):

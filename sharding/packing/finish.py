@@ -1,4 +1,4 @@
-"""What stands beside a split's shards: the vocabulary, the list of failures and, last of all, the manifest."""
+"""Writes the files beside a split's shards: the vocabulary, the list of failures and, last, the manifest."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from captioner.errors import UserError
 from captioner.files import storage
 from captioner.shards import writing
 from captioner.shards.format import Failure, Manifest
-from captioner.vocabulary import LEAST_COVERAGE, SPECIAL_WORDS, THRESHOLD, Vocabulary, choose_threshold
+from captioner.vocabulary import MIN_COVERAGE, SPECIAL_WORDS, THRESHOLD, Vocabulary, choose_threshold
 from sharding.packing.pack import PackedShard
 
 
 def write_vocabulary(
     folder: str, shards: Sequence[PackedShard], *, threshold: int | None, given: Vocabulary | None = None
 ) -> None:
-    """Write vocabulary.json: the given one, or that of the shards' captions, and print what it covers.
+    """Write vocabulary.json, the given one or that of the shards' captions, and print what it covers.
 
     Without a threshold `choose_threshold` decides. Raises UserError where no word reaches the threshold.
     """
@@ -40,7 +40,7 @@ def write_vocabulary(
     if given is None and threshold is None and vocabulary.threshold < THRESHOLD:
         cli.console.print(
             f"the data is small: words seen at least {THRESHOLD} times, as usual, would cover less than "
-            f"{LEAST_COVERAGE:.0%}; --threshold {THRESHOLD} takes these only"
+            f"{MIN_COVERAGE:.0%}; --threshold {THRESHOLD} takes these only"
         )
 
 
@@ -53,7 +53,7 @@ def write_manifest(
     recipe: dict[str, Any],
     source: dict[str, Any],
 ) -> Manifest:
-    """Write the failures' list (those `refused` before packing first) and, last of all, the manifest. UserError."""
+    """Write the list of failures (those `refused` before packing first) and, last, the manifest. Raises UserError."""
     return writing.write_manifest(
         folder,
         split,

@@ -1,4 +1,4 @@
-"""One shard of the plan to one tar and its index."""
+"""Packs one planned shard: its tar and its index."""
 
 import hashlib
 import json
@@ -22,17 +22,17 @@ from sharding.packing.planning import ShardPlan
 from sharding.packing.sources import Record
 
 MAX_FILE_BYTES = 1 << 30
-GROUP_PICTURES, GROUP_BYTES = 8, 2 << 20  # that are packed together
-READ_AHEAD = 16  # pictures a worker fetches at once where each costs a round trip over the network
+GROUP_IMAGES, GROUP_BYTES = 8, 2 << 20  # that are packed together
+READ_AHEAD = 16  # images a worker reads at once where each costs a round trip over the network
 REPORT_SECONDS = 0.25
-BETWEEN = -1  # the place of a worker that is at no picture
+BETWEEN = -1  # the position of a worker that is at no image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedShard:
     """A finished shard: its manifest entry, what could not be packed, its words, and whether it was there already.
 
-    `num_damaged` counts the pictures packed now that could be used although their decoder complained.
+    `num_damaged` counts the images packed now that could be used although their decoder complained.
     """
 
     entry: ShardEntry
@@ -45,10 +45,10 @@ class PackedShard:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How far a shard is: pictures done, those of them that failed, and bytes read."""
+    """How far a shard is: images done, those of them that failed, and bytes read."""
 
     shard: str
-    pictures: int
+    images: int
     failures: int
     bytes: int
 
@@ -62,14 +62,16 @@ def pack_shard(
     folder: str,
     *,
     report: Report = lambda progress: None,
-    mark: Callable[[int], None] = lambda place: None,
+    mark: Callable[[int], None] = lambda position: None,
     refused: Collection[int] = (),
 ) -> PackedShard:
-    """Write `NAME.tar` and then `NAME.index` into `folder`; `report` hears several times a second how far it is.
+    """Write `NAME.tar` and then `NAME.index` into `folder`.
 
-    `mark` hears of each picture's place before it is worked on, and of BETWEEN after that; pictures at `refused` places
-    are failures, undecoded. No other thread of the process may decode meanwhile, nor print to stderr but by Python.
-    Raises UserError when the output cannot be written, or when pictures vanish or change while they are packed.
+    `report` is called with the progress several times a second, `mark` with each image's position before it is decoded,
+    and with BETWEEN after that. Images at `refused` positions are failures, and not decoded. No other thread of the
+    process may decode meanwhile, nor print to stderr but by Python. Raises UserError when the output cannot be written,
+    when the tar has another sha256 than the plan asks for (then nothing is written), or when images vanish or change
+    while they are packed.
     """
     stored: list[tuple[int, loading.StoredJpeg]] = []
     failures: list[Failure] = []
@@ -77,26 +79,26 @@ def pack_shard(
     bytes_read = 0
     reported = time.monotonic()
     for first, contents in _read_groups(plan, refused=refused):
-        for place, result in enumerate(
+        for position, result in enumerate(
             _to_stored_jpegs(plan, first, contents, mark=mark, note_damage=damaged.append), start=first
         ):
             if isinstance(result, loading.StoredJpeg):
-                stored.append((place, result))
+                stored.append((position, result))
             else:
-                failures.append(_failure(plan.records[place], result))
+                failures.append(_failure(plan.records[position], result))
         mark(BETWEEN)
         bytes_read += sum(len(content) for content in contents if isinstance(content, bytes))
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
             done = first + len(contents)
-            report(Progress(shard=plan.name, pictures=done, failures=len(failures), bytes=bytes_read))
-    # Text in a loop of its own: each picture empties the processor's cache of the code for it, 0.2 ms a picture.
+            report(Progress(shard=plan.name, images=done, failures=len(failures), bytes=bytes_read))
+    # Text in a loop of its own: each image evicts the code for it from the processor's cache, 0.2 ms an image.
     tar = TarBuilder()
     keys: list[str] = []
     members: list[dict[str, Member]] = []
     tokens: list[list[list[str]]] = []
-    for place, jpeg in stored:
-        key, sample = plan.keys[place], _make_sample(plan.records[place], jpeg.original_size)
+    for position, jpeg in stored:
+        key, sample = plan.keys[position], _make_sample(plan.records[position], jpeg.original_size)
         keys.append(key)
         members.append({"jpg": tar.add(f"{key}.jpg", jpeg.data), "json": tar.add(f"{key}.json", sample.to_json())})
         tokens.append(sample.tokens)
@@ -120,7 +122,7 @@ def pack_shard(
         storage.delete(old)  # it must not stand beside a new tar
     write(storage.join(folder, f"{plan.name}.tar"), data)
     write(storage.join(folder, f"{plan.name}.index"), index.to_bytes())
-    report(Progress(shard=plan.name, pictures=len(plan.records), failures=len(failures), bytes=bytes_read))
+    report(Progress(shard=plan.name, images=len(plan.records), failures=len(failures), bytes=bytes_read))
     return replace(packed_shard(plan.name, index, reused=False), num_damaged=len(damaged))
 
 
@@ -132,7 +134,7 @@ def _to_stored_jpegs(
     mark: Callable[[int], None],
     note_damage: Callable[[int], None],
 ) -> list[loading.StoredJpeg | loading.ImageError]:
-    """The pictures from place `first` on as JPEGs, or why not."""
+    """The images from position `first` on as JPEGs, or why not."""
     recipe = plan.recipe
     return loading.to_stored_jpegs(
         contents,
@@ -145,8 +147,8 @@ def _to_stored_jpegs(
 
 
 def _failure(record: Record, error: loading.ImageError) -> Failure:
-    """What the manifest says of a picture that could not be packed. Raises UserError where memory was short."""
-    if isinstance(error.__cause__, MemoryError):  # the shard's bytes shall not depend on how much there is
+    """What the manifest says of an image that could not be packed. Raises UserError where memory was short."""
+    if isinstance(error.__cause__, MemoryError):  # shard bytes must not depend on free memory
         raise UserError(
             f"there is too little memory to decode {record.file_name}: give fewer --workers and run again"
         ) from error
@@ -167,50 +169,50 @@ def _make_sample(record: Record, original_size: tuple[int, int]) -> CaptionConte
     )
 
 
-# ---- reading pictures -------------------------------------------------------------------------------------
+# ---- reading images ---------------------------------------------------------------------------------------
 
 
 def _read_groups(
     plan: ShardPlan, *, refused: Collection[int]
 ) -> Iterator[tuple[int, list[bytes | loading.ImageError]]]:
-    """The content of the plan's pictures in groups to be packed together: the first one's place, and all."""
+    """The content of the plan's images in groups to be packed together: the first one's position, and all."""
     group: list[bytes | loading.ImageError] = []
     group_bytes = 0
-    for place, content in enumerate(_read_pictures(plan)):
+    for position, content in enumerate(_read_images(plan)):
         if isinstance(content, loading.ImageError):
             group.append(content)
-        elif place in refused:
+        elif position in refused:
             group.append(loading.ImageError("undecodable", "it crashes the decoder"))
         else:
             group.append(content)
             group_bytes += len(content)
-        if len(group) == GROUP_PICTURES or group_bytes > GROUP_BYTES or place + 1 == len(plan.records):
-            yield place + 1 - len(group), group
+        if len(group) == GROUP_IMAGES or group_bytes > GROUP_BYTES or position + 1 == len(plan.records):
+            yield position + 1 - len(group), group
             group, group_bytes = [], 0
 
 
-def _read_pictures(plan: ShardPlan) -> Iterator[bytes | loading.ImageError]:
-    """The content of the plan's pictures, in order, or why there is none."""
-    places = range(len(plan.records))
+def _read_images(plan: ShardPlan) -> Iterator[bytes | loading.ImageError]:
+    """The content of the plan's images, in order, or why there is none."""
+    positions = range(len(plan.records))
     if not storage.is_remote(plan.images):
-        yield from (_read_picture(plan, place) for place in places)
+        yield from (_read_image(plan, position) for position in positions)
         return
     with ThreadPoolExecutor(READ_AHEAD) as threads:
-        ahead = deque(threads.submit(_read_picture, plan, place) for place in places[:READ_AHEAD])
+        ahead = deque(threads.submit(_read_image, plan, position) for position in positions[:READ_AHEAD])
         try:
-            for place in places:
+            for position in positions:
                 content = ahead.popleft().result()
-                if place + READ_AHEAD < len(places):
-                    ahead.append(threads.submit(_read_picture, plan, place + READ_AHEAD))
+                if position + READ_AHEAD < len(positions):
+                    ahead.append(threads.submit(_read_image, plan, position + READ_AHEAD))
                 yield content
         finally:
             threads.shutdown(cancel_futures=True)
 
 
-def _read_picture(plan: ShardPlan, place: int) -> bytes | loading.ImageError:
-    """One picture's content. Raises UserError when it is not what it was when the shard was planned."""
-    planned = plan.file_bytes[place]
-    location = storage.join(plan.images, plan.records[place].file_name)
+def _read_image(plan: ShardPlan, position: int) -> bytes | loading.ImageError:
+    """One image's content. Raises UserError when it is not what it was when the shard was planned."""
+    planned = plan.file_bytes[position]
+    location = storage.join(plan.images, plan.records[position].file_name)
     if planned is None:
         return loading.ImageError("missing", "there is no such file")
     if planned > MAX_FILE_BYTES:
@@ -220,22 +222,22 @@ def _read_picture(plan: ShardPlan, place: int) -> bytes | loading.ImageError:
     except FileNotFoundError as error:
         if planned == storage.UNKNOWN:
             return loading.ImageError("missing", "there is no such file")
-        raise UserError(f"{location} vanished while it was packed: bring it back and run again") from error
+        raise UserError(f"{location} vanished while it was packed: restore it and run again") from error
     except storage.RefusedError as error:
         return loading.ImageError("unreadable", str(error))
-    except storage.StorageError:  # of a server that fails no shard shall tell
+    except storage.StorageError:  # a server's error must not become a failure of an image
         raise
     except PermissionError as error:
         return loading.ImageError("unreadable", f"{error.strerror or error}")
-    except OSError as error:  # of a disk that fails no shard shall tell either
+    except OSError as error:  # nor must a disk's
         raise UserError(
-            f"cannot read {location} ({error.strerror or error}): mend that, or take the picture away, and run again; "
+            f"cannot read {location} ({error.strerror or error}): fix that, or remove the image, and run again; "
             "finished shards are kept"
         ) from error
     if planned not in (len(data), storage.UNKNOWN):
         raise UserError(
             f"{location} had {planned:,} bytes and has {len(data):,}: it changed while it was packed; run again when "
-            "nothing writes to the pictures"
+            "nothing writes to the images"
         )
     return data
 
@@ -249,7 +251,7 @@ def find_packed(plan: ShardPlan, folder: str) -> PackedShard | None:
     Its index is written last, so an index means a whole tar; the tar's size is checked as well. Raises UserError when
     the shard was made from another plan.
     """
-    location, tar = (storage.join(folder, f"{plan.name}.{ending}") for ending in ("index", "tar"))
+    location, tar = (storage.join(folder, f"{plan.name}.{suffix}") for suffix in ("index", "tar"))
     remedies = how_to_pack_again(folder, plan.split)
     try:
         index = ShardIndex.from_bytes(storage.read_bytes(location), origin=location)
@@ -262,7 +264,7 @@ def find_packed(plan: ShardPlan, folder: str) -> PackedShard | None:
         _refuse_other_tar(plan, tar)
         return None
     except OSError as error:
-        raise UserError(f"cannot read {location} ({error.strerror or error}): mend that and run again") from error
+        raise UserError(f"cannot read {location} ({error.strerror or error}): fix that and run again") from error
     if index.facts["backend"] not in get_args(loading.Backend):
         raise UserError(f"{tar} was made by another program, and indexed here: give another --output")
     if index.facts["fingerprint"] != plan.fingerprint:
@@ -272,32 +274,32 @@ def find_packed(plan: ShardPlan, folder: str) -> PackedShard | None:
 
 
 def how_to_pack_again(folder: str, split: str) -> str:
-    """What to do where the folder holds something else of the split than what is to be packed."""
+    """The remedy where the folder holds something else of the split than what is to be packed."""
     return f"give another --output, or delete {storage.join(folder, split)}* to pack the split again"
 
 
 def _what_differs(plan: ShardPlan, index: ShardIndex, folder: str) -> str:
-    """How the shard that is there was made, against the plan."""
+    """How the recipe or the input of the shard that is there differs from the plan."""
     old, new = index.facts["recipe"], asdict(plan.recipe)
     changed = ", ".join(f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name])
     if changed:
         return changed
     try:
         return _which_sample_differs(plan, index, storage.read_bytes(storage.join(folder, f"{plan.name}.tar")))
-    except (OSError, ValueError, KeyError):  # the tar is damaged as well
+    except (OSError, ValueError, KeyError):  # the tar is damaged too
         return "its input has changed"
 
 
 def _which_sample_differs(plan: ShardPlan, index: ShardIndex, tar: bytes) -> str:
     records = dict(zip(plan.keys, plan.records, strict=True))
-    for place in range(len(index)):
-        key, text = index.key(place), index.members(place)["json"]
+    for position in range(len(index)):
+        key, text = index.key(position), index.members(position)["json"]
         stored, record = json.loads(tar[text.offset : text.offset + text.size]), records.get(key)
         if record is None or stored["file_name"] != record.file_name or stored["image_id"] != record.image_id:
             return f"sample {key} was of {stored['file_name']}, is of {record and record.file_name}"
         if stored["captions"] != list(record.captions) or stored["annotation_ids"] != list(record.annotation_ids):
             return f"the captions of {record.file_name} have changed"
-    return "pictures were added, removed, or changed in size"
+    return "images were added, removed, or changed in size"
 
 
 def _refuse_other_tar(plan: ShardPlan, tar: str) -> None:
@@ -307,7 +309,7 @@ def _refuse_other_tar(plan: ShardPlan, tar: str) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise UserError(f"cannot read {tar} ({error.strerror or error}): mend that and run again") from error
+        raise UserError(f"cannot read {tar} ({error.strerror or error}): fix that and run again") from error
     if name and not re.fullmatch(rf"{plan.split}-\d{{9,}}\.jpg", name):
         raise UserError(f"{tar} was made by another program (it begins with {name!r}): give another --output")
 

@@ -99,7 +99,7 @@ def _pack_shards(plans: Sequence[ShardPlan], *, split: str, settings: ShardSetti
         def report(now: Progress) -> None:
             progress[now.shard] = now
             images, num_failures, num_bytes = (
-                sum(getattr(shard, name) for shard in progress.values()) for name in ("pictures", "failures", "bytes")
+                sum(getattr(shard, name) for shard in progress.values()) for name in ("images", "failures", "bytes")
             )
             megabytes_a_second = num_bytes / 1e6 / (time.monotonic() - started)
             bar.set(reused + images, note=f"{megabytes_a_second:,.1f} MB/s, {num_failures:,} failed")
@@ -147,7 +147,7 @@ def _refuse_empty(shards: Sequence[PackedShard], source: Source, folder: str) ->
             storage.delete(storage.join(folder, f"{shard.entry.name}.{suffix}"))
     failures = [failure for shard in shards for failure in shard.failures]
     why = describe_failures(failures)
-    raise UserError(f"no picture of split {source.split} in {source.images} could be packed{why}")
+    raise UserError(f"no image of split {source.split} in {source.images} could be packed{why}")
 
 
 def _without_query(location: str) -> str:

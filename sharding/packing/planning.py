@@ -14,7 +14,7 @@ from sharding.packing.sources import Record, Source, describe_failures, read_rec
 
 ORDER_SEED = 0
 CAPTION_BYTES = 2_000  # a sample's JSON and the headers of its two members
-TYPICAL_FILE_BYTES = 200_000  # of an image whose server does not tell its size
+TYPICAL_FILE_BYTES = 200_000  # of an image whose server does not send its size
 KEEP_RATIO_AREA = 4 / 3  # photographs' usual sides
 
 
@@ -32,8 +32,8 @@ class Recipe:
 class ShardPlan:
     """One shard to make: its name, and the records in order with their keys and the sizes of their files.
 
-    `file_bytes` has None for an image that is not there, and UNKNOWN where a server does not tell. `sha256` is that of
-    the tar where it was packed before: no other bytes are written.
+    `file_bytes` has None for an image that is not there, and UNKNOWN where a server does not send the size. `sha256` is
+    that of the tar where it was packed before: no other bytes are written.
     """
 
     name: str

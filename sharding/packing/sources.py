@@ -1,6 +1,6 @@
-"""What to pack: the caption files of the splits, and their records with what cannot be one.
+"""What to pack: the caption files of the splits, their records, and the failures: what cannot be packed.
 
-A caption file is COCO's or Karpathy's JSON, CSV, TSV or JSONL, told by its ending, and lies on disk or behind a URL.
+A caption file is COCO's or Karpathy's JSON, CSV, TSV or JSONL, as its suffix says, on disk or behind a URL.
 """
 
 import re
@@ -15,15 +15,15 @@ from captioner.errors import UserError
 from captioner.files import storage
 from captioner.shards.format import SPLITS, Failure
 from sharding.packing.caption_files import (
-    ENDINGS,
-    Picture,
+    SUFFIXES,
+    SourceImage,
     is_karpathy,
     karpathy_splits,
+    parse_images,
     parse_json,
-    parse_pictures,
 )
 
-DOWNLOAD_FIRST = "python sharding/download_coco.py brings COCO; name other data with --images and --captions"
+DOWNLOAD_FIRST = "python sharding/download_coco.py downloads COCO; name other data with --images and --captions"
 
 _UNSAFE = re.compile(r"^\Z|^[/~]|^[A-Za-z]:|\\|(?<![^/])\.\.(?![^/])|://|::|[\x00-\x1f\x7f-\x9f]")
 
@@ -32,7 +32,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """One picture to pack: its id and its name (relative to the picture folder), and its captions with their ids."""
+    """One image to pack: its id and its name (relative to the image folder), and its captions with their ids."""
 
     image_id: int | str
     file_name: str
@@ -42,7 +42,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A split's caption file and the folder that its picture names start from."""
+    """A split's caption file and the folder that its image names start from."""
 
     split: str
     captions: str
@@ -57,7 +57,7 @@ def find_sources(*, images: str, captions: str, split: str | None) -> list[Sourc
     if not _attempt(storage.exists, captions):
         raise UserError(f"there is no caption file or folder {captions}: {DOWNLOAD_FIRST}")
     if not images.startswith(storage.WEB) and not _attempt(storage.exists, images):  # web servers seldom list folders
-        raise UserError(f"there is no picture folder {images}: {DOWNLOAD_FIRST}")
+        raise UserError(f"there is no image folder {images}: {DOWNLOAD_FIRST}")
     found = _find_in_folder(captions) if _is_folder(captions) else _find_in_file(captions, split=split)
     if split is not None and split not in found:
         raise UserError(f"{captions} holds no captions of split {split} (it has: {', '.join(found)})")
@@ -69,7 +69,7 @@ def find_sources(*, images: str, captions: str, split: str | None) -> list[Sourc
 
 
 def _attempt(action: Callable[[str], Answer], location: str) -> Answer:
-    """`action(location)`, with whatever goes wrong on the way there as a UserError."""
+    """`action(location)`; raises UserError for whatever goes wrong."""
     try:
         return action(location)
     except UserError:
@@ -82,23 +82,23 @@ def _attempt(action: Callable[[str], Answer], location: str) -> Answer:
 
 
 def _is_folder(location: str) -> bool:
-    """Of a URL the ending tells: what asks a web server for a listing may get the whole file."""
-    return _ending(location) is None if storage.is_remote(location) else Path(location).is_dir()
+    """Whether a location has no suffix of a caption file, if it is a URL: listing it may download the whole file."""
+    return _suffix(location) is None if storage.is_remote(location) else Path(location).is_dir()
 
 
-def _ending(location: str) -> str | None:
-    return next((ending for ending in ENDINGS if _last_part(location).lower().endswith(ending)), None)
+def _suffix(location: str) -> str | None:
+    return next((suffix for suffix in SUFFIXES if _last_part(location).lower().endswith(suffix)), None)
 
 
 def _kind(location: str) -> str:
-    ending = _ending(location)
-    if ending is None:
-        raise UserError(f"{location} is no caption file: name one that ends in {', '.join(ENDINGS)} with --captions")
-    return ending
+    suffix = _suffix(location)
+    if suffix is None:
+        raise UserError(f"{location} is no caption file: name one with suffix {', '.join(SUFFIXES)} with --captions")
+    return suffix
 
 
 def _last_part(location: str) -> str:
-    """The name of a file or folder; in a web address it is quoted, and a query may follow it."""
+    """The name of a file or folder, without the quoting and the query of a web address."""
     if location.startswith(storage.WEB):
         location = unquote(location.partition("?")[0])
     return location.rstrip("/").rpartition("/")[2]
@@ -108,7 +108,7 @@ def _find_in_folder(folder: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in _attempt(storage.list_files, folder):
         split = _split_in_name(name)
-        if split is None or _ending(name) is None:
+        if split is None or _suffix(name) is None:
             continue
         location = storage.join(folder, name)
         if split in found:
@@ -119,7 +119,7 @@ def _find_in_folder(folder: str) -> dict[str, str]:
         found[split] = location
     if not found:
         raise UserError(
-            f"{folder} holds no captions_train*, captions_val* or captions_test* that ends in {', '.join(ENDINGS)}: "
+            f"{folder} holds no captions_train*, captions_val* or captions_test* that ends in {', '.join(SUFFIXES)}: "
             f"{DOWNLOAD_FIRST}"
         )
     return found
@@ -154,10 +154,10 @@ def _image_folder(images: str, *, captions: str) -> str:
 
 
 def read_records(source: Source) -> tuple[list[Record], list[Failure]]:
-    """The records of a split in the source's order, and all that cannot be packed, each by its name and reason.
+    """The records of a split in the source's order, and a failure for all that cannot be packed.
 
-    A picture fails for "no caption", "unsafe name" or "duplicate id" (the first one counts); a caption for "empty
-    caption" or "no picture"; either for "bad row" or "bad encoding". A picture whose captions all fail has none.
+    An image fails for "no caption", "unsafe name" or "duplicate id" (the first one counts); a caption for "empty
+    caption" or "no picture"; either for "bad row" or "bad encoding". An image whose captions all fail has none.
     Captions lose the white space around them; names stay as they are. Raises UserError when the file is no caption
     file or holds nothing of the split.
     """
@@ -165,10 +165,10 @@ def read_records(source: Source) -> tuple[list[Record], list[Failure]]:
     records: list[Record] = []
     failures: list[Failure] = []
     seen: set[int | str] = set()
-    for found in parse_pictures(data, kind=kind, split=source.split, location=source.captions):
+    for found in parse_images(data, kind=kind, split=source.split, location=source.captions):
         refused = found if isinstance(found, Failure) else _refuse(found, seen=seen, images=source.images)
         if refused is None:
-            assert isinstance(found, Picture)
+            assert isinstance(found, SourceImage)
             seen.add(found.image_id)
             records.append(_to_record(found))
         else:
@@ -176,14 +176,14 @@ def read_records(source: Source) -> tuple[list[Record], list[Failure]]:
     return records, failures
 
 
-def _refuse(picture: Picture, *, seen: set[int | str], images: str) -> Failure | None:
-    """Why a picture of the folder `images` cannot be a record, if so; `seen` are the ids of those that are."""
-    name, place = picture.file_name, picture.place
+def _refuse(image: SourceImage, *, seen: set[int | str], images: str) -> Failure | None:
+    """Why an image of the folder `images` cannot be a record, if so; `seen` are the ids of those that are."""
+    name, where = image.file_name, image.where
     if _UNSAFE.search(name):
-        return Failure(name=name, reason="unsafe name", message=f"{place}: {_what_is_unsafe(name, images)}")
-    if picture.image_id in seen:
-        return Failure(name=name, reason="duplicate id", message=place)
-    return None if picture.captions else Failure(name=name, reason="no caption", message=place)
+        return Failure(name=name, reason="unsafe name", message=f"{where}: {_what_is_unsafe(name, images)}")
+    if image.image_id in seen:
+        return Failure(name=name, reason="duplicate id", message=where)
+    return None if image.captions else Failure(name=name, reason="no caption", message=where)
 
 
 def _what_is_unsafe(name: str, images: str) -> str:
@@ -198,11 +198,11 @@ def _what_is_unsafe(name: str, images: str) -> str:
     return f"{unsafe!a} in the name: write it as it is below --images, with / between folders"
 
 
-def _to_record(picture: Picture) -> Record:
-    numbers, captions = zip(*picture.captions, strict=True)
+def _to_record(image: SourceImage) -> Record:
+    numbers, captions = zip(*image.captions, strict=True)
     return Record(
-        image_id=picture.image_id,
-        file_name=picture.file_name,
+        image_id=image.image_id,
+        file_name=image.file_name,
         captions=captions,
         annotation_ids=numbers,
     )

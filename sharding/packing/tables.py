@@ -1,4 +1,4 @@
-"""What the packing command prints: the plan, and what was packed."""
+"""What packing and indexing print: the plan, and what the finished splits hold."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -33,17 +33,19 @@ def show_plan(planned: Sequence[tuple[str, list[ShardPlan], list[Failure]]], fol
                 failure_text(reasons),
             )
         )
-    header = ("split", "pictures", "shards", "about MB", "MB to read", "shards to reuse", "cannot be packed")
+    header = ("split", "images", "shards", "about MB", "MB to read", "shards to reuse", "cannot be packed")
     cli.print_table(f"{folder}: the plan, nothing is written", header, rows)
     if missing:
         cli.console.print(f"missing: {', '.join(missing[:SHOWN_NAMES])}{', ...' if missing[SHOWN_NAMES:] else ''}")
 
 
 def show_packed(packed: Sequence[PackedSplit], folder: str) -> None:
-    """Print what the splits hold, and how fast they were packed."""
+    """Print what the splits hold, and how fast they were packed or indexed."""
     header = ("split", "samples", "captions", "shards", "MB", "reused", "failures", "backend", "seconds", "images/s")
     cli.print_damaged(sum(shard.num_damaged for split in packed for shard in split.shards))
     cli.print_table(folder, header, [_row(split) for split in packed])
+    if any(split.manifest.failures for split in packed):
+        cli.console.print(f"what could not be used is listed in {storage.join(folder, 'SPLIT.failures.jsonl')}")
 
 
 def _row(packed: PackedSplit) -> tuple[object, ...]:

@@ -341,6 +341,7 @@ def load_space(model: Path) -> FeatureSpace:
     return found
 
 
+@pytest.mark.slow
 def test_training_writes_a_calibrated_model_folder(trained: Path) -> None:
     found = load_calibration(trained)
     assert found.decoding == asdict(DecodingDefaults(beam_size=1))
@@ -351,6 +352,7 @@ def test_training_writes_a_calibrated_model_folder(trained: Path) -> None:
     assert card.count("| 13 |") == 10
 
 
+@pytest.mark.slow
 def test_evaluation_calibrates_as_training_did(trained: Path, shards: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / "model"))
     wanted_curve, wanted_space = load_calibration(folder).curve, load_space(folder)
@@ -381,7 +383,7 @@ def test_a_poorer_calibration_does_not_replace_a_good_one(
     if lost == "pictures":
         few = write_shards(tmp_path / "few", [9], split="val", size=36, first=100)
         settings = replace(settings, shards=(few,))
-        said = "--calibrate needs 100 pictures, and the val split"
+        said = "--calibrate needs 100 images, and the val split"
     elif lost == "references":
         monkeypatch.setattr("train.evaluation.calibrate.fit_confidence", lambda *_: None)
         said = r"is kept, the new one has no confidence \(fewer than 100 captions"
@@ -475,6 +477,7 @@ def draw_chart(seed: int) -> Image.Image:
     return chart
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (PHOTOS.exists() and WEIGHTS.exists()), reason=f"there is no {PHOTOS} or no {WEIGHTS}")
 def test_charts_and_text_are_unlike_photos() -> None:
     encoder = Encoder("squeezenet1_1", trainable=False).eval()

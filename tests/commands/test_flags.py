@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from captioner import cli, flags
-from captioner.flags import Number
+from captioner.flags import Number, flag_name
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = {  # the folder's name is a package's, or it is on the path
@@ -76,7 +76,7 @@ def required(settings_class: type) -> list[str]:
         if not hasattr(settings_class, name) and "Positional" in str(hint):
             words.append("somewhere")
         elif not hasattr(settings_class, name):
-            words += [f"--{name.replace('_', '-')}", "train" if name == "split" else "somewhere"]
+            words += [flag_name(name), "train" if name == "split" else "somewhere"]
     return words
 
 
@@ -91,7 +91,7 @@ def test_every_number_has_a_range_that_is_shown_and_checked(
         assert notes, f"--{name} is a number without a range: give it a type of captioner.flags"
         (number,) = notes
         assert number.metavar in shown, name
-        flag = f"--{name.replace('_', '-')}"
+        flag = flag_name(name)
         for wrong in outside(number):
             with pytest.raises(cli.UserError) as caught:
                 cli.parse(settings_class, description="", args=[*required(settings_class), flag, wrong])
@@ -144,7 +144,7 @@ def test_paths_begin_at_home_where_the_shell_leaves_the_tilde(settings_class: ty
     for name, hint in plain.items():
         kinds = {hint, *get_args(hint)}
         if Path in kinds or "PATH" in str(hints[name]):
-            flag = f"--{name.replace('_', '-')}"
+            flag = flag_name(name)
             if "Positional" in str(hints[name]):
                 args = [word.replace("somewhere", "~/x") for word in required(settings_class)]
             else:
@@ -158,6 +158,6 @@ def test_a_path_on_this_machine_is_no_url(settings_class: type) -> None:
     """`pathlib` would make a folder named `s3:` of it."""
     for name, hint in get_type_hints(settings_class, include_extras=True).items():
         if "Local(" in str(hint):
-            flag = f"--{name.replace('_', '-')}"
+            flag = flag_name(name)
             with pytest.raises(cli.UserError, match=f"{flag} s3:/.* is a URL"):
                 cli.parse(settings_class, description="", args=[*required(settings_class), flag, "s3://bucket/x"])

@@ -180,6 +180,7 @@ def test_the_corrected_command_runs_where_the_refused_one_was_to(tmp_path: Path)
     assert load_bundle(tmp_path / "run" / "model").model.config.encoder == "small_cnn"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "said"),
     [
@@ -209,6 +210,7 @@ def line_of_both(script: str, flags: list[Any], own: list[str], *, log: Path) ->
     return lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "said"),
     [

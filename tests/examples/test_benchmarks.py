@@ -20,6 +20,8 @@ from contenders.pictures import write_loose
 from measuring.photos import find_photos
 from train.step.schedule import make_schedule
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

@@ -31,6 +31,8 @@ from acceptance.rows.speed import loop_speed, waiting
 from acceptance.rows.training import fp32, half_precision
 from acceptance.table import Finding, Table, run_row, run_rows
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 HANGS = "import time; time.sleep(60)"
 LOSSES = [4.0, 3.5, 3.2, 3.0, 2.9, 2.8, 2.7, 2.6]

@@ -122,6 +122,7 @@ def test_the_folder_holds_what_people_have(tmp_path: Path) -> None:
             decode_rgb(path.read_bytes())
 
 
+@pytest.mark.slow
 def test_the_demos_launcher_has_nothing_to_warn_of(tmp_path: Path) -> None:
     """A terminal shows the training's own lines only."""
     script = tmp_path / "hello.py"

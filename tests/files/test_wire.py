@@ -25,6 +25,8 @@ from captioner.streaming import cache
 from sharding import make_shards
 from sharding.settings import ShardSettings
 
+pytestmark = [pytest.mark.slow, pytest.mark.external]
+
 STORM = Weather(latency_seconds=0.003, loss=0.01, reset=0.05, half_open=0.03, status=0.08)
 STALL_SECONDS = 1.0
 SIZES = (5, 11, 1, 9, 14, 0, 8, 3, 12)

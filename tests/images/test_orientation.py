@@ -20,7 +20,7 @@ from captioner.images import loading
 from captioner.images.views import ViewSpec
 from infer.gallery import write_gallery
 from infer.listing import locate
-from infer.reading import read_picture
+from infer.reading import decode_image
 from sharding import make_shards
 from sharding.settings import ShardSettings
 
@@ -214,7 +214,7 @@ def test_only_a_jpeg_that_stands_upright_is_stored_untouched(name: str) -> None:
 def test_captioning_turns_once(folder: Path) -> None:
     for path in paths(folder):
         view_PP3 = np.zeros((64, 64, 3), np.uint8)
-        found = read_picture(locate(str(folder), path.name), VIEW, out_PP3=view_PP3)
+        found = decode_image(locate(str(folder), path.name), VIEW, out_PP3=view_PP3)
         assert (found.error, found.complaint, found.size) == (None, "", (WIDTH, HEIGHT)), path.name
         check_upright(view_PP3, name=path.name)
 

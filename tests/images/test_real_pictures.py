@@ -13,6 +13,7 @@ DATA = REPOSITORY.parent / "shared" / "data"
 WEIGHTS = DATA / "weights" / "squeezenet1_1.pth"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not WEIGHTS.exists(), reason=f"there is no {WEIGHTS}")
 def test_real_pictures_go_the_whole_way(tmp_path: Path) -> None:
     def command(script: str, *flags: str) -> str:

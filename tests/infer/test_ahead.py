@@ -1,4 +1,4 @@
-"""A listing that runs ahead gives each entry once, in order and at once, and holds none of them in memory."""
+"""A listing that runs ahead gives each file once, in order and at once, and holds none of them in memory."""
 
 import os
 import resource
@@ -16,32 +16,29 @@ from hypothesis import strategies as st
 
 from captioner.errors import UserError
 from captioner.images.loading import ImageError
-from infer.ahead import Ahead, Entry
-from infer.listing import ImageFile, Refused
+from infer.ahead import Ahead
+from infer.listing import ImageFile
 
 names = st.text(st.characters() | st.integers(0xDC80, 0xDCFF).map(chr), min_size=1, max_size=9)
 files = st.builds(ImageFile, names, names, st.integers(0, 1 << 40), st.none() | st.integers(0, 1 << 40))
 
 
-@given(listed=st.lists(files, max_size=30), refused=st.booleans())
+@given(listed=st.lists(files, max_size=30), has_error=st.booleans())
 @hypothesis_settings(deadline=None, max_examples=50)
-def test_the_entries_come_as_they_were_listed_and_the_total_at_the_end(listed: list[ImageFile], refused: bool) -> None:
+def test_the_files_come_as_they_were_listed_and_the_total_at_the_end(listed: list[ImageFile], has_error: bool) -> None:
     totals: list[int] = []
-    entries: list[Entry] = [*listed]
-    if refused:
-        entries.append(Refused(ImageFile("a", "b"), ImageError("missing", "gone")))
+    entries = [*listed, ImageFile("a", "b", error=ImageError("missing", "gone"))] if has_error else listed
     ahead = Ahead(iter(entries), on_end=totals.append)
     found = list(ahead)
     assert list(map(repr, found)) == list(map(repr, entries))
-    assert [entry.error.reason for entry in found if isinstance(entry, Refused)] == ["missing"] * refused
     assert totals == [len(entries)]
     assert list(ahead) == []
 
 
-def test_an_entry_is_there_as_soon_as_it_is_listed_and_the_total_before_the_first_is_taken() -> None:
+def test_a_file_is_there_as_soon_as_it_is_listed_and_the_total_before_the_first_is_taken() -> None:
     go_on, ended = Event(), Event()
 
-    def listing() -> Iterator[Entry]:
+    def listing() -> Iterator[ImageFile]:
         yield ImageFile("a", "first")
         assert go_on.wait(10)
         yield ImageFile("a", "second")
@@ -54,8 +51,8 @@ def test_an_entry_is_there_as_soon_as_it_is_listed_and_the_total_before_the_firs
     assert list(ahead) == [ImageFile("a", "second")]
 
 
-def test_what_the_listing_raises_comes_behind_its_entries() -> None:
-    def listing() -> Iterator[Entry]:
+def test_what_the_listing_raises_comes_after_its_files() -> None:
+    def listing() -> Iterator[ImageFile]:
         yield ImageFile("a", "b")
         raise OSError(5, "the list's disk is gone")
 
@@ -78,6 +75,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert os.listdir(tmp_path) == []  # noqa: PTH208
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_what_is_listed() -> None:
     code = """
 from pathlib import Path

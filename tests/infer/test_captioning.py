@@ -2,14 +2,13 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 from pathlib import Path
@@ -20,16 +19,18 @@ import torch
 from odd_pictures import write_odd_pictures
 from tiny import picture, write_shards
 from tiny_model import write_model
-from trainer import Done, Running, start
+from trainer import Done, Running, StopAtRow, start
 
 from captioner.describe import Captioner
 from captioner.model.bundle import load_bundle
 from infer.captioning import Captioning
-from infer.listing import list_files
+from infer.listing import Listing
 from infer.main import find_device
 from infer.reading import Reader
 from infer.results import RowWriter, part_path
 from infer.row_index import RowIndex, merge
+
+pytestmark = pytest.mark.slow
 
 TOLERANCE = 1.5e-4  # of scores, which are rounded to 1e-4
 NUMBERS = ("score", "confidence")
@@ -59,7 +60,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 NUM_FILES, NUM_PICTURES, NUM_TWINS = 83, 80, 10
-NUM_MANY = 600
+NUM_MANY = 60
+
+
+@pytest.fixture(scope="module")
+def many_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("many")
+    for number in range(NUM_MANY):
+        picture(number, width=24, height=20).save(folder / f"{number:03d}.png")
+    return folder
 
 
 def flags(model: Path, photos: Path, output: Path, *more: object) -> list[object]:
@@ -135,28 +144,22 @@ def test_several_processes_write_what_one_writes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "c.jsonl.settings.json", "log"]
 
 
-def test_ten_kills_lose_and_repeat_nothing(model: Path, tmp_path: Path) -> None:
-    """Each run is killed after a few new rows, and the next one has another number of processes."""
-    photos, output, rng = tmp_path / "photos", tmp_path / "c.jsonl", random.Random(6)
-    photos.mkdir()
-    for number in range(600):
-        picture(number % 500, width=24, height=20).save(photos / f"{number:03d}.png")
-    kills = []
-    while len(kills) < 10:
-        running = start_captioning(flags(model, photos, output), log=tmp_path / "log", world_size=1 + len(kills) % 2)
-        goal = count_rows(tmp_path) + rng.randint(0, 9)
-        while count_rows(tmp_path) < goal and running.ranks[0].is_alive():
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.03))
+def test_kills_lose_and_repeat_nothing(model: Path, many_photos: Path, tmp_path: Path) -> None:
+    """Each run is killed after some new rows, and the next one has another number of processes."""
+    output = tmp_path / "c.jsonl"
+    for number, num_rows in enumerate((0, 1, 5, 2)):
+        running = start_captioning(
+            flags(model, many_photos, output), log=tmp_path / "log", world_size=1 + number % 2, stop=StopAtRow(num_rows)
+        )
+        running.ranks[0].join(60)
         running.kill()
-        kills.append(count_rows(tmp_path))
-    assert not output.exists(), "a run was quicker than its kill"
-    assert len(set(kills)) > 3, "too few runs wrote anything"
-    done = run_captioning(flags(model, photos, output), log=tmp_path / "last log", world_size=3)
+        assert running.ranks[0].exitcode == -signal.SIGKILL
+    assert 8 <= count_rows(tmp_path) < NUM_MANY
+    done = run_captioning(flags(model, many_photos, output), log=tmp_path / "last log", world_size=3)
     assert done.code == 0, done.output
-    run_captioning(flags(model, photos, tmp_path / "undisturbed.jsonl"), log=tmp_path / "last log")
+    run_captioning(flags(model, many_photos, tmp_path / "undisturbed.jsonl"), log=tmp_path / "last log")
     check_alike(read(output), read(tmp_path / "undisturbed.jsonl"))
-    assert len(read(output)) == 600
+    assert len(read(output)) == NUM_MANY
 
 
 def count_rows(folder: Path) -> int:
@@ -168,27 +171,24 @@ def count_rows(folder: Path) -> int:
 
 
 def start_two(model: Path, photos: Path, folder: Path, *, peer_seconds: float) -> Running:
-    """Two processes, of which both have written rows."""
+    """Two processes, of which both have written a row and wait for the file `go`."""
     running = start_captioning(
         flags(model, photos, folder / "c.jsonl", "--batch-size", 1),
         log=folder / "log",
         world_size=2,
         peer_seconds=peer_seconds,
+        stop=StopAtRow(1, folder / "go"),
     )
     parts = [part_path(folder / "c.jsonl", rank) for rank in (0, 1)]
-    deadline = time.monotonic() + 60
-    while not all(part.exists() and part.stat().st_size for part in parts):
-        assert time.monotonic() < deadline, running.log.read_text()
-        time.sleep(0.001)
+    wait_for(lambda: all(part.exists() and part.stat().st_size for part in parts), running)
     return running
 
 
-@pytest.fixture(scope="module")
-def many_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("many")
-    for number in range(NUM_MANY):
-        picture(number, width=24, height=20).save(folder / f"{number:03d}.png")
-    return folder
+def wait_for(condition: Callable[[], bool], running: Running) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, running.log.read_text()
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +201,7 @@ def test_a_lost_process_ends_the_others_resumably(
 ) -> None:
     running = start_two(model, many_photos, tmp_path, peer_seconds=3.0)
     os.kill(running.ranks[lost].pid, number)
+    (tmp_path / "go").touch()
     running.ranks[1 - lost].join(30)
     assert running.ranks[1 - lost].exitcode == 75
     if number == signal.SIGTERM:
@@ -221,21 +222,22 @@ def test_a_lost_process_ends_the_others_resumably(
     done = run_captioning(flags(model, many_photos, tmp_path / "c.jsonl"), log=tmp_path / "log 2")
     assert done.code == 0, done.output
     assert len(read(tmp_path / "c.jsonl")) == NUM_MANY
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "c.jsonl.settings.json", "log", "log 2"]
+    names = ["c.jsonl", "c.jsonl.settings.json", "go", "log", "log 2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_a_slow_process_is_waited_for(model: Path, many_photos: Path, tmp_path: Path) -> None:
     """Its readers stand still for several times as long as a lost process is given."""
-    running = start_two(model, many_photos, tmp_path, peer_seconds=2.0)
+    running = start_two(model, many_photos, tmp_path, peer_seconds=4.0)
     pid = running.ranks[1].pid
     readers = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     assert readers
     for reader in readers:
         os.kill(reader, signal.SIGSTOP)
+    (tmp_path / "go").touch()
     process_0 = tmp_path / "c.jsonl.process-0"
-    while b"finished" not in process_0.read_bytes():
-        time.sleep(0.01)
-    time.sleep(5)
+    wait_for(lambda: b"finished" in process_0.read_bytes(), running)
+    time.sleep(9)
     assert all(rank.is_alive() for rank in running.ranks), running.log.read_text()
     for reader in readers:
         os.kill(reader, signal.SIGCONT)
@@ -326,7 +328,7 @@ def test_a_folder_of_copies_gets_its_rows_all_along(
     captioner, output = Captioner(load_bundle(model)), tmp_path / "c.jsonl"
     writer = RowWriter(part_path(output, 0))
     captioning = Captioning(captioner, RowIndex(output), writer)
-    files = list_files([str(photos)])
+    files = Listing([str(photos)])
     with Reader(files, captioner.bundle.view, batch_size=4, num_workers=1, num_held=2) as reader:
         sizes = [len(rows) for rows in captioning.rows(reader, num_threads=1)]
     writer.close()
@@ -534,17 +536,16 @@ def test_each_process_has_an_accelerator_of_its_own(
 
 def test_one_command_at_a_time_writes_an_output(model: Path, photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "c.jsonl"
-    running = start_captioning(flags(model, photos, output), log=tmp_path / "log")
-    while not count_rows(tmp_path):
-        time.sleep(0.001)
-    os.kill(running.ranks[0].pid, 19)  # SIGSTOP
+    stop = StopAtRow(1, tmp_path / "go")
+    running = start_captioning(flags(model, photos, output), log=tmp_path / "log", stop=stop)
+    wait_for(lambda: count_rows(tmp_path) > 0, running)
     made_with = (tmp_path / "c.jsonl.settings.json").read_text()
     for more in ((), ("--beam-size", 1)):
         second = run_captioning(flags(model, photos, output, *more), log=tmp_path / "log 2")
         assert second.code == 2
         assert "another run is writing" in second.output
     assert (tmp_path / "c.jsonl.settings.json").read_text() == made_with
-    os.kill(running.ranks[0].pid, 18)  # SIGCONT
+    (tmp_path / "go").touch()
     assert running.wait().code == 3
     assert len(read(output)) == NUM_FILES
 

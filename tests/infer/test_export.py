@@ -27,6 +27,8 @@ from captioner.vocabulary import Vocabulary
 from infer import export, onnx_files
 from infer.onnx_readme import readme
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 WEIGHTS = DATA / "weights" / "squeezenet1_1.pth"
 DECODING = DecodingDefaults(beam_size=1, max_tokens=16)

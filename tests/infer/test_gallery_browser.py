@@ -18,7 +18,7 @@ from rows import failure, success
 
 from infer.gallery import write_gallery
 from infer.listing import ImageFile
-from sharding.packing.caption_files import Picture, parse_pictures
+from sharding.packing.caption_files import SourceImage, parse_images
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
@@ -351,8 +351,8 @@ def test_corrections_are_downloaded_as_captions_for_make_shards(browser: Browser
     assert browser.texts("#corrected") == ["2 corrected"]
     assert browser.texts("#corrections p") == [f"for make_shards.py --images {tmp_path}"]
     browser.click("#corrections button")
-    pictures = parse_pictures(browser.downloaded(), kind=".jsonl", split="train", location="corrections.jsonl")
-    assert [(picture.file_name, picture.captions) for picture in pictures if isinstance(picture, Picture)] == [
+    pictures = parse_images(browser.downloaded(), kind=".jsonl", split="train", location="corrections.jsonl")
+    assert [(picture.file_name, picture.captions) for picture in pictures if isinstance(picture, SourceImage)] == [
         ("one/a.jpg", [(None, "a “red” tram at night")]),
         ("two/ü/b.jpg", [(None, "a wolf 🐺")]),
     ]

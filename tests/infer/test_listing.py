@@ -20,7 +20,7 @@ from captioner.errors import UserError
 from captioner.files import storage
 from captioner.images.loading import ImageError, decode_rgb
 from infer import listing
-from infer.listing import ImageFile, Listing, Refused, list_files, locate
+from infer.listing import ImageFile, Listing, locate
 
 MANY = 1 << 20  # bytes
 
@@ -32,20 +32,31 @@ def make(folder: Path, *names: str) -> Path:
     return folder
 
 
-def places(*images: str | Path, **options: Any) -> list[tuple[str, str]]:
+def listed(*images: str | Path, **options: Any) -> list[tuple[str, str]]:
     """Root and path of all that can be read, sorted, with those listed twice twice."""
-    found = list(list_files([str(place) for place in images], **options))
-    return sorted((file.root, file.path) for file in found if isinstance(file, ImageFile))
+    found = Listing([str(source) for source in images], **options)
+    return sorted((file.root, file.path) for file in found if file.error is None)
 
 
 def paths(*images: str | Path, **options: Any) -> list[str]:
-    return [path for _, path in places(*images, **options)]
+    return [path for _, path in listed(*images, **options)]
 
 
 def refused(*images: str | Path, **options: Any) -> dict[str, str]:
-    """The reason for each path that is refused."""
-    found = list(list_files([str(place) for place in images], **options))
-    return {item.file.path: item.error.reason for item in found if isinstance(item, Refused)}
+    """The reason for each path that cannot be listed."""
+    found = Listing([str(source) for source in images], **options)
+    return {file.path: file.error.reason for file in found if file.error}
+
+
+def unreadable(*images: str | Path) -> dict[str, str]:
+    """The reason for each listed file that cannot be read."""
+    reasons: dict[str, str] = {}
+    for file in Listing([str(source) for source in images]):
+        try:
+            file.read(max_bytes=MANY)
+        except ImageError as error:
+            reasons[file.path] = error.reason
+    return reasons
 
 
 def counted(files: Listing) -> Listing:
@@ -64,15 +75,15 @@ def test_files_of_all_depths_and_endings_are_listed_once(tmp_path: Path) -> None
     expected = sorted([*short, *wide, deep])
     make(tmp_path, *expected)
     (tmp_path / "empty").mkdir()
-    assert places(tmp_path) == [(str(tmp_path), path) for path in expected]
+    assert listed(tmp_path) == [(str(tmp_path), path) for path in expected]
 
 
 def test_a_file_keeps_its_root_as_given_and_lies_below_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path, "one/x.jpg", "two/sub/x.jpg")
     monkeypatch.chdir(tmp_path)
-    assert places("two/", "one") == [("one", "x.jpg"), ("two", "sub/x.jpg")]
-    assert places(".") == [(".", "one/x.jpg"), (".", "two/sub/x.jpg")]
-    for root, path in places("two/", "one", tmp_path):
+    assert listed("two/", "one") == [("one", "x.jpg"), ("two", "sub/x.jpg")]
+    assert listed(".") == [(".", "one/x.jpg"), (".", "two/sub/x.jpg")]
+    for root, path in listed("two/", "one", tmp_path):
         assert locate(root, path).read(max_bytes=MANY).decode().endswith(path.removeprefix("one/").removeprefix("two/"))
         assert Path(locate(root, path).location).samefile(Path(root, path))
 
@@ -90,17 +101,16 @@ def test_a_file_that_several_sources_name_is_listed_once_where_it_comes_first(
     monkeypatch.chdir(tmp_path)
     Path("list").write_text("sub/b.jpg\n./a.jpg\n")
     images, lists = ["sub", str(tmp_path / "sub"), "sub/b.jpg", "*/*.jpg"], ["list", f"{tmp_path}/list"]
-    assert places(*images, lists=lists) == [(".", "a.jpg"), ("sub", "b.jpg")]
-    assert counted(list_files(images, lists=lists)).num_repeated == 6
-    shares = [places(*images, lists=lists, rank=rank, world_size=3) for rank in range(3)]
-    assert sorted(chain.from_iterable(shares)) == places(*images, lists=lists)
+    assert listed(*images, lists=lists) == [(".", "a.jpg"), ("sub", "b.jpg")]
+    assert counted(Listing(images, lists=lists)).num_repeated == 6
+    shares = [listed(*images, lists=lists, rank=rank, world_size=3) for rank in range(3)]
+    assert sorted(chain.from_iterable(shares)) == listed(*images, lists=lists)
 
 
 def test_undecodable_names_can_be_opened_again(tmp_path: Path) -> None:
     raw = b"bad\xff\xfe.jpg"
     make(tmp_path, os.fsdecode(raw))
-    (file,) = list_files([str(tmp_path)], world_size=1)
-    assert isinstance(file, ImageFile)
+    (file,) = Listing([str(tmp_path)], world_size=1)
     assert os.fsencode(file.path) == raw
     assert file.read(max_bytes=MANY) == raw
     assert sum(len(paths(tmp_path, rank=rank, world_size=2)) for rank in range(2)) == 1
@@ -121,14 +131,14 @@ def test_our_own_output_is_left_out_however_it_is_named(tmp_path: Path, monkeypa
     excluded = (Path("../gallery"), Path("..") / "sub" / ".." / "captions.jsonl", tmp_path / "not there")
     assert paths(tmp_path, excluded=excluded) == ["a.jpg", "sub/captions.jsonl", "sub/gallery/b.jpg"]
     assert paths("../captions.jsonl", "../a.jpg", excluded=excluded) == ["a.jpg"]
-    (tmp_path / "list").write_text("../captions.jsonl\n../a.jpg\n")
+    (tmp_path / "list").write_text(f"{tmp_path}/captions.jsonl\n../a.jpg\n")
     assert paths(lists=[str(tmp_path / "list")], excluded=excluded) == ["../a.jpg"]
 
 
 def test_endings_that_are_left_out_are_counted(tmp_path: Path) -> None:
     make(tmp_path, "a.jpg", "a.txt", "b/c.txt", "txt")
-    assert paths(tmp_path, skip_endings=[".txt"]) == ["a.jpg", "txt"]
-    assert counted(list_files([str(tmp_path)], skip_endings=[".txt"], world_size=3)).num_skipped == 2
+    assert paths(tmp_path, skip_suffixes=[".txt"]) == ["a.jpg", "txt"]
+    assert counted(Listing([str(tmp_path)], skip_suffixes=[".txt"], world_size=3)).num_skipped == 2
 
 
 # ---- links and what is no file ----------------------------------------------------------------------------------
@@ -141,7 +151,7 @@ def test_links_to_files_count_and_links_to_folders_are_counted(tmp_path: Path) -
     (tmp_path / "photos" / "folder link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "photos" / "sub" / "up").symlink_to(tmp_path / "photos")
     assert paths(tmp_path / "photos") == ["a.jpg", "link.jpg", "sub/b.jpg"]
-    assert counted(list_files([str(tmp_path / "photos")])).num_linked_folders == 2
+    assert counted(Listing([str(tmp_path / "photos")])).num_linked_folders == 2
 
 
 def test_links_that_lead_round_or_nowhere_are_missing(tmp_path: Path) -> None:
@@ -151,8 +161,7 @@ def test_links_that_lead_round_or_nowhere_are_missing(tmp_path: Path) -> None:
     (tmp_path / "back").symlink_to(tmp_path / "there")
     (tmp_path / "dead.jpg").symlink_to(tmp_path / "gone")
     (tmp_path / "through.jpg").symlink_to(tmp_path / "sub" / "a.jpg" / "x")
-    assert refused(tmp_path) == dict.fromkeys(["itself", "there", "back", "dead.jpg", "through.jpg"], "missing")
-    assert paths(tmp_path, excluded=(tmp_path / "gallery",)) == ["sub/a.jpg"]
+    assert unreadable(tmp_path) == dict.fromkeys(["itself", "there", "back", "dead.jpg", "through.jpg"], "missing")
 
 
 def test_pipes_sockets_and_devices_are_refused_and_never_waited_for(
@@ -164,12 +173,10 @@ def test_pipes_sockets_and_devices_are_refused_and_never_waited_for(
     Path("null.jpg").symlink_to("/dev/null")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")
-        assert refused(".") == dict.fromkeys(["pipe.jpg", "link.jpg", "null.jpg", "socket"], "special file")
+        assert unreadable(".") == dict.fromkeys(["pipe.jpg", "link.jpg", "null.jpg", "socket"], "special file")
         for name in ("pipe.jpg", "socket", "null.jpg", "."):
             with pytest.raises(ImageError, match="special file"):
                 ImageFile(".", name).read(max_bytes=MANY)
-    assert refused("pipe.jpg", "a.jpg") == {"pipe.jpg": "special file"}
-    assert paths(".") == ["a.jpg"]
 
 
 def failing_scandir(monkeypatch: pytest.MonkeyPatch, errors: dict[str, OSError]) -> None:
@@ -228,10 +235,10 @@ def test_a_folder_that_this_user_may_not_read_is_refused(tmp_path: Path) -> None
 def test_a_single_file_lies_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path, "p/a.jpg", "p/b.jpg", "c.jpg")
     monkeypatch.chdir(tmp_path)
-    assert places("p/a.jpg", "c.jpg", "p/a.jpg") == [(".", "c.jpg"), ("p", "a.jpg")]
-    assert places(tmp_path / "c.jpg") == [(str(tmp_path), "c.jpg")]
-    assert places("p/a.jpg", "p", "p/*.jpg") == [("p", "a.jpg"), ("p", "b.jpg")]
-    assert places("p/a.jpg", "p/*.jpg", "p/b*") == [("p", "a.jpg"), ("p", "b.jpg")]
+    assert listed("p/a.jpg", "c.jpg", "p/a.jpg") == [(".", "c.jpg"), ("p", "a.jpg")]
+    assert listed(tmp_path / "c.jpg") == [(str(tmp_path), "c.jpg")]
+    assert listed("p/a.jpg", "p", "p/*.jpg") == [("p", "a.jpg"), ("p", "b.jpg")]
+    assert listed("p/a.jpg", "p/*.jpg", "p/b*") == [("p", "a.jpg"), ("p", "b.jpg")]
 
 
 FILES = ("a.jpg", "b.png", "x/a.jpg", "x/y/a.jpg", "x/y/b.png", "x/.h.jpg", "z1/a.jpg", "z2/b.png", "[w]/a.jpg")
@@ -257,10 +264,10 @@ def test_a_glob_gives_what_fits_below_the_folder_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, root: str, expected: list[str]
 ) -> None:
     monkeypatch.chdir(make(tmp_path, *FILES))
-    assert places(pattern) == [(root, path) for path in expected]
+    assert listed(pattern) == [(root, path) for path in expected]
     absolute = str(tmp_path / root) if root != "." else str(tmp_path)
     if not root.startswith("["):
-        assert places(f"{tmp_path}/{pattern}") == [(absolute, path) for path in expected]
+        assert listed(f"{tmp_path}/{pattern}") == [(absolute, path) for path in expected]
 
 
 def test_a_glob_looks_into_no_folder_that_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +287,7 @@ def test_what_is_not_there_is_refused_at_once_by_name(
     monkeypatch.chdir(make(tmp_path, "a.jpg"))
     (tmp_path / "dead").symlink_to("nowhere")
     with pytest.raises(UserError) as caught:
-        list_files(["a.jpg", place])
+        Listing(["a.jpg", place])
     assert place in str(caught.value)
     assert "\n" not in str(caught.value)
     assert ": " in str(caught.value)
@@ -290,16 +297,16 @@ def test_a_root_that_cannot_be_listed_is_refused_at_once(tmp_path: Path, monkeyp
     make(tmp_path, "closed/b.jpg")
     failing_scandir(monkeypatch, {"closed": PermissionError(13, "Permission denied")})
     with pytest.raises(UserError, match=r"cannot list .*closed \(Permission denied\): "):
-        list_files([str(tmp_path / "closed")])
+        Listing([str(tmp_path / "closed")])
 
 
 def test_an_empty_name_is_refused_and_not_taken_for_the_disk() -> None:
     with pytest.raises(UserError, match="an empty name in --images: "):
-        list_files([""])
+        Listing([""])
     with pytest.raises(UserError, match="an empty name in --list: "):
-        list_files([], lists=[""])
+        Listing([], lists=[""])
     with pytest.raises(UserError, match="an empty name in --shards: "):
-        list_files([], shards=[""])
+        Listing([], shards=[""])
 
 
 def test_the_check_before_the_work_looks_at_no_more_than_a_first_entry(
@@ -308,7 +315,7 @@ def test_the_check_before_the_work_looks_at_no_more_than_a_first_entry(
     make(tmp_path, *(f"{number}/{number}/x.jpg" for number in range(9)))
     real, taken = listing._scan, []
     monkeypatch.setattr(listing, "_scan", lambda folder: (taken.append(item) or item for item in real(folder)))
-    list_files([str(tmp_path)])
+    Listing([str(tmp_path)])
     assert len(taken) == 1
 
 
@@ -332,8 +339,8 @@ def test_a_list_names_files_by_lines(tmp_path: Path, monkeypatch: pytest.MonkeyP
         b"\xff.jpg",
     ]
     Path("list").write_bytes(b"\n".join(lines))
-    files = list(list_files([], lists=["list", "list"]))
-    assert [(file.root, file.path) for file in files if isinstance(file, ImageFile)] == [
+    files = list(Listing([], lists=["list", "list"]))
+    assert [(file.root, file.path) for file in files] == [
         (".", "a.jpg"),
         (".", "p/b c.jpg"),
         ("/", "x/y.jpg"),
@@ -341,9 +348,8 @@ def test_a_list_names_files_by_lines(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("s3://b", "k?.jpg"),
         (".", "\udcff.jpg"),
     ]
-    assert isinstance(files[5], ImageFile)
     assert files[5].read(max_bytes=MANY) == b"\xff.jpg"
-    assert [file.location for file in files[2:5] if isinstance(file, ImageFile)] == [
+    assert [file.location for file in files[2:5]] == [
         "/x/y.jpg",
         "http://h/p/a%20b.jpg?u=x/y",
         "s3://b/k?.jpg",
@@ -351,16 +357,15 @@ def test_a_list_names_files_by_lines(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_line_that_names_a_file_again_is_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "NUM_RECENT", 4)  # so that the sorted part is reached
     names = [f"{number}.jpg" for number in range(50)]
     monkeypatch.chdir(make(tmp_path, *names))
     make(tmp_path, "elsewhere/x.jpg")
     Path("elsewhere/list").write_text("\n".join([*names, "elsewhere/x.jpg", *names, "./7.jpg"]))
-    files = list_files([], lists=["elsewhere/list"])
+    files = Listing([], lists=["elsewhere/list"])
     assert len(list(files)) == 51
     assert files.num_repeated == 51
-    assert len(places(".", lists=["elsewhere/list"])) == 52  # with the list itself
-    assert counted(list_files(["."], lists=["elsewhere/list"])).num_repeated == 102
+    assert len(listed(".", lists=["elsewhere/list"])) == 52  # with the list itself
+    assert counted(Listing(["."], lists=["elsewhere/list"])).num_repeated == 102
 
 
 def test_a_byte_order_mark_belongs_to_no_name(tmp_path: Path) -> None:
@@ -370,43 +375,42 @@ def test_a_byte_order_mark_belongs_to_no_name(tmp_path: Path) -> None:
 
 def test_a_line_that_no_file_can_have_is_missing(tmp_path: Path) -> None:
     (tmp_path / "list").write_text("x\0/captions.jsonl\n")
-    (file,) = list_files([], lists=[str(tmp_path / "list")], excluded=[tmp_path / "captions.jsonl"])
-    assert isinstance(file, ImageFile)
+    (file,) = Listing([], lists=[str(tmp_path / "list")], excluded=[tmp_path / "captions.jsonl"])
     with pytest.raises(ImageError, match="missing"):
         file.read(max_bytes=MANY)
 
 
 def test_the_standard_input_is_a_list_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a.jpg\nb.jpg\n")))
-    assert places(lists=["-"]) == [(".", "a.jpg"), (".", "b.jpg")]
+    assert listed(lists=["-"]) == [(".", "a.jpg"), (".", "b.jpg")]
     with pytest.raises(UserError, match="write it to a file"):
-        list_files([], lists=["-"], world_size=2)
+        Listing([], lists=["-"], world_size=2)
 
 
 def test_a_closed_standard_input_is_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(UserError, match="standard input, which is closed"):
-        list_files([], lists=["-"])
+        Listing([], lists=["-"])
 
 
 def test_a_list_that_is_a_pipe_is_for_one_process() -> None:
     source, sink = os.pipe()
     try:
         os.write(sink, b"a.jpg\n")
-        with pytest.raises(UserError, match=f"cannot share the list /dev/fd/{source}: write it to a file"):
-            list_files([], lists=[f"/dev/fd/{source}"], world_size=2)
-        files = list_files([], lists=[f"/dev/fd/{source}"])
+        with pytest.raises(UserError, match=f"cannot read the list /dev/fd/{source}: write it to a file"):
+            Listing([], lists=[f"/dev/fd/{source}"], world_size=2)
+        files = Listing([], lists=[f"/dev/fd/{source}"])
     finally:
         os.close(sink)
         os.close(source)
-    assert [file.path for file in files if isinstance(file, ImageFile)] == ["a.jpg"]
+    assert [file.path for file in files] == ["a.jpg"]
 
 
 @pytest.mark.parametrize("name", ["none", "folder", "x" * 300])
 def test_a_list_that_cannot_be_read_is_refused_at_once(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=f"cannot read the list .*{name}.*: give a text file"):
-        list_files([], lists=[str(tmp_path / name)])
+        Listing([], lists=[str(tmp_path / name)])
 
 
 # ---- shards -----------------------------------------------------------------------------------------------------
@@ -423,11 +427,10 @@ def test_every_sample_of_shards_is_listed_and_found_again(dataset: str, store: s
     if store == "memory":
         for path in Path(dataset).glob("*.*"):
             storage.write_atomic(storage.join(folder, path.name), path.read_bytes())
-    found = places(shards=[folder, folder])
+    found = listed(shards=[folder, folder])
     names = [f"train-{shard:06d}.tar/train-{key:09d}.jpg" for shard, key in ((0, 0), (0, 1), (0, 2), (1, 3), (1, 4))]
     assert found == [(folder, name) for name in names]
-    for file in list_files([], shards=[folder]):
-        assert isinstance(file, ImageFile)
+    for file in Listing([], shards=[folder]):
         assert locate(file.root, file.path) == file
         data = file.read(max_bytes=MANY)
         assert decode_rgb(data)[0].size == (32, 32)
@@ -442,10 +445,10 @@ def test_shards_that_are_damaged_or_gone_are_refused_one_by_one(tmp_path: Path) 
     (folder / "train-000000.index").unlink()
     (folder / "train-000001.index").write_bytes((folder / "train-000002.index").read_bytes())
     (folder / "train-000003.tar").unlink()
-    found = list(list_files([], shards=[str(folder)]))
-    reasons = {item.file.path: item.error.reason for item in found if isinstance(item, Refused)}
+    found = list(Listing([], shards=[str(folder)]))
+    reasons = {file.path: file.error.reason for file in found if file.error}
     assert reasons == {"train-000000.tar": "missing", "train-000001.tar": "unreadable"}
-    files = [item for item in found if isinstance(item, ImageFile)]
+    files = [file for file in found if file.error is None]
     assert len(files) == 2
     with pytest.raises(ImageError, match="missing"):
         files[1].read(max_bytes=MANY)
@@ -453,17 +456,17 @@ def test_shards_that_are_damaged_or_gone_are_refused_one_by_one(tmp_path: Path) 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no manifest"):
-        list_files([], shards=[str(make(tmp_path, "a.jpg"))])
+        Listing([], shards=[str(make(tmp_path, "a.jpg"))])
 
 
 def test_shards_that_cannot_be_looked_at_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot look at .*x .*: give --shards"):
-        list_files([], shards=[str(tmp_path / ("x" * 300))])
+    with pytest.raises(UserError, match=r"cannot read .*x .*: give --shards"):
+        Listing([], shards=[str(tmp_path / ("x" * 300))])
 
 
 def test_a_folder_that_is_called_like_a_tar_is_a_folder(tmp_path: Path) -> None:
     make(tmp_path, "x.tar/a.jpg")
-    (file,) = list_files([str(tmp_path)])
+    (file,) = Listing([str(tmp_path)])
     assert file == ImageFile(str(tmp_path), "x.tar/a.jpg") == locate(str(tmp_path), "x.tar/a.jpg")
 
 
@@ -481,21 +484,19 @@ def fill(folder: str) -> dict[str, bytes]:
 def test_urls_of_folders_files_and_globs(store: str, request: pytest.FixtureRequest) -> None:
     folder = f"s3://{request.getfixturevalue('bucket').name}/p" if store == "s3" else f"memory://{uuid4()}"
     files = fill(folder)
-    assert places(folder) == sorted((folder, name) for name in files)
+    assert listed(folder) == sorted((folder, name) for name in files)
     assert paths(folder, f"{folder}/", f"{folder}/**/*.jpg") == sorted(files)
-    assert {
-        file.path: file.read(max_bytes=100) for file in list_files([folder]) if isinstance(file, ImageFile)
-    } == files
+    assert {file.path: file.read(max_bytes=100) for file in Listing([folder])} == files
     with pytest.raises(ImageError, match="too large"):
         ImageFile(folder, "a b.jpg").read(max_bytes=3)
     with pytest.raises(ImageError, match="missing"):
         ImageFile(folder, "none").read(max_bytes=3)
-    assert places(f"{folder}/a b.jpg") == [(folder, "a b.jpg")]
-    assert places(f"{folder}/*/*.jpg") == [(folder, "sub/é?#%20.jpg")]
-    assert places(f"{folder}/sub/**/*.png") == [(f"{folder}/sub", "deep/c.png")]
+    assert listed(f"{folder}/a b.jpg") == [(folder, "a b.jpg")]
+    assert listed(f"{folder}/*/*.jpg") == [(folder, "sub/é?#%20.jpg")]
+    assert listed(f"{folder}/sub/**/*.png") == [(f"{folder}/sub", "deep/c.png")]
     for place in (f"{folder}/none", f"{folder}/none/", f"{folder}/*.gif"):
         with pytest.raises(UserError, match=place.replace("*", r"\*")):
-            list_files([place])
+            Listing([place])
 
 
 def test_the_web_is_listed_where_its_server_shows_it(nginx: tuple[str, Path]) -> None:
@@ -506,30 +507,24 @@ def test_the_web_is_listed_where_its_server_shows_it(nginx: tuple[str, Path]) ->
     folder = f"{address}/listed"
     expected = ["a%20b%26c.jpg", "empty", "sub/50%25.jpg", "sub/deep/d%3B%C3%A9.png"]
     assert [path.lower() for path in paths(folder)] == [path.lower() for path in expected]
-    for file in list_files([f"{folder}/"]):
-        assert isinstance(file, ImageFile)
+    for file in Listing([f"{folder}/"]):
         data = file.read(max_bytes=100)
         assert data == b"" if file.path == "empty" else file.path.rpartition("/")[2][-4:].encode() in data
     assert paths(f"{folder}/sub/**/*.jpg") == ["50%25.jpg"]
-    assert places(f"{address}/hidden/x.jpg?size=3/4") == [(f"{address}/hidden", "x.jpg?size=3/4")]
-    (file,) = list_files([f"{address}/hidden/x.jpg?size=3/4"])
-    assert isinstance(file, ImageFile)
+    assert listed(f"{address}/hidden/x.jpg?size=3/4") == [(f"{address}/hidden", "x.jpg?size=3/4")]
+    (file,) = Listing([f"{address}/hidden/x.jpg?size=3/4"])
     assert file.read(max_bytes=100) == b"x.jpg"
     for place in (f"{address}/hidden/", f"{address}/hidden", f"{address}/none.jpg", f"{address}/listed/none/"):
         with pytest.raises(UserError, match=place):
-            list_files([place])
+            Listing([place])
 
 
 def test_a_server_that_leads_in_circles_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "scan_folder", lambda folder: iter([("up", True), ("a.jpg", False)]))
-    found = list(Listing([listing._Root("http://host/p", patterns=listing.EVERYTHING)]))
-    assert sum(isinstance(item, ImageFile) for item in found) == 33
-    (end,) = (item for item in found if isinstance(item, Refused))
-    assert end.file.path == "/".join(["up"] * 33)
-    assert (end.error.reason, end.error.message) == (
-        "unreadable",
-        "more than 32 folders deep: it may be a circle",
-    )
+    *files, last = Listing(["http://host/p"])
+    assert len(files) == 33
+    assert last.path == "/".join(["up"] * 33)
+    assert str(last.error) == "unreadable: more than 32 folders deep: it may be a loop"
 
 
 # ---- shares and size --------------------------------------------------------------------------------------------
@@ -543,8 +538,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(max_examples=20, deadline=None)
 @given(world_size=st.integers(1, 20))
 def test_the_shares_of_any_number_of_processes_are_a_partition(tree: Path, world_size: int) -> None:
-    shares = [places(tree, rank=rank, world_size=world_size) for rank in range(world_size)]
-    assert sorted(chain.from_iterable(shares)) == places(tree)
+    shares = [listed(tree, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert sorted(chain.from_iterable(shares)) == listed(tree)
     assert max(map(len, shares)) < 3 * 200 / world_size + 12
 
 
@@ -561,7 +556,7 @@ def test_the_first_file_comes_before_a_folder_has_been_read(tmp_path: Path, monk
     make(tmp_path, *(f"{number}.jpg" for number in range(500)))
     real, taken = listing._scan, []
     monkeypatch.setattr(listing, "_scan", lambda folder: (taken.append(item) or item for item in real(folder)))
-    files = list_files([str(tmp_path)])
+    files = Listing([str(tmp_path)])
     next(files)
     assert len(taken) <= 2
     assert len(list(files)) == 499
@@ -570,7 +565,7 @@ def test_the_first_file_comes_before_a_folder_has_been_read(tmp_path: Path, monk
 LIST_LARGE = """
 import os, resource, sys, tempfile
 from pathlib import Path
-from infer.listing import list_files
+from infer.listing import Listing
 kind, num_files, memory = sys.argv[1], int(sys.argv[2]), Path("/dev/shm")
 with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
     if kind == "list":
@@ -580,7 +575,7 @@ with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as fol
         for number in range(num_files):
             os.close(os.open(str(number), os.O_CREAT | os.O_WRONLY, dir_fd=handle))
     sources = {"lists": [f"{folder}/list"]} if kind == "list" else {"images": [folder]}
-    files = list_files(**{"images": [], **sources}, excluded=[Path("captions.jsonl")], world_size=1)
+    files = Listing(**{"images": [], **sources}, excluded=[Path("captions.jsonl")], world_size=1)
     next(files)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert sum(1 for _ in files) == num_files - 1
@@ -588,6 +583,7 @@ with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as fol
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "num_files"), [("folder", 200_000), ("list", 100_000)])
 def test_memory_stays_under_32_bytes_a_file(kind: str, num_files: int) -> None:
     line = [sys.executable, "-c", LIST_LARGE, kind, str(num_files)]

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import crash
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 from tiny import picture
 
+from captioner import workers
 from captioner.errors import UserError
 from captioner.images.loading import ImageError
 from captioner.images.views import ViewSpec, read_eval_view
 from infer import reading
-from infer.listing import ImageFile, Refused
-from infer.reading import Batch, Picture, Reader
+from infer.listing import ImageFile
+from infer.reading import Batch, DecodedImage, Reader
 
 VIEW = ViewSpec(size=20, crop=16)
 
@@ -34,23 +36,23 @@ def spoil(file: ImageFile, words: bytes) -> None:
 
 
 def read_all(
-    files: list[ImageFile | Refused] | list[ImageFile], *, num_workers: int = 2, batch_size: int = 4, num_held: int = 1
-) -> tuple[dict[str, Picture], dict[str, np.ndarray]]:
+    files: list[ImageFile], *, num_workers: int = 2, batch_size: int = 4, num_held: int = 1
+) -> tuple[dict[str, DecodedImage], dict[str, np.ndarray]]:
     """All pictures and the views of the usable ones, by path; as many batches are held as may be."""
-    pictures: dict[str, Picture] = {}
+    pictures: dict[str, DecodedImage] = {}
     views: dict[str, np.ndarray] = {}
 
     def take(batch: Batch) -> None:
-        usable = [picture for picture in batch.pictures if picture.error is None]
+        usable = [picture for picture in batch.images if picture.error is None]
         assert len(usable) == len(batch.views_BPP3)
-        for own in batch.pictures:
+        for own in batch.images:
             assert own.file.path not in pictures
             pictures[own.file.path] = own
         views.update({own.file.path: view.copy() for own, view in zip(usable, batch.views_BPP3, strict=True)})
 
     with Reader(iter(files), VIEW, batch_size=batch_size, num_workers=num_workers, num_held=num_held) as reader:
         held: list[Batch] = []
-        while (batch := reader.next_batch()) is not None:
+        for batch in reader:
             held.append(batch)
             if len(held) == num_held:
                 take(held[0])
@@ -83,14 +85,14 @@ def test_files_that_cannot_be_used_say_why_and_the_others_of_their_batch_come(tm
     Path(files[0].location).unlink()
     Path(files[4].location).write_bytes(b"no picture")
     Path(files[5].location).write_bytes(b"")
-    refused = [Refused(ImageFile(str(tmp_path), f"pipe-{n}"), ImageError("special file", "a pipe")) for n in range(6)]
-    pictures, views = read_all([*files[:3], *refused, *files[3:]])
+    closed = [ImageFile(str(tmp_path), f"{n}", error=ImageError("unreadable", "no permission")) for n in range(6)]
+    pictures, views = read_all([*files[:3], *closed, *files[3:]])
     errors = {path: picture.error.reason for path, picture in pictures.items() if picture.error}
     assert errors == {
         "000.png": "missing",
         "004.png": "undecodable",
         "005.png": "empty",
-        **{f"pipe-{n}": "special file" for n in range(6)},
+        **{f"{n}": "unreadable" for n in range(6)},
     }
     check_views([files[number] for number in (1, 2, 3, 6, 7, 8)], views)
 
@@ -110,9 +112,7 @@ def test_files_are_taken_as_they_are_needed(tmp_path: Path) -> None:
             yield files[taken % 3]
 
     with Reader(endless(), VIEW, batch_size=2, num_workers=2, num_held=1) as reader:
-        for _ in range(20):
-            batch = reader.next_batch()
-            assert batch is not None
+        for batch in islice(reader, 20):
             reader.release(batch)
     assert taken < 2 * (20 + 10)
 
@@ -120,7 +120,7 @@ def test_files_are_taken_as_they_are_needed(tmp_path: Path) -> None:
 def test_pictures_at_which_the_decoder_crashes_are_left_out_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("infer.reading._work", crash.reading_deadly_pictures)
+    monkeypatch.setattr("infer.reading._decode", crash.decoding_deadly_pictures)
     files = make_files(tmp_path, 14)
     for number in (0, 5, 6, 13):
         spoil(files[number], crash.DEADLY)
@@ -133,9 +133,9 @@ def test_pictures_at_which_the_decoder_crashes_are_left_out_alone(
 
 
 def test_a_picture_at_which_the_decoder_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infer.reading._work", crash.reading_deadly_pictures)
+    monkeypatch.setattr("infer.reading._decode", crash.decoding_deadly_pictures)
     monkeypatch.setattr(reading, "MAX_SECONDS", 4.0)
-    monkeypatch.setattr(reading, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(workers, "POLL_SECONDS", 0.1)
     files = make_files(tmp_path, 6)
     spoil(files[2], crash.ENDLESS)
     pictures, views = read_all(files)
@@ -148,24 +148,24 @@ def test_a_picture_at_which_the_decoder_hangs_is_given_up(tmp_path: Path, monkey
 def test_a_pause_of_everything_costs_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of Ctrl-Z or a frozen machine: nobody speaks, and nobody has looked."""
     monkeypatch.setattr(reading, "MAX_SECONDS", 1.0)
-    monkeypatch.setattr(reading, "MAX_SECONDS_BETWEEN_LOOKS", 0.5)
-    pictures: list[Picture] = []
+    monkeypatch.setattr(workers, "POLL_SECONDS", 0.1)
+    pictures: list[DecodedImage] = []
     with Reader(iter(make_files(tmp_path, 40)), VIEW, batch_size=2, num_workers=2, num_held=1) as reader:
-        while (batch := reader.next_batch()) is not None:
-            pictures += batch.pictures
+        for batch in reader:
+            pictures += batch.images
             reader.release(batch)
             if len(pictures) == 4:
-                reader._hand_out()
-                for worker in reader._workers:
-                    os.kill(worker.process.pid or 0, signal.SIGSTOP)
+                pids = [worker.process.pid or 0 for worker in reader._pool._workers]
+                for pid in pids:
+                    os.kill(pid, signal.SIGSTOP)
                 time.sleep(2.0)
-                for worker in reader._workers:
-                    os.kill(worker.process.pid or 0, signal.SIGCONT)
+                for pid in pids:
+                    os.kill(pid, signal.SIGCONT)
     assert len(pictures) == 40
     assert not [picture for picture in pictures if picture.error]
 
 
 def test_workers_that_always_die_end_the_run_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infer.reading._work", crash.always)
-    with pytest.raises(UserError, match=r"reading processes died and none has read a picture .*exit code 9.*--workers"):
+    monkeypatch.setattr("infer.reading._decode", crash.always)
+    with pytest.raises(UserError, match=r"worker processes died 30 times at .*000\.png.* \(exit code 9\)"):
         read_all(make_files(tmp_path, 30))

@@ -125,6 +125,7 @@ def write_until_killed(part: Path, written: Connection) -> None:
         written.send(start + 50)
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_no_written_row_and_leaves_no_half_one(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     rng = random.Random(6)

@@ -369,15 +369,15 @@ def test_a_kill_before_the_renaming_leaves_no_half_folder(
 
 @pytest.mark.parametrize("file", ["config.json", "vocabulary.json", "metrics.json", "README.md"])
 def test_a_kill_while_writing_leaves_no_half_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
-    write = Path.write_text
+    write = storage.write_atomic
 
-    def write_or_die(self: Path, *args: Any, **options: Any) -> int:
-        if self.name == file:
+    def write_or_die(location: str, content: bytes | str) -> None:
+        if Path(location).name == file:
             raise KeyboardInterrupt
-        return write(self, *args, **options)
+        write(location, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", write_or_die)
+        patch.setattr(storage, "write_atomic", write_or_die)
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path / "model")
     assert not (tmp_path / "model").exists()

@@ -396,6 +396,7 @@ def test_a_bundle_decodes_with_its_own_length_penalty(model: Path) -> None:
     assert sum(len(caption.tokens) for caption in plain) < sum(len(caption.tokens) for caption in mean)
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path: Path, model: Path, shards: str, scored: Any) -> None:
     torchrun = [str(Path(sys.executable).parent / TORCHRUN[0]), *TORCHRUN[1:], str(REPOSITORY / "train/evaluate.py")]
     flags = ["--model", str(model), "--shards", shards, "--batch-size", str(BATCH), "--workers", "0"]

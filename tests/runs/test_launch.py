@@ -19,6 +19,8 @@ from trainer import Running, run_training, start_training
 from train.run import launch
 from train.run.steps import StopVote
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHERS = {
     "torchrun": ("torchrun", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
@@ -148,7 +150,7 @@ def test_only_a_launchers_end_counts_as_sigterm(launched: bool, monkeypatch: pyt
     if launched:
         monkeypatch.setenv(launch.LAUNCHERS[0], "1")
     parents, sent = iter([7, 7, 7]), []
-    monkeypatch.setattr(launch, "LAUNCHER_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(launch, "LAUNCHER_POLL_SECONDS", 0.01)
     monkeypatch.setattr(os, "getppid", lambda: next(parents, 1))
     monkeypatch.setattr(os, "kill", lambda *arguments: sent.append(arguments))
     launch.end_with_launcher()

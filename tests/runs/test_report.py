@@ -213,8 +213,8 @@ def test_the_page_needs_no_other_file_and_no_script(tmp_path: Path) -> None:
     (image,) = page.attributes("img")
     embedded = base64.b64decode(image["src"].removeprefix("data:image/jpeg;base64,"), validate=True)
     assert embedded == (tmp_path / "samples" / "00.jpg").read_bytes()
-    assert image["alt"] == "Validation picture 1"
-    assert "The picture is gone." in page.text("p")
+    assert image["alt"] == "Validation image 1"
+    assert "The image is gone." in page.text("p")
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.elements}
     addresses = re.findall(r"https?://[^\s\"']+", page.source)
     assert set(addresses) <= {"http://www.w3.org/2000/svg"}
@@ -276,7 +276,7 @@ def test_a_value_axis_is_short_round_and_holds_all_values(values: list[float]) -
     assert 0 in axis.ticks
     for tick in axis.ticks:
         assert math.isclose(tick, float(f"{tick:.3g}"), rel_tol=1e-9)
-        assert axis.end - 0.01 <= axis.place(tick) <= axis.start + 0.01
+        assert axis.end - 0.01 <= axis.position(tick) <= axis.start + 0.01
 
 
 def test_ticks_of_steps_are_short(tmp_path: Path) -> None:
@@ -291,5 +291,5 @@ def test_a_step_axis_has_whole_ticks(last_step: int) -> None:
     assert axis.ticks[0] == 0
     assert 1 <= len(axis.ticks) <= 7
     assert all(tick == int(tick) and 0 <= tick <= max(last_step, 1) for tick in axis.ticks)
-    assert axis.place(axis.low) == axis.start
-    assert axis.place(last_step) <= axis.end
+    assert axis.position(axis.low) == axis.start
+    assert axis.position(last_step) <= axis.end

@@ -11,6 +11,8 @@ from trainer import run_training, start
 from sharding import make_shards
 from sharding.settings import ShardSettings
 
+pytestmark = pytest.mark.slow
+
 CAPTIONS = ["A brown dog runs on grass.", "Two cats sleep on a sofa.", "A red car in the rain.", "A dog sleeps."]
 TINY = ["--encoder", "small_cnn", "--weights", "none", "--finetune-encoder-from-step", 0, "--crop", 32]
 

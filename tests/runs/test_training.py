@@ -36,6 +36,8 @@ from train.run.launch import start_accelerator
 from train.step.schedule import make_optimizer
 from train.step.step import CaptionLoss, distribute
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 TORCHRUN = ("torchrun", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
 NUM_TRAIN, NUM_VAL, BATCH = 33, 10, 8  # the last batch holds one image: the second rank has none
@@ -214,8 +216,8 @@ def test_ranks_draw_their_own_noise_and_start_with_the_same_weights(tmp_path: Pa
         assert not torch.equal(first[name], second[name]), name
 
 
-def test_parts_of_a_batch_add_up_on_two_processes(shards: Path, tmp_path: Path) -> None:
-    """The encoder starts to learn in the middle, and the parts differ from the whole by their batch norm alone."""
+def test_micro_batches_add_up_on_two_processes(shards: Path, tmp_path: Path) -> None:
+    """The encoder is trained from the middle on, and micro-batches differ from the batch by their batch norm alone."""
     more = ("--epochs", 2, "--finetune-encoder-from-step", 6, "--scheduled-sampling", 0.3, "--label-smoothing", 0.1)
     printed = finished(shards, tmp_path / "run", *more, "--accumulation-steps", 2, world_size=2)
     assert "2 epochs of 5 steps on 2 x cpu" in printed
@@ -302,7 +304,7 @@ def test_checkpoints_hold_no_frozen_weights_and_are_few(shards: Path, tmp_path: 
     assert "model.embed.weight" in names
     assert not {name for name in names if "encoder" in name}
     assert set(load_file(output / "encoder.safetensors")) == set(load_file(pretrained))
-    pretrained.unlink()  # a resumed run needs it no more
+    pretrained.unlink()  # a resumed run does not need it
     running = start_training(flags(shards, output, *more, "--resume"), log=log)
     wait_for(lambda: any(path.name.startswith("epoch-0007") for path in checkpoints(output)), running)
     running.kill()
@@ -342,7 +344,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_usable(shards: Path, tmp_path:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_loss_that_is_no_number_ends_the_run(shards: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run(shards: Path, tmp_path: Path) -> None:
     done = run(shards, tmp_path / "run", "--epochs", 2, "--learning-rate", "1e38", "--schedule", "constant")
     assert done.code == 2
     last = done.output.splitlines()[-1]
@@ -350,7 +352,7 @@ def test_a_loss_that_is_no_number_ends_the_run(shards: Path, tmp_path: Path) -> 
     assert not checkpoints(tmp_path / "run")
 
 
-def test_it_stops_where_cider_gets_no_better(shards: Path, tmp_path: Path) -> None:
+def test_it_stops_when_cider_does_not_improve(shards: Path, tmp_path: Path) -> None:
     more = ("--epochs", 30, "--learning-rate", "1e-9", "--encoder-learning-rate", "1e-9", "--patience-epochs", 2)
     finished(shards, tmp_path / "run", *more)
     rows = history(tmp_path / "run")
@@ -361,7 +363,7 @@ def test_it_stops_where_cider_gets_no_better(shards: Path, tmp_path: Path) -> No
 # ---- from a trained model -----------------------------------------------------------------------------------
 
 
-def test_a_trained_model_goes_on_with_new_words(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_trained_model_continues_with_new_words(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
     mine = Path(tiny.write_shards(tmp_path / "mine", [6], size=36))
     tiny.write_shards(tmp_path / "mine", [3], size=36, split="val", first=50)
     start = ["--shards", mine, "--output", tmp_path / "run", "--init", undisturbed / "model", "--epochs", 1]
@@ -422,7 +424,7 @@ LONELY_LAUNCH = ("accelerate", "launch", "--cpu", "--num_processes", "2")
 def test_a_launch_that_gives_fewer_processes_than_announced_is_refused(
     shards: Path, tmp_path: Path, launcher: tuple[str, ...], announced: str
 ) -> None:
-    """Without GPUs both processes of a plain torchrun would believe to be alone, and accelerate starts only one."""
+    """Without GPUs each process of a plain torchrun trains alone, and accelerate starts only one."""
     if torch.cuda.is_available():
         pytest.skip("on a machine with GPUs these launches give what they announce")
     done = train(shards, tmp_path / "run", launcher=launcher)
@@ -473,18 +475,7 @@ def test_missing_shards_name_the_command_that_makes_them(tmp_path: Path) -> None
 
 
 def test_a_random_frozen_encoder_is_refused(shards: Path, tmp_path: Path) -> None:
-    start = [
-        "--shards",
-        shards,
-        "--output",
-        tmp_path / "r",
-        "--encoder",
-        "small_cnn",
-        "--weights",
-        "none",
-        "--crop",
-        32,
-    ]
-    done = run_training(start, log=tmp_path / "log")
+    model = ("--encoder", "small_cnn", "--weights", "none", "--crop", 32)
+    done = run_training(["--shards", shards, "--output", tmp_path / "r", *model], log=tmp_path / "log")
     assert done.code == 2
     assert "--finetune-encoder-from-step 0" in done.output

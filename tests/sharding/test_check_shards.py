@@ -245,7 +245,7 @@ def lose_a_token(members: Members) -> Members:
 
 
 FORGERIES: list[tuple[Callable[[Members], Members], str]] = [
-    (swap_pictures, "crc32s_M differ"),
+    (swap_pictures, "crc32s_M"),
     (lambda members: [*members[2:], *members[:2]], "does not follow"),
     (lambda members: [members[0], members[2], members[1], *members[3:]], "no caption"),
     (lambda members: members[:-1], "no caption"),
@@ -253,7 +253,7 @@ FORGERIES: list[tuple[Callable[[Members], Members], str]] = [
     (lambda members: [(members[0][0], members[0][1][:200]), *members[1:]], "truncated"),
     (lambda members: [("a.jpg", members[0][1]), ("a.json", members[1][1]), *members[2:]], "key a"),
     (lose_a_field, "has not the fields"),
-    (lose_a_token, "caption_lengths, words differ"),
+    (lose_a_token, "caption_lengths"),
 ]
 
 
@@ -376,10 +376,10 @@ def test_repair_says_what_it_needs_and_takes_a_source_that_moved(whole: Path, tm
     assert digests(tmp_path / "again").keys() == digests(whole).keys()
     moved = Path(move(data, tmp_path / "moved"))
     (tmp_path / "again" / "train-000001.tar").unlink()
-    with pytest.raises(UserError, match=r"the images .* to pack train-000001 again.*coco/train2014: give --images"):
-        repair(tmp_path / "again")
-    with pytest.raises(UserError, match=r"the captions .*captions_train2014.json: give --captions"):
+    with pytest.raises(UserError, match=r"train-000001 cannot be packed again: .*captions_train2014.json.*--captions"):
         repair(tmp_path / "again", images=str(moved))
+    with pytest.raises(UserError, match=r"train-000001 cannot be packed again: .*coco/train2014.*--images"):
+        repair(tmp_path / "again", captions=str(moved / "annotations"))
     repair(tmp_path / "again", images=str(moved), captions=str(moved / "annotations"))
     assert digests(tmp_path / "again")["train-000001.tar"] == digests(whole)["train-000001.tar"]
 
@@ -760,7 +760,7 @@ def test_faults_in_a_foreign_folder_are_found_and_its_indexes_repaired(foreign: 
     with pytest.raises(SystemExit):
         repair(foreign, split="train")
     (found,) = problems(foreign, "train")
-    assert (found.part, found.remedy) == ("tar", "bring the file back from where it came")
+    assert (found.part, found.remedy) == ("tar", "restore the file from where it came")
 
 
 def test_indexing_twice_gives_the_same_files(foreign: Path) -> None:

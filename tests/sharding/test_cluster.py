@@ -20,6 +20,8 @@ from sharding.packing.pack import PackedShard, Report
 from sharding.packing.planning import ShardPlan
 from sharding.settings import ShardSettings
 
+pytestmark = [pytest.mark.slow, pytest.mark.external]
+
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[ray]'")
 
 NODE: dict[str, Any] = {"object_store_memory": 80_000_000, "include_dashboard": False}  # for a small /dev/shm

@@ -288,7 +288,7 @@ NOTHING = {  # rows of a table, and what the error says of them
     "no captions": ("a.jpg,\nb.jpg, \n", "2 empty caption, 2 no caption.*line 2"),
     "bad rows": ("a.jpg\nb.jpg\n", "2 bad row.*1 cells under 2 columns"),
     "bad encoding": ("a.jpg,\udce9\n", "1 bad encoding.*not UTF-8"),
-    "missing pictures": ("a.jpg,a cat\n", "none of the 1 pictures .* give --images"),
+    "missing pictures": ("a.jpg,a cat\n", "none of the 1 images .* give --images"),
     "undecodable pictures": ("bad.jpg,a cat\nempty.jpg,a dog\n", "could be packed .*1 empty, 1 undecodable.*bad.jpg"),
 }
 
@@ -456,7 +456,7 @@ def test_the_exit_code_says_whether_more_failed_than_allowed(
 
 
 def test_pictures_that_are_all_missing_are_a_wrong_folder(coco: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none of the 6 pictures .*: give --images the folder"):
+    with pytest.raises(UserError, match=r"none of the 6 images .*: give --images the folder"):
         pack(coco, tmp_path / "shards", images=str(coco / "annotations"))
 
 

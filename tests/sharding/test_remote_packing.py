@@ -21,6 +21,8 @@ from captioner.shards.writing import claim
 from sharding import make_shards
 from sharding.settings import ShardSettings
 
+pytestmark = [pytest.mark.slow, pytest.mark.external]
+
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [
     *("plain.jpg", "a b.jpg", 'it\'s "q".jpg', "50%.jpg", "%20.jpg", "a#b?c=d&e;f.jpg", "кот é 猫.jpg"),

@@ -255,7 +255,7 @@ def test_changed_input_is_refused_with_what_differs(coco: Path, tmp_path: Path, 
     some = sorted((data / "train2014").iterdir())[7]
     content = some.read_bytes()
     picture(99).save(some)
-    with pytest.raises(UserError, match=r"made differently \(pictures were added, removed, or changed in size\)"):
+    with pytest.raises(UserError, match=r"made differently \(images were added, removed, or changed in size\)"):
         make_shards.main(flags(data, output))
     some.unlink()
     with pytest.raises(UserError, match="made differently"):
@@ -391,8 +391,8 @@ def test_a_shard_whose_worker_dies_is_packed_by_another(
 def test_a_shard_that_kills_every_worker_ends_the_run_with_its_name(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sharding.packing.engine._work", crash.always)
-    with pytest.raises(UserError, match=r"the process that packs train-0000\d\d died 3 times \(exit code 9\)"):
+    monkeypatch.setattr("sharding.packing.engine._pack", crash.always)
+    with pytest.raises(UserError, match=r"died 3 times at train-0000\d\d \(exit code 9\)"):
         make_shards.main(flags(coco, tmp_path / "shards", workers=2))
 
 
@@ -404,7 +404,7 @@ def test_a_picture_that_crashes_the_decoder_is_a_failure_and_costs_no_other_pict
     shutil.copytree(coco, data)
     some = sorted((data / "train2014").iterdir())[7]
     picture(7).save(some, comment=crash.DEADLY)
-    monkeypatch.setattr("sharding.packing.engine._work", crash.packing_deadly_pictures)
+    monkeypatch.setattr("sharding.packing.engine._pack", crash.packing_deadly_pictures)
     make_shards.main(flags(data, tmp_path / "shards", workers=2))
     failures = [json.loads(line) for line in (tmp_path / "shards/train.failures.jsonl").read_text().splitlines()]
     assert failures == [{"name": some.name, "reason": "undecodable", "message": "it crashes the decoder"}]

@@ -15,6 +15,8 @@ from webdataset import ShardWriter
 
 from captioner.streaming import index_shards
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = REPOSITORY / "docs" / "streaming"
 NEEDS = {"lightning.md": "lightning", "hugging-face-trainer.md": "transformers"}

@@ -20,6 +20,8 @@ import torch
 from streaming_data import write_split
 from streaming_jobs import BATCH, EPOCHS, open_loader
 
+pytestmark = pytest.mark.slow
+
 SIZES = (7, 5, 11, 1, 9, 8)
 NUM_STEPS = 4  # of an epoch of 41 samples
 SECONDS = 120

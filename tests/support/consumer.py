@@ -26,13 +26,17 @@ context.set_forkserver_preload(["consumer", "accelerate", "train.main", "infer.c
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to consume, into which run folder; with a pause after each step, in seconds."""
+    """What to consume, into which run folder; with a pause after each step, in seconds.
+
+    All ranks die as by kill -9 after the (epoch, step) `dies_at`.
+    """
 
     shards: tuple[str, ...]
     run: Path
     epochs: int = 1
     workers: int = 0
     pause: float = 0.0
+    dies_at: tuple[int, int] | None = None
     cache: Path | None = None
 
 
@@ -211,6 +215,8 @@ def consume(job: Job) -> None:
                 row = [epoch, step, loader.rank, loader.world_size, batch.positions, batch.keys, digest]
                 log.write(json.dumps([time.time(), *row]) + "\n")
                 log.flush()
+                if (epoch, step) == job.dies_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(job.pause)
                 if (step + 1) % CHECKPOINT_STEPS == 0 and step + 1 < len(loader):
                     checkpoints.save()

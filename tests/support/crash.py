@@ -2,7 +2,6 @@
 
 import os
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from sharding.settings import ShardSettings
 DEADLY = b"this kills"
 ENDLESS = b"this hangs"
 
-pack, read = engine._work, reading._work
+pack, decode, open_picture = engine._pack, reading._decode, loading._open
 
 
 def pack_with_signal(settings: ShardSettings, file: str, moment: str, number: int) -> None:
@@ -40,32 +39,27 @@ def pack_with_signal(settings: ShardSettings, file: str, moment: str, number: in
     make_shards.main(settings)
 
 
-def always(pipe: Connection, *_: Any) -> None:
+def always(*_: Any, **__: Any) -> None:
     """Die of the first task, before any picture."""
-    pipe.recv()
     os._exit(9)
 
 
-def packing_deadly_pictures(pipe: Connection, place: Any, folder: str) -> None:
-    """Pack as always, with a decoder that dies of certain pictures."""
-    _spoil_decoder()
-    pack(pipe, place, folder)
-
-
-def reading_deadly_pictures(*arguments: Any) -> None:
-    """Read as always, with a decoder that dies or hangs of certain pictures."""
-    _spoil_decoder()
-    read(*arguments)
-
-
-def _spoil_decoder() -> None:
-    open_picture = loading._open
-
-    def die_or_open(data: bytes) -> Any:
-        if DEADLY in data:
-            os._exit(9)
-        if ENDLESS in data:
-            time.sleep(3600)
-        return open_picture(data)
-
+def packing_deadly_pictures(*arguments: Any, **options: Any) -> Any:
+    """Pack with a decoder that dies of certain pictures."""
     loading._open = die_or_open
+    return pack(*arguments, **options)
+
+
+def decoding_deadly_pictures(*arguments: Any, **options: Any) -> Any:
+    """Decode with a decoder that dies or hangs of certain pictures."""
+    loading._open = die_or_open
+    return decode(*arguments, **options)
+
+
+def die_or_open(data: bytes) -> Any:
+    """Open a picture unless it is a deadly one."""
+    if DEADLY in data:
+        os._exit(9)
+    if ENDLESS in data:
+        time.sleep(3600)
+    return open_picture(data)

@@ -60,10 +60,12 @@ def start(
     rank_flags: Sequence[Sequence[object]] = (),
     peer_seconds: float = 60.0,
     slow: Sequence[str] = (),
+    stop: "StopAtRow | None" = None,
 ) -> Running:
     """A stage's command (`train/main.py`) with these flags, on so many gloo ranks; each may have flags of its own.
 
     `slow` names functions (`module:name:rank`) that take that rank longer than `peer_seconds` when it calls them first.
+    `stop` says where each rank of infer/main.py stops.
     """
     shared = {"ACCELERATE_USE_CPU": "true", "CAPTIONER_PEER_TIMEOUT_SECONDS": str(peer_seconds)}
     if world_size > 1:
@@ -72,10 +74,48 @@ def start(
     for rank, own_flags in enumerate(rank_flags or [()] * world_size):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
         arguments = [script, *map(str, [*flags, *own_flags])]
-        ranks.append(context.Process(target=_rank, args=(arguments, log, shared | own, [*slow])))
+        ranks.append(context.Process(target=_rank, args=(arguments, log, shared | own, [*slow], stop)))
     for rank in ranks:
         rank.start()
     return Running(ranks, log)
+
+
+@dataclass(frozen=True)
+class StopAtRow:
+    """A rank of infer/main.py that has written `num_rows` dies as by kill -9, or waits for the file `gate`.
+
+    Until the file is there it takes no other rank for lost, however long that takes to start.
+    """
+
+    num_rows: int
+    gate: Path | None = None
+
+    def install(self) -> None:
+        """Change this process so."""
+        from infer.peers import Peers
+        from infer.results import RowWriter
+
+        write, check, num_written = RowWriter.write, Peers.check, 0
+
+        def write_and_stop(writer: RowWriter, rows: list[Any]) -> Any:
+            nonlocal num_written
+            offsets = write(writer, rows)
+            num_written += len(rows)
+            if num_written >= self.num_rows and self.gate is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            while num_written >= self.num_rows and not self.is_open():
+                time.sleep(0.01)
+            return offsets
+
+        def check_when_open(peers: Peers) -> None:
+            if self.is_open():
+                check(peers)
+
+        RowWriter.write = write_and_stop  # type: ignore[method-assign, assignment]
+        Peers.check = check_when_open  # type: ignore[method-assign]
+
+    def is_open(self) -> bool:
+        return self.gate is not None and self.gate.exists()
 
 
 def start_training(flags: Sequence[object], *, log: Path, world_size: int = 1, **more: Any) -> Running:
@@ -112,7 +152,9 @@ def _slowed(function: Callable[..., Any], name: str, *, seconds: float) -> Calla
     return slow
 
 
-def _rank(arguments: list[str], log: Path, environment: dict[str, str], slow: Sequence[str]) -> None:
+def _rank(
+    arguments: list[str], log: Path, environment: dict[str, str], slow: Sequence[str], stop: StopAtRow | None
+) -> None:
     os.setsid()
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
@@ -133,5 +175,7 @@ def _rank(arguments: list[str], log: Path, environment: dict[str, str], slow: Se
     captioning.DESCRIBED_AT_ONCE = 4  # type: ignore[assignment]  # rows come now and then, of few pictures too
     agreement.VISIBLE_SECONDS = 1.0  # type: ignore[assignment]  # one disk needs none
     sys.stdout = os.fdopen(1, "w", buffering=1)
+    if stop:
+        stop.install()
     _slow_down(slow, seconds=float(environment["CAPTIONER_PEER_TIMEOUT_SECONDS"]) * 1.5)
     import_module(arguments[0].removesuffix(".py").replace("/", ".")).run()

@@ -1,4 +1,4 @@
-"""Batches of captioned pictures: the same views and parts on any ranks and workers; damage is never silent."""
+"""Batches of captioned images: the same views and micro-batches on any ranks and workers; damage is never silent."""
 
 import io
 import json
@@ -66,7 +66,7 @@ class Dataset:
         return loader
 
     def read(self, **options: Any) -> list[CaptionBatch]:
-        """An epoch's batches, of one part each."""
+        """An epoch's batches, of one micro-batch each."""
         return [batch for (batch,) in self.loader(**options)]
 
 
@@ -151,7 +151,7 @@ def keys_of(batches: list[CaptionBatch]) -> list[str]:
     return [key for batch in batches for key in batch.keys]
 
 
-# ---- parts of a batch ---------------------------------------------------------------------------------------
+# ---- micro-batches -------------------------------------------------------------------------------------------
 
 
 def test_a_rank_that_the_last_batch_does_not_reach_gets_a_filler(shared_dataset: Dataset) -> None:
@@ -165,22 +165,24 @@ def test_a_rank_that_the_last_batch_does_not_reach_gets_a_filler(shared_dataset:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(("world_size", "parts"), [(1, 1), (1, 2), (1, 6), (2, 3), (3, 2), (6, 1)])
-def test_parts_are_the_same_images_for_any_number_of_ranks(
-    shared_dataset: Dataset, world_size: int, parts: int, workers: int
+@pytest.mark.parametrize(("world_size", "num_micro_batches"), [(1, 1), (1, 2), (1, 6), (2, 3), (3, 2), (6, 1)])
+def test_micro_batches_are_the_same_images_for_any_number_of_ranks(
+    shared_dataset: Dataset, world_size: int, num_micro_batches: int, workers: int
 ) -> None:
-    """Part m has the samples whose offset in the global batch is m modulo the number of parts; none is empty."""
-    options = {"world_size": world_size, "accumulation_steps": parts, "workers": workers}
+    """Number m has the samples whose offset in the global batch is m modulo their number; none is empty."""
+    options = {"world_size": world_size, "accumulation_steps": num_micro_batches, "workers": workers}
     ranks = [list(shared_dataset.loader(rank=rank, **options)) for rank in range(world_size)]
     wanted, whole = shared_dataset.planned_keys(), rows_by_key(shared_dataset.read())
     for step in range(4):
         batch = wanted[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH]
-        assert {len(rank[step]) for rank in ranks} == {parts}
-        stride = min(parts, len(batch))
-        for part in range(parts):
-            batches = [rank[step][part] for rank in ranks]
-            assert [key for found in batches for key in found.keys] == (batch[part::stride] if part < stride else [])
-            assert all(len(found.inputs) <= GLOBAL_BATCH // world_size // parts for found in batches)
+        assert {len(rank[step]) for rank in ranks} == {num_micro_batches}
+        stride = min(num_micro_batches, len(batch))
+        for number in range(num_micro_batches):
+            batches = [rank[step][number] for rank in ranks]
+            assert [key for found in batches for key in found.keys] == (
+                batch[number::stride] if number < stride else []
+            )
+            assert all(len(found.inputs) <= GLOBAL_BATCH // world_size // num_micro_batches for found in batches)
             assert all(whole[key] == row for found in batches for key, row in rows_by_key([found]).items())
 
 
@@ -188,12 +190,12 @@ def rows_by_key(batches: list[CaptionBatch]) -> dict[str, bytes]:
     return {k: v.numpy().tobytes() for b in batches for k, v in zip(b.keys, b.inputs, strict=False)}
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_batch_that_was_broken_off_leaves_nothing_behind(shared_dataset: Dataset, parts: int) -> None:
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_a_batch_that_was_broken_off_leaves_nothing_behind(shared_dataset: Dataset, accumulation_steps: int) -> None:
     """An error, or the end of an iteration, may come in the middle of one; the same samples may come next."""
     batches = CaptionPipeline(
         split=shared_dataset.split, vocabulary=shared_dataset.vocabulary, crop=CROP, max_tokens=6,
-        batch_size=GLOBAL_BATCH, accumulation_steps=parts,
+        batch_size=GLOBAL_BATCH, accumulation_steps=accumulation_steps,
     )  # fmt: skip
     raw = StreamingLoader(shared_dataset.split, batch_size=GLOBAL_BATCH, collate=list, shuffle=False)
     samples: list[dict[str, Any]] = next(iter(raw))
@@ -267,7 +269,7 @@ def test_pictures_whose_captions_speak_of_sides_are_never_mirrored(shared_datase
     ],
 )
 def test_words_of_sides(caption: str, sided: bool) -> None:
-    assert views.speaks_of_sides(["a dog", caption]) == sided
+    assert views.mentions_sides(["a dog", caption]) == sided
 
 
 @pytest.mark.parametrize("workers", [1, 2])

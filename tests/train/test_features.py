@@ -26,7 +26,7 @@ from train.data.features import FeatureFiles, FeatureReader
 from train.data.folders import read_merged_vocabulary
 from train.run.encode import encoder_fingerprint, prepare_features
 from train.step.schedule import make_optimizer
-from train.step.step import CaptionLoss, train_step
+from train.step.step import CaptionLoss, TrainStep
 
 SIZES = [5, 0, 7, 3]
 VIEW = ViewSpec(size=32, crop=28)
@@ -96,13 +96,7 @@ def test_losses_are_those_without_them(shards: Path, workers: int) -> None:
         files = setting.prepare() if cached else None
         optimizer = make_optimizer(setting.loss_model.model, 1e-2, encoder_learning_rate=0.0)
         schedule = LambdaLR(optimizer, lambda _step: 1.0)
-        step = partial(
-            train_step,
-            setting.loss_model.train(),
-            optimizer=optimizer,
-            schedule=schedule,
-            accelerator=setting.accelerator,
-        )
+        step = TrainStep(setting.loss_model.train(), optimizer, schedule, setting.accelerator)
         batches = setting.batches(files)
         assert [batch.inputs.dim() for batch in batches] == [2 if cached else 4] * 4
         losses.append([float(record[0] / record[1]) for record in (step([batch]) for batch in batches)])

@@ -1,4 +1,4 @@
-"""The step's gradient is that of the mean over target tokens, in one part and several; fillers weigh nothing."""
+"""The step's gradient is that of the mean over target tokens, in one micro-batch and several; fillers weigh nothing."""
 
 import math
 import sys
@@ -20,7 +20,7 @@ from captioner.vocabulary import START
 from train.data.batches import CaptionBatch
 from train.settings import Schedule
 from train.step.schedule import make_optimizer, make_schedule
-from train.step.step import MAX_GRADIENT_NORM, CaptionLoss, StepLoss, check_finite, sample_inputs, train_step
+from train.step.step import MAX_GRADIENT_NORM, CaptionLoss, StepLoss, TrainStep, check_finite, sample_inputs
 
 VIEW = ViewSpec(size=32, crop=32)
 CAPTIONS = [[[4, 5, 6], [7]], [[9, 8, 7, 6, 5, 4]], [[5, 5], [8, 4, 9, 6, 7], [6]]]
@@ -63,14 +63,14 @@ def mean_gradients(model: CaptionModel, batch: CaptionBatch, *, smoothing: float
 
 
 def take_step(
-    model: CaptionModel, parts: Sequence[CaptionBatch], accelerator: Accelerator, *, smoothing: float = 0.0
+    model: CaptionModel, micro_batches: Sequence[CaptionBatch], accelerator: Accelerator, *, smoothing: float = 0.0
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Each parameter's change in a step of plain SGD at rate 1, with its sign turned: its gradient; and the record."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0)
     schedule = LambdaLR(optimizer, lambda _step: 1.0)
     loss_model = CaptionLoss(model, view=VIEW, label_smoothing=smoothing).train()
-    record = train_step(loss_model, parts, optimizer=optimizer, schedule=schedule, accelerator=accelerator)
+    record = TrainStep(loss_model, optimizer, schedule, accelerator)(micro_batches)
     changes = {name: before[name] - p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return changes, record
 
@@ -105,7 +105,7 @@ def test_the_record_is_the_plain_loss_before_the_step(accelerator: Accelerator) 
         assert record[0].item() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_wild_gradient_is_clipped_and_told_as_it_was(accelerator: Accelerator) -> None:
+def test_a_large_gradient_is_clipped_and_its_norm_before_is_returned(accelerator: Accelerator) -> None:
     model = make_model()
     with torch.no_grad():
         model.predict.weight *= 300
@@ -125,16 +125,18 @@ def test_a_second_step_starts_from_zero_gradients(accelerator: Accelerator) -> N
 
 
 @pytest.mark.parametrize("cuts", [(0, 1), (0, 2), (0, 1, 2)])
-def test_parts_of_unequal_length_add_up_to_the_whole_batch(accelerator: Accelerator, cuts: tuple[int, ...]) -> None:
+def test_micro_batches_of_unequal_length_add_up_to_the_whole_batch(
+    accelerator: Accelerator, cuts: tuple[int, ...]
+) -> None:
     """Batch norm is in eval mode: its batches are the micro-batches."""
     whole = make_batch(CAPTIONS)
     wanted = mean_gradients(eval_norm(make_model()), whole)
     ends = (*cuts[1:], len(CAPTIONS))
-    parts = [make_batch(CAPTIONS[cut:end], first_image=cut) for cut, end in zip(cuts, ends, strict=True)]
-    parts.append(make_filler())
+    micro_batches = [make_batch(CAPTIONS[cut:end], first_image=cut) for cut, end in zip(cuts, ends, strict=True)]
+    micro_batches.append(make_filler())
     model = eval_norm(make_model())
     model.train = lambda _mode=True: model  # type: ignore[method-assign]
-    found, record = take_step(model, parts, accelerator)
+    found, record = take_step(model, micro_batches, accelerator)
     assert_equal(found, wanted)
     assert record[1] == len(whole.captions.targets_M)
 
@@ -174,7 +176,7 @@ def test_what_is_not_a_number_ends_the_run_at_its_step(column: int, scaled: bool
 # ---- scheduled sampling -------------------------------------------------------------------------------------
 
 
-def test_guesses_replace_words_but_no_start_and_no_target() -> None:
+def test_sampled_words_replace_inputs_but_no_start_and_no_target() -> None:
     """A model that is sure of word 3 everywhere."""
     model, captions = make_model(), make_batch(CAPTIONS).captions
     with torch.no_grad():
@@ -188,7 +190,7 @@ def test_guesses_replace_words_but_no_start_and_no_target() -> None:
     assert torch.equal(sample_inputs(model, image_BE, captions, fraction=0.0).inputs_M, captions.inputs_M)
 
 
-def test_a_guess_stands_where_the_word_it_foretells_stood() -> None:
+def test_a_sampled_word_replaces_the_word_that_it_predicts() -> None:
     """A model that is sure of the true next word gives back the captions themselves."""
     model, captions = make_model(), pack([[[4, 5, 6], [7, 8]], [[9, 8, 4, 6, 5]]], max_tokens=20)
     torch.manual_seed(1)
@@ -201,15 +203,15 @@ def test_a_guess_stands_where_the_word_it_foretells_stood() -> None:
     assert torch.equal(found.inputs_M, captions.inputs_M)
 
 
-def test_about_the_given_share_is_replaced() -> None:
+def test_about_the_given_fraction_is_replaced() -> None:
     captions = pack([[[4] * 18] * 50] * 4, max_tokens=20)
     model = make_model()
     with torch.no_grad():
         model.predict.bias[3] = 100
     torch.manual_seed(0)
     found = sample_inputs(model, torch.zeros((4, 6)), captions, fraction=0.25)
-    share = (found.inputs_M == 3).float().mean() * 19 / 18  # the first of 19 inputs is never replaced
-    assert 0.23 < share < 0.27
+    fraction = (found.inputs_M == 3).float().mean() * 19 / 18  # the first of 19 inputs is never replaced
+    assert 0.23 < fraction < 0.27
 
 
 # ---- learning rate and losses -------------------------------------------------------------------------------
@@ -273,25 +275,24 @@ def test_an_encoder_that_learns_later_is_a_frozen_one_until_then(accelerator: Ac
     before = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
     optimizer = make_optimizer(model, 0.1, encoder_learning_rate=0.1)
     schedule = LambdaLR(optimizer, lambda _step: 1.0)
-    loss_model = CaptionLoss(model, view=VIEW, thaw_step=2).train()
+    take_step = TrainStep(CaptionLoss(model, view=VIEW, thaw_step=2).train(), optimizer, schedule, accelerator)
 
     def changes(step: int) -> bool:
         """Whether a step changes any of the encoder's parameters and statistics."""
-        batch = make_batch(CAPTIONS)
-        train_step(loss_model, [batch], step, optimizer=optimizer, schedule=schedule, accelerator=accelerator)
+        take_step([make_batch(CAPTIONS)], step)
         return any(not torch.equal(tensor, before[name]) for name, tensor in model.encoder.state_dict().items())
 
     assert [changes(step) for step in (1, 2, 3)] == [False, False, True]
 
 
-def test_losses_are_told_a_token() -> None:
+def test_losses_are_means_over_tokens() -> None:
     loss = StepLoss(6.0, 4)
     assert loss.per_token == 1.5
     assert loss.perplexity == pytest.approx(math.exp(1.5))
     assert str(loss) == "loss 1.500, perplexity 4.48"
 
 
-def test_extreme_losses_do_no_harm() -> None:
+def test_extreme_losses_stay_finite_numbers() -> None:
     assert StepLoss(1e6, 1).perplexity == sys.float_info.max
     assert str(StepLoss(1e6, 1)) == "loss 1000000.000, perplexity 1.8e+308"
     assert StepLoss(0.0, 0).per_token == 0.0

@@ -19,9 +19,9 @@ from captioner.images import loading, views
 from captioner.images.decoder_output import own_stderr, redirect_stderr, restore_stderr
 from captioner.model.network import PackedCaptions
 from captioner.samples import CaptionFields, is_caption_field, read_content
+from captioner.shards.format import RESTORE
 from captioner.shards.splitmix import random_integer
 from captioner.streaming import SampleError, StreamingLoader, batch_buffer
-from captioner.streaming.cache import RESTORE
 from captioner.streaming.dataset import Split
 from captioner.streaming.order import SAMPLE_CHANCE
 from captioner.vocabulary import Vocabulary
@@ -199,8 +199,8 @@ class CaptionPipeline:
             view_PP3[:] = views.eval_view(pixels_HW3, crop=self.crop)
             return
         random_bits = random_integer(sample["__position__"], self.seed, sample["__epoch__"], SAMPLE_CHANCE)
-        cut_PP3, mirrored = views.train_view(pixels_HW3, crop=self.crop, chance=random_bits)
-        if mirrored and not views.speaks_of_sides(captions):  # NumPy would take many times as long
+        cut_PP3, mirrored = views.train_view(pixels_HW3, crop=self.crop, random_bits=random_bits)
+        if mirrored and not views.mentions_sides(captions):  # NumPy would take many times as long
             torch.from_numpy(view_PP3).copy_(torch.from_numpy(cut_PP3).flip(1))
         else:
             view_PP3[:] = cut_PP3

@@ -7,14 +7,9 @@ from dataclasses import dataclass
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.images.views import ViewSpec
-from captioner.shards.format import manifest_location
+from captioner.shards.format import PACK_FIRST, manifest_location
 from captioner.streaming.dataset import Split, check_filled, read_split
 from captioner.vocabulary import Vocabulary, read_vocabulary
-
-PACK_FIRST = (
-    "python sharding/make_shards.py packs it (after python sharding/download_coco.py for COCO); tars that are there "
-    "already want python sharding/check_shards.py index"
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,7 +35,7 @@ class LoaderSpeed:
     """`_us` are microseconds a sample, rates are samples/s.
 
     `stage_us` are a worker's stages, `handoff_us` the training process's own time; `alone_rate` is that of a loader
-    without workers. `download_mbs` is the MB/s of one connection; None for local shards.
+    without workers.
     """
 
     stage_us: dict[str, float]
@@ -44,7 +44,6 @@ class LoaderSpeed:
     workers: int
     workers_rate: float
     cores: int
-    download_mbs: float | None = None
 
     @property
     def limit(self) -> str:
@@ -77,22 +76,21 @@ class LoaderSpeed:
         )
 
 
-def find_functions(
-    split: Split, batch_size: int, *, transform: str | None, collate: str | None, crop: int, max_tokens: int
-) -> dict[str, Any]:
-    """The loader's functions: those named MODULE:FUNCTION; without `transform` those of training. Raises UserError."""
-    if transform is None:
-        if collate:
-            raise UserError("--collate takes what your --transform makes: give both, or neither")
-        pipeline = CaptionPipeline(
-            split=split,
-            vocabulary=read_merged_vocabulary(split.folders),
-            crop=crop,
-            max_tokens=max_tokens,
-            batch_size=batch_size,
-            seed=0,
-        )
-        return {"decode": pipeline.parse, "transform": pipeline.transform, "collate": pipeline.collate}
+def caption_functions(split: Split, *, crop: int, max_tokens: int, batch_size: int) -> dict[str, Any]:
+    """The loader's functions of training."""
+    pipeline = CaptionPipeline(
+        split=split,
+        vocabulary=read_merged_vocabulary(split.folders),
+        crop=crop,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        seed=0,
+    )
+    return {"decode": pipeline.parse, "transform": pipeline.transform, "collate": pipeline.collate}
+
+
+def user_functions(transform: str, collate: str | None) -> dict[str, Any]:
+    """The loader's functions by their names, MODULE:FUNCTION; `collate` is torch's without one. Raises UserError."""
     return {
         "transform": _import_function(transform),
         "collate": _import_function(collate) if collate else default_collate,
@@ -128,29 +126,24 @@ class TimedStage:
 
 def measure_loader(
     split: Split,
-    find_functions: Callable[[Split, int], dict[str, Any]],
+    functions: Mapping[str, Any],
     *,
     batch_size: int,
     workers: int,
     seconds: float,
-    cache_folder: str,
+    cache: str,
     bar: cli.Bar,
 ) -> LoaderSpeed:
-    """Measure the loader of some of the split's shards, stage by stage in this process, then with workers.
+    """Measure a loader with these functions, stage by stage in this process for half of `seconds`, then with workers.
 
-    `find_functions` returns the loader's functions for a split and a batch size. `seconds` are those with workers; the
-    rest takes about as long.
+    Shards behind URLs are in `cache`, a folder.
     """
-    cache = ShardCache(cache_folder, max_bytes=1 << 60)
-    split, download_mbs = _some_shards(split, cache, seconds=seconds / 2)
-    batch_size = min(batch_size, split.num_samples)
-    functions = find_functions(split, batch_size)
     open_loader = partial(
         StreamingLoader,
         split,
         batch_size=batch_size,
         last_batch="drop",
-        cache=cache_folder,
+        cache=cache,
         cache_gigabytes=1e9,
         rank=0,
         world_size=1,
@@ -173,12 +166,12 @@ def measure_loader(
         workers=workers,
         workers_rate=num_received / workers_seconds,
         cores=count_processors(),
-        download_mbs=download_mbs,
     )
 
 
-def _some_shards(split: Split, cache: ShardCache, *, seconds: float) -> tuple[Split, float | None]:
-    """The split of some shards, those downloaded in the time and one at least, and the MB/s of the download."""
+def fetch_some_shards(split: Split, cache: str, *, seconds: float) -> tuple[Split, float | None]:
+    """The split of some shards, those fetched in the time and one at least, and the download's MB/s (None: local)."""
+    shard_cache = ShardCache(cache, max_bytes=1 << 60)
     filled = [pair for pair in split.shards if pair[1].samples]
     spread = filled[:: -(-len(filled) // MAX_SHARDS)][: max(1, MAX_BYTES * len(filled) // split.bytes)]
     chosen: set[ShardEntry] = set()
@@ -187,7 +180,7 @@ def _some_shards(split: Split, cache: ShardCache, *, seconds: float) -> tuple[Sp
         if storage.is_remote(folder):
             if num_bytes and WALL() - started > seconds:
                 continue
-            cache.fetch(folder, entry)
+            shard_cache.fetch(folder, entry)
             num_bytes += entry.bytes
         chosen.add(entry)
     mbs = num_bytes / 1e6 / (WALL() - started)

@@ -47,9 +47,9 @@ def score_model(settings: EvaluateSettings, accelerator: Accelerator) -> None:
         **rank_options(accelerator),
     )
     evaluator = Evaluator(
-        split,
-        CaptionLoss(bundle.model, view=bundle.view),
-        open_loader,
+        split=split,
+        loss_model=CaptionLoss(bundle.model, view=bundle.view),
+        open_loader=open_loader,
         decoding=decoding,
         vocabulary=bundle.vocabulary,
         accelerator=accelerator,
@@ -69,9 +69,7 @@ def score_model(settings: EvaluateSettings, accelerator: Accelerator) -> None:
             }
             captions = {row.image_id: row.caption for row in rows}
             references = {row.image_id: row.references for row in rows}
-            report_scores(
-                losses, captions, references, facts, java_metrics=settings.java_metrics, json_file=settings.json
-            )
+            report_scores(settings, captions, references, facts, losses)
     if settings.calibrate:
         calibration = evaluator.calibrate(rows)
         with refused_together():

@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
@@ -95,6 +96,7 @@ class Evaluation:
         return f"loss {self.metrics['validation_loss']:.3f}, {scores}, {self.seconds:.1f} s"
 
 
+@dataclass(kw_only=True)
 class Evaluator:
     """Evaluates a model on one split, any number of times; its references are tokenized once.
 
@@ -102,46 +104,32 @@ class Evaluator:
     except for `sample_captions`.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        loss_model: CaptionLoss,
-        open_loader: Callable[..., StreamingLoader],
-        *,
-        decoding: DecodingDefaults,
-        vocabulary: Vocabulary,
-        accelerator: Accelerator,
-    ) -> None:
-        self._split = split
-        self._loss_model = loss_model
-        self._open_loader = open_loader
-        self._decoding = decoding
-        self._vocabulary = vocabulary
-        self._accelerator = accelerator
-        self._loader: StreamingLoader | None = None
-        self._references: References | None = None
-        self._positions: list[int] = []
-        self._samples: dict[int, np.ndarray] | None = None
+    split: Split
+    loss_model: CaptionLoss
+    open_loader: Callable[..., StreamingLoader]
+    decoding: DecodingDefaults
+    vocabulary: Vocabulary
+    accelerator: Accelerator
+    _references: References | None = field(init=False, default=None)
+    _positions: list[int] = field(init=False, default_factory=list)
 
-    @property
-    def num_images(self) -> int:
-        """Images of the split."""
-        return self._split.num_samples
+    @cached_property
+    def _loader(self) -> StreamingLoader:
+        """Its workers are started once: a fork in the middle of a run is a risk."""
+        return self.open_loader(self.split)
 
     def caption_split(self) -> tuple[dict[str, float], list[ValidationCaption], Ledger]:
         """Loss and perplexity, and the captions, the same on every rank; and this rank's ledger. Raises UserError."""
-        if self._loader is None:  # its workers are started once: a fork in the middle of a run is a risk
-            self._loader = self._open_loader(self._split)
         loss, rows = evaluate_split(
-            self._loss_model,
+            self.loss_model,
             chain.from_iterable(self._loader),
-            vocabulary=self._vocabulary,
-            decoding=self._decoding,
-            accelerator=self._accelerator,
+            vocabulary=self.vocabulary,
+            decoding=self.decoding,
+            accelerator=self.accelerator,
         )
         ledger = self._loader.ledger
         if not rows:
-            raise UserError(f"none of the {self.num_images:,} {self._split.name} samples can be used: {ledger}")
+            raise UserError(f"none of the {self.split.num_samples:,} {self.split.name} samples can be used: {ledger}")
         return {"validation_loss": loss.per_token, "validation_perplexity": loss.perplexity}, rows, ledger
 
     def evaluate(self) -> Evaluation:
@@ -163,27 +151,29 @@ class Evaluator:
         """The calibration of the model that made these captions of the split, in the main process. Raises UserError."""
         return calibrate(
             captions,
-            self._split,
-            loss_model=self._loss_model,
-            open_loader=self._open_loader,
-            decoding=self._decoding,
-            accelerator=self._accelerator,
+            self.split,
+            loss_model=self.loss_model,
+            open_loader=self.open_loader,
+            decoding=self.decoding,
+            accelerator=self.accelerator,
         )
 
     def sample_captions(self, found: Evaluation) -> tuple[list[np.ndarray], list[str]]:
         """The split's first images, uint8 (P, P, 3), and their captions. In this process alone."""
-        if self._samples is None:
-            loader = self._open_loader(
-                self._split,
-                batch_size=min(NUM_SAMPLES, self._split.num_samples),
-                rank=0,
-                world_size=1,
-                accumulation_steps=1,
-                num_workers=0,
-                features=None,
-            )
-            (batch,) = next(iter(loader))
-            self._samples = dict(zip(batch.positions, batch.inputs.numpy().copy(), strict=False))
         captions = {row.position: row.caption for row in found.captions}
-        shown = [position for position in self._samples if position in captions]
-        return [self._samples[position] for position in shown], [captions[position] for position in shown]
+        shown = [position for position in self._sample_images if position in captions]
+        return [self._sample_images[position] for position in shown], [captions[position] for position in shown]
+
+    @cached_property
+    def _sample_images(self) -> dict[int, np.ndarray]:
+        loader = self.open_loader(
+            self.split,
+            batch_size=min(NUM_SAMPLES, self.split.num_samples),
+            rank=0,
+            world_size=1,
+            accumulation_steps=1,
+            num_workers=0,
+            features=None,
+        )
+        (batch,) = next(iter(loader))
+        return dict(zip(batch.positions, batch.inputs.numpy().copy(), strict=False))

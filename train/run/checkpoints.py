@@ -6,8 +6,6 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -58,52 +56,56 @@ class Progress:
             setattr(self, name, state[name])
 
 
+@dataclass
 class Checkpoints:
     """Saves and loads what is registered with Accelerate, on all ranks; the `keep` newest and the best one are kept."""
 
-    def __init__(
-        self, run: Path, loader: StreamingLoader, progress: Progress, accelerator: Accelerator, *, keep: int = 2
-    ) -> None:
-        self._run = run
-        self._loader = loader
-        self._progress = progress
-        self._accelerator = accelerator
-        self._keep = keep
+    run: Path
+    loader: StreamingLoader
+    progress: Progress
+    accelerator: Accelerator
+    keep: int = 2
 
     @property
     def name(self) -> str:
         """The name of the checkpoint at the loader's step."""
-        return f"epoch-{self._loader.epoch:04d}-{self._loader.steps_done:012d}"
+        return f"epoch-{self.loader.epoch:04d}-{self.loader.steps_done:012d}"
 
     def save(self) -> None:
         """Write a checkpoint, its completion marker last; only then delete old ones.
 
         Raises UserError where it cannot be written; the checkpoints before it stay.
         """
-        folder = self._run / FOLDER / self.name
+        folder = self.run / FOLDER / self.name
+
+        def write() -> None:
+            try:
+                self.accelerator.save_state(str(folder))
+            except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+                raise UserError(_first_line(error)) from error
 
         def complete() -> None:
             _sync(folder)  # all ranks have written
-            write_atomic(str(folder / COMPLETE), json.dumps(self._loader.state_dict()))
+            write_atomic(str(folder / COMPLETE), json.dumps(self.loader.state_dict()))
 
         in_main(lambda: _remove(folder))
         try:
-            with refused_together(), _write_errors():
-                self._accelerator.save_state(str(folder))
+            with refused_together():
+                write()
             in_main(complete)
         except (UserError, OSError) as error:
-            if self._accelerator.is_main_process:
+            if self.accelerator.is_main_process:
                 _remove(folder)
-            newest = next(iter(find_checkpoints(self._run)[::-1]), None)
-            left = f"{newest} is whole" if newest else "there is none before it"
+            whole = find_checkpoints(self.run)
+            left = f"{whole[-1]} is whole" if whole else "there is none before it"
             raise UserError(
                 f"cannot write {folder} ({error}); {left}: make room, then continue with --resume"
             ) from error
         in_main(self._remove_old)
 
     def _remove_old(self) -> None:
-        for old in find_checkpoints(self._run)[: -self._keep]:
-            if old.name != self._progress.best:
+        for old in find_checkpoints(self.run)[: -self.keep]:
+            if old.name != self.progress.best:
                 _remove(old)
 
     def resume(self) -> None:
@@ -111,31 +113,22 @@ class Checkpoints:
 
         Raises UserError when it was made on other data or cannot be read.
         """
-        newest = in_main(lambda: next((path.name for path in find_checkpoints(self._run)[::-1]), None))
-        if newest is not None:
-            checkpoint = self._run / FOLDER / newest
+        newest = in_main(lambda: [path.name for path in find_checkpoints(self.run)[-1:]])
+        for name in newest:  # the run folder may have another path on each machine
+            checkpoint = self.run / FOLDER / name
             wait_until_all_see(checkpoint / COMPLETE)
             with refused_together():
-                _load(checkpoint, self._accelerator)
+                _load(checkpoint, self.accelerator)
 
     def load_best(self, loss_model: nn.Module) -> None:
         """Load the best epoch's weights; without a validation split the model keeps the last ones."""
-        if self._progress.best:
-            load_weights(self._run / FOLDER / self._progress.best, loss_model)
+        if self.progress.best:
+            load_weights(self.run / FOLDER / self.progress.best, loss_model)
 
 
 def find_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints, the newest last."""
     return sorted(path.parent for path in run.glob(f"{FOLDER}/epoch-*/{COMPLETE}"))
-
-
-@contextmanager
-def _write_errors() -> Iterator[None]:
-    """Each library has its own error for a full disk: within, one of them becomes a UserError with its first line."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(_first_line(error)) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -36,12 +36,11 @@ def as_job(recipe: Recipe) -> Callable[[TrainSettings], None]:
 def owning(run: Path) -> Iterator[None]:
     """Own the run folder while entered, in the main process for all. Raises UserError, in all, if another job does."""
     with ExitStack() as stack:
-        owner = owned(str(run / OWNER), doing="is training in this folder")
 
         def own() -> None:
             if run.exists() and not run.is_dir():
                 raise UserError(f"{run} is a file: give a folder with --output")
-            stack.enter_context(owner)
+            stack.enter_context(owned(str(run / OWNER), doing="is training in this folder"))
 
         in_main(own)
         yield

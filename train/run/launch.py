@@ -1,4 +1,4 @@
-"""How a run starts and stops: Accelerate as it was launched, and the signal that a machine is about to be taken."""
+"""How a job starts and stops: Accelerate as it was launched, preemption by SIGTERM, and lost processes."""
 
 import os
 import re
@@ -21,7 +21,7 @@ from captioner.workers import count_processors
 
 PRECISIONS = ("no", "bf16", "fp16")
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND")  # what torchrun and `accelerate launch` set
-LAUNCHER_LOOK_SECONDS = 1.0
+LAUNCHER_POLL_SECONDS = 1.0
 LOST_PEER = (
     "gloo/transport/tcp/(pair|buffer|unbound_buffer)|caused pair closure"
     "|ncclRemoteError|Watchdog caught collective operation timeout"
@@ -29,11 +29,10 @@ LOST_PEER = (
 
 
 def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
-    """Accelerate as it was launched. Raises UserError when it was not launched as the environment announced.
+    """The Accelerator of this launch. Raises UserError when there are fewer processes than the environment announces.
 
-    From now on the end of the launcher counts as SIGTERM. `thaws_later` says that parameters will begin to learn in the
-    middle of the run. Each rank draws its own random numbers; data-parallel training starts all of them with rank 0's
-    weights.
+    From now on the end of the launcher counts as SIGTERM. `thaws_later` says that frozen parameters will be trained
+    later in the run. Each rank draws its own random numbers; data-parallel training starts with rank 0's weights.
     """
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in PRECISIONS:
@@ -54,8 +53,8 @@ def start_accelerator(*, seed: int, thaws_later: bool = False) -> Accelerator:
             "torchrun --nproc_per_node N train/main.py; unset both variables to train with one"
         )
     if accelerator.device.type == "cpu":  # `accelerate launch` leaves a lone CPU process one thread
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))  # of this machine, says torchrun
-        torch.set_num_threads(max(1, count_processors() // here))
+        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))  # set by torchrun
+        torch.set_num_threads(max(1, count_processors() // num_local))
     set_seed(seed, device_specific=True)
     torch.set_float32_matmul_precision("high")
     return accelerator
@@ -73,42 +72,41 @@ def end_with_launcher() -> None:
 
 def _end_after(launcher: int) -> None:
     while os.getppid() == launcher:
-        time.sleep(LAUNCHER_LOOK_SECONDS)
-    print(f"the launcher (process {launcher}) is gone: this process stops as after SIGTERM", file=sys.stderr)
+        time.sleep(LAUNCHER_POLL_SECONDS)
+    print(f"the launcher (process {launcher}) is gone: this process stops as on SIGTERM", file=sys.stderr)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
 def ending_without_peers(*, remedy: str) -> Iterator[None]:
-    """Within, the loss of another process of the job ends this one with code 75 and one line, which ends in `remedy`.
+    """Within, losing contact with another process of the job exits with code 75 and one line that ends in `remedy`.
 
-    On GPUs NCCL's own watchdog mostly is the first to notice, and aborts the process.
+    On GPUs NCCL's own watchdog usually notices first, and aborts the process.
     """
     try:
         yield
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
-        reason = str(error).partition("\n")[0].partition(". This is")[0]  # gloo goes on with guesses
+        reason = str(error).partition("\n")[0].partition(". This is")[0]  # without gloo's guesses
         print(
-            f"another process of this job is gone or silent ({reason}): what it printed last may say why; {remedy}",
+            f"lost contact with another process of this job ({reason}): see its log; {remedy}",
             file=sys.stderr,
         )
         raise SystemExit(EXIT_PREEMPTED) from None
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether an error tells that another process is gone or silent. Gloo's are plain RuntimeErrors."""
+    """Whether an error means that another process is gone or silent. Gloo's are plain RuntimeErrors."""
     if isinstance(error, DistNetworkError | DistStoreError):
         return "failed to listen" not in str(error)  # the port is taken
     return bool(re.search(LOST_PEER, str(error)))
 
 
 class Preemption:
-    """SIGTERM, which schedulers send before they take a machine away: ends the run with code 75, resumable.
+    """SIGTERM, which schedulers send before they take a machine: ends the run with exit code 75, resumable.
 
-    Between steps the loop asks `requested`, saves and calls `leave`; everywhere else the signal ends the process at
-    once, since what was last saved is all there is.
+    Between steps the loop reads `requested`, saves and calls `leave`; elsewhere the signal ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -124,11 +122,11 @@ class Preemption:
             yield
         finally:
             self._deferred = False
-        if self.requested:  # since the last step, which was saved
+        if self.requested:  # since the last step, after which it was saved
             self.leave()
 
     def leave(self) -> None:
-        """End the process."""
+        """Exit with code 75."""
         print("stopped by SIGTERM: the same command with --resume continues from the last checkpoint", file=sys.stderr)
         raise SystemExit(EXIT_PREEMPTED)
 

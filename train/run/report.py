@@ -1,4 +1,4 @@
-"""The report: one HTML page, `report.html`, that tells what a run did; it needs no other file and can be mailed."""
+"""The report of a run: one HTML page, `report.html`, that needs no other file and can be mailed."""
 
 import base64
 import math
@@ -16,9 +16,9 @@ from train.run.tracking import HISTORY, PICTURES, SAMPLES, read_rows
 
 REPORT = "report.html"
 MAX_CURVE_POINTS = 500
-MAX_MARKED_POINTS = 60  # of a curve; where there are more, its points are shown by the line alone
+MAX_DOTS = 60  # of a line; where there are more points, the line is drawn without dots
 NUM_TICKS = 5
-UNSETTLED_SHARE = 0.02  # of the steps: a first loss, several times the others, would press all curves to the ground
+WARMUP_FRACTION = 0.02  # of the steps, left out of the y axis' range: the first losses are several times the others
 LEFT, RIGHT, TOP, BOTTOM = 64.0, 462.0, 10.0, 226.0  # of the plot, in the template's drawing of 480 x 270
 METRIC_NAMES = {
     "loss": "Loss",
@@ -31,13 +31,13 @@ METRIC_NAMES = {
     "rouge_l": "ROUGE-L",
 }
 
-Row = Mapping[str, Any]
-Points = list[tuple[float, float]]
+HistoryRow = Mapping[str, Any]
+Series = list[tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mark:
-    """A point of a curve on the drawing, and what is told of it."""
+class Point:
+    """A point of a line, in the drawing's coordinates, and its tooltip."""
 
     x: float
     y: float
@@ -45,27 +45,27 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Curve:
-    """A line of a chart; `left_out` counts its values that were not finite."""
+class Line:
+    """A line of a chart; `num_not_finite` counts the values that cannot be drawn."""
 
     name: str
-    marks: list[Mark]
-    left_out: int
+    points: list[Point]
+    num_not_finite: int
 
     @property
-    def line(self) -> str:
-        """SVG's points of the line."""
-        return " ".join(f"{mark.x:.1f},{mark.y:.1f}" for mark in self.marks)
+    def svg_points(self) -> str:
+        """The points as SVG writes them."""
+        return " ".join(f"{point.x:.1f},{point.y:.1f}" for point in self.points)
 
     @property
-    def is_marked(self) -> bool:
-        """Whether the points are few enough to be seen."""
-        return len(self.marks) <= MAX_MARKED_POINTS
+    def has_dots(self) -> bool:
+        """Whether the points are few enough for dots."""
+        return len(self.points) <= MAX_DOTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """A range of values with round numbers in it (`ticks`), and the drawing's coordinates of its ends."""
+    """A range of values, its `ticks` at round numbers, and the drawing's coordinates of both ends."""
 
     low: float
     high: float
@@ -73,20 +73,20 @@ class Axis:
     start: float
     end: float
 
-    def place(self, value: float) -> float:
+    def position(self, value: float) -> float:
         """The drawing's coordinate of a value."""
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """Curves over the optimizer's steps, ready to be drawn; `summary` says them to who cannot see them.
+    """Lines over the optimizer's steps; `summary` is the text alternative.
 
-    `highest` is a value above the y axis, where there is one.
+    `highest` is the largest value, if it is above the y axis.
     """
 
     title: str
-    curves: list[Curve]
+    lines: list[Line]
     x_axis: Axis
     y_axis: Axis
     highest: float | None
@@ -94,15 +94,15 @@ class Chart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """A validation picture as a data URI (None: its file is gone), and what the model said of it: (when, caption)."""
+class ImageHistory:
+    """A validation image as a data URI (None: its file is gone), and the model's captions: (when, caption)."""
 
     picture: str | None
     captions: list[tuple[str, str]]
 
 
 def write_report(run: Path) -> None:
-    """Make `report.html` from what lies in the run folder; what is not there is left out, with a sentence.
+    """Write `report.html` from the files in the run folder; a sentence stands for what is missing.
 
     Raises UserError where one of its files is damaged.
     """
@@ -134,8 +134,8 @@ def _read(path: Path) -> dict[str, Any]:
 # ---- tables ---------------------------------------------------------------------------------------------------
 
 
-def _facts(settings: Row, evaluations: Sequence[Row], report: Row) -> list[tuple[str, str, str]]:
-    """The headline: names, values and notes."""
+def _facts(settings: HistoryRow, evaluations: Sequence[HistoryRow], report: HistoryRow) -> list[tuple[str, str, str]]:
+    """Names, values and notes of the headline."""
     facts = []
     if "encoder" in settings:
         facts.append(("Encoder", str(settings["encoder"]), ""))
@@ -150,19 +150,19 @@ def _facts(settings: Row, evaluations: Sequence[Row], report: Row) -> list[tuple
     return facts
 
 
-def _moment(row: Row) -> str:
+def _moment(row: HistoryRow) -> str:
     epoch = row.get("epoch")
     return f"step {row['step']:,}" if epoch is None else f"epoch {epoch:,.4g}, step {row['step']:,}"
 
 
-def _speed(history: Sequence[Row], report: Row) -> list[tuple[str, str]]:
-    """What was measured: the finishing session's counts, and the whole run's rates."""
+def _speed(history: Sequence[HistoryRow], report: HistoryRow) -> list[tuple[str, str]]:
+    """The finishing session's counts, and the whole run's rates."""
     table = []
-    for part in ("training", "validation"):
-        images, seconds = report.get(f"{part}_images", 0), report.get(f"{part}_seconds", 0.0)
+    for phase in ("training", "validation"):
+        images, seconds = report.get(f"{phase}_images", 0), report.get(f"{phase}_seconds", 0.0)
         if seconds:
             measured = f"{images:,} images in {seconds:,.1f} s, {images / seconds:,.1f} images/s"
-            table.append((f"{part.capitalize()}, the session that finished the run", measured))
+            table.append((f"{phase.capitalize()}, the session that finished the run", measured))
     rates = (
         ("Images/s, median of the run", "train/images_per_second", median, "{:,.1f}"),
         ("Tokens/s, median of the run", "train/tokens_per_second", median, "{:,.0f}"),
@@ -170,13 +170,13 @@ def _speed(history: Sequence[Row], report: Row) -> list[tuple[str, str]]:
         ("GPU memory, most of the run", "train/gpu_gigabytes", max, "{:,.1f} GB"),
     )
     for label, name, summarise, form in rates:
-        if values := [value for _, value in _points(history, name)]:
+        if values := [value for _, value in _series(history, name)]:
             table.append((label, form.format(summarise(values))))
     return table
 
 
 def _metric_name(name: str) -> str:
-    """`validation/bleu4` and `validation_bleu4` as people write it."""
+    """The display name of `validation/bleu4` or `validation_bleu4`."""
     short = name.removeprefix("validation/").removeprefix("validation_")
     return METRIC_NAMES.get(short, short.replace("_", " ").capitalize())
 
@@ -204,14 +204,14 @@ def _setting(value: Any) -> str:
 # ---- samples --------------------------------------------------------------------------------------------------
 
 
-def _samples(run: Path, moments: Mapping[int, str]) -> list[Sample]:
-    """The pictures with their first, middle and last captions; `moments` names the evaluations by their steps."""
+def _samples(run: Path, moments: Mapping[int, str]) -> list[ImageHistory]:
+    """The images with their first, middle and last captions; `moments` names the evaluations by their steps."""
     rows = read_rows(run / SAMPLES)
     if not rows:
         return []
-    shown = [rows[place] for place in sorted({0, len(rows) // 2, len(rows) - 1})]
+    shown = [rows[index] for index in sorted({0, len(rows) // 2, len(rows) - 1})]
     return [
-        Sample(
+        ImageHistory(
             picture=_data_uri(run / PICTURES / f"{number:02d}.jpg"),
             captions=[
                 (moments.get(row["step"], f"step {row['step']:,}"), row["captions"][number])
@@ -232,8 +232,8 @@ def _data_uri(picture: Path) -> str | None:
 # ---- charts ---------------------------------------------------------------------------------------------------
 
 
-def _charts(history: Sequence[Row]) -> list[Chart]:
-    """What can be drawn of the history."""
+def _charts(history: Sequence[HistoryRow]) -> list[Chart]:
+    """The charts for which the history has values."""
     wanted = (
         ("Loss", {"training": "train/loss", "validation": "validation/loss"}, 1),
         ("CIDEr and BLEU-4", {"CIDEr": "validation/cider", "BLEU-4": "validation/bleu4"}, 1),
@@ -246,32 +246,32 @@ def _charts(history: Sequence[Row]) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def _chart(title: str, history: Sequence[Row], columns: Mapping[str, str], *, scale: float) -> Chart | None:
-    """The history's columns, named as they are to be called, times `scale`; None where it has none of them."""
-    lines = {
-        name: [(step, value * scale) for step, value in _points(history, column)]
+def _chart(title: str, history: Sequence[HistoryRow], columns: Mapping[str, str], *, scale: float) -> Chart | None:
+    """The chart of some of the history's columns, by display name, times `scale`; None where it has none of them."""
+    values = {
+        name: [(step, value * scale) for step, value in _series(history, column)]
         for name, column in columns.items()
         if any(column in row for row in history)
     }
-    if not lines:
+    if not values:
         return None
     x_axis = step_axis(max(row["step"] for row in history))
-    settled_step = UNSETTLED_SHARE * x_axis.high
-    y_axis = value_axis([value for line in lines.values() for step, value in line if step >= settled_step])
-    highest = max((value for line in lines.values() for _, value in line), default=0.0)
+    first_step = WARMUP_FRACTION * x_axis.high
+    y_axis = value_axis([value for pairs in values.values() for step, value in pairs if step >= first_step])
+    highest = max((value for pairs in values.values() for _, value in pairs), default=0.0)
     moments = {row["step"]: _moment(row) for row in history}
-    curves = []
-    for name, line in lines.items():
-        marks = [
-            Mark(x=x_axis.place(step), y=y_axis.place(value), text=f"{name}: {value:,.4g}, {moments[step]}")
-            for step, value in thin(line, MAX_CURVE_POINTS)
+    lines = []
+    for name, pairs in values.items():
+        points = [
+            Point(x=x_axis.position(step), y=y_axis.position(value), text=f"{name}: {value:,.4g}, {moments[step]}")
+            for step, value in thin(pairs, MAX_CURVE_POINTS)
         ]
         num_rows = sum(columns[name] in row for row in history)
-        curves.append(Curve(name=name, marks=marks, left_out=num_rows - len(line)))
-    ends = (f"{name} from {line[0][1]:,.4g} to {line[-1][1]:,.4g}" for name, line in lines.items() if line)
+        lines.append(Line(name=name, points=points, num_not_finite=num_rows - len(pairs)))
+    ends = (f"{name} from {pairs[0][1]:,.4g} to {pairs[-1][1]:,.4g}" for name, pairs in values.items() if pairs)
     return Chart(
         title=title,
-        curves=curves,
+        lines=lines,
         x_axis=x_axis,
         y_axis=y_axis,
         highest=highest if highest > y_axis.high else None,
@@ -279,20 +279,20 @@ def _chart(title: str, history: Sequence[Row], columns: Mapping[str, str], *, sc
     )
 
 
-def _points(history: Sequence[Row], name: str) -> Points:
+def _series(history: Sequence[HistoryRow], name: str) -> Series:
     """A column's (step, value) pairs, without the values that were not finite."""
     return [(row["step"], row[name]) for row in history if row.get(name) is not None]
 
 
-def thin(points: Points, max_points: int) -> Points:
-    """At most `max_points` of the points, in their order: the lowest and the highest of equally many neighbours."""
-    if len(points) <= max_points:
-        return points
+def thin(series: Series, max_points: int) -> Series:
+    """At most `max_points` of the values, in their order: the lowest and the highest of each bucket."""
+    if len(series) <= max_points:
+        return series
     num_buckets = max_points // 2
-    edges = [number * len(points) // num_buckets for number in range(num_buckets + 1)]
-    places = [range(start, end) for start, end in pairwise(edges)]
-    extremes = ({f(bucket, key=lambda place: points[place][1]) for f in (min, max)} for bucket in places)
-    return [points[place] for bucket in extremes for place in sorted(bucket)]
+    edges = [number * len(series) // num_buckets for number in range(num_buckets + 1)]
+    buckets = [range(start, end) for start, end in pairwise(edges)]
+    extremes = ({f(bucket, key=lambda index: series[index][1]) for f in (min, max)} for bucket in buckets)
+    return [series[index] for bucket in extremes for index in sorted(bucket)]
 
 
 def step_axis(last_step: int) -> Axis:
@@ -313,7 +313,7 @@ def value_axis(values: Sequence[float]) -> Axis:
 
 
 def _round_up(number: float) -> float:
-    """The smallest of 1, 2, 5, 10, 20, ... and their tenths, hundredths, ... that is not below `number`; 0 for 0."""
+    """The smallest of 1, 2 and 5 times a power of ten that is not below `number`; 0 for 0."""
     if not number:
         return 0.0
     power = 10.0 ** math.floor(math.log10(number))

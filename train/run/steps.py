@@ -10,16 +10,14 @@ from dataclasses import astuple, dataclass, field
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch import Tensor
 
 from captioner import cli
 from captioner.streaming import StreamingLoader
 from train.data.batches import CaptionBatch
 from train.run.launch import Preemption
 from train.run.tracking import Tracker
-from train.step.step import StepLoss, check_finite, train_step
+from train.step.step import StepLoss, TrainStep, check_finite
 
 LOG_STEPS = 10
 VOTE_SECONDS = 5.0  # longest time between votes on stopping, or one step if that takes longer
@@ -71,7 +69,7 @@ class MetricsWindow:
         self._started = time.monotonic()
 
     def add(self, record: Tensor, micro_batches: Sequence[CaptionBatch], *, data_seconds: float) -> None:
-        """Count a step with its `train_step` record."""
+        """Count a step with its `TrainStep` record."""
         self._records.append(record)
         num_images = sum(batch.num_samples for batch in micro_batches)
         num_cut = sum(batch.num_cut for batch in micro_batches)
@@ -121,12 +119,9 @@ class StopVote:
 
 @dataclass(kw_only=True)
 class StepLoop:
-    """What the steps of a run have in common; `model` and `optimizer` are those that `distribute` returned."""
+    """The steps of a run's epochs, with their curves, checkpoints, and the end on SIGTERM."""
 
-    model: nn.Module
-    optimizer: Optimizer
-    schedule: LRScheduler
-    accelerator: Accelerator
+    take_step: TrainStep
     stop: Preemption
     tracker: Tracker
     save: Callable[[], None]
@@ -138,33 +133,33 @@ class StepLoop:
 
         All ranks read the losses, save and stop at the same steps.
         """
-        epoch, epoch_steps = loader.epoch, len(loader)
+        accelerator, epoch, epoch_steps = self.take_step.accelerator, loader.epoch, len(loader)
         before = epoch * epoch_steps
-        window, total = MetricsWindow(self.accelerator), StepMetrics()
-        vote = StopVote(accelerator=self.accelerator)
+        window, total = MetricsWindow(accelerator), StepMetrics()
+        vote = StopVote(accelerator=accelerator)
         with (
             self.stop.deferred(),
             cli.progress_bar(
                 f"epoch {epoch + 1} of {self.num_epochs}",
                 total=self.num_epochs * epoch_steps,
                 unit="steps",
-                quiet=not self.accelerator.is_main_process,
+                quiet=not accelerator.is_main_process,
                 done=before + loader.steps_done,
             ) as bar,
         ):
             for step, (batches, data_seconds) in enumerate(timed(loader), start=before + loader.steps_done + 1):
                 num_left = loader.split.num_samples - (step - 1 - before) * loader.batch_size
                 micro_batches = batches[:num_left]  # the last global batch may have fewer samples than micro-batches
-                window.add(self._take_step(micro_batches, step), micro_batches, data_seconds=data_seconds)
+                window.add(self.take_step(micro_batches, step), micro_batches, data_seconds=data_seconds)
                 due = step % self.checkpoint_steps == 0 or step == before + epoch_steps
                 stopping, note = vote.wants_stop(self.stop.requested, now=due), ""
                 if due or stopping or step % LOG_STEPS == 0:
                     metrics = window.reduce(last_step=step)
-                    rate = float(self.schedule.get_last_lr()[0])
+                    rate = float(self.take_step.schedule.get_last_lr()[0])
                     self.tracker.log(
                         step, {"epoch": step / epoch_steps, "train/learning_rate": rate, **metrics.curves()}
                     )
-                    window = MetricsWindow(self.accelerator)
+                    window = MetricsWindow(accelerator)
                     total, note = total + metrics, str(metrics.loss)
                 bar.advance(note=note)
                 if due or stopping:
@@ -172,16 +167,6 @@ class StepLoop:
                 if stopping:
                     self.stop.leave()
         return total
-
-    def _take_step(self, micro_batches: Sequence[CaptionBatch], step: int) -> Tensor:
-        return train_step(
-            self.model,
-            micro_batches,
-            step,
-            optimizer=self.optimizer,
-            schedule=self.schedule,
-            accelerator=self.accelerator,
-        )
 
 
 def timed(batches: Iterable[list[CaptionBatch]]) -> Iterator[tuple[list[CaptionBatch], float]]:

@@ -1,7 +1,7 @@
-"""What a run tells about itself while it goes: curves, sample captions, TensorBoard, Weights & Biases when asked.
+"""A run's curves and sample captions: history, TensorBoard, and Weights & Biases when asked.
 
-`tensorboard/` · `history.jsonl` (a row for each `log`) · `samples.jsonl` (captions of the same pictures, over time)
-`samples/00.jpg`, ... · `wandb.txt` (the run's id there) and `wandb/`
+`tensorboard/` · `history.jsonl` (a row for each `log`) · `samples.jsonl` (captions of the same images, over time)
+`samples/00.jpg`, ... · `wandb.txt` (the id of the W&B run) and `wandb/`
 """
 
 import io
@@ -24,7 +24,7 @@ HISTORY = "history.jsonl"
 SAMPLES = "samples.jsonl"
 PICTURES = "samples"
 WANDB_ID = "wandb.txt"
-PICTURE_QUALITY = 90
+JPEG_QUALITY = 90
 
 GRID_COLUMNS = 4
 MIN_CELL_PIXELS = 192  # narrower, captions would be columns of single words
@@ -34,10 +34,10 @@ LINE_PIXELS = 18
 
 
 class Tracker:
-    """Writes a run's curves and sample captions; a `quiet` one, of the other processes, does nothing.
+    """Writes a run's curves and sample captions; with `quiet`, on other ranks than the main one, it does nothing.
 
-    A run that resumes after `first_step` steps forgets what it told of later ones. Raises UserError where the history
-    is damaged, and where Weights & Biases is asked for and does not start.
+    A run that resumes after `first_step` steps drops the values of later ones. Raises UserError where the history is
+    damaged, and where Weights & Biases is asked for and does not start.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class Tracker:
         self._quiet = quiet
         if quiet:
             return
-        self._wandb = _start_wandb(run, wandb_project, settings) if wandb_project else None  # or nothing is changed
+        self._wandb = _start_wandb(run, wandb_project, settings) if wandb_project else None  # first: it may refuse
         for name in (HISTORY, SAMPLES):
-            _forget(run / name, after_step=first_step)
+            _drop_later(run / name, last_step=first_step)
         self._run = run
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)  # it purges this step too
         self._pictures_saved = False
@@ -68,11 +68,11 @@ class Tracker:
         _append(self._run / HISTORY, {"step": step, **finite})
         for name, number in numbers.items():
             self._board.add_scalar(name, number, step)
-        self._board.flush()  # a run that is killed keeps the same curves in both places
+        self._board.flush()  # a run that is killed has the same curves in both
         self._log_to_wandb(step, numbers)
 
     def show(self, step: int, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
-        """Add what the model says at a step of pictures (each uint8 (P, P, 3)), the same and as many every time."""
+        """Add the captions at a step of images (each uint8 (P, P, 3)), the same ones every time."""
         if self._quiet or len(pictures) == 0:
             return
         if not self._pictures_saved:
@@ -89,7 +89,7 @@ class Tracker:
             self._log_to_wandb(step, {"validation/samples": images})
 
     def close(self) -> None:
-        """End the TensorBoard file and the Weights & Biases run."""
+        """Close the TensorBoard file and the Weights & Biases run."""
         if self._quiet:
             return
         self._board.close()
@@ -97,7 +97,7 @@ class Tracker:
             self._wandb.finish()
 
     def _log_to_wandb(self, step: int, values: Mapping[str, Any]) -> None:
-        """Add values to the run there, which never goes back: a resumed run's repeated steps stay as they were."""
+        """Add values to the W&B run, whose steps only increase: a resumed run's repeated steps are not logged again."""
         if self._wandb is not None and step >= self._wandb.step:
             self._wandb.log(values, step=step)
 
@@ -106,7 +106,7 @@ class Tracker:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a history, without a last one that was cut off while it was written; none where there is no file.
+    """The rows of a history, without a last one that was cut off while it was written; none if there is no file.
 
     Raises UserError where another row is damaged.
     """
@@ -121,9 +121,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _forget(path: Path, *, after_step: int) -> None:
+def _drop_later(path: Path, *, last_step: int) -> None:
     if path.exists():
-        write_atomic(str(path), "".join(_line(row) for row in read_rows(path) if row["step"] <= after_step))
+        write_atomic(str(path), "".join(_line(row) for row in read_rows(path) if row["step"] <= last_step))
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
@@ -140,12 +140,12 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def _jpeg(picture: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=PICTURE_QUALITY)
+    Image.fromarray(picture).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()
 
 
 def _draw_grid(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
-    """One picture, uint8 (H, W, 3), of all pictures in rows, each above its caption."""
+    """One image, uint8 (H, W, 3), of all images in rows, each above its caption."""
     font = ImageFont.load_default(FONT_PIXELS)
     width = max(pictures[0].shape[1], MIN_CELL_PIXELS)
     texts = [_wrap(caption, font, width=width) for caption in captions]
@@ -153,18 +153,18 @@ def _draw_grid(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.nd
     columns = min(GRID_COLUMNS, len(pictures))
     rows = math.ceil(len(pictures) / columns)
     grid = Image.new("RGB", (columns * (width + GAP_PIXELS), rows * (height + GAP_PIXELS)), "white")
-    for place, (picture, lines) in enumerate(zip(pictures, texts, strict=True)):
-        cell = Image.new("RGB", (width, height), "white")  # its edges cut off what is too wide for its line
+    for index, (picture, lines) in enumerate(zip(pictures, texts, strict=True)):
+        cell = Image.new("RGB", (width, height), "white")  # crops what is too wide for its line
         cell.paste(Image.fromarray(picture))
         for number, line in enumerate(lines):
             ImageDraw.Draw(cell).text((0, picture.shape[0] + number * LINE_PIXELS), line, fill="black", font=font)
-        row, column = divmod(place, columns)
+        row, column = divmod(index, columns)
         grid.paste(cell, (column * (width + GAP_PIXELS), row * (height + GAP_PIXELS)))
     return np.asarray(grid)
 
 
 def _wrap(caption: str, font: Any, *, width: int) -> list[str]:
-    """The caption in lines of about `width` pixels, by the mean width of its own letters."""
+    """The caption in lines of about `width` pixels, by the mean width of its letters."""
     letters = len(caption) * width / max(font.getlength(caption), 1)
     return textwrap.wrap(caption, max(int(0.95 * letters), 1))
 
@@ -185,7 +185,7 @@ def check_wandb(project: str | None) -> None:
 
 
 def _start_wandb(run: Path, project: str, settings: Mapping[str, Any]) -> Any:
-    """The run there, the same one when this run resumes. Raises UserError when it does not start."""
+    """The W&B run, the same one when this run resumes. Raises UserError when it does not start."""
     check_wandb(project)
     import wandb  # type: ignore[missing-import]
 

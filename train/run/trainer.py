@@ -22,7 +22,7 @@ from train.run.tracking import Tracker
 from train.settings import TrainSettings
 from train.step.schedule import make_optimizer, make_schedule
 from train.step.starting_model import StartingPoint, make_loss_model
-from train.step.step import check_same_weights, distribute
+from train.step.step import TrainStep, check_same_weights, distribute
 from train.uneven import refused_together
 
 
@@ -48,7 +48,7 @@ class Trainer:
         self._make_model(total_steps)
         self._open_loaders()
         self._progress = Progress()
-        accelerator.register_for_checkpointing(self._schedule, self._loader, self._progress)
+        accelerator.register_for_checkpointing(self._take_step.schedule, self._loader, self._progress)
         self._checkpoints = Checkpoints(
             self._run, self._loader, self._progress, accelerator, keep=settings.keep_checkpoints
         )
@@ -71,13 +71,14 @@ class Trainer:
         optimizer = make_optimizer(
             self._loss_model.model, settings.learning_rate, encoder_learning_rate=settings.encoder_learning_rate
         )
-        self._schedule = make_schedule(
+        schedule = make_schedule(
             optimizer,
             settings.schedule,
             total_steps=total_steps,
             encoder_from_step=settings.finetune_encoder_from_step or 0,
         )
-        self._wrapped, self._optimizer = distribute(self._loss_model, optimizer, accelerator)
+        wrapped, optimizer = distribute(self._loss_model, optimizer, accelerator)
+        self._take_step = TrainStep(wrapped, optimizer, schedule, accelerator)
         checkpoint_trained_weights(self._loss_model, accelerator)
 
     def _open_loaders(self) -> None:
@@ -113,9 +114,9 @@ class Trainer:
         self._evaluator: Evaluator | None = None
         if val:
             self._evaluator = Evaluator(
-                val,
-                self._loss_model,
-                partial(open_loader, features=features.get("val")),
+                split=val,
+                loss_model=self._loss_model,
+                open_loader=partial(open_loader, features=features.get("val")),
                 decoding=settings.decoding(),
                 vocabulary=self._start.vocabulary,
                 accelerator=self._accelerator,
@@ -172,10 +173,7 @@ class Trainer:
         if loader.epoch == self._progress.epochs:
             planned = self._data.train.num_samples - loader.steps_done * settings.batch_size
             steps = StepLoop(
-                model=self._wrapped,
-                optimizer=self._optimizer,
-                schedule=self._schedule,
-                accelerator=self._accelerator,
+                take_step=self._take_step,
                 stop=stop,
                 tracker=tracker,
                 save=self._checkpoints.save,
@@ -201,7 +199,7 @@ class Trainer:
         self._report["validation_images"] += len(found.captions)
         self._report["validation_seconds"] += found.seconds
         epoch = self._progress.epochs
-        planned = self._evaluator.num_images
+        planned = self._evaluator.split.num_samples
         ledger = folder.reconcile(self._run, found.ledger, "val", epoch=epoch, planned=planned)
         self._accelerator.print(f"epoch {epoch}: validation {found}; {ledger}")
         is_best = self._progress.add_evaluation(found.metrics, checkpoint=self._checkpoints.name)

@@ -2,10 +2,9 @@
 
 Shapes: B rows of this rank, C channels, W ranks. A suffix says a tensor's shape: `mean_C`.
 
-Outputs and gradients are computed in the statistics' type, float32, and rounded once to the input's. What has run: all
-of it on the CPU over gloo, but for `_cuda_input_gradient`, which the tests call with a stand-in for its kernel; and in
-float32 on one GPU with two ranks, over gloo and NCCL (`benchmarks/gpu.py`). Several GPUs have not, nor bf16 on several
-ranks.
+Outputs and gradients are computed in the statistics' type, float32, and rounded once to the input's. Tested on the CPU
+over gloo (`_cuda_input_gradient` with a substitute for its kernel), and in float32 on one GPU with two ranks, over gloo
+and NCCL (`benchmarks/gpu.py`); not tested on several GPUs, nor in bf16 on several ranks.
 """
 
 from collections.abc import Iterator
@@ -22,9 +21,9 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """`nn.BatchNorm1d` and `nn.BatchNorm2d` in one, for rows (B, C) or (B, C, H, W), with the statistics of all ranks.
 
     Output type and memory format are the input's. The gradients of weight and bias are this rank's sums, which
-    data-parallel training then averages as it does all others. While training, all ranks must call forward and
-    backward equally often. A global batch with fewer than two values per channel is normalised by the running
-    statistics and leaves them alone. Eval mode is that of `nn.BatchNorm2d`, and so is one process.
+    data-parallel training then averages as all others. While training, all ranks must call forward and backward equally
+    often. A global batch with fewer than two values per channel is normalised by the running statistics and does not
+    change them. Eval mode and a single process are as in `nn.BatchNorm2d`.
     """
 
     num_counting_rows: int | None = None  # None: all; see `counting_rows`
@@ -45,19 +44,19 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _statistics(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and variance to normalise with, and the values per channel; updates the running statistics.
 
-        All is decided on the device, so that a GPU need not wait: one value alone leaves everything as it was.
+        Without synchronising with the device; a single value per channel changes nothing.
         """
         running_mean_C, running_var_C = self.get_buffer("running_mean"), self.get_buffer("running_var")
         num_batches = self.get_buffer("num_batches_tracked")
         total, mean_C, squares_C = _gather_moments(rows, like=running_mean_C)
         enough = total > 1
         num_batches += enough
-        pace = 1 / num_batches.clamp(min=1) if self.momentum is None else self.momentum
+        momentum = 1 / num_batches.clamp(min=1) if self.momentum is None else self.momentum
         mean_C = torch.where(enough, mean_C, running_mean_C)
         var_C = torch.where(enough, squares_C / total, running_var_C)
         unbiased_C = torch.where(enough, squares_C / (total - 1), running_var_C)
-        running_mean_C += pace * (mean_C - running_mean_C)
-        running_var_C += pace * (unbiased_C - running_var_C)
+        running_mean_C += momentum * (mean_C - running_mean_C)
+        running_var_C += momentum * (unbiased_C - running_var_C)
         return mean_C, var_C, total
 
 
@@ -78,13 +77,13 @@ class _Normalise(torch.autograd.Function):
         if rows < len(dy):
             dy = dy.clone()
             dy[rows:] = 0
-        scale_C = torch.rsqrt(var_C + eps)  # CUDA's kernels want it, the CPU's compute it again
+        scale_C = torch.rsqrt(var_C + eps)  # used by CUDA's kernels; the CPU's compute it again
         _, dweight_C, dbias_C = torch.ops.aten.native_batch_norm_backward(
             dy, x, weight_C, mean_C, var_C, mean_C, scale_C, False, eps, [False, True, True]
         )
         dx = None
         if ctx.needs_input_grad[0]:
-            # Running statistics, which one value alone is normalised by, take nothing back.
+            # Running statistics, used where there is a single value per channel, have no gradient.
             sums_2C = _sum_over_ranks(torch.stack((dweight_C, dbias_C))) * (total > 1)
             input_gradient = _cuda_input_gradient if x.is_cuda else _input_gradient
             dx = input_gradient(
@@ -108,8 +107,8 @@ def _input_gradient(
 def _cuda_input_gradient(
     dy: Tensor, x: Tensor, *, weight_C: Tensor, mean_C: Tensor, scale_C: Tensor, sums_2C: Tensor, total: Tensor
 ) -> Tensor:
-    """`_input_gradient` by the kernel that `nn.SyncBatchNorm` ends with: in one pass, in any memory format."""
-    sum_dy_C, sum_dy_x_C = sums_2C[1], sums_2C[0] / scale_C  # the second of dy times distance from the mean
+    """`_input_gradient` by the kernel of `nn.SyncBatchNorm`: in one pass, in any memory format."""
+    sum_dy_C, sum_dy_x_C = sums_2C[1], sums_2C[0] / scale_C  # the second is that of dy * (x - mean)
     return torch.batch_norm_backward_elemt(dy, x, mean_C, scale_C, weight_C, sum_dy_C, sum_dy_x_C, total.int())
 
 
@@ -129,7 +128,7 @@ def synchronise_batch_norm(model: nn.Module) -> None:
 def counting_rows(model: nn.Module, num_rows: int | None) -> Iterator[None]:
     """Within, only the first `num_rows` rows (None: all) of this rank's batch count in batch norm.
 
-    The other rows are normalised like them, but neither the statistics nor any gradient hears of them.
+    The other rows are padding: normalised like them, but excluded from statistics and gradients.
     """
     norms = [module for module in model.modules() if isinstance(module, GlobalBatchNorm)]
     for norm in norms:
@@ -144,12 +143,12 @@ def counting_rows(model: nn.Module, num_rows: int | None) -> Iterator[None]:
 def _gather_moments(rows: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Values per channel (0-d), mean (C) and sum of squared distances from it (C), over all ranks, in `like`'s type.
 
-    Each rank's moments are taken around its own mean and then joined (Chan et al. 1979), which no offset harms.
+    Each rank's moments are computed around its own mean and then combined (Chan et al. 1979): stable at any offset.
     """
     count_1 = like.new_full((1,), _num_values(rows))
     mean_C, var_C = torch.zeros_like(like), torch.zeros_like(like)
     if len(rows):
-        # The two last tensors are running statistics to update, which here are thrown away.
+        # The two last tensors would be updated as running statistics; these are not used.
         mean_C, var_C = torch.batch_norm_update_stats(rows, mean_C, var_C, 0.0)
     moments_WM = _gather(torch.cat((count_1, mean_C, var_C)))
     count_W1, mean_WC, var_WC = moments_WM.split((1, len(like), len(like)), dim=1)

@@ -1,4 +1,4 @@
-"""A linear layer and its cross-entropy in one, chunk by chunk: the logits of all tokens are never held at once.
+"""A linear layer fused with its cross-entropy, chunk by chunk: the logits of all tokens are never held at once.
 
 Shapes: M tokens, H hidden width, V vocabulary, C tokens of a chunk. A suffix says a tensor's shape: `hidden_MH`.
 """
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 CHUNK_TOKENS = 2048  # 80 MB of logits at 10,000 words; smaller chunks are slower on a CPU
-# Float16 would lose probabilities near 1e-7. Times 16 it keeps them, and the sum over a chunk whose every token is
-# the same wrong word stays below its largest number, 65,504, for hidden values up to 1, as those of an LSTM are.
+# Float16 would lose probabilities near 1e-7; times 16 it keeps them. The sum over a chunk whose every token is the same
+# wrong word stays below its largest number, 65,504, for hidden values up to 1, as those of an LSTM are.
 GRADIENT_SCALE = 16.0
 
 
@@ -22,9 +22,9 @@ def linear_cross_entropy(
     """Cross-entropy (natural log) of the logits `hidden_MH @ weight_VH.T + bias_V`, summed over tokens: two scalars.
 
     The first is smoothed as in `torch.nn.functional.cross_entropy` and has gradients; the second is plain and has
-    none. Both are at least float32. The gradients are computed on the way forward, where any are wanted, and
-    backward multiplies them by what comes in. Under autocast the products have its type, but not on the CPU: many
-    have no unit for it, and there a product in bfloat16 takes up to 50 times as long as one in float32.
+    none. Both are at least float32. Forward computes the gradients, if any are needed, and backward multiplies them by
+    the incoming one. Under autocast the products have its type, but not on the CPU: many have no unit for it, and there
+    a product in bfloat16 takes up to 50 times as long as one in float32.
     """
     device = hidden_MH.device.type
     autocast = torch.is_autocast_enabled(device) and device != "cpu"
@@ -71,9 +71,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _chunks(
     hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor, *, exact_type: torch.dtype
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Chunks of nearly one size: their rows, log probabilities (C, V), and (C, V) of free memory in the inputs' type.
+    """Chunks of nearly one size: their rows, log probabilities (C, V), and a (C, V) buffer of the inputs' type.
 
-    The memory of both is that of the next chunk's too.
+    The memory of both is reused for the next chunk.
     """
     num_tokens, num_words = len(hidden_MH), len(weight_VH)
     num_chunks = max(1, math.ceil(num_tokens / CHUNK_TOKENS))
@@ -89,7 +89,7 @@ def _chunks(
 
 
 def _logit_gradients(log_p_CV: Tensor, targets_C: Tensor, *, smoothing: float, out: Tensor) -> Tensor:
-    """Gradients of the smoothed sum with respect to the logits, times GRADIENT_SCALE, in `out`; uses `log_p_CV` up."""
+    """Gradients of the smoothed sum w.r.t. the logits, times GRADIENT_SCALE, in `out`; overwrites `log_p_CV`."""
     p_CV = log_p_CV.exp_()
     if smoothing:
         p_CV -= smoothing / p_CV.shape[1]

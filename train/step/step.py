@@ -161,7 +161,7 @@ def _to_device(rows: Tensor, device: torch.device) -> Tensor:
 
 
 def distribute(loss_model: CaptionLoss, optimizer: Optimizer, accelerator: Accelerator) -> tuple[nn.Module, Optimizer]:
-    """Model and optimizer for `train_step`: all ranks start with rank 0's weights, and average their gradients.
+    """Model and optimizer for a `TrainStep`: all ranks start with rank 0's weights, and average their gradients.
 
     Buffers are broadcast once and not, as by default, in each forward: batch norm keeps them equal.
     """
@@ -170,45 +170,48 @@ def distribute(loss_model: CaptionLoss, optimizer: Optimizer, accelerator: Accel
     return wrapped, optimizer
 
 
-def train_step(
-    loss_model: nn.Module,
-    micro_batches: Sequence[CaptionBatch],
-    step: int = 1,
-    *,
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    accelerator: Accelerator,
-) -> Tensor:
-    """Forward and backward of this rank's micro-batches, then the update: the run's `step`-th, from 1.
+@dataclass(frozen=True)
+class TrainStep:
+    """An optimizer step; `model` and `optimizer` are those that `distribute` returned."""
 
-    Gradients are those of the mean over the target tokens of *all* micro-batches of *all* ranks: each divides its own
-    sum by the global count, and multiplies by W, since data-parallel training averages gradients over the W ranks.
-    Returns, on the device, this rank's (cross-entropy sum, target tokens) and the norm of the whole gradient.
-    """
-    cast(CaptionLoss, getattr(loss_model, "module", loss_model)).enter_step(step)
-    count = float(sum(batch.num_targets for batch in micro_batches))
-    num_own = torch.full((), count, device=accelerator.device)  # torch.tensor would wait for the device
-    num_targets = accelerator.reduce(num_own.clone(), reduction="sum")
-    total = torch.zeros_like(num_own)
-    for number, batch in enumerate(micro_batches, start=1):
-        sync = nullcontext() if number == len(micro_batches) else accelerator.no_sync(loss_model)
-        with sync, counting_rows(loss_model, batch.num_samples):
-            on_device = batch.to(accelerator.device)
-            objective, cross_entropy = loss_model(on_device.inputs, on_device.captions)
-            weight = float(batch.num_samples > 0)  # 0 of a filler
-            accelerator.backward(objective * (weight * accelerator.num_processes) / num_targets.clamp(min=1))
-            total += cross_entropy.detach() * weight
-    norm = accelerator.clip_grad_norm_(loss_model.parameters(), MAX_GRADIENT_NORM)
-    optimizer.step()
-    schedule.step()
-    optimizer.zero_grad()
-    return torch.stack((total, num_own, cast(Tensor, norm)))
+    model: nn.Module
+    optimizer: Optimizer
+    schedule: LRScheduler
+    accelerator: Accelerator
+
+    def __call__(self, micro_batches: Sequence[CaptionBatch], step: int = 1) -> Tensor:
+        """Forward and backward of this rank's micro-batches, then the update: the run's `step`-th, from 1.
+
+        Gradients are those of the mean over the target tokens of *all* micro-batches of *all* ranks: each divides its
+        own sum by the global count, and multiplies by W, since data-parallel training averages gradients over the W
+        ranks. Returns, on the device, this rank's (cross-entropy sum, target tokens) and the norm of the whole
+        gradient.
+        """
+        model, accelerator = self.model, self.accelerator
+        cast(CaptionLoss, getattr(model, "module", model)).enter_step(step)
+        count = float(sum(batch.num_targets for batch in micro_batches))
+        num_own = torch.full((), count, device=accelerator.device)  # torch.tensor would wait for the device
+        num_targets = accelerator.reduce(num_own.clone(), reduction="sum")
+        total = torch.zeros_like(num_own)
+        for number, batch in enumerate(micro_batches, start=1):
+            sync = nullcontext() if number == len(micro_batches) else accelerator.no_sync(model)
+            with sync, counting_rows(model, batch.num_samples):
+                on_device = batch.to(accelerator.device)
+                objective, cross_entropy = model(on_device.inputs, on_device.captions)
+                weight = float(batch.num_samples > 0)  # 0 of a filler
+                accelerator.backward(objective * (weight * accelerator.num_processes) / num_targets.clamp(min=1))
+                total += cross_entropy.detach() * weight
+        norm = accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return torch.stack((total, num_own, cast(Tensor, norm)))
 
 
 def check_finite(records_S3: Tensor, *, last_step: int, scaled: bool) -> None:
     """Raise UserError naming the first step whose loss, or gradient unless it is `scaled` (fp16), is not finite.
 
-    `records_S3` are `train_step`'s results of the S steps up to `last_step`, on the CPU.
+    `records_S3` are `TrainStep`'s results of the S steps up to `last_step`, on the CPU.
     """
     columns = {0: "loss"} if scaled else {0: "loss", 2: "gradient"}
     for step, record in enumerate(records_S3.tolist(), start=last_step - len(records_S3) + 1):

@@ -395,7 +395,7 @@ def test_the_rank_is_as_given_or_of_the_launcher_or_alone(folder: Path, monkeypa
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"rank": 1}, "both or neither"), ({"rank": 2, "world_size": 2}, "rank 2 is not between 0 and 1"),
-     ({"rank": 0, "world_size": 3}, "multiple of their number, 3"), ({"batch_size": 0}, "batch_size is 0"),
+     ({"rank": 0, "world_size": 3}, "multiple of 3"), ({"batch_size": 0}, "batch_size is 0"),
      ({"last_batch": "maybe"}, "keep, drop, pad"), ({"batch_size": 64, "last_batch": "drop"}, "make no batch"),
      ({"epoch_samples": 3}, "give weights"), ({"every": 2}, "shuffle=False"),
      ({"decode": "jpeg"}, "no decoder 'jpeg'"),

@@ -16,7 +16,7 @@ import training
 from captioner.errors import UserError
 from captioner.vocabulary import START
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

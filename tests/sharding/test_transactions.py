@@ -101,6 +101,7 @@ def packing(settings: ShardSettings, *, num_shards: int) -> Iterator[Any]:
         process.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("point", "num_kept"),
     [

@@ -89,6 +89,7 @@ def shell_blocks(document: str) -> list[str]:
     return re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_shell_blocks_of_the_readme_run(tmp_path: Path) -> None:
     """In a folder of its own, that looks like the repository."""

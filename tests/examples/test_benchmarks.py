@@ -20,7 +20,7 @@ from contenders.pictures import write_loose
 from measuring.photos import find_photos
 from train.step.schedule import make_schedule
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

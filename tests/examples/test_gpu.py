@@ -74,6 +74,7 @@ def run_benchmark(*flags: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.timeout(900)
 def test_rows_of_real_commands_pass_on_the_cpu(tmp_path: Path) -> None:
     names = ["pack", "SIGTERM and --resume", "captions in float32"]
     done = run_benchmark("--json", tmp_path / "gpu.json", "--only", *names)

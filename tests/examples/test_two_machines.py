@@ -117,6 +117,7 @@ def test_errors_of_connections_are_told_from_others(error: RuntimeError, lost: b
     assert is_lost_peer(error) == lost
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0 or not all(map(shutil.which, ("ip", "unshare", "nginx"))),
     reason="needs root, ip, unshare and nginx",

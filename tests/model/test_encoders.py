@@ -88,6 +88,7 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
     return message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_features_tell_pictures_apart_at_the_native_size(name: str) -> None:
     torch.manual_seed(0)
@@ -99,6 +100,7 @@ def test_features_tell_pictures_apart_at_the_native_size(name: str) -> None:
     assert (features_BF[0] - features_BF[1]).norm() > 1e-3 * features_BF[0].norm() > 0
 
 
+@pytest.mark.slow
 def test_large_encoders_give_features_at_the_native_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device, where shapes are computed and numbers are not; RegNet counts its layers with tensors."""
     count_layers = regnet.BlockParams.from_init_params
@@ -126,6 +128,7 @@ def test_no_family_is_left_out() -> None:
     assert {family(name) for name in list_models(module=torchvision.models)} <= {family(name) for name in SMALL + LARGE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_features_are_those_of_torchvisions_pretrained_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights stand for the downloaded ones, and torchvision's own builder gets to load them."""

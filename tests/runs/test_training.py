@@ -149,16 +149,16 @@ def test_the_model_folder_scores_what_training_said(undisturbed: Path, shards: P
 
 
 def test_two_processes_train_as_one_does(shards: Path, tmp_path: Path) -> None:
-    """20 steps in float32, the encoder's batch norm among them, over an epoch's last batch of one image."""
+    """10 steps in float32, the encoder's batch norm among them, over an epoch's last batch of one image."""
     for world_size in (1, 2):
         output = tmp_path / str(world_size)
-        printed = finished(shards, output, "--input-dropout", 0, "--dropout", 0, "--epochs", 4, world_size=world_size)
+        printed = finished(shards, output, "--input-dropout", 0, "--dropout", 0, "--epochs", 2, world_size=world_size)
         assert f"{world_size} x cpu" in printed
-        for epoch in range(1, 5):
+        for epoch in (1, 2):
             assert f"epoch {epoch}: training loss" in printed
             assert f"planned {NUM_TRAIN}, read {NUM_TRAIN}, decoded {NUM_TRAIN}, skipped 0, repeated 0" in printed
     one, two = (history(tmp_path / name) for name in ("1", "2"))
-    assert one.keys() == two.keys() == {5, 10, 15, 20}
+    assert one.keys() == two.keys() == {5, 10}
     for step, row in one.items():
         for name in ("train/loss", "validation/loss"):
             assert two[step][name] == pytest.approx(row[name], abs=1e-4), (step, name)
@@ -296,7 +296,7 @@ def test_checkpoints_hold_no_frozen_weights_and_are_few(shards: Path, tmp_path: 
     output, log = tmp_path / "run", tmp_path / "run.log"
     more = ("--epochs", 40, "--weights", pretrained, "--finetune-encoder-from-step", "None", "--keep-checkpoints", 1)
     running = start_training(flags(shards, output, *more), log=log)
-    wait_for(lambda: any(path.name.startswith("epoch-0005") for path in checkpoints(output)), running)
+    wait_for(lambda: any(path.name.startswith("epoch-0003") for path in checkpoints(output)), running)
     running.kill()
     kept = checkpoints(output)
     assert 1 <= len(kept) <= 3  # the newest, the best, and one that was being replaced
@@ -306,7 +306,7 @@ def test_checkpoints_hold_no_frozen_weights_and_are_few(shards: Path, tmp_path: 
     assert set(load_file(output / "encoder.safetensors")) == set(load_file(pretrained))
     pretrained.unlink()  # a resumed run does not need it
     running = start_training(flags(shards, output, *more, "--resume"), log=log)
-    wait_for(lambda: any(path.name.startswith("epoch-0007") for path in checkpoints(output)), running)
+    wait_for(lambda: any(path.name.startswith("epoch-0004") for path in checkpoints(output)), running)
     running.kill()
 
 
@@ -452,9 +452,11 @@ def test_a_damaged_sample_stops_training_unless_it_is_tolerated(shards: Path, tm
 
 @pytest.mark.parametrize("image_input", ["first", "every-step"])
 def test_bfloat16_trains_and_evaluates(shards: Path, tmp_path: Path, image_input: str) -> None:
-    launcher = ("accelerate", "launch", "--mixed_precision", "bf16")
-    done = train(shards, tmp_path / "run", "--epochs", "1", "--image-input", image_input, launcher=launcher)
-    assert done.returncode == 0, done.stderr
+    more = ("--epochs", 1, "--image-input", image_input)
+    launched = {"ACCELERATE_MIXED_PRECISION": "bf16"}  # as `accelerate launch --mixed_precision bf16` does
+    running = start_training(flags(shards, tmp_path / "run", *more), log=tmp_path / "run.log", environment=launched)
+    done = running.wait()
+    assert done.code == 0, done.output
     assert len(validation_rows(tmp_path / "run")) == NUM_VAL
     assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float32, torch.int64}
 

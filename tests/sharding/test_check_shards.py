@@ -120,6 +120,7 @@ def is_free_text(path: Path, place: int) -> bool:
 DAMAGEABLE = ("train-000001.tar", "train-000000.index", "train-000002.index", "train.manifest.json", "vocabulary.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*DAMAGEABLE, "train.failures.jsonl"])
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 @settings(deadline=None, max_examples=12, suppress_health_check=IN_PLACE)
@@ -480,6 +481,7 @@ def test_show_tells_of_the_splits_the_words_and_a_sample(whole: Path, capsys: py
         check_shards.main(check_shards.Command(settings=ShowSettings(folder=str(whole), key="nobody")))
 
 
+@pytest.mark.slow
 def test_the_command_teaches_and_has_three_exit_codes(shards: Path) -> None:
     def run(*flags: str) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, str(ROOT / "sharding" / "check_shards.py"), *flags]
@@ -817,6 +819,7 @@ def test_splits_of_different_sizes_are_refused(foreign: Path) -> None:
         read_view(splits, crop=32)
 
 
+@pytest.mark.slow
 def test_a_foreign_folder_trains_and_is_evaluated(foreign: Path, tmp_path: Path) -> None:
     index_folder(foreign, "train", size=36)
     words = (foreign / "vocabulary.json").read_bytes()

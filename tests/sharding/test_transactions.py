@@ -102,6 +102,7 @@ def packing(settings: ShardSettings, *, num_shards: int) -> Iterator[Any]:
         process.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("point", "num_kept"),
     [

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -61,6 +61,7 @@ def start(
     peer_seconds: float = 60.0,
     slow: Sequence[str] = (),
     stop: "StopAtRow | None" = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Running:
     """A stage's command (`train/main.py`) with these flags, on so many gloo ranks; each may have flags of its own.
 
@@ -68,6 +69,7 @@ def start(
     `stop` says where each rank of infer/main.py stops.
     """
     shared = {"ACCELERATE_USE_CPU": "true", "CAPTIONER_PEER_TIMEOUT_SECONDS": str(peer_seconds)}
+    shared |= environment or {}
     if world_size > 1:
         shared |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = []

@@ -73,7 +73,13 @@ def owned(location: str, *, doing: str) -> Iterator[None]:
     a minute of silence, ends with code 75: two must not write the same files.
     """
     claim = _Claim(location, doing)
-    with _hold_object(claim) if storage.is_remote(location) else _hold_file(claim):
+    with ExitStack() as stack:
+        try:
+            write = _own_object(claim) if storage.is_remote(location) else _own_file(claim, stack)
+        except OSError as error:
+            where = location if storage.is_remote(location) else str(Path(location).parent)
+            raise NotWritableError(where, error.strerror or str(error)) from error
+        stack.enter_context(claim.beating(write))
         yield
 
 
@@ -170,21 +176,16 @@ def _end_process(claim: _Claim, owner: Record) -> None:
 # ---- a locked file ----------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _hold_file(claim: _Claim) -> Iterator[None]:
+def _own_file(claim: _Claim, stack: ExitStack) -> Callable[[str], None]:
+    """Own a file until the stack is closed; returns the function that rewrites it."""
     path = Path(claim.location)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(_folder(path.parent))
-            file = stack.enter_context(_lock(path, claim))
-        except OSError as error:
-            if error.errno in locks.UNSUPPORTED:
-                stack.enter_context(_hold_object(claim))
-                yield
-                return
-            raise NotWritableError(str(path.parent), error.strerror or str(error)) from error
-        stack.enter_context(claim.beating(partial(_rewrite, file)))
-        yield
+    stack.enter_context(_folder(path.parent))
+    try:
+        return partial(_rewrite, stack.enter_context(_lock(path, claim)))
+    except OSError as error:
+        if error.errno not in locks.UNSUPPORTED:
+            raise
+    return _own_object(claim)
 
 
 @contextmanager
@@ -242,30 +243,24 @@ def _rewrite(file: io.FileIO, record: str) -> None:
 # ---- an object, or a file on a disk without locks -----------------------------------------------------------
 
 
-@contextmanager
-def _hold_object(claim: _Claim) -> Iterator[None]:
-    try:
-        _create(claim)
-    except OSError as error:
-        raise NotWritableError(claim.location, str(error)) from error
-    with claim.beating(partial(storage.write_atomic, claim.location)):
-        yield
+def _own_object(claim: _Claim) -> Callable[[str], None]:
+    """Write this process's record where none is, or in place of a silent owner's; returns the function that rewrites.
 
-
-def _create(claim: _Claim) -> None:
-    """Write this process's record where none is, or in place of a silent owner's. Raises AlreadyOwnedError, OSError."""
+    Raises AlreadyOwnedError and OSError.
+    """
+    rewrite = partial(storage.write_atomic, claim.location)
     while True:
         etag = storage.etag(claim.location)  # before the record is read, so that it is not of a later one
         owner = claim.read()
         if owner.get("id") == claim.id:  # an earlier attempt succeeded, though its answer was lost
-            return
+            return rewrite
         if owner and not claim.watch(owner, seconds=SILENT_SECONDS):
             continue
         if owner and etag is None:
             storage.delete(claim.location)
         try:
             storage.write_new(claim.location, claim.record(), etag=etag)
-            return
+            return rewrite
         except FileExistsError:  # another process was first, or what is there is not a record
             if not owner and not claim.read():
                 storage.delete(claim.location)

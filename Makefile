@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTS_READY := $(VENV)/.tests-ready
 
-# pillow-simd stands in Pillow's place, with the same pixels: never both. It has no wheel and is compiled for AVX2. pip
-# would put Pillow on top of it again whenever it installs.
+# pillow-simd replaces Pillow, with the same pixels: never both. It has no wheel and is compiled for AVX2. pip would
+# install Pillow over it again with every package.
 PILLOW_SIMD := pillow-simd==12.1.1.post0
 KEEP_SIMD := [ ! -d $(VENV)/simd ] || { $(BIN)/python -m pip uninstall --quiet --yes pillow pillow-simd && \
 	$(BIN)/python -m pip install --quiet --no-deps --no-index --find-links $(VENV)/simd pillow-simd; }
@@ -55,18 +55,18 @@ format: $(TESTS_READY) ## rewrite the code in the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-simd: $(READY) ## pillow-simd in Pillow's place: resizes several times faster (a minute; needs a compiler)
+simd: $(READY) ## replace Pillow by pillow-simd: resizes several times faster (a minute; needs a compiler)
 	@$(BIN)/python simd.py $(PILLOW_SIMD) --into $(VENV)/simd --lose "$(LOSE)"
 	@$(KEEP_SIMD)
 	@$(BIN)/python -c 'import PIL; print("PIL is now pillow-simd", PIL.__version__, "(make no-simd: back to Pillow)")'
 
-no-simd: $(READY) ## the pinned Pillow back in pillow-simd's place
+no-simd: $(READY) ## replace pillow-simd by the pinned Pillow again
 	rm -rf $(VENV)/simd
 	$(BIN)/python -m pip uninstall --quiet --yes pillow-simd pillow
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt pillow
 	@$(BIN)/python -c 'import PIL; print("PIL is now Pillow", PIL.__version__)'
 
-# Streaming's peers lie in a folder that only benchmarks/streaming.py adds to the path, with our torch: img2dataset would
+# Streaming's peers are in a folder that only benchmarks/streaming.py adds to the path, with our torch: img2dataset would
 # import what it finds, and take longer to start.
 bench-peers: $(PEERS)/.ready ## what the benchmarks compare us with, and plain Pillow, in .venv-peers
 

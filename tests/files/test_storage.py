@@ -409,7 +409,7 @@ def test_threads_and_forked_processes_count_each_failure_once(
     with of_this_process._lock:  # as another thread may, while a worker is forked
         child = multiprocessing.get_context("fork").Process(target=troubles.answered, args=("s3://b/x",))
         child.start()
-        child.join(10)
+        child.join(60)
     assert child.exitcode == 0
 
 
@@ -577,6 +577,7 @@ def test_an_empty_object_has_no_beginning_to_be_read(bucket: Bucket) -> None:
     assert time.monotonic() - started < 3.0  # it is not tried again and again
 
 
+@pytest.mark.slow
 def test_a_large_object_goes_up_in_parts_and_comes_back(bucket: Bucket) -> None:
     data = os.urandom(1 << 20) * 110
     storage.write_atomic(f"s3://{bucket.name}/large", data)

@@ -413,6 +413,7 @@ def test_an_empty_object_is_read_without_a_retry(bucket: Bucket) -> None:
     assert time.monotonic() - started < 3.0  # without retries
 
 
+@pytest.mark.slow
 def test_a_large_object_goes_up_in_parts_and_comes_back(bucket: Bucket) -> None:
     data = os.urandom(1 << 20) * 110
     storage.write_atomic(f"s3://{bucket.name}/large", data)

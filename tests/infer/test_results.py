@@ -452,6 +452,7 @@ def write_many(output: Path, num_rows: int) -> None:
                 file.write(marked.replace("PATH", str(number)).replace("DIGEST", digest))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     """A dictionary with one entry for each row would take more."""
     write_many(tmp_path / "captions.jsonl", NUM_MANY)

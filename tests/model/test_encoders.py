@@ -234,6 +234,7 @@ OLD_KEYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OLD_KEYS)
 def test_files_that_torchvision_translates_are_loaded(name: str, tmp_path: Path) -> None:
     """Its files of DenseNet and ViT have the names of older modules; those of MNASNet are told by a version."""

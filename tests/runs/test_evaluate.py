@@ -193,6 +193,7 @@ def official() -> dict[str, Any]:
     return json.loads((OFFICIAL / "official.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_the_official_program(tmp_path: Path, official: dict[str, Any]) -> None:
     main(
         EvaluateSettings(

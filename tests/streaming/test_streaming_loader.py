@@ -71,7 +71,10 @@ def test_each_sample_comes_once_an_epoch_in_the_same_global_batches_on_any_ranks
     assert alone[:steps] != alone[steps:] or steps == 0
 
 
-@pytest.mark.parametrize(("workers", "start_method"), [(1, "fork"), (2, "fork"), (3, "spawn"), (2, "forkserver")])
+@pytest.mark.parametrize(
+    ("workers", "start_method"),
+    [(1, "fork"), (2, "fork"), pytest.param(3, "spawn", marks=pytest.mark.slow), (2, "forkserver")],
+)
 def test_workers_change_nothing(folder: Path, workers: int, start_method: str) -> None:
     alone = run_epochs(make_loader(folder), 2)
     loader = make_loader(folder, num_workers=workers, start_method=start_method)
@@ -432,6 +435,7 @@ def draw(sample: dict[str, Any], rng: np.random.Generator) -> tuple[str, list[fl
     return text_of(sample), numbers
 
 
+@pytest.mark.slow
 def test_random_numbers_are_functions_of_seed_epoch_and_position_alone(folder: Path) -> None:
     def drawn(epochs: int, **options: Any) -> dict[tuple[int, str], list[float]]:
         loader = make_loader(folder, transform=draw, **options)
@@ -603,7 +607,9 @@ def in_buffer(numbers: list[int]) -> dict[str, Any]:
     return {"rows": rows, "first": [rows[:1]], "halves": (halves, "text")}
 
 
-@pytest.mark.parametrize(("workers", "start_method"), [(0, None), (1, "fork"), (1, "spawn")])
+@pytest.mark.parametrize(
+    ("workers", "start_method"), [(0, None), (1, "fork"), pytest.param(1, "spawn", marks=pytest.mark.slow)]
+)
 def test_buffers_are_used_again_but_never_while_a_batch_is_held(
     folder: Path, workers: int, start_method: str | None
 ) -> None:

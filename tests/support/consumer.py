@@ -63,12 +63,12 @@ def start(job: Job, *, world_size: int) -> list[Any]:
     return ranks
 
 
-def finish(job: Job, *, world_size: int = 1, seconds: float = 60.0) -> None:
+def finish(job: Job, *, world_size: int = 1, seconds: float = 240.0) -> None:
     """Run all ranks to their end."""
     wait(start(job, world_size=world_size), seconds=seconds)
 
 
-def wait(ranks: Sequence[Any], *, seconds: float = 60.0) -> None:
+def wait(ranks: Sequence[Any], *, seconds: float = 240.0) -> None:
     """Wait for the ranks, which must end well and in time."""
     deadline = time.monotonic() + seconds
     for rank in ranks:

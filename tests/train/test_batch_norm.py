@@ -129,6 +129,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, 
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(RANKS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_two_ranks_are_one_process_with_all_rows(ranks: list[dict[str, dict[str, Any]]], name: str) -> None:
     scenario = SCENARIOS[name]

@@ -216,6 +216,7 @@ def test_another_encoder_has_another_fingerprint() -> None:
 # ---- whole runs ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_ranks_make_them_together_and_train(shards: Path, tmp_path: Path) -> None:
     weights = tmp_path / "encoder.safetensors"
     _save_encoder(weights)

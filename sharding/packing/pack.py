@@ -5,7 +5,7 @@ import json
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import get_args
@@ -81,9 +81,15 @@ def pack_shard(
     bytes_read = 0
     reported = time.monotonic()
     for first, contents in _read_groups(plan, excluded=excluded):
-        for position, result in enumerate(
-            _to_stored_jpegs(plan, first, contents, set_index=set_index, note_damage=damaged.append), start=first
-        ):
+        results = loading.to_stored_jpegs(
+            contents,
+            size=plan.recipe.size,
+            resize=plan.recipe.resize,
+            quality=plan.recipe.quality,
+            mark=lambda number, first=first: set_index(first + number),
+            note_damage=damaged.append,
+        )
+        for position, result in enumerate(results, start=first):
             if isinstance(result, loading.StoredJpeg):
                 stored.append((position, result))
             else:
@@ -140,26 +146,6 @@ def write_shard(folder: str, name: str, tar: bytes, index: ShardIndex, *, keep_m
         storage.delete(location)  # it must not stand beside a new tar
     write(storage.join(folder, f"{name}.tar"), tar)
     write(location, index.to_bytes())
-
-
-def _to_stored_jpegs(
-    plan: ShardPlan,
-    first: int,
-    contents: Sequence[bytes | loading.ImageError],
-    *,
-    set_index: Callable[[int], None],
-    note_damage: Callable[[int], None],
-) -> list[loading.StoredJpeg | loading.ImageError]:
-    """The images from position `first` on as JPEGs, or why not."""
-    recipe = plan.recipe
-    return loading.to_stored_jpegs(
-        contents,
-        size=recipe.size,
-        resize=recipe.resize,
-        quality=recipe.quality,
-        mark=lambda number: set_index(first + number),
-        note_damage=note_damage,
-    )
 
 
 def _failure(record: Record, error: loading.ImageError) -> Failure:

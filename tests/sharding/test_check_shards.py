@@ -246,7 +246,7 @@ FORGERIES: list[tuple[Callable[[Members], Members], str]] = [
     (lambda members: [*members, *members[:2]], "duplicate key"),
     (lambda members: [(members[0][0], members[0][1][:200]), *members[1:]], "truncated"),
     (lambda members: [("a.jpg", members[0][1]), ("a.json", members[1][1]), *members[2:]], "key a"),
-    (lose_a_field, "has not the fields"),
+    (lose_a_field, "is not as packing writes it"),
     (lose_a_token, "caption_lengths"),
 ]
 

@@ -223,17 +223,6 @@ def test_a_name_that_may_lead_elsewhere_is_unsafe(kind: str, name: str) -> None:
     assert counted(failures) == [(name, "unsafe name")]
 
 
-@pytest.mark.parametrize("images", ["/data/pictures", "/data/pictures/", "s3://bucket/pictures", "pictures"])
-def test_an_absolute_name_below_the_picture_folder_says_what_to_write(images: str) -> None:
-    folder = str(Path.cwd() / "pictures") if images == "pictures" else images.rstrip("/")
-    names = [f"{folder}/a/b.jpg", f"{folder}x/b.jpg", f"{folder}/../b.jpg"]
-    storage.write_atomic("memory://sources/captions.csv", as_table([(name, "a cat") for name in names], delimiter=","))
-    records, failures = read_records(Source(split="train", captions="memory://sources/captions.csv", images=images))
-    assert records == []
-    assert "write 'a/b.jpg'" in failures[0].message
-    assert all("in the name: write it as it is below --images" in failure.message for failure in failures[1:])
-
-
 @pytest.mark.parametrize("kind", ["COCO", "Karpathy", "CSV", "TSV", "JSONL"])
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_a_name_that_is_only_odd_stays_as_it_is(kind: str, name: str) -> None:

@@ -13,6 +13,7 @@ from captioner.samples import read_content, split_pair
 from captioner.shards.format import PACK_FIRST, SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
 from captioner.shards.indexing import is_any, is_foreign
 from captioner.vocabulary import read_vocabulary
+from sharding.packing.sources import failure_text
 
 NUM_WORDS = 20
 SHOWN_BYTES = 500
@@ -40,7 +41,6 @@ def plain(text: object) -> str:
 def _show_splits(folder: str, manifests: list[Manifest]) -> None:
     rows = []
     for manifest in manifests:
-        failures = ", ".join(f"{count:,} {plain(reason)}" for reason, count in sorted(manifest.failures.items()))
         made = ", ".join(f"{plain(name)} {plain(value)}" for name, value in manifest.settings.items())
         rows.append(
             (
@@ -53,7 +53,7 @@ def _show_splits(folder: str, manifests: list[Manifest]) -> None:
                 ", ".join(
                     f"{plain(name)} {plain(value)}" for name, value in manifest.source.items() if name != "split"
                 ),
-                failures or "none",
+                plain(failure_text(manifest.failures)),
             )
         )
     header = ("split", "shards", "samples", "captions", "MB", "how", "from", "left out")

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 from captioner.cli import progress_bar
@@ -159,14 +158,13 @@ def check_split(folder: str, check: SplitCheck, *, report: Callable[[int], None]
     whole = {shard.entry.name: shard for shard in check.shards if not shard.problems}
     trusted = not any(problem.part == "manifest" for problem in check.own_problems)
 
-    def check_or_keep(entry: ShardEntry, first: int) -> ShardCheck:
-        return whole.get(entry.name) or check_shard(folder, entry, manifest, first if trusted else None, listed)
+    def check_or_keep(entry: ShardEntry) -> ShardCheck:
+        return whole.get(entry.name) or check_shard(folder, entry, manifest, listed, trusted=trusted)
 
-    firsts = accumulate((entry.samples + entry.failures for entry in manifest.shards), initial=0)
     check.shards = []
     threads = ThreadPoolExecutor(min(MAX_THREADS, count_processors()))
     try:
-        for shard in threads.map(check_or_keep, manifest.shards, firsts):
+        for shard in threads.map(check_or_keep, manifest.shards):
             check.shards.append(shard)
             report(shard.entry.samples)
     finally:

@@ -77,12 +77,12 @@ class ShardCheck:
 
 
 def check_shard(
-    folder: str, entry: ShardEntry, manifest: Manifest, first: int | None, listed: Sequence[Any] | None
+    folder: str, entry: ShardEntry, manifest: Manifest, listed: Sequence[Any] | None, *, trusted: bool
 ) -> ShardCheck:
     """Read one shard and its index whole.
 
-    `first` is the position of its first sample in the split, None where the manifest is damaged and does not say it;
-    `listed` are the failures of the split, None where they are lost.
+    `listed` are the failures of the split, None where they are lost. A manifest that is not `trusted` contradicts
+    itself: it cannot say that an index is of another shard.
     """
     check, index = ShardCheck(entry=entry, manifest=manifest), None
     try:
@@ -93,7 +93,7 @@ def check_shard(
         check.add("index", why_unread(error))
     try:
         with open_tar(storage.join(folder, f"{entry.name}.tar")) as data:
-            _compare(check, data, index, first)
+            _compare(check, data, index, trusted=trusted)
     except OSError as error:
         check.add("tar", why_unread(error))
     if check.rebuilt is not None:
@@ -107,11 +107,11 @@ def why_unread(error: Exception) -> str:
     return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
 
 
-def _compare(check: ShardCheck, data: Buffer, index: ShardIndex | None, first: int | None) -> None:
+def _compare(check: ShardCheck, data: Buffer, index: ShardIndex | None, *, trusted: bool) -> None:
     """Compare a tar with its index and with the manifest; sets `words`, or `rebuilt` where the index is broken."""
     entry, sha256 = check.entry, hashlib.sha256(data).hexdigest()
     by_index = None if index is None else ShardEntry.of(entry.name, index)
-    is_own = by_index is not None and (first is None or by_index.fingerprint == entry.fingerprint)
+    is_own = by_index is not None and (not trusted or by_index.fingerprint == entry.fingerprint)
     if by_index is not None and not is_own:
         check.add("index", "is of another shard (its fingerprint is not the manifest's)")
     if sha256 != entry.sha256 and not (is_own and by_index is not None and sha256 == by_index.sha256):
@@ -119,9 +119,7 @@ def _compare(check: ShardCheck, data: Buffer, index: ShardIndex | None, first: i
             "tar", f"is damaged: {len(data):,} bytes of sha256 {sha256[:8]}, not {entry.bytes:,} of {entry.sha256[:8]}"
         )
         return
-    found, problems = index_from_tar(
-        data, sha256=sha256, entry=entry, manifest=check.manifest, first=first, before=index
-    )
+    found, problems = index_from_tar(data, sha256=sha256, entry=entry, manifest=check.manifest, before=index)
     for what in problems:
         check.add("content", what)
     if problems:

@@ -240,13 +240,13 @@ def lose_a_token(members: Members) -> Members:
 
 FORGERIES: list[tuple[Callable[[Members], Members], str]] = [
     (swap_pictures, "crc32s_M"),
-    (lambda members: [*members[2:], *members[:2]], "does not follow"),
+    (lambda members: [*members[2:], *members[:2]], "keys_S"),
     (lambda members: [members[0], members[2], members[1], *members[3:]], "no caption"),
     (lambda members: members[:-1], "no caption"),
     (lambda members: [*members, *members[:2]], "duplicate key"),
     (lambda members: [(members[0][0], members[0][1][:200]), *members[1:]], "truncated"),
-    (lambda members: [("a.jpg", members[0][1]), ("a.json", members[1][1]), *members[2:]], "key a"),
-    (lose_a_field, "is not as packing writes it"),
+    (lambda members: [("a.jpg", members[0][1]), ("a.json", members[1][1]), *members[2:]], "keys_S"),
+    (lose_a_field, "has not the fields"),
     (lose_a_token, "caption_lengths"),
 ]
 

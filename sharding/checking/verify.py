@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +37,6 @@ from sharding.checking.verify_shard import (
     Problem,
     ShardCheck,
     check_shard,
-    why_unread,
 )
 
 MAX_THREADS = 8
@@ -154,7 +154,7 @@ def check_split(folder: str, check: SplitCheck, *, report: Callable[[int], None]
     manifest = check.manifest
     if manifest is None:
         return
-    listed, problems = _read_failures(folder, manifest)
+    listed = _read_failures(folder, manifest)
     whole = {shard.entry.name: shard for shard in check.shards if not shard.problems}
     trusted = not any(problem.part == "manifest" for problem in check.own_problems)
 
@@ -169,20 +169,17 @@ def check_split(folder: str, check: SplitCheck, *, report: Callable[[int], None]
             report(shard.entry.samples)
     finally:
         threads.shutdown(cancel_futures=True)
-    check.cross_problems = [*problems, *_check_indexes(check.shards, manifest, listed)]
+    check.cross_problems = list(_check_indexes(check.shards, manifest, listed))
 
 
-def _read_failures(folder: str, manifest: Manifest) -> tuple[list[Any] | None, list[Problem]]:
-    """The lines of `SPLIT.failures.jsonl`, or None and what is wrong with it."""
-    try:
+def _read_failures(folder: str, manifest: Manifest) -> list[Any] | None:
+    """The lines of `SPLIT.failures.jsonl`, or None where it is missing or damaged."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
         *lines, rest = storage.read_bytes(storage.join(folder, f"{manifest.split}.failures.jsonl")).split(b"\n")
-        if rest:
-            raise ValueError("its last line is cut")
         listed = [json.loads(line) for line in lines]
         Counter(failure["reason"] for failure in listed)
-        return listed, []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return None, [Problem.of(manifest, "failures", why_unread(error))]
+        return None if rest else listed
+    return None
 
 
 def _check_indexes(shards: Sequence[ShardCheck], manifest: Manifest, listed: Sequence[Any] | None) -> Iterator[Problem]:
@@ -193,6 +190,8 @@ def _check_indexes(shards: Sequence[ShardCheck], manifest: Manifest, listed: Seq
     other_backend = is_complete and backend != manifest.settings.get("backend")
     if other_backend or any(fact["recipe"] != recipe_of(manifest) for fact in facts):
         yield Problem.of(manifest, "manifest", "its settings are not those of its shards")
+    if listed is None:
+        yield Problem.of(manifest, "failures", "is missing or damaged")
     if listed is None or not is_complete:
         return
     failures = [failure for fact in facts for failure in fact["failures"]]

@@ -52,7 +52,7 @@ def read_samples(data: Buffer, failures: list[Failure], *, name: str) -> Iterato
             if key in found:
                 raise _UnusableError("duplicate key", f"{name}.tar holds it twice")
             sample = _read_sample(data, key, list(members.items()))
-        except _UnusableError as error:
+        except (_UnusableError, loading.ImageError) as error:
             failures.append(Failure(name=key, reason=error.reason, message=error.message))
         else:
             found.add(key)
@@ -94,10 +94,7 @@ def indexer(recipe: dict[str, Any], *, before: ShardIndex | None = None) -> Make
 def _read_sample(data: Buffer, key: str, members: Sequence[Field]) -> CaptionedImage:
     image_member = _choose(members, IMAGE_SUFFIXES, what="picture")[0]
     captions_member, content = _read_captions(data, key, _choose(members, CAPTION_EXTENSIONS, what="caption"))
-    try:
-        image, _ = loading.decode_rgb(_read(data, image_member[1], limit=MAX_FILE_BYTES))
-    except loading.ImageError as error:
-        raise _UnusableError(error.reason, error.message) from error
+    image, _ = loading.decode_rgb(_read(data, image_member[1], limit=MAX_FILE_BYTES))
     pair = sorted([image_member, captions_member], key=lambda field: field[1].offset)
     return CaptionedImage(key=key, members=dict(pair), image=image, content=content)
 

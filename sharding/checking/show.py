@@ -2,7 +2,6 @@
 
 import io
 from collections import Counter
-from typing import Any
 
 from PIL import Image
 from rich.markup import escape
@@ -14,6 +13,7 @@ from captioner.samples import read_content, split_pair
 from captioner.shards.format import PACK_FIRST, SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
 from captioner.shards.indexing import is_any, is_foreign
 from captioner.vocabulary import read_vocabulary
+from sharding.packing.sources import failure_text
 
 NUM_WORDS = 20
 SHOWN_BYTES = 500
@@ -41,7 +41,6 @@ def plain(text: object) -> str:
 def _show_splits(folder: str, manifests: list[Manifest]) -> None:
     rows = []
     for manifest in manifests:
-        failures = ", ".join(f"{count:,} {plain(reason)}" for reason, count in sorted(manifest.failures.items()))
         made = ", ".join(f"{plain(name)} {plain(value)}" for name, value in manifest.settings.items())
         rows.append(
             (
@@ -54,7 +53,7 @@ def _show_splits(folder: str, manifests: list[Manifest]) -> None:
                 ", ".join(
                     f"{plain(name)} {plain(value)}" for name, value in manifest.source.items() if name != "split"
                 ),
-                failures or "none",
+                plain(failure_text(manifest.failures)),
             )
         )
     header = ("split", "shards", "samples", "captions", "MB", "how", "from", "left out")
@@ -70,15 +69,8 @@ def _show_vocabulary(folder: str) -> None:
 
 
 def _show_sample(folder: str, manifests: list[Manifest], key: str | None) -> None:
-    found = _find_sample(folder, manifests, key)
-    if found is None:
-        raise UserError(f"{folder} holds no sample {f'with key {key}' if key else 'at all'}: see the table above")
-    manifest, shard, index, position = found
-    location = storage.join(folder, f"{shard}.tar")
-    try:
-        data = storage.read_bytes(location)
-    except OSError as error:
-        raise UserError(f"cannot read {location} ({error}): check_shards.py repair makes it again") from error
+    manifest, shard, index, position = _find_sample(folder, manifests, key)
+    location, data = _read(folder, f"{shard}.tar")
     fields = {name: data[m.offset : m.offset + m.size] for name, m in index.members(position).items()}
     rows: list[tuple[str, object]] = [("key", index.key(position)), ("shard", f"{shard}, sample {position:,}")]
     try:
@@ -106,31 +98,28 @@ def _captioned(fields: dict[str, bytes], *, key: str) -> list[tuple[str, object]
     content = read_content(captions, key=key)
     with Image.open(io.BytesIO(encoded)) as image:
         stored = f"{image.width}x{image.height} pixels, {image.format}, {len(encoded):,} bytes"
-    rows = [*_facts(content), ("stored", stored)]
+    rows = [("stored", stored), *((name, value) for name, value in content.items() if not isinstance(value, list))]
     for caption, tokens in zip(content["captions"], content["tokens"], strict=True):
         rows += [("caption", caption), ("tokens", " | ".join(tokens))]
     return rows
 
 
-def _facts(content: dict[str, Any]) -> list[tuple[str, object]]:
-    facts: list[tuple[str, object]] = [("image id", content["image_id"])]
-    if "file_name" in content:
-        facts += [("file name", content["file_name"]), ("original", f"{content['width']}x{content['height']} pixels")]
-    return facts
-
-
-def _find_sample(
-    folder: str, manifests: list[Manifest], key: str | None
-) -> tuple[Manifest, str, ShardIndex, int] | None:
-    """The manifest, the shard's name and index, and the sample's position in the shard."""
+def _find_sample(folder: str, manifests: list[Manifest], key: str | None) -> tuple[Manifest, str, ShardIndex, int]:
+    """The manifest, the shard's name and index, and the sample's position in the shard. Raises UserError."""
     for manifest in manifests:
         for entry in manifest.shards:
-            location = storage.join(folder, f"{entry.name}.index")
-            try:
-                index = ShardIndex.from_bytes(storage.read_bytes(location), origin=location)
-            except OSError as error:
-                raise UserError(f"cannot read {location} ({error}): check_shards.py repair makes it again") from error
-            position = next((p for p in range(len(index)) if key in (None, index.key(p))), None)
-            if position is not None:
-                return manifest, entry.name, index, position
-    return None
+            location, data = _read(folder, f"{entry.name}.index")
+            index = ShardIndex.from_bytes(data, origin=location)
+            for position in range(len(index)):
+                if key in (None, index.key(position)):
+                    return manifest, entry.name, index, position
+    raise UserError(f"{folder} holds no sample {f'with key {key}' if key else 'at all'}: see the table above")
+
+
+def _read(folder: str, name: str) -> tuple[str, bytes]:
+    """A file's location and content. Raises UserError."""
+    location = storage.join(folder, name)
+    try:
+        return location, storage.read_bytes(location)
+    except OSError as error:
+        raise UserError(f"cannot read {location} ({error}): run check_shards.py repair") from error

@@ -8,8 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 from captioner.cli import progress_bar
@@ -37,7 +37,6 @@ from sharding.checking.verify_shard import (
     Problem,
     ShardCheck,
     check_shard,
-    why_unread,
 )
 
 MAX_THREADS = 8
@@ -106,45 +105,42 @@ def open_manifest(folder: str, split: str, names: Sequence[str]) -> SplitCheck:
     def add(part: Part, file: str, what: str, remedy: str) -> None:
         check.own_problems.append(Problem(part=part, file=file, what=what, remedy=remedy))
 
-    shards = [name for name in names if re.match(rf"{split}-\d+\.(tar|index)$", name)]
     if name not in names:
-        num_indexes = sum(name.endswith(".index") for name in shards)
-        what = f"{len(shards) - num_indexes:,} tars and {num_indexes:,} indexes, but no manifest: unfinished"
-        add("unfinished", f"{split}-*", what, PACK_SAME if num_indexes else PACK_FIRST)
+        add("unfinished", f"{split}-*", "has no manifest: it is unfinished", PACK_FIRST)
         return check
     try:
         manifest = read_manifest(folder, split, remedy="")
-        problems = _check_manifest(manifest, split=split, raw=storage.read_bytes(manifest_location(folder, split)))
+        fits = _fits_itself(manifest, split=split, raw=storage.read_bytes(manifest_location(folder, split)))
     except (UserError, OSError, TypeError, ValueError) as error:
         add("manifest", name, f"cannot be used: {str(error).rstrip(': ')}", PACK_SAME)
         return check
     check.manifest = manifest
-    check.own_problems += [Problem.of(manifest, "manifest", what) for what in problems]
+    if not fits:
+        what = "contradicts itself (split, records, fingerprint or totals), or lists no sample"
+        check.own_problems.append(Problem.of(manifest, "manifest", what))
     suffixes = ("index",) if is_foreign(manifest) else ("tar", "index")
     listed = {f"{entry.name}.{suffix}" for entry in manifest.shards for suffix in suffixes}
-    for stray in shards:
-        if stray not in listed and stray.endswith(suffixes):
-            add("stray", stray, "is not in the manifest: it is left of another packing", "delete it")
+    for name in names:
+        if re.match(rf"{split}-\d+\.({'|'.join(suffixes)})$", name) and name not in listed:
+            add("stray", name, "is not in the manifest: it is left of another packing", "delete it")
     return check
 
 
-def _check_manifest(manifest: Manifest, *, split: str, raw: bytes) -> list[str]:
-    """What is wrong with a manifest in itself. Raises ValueError where not even its names of shards are right."""
+def _fits_itself(manifest: Manifest, *, split: str, raw: bytes) -> bool:
+    """Whether all that a manifest says fits together. Raises ValueError where its names of shards do not."""
     names, foreign, source = [entry.name for entry in manifest.shards], is_foreign(manifest), manifest.source
     wanted = names if foreign else [shard_name(split, number) for number in range(len(names))]
     if manifest.split != split or names != wanted or len(set(names)) < len(names):
         raise ValueError("its shards are of another split, not numbered in order, or listed twice")
-    fields = {"split", "records", *(("pattern",) if foreign else ("captions", "images"))}
-    num_records = manifest.num_samples + sum(entry.failures for entry in manifest.shards)
-    problems = {
-        f"its source is of split {source.get('split')}": source.get("split") != split,
-        "its source lacks a field": not fields <= source.keys(),
-        "lists no sample": not manifest.num_samples,
-        f"its {source.get('records')} records are not its samples and failures": source.get("records") != num_records,
-        "its fingerprint is not that of its shards": manifest.fingerprint != manifest_fingerprint(manifest.shards),
-        "its totals are not those of its shards": json.loads(manifest.to_json()) != json.loads(raw),
-    }
-    return [what for what, is_wrong in problems.items() if is_wrong]
+    num_samples = manifest.num_samples
+    return (
+        num_samples > 0
+        and source.keys() >= {"split", "records", *(("pattern",) if foreign else ("captions", "images"))}
+        and source["split"] == split
+        and source["records"] == num_samples + sum(entry.failures for entry in manifest.shards)
+        and manifest.fingerprint == manifest_fingerprint(manifest.shards)
+        and json.loads(manifest.to_json()) == json.loads(raw)  # its totals
+    )
 
 
 # ---- all shards together ----------------------------------------------------------------------------------
@@ -158,44 +154,45 @@ def check_split(folder: str, check: SplitCheck, *, report: Callable[[int], None]
     manifest = check.manifest
     if manifest is None:
         return
-    listed, problems = _read_failures(folder, manifest)
+    listed = _read_failures(folder, manifest)
     whole = {shard.entry.name: shard for shard in check.shards if not shard.problems}
     trusted = not any(problem.part == "manifest" for problem in check.own_problems)
 
-    def check_or_keep(entry: ShardEntry, first: int) -> ShardCheck:
-        return whole.get(entry.name) or check_shard(folder, entry, manifest, first if trusted else None, listed)
+    def check_or_keep(entry: ShardEntry) -> ShardCheck:
+        return whole.get(entry.name) or check_shard(folder, entry, manifest, listed, trusted=trusted)
 
-    firsts = accumulate((entry.samples + entry.failures for entry in manifest.shards), initial=0)
     check.shards = []
     threads = ThreadPoolExecutor(min(MAX_THREADS, count_processors()))
     try:
-        for shard in threads.map(check_or_keep, manifest.shards, firsts):
+        for shard in threads.map(check_or_keep, manifest.shards):
             check.shards.append(shard)
             report(shard.entry.samples)
     finally:
         threads.shutdown(cancel_futures=True)
-    check.cross_problems = [*problems, *_check_settings(check.shards, manifest)]
-    if listed is not None:
-        check.cross_problems += _check_failures(check.shards, manifest, listed)
+    check.cross_problems = list(_check_indexes(check.shards, manifest, listed))
 
 
-def _read_failures(folder: str, manifest: Manifest) -> tuple[list[Any] | None, list[Problem]]:
-    """The lines of `SPLIT.failures.jsonl`, or None and what is wrong with it."""
-    try:
+def _read_failures(folder: str, manifest: Manifest) -> list[Any] | None:
+    """The lines of `SPLIT.failures.jsonl`, or None where it is missing or damaged."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
         *lines, rest = storage.read_bytes(storage.join(folder, f"{manifest.split}.failures.jsonl")).split(b"\n")
-        if rest:
-            raise ValueError("its last line is cut")
         listed = [json.loads(line) for line in lines]
         Counter(failure["reason"] for failure in listed)
-        return listed, []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return None, [Problem.of(manifest, "failures", why_unread(error))]
+        return None if rest else listed
+    return None
 
 
-def _check_failures(shards: Sequence[ShardCheck], manifest: Manifest, listed: Sequence[Any]) -> Iterator[Problem]:
-    """Whether the list of failures ends with those of the shards, and the manifest counts what it lists."""
+def _check_indexes(shards: Sequence[ShardCheck], manifest: Manifest, listed: Sequence[Any] | None) -> Iterator[Problem]:
+    """Whether the manifest and the list of failures say what the shards' indexes say."""
     facts = [shard.facts for shard in shards if shard.facts is not None and not shard.has("index")]
-    if len(facts) < len(shards):
+    is_complete = len(facts) == len(shards)
+    backend = " and ".join(sorted({fact["backend"] for fact in facts}))
+    other_backend = is_complete and backend != manifest.settings.get("backend")
+    if other_backend or any(fact["recipe"] != recipe_of(manifest) for fact in facts):
+        yield Problem.of(manifest, "manifest", "its settings are not those of its shards")
+    if listed is None:
+        yield Problem.of(manifest, "failures", "is missing or damaged")
+    if listed is None or not is_complete:
         return
     failures = [failure for fact in facts for failure in fact["failures"]]
     reasons = Counter(failure["reason"] for failure in listed)
@@ -204,15 +201,6 @@ def _check_failures(shards: Sequence[ShardCheck], manifest: Manifest, listed: Se
         yield Problem.of(manifest, "failures", "does not end with the failures that the shards' indexes list")
     elif reasons != Counter(manifest.failures):
         yield Problem.of(manifest, "manifest", "its failures by reason are not those of its shards and before packing")
-
-
-def _check_settings(shards: Sequence[ShardCheck], manifest: Manifest) -> Iterator[Problem]:
-    """Whether the manifest says the recipe and the backends that the indexes say."""
-    facts = [shard.facts for shard in shards if shard.facts is not None]
-    backend = " and ".join(sorted({fact["backend"] for fact in facts}))
-    other_backend = len(facts) == len(shards) and backend != manifest.settings.get("backend")
-    if other_backend or any(fact["recipe"] != recipe_of(manifest) for fact in facts):
-        yield Problem.of(manifest, "manifest", "its settings are not those of its shards")
 
 
 # ---- vocabulary -------------------------------------------------------------------------------------------
@@ -225,26 +213,26 @@ def _check_vocabulary(folder: str, train: SplitCheck | None) -> list[Problem]:
     problem = None
     try:
         vocabulary = read_vocabulary(storage.join(folder, name), remedy="")
-        if json.loads(vocabulary.to_json()) != json.loads(storage.read_bytes(storage.join(folder, name))):
-            problem = "it holds more than what was written: it was edited or is damaged"
-        elif train is not None and manifest is not None and all(shard.words is not None for shard in train.shards):
-            problem = _compare_words(vocabulary, [shard.words for shard in train.shards if shard.words])
+        is_same = json.loads(vocabulary.to_json()) == json.loads(storage.read_bytes(storage.join(folder, name)))
+        words = None if manifest is None or train is None else [shard.words for shard in train.shards]
+        if not is_same or (words is not None and not _fits_words(vocabulary, words)):
+            problem = "it was edited or is damaged: its words, counts or threshold are not those of the captions"
     except (UserError, TypeError, ValueError, KeyError, AttributeError) as error:
         problem = str(error).rstrip(": ")
     remedy = INDEX_SAME if manifest is not None and is_foreign(manifest) else PACK_SAME
     return [Problem(part="vocabulary", file=name, what=problem, remedy=remedy)] if problem else []
 
 
-def _compare_words(vocabulary: Vocabulary, words: Sequence[Counter[str]]) -> str | None:
-    """What is wrong with a vocabulary that was made from the words of these shards; None for one made elsewhere."""
+def _fits_words(vocabulary: Vocabulary, words: Sequence[Counter[str] | None]) -> bool:
+    """Whether a vocabulary is what the words of all shards give, or was made elsewhere, or some words are not known."""
     counts: Counter[str] = Counter()
     for shard in words:
+        if shard is None:
+            return True
         counts.update(shard)
     made = Vocabulary.from_counts(counts, threshold=vocabulary.threshold)
     if (made.words, made.counts) == (vocabulary.words, vocabulary.counts):
-        return None
+        return True
     known = dict(zip(vocabulary.words[4:], vocabulary.counts[4:], strict=False))
     is_of_train = made.words == vocabulary.words or all(counts[word] == count for word, count in known.items())
-    if is_of_train or min(known.values()) < vocabulary.threshold:
-        return "its counts or its threshold are not those of its words in the training captions"
-    return None
+    return not is_of_train and min(known.values()) >= vocabulary.threshold

@@ -5,10 +5,9 @@ Both indexes must be equal; the sha256 in manifest and index vouches for the tar
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
-from zlib import crc32
 
 import numpy as np
 
@@ -28,7 +27,6 @@ RESTORE_COPY = "restore the file from where it came"
 DELETE_AND_PACK = "delete the split's shards and pack it again"
 
 Part = Literal["tar", "index", "content", "manifest", "failures", "vocabulary", "unfinished", "stray"]
-Add = Callable[[Part, str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,10 +61,15 @@ class ShardCheck:
     """
 
     entry: ShardEntry
+    manifest: Manifest
     problems: list[Problem] = field(default_factory=list)
     facts: dict[str, Any] | None = None
     words: Counter[str] | None = None
     rebuilt: ShardIndex | None = None
+
+    def add(self, part: Part, what: str) -> None:
+        """Add a problem."""
+        self.problems.append(Problem.of(self.manifest, part, what, shard=self.entry.name))
 
     def has(self, *parts: Part) -> bool:
         """Whether one of these parts has a problem."""
@@ -74,36 +77,28 @@ class ShardCheck:
 
 
 def check_shard(
-    folder: str, entry: ShardEntry, manifest: Manifest, first: int | None, listed: Sequence[Any] | None
+    folder: str, entry: ShardEntry, manifest: Manifest, listed: Sequence[Any] | None, *, trusted: bool
 ) -> ShardCheck:
     """Read one shard and its index whole.
 
-    `first` is the position of its first sample in the split, None where the manifest is damaged and does not say it;
-    `listed` are the failures of the split, None where they are lost.
+    `listed` are the failures of the split, None where they are lost. A manifest that is not `trusted` contradicts
+    itself: it cannot say that an index is of another shard.
     """
-    check = ShardCheck(entry=entry)
-
-    def add(part: Part, what: str) -> None:
-        check.problems.append(Problem.of(manifest, part, what, shard=entry.name))
-
-    index = _open_index(folder, entry, add)
-    check.facts = None if index is None else index.facts
+    check, index = ShardCheck(entry=entry, manifest=manifest), None
+    try:
+        content = storage.read_bytes(storage.join(folder, f"{entry.name}.index"))
+        index = ShardIndex.from_bytes(content, origin=f"{entry.name}.index")
+        check.facts = index.facts
+    except (OSError, UserError) as error:
+        check.add("index", why_unread(error))
     try:
         with open_tar(storage.join(folder, f"{entry.name}.tar")) as data:
-            sha256 = hashlib.sha256(data).hexdigest()
-            if _is_as_written(data, sha256, entry, index, add):
-                found, problems = index_from_tar(
-                    data, sha256=sha256, entry=entry, manifest=manifest, first=first, before=index
-                )
-                for what in problems:
-                    add("content", what)
-                if not problems and index is not None:
-                    _compare_index(check, index, found, add, part="manifest" if first is None else "index")
-                if not problems and check.has("index"):
-                    facts = restore_facts(found, entry, manifest, listed=listed)
-                    check.rebuilt = None if facts is None else replace(found, facts=facts)
+            _compare(check, data, index, trusted=trusted)
     except OSError as error:
-        add("tar", why_unread(error))
+        check.add("tar", why_unread(error))
+    if check.rebuilt is not None:
+        facts = restore_facts(check.rebuilt, entry, manifest, listed=listed)
+        check.rebuilt = None if facts is None else replace(check.rebuilt, facts=facts)
     return check
 
 
@@ -112,57 +107,32 @@ def why_unread(error: Exception) -> str:
     return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
 
 
-def _open_index(folder: str, entry: ShardEntry, add: Add) -> ShardIndex | None:
-    """The shard's index; a problem where it is missing or cannot be used."""
-    name = f"{entry.name}.index"
-    try:
-        return ShardIndex.from_bytes(storage.read_bytes(storage.join(folder, name)), origin=name)
-    except (OSError, UserError) as error:
-        add("index", why_unread(error))
-    return None
-
-
-def _is_as_written(data: Buffer, sha256: str, entry: ShardEntry, index: ShardIndex | None, add: Add) -> bool:
-    """Whether the tar is the shard that was written: its manifest says so, or else the index that belongs to it."""
-    if sha256 == entry.sha256:
-        return True
-    is_own = index is not None and index.facts["fingerprint"] == entry.fingerprint
-    if index is not None and is_own and index.facts["sha256"] == sha256:
-        add("manifest", f"does not fit {entry.name}: its sha256 differs from its tar's and index's")
-        return True
-    add("tar", _describe_damage(data, entry, index))
-    if index is not None and not is_own and index.facts["sha256"] != entry.sha256:
-        add("index", "is of another shard (sha256 and fingerprint differ from the manifest's)")
-    return False
-
-
-def _describe_damage(data: Buffer, entry: ShardEntry, index: ShardIndex | None) -> str:
-    """How a tar differs from what was packed, and in which samples, where its index has their checksums."""
-    if len(data) != entry.bytes:
-        return f"has {len(data):,} bytes instead of {entry.bytes:,}"
-    if index is None or index.facts["sha256"] != entry.sha256:
-        return "is damaged (sha256 differs)"
-    damaged = [
-        index.key(position)
-        for position in range(len(index))
-        if any(crc32(data[m.offset : m.offset + m.size]) != m.crc32 for m in index.members(position).values())
-    ]
-    where = f", the first {damaged[0]}" if damaged else ", only headers between them"
-    return f"is damaged (sha256 differs): {len(damaged):,} of {len(index):,} samples{where}"
-
-
-def _compare_index(check: ShardCheck, index: ShardIndex, found: ShardIndex, add: Add, *, part: Part) -> None:
-    """Compare the index with the one made from its tar, and with the manifest's entry, where `part` is at fault."""
-    entry = ShardEntry.of(check.entry.name, index)
-    if (entry.sha256, entry.bytes) != (found.facts["sha256"], found.facts["bytes"]):
-        add("index", "is of another tar (bytes or sha256 differ)")
-    elif names := _differing(index, found):
-        add("index", f"{', '.join(names)} differ from what its tar holds")
-    else:
-        check.words = words_of(index)
-        if entry != replace(check.entry, sha256=entry.sha256):
-            what = "samples, captions, failures, bytes or fingerprint"
-            add(part, f"index and manifest do not agree on the {what} of {entry.name}")
+def _compare(check: ShardCheck, data: Buffer, index: ShardIndex | None, *, trusted: bool) -> None:
+    """Compare a tar with its index and with the manifest; sets `words`, or `rebuilt` where the index is broken."""
+    entry, sha256 = check.entry, hashlib.sha256(data).hexdigest()
+    by_index = None if index is None else ShardEntry.of(entry.name, index)
+    is_own = by_index is not None and (not trusted or by_index.fingerprint == entry.fingerprint)
+    if by_index is not None and not is_own:
+        check.add("index", "is of another shard (its fingerprint is not the manifest's)")
+    if sha256 != entry.sha256 and not (is_own and by_index is not None and sha256 == by_index.sha256):
+        check.add(
+            "tar", f"is damaged: {len(data):,} bytes of sha256 {sha256[:8]}, not {entry.bytes:,} of {entry.sha256[:8]}"
+        )
+        return
+    found, problems = index_from_tar(data, sha256=sha256, entry=entry, manifest=check.manifest, before=index)
+    for what in problems:
+        check.add("content", what)
+    if problems:
+        return
+    if index is not None and is_own:
+        if names := _differing(index, found):
+            check.add("index", f"{', '.join(names)} differ from what its tar holds")
+        else:
+            check.words = words_of(index)
+            if by_index != entry:
+                check.add("manifest", f"says something else of {entry.name} than its index and its tar")
+    if check.has("index"):
+        check.rebuilt = found
 
 
 def _differing(first: ShardIndex, second: ShardIndex) -> list[str]:

@@ -24,7 +24,6 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".json", ".csv", ".tsv", ".jsonl")
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
-_NUMBER_OR_TEXT = "a whole number or text"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -68,17 +67,53 @@ def parse_json(data: bytes, *, location: str) -> Any:
 # ---- entries of any kind ----------------------------------------------------------------------------------
 
 
-def _check_caption(value: object, *, image: str, where: str) -> str | Failure:
-    """The caption without white space around it, or its failure."""
-    if not isinstance(value, str):
-        return Failure(name=image, reason="bad row", message=f"{where}: the caption is no text: {reprlib.repr(value)}")
-    if _has_surrogates(value):
-        return Failure(name=image, reason="bad encoding", message=f"{where}: half a surrogate pair in the caption")
-    return value.strip() or Failure(name=image, reason="empty caption", message=where)
+def _failure(reason: str, entry: object, *, where: str, name: str = "") -> Failure:
+    """A failure whose message shows the entry."""
+    return Failure(name=name, reason=reason, message=f"{where}: {reprlib.repr(entry)}")
+
+
+def _image(
+    name: str,
+    entries: Iterable[Any],
+    *,
+    where: str,
+    image_id: ImageId | None = None,
+    keys: tuple[str, str] = ("id", "caption"),
+) -> Iterator[SourceImage | Failure]:
+    """The failures of an image's captions, then the image with the others; without an id it has its name as id."""
+    captions = []
+    for entry in entries:
+        caption = _caption(entry, image=name, where=where, keys=keys)
+        if isinstance(caption, Failure):
+            yield caption
+        else:
+            captions.append(caption)
+    yield SourceImage(image_id=name if image_id is None else image_id, file_name=name, where=where, captions=captions)
+
+
+def _caption(
+    entry: Any, *, image: str, where: str, keys: tuple[str, str] = ("id", "caption")
+) -> tuple[ImageId | None, str] | Failure:
+    """The id and the text without white space around it, which the entry has under `keys`, or its failure."""
+    number, text = (_first(entry, key) for key in keys)
+    caption_id = as_image_id(number)
+    if not isinstance(text, str) or (number is not None and caption_id is None):
+        reason = "bad row"
+    elif _has_surrogates(text):
+        reason = "bad encoding"
+    elif not text.strip():
+        reason = "empty caption"
+    else:
+        return caption_id, text.strip()
+    return _failure(reason, entry, where=where, name=image)
 
 
 def _has_surrogates(text: str) -> bool:
     return not text.isascii() and _SURROGATE.search(text) is not None
+
+
+def _has(entry: Any, *keys: str) -> bool:
+    return isinstance(entry, dict) and set(keys) <= entry.keys()
 
 
 def _first(entry: Any, *keys: str) -> Any:
@@ -101,22 +136,26 @@ def _text(entry: Any, *keys: str) -> str:
 
 def _coco_images(content: Any, *, location: str) -> Iterator[SourceImage | Failure]:
     images: list[dict[str, Any]] = []
-    for position, image in enumerate(_coco_list(content, "images", "id", "file_name", location=location)):
-        image_id, name = as_image_id(_first(image, "id")), _first(image, "file_name")
+    for position, entry in enumerate(_coco_list(content, "images", "id", "file_name", location=location)):
+        image_id, name = as_image_id(_first(entry, "id")), _first(entry, "file_name")
         if image_id is not None and isinstance(name, str):
             images.append({"id": image_id, "file_name": name})
         else:
-            message = f"images[{position}] lacks {_NUMBER_OR_TEXT} as id, or a file_name: {reprlib.repr(image)}"
-            yield Failure(name=_text(image, "file_name"), reason="bad row", message=message)
+            yield _failure("bad row", entry, where=f"images[{position}]", name=_text(entry, "file_name"))
     names = {image["id"]: image["file_name"] for image in reversed(images)}  # of equal ids the first counts
     ids = ImageIds(names)
     annotations = []
     for position, entry in enumerate(_coco_list(content, "annotations", "image_id", "caption", location=location)):
-        annotation = _check_annotation(entry, position, names, ids)
-        if isinstance(annotation, Failure):
-            yield annotation
+        where, wanted = f"annotations[{position}]", as_image_id(_first(entry, "image_id"))
+        image_id = None if wanted is None else ids.find(wanted)
+        if image_id is None:
+            yield _failure("bad row" if wanted is None else "no picture", entry, where=where)
+            continue
+        caption = _caption(entry, image=names[image_id], where=where)
+        if isinstance(caption, Failure):
+            yield caption
         else:
-            annotations.append(annotation)
+            annotations.append({"id": caption[0], "image_id": image_id, "caption": caption[1]})
     coco: Any = COCO()  # its type hints know boxes only, not captions
     coco.dataset = {"images": images, "annotations": annotations}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools announces its index
@@ -138,24 +177,6 @@ def _coco_list(content: Any, name: str, *keys: str, location: str) -> list[Any]:
     return entries
 
 
-def _has(entry: Any, *keys: str) -> bool:
-    return isinstance(entry, dict) and set(keys) <= entry.keys()
-
-
-def _check_annotation(entry: Any, position: int, names: dict[ImageId, str], ids: ImageIds) -> dict[str, Any] | Failure:
-    """The fields of an annotation that COCO's index needs, or its failure."""
-    number, wanted = as_image_id(_first(entry, "id")), as_image_id(_first(entry, "image_id"))
-    where = f"annotations[{position}]" if number is None else f"annotation {number}"
-    if wanted is None or (number is None and _first(entry, "id") is not None):
-        message = f"{where} lacks {_NUMBER_OR_TEXT} as image_id, or has an id of another kind: {reprlib.repr(entry)}"
-        return Failure(name="", reason="bad row", message=message)
-    image_id = ids.find(wanted)
-    if image_id is None:
-        return Failure(name="", reason="no picture", message=f"{where}: there is no image of id {wanted!r}")
-    caption = _check_caption(entry.get("caption"), image=names[image_id], where=where)
-    return caption if isinstance(caption, Failure) else {"id": number, "image_id": image_id, "caption": caption}
-
-
 # ---- Karpathy ---------------------------------------------------------------------------------------------
 
 
@@ -166,14 +187,11 @@ def is_karpathy(content: Any) -> bool:
 
 
 def karpathy_splits(content: Any, *, location: str) -> set[str]:
-    """The splits in Karpathy's file, at least one. Raises UserError for a split that is not his."""
+    """The splits in Karpathy's file, at least one. Raises UserError where there is none, or an unknown one."""
     names = {_text(image, "split") for image in content["images"]} - {""}
-    known = ", ".join(KARPATHY_SPLITS)
-    if unknown := sorted(names - KARPATHY_SPLITS.keys()):
-        shown = unknown[0].encode("unicode_escape").decode()
-        raise UserError(f"{location} has images of split {shown}: give each one of {known}")
-    if not names:
-        raise UserError(f"no image in {location} says its `split`: give each one of {known}")
+    if not names or not names <= KARPATHY_SPLITS.keys():
+        found = ", ".join(map(ascii, sorted(names - KARPATHY_SPLITS.keys()))) or "none"
+        raise UserError(f"{location} has images of split {found}: give each one of {', '.join(KARPATHY_SPLITS)}")
     return {KARPATHY_SPLITS[name] for name in names}
 
 
@@ -185,40 +203,16 @@ def _karpathy_images(content: Any, *, split: str, location: str) -> Iterator[Sou
     for position, image in enumerate(content["images"]):
         if KARPATHY_SPLITS.get(_text(image, "split"), split) != split:
             continue
-        if _is_karpathy_image(image):
-            yield from _karpathy_image(image)
-        else:
-            message = f"images[{position}] lacks split, filename, id or sentences: {reprlib.repr(image)}"
-            yield Failure(name=_text(image, "filename"), reason="bad row", message=message)
-
-
-def _is_karpathy_image(image: Any) -> bool:
-    return (
-        bool(_text(image, "split"))
-        and isinstance(image.get("filename"), str)
-        and isinstance(image.get("filepath"), str | None)
-        and isinstance(image.get("sentences"), list | None)
-        and as_image_id(_first(image, "cocoid", "imgid", "filename")) is not None
-    )
-
-
-def _karpathy_image(image: dict[str, Any]) -> Iterator[SourceImage | Failure]:
-    name = "/".join(part for part in (image.get("filepath"), image["filename"]) if part)
-    image_id = as_image_id(_first(image, "cocoid", "imgid"))
-    image_id = name if image_id is None else image_id
-    captions: list[tuple[ImageId | None, str]] = []
-    for position, sentence in enumerate(image.get("sentences") or []):
-        number = as_image_id(_first(sentence, "sentid"))
-        where = f"image id {image_id}, sentences[{position}]" if number is None else f"sentence {number}"
-        caption = _check_caption(_first(sentence, "raw"), image=name, where=where)
-        if isinstance(caption, Failure):
-            yield caption
-        elif number is not None or _first(sentence, "sentid") is None:
-            captions.append((number, caption))
-        else:
-            message = f"{where}: the sentid is not {_NUMBER_OR_TEXT}: {reprlib.repr(sentence['sentid'])}"
-            yield Failure(name=name, reason="bad row", message=message)
-    yield SourceImage(image_id=image_id, file_name=name, where=f"image id {image_id}", captions=captions)
+        folder, file_name, sentences = (_first(image, key) for key in ("filepath", "filename", "sentences"))
+        image_id = as_image_id(_first(image, "cocoid", "imgid", "filename"))
+        types_fit = isinstance(file_name, str) and isinstance(folder, str | None) and isinstance(sentences, list | None)
+        if not types_fit or image_id is None or not _text(image, "split"):
+            yield _failure("bad row", image, where=f"images[{position}]", name=_text(image, "filename"))
+            continue
+        name = f"{folder}/{file_name}" if folder else file_name
+        image_id = name if _first(image, "cocoid", "imgid") is None else image_id
+        where = f"image id {image_id}"
+        yield from _image(name, sentences or [], where=where, image_id=image_id, keys=("sentid", "raw"))
 
 
 # ---- CSV, TSV, JSONL: one row for a caption ---------------------------------------------------------------
@@ -235,18 +229,6 @@ def _merge(rows: Iterable[SourceImage | Failure]) -> Iterator[SourceImage | Fail
     yield from images.values()
 
 
-def _row(name: str, captions: Iterable[object], *, where: str) -> Iterator[SourceImage | Failure]:
-    """The failures of a row's captions, then its image with the others."""
-    texts: list[tuple[ImageId | None, str]] = []
-    for value in captions:
-        caption = _check_caption(value, image=name, where=where)
-        if isinstance(caption, Failure):
-            yield caption
-        else:
-            texts.append((None, caption))
-    yield SourceImage(image_id=name, file_name=name, where=where, captions=texts)
-
-
 def _table_rows(data: bytes, *, delimiter: str, location: str) -> Iterator[SourceImage | Failure]:
     lines = _split_table(data.decode("utf-8-sig", "surrogateescape"), delimiter)  # bad bytes become surrogates
     columns = [cell.strip() for cell in next(lines, (1, []))[1]]
@@ -256,25 +238,19 @@ def _table_rows(data: bytes, *, delimiter: str, location: str) -> Iterator[Sourc
             f"the first line of {location} names the columns {found}: give it the columns 'image' and 'caption', "
             f"each once, with {delimiter!r} between them, in UTF-8"
         )
-    image, caption = columns.index("image"), columns.index("caption")
     for number, cells in lines:
-        where = f"line {number}"
-        name = cells[image] if len(cells) > image else ""
+        row = dict(zip(columns, cells, strict=False))
+        name, where = row.get("image", ""), f"line {number}"
         if any(map(_has_surrogates, cells)):
-            yield Failure(name=name, reason="bad encoding", message=f"{where}: bytes that are not UTF-8")
-        elif not cells:
-            yield Failure(name="", reason="bad row", message=f"{where}: its cells cannot be parsed, check its quotes")
+            yield _failure("bad encoding", cells, where=where, name=name)
         elif len(cells) != len(columns):
-            message = (
-                f"{where}: {len(cells)} cells under {len(columns)} columns (a cell with {delimiter!r} needs quotes)"
-            )
-            yield Failure(name=name, reason="bad row", message=message)
+            yield _failure("bad row", cells, where=where, name=name)
         else:
-            yield from _row(name, [cells[caption]], where=where)
+            yield from _image(name, [{"caption": row["caption"]}], where=where)
 
 
 def _split_table(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The number of each row's first line, and its cells: none for a line that cannot be parsed. Skips blank lines.
+    """The number of each row's first line, and its cells. A line that cannot be parsed is one cell. Skips blank lines.
 
     After such a line parsing continues with the next one, so that a quote which does not close costs one row only.
     """
@@ -285,7 +261,7 @@ def _split_table(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         try:
             cells, num_lines = next(rows), rows.line_num
         except csv.Error:
-            cells, num_lines = [], 1
+            cells, num_lines = [lines[position]], 1
         if lines[position].strip("\r\n"):
             yield position + 1, cells
         position += num_lines
@@ -296,10 +272,12 @@ def _jsonl_rows(data: bytes, *, location: str) -> Iterator[SourceImage | Failure
     for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if line.strip():
             text = line.decode(errors="surrogateescape")  # bad bytes become surrogates
-            row = _parse_row(text)
+            row = None
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(text)
             num_rows += 1
             num_known += _has(row, "path") or _has(row, "image")
-            yield from _jsonl_row(row, is_utf8=not _has_surrogates(text), where=f"line {number}")
+            yield from _jsonl_row(text, row, where=f"line {number}")
     if num_rows and not num_known:
         raise UserError(
             f'{location} holds no line like {{"path": "photo.jpg", "caption": "A cat."}}: '
@@ -307,32 +285,14 @@ def _jsonl_rows(data: bytes, *, location: str) -> Iterator[SourceImage | Failure
         )
 
 
-def _parse_row(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _jsonl_row(row: Any, *, is_utf8: bool, where: str) -> Iterator[SourceImage | Failure]:
-    problem = _jsonl_problem(row, is_utf8=is_utf8)
-    if problem is not None:
-        reason, message = problem
-        yield Failure(name=_text(row, "path", "image"), reason=reason, message=f"{where}: {message}")
-        return
-    one, several = row.get("caption"), row.get("captions")
-    yield from _row(_text(row, "path", "image"), several if one is None else [one], where=where)
-
-
-def _jsonl_problem(row: Any, *, is_utf8: bool) -> tuple[str, str] | None:
-    """Why a line cannot be used, as reason and message; the captions themselves are checked later."""
-    if not is_utf8:
-        return "bad encoding", "bytes that are not UTF-8"
-    if not isinstance(_first(row, "path", "image"), str):
-        return "bad row", "no JSON object with a path or image that is text"
-    one, several = row.get("caption"), row.get("captions")
-    if not isinstance(several, list | None) or (one is not None and several):
-        return "bad row", "its captions are no list, or stand beside a caption"
-    if one is None and not several:
-        return "no caption", _text(row, "error") or "neither caption nor captions"
-    return None
+def _jsonl_row(text: str, row: Any, *, where: str) -> Iterator[SourceImage | Failure]:
+    name, one, several = _text(row, "path", "image"), _first(row, "caption"), _first(row, "captions")
+    is_named = isinstance(_first(row, "path", "image"), str)
+    if _has_surrogates(text):
+        yield _failure("bad encoding", text, where=where, name=name)
+    elif not is_named or not isinstance(several, list | None) or (one is not None and several):
+        yield _failure("bad row", text, where=where, name=name)
+    elif one is None and not several:
+        yield Failure(name=name, reason="no caption", message=f"{where}: {_text(row, 'error') or 'it has no caption'}")
+    else:
+        yield from _image(name, [{"caption": value} for value in (several or [one])], where=where)

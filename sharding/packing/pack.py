@@ -5,7 +5,7 @@ import json
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import get_args
@@ -15,7 +15,7 @@ from captioner.files import storage
 from captioner.images import loading
 from captioner.images.decoder_output import own_stderr
 from captioner.samples import CaptionContent, build_index, words_of
-from captioner.shards.format import Failure, FormatError, Member, ShardEntry, ShardIndex, TarBuilder
+from captioner.shards.format import Failure, FormatError, Member, ShardEntry, ShardIndex, TarBuilder, manifest_location
 from captioner.shards.writing import write, writing
 from captioner.vocabulary import tokenize
 from sharding.packing.planning import ShardPlan
@@ -32,7 +32,8 @@ BETWEEN = -1  # the position of a worker that is at no image
 class PackedShard:
     """A finished shard: its manifest entry, what could not be packed, its words, and whether it was there already.
 
-    `num_damaged` counts the images packed now that could be used although their decoder complained.
+    `num_damaged` counts the images packed now that could be used although their decoder complained. `unwritten` is the
+    index of a shard without samples, which is not written yet.
     """
 
     entry: ShardEntry
@@ -41,6 +42,7 @@ class PackedShard:
     backend: str
     reused: bool
     num_damaged: int = 0
+    unwritten: ShardIndex | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +67,7 @@ def pack_shard(
     set_index: Callable[[int], None] = lambda position: None,
     excluded: Collection[int] = (),
 ) -> PackedShard:
-    """Write `NAME.tar` and then `NAME.index` into `folder`.
+    """Write `NAME.tar` and `NAME.index` into `folder`, unless the shard has no samples and the plan no sha256.
 
     `report` is called with the progress several times a second, `set_index` with each image's position before it is
     decoded, and with BETWEEN after that. Images at `excluded` positions are failures, and not decoded. No other thread
@@ -79,9 +81,15 @@ def pack_shard(
     bytes_read = 0
     reported = time.monotonic()
     for first, contents in _read_groups(plan, excluded=excluded):
-        for position, result in enumerate(
-            _to_stored_jpegs(plan, first, contents, set_index=set_index, note_damage=damaged.append), start=first
-        ):
+        results = loading.to_stored_jpegs(
+            contents,
+            size=plan.recipe.size,
+            resize=plan.recipe.resize,
+            quality=plan.recipe.quality,
+            mark=lambda number, first=first: set_index(first + number),
+            note_damage=damaged.append,
+        )
+        for position, result in enumerate(results, start=first):
             if isinstance(result, loading.StoredJpeg):
                 stored.append((position, result))
             else:
@@ -118,32 +126,26 @@ def pack_shard(
         "failures": [asdict(failure) for failure in failures],
     }
     index = build_index(keys, members, tokens, facts)
-    with writing(storage.join(folder, f"{plan.name}.index")) as old:
-        storage.delete(old)  # it must not stand beside a new tar
-    write(storage.join(folder, f"{plan.name}.tar"), data)
-    write(storage.join(folder, f"{plan.name}.index"), index.to_bytes())
+    is_written = bool(stored) or plan.sha256 is not None
+    if is_written:
+        write_shard(folder, plan.name, data, index, keep_manifest=plan.sha256 is not None)
     report(Progress(shard=plan.name, images=len(plan.records), failures=len(failures), bytes=bytes_read))
-    return replace(packed_shard(plan.name, index, reused=False), num_damaged=len(damaged))
+    shard = packed_shard(plan.name, index, reused=False)
+    return replace(shard, num_damaged=len(damaged), unwritten=None if is_written else index)
 
 
-def _to_stored_jpegs(
-    plan: ShardPlan,
-    first: int,
-    contents: Sequence[bytes | loading.ImageError],
-    *,
-    set_index: Callable[[int], None],
-    note_damage: Callable[[int], None],
-) -> list[loading.StoredJpeg | loading.ImageError]:
-    """The images from position `first` on as JPEGs, or why not."""
-    recipe = plan.recipe
-    return loading.to_stored_jpegs(
-        contents,
-        size=recipe.size,
-        resize=recipe.resize,
-        quality=recipe.quality,
-        mark=lambda number: set_index(first + number),
-        note_damage=note_damage,
-    )
+def write_shard(folder: str, name: str, tar: bytes, index: ShardIndex, *, keep_manifest: bool) -> None:
+    """Write `NAME.tar` and then `NAME.index`; delete the old index and manifest first. Raises UserError.
+
+    `keep_manifest` is for a tar whose sha256 is the manifest's.
+    """
+    location = storage.join(folder, f"{name}.index")
+    with writing(location):
+        if not keep_manifest:
+            storage.delete(manifest_location(folder, name.rpartition("-")[0]))  # where it is, the split is complete
+        storage.delete(location)  # it must not stand beside a new tar
+    write(storage.join(folder, f"{name}.tar"), tar)
+    write(location, index.to_bytes())
 
 
 def _failure(record: Record, error: loading.ImageError) -> Failure:

@@ -11,14 +11,14 @@ from itertools import repeat
 from captioner import cli
 from captioner.errors import UserError
 from captioner.files import storage
-from captioner.shards.format import Manifest, manifest_location, read_manifest
+from captioner.shards.format import Manifest, TarBuilder, manifest_location, read_manifest
 from captioner.shards.indexing import is_foreign
 from captioner.shards.writing import claim
 from captioner.vocabulary import Vocabulary
 from captioner.workers import count_processors
 from sharding.packing.engine import run_local
 from sharding.packing.finish import write_manifest, write_vocabulary
-from sharding.packing.pack import PackedShard, Progress, Report, find_packed, how_to_pack_again
+from sharding.packing.pack import PackedShard, Progress, Report, find_packed, how_to_pack_again, write_shard
 from sharding.packing.planning import Recipe, ShardPlan, plan_split
 from sharding.packing.sources import Source, describe_failures
 from sharding.settings import ShardSettings
@@ -55,7 +55,10 @@ def pack_split(source: Source, settings: ShardSettings, *, vocabulary: Vocabular
         _refuse_foreign(split, folder)
         plans, failures = plan_split(source, recipe)
         shards = _pack_shards(plans, split=split, settings=settings)
-        _refuse_empty(shards, source, folder)
+        _refuse_empty(shards, source)
+        for shard in shards:
+            if shard.unwritten is not None:
+                write_shard(folder, shard.entry.name, TarBuilder().to_bytes(), shard.unwritten, keep_manifest=False)
         if split == "train" or vocabulary:
             write_vocabulary(folder, shards, threshold=settings.threshold, given=vocabulary)
         manifest = write_manifest(
@@ -88,8 +91,6 @@ def _pack_shards(plans: Sequence[ShardPlan], *, split: str, settings: ShardSetti
     """All shards of a split, in the plan's order, packed under one progress bar."""
     done = {shard.entry.name: shard for shard in find_ready(plans, split, settings.output)}
     left = [plan for plan in plans if plan.name not in done]
-    if left:
-        storage.delete(manifest_location(settings.output, split))  # where it is, the split is complete
     total = sum(len(plan.records) for plan in plans)
     reused = total - sum(len(plan.records) for plan in left)
     with cli.progress_bar(f"packing {split}", total=total, unit="images", done=reused) as bar:
@@ -138,13 +139,10 @@ def _refuse_foreign(split: str, folder: str) -> None:
         )
 
 
-def _refuse_empty(shards: Sequence[PackedShard], source: Source, folder: str) -> None:
-    """Raise UserError, and delete the shards, when they hold no sample at all."""
+def _refuse_empty(shards: Sequence[PackedShard], source: Source) -> None:
+    """Raise UserError when the shards hold no sample at all."""
     if any(shard.entry.samples for shard in shards):
         return
-    for shard in shards:
-        for suffix in ("index", "tar"):
-            storage.delete(storage.join(folder, f"{shard.entry.name}.{suffix}"))
     failures = [failure for shard in shards for failure in shard.failures]
     why = describe_failures(failures)
     raise UserError(f"no image of split {source.split} in {source.images} could be packed{why}")

@@ -166,46 +166,29 @@ def read_records(source: Source) -> tuple[list[Record], list[Failure]]:
     failures: list[Failure] = []
     seen: set[int | str] = set()
     for found in parse_images(data, kind=kind, split=source.split, location=source.captions):
-        refused = found if isinstance(found, Failure) else _refuse(found, seen=seen, images=source.images)
-        if refused is None:
-            assert isinstance(found, SourceImage)
-            seen.add(found.image_id)
-            records.append(_to_record(found))
-        else:
-            failures.append(refused)
+        if isinstance(found, Failure):
+            failures.append(found)
+            continue
+        if failure := _refuse(found, seen=seen):
+            failures.append(failure)
+            continue
+        seen.add(found.image_id)
+        numbers, captions = zip(*found.captions, strict=True)
+        records.append(
+            Record(image_id=found.image_id, file_name=found.file_name, captions=captions, annotation_ids=numbers)
+        )
     return records, failures
 
 
-def _refuse(image: SourceImage, *, seen: set[int | str], images: str) -> Failure | None:
-    """Why an image of the folder `images` cannot be a record, if so; `seen` are the ids of those that are."""
+def _refuse(image: SourceImage, *, seen: set[int | str]) -> Failure | None:
+    """Why an image cannot be a record, if so; `seen` are the ids of those that are."""
     name, where = image.file_name, image.where
     if _UNSAFE.search(name):
-        return Failure(name=name, reason="unsafe name", message=f"{where}: {_what_is_unsafe(name, images)}")
+        message = f"{where}: write {name!a} as a path below --images, with / between folders"
+        return Failure(name=name, reason="unsafe name", message=message)
     if image.image_id in seen:
         return Failure(name=name, reason="duplicate id", message=where)
     return None if image.captions else Failure(name=name, reason="no caption", message=where)
-
-
-def _what_is_unsafe(name: str, images: str) -> str:
-    """What is wrong with an unsafe name, and what to write instead."""
-    if not name:
-        return "the name is empty"
-    folder = images if storage.is_remote(images) else str(Path(images).absolute())
-    below = name.removeprefix(f"{folder.rstrip('/')}/")
-    if below != name and not _UNSAFE.search(below):
-        return f"the name is absolute: write {below!r}, as names start from --images"
-    unsafe = _UNSAFE.findall(name)[0]
-    return f"{unsafe!a} in the name: write it as it is below --images, with / between folders"
-
-
-def _to_record(image: SourceImage) -> Record:
-    numbers, captions = zip(*image.captions, strict=True)
-    return Record(
-        image_id=image.image_id,
-        file_name=image.file_name,
-        captions=captions,
-        annotation_ids=numbers,
-    )
 
 
 # ---- what could not be packed -----------------------------------------------------------------------------

@@ -196,20 +196,13 @@ def test_a_split_without_samples_is_no_whole_one(shards: Path) -> None:
     assert "lists no sample" in " ".join(problem.what for problem in problems(shards, "val"))
 
 
-def test_a_damaged_sample_is_named(shards: Path) -> None:
-    index = ShardIndex.from_bytes((shards / "train-000001.index").read_bytes(), origin="")
-    flip_bit(shards / "train-000001.tar", index.members(1)["jpg"].offset + 99, 3)
-    (found,) = problems(shards)
-    assert f"1 of {len(index)} samples, the first {index.key(1)}" in found.what
-
-
 def test_a_split_without_manifest_is_unfinished_and_unlisted_shards_are_named(shards: Path) -> None:
     copy = (shards / "train-000000.index").read_bytes()
     (shards / "val.manifest.json").unlink()
     (shards / "train-000007.index").write_bytes(copy)
     found = {problem.part: problem for problem in problems(shards)}
     assert found.keys() == {"unfinished", "stray"}
-    assert "make_shards.py again" in found["unfinished"].remedy
+    assert "make_shards.py" in found["unfinished"].remedy
     assert found["stray"].file == "train-000007.index"
 
 
@@ -247,12 +240,12 @@ def lose_a_token(members: Members) -> Members:
 
 FORGERIES: list[tuple[Callable[[Members], Members], str]] = [
     (swap_pictures, "crc32s_M"),
-    (lambda members: [*members[2:], *members[:2]], "does not follow"),
+    (lambda members: [*members[2:], *members[:2]], "keys_S"),
     (lambda members: [members[0], members[2], members[1], *members[3:]], "no caption"),
     (lambda members: members[:-1], "no caption"),
     (lambda members: [*members, *members[:2]], "duplicate key"),
     (lambda members: [(members[0][0], members[0][1][:200]), *members[1:]], "truncated"),
-    (lambda members: [("a.jpg", members[0][1]), ("a.json", members[1][1]), *members[2:]], "key a"),
+    (lambda members: [("a.jpg", members[0][1]), ("a.json", members[1][1]), *members[2:]], "keys_S"),
     (lose_a_field, "has not the fields"),
     (lose_a_token, "caption_lengths"),
 ]

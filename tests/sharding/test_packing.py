@@ -283,11 +283,11 @@ def test_a_shard_without_one_good_picture_is_an_empty_shard(tmp_path: Path) -> N
 
 NOTHING = {  # rows of a table, and what the error says of them
     "no row": ("", "no image of split train to pack: name another file"),
-    "absolute names": ("{data}/train2014/a.jpg,a cat\n", "1 unsafe name.*write 'a.jpg'"),
+    "absolute names": ("{data}/train2014/a.jpg,a cat\n", "1 unsafe name.*train2014/a.jpg' as a path below --images"),
     "names of another system": ("C:\\a.jpg,a cat\n", "1 unsafe name.*below --images"),
     "no captions": ("a.jpg,\nb.jpg, \n", "2 empty caption, 2 no caption.*line 2"),
-    "bad rows": ("a.jpg\nb.jpg\n", "2 bad row.*1 cells under 2 columns"),
-    "bad encoding": ("a.jpg,\udce9\n", "1 bad encoding.*not UTF-8"),
+    "bad rows": ("a.jpg\nb.jpg\n", r"2 bad row.*line 2: \['a\.jpg'\]"),
+    "bad encoding": ("a.jpg,\udce9\n", r"1 bad encoding.*udce9"),
     "missing pictures": ("a.jpg,a cat\n", "none of the 1 images .* give --images"),
     "undecodable pictures": ("bad.jpg,a cat\nempty.jpg,a dog\n", "could be packed .*1 empty, 1 undecodable.*bad.jpg"),
 }
@@ -392,7 +392,7 @@ def test_karpathys_file_gives_all_three_splits_with_restval_in_training(tmp_path
 
 def test_karpathys_file_with_an_unknown_split_is_refused(tmp_path: Path) -> None:
     data = write_karpathy(tmp_path / "data", ["train", "holdout"])
-    with pytest.raises(UserError, match="split holdout"):
+    with pytest.raises(UserError, match="split 'holdout'"):
         pack(data, tmp_path / "shards", captions=str(data / "dataset_coco.json"))
 
 

@@ -292,6 +292,25 @@ def test_a_caption_file_without_captions_leaves_a_finished_split_alone(coco: Pat
     assert files(output) == before
 
 
+def test_a_run_that_ends_in_an_error_deletes_nothing(tmp_path: Path) -> None:
+    """The only shard is cut, and its images, at the same size, cannot be decoded any more."""
+    data, output = write_coco(tmp_path / "coco", num_train=3, num_val=0), tmp_path / "shards"
+    make_shards.main(flags(data, output))
+    packed, tar = files(output), output / "train-000000.tar"
+    tar.write_bytes(tar.read_bytes()[:-5000])
+    before = files(output)
+    images = {path: path.read_bytes() for path in (data / "train2014").iterdir()}
+    for path, content in images.items():
+        path.write_bytes(bytes(len(content)))
+    with pytest.raises(UserError, match=r"could be packed .*3 undecodable"):
+        make_shards.main(flags(data, output))
+    assert files(output) == before
+    for path, content in images.items():
+        path.write_bytes(content)
+    make_shards.main(flags(data, output))
+    assert files(output) == packed
+
+
 def test_a_tar_of_another_program_is_not_written_over(coco: Path, tmp_path: Path) -> None:
     tar = tmp_path / "train-000000.tar"
     with tarfile.open(tar, "w") as writer:

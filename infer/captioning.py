@@ -184,9 +184,10 @@ class Captioning:
         return self._write(rows)
 
     def _write(self, rows: list[Row]) -> list[Row]:
-        for row, offset in zip(rows, self._writer.write(rows), strict=True):
+        self._writer.write(rows)
+        for row in rows:
             if row.get("duplicate_of", "") is None:  # the first with these bytes; failures have no such key
-                self._index.add(row, self._writer.path, offset)
+                self._index.add(row)
         return rows
 
 

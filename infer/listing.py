@@ -7,7 +7,6 @@ With a list, or several sources, a temporary SQLite file finds duplicates.
 import codecs
 import errno
 import os
-import sqlite3
 import stat
 import sys
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from captioner.files import storage
 from captioner.images.loading import ImageError
 from captioner.samples import image_spans
 from captioner.shards.format import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
+from infer.row_index import Seen, real_root
 
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 NOT_A_FILE = (errno.EISDIR, errno.ENXIO, errno.ENODEV)  # a folder, a socket, a device without a driver
@@ -266,33 +266,9 @@ def _join(root: str, path: str) -> str:
     return f"{root}{path}" if root.endswith("/") else f"{root}/{path}"
 
 
-def real_root(root: str) -> str:
-    """A root without links and dots, so that it has one name."""
-    return root if storage.is_remote(root) else os.path.realpath(root)
-
-
 def hash_location(location: str) -> int:
     """64 bits that are the same in all processes and versions."""
     return int.from_bytes(blake2b(location.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-
-
-class Seen:
-    """A set of locations, by their hashes, in a temporary file."""
-
-    def __init__(self) -> None:
-        self._database = sqlite3.connect("", check_same_thread=False)  # a listing is read by another thread
-        self._database.execute("PRAGMA journal_mode = OFF")
-        self._database.execute("CREATE TABLE seen (hash INTEGER PRIMARY KEY)")
-
-    def add(self, location: str) -> bool:
-        """Whether the location is new. Raises UserError when the temporary file cannot grow."""
-        key = hash_location(location) - (1 << 63)  # SQLite's integers are signed
-        try:
-            return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,)).rowcount == 1
-        except sqlite3.OperationalError as error:
-            raise UserError(
-                f"the temporary file of seen names cannot grow ({error}): set SQLITE_TMPDIR to a folder with room"
-            ) from error
 
 
 # ---- lists --------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from PIL import Image
 
 from captioner.errors import UserError
 from captioner.files import storage
-from infer.listing import Seen
 from infer.results import Row
+from infer.row_index import Seen
 
 SHARED = "left out, since another picture of the same name has it"
 UNREMARKABLE = frozenset(("written", "kept", "abstained", "not local"))

@@ -23,9 +23,8 @@ from trainer import Done, Running, StopAtRow, start
 
 from captioner.describe import Captioner
 from captioner.model.bundle import load_bundle
-from infer.captioning import Captioning
+from infer.captioning import Captioning, find_device
 from infer.listing import Listing
-from infer.model import find_device
 from infer.reading import Reader
 from infer.results import RowWriter, part_path
 from infer.row_index import RowIndex, merge
@@ -466,7 +465,7 @@ def test_a_command_without_a_file_to_caption_fails_and_touches_nothing(model: Pa
             (["--images", empty], earlier, f"no file in {empty} but"),
             (["--list", tmp_path / "list"], new, f"no file in {tmp_path / 'list'} but"),
             (["--shards", shards], earlier, f"no file in {shards} but"),
-            (["--images", texts, "--sidecar", ".txt"], new, "1 .txt files are no pictures"),
+            (["--images", texts, "--sidecar", ".txt"], new, "1 .txt files are no images"),
             (["--images", linked, empty], new, "1 links to folders were not followed"),
             (["--images", earlier], earlier, f"no file in {earlier} but"),
             (["--images", tmp_path / "*.jsonl*"], earlier, "no file in"),

@@ -116,7 +116,7 @@ class Listing(Iterator[ImageFile]):
     that none is lost or repeated where their listings differ.
 
     The counts are of all processes' files, and grow during iteration: `num_found` files to caption, and `left_out`
-    by reason. Raises UserError for a source that does not exist, matches nothing, or cannot be listed.
+    by reason. Raises UserError for a source that does not exist or matches nothing, and OSError if it cannot be read.
     """
 
     def __init__(
@@ -237,7 +237,11 @@ class _Root:
 
 
 def _find_root(source: str) -> _Root:
-    """The folder of one of --images, and what is wanted of it. Raises UserError."""
+    """The folder of one of --images, and what is wanted of it.
+
+    Raises UserError if it names nothing, and OSError if its folder cannot be listed.
+    """
+    nothing = UserError(f"nothing at {source} can be read or listed: give --images a folder, a file or a glob")
     try:
         if storage.is_folder(source):
             root = _Root(_without_slash(source))
@@ -246,18 +250,14 @@ def _find_root(source: str) -> _Root:
                 storage.read_bytes(source, end=1)  # some servers do not say that a folder is hidden before it is read
             folder, name = _split_location(source)
             return _Root(_without_slash(folder), name)
-        elif WILDCARDS.intersection(source):
+        else:
             folder, pattern = _split_glob(source)
             root = _Root(_without_slash(folder), pattern=pattern)
-            if not any(_walk(root)):
-                raise UserError(f"no file matches {source}: correct the pattern, or give --images a folder")
-        else:
-            raise UserError(f"nothing at {source} can be read or listed: give --images a folder, a file or a glob")
+            if not (pattern and any(_walk(root))):
+                raise nothing
         next(_scan(_join(root.folder, "")), None)
-    except OSError as error:
-        raise UserError(
-            f"cannot list {source} ({error.strerror or error}): make it readable, or give --images another folder"
-        ) from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise nothing from error
     return root
 
 
@@ -267,10 +267,10 @@ def _without_slash(folder: str) -> str:
 
 
 def _split_glob(glob: str) -> tuple[str, Pattern]:
-    """The folder before the first wildcard, and the parts of the rest."""
+    """The folder before the first wildcard, and the parts of the rest; none if there is no wildcard."""
     scheme, separator, rest = glob.partition("://") if storage.is_remote(glob) else ("", "", glob)
     parts = rest.split("/")
-    num_fixed = next(number for number, part in enumerate(parts) if WILDCARDS.intersection(part))
+    num_fixed = next((number for number, part in enumerate(parts) if WILDCARDS.intersection(part)), len(parts))
     folder = scheme + separator + "/".join(parts[:num_fixed])
     return folder or ("/" if glob.startswith("/") else "."), tuple(part for part in parts[num_fixed:] if part)
 
@@ -350,15 +350,10 @@ def hash_location(location: str) -> int:
 
 
 def _open_list(name: str, *, world_size: int) -> BinaryIO:
-    """The open list: a pipe can be read only once, and by one process. Raises UserError."""
-    try:
-        if world_size > 1 and (name == "-" or not stat.S_ISREG(Path(name).stat().st_mode)):
-            raise UserError(f"several processes cannot read the list {name}: write it to a file, and name that")
-        return open(0 if name == "-" else name, "rb")  # noqa: PTH123
-    except OSError as error:
-        raise UserError(
-            f"cannot read the list {name} ({error.strerror}): give a text file with a path a line"
-        ) from error
+    """The open list: a pipe can be read only once, and by one process. Raises UserError and OSError."""
+    if world_size > 1 and (name == "-" or not stat.S_ISREG(Path(name).stat().st_mode)):
+        raise UserError(f"several processes cannot read the list {name}: write it to a file, and name that")
+    return open(0 if name == "-" else name, "rb")  # noqa: PTH123
 
 
 def _read_list(lines: BinaryIO) -> Iterator[ImageFile]:
@@ -381,12 +376,9 @@ def _split_line(line: str) -> tuple[str, str]:
 
 
 def _read_manifests(folder: str) -> list[Manifest]:
-    """The manifests of a dataset folder's splits. Raises UserError."""
+    """The manifests of a dataset folder's splits. Raises UserError and OSError."""
     remedy = "give --shards a folder that sharding/make_shards.py made"
-    try:
-        splits = [split for split in SPLITS if storage.exists(manifest_location(folder, split))]
-    except OSError as error:
-        raise UserError(f"cannot read {folder} ({error.strerror or error}): {remedy}") from error
+    splits = [split for split in SPLITS if storage.exists(manifest_location(folder, split))]
     if not splits:
         raise UserError(f"there is no manifest of a split in {folder}: {remedy}")
     return [read_manifest(folder, split, remedy=remedy) for split in splits]

@@ -70,15 +70,13 @@ def duplicate_row(first: Row, *, root: str, path: str) -> Row:
 def find_output(output: Path) -> Path:
     """The path of --output with symbolic links resolved, so that all other files are beside it.
 
-    Raises UserError if it is not a regular file, and so cannot be replaced by the merged rows.
+    Raises UserError if it is not a regular file, and so cannot be replaced by the merged rows, and OSError.
     """
     resolved = Path(os.path.realpath(output))
     try:
         is_file = stat.S_ISREG(resolved.stat().st_mode) and output.parent != Path("/dev")  # /dev/stdout may be a file
     except FileNotFoundError:
         return resolved
-    except OSError as error:
-        raise UserError(f"cannot use --output {output} ({error.strerror}): give the name of a JSONL file") from error
     if not is_file:
         raise UserError(f"--output {output} is a folder, a device or a pipe: give the name of a JSONL file")
     return resolved

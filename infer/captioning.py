@@ -233,10 +233,7 @@ def _usable(batch: Batch) -> list[DecodedImage]:
 def success_row(image: DecodedImage, description: Description, *, model: str) -> Row:
     """The row of a captioned image."""
     row: Row = {
-        "root": image.file.root,
-        "path": image.file.path,
-        "format_version": FORMAT_VERSION,
-        "model": model,
+        **_identity(image, model),
         "caption": description.caption,
         "alt": description.alt,
         "score": round(description.score, DECIMALS),
@@ -256,11 +253,8 @@ def success_row(image: DecodedImage, description: Description, *, model: str) ->
 def failure_row(image: DecodedImage, *, model: str) -> Row:
     """The row of a file that has no caption, with the error."""
     assert image.error is not None
-    return {
-        "root": image.file.root,
-        "path": image.file.path,
-        "format_version": FORMAT_VERSION,
-        "model": model,
-        "error": image.error.reason,
-        "message": image.error.message,
-    }
+    return {**_identity(image, model), "error": image.error.reason, "message": image.error.message}
+
+
+def _identity(image: DecodedImage, model: str) -> Row:
+    return {"root": image.file.root, "path": image.file.path, "format_version": FORMAT_VERSION, "model": model}

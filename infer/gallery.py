@@ -98,7 +98,7 @@ def _entry(row: Row, file: ImageFile, *, folder: Path, root: int) -> dict[str, A
 
 
 def _link(file: ImageFile, folder: Path) -> str | None:
-    """The URL of a image relative to the page, so that both can move together; None if no file can be read there."""
+    """The URL of an image relative to the page, so that both can move together; None if no file can be read there."""
     if is_remote(file.root) or not os.access(file.location, os.R_OK):
         return None
     return quote(os.fsencode(os.path.relpath(file.location, folder)))
@@ -197,8 +197,6 @@ def _write(path: Path, content: bytes | str) -> None:
 
 def _remove_stale(folder: Path, *, keep: Set[str | None]) -> None:
     """Remove the thumbnails that belong to an earlier gallery, known by their names."""
-    if not folder.is_dir():
-        return
-    for file in folder.iterdir():
+    for file in folder.glob("*"):
         if _THUMBNAIL_NAME.fullmatch(file.name) and file.name not in keep:
             file.unlink(missing_ok=True)

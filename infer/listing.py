@@ -11,10 +11,10 @@ import pickle
 import stat
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from hashlib import blake2b
 from io import FileIO
 from itertools import chain
 from pathlib import Path
@@ -27,7 +27,7 @@ from captioner.files import storage
 from captioner.images.loading import ImageError
 from captioner.samples import image_spans
 from captioner.shards.format import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
-from infer.row_index import Seen, real_root
+from infer.row_index import Seen, hash_location, real_root
 
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 WILDCARDS = frozenset("*?[")
@@ -98,7 +98,11 @@ def _image_error(error: Exception) -> ImageError:
 def locate(root: str, path: str) -> ImageFile:
     """The file of a row; an image in a shard is found through the shard's index."""
     tar, _, name = path.partition(".tar/")
-    start, size = _cached_spans(root, tar).get(name, (0, None)) if name else (0, None)
+    spans: dict[str, tuple[int, int]] = {}
+    if name:
+        with suppress(OSError, UserError):  # a folder may be called `.tar` too
+            spans = _read_spans(root, tar)
+    start, size = spans.get(name, (0, None))
     return ImageFile(root, path, start, size)
 
 
@@ -155,7 +159,7 @@ class Listing(Iterator[ImageFile]):
                 self.left_out["links to folders were not followed (name these with --images)"] += 1
             elif self._is_wanted(file):
                 self.num_found += 1
-                if self._world_size == 1 or hash_location(file.location) % self._world_size == self._rank:
+                if int.from_bytes(hash_location(file.location)) % self._world_size == self._rank:
                     return file
         raise StopIteration
 
@@ -341,11 +345,6 @@ def _join(root: str, path: str) -> str:
     return f"{root}{path}" if root.endswith("/") else f"{root}/{path}"
 
 
-def hash_location(location: str) -> int:
-    """64 bits that are the same in all processes and versions."""
-    return int.from_bytes(blake2b(location.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-
-
 # ---- lists --------------------------------------------------------------------------------------------------------
 
 
@@ -395,6 +394,7 @@ def _list_split(folder: str, manifest: Manifest) -> Iterator[ImageFile]:
             yield ImageFile(folder, f"{shard.name}.tar/{name}", start, size)
 
 
+@lru_cache(maxsize=4)
 def _read_spans(folder: str, shard: str, *, sha256: str | None = None) -> dict[str, tuple[int, int]]:
     """Start and size in bytes of a shard's images, by name. Raises OSError and UserError."""
     origin = storage.join(folder, f"{shard}.index")
@@ -407,12 +407,3 @@ def _read_spans(folder: str, shard: str, *, sha256: str | None = None) -> dict[s
     except ValueError as error:
         raise UserError(f"{origin} cannot be used ({error}): give the folder of the images") from error
     return dict(zip(names, zip(offsets_S.tolist(), sizes_S.tolist(), strict=True), strict=True))
-
-
-@lru_cache(maxsize=4)
-def _cached_spans(folder: str, shard: str) -> dict[str, tuple[int, int]]:
-    """`_read_spans`; empty if there is no such shard: a folder may be called `.tar` too."""
-    try:
-        return _read_spans(folder, shard)
-    except (OSError, UserError):
-        return {}

@@ -126,18 +126,16 @@ def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     if not any(path.exists() and path.stat().st_size for path in (output, *find_parts(output))):
         return dict(settings)
     remedy = f"give another --output, or delete {output} and its parts"
-    found = storage.read_json(
+    earlier = storage.read_json(
         str(settings_path(output)), remedy=f"it has the settings of the rows in {output}; {remedy}"
     )
-    earlier = found if isinstance(found, dict) else {}
     now = json.loads(json.dumps(settings))  # as it would be read
     for one, other in ((now, earlier), (earlier, now)):
-        if one.get(WORKING_FOLDER, "") is None and WORKING_FOLDER in other:
-            one[WORKING_FOLDER] = other[WORKING_FOLDER]
+        one[WORKING_FOLDER] = one.get(WORKING_FOLDER) or other.get(WORKING_FOLDER)
     changes = [
-        f"{key} was {_shown(earlier, key)} and is {_shown(now, key)}"
+        f"{key} was {json.dumps(earlier.get(key))} and is {json.dumps(now.get(key))}"
         for key in sorted(earlier.keys() | now.keys())
-        if _shown(earlier, key) != _shown(now, key)
+        if earlier.get(key) != now.get(key)
     ]
     if changes:
         raise UserError(f"the rows in {output} were made with other settings ({'; '.join(changes)}): {remedy}")
@@ -147,10 +145,6 @@ def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 def write_settings(output: Path, settings: Mapping[str, Any]) -> None:
     """Write the settings beside the output; call it before opening the first part."""
     storage.write_atomic(str(settings_path(output)), json.dumps(settings, indent=1, allow_nan=False) + "\n")
-
-
-def _shown(settings: Mapping[str, Any], key: str) -> str:
-    return json.dumps(settings[key]) if key in settings else "not set"
 
 
 # ---- appending --------------------------------------------------------------------------------------------

@@ -21,12 +21,13 @@ from infer.results import FORMAT_VERSION, Row, duplicate_row, find_parts, mergin
 Entry = tuple[bytes, bytes, bytes, bytes | None, bytes]  # a row of the table `rows`
 
 
-def real_root(root: str) -> str:
-    """A root without links and dots, so that it has one name."""
-    return root if storage.is_remote(root) else os.path.realpath(root)
+def real_root(root: str, base: str = "") -> str:
+    """A root without links and dots, so that it has one name; a relative one starts from the folder `base`."""
+    return root if storage.is_remote(root) else os.path.realpath(os.path.join(base, root))  # noqa: PTH118
 
 
-def _hash(location: str) -> bytes:
+def hash_location(location: str) -> bytes:
+    """16 bytes that are the same in all processes."""
     return blake2b(location.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -58,7 +59,7 @@ class Seen:
         """Whether the location is new. Raises UserError when the temporary file cannot grow."""
         with _room_for_database():
             insert = "INSERT OR IGNORE INTO seen VALUES (?)"
-            return self._database.execute(insert, (_hash(location),)).rowcount == 1
+            return self._database.execute(insert, (hash_location(location),)).rowcount == 1
 
 
 # ---- rows -------------------------------------------------------------------------------------------------
@@ -137,8 +138,7 @@ class RowIndex:
 
     def _name(self, root: str, path: str) -> bytes:
         """A hash that is the same for all names of a file."""
-        based = root if storage.is_remote(root) else os.path.join(self._base, root)  # noqa: PTH118 - bytes as they are
-        return _hash(storage.join(self._real_root(based), path))
+        return hash_location(storage.join(self._real_root(root, self._base), path))
 
     def _entry(self, row: Row, line: bytes) -> Entry:
         """A row of the table; as bytes, root and path sort like Python's strings."""

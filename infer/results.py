@@ -143,7 +143,7 @@ def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_settings(output: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings beside the output; call it before opening the first part."""
+    """Write the settings beside the output; call it before the first row is written."""
     storage.write_atomic(str(settings_path(output)), json.dumps(settings, indent=1, allow_nan=False) + "\n")
 
 

@@ -23,7 +23,7 @@ WORKING_FOLDER = "working_folder"  # the base of relative roots
 
 
 class Row(TypedDict):
-    """One file's row. A failure has root, path, model, `error` and `message`; a captioned picture all other keys.
+    """One file's row. A failure has root, path, model, `error` and `message`; a captioned image all other keys.
 
     `root` is the folder or URL as given, `path` is relative to it with `/`; bytes that are not UTF-8 are `\\udcXX`.
     `caption` is the model's, `alt` the same as a sentence, or "" when the tool abstains. `captions`, the best first, is

@@ -356,9 +356,8 @@ def test_relative_names_are_refused_from_another_folder(
 def test_a_gallery_takes_no_folder_of_others(model: Path, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "index.html").write_text("mine")
-    (tmp_path / "link").symlink_to("nowhere")
     page = tmp_path / "site" / "index.html"
-    for gallery in (tmp_path / "site", photos, page, page / "new", tmp_path / "link"):
+    for gallery in (tmp_path / "site", photos, page, page / "new"):
         done = run_captioning(flags(model, photos, tmp_path / "c.jsonl", "--gallery", gallery), log=tmp_path / "log")
         assert done.code == 2
         assert "--gallery" in done.output

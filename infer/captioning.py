@@ -6,22 +6,23 @@ Files with the same bytes are captioned once. Only unfinished batches are held.
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 import torch
 
 from captioner import cli
 from captioner.describe import Captioner, Description, Encoded
 from captioner.errors import UserError
+from captioner.files.storage import is_remote
+from captioner.model.bundle import load_bundle
 from captioner.workers import count_processors
-from infer.ahead import Ahead
-from infer.listing import ImageFile
+from infer.listing import Ahead, ImageFile
 from infer.peers import Peers
 from infer.reading import Batch, DecodedImage, Reader
-from infer.results import FORMAT_VERSION, Row, RowWriter, duplicate_row
+from infer.results import FORMAT_VERSION, WORKING_FOLDER, Row, RowWriter, duplicate_row
 from infer.row_index import RowIndex
 from infer.settings import CaptionSettings
 
@@ -31,6 +32,51 @@ DESCRIBED_AT_ONCE = 256  # images: the decoder reads all its weights for each wo
 MAX_SECONDS_UNTIL_DESCRIBED = 10.0  # for which the progress bar stands, and which a kill costs
 
 Result = TypeVar("Result")
+Encoding = tuple[Batch, list[DecodedImage], Encoded]  # a batch, its images whose bytes are new, and their embeddings
+Described = list[tuple[DecodedImage, Description]]
+
+
+def load_captioner(settings: CaptionSettings) -> Captioner:
+    """The model on this process's device."""
+    device = find_device()
+    torch.set_num_threads(1)  # whole batches are captioned in parallel instead
+    bfloat16 = settings.precision == "bfloat16" or (
+        settings.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    )
+    return Captioner(
+        load_bundle(settings.model, device=device),
+        beam_size=settings.beam_size,
+        length_penalty=settings.length_penalty,
+        captions_per_image=settings.captions_per_image,
+        abstain_below=settings.abstain_below,
+        precision="bfloat16" if bfloat16 else "float32",
+    )
+
+
+def find_device() -> torch.device:
+    """The accelerator with this process's local rank, or the CPU."""
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count()
+    torch.accelerator.set_device_index(index)
+    return torch.device(kind.type, index)
+
+
+def row_settings(captioner: Captioner, settings: CaptionSettings) -> dict[str, Any]:
+    """The settings that a row's content depends on, and the folder of its relative names."""
+    calibration = captioner.bundle.calibration
+    local = [location for location in (*settings.images, *settings.shards) if not is_remote(location)]
+    is_relative = bool(settings.list) or not all(map(os.path.isabs, local))
+    return {
+        "model": captioner.bundle.name,
+        "calibration": None if calibration is None else calibration.fingerprint,
+        **asdict(captioner.decoding),
+        "captions_per_image": captioner.captions_per_image,
+        "abstain_below": captioner.abstain_below,
+        "precision": captioner.precision,
+        WORKING_FOLDER: os.getcwd() if is_relative else None,  # noqa: PTH109
+    }
 
 
 def caption_files(
@@ -75,23 +121,6 @@ def without_rows(files: Iterable[ImageFile], index: RowIndex, bar: cli.Bar) -> I
             yield file
 
 
-@dataclass(frozen=True, slots=True)
-class _Encoding:
-    """A batch, its images whose bytes are new, and their future embeddings."""
-
-    batch: Batch
-    new: list[DecodedImage]
-    encoded: Future[Encoded]
-
-
-@dataclass(frozen=True, slots=True)
-class _Describing:
-    """Images of several batches, and their future descriptions."""
-
-    new: list[DecodedImage]
-    descriptions: Future[list[Description]]
-
-
 class Captioning:
     """Captions the batches of a reader and writes the rows."""
 
@@ -109,30 +138,30 @@ class Captioning:
 
         The reader must allow num_threads + 1 batches to be held. Raises UserError if the device has too little memory.
         """
-        encoding: deque[_Encoding] = deque()
-        describing: deque[_Describing] = deque()
+        encoding: deque[Future[Encoding]] = deque()
+        describing: deque[Future[Described]] = deque()
         with ThreadPoolExecutor(num_threads) as threads:
             for batch in reader:
                 rows, indices = self._sort(batch)
                 yield self._write(rows)
                 if indices:
-                    encoding.append(self._encode(batch, indices, threads))
+                    encoding.append(threads.submit(self._encode, batch, indices))
                 else:
                     reader.release(batch)
-                while encoding and (len(encoding) > num_threads or encoding[0].encoded.done()):
+                while encoding and (len(encoding) > num_threads or encoding[0].done()):
                     self._gather(encoding.popleft(), reader)
                 if self._encoded and self._is_time():
-                    describing.append(self._describe(self._encoded, threads))
+                    describing.append(threads.submit(self._describe, self._encoded))
                     self._encoded, self._num_waiting, self._described_at = [], 0, time.monotonic()
-                while describing and (len(describing) > num_threads or describing[0].descriptions.done()):
+                while describing and (len(describing) > num_threads or describing[0].done()):
                     yield self._finish(describing.popleft())
-            for job in encoding:
-                self._gather(job, reader)
+            while encoding:
+                self._gather(encoding.popleft(), reader)
             size = -(-len(self._encoded) // num_threads) or 1
             parts = [self._encoded[first : first + size] for first in range(0, len(self._encoded), size)]
-            describing += [self._describe(part, threads) for part in parts]
-            for job in describing:
-                yield self._finish(job)
+            describing += [threads.submit(self._describe, part) for part in parts]
+            while describing:
+                yield self._finish(describing.popleft())
 
     def _is_time(self) -> bool:
         """Whether enough images wait for the decoder, or have waited long enough."""
@@ -156,27 +185,24 @@ class Captioning:
                 indices.append(index)
         return rows, indices
 
-    def _encode(self, batch: Batch, indices: Sequence[int], threads: ThreadPoolExecutor) -> _Encoding:
+    def _encode(self, batch: Batch, indices: list[int]) -> Encoding:
         usable = _usable(batch)
         views_BPP3 = batch.views_BPP3 if len(indices) == len(usable) else batch.views_BPP3[indices]
-        return _Encoding(
-            batch, [usable[index] for index in indices], threads.submit(self._captioner.encode, views_BPP3)
-        )
+        return batch, [usable[index] for index in indices], self._captioner.encode(views_BPP3)
 
-    def _gather(self, job: _Encoding, reader: Reader) -> None:
-        self._encoded.append((job.new, _result(job.encoded)))
-        reader.release(job.batch)
+    def _gather(self, encoding: Future[Encoding], reader: Reader) -> None:
+        batch, new, encoded = _result(encoding)
+        self._encoded.append((new, encoded))
+        reader.release(batch)
 
-    def _describe(
-        self, encoded: Sequence[tuple[list[DecodedImage], Encoded]], threads: ThreadPoolExecutor
-    ) -> _Describing:
-        new = [image for images, _ in encoded for image in images]
-        return _Describing(new, threads.submit(self._captioner.describe, [part for _, part in encoded]))
+    def _describe(self, encoded: list[tuple[list[DecodedImage], Encoded]]) -> Described:
+        images = [image for new, _ in encoded for image in new]
+        return list(zip(images, self._captioner.describe([part for _, part in encoded]), strict=True))
 
-    def _finish(self, job: _Describing) -> list[Row]:
+    def _finish(self, describing: Future[Described]) -> list[Row]:
         """Write the rows of described images and of their duplicates."""
         rows = []
-        for image, description in zip(job.new, _result(job.descriptions), strict=True):
+        for image, description in _result(describing):
             row = success_row(image, description, model=self._captioner.bundle.name)
             rows.append(row)
             for duplicate in self._duplicates.pop(image.sha256):
@@ -184,9 +210,10 @@ class Captioning:
         return self._write(rows)
 
     def _write(self, rows: list[Row]) -> list[Row]:
-        for row, offset in zip(rows, self._writer.write(rows), strict=True):
+        self._writer.write(rows)
+        for row in rows:
             if row.get("duplicate_of", "") is None:  # the first with these bytes; failures have no such key
-                self._index.add(row, self._writer.path, offset)
+                self._index.add(row)
         return rows
 
 
@@ -206,10 +233,7 @@ def _usable(batch: Batch) -> list[DecodedImage]:
 def success_row(image: DecodedImage, description: Description, *, model: str) -> Row:
     """The row of a captioned image."""
     row: Row = {
-        "root": image.file.root,
-        "path": image.file.path,
-        "format_version": FORMAT_VERSION,
-        "model": model,
+        **_identity(image, model),
         "caption": description.caption,
         "alt": description.alt,
         "score": round(description.score, DECIMALS),
@@ -229,11 +253,8 @@ def success_row(image: DecodedImage, description: Description, *, model: str) ->
 def failure_row(image: DecodedImage, *, model: str) -> Row:
     """The row of a file that has no caption, with the error."""
     assert image.error is not None
-    return {
-        "root": image.file.root,
-        "path": image.file.path,
-        "format_version": FORMAT_VERSION,
-        "model": model,
-        "error": image.error.reason,
-        "message": image.error.message,
-    }
+    return {**_identity(image, model), "error": image.error.reason, "message": image.error.message}
+
+
+def _identity(image: DecodedImage, model: str) -> Row:
+    return {"root": image.file.root, "path": image.file.path, "format_version": FORMAT_VERSION, "model": model}

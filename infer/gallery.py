@@ -3,7 +3,7 @@
 folder/index.html                  what to open: no server, no network
 folder/gallery.css, gallery.js     its looks, and what it does
 folder/data.js                     what it shows of each row
-folder/thumbnails/HASH.jpg         small upright copies of the pictures
+folder/thumbnails/HASH.jpg         small upright copies of the images
 """
 
 import hashlib
@@ -39,7 +39,7 @@ STATIC = ("gallery.css", "gallery.js")
 THUMBNAILS = "thumbnails"
 THUMBNAIL_SIDE_PIXELS = 320
 THUMBNAIL_QUALITY = 82
-MAX_THREADS = 2  # of this process, in which large pictures take much memory
+MAX_THREADS = 2  # of this process, in which large images take much memory
 SHOWN_KEYS = frozenset(
     ("path", "caption", "captions", "alt", "score", "confidence", "review", "duplicate_of", "error", "message")
 )
@@ -49,11 +49,9 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_folder(folder: Path, *, images: Sequence[str]) -> None:
-    """Raise UserError for a gallery folder that is no folder, or holds pictures to caption or files of others."""
+    """Raise UserError for a gallery folder that is no folder, or holds images to caption or files of others."""
     if any(not is_remote(root) and Path(root).resolve().is_relative_to(folder.resolve()) for root in images):
-        raise UserError(f"--gallery {folder} holds the pictures themselves: give a folder of its own")
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise UserError(f"--gallery {folder} is a file, or a link to nothing: give a folder")
+        raise UserError(f"--gallery {folder} holds the images themselves: give a folder of its own")
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise UserError(f"--gallery {folder} cannot be written, as {above} is no folder that can: give another folder")
@@ -64,21 +62,20 @@ def check_folder(folder: Path, *, images: Sequence[str]) -> None:
 def write_gallery(rows: Iterable[Row], folder: Path, *, title: str, model: str) -> Path:
     """Write the page and thumbnails of `rows` (one for every file) into `folder`; return its index.html.
 
-    Pictures with the same bytes share a thumbnail. index.html is written last; only then are the thumbnails removed
-    that an earlier gallery left. Relative roots are taken from the current folder. Raises `UserError` where `folder`
-    cannot be written.
+    Images with the same bytes share a thumbnail. index.html is written last; only then are the thumbnails removed
+    that an earlier gallery left. Relative roots are taken from the current folder. Raises OSError.
     """
     roots: dict[str, int] = {}
-    pictures: dict[str, ImageFile] = {}
+    images: dict[str, ImageFile] = {}
     entries = []
     for row in rows:
         file = locate(row["root"], row["path"])
         entries.append(_entry(row, file, folder=folder, root=roots.setdefault(file.root, len(roots))))
         if "sha256" in row:
-            pictures.setdefault(row["sha256"], file)
+            images.setdefault(row["sha256"], file)
     for name in STATIC:  # first, since they tell later runs whose folder it is
         _write(folder / name, Path(__file__).with_name(name).read_bytes())
-    thumbnails = _make_thumbnails(pictures, folder / THUMBNAILS)
+    thumbnails = _make_thumbnails(images, folder / THUMBNAILS)
     _write(folder / DATA, _data(entries, roots=list(roots), thumbnails=thumbnails))
     page = _page(entries, roots=list(roots), title=title, model=model)
     _write(folder / INDEX, _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", page))
@@ -90,7 +87,7 @@ def write_gallery(rows: Iterable[Row], folder: Path, *, title: str, model: str) 
 
 
 def _entry(row: Row, file: ImageFile, *, folder: Path, root: int) -> dict[str, Any]:
-    """What the page shows of a row; its picture goes by its checksum until the thumbnails are made."""
+    """What the page shows of a row; its image goes by its checksum until the thumbnails are made."""
     entry = {key: value for key, value in row.items() if key in SHOWN_KEYS and value is not None}
     entry |= {"root": root, "link": _link(file, folder), "thumbnail": row.get("sha256")}
     if file.size is not None:
@@ -101,7 +98,7 @@ def _entry(row: Row, file: ImageFile, *, folder: Path, root: int) -> dict[str, A
 
 
 def _link(file: ImageFile, folder: Path) -> str | None:
-    """The URL of a picture relative to the page, so that both can move together; None if no file can be read there."""
+    """The URL of an image relative to the page, so that both can move together; None if no file can be read there."""
     if is_remote(file.root) or not os.access(file.location, os.R_OK):
         return None
     return quote(os.fsencode(os.path.relpath(file.location, folder)))
@@ -149,75 +146,57 @@ def _page(entries: Sequence[dict[str, Any]], *, roots: Sequence[str], title: str
 # ---- thumbnails -----------------------------------------------------------------------------------------------
 
 
-def _make_thumbnails(pictures: Mapping[str, ImageFile], folder: Path) -> dict[str, str | None]:
-    """The name of each picture's thumbnail, made or reused; None where none can be made. Keys are checksums."""
+def _make_thumbnails(images: Mapping[str, ImageFile], folder: Path) -> dict[str, str | None]:
+    """The name of each image's thumbnail, made or reused; None where none can be made. Keys are checksums."""
     names: dict[str, str | None] = {}
     failures: dict[str, list[str]] = {}
     num_threads = min(MAX_THREADS, count_processors())
-    with (
-        ThreadPoolExecutor(num_threads) as pool,
-        progress_bar("gallery", total=len(pictures), unit="pictures") as bar,
-    ):
-        made = pool.map(_thumbnail_name, pictures, pictures.values(), repeat(folder))
-        for (sha256, file), (name, reason) in zip(pictures.items(), made, strict=True):
-            names[sha256] = name
-            if reason is not None:
-                failures.setdefault(reason, []).append(file.location)
+    with ThreadPoolExecutor(num_threads) as pool, progress_bar("gallery", total=len(images), unit="images") as bar:
+        failed = pool.map(_make_thumbnail, images, images.values(), repeat(folder))
+        for (sha256, file), failure in zip(images.items(), failed, strict=True):
+            names[sha256] = None if failure else _thumbnail_name(sha256)
+            if failure:
+                failures.setdefault(failure, []).append(file.location)
             bar.advance()
-    for reason, locations in sorted(failures.items()):
-        console.print(f"gallery: {len(locations):,} without a thumbnail, {reason}: {locations[0]!r}", markup=False)
+    for failure, locations in sorted(failures.items()):
+        console.print(f"gallery: {len(locations):,} without a thumbnail, {failure}: {locations[0]!r}", markup=False)
     return names
 
 
-def _thumbnail_name(sha256: str, file: ImageFile, folder: Path) -> tuple[str | None, str | None]:
-    """The name of a picture's thumbnail, or why there is none (the page shows a placeholder).
-
-    It is the picture's checksum, so that a thumbnail that is there is of the very bytes that were captioned.
-    """
-    name = f"{sha256[:32]}.jpg"
-    if not (folder / name).exists():
-        try:
-            data = _thumbnail(sha256, file)
-        except ImageError as error:
-            return None, error.reason
-        if data is None:
-            return None, "changed since it was captioned"
-        _write(folder / name, data)
-    return name, None
+def _thumbnail_name(sha256: str) -> str:
+    """The image's checksum, so that an existing thumbnail is of the very bytes that were captioned."""
+    return f"{sha256[:32]}.jpg"
 
 
-def _thumbnail(sha256: str, file: ImageFile) -> bytes | None:
-    """A small upright JPEG of a picture, None for one that is another by now. Raises ImageError.
+def _make_thumbnail(sha256: str, file: ImageFile, folder: Path) -> str | None:
+    """Write a small upright JPEG of an image, unless it exists; returns why that failed (the page has a placeholder).
 
     A large photo is decoded at a reduced scale, which makes it several times cheaper.
     """
-    side = THUMBNAIL_SIDE_PIXELS
-    data = file.read(max_bytes=MAX_FILE_BYTES)
-    if hashlib.sha256(data).hexdigest() != sha256:
+    path = folder / _thumbnail_name(sha256)
+    if path.exists():
         return None
-    small, _ = decode_rgb(data, at_least=2 * side)
+    side = THUMBNAIL_SIDE_PIXELS
+    try:
+        data = file.read(max_bytes=MAX_FILE_BYTES)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            return "changed since it was captioned"
+        small, _ = decode_rgb(data, at_least=2 * side)
+    except ImageError as error:
+        return error.reason
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY, optimize=True)
-    return buffer.getvalue()
-
-
-# ---- files ----------------------------------------------------------------------------------------------------
+    _write(path, buffer.getvalue())
+    return None
 
 
 def _write(path: Path, content: bytes | str) -> None:
-    try:
-        storage.write_atomic(str(path), content, durable=False)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the gallery file {path}: {error.strerror}; choose a folder that can be written"
-        ) from error
+    storage.write_atomic(str(path), content, durable=False)
 
 
 def _remove_stale(folder: Path, *, keep: Set[str | None]) -> None:
     """Remove the thumbnails that belong to an earlier gallery, known by their names."""
-    if not folder.is_dir():
-        return
-    for file in folder.iterdir():
+    for file in folder.glob("*"):
         if _THUMBNAIL_NAME.fullmatch(file.name) and file.name not in keep:
             file.unlink(missing_ok=True)

@@ -7,16 +7,19 @@ With a list, or several sources, a temporary SQLite file finds duplicates.
 import codecs
 import errno
 import os
-import sqlite3
+import pickle
 import stat
-import sys
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from hashlib import blake2b
+from io import FileIO
 from itertools import chain
 from pathlib import Path
+from tempfile import mkstemp
+from threading import Semaphore, Thread
 from typing import BinaryIO, Literal
 
 from captioner.errors import UserError
@@ -24,9 +27,9 @@ from captioner.files import storage
 from captioner.images.loading import ImageError
 from captioner.samples import image_spans
 from captioner.shards.format import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
+from infer.row_index import Seen, hash_location, real_root
 
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-NOT_A_FILE = (errno.EISDIR, errno.ENXIO, errno.ENODEV)  # a folder, a socket, a device without a driver
 WILDCARDS = frozenset("*?[")
 MAX_DEPTH = 32  # folders on a server: some follow links in loops
 
@@ -67,16 +70,39 @@ class ImageFile:
                 _check_size(self.size, max_bytes)
                 tar = _join(self.root, f"{self.path.partition('.tar/')[0]}.tar")
                 return storage.read_range(tar, start=self.start, end=self.start + self.size)[: self.size]
-            read = _read_remote if storage.is_remote(self.root) else _read_local
-            return read(self.location, max_bytes)
+            if not storage.is_remote(self.root):
+                found = os.stat(self.location)  # noqa: PTH116 - a Path takes longer, and changes names
+                if not stat.S_ISREG(found.st_mode):
+                    raise ImageError("special file", "it is a folder, pipe, socket or device, no regular file")
+                _check_size(found.st_size, max_bytes)
+                return storage.read_bytes(self.location)
+            data = storage.read_bytes(self.location, end=max_bytes + 1)
+            _check_size(len(data), max_bytes)
+            return data
         except (OSError, ValueError) as error:
             raise _image_error(error) from error
+
+
+def _check_size(num_bytes: int, max_bytes: int) -> None:
+    if num_bytes > max_bytes:
+        raise ImageError("too large", f"{num_bytes:,} bytes or more, {max_bytes:,} are allowed: shrink it")
+
+
+def _image_error(error: Exception) -> ImageError:
+    """Why a file or folder cannot be read; a ValueError is about a name that no file can have."""
+    missing = isinstance(error, FileNotFoundError | ValueError) or getattr(error, "errno", None) in MISSING
+    message = getattr(error, "strerror", None) or str(error)
+    return ImageError("missing" if missing else "unreadable", " ".join(message.split()))
 
 
 def locate(root: str, path: str) -> ImageFile:
     """The file of a row; an image in a shard is found through the shard's index."""
     tar, _, name = path.partition(".tar/")
-    start, size = _cached_spans(root, tar).get(name, (0, None)) if name else (0, None)
+    spans: dict[str, tuple[int, int]] = {}
+    if name:
+        with suppress(OSError, UserError):  # a folder may be called `.tar` too
+            spans = _read_spans(root, tar)
+    start, size = spans.get(name, (0, None))
     return ImageFile(root, path, start, size)
 
 
@@ -86,16 +112,15 @@ class Listing(Iterator[ImageFile]):
     `images` are folders with all below them, files, and globs, on disk or behind URLs. A glob's `**` stands for any
     number of folders, its `*` also for names that begin with a dot; a folder that matches counts with all below it.
     `lists` are text files with a path or URL a line, `-` is the standard input. `shards` are dataset folders.
-    `excluded` files and folders are left out, and names with one of `skip_suffixes`. Links to files count as files;
+    `excluded` files and folders are left out, and names with `skip_suffix`. Links to files count as files;
     links to folders are counted and not followed, since they may form loops.
 
     A file that several sources name belongs to the first. Only its root is resolved for that: a list's `..` and links
     below the root give a file other names. A hash of root and path, as given, decides which process captions a file, so
     that none is lost or repeated where their listings differ.
 
-    The counts are of all processes' files, and grow during iteration: `num_found` files to caption,
-    `num_linked_folders` not followed, `num_skipped` by suffix, `num_repeated` duplicates of another source.
-    Raises UserError for a source that does not exist, matches nothing, or cannot be listed.
+    The counts are of all processes' files, and grow during iteration: `num_found` files to caption, and `left_out`
+    by reason. Raises UserError for a source that does not exist or matches nothing, and OSError if it cannot be read.
     """
 
     def __init__(
@@ -105,18 +130,18 @@ class Listing(Iterator[ImageFile]):
         lists: Sequence[str] = (),
         shards: Sequence[str] = (),
         excluded: Sequence[Path] = (),
-        skip_suffixes: Sequence[str] = (),
+        skip_suffix: str | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        for option, names in (("--images", images), ("--list", lists), ("--shards", shards)):
-            if "" in names:
-                raise UserError(f"an empty name in {option}: the current folder is .")
+        if "" in (*images, *lists, *shards):
+            raise UserError("an empty name in --images, --list or --shards: the current folder is .")
         self._excluded = {os.path.realpath(path) for path in excluded}
-        self._skip_suffixes = tuple(skip_suffixes)
+        self._skip_suffix = skip_suffix
         self._real_root = lru_cache(maxsize=1024)(real_root)
         self._rank, self._world_size = rank, world_size
-        self.num_found = self.num_linked_folders = self.num_skipped = self.num_repeated = 0
+        self.num_found = 0
+        self.left_out: Counter[str] = Counter()
         roots = dict.fromkeys(map(_find_root, images))
         folders = dict.fromkeys(map(_without_slash, shards))
         splits = [(folder, manifest) for folder in folders for manifest in _read_manifests(folder)]
@@ -131,22 +156,76 @@ class Listing(Iterator[ImageFile]):
     def __next__(self) -> ImageFile:
         for file in self._found:
             if file is None:
-                self.num_linked_folders += 1
+                self.left_out["links to folders were not followed (name these with --images)"] += 1
             elif self._is_wanted(file):
                 self.num_found += 1
-                if self._world_size == 1 or hash_location(file.location) % self._world_size == self._rank:
+                if int.from_bytes(hash_location(file.location)) % self._world_size == self._rank:
                     return file
         raise StopIteration
 
+    def lines_of_left_out(self) -> list[str]:
+        """Lines that count what was left out on purpose, by reason."""
+        return [f"{count:,} {reason}" for reason, count in self.left_out.items()]
+
     def _is_wanted(self, file: ImageFile) -> bool:
         location = _join(self._real_root(file.root), file.path)
-        is_skipped = file.path.endswith(self._skip_suffixes)
-        if is_skipped or location in self._excluded:
-            self.num_skipped += is_skipped
+        if self._skip_suffix is not None and file.path.endswith(self._skip_suffix):
+            self.left_out[f"{self._skip_suffix} files are no images"] += 1
             return False
-        is_new = self._seen is None or self._seen.add(location)
-        self.num_repeated += not is_new
-        return is_new
+        if location in self._excluded:
+            return False
+        if self._seen is None or self._seen.add(location):
+            return True
+        self.left_out["files were named again"] += 1
+        return False
+
+
+class Ahead(Iterator[ImageFile]):
+    """Iterates over the files in order; a thread lists them without waiting, and then calls `on_end` with their number.
+
+    So their number is known long before the last is captioned. They are queued in a temporary file: memory stays flat,
+    and nothing is listed twice. An exception of the listing is raised after the last file. Raises UserError if the
+    temporary file cannot grow.
+    """
+
+    def __init__(self, files: Iterator[ImageFile], *, on_end: Callable[[int], None]) -> None:
+        handle, name = mkstemp()
+        self._reader = open(name, "rb")  # noqa: PTH123, SIM115 - closed with this object
+        Path(name).unlink()  # or a kill would leave it there
+        self._ready = Semaphore(0)  # one for each file in the queue, and one at its end
+        self._error: BaseException | None = None
+        Thread(target=self._list, args=(files, FileIO(handle, "w"), on_end), daemon=True).start()
+
+    def __next__(self) -> ImageFile:
+        self._ready.acquire()
+        try:
+            return pickle.load(self._reader)
+        except (EOFError, pickle.UnpicklingError):  # the end, or a file that found no room
+            self._ready.release()
+            raise self._error or StopIteration from None
+
+    def _list(self, files: Iterator[ImageFile], queue: FileIO, on_end: Callable[[int], None]) -> None:
+        num_listed = 0
+        try:
+            with queue:
+                for num_listed, file in enumerate(files, start=1):  # noqa: B007
+                    _append(queue, pickle.dumps(file))
+                    self._ready.release()
+            on_end(num_listed)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._ready.release()
+
+
+def _append(file: FileIO, data: bytes) -> None:
+    try:
+        while data:  # a nearly full disk may write only some of it
+            data = data[file.write(data) :]
+    except OSError as error:
+        raise UserError(
+            f"the temporary file of the listing cannot grow ({error.strerror}): set TMPDIR to a folder with room"
+        ) from error
 
 
 # ---- roots --------------------------------------------------------------------------------------------------------
@@ -162,7 +241,11 @@ class _Root:
 
 
 def _find_root(source: str) -> _Root:
-    """The folder of one of --images, and what is wanted of it. Raises UserError."""
+    """The folder of one of --images, and what is wanted of it.
+
+    Raises UserError if it names nothing, and OSError if its folder cannot be listed.
+    """
+    nothing = UserError(f"nothing at {source} can be read or listed: give --images a folder, a file or a glob")
     try:
         if storage.is_folder(source):
             root = _Root(_without_slash(source))
@@ -171,18 +254,14 @@ def _find_root(source: str) -> _Root:
                 storage.read_bytes(source, end=1)  # some servers do not say that a folder is hidden before it is read
             folder, name = _split_location(source)
             return _Root(_without_slash(folder), name)
-        elif WILDCARDS.intersection(source):
+        else:
             folder, pattern = _split_glob(source)
             root = _Root(_without_slash(folder), pattern=pattern)
-            if not any(_walk(root)):
-                raise UserError(f"no file matches {source}: correct the pattern, or give --images a folder")
-        else:
-            raise UserError(f"nothing at {source} can be read or listed: give --images a folder, a file or a glob")
+            if not (pattern and any(_walk(root))):
+                raise nothing
         next(_scan(_join(root.folder, "")), None)
-    except OSError as error:
-        raise UserError(
-            f"cannot list {source} ({error.strerror or error}): make it readable, or give --images another folder"
-        ) from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise nothing from error
     return root
 
 
@@ -192,10 +271,10 @@ def _without_slash(folder: str) -> str:
 
 
 def _split_glob(glob: str) -> tuple[str, Pattern]:
-    """The folder before the first wildcard, and the parts of the rest."""
+    """The folder before the first wildcard, and the parts of the rest; none if there is no wildcard."""
     scheme, separator, rest = glob.partition("://") if storage.is_remote(glob) else ("", "", glob)
     parts = rest.split("/")
-    num_fixed = next(number for number, part in enumerate(parts) if WILDCARDS.intersection(part))
+    num_fixed = next((number for number, part in enumerate(parts) if WILDCARDS.intersection(part)), len(parts))
     folder = scheme + separator + "/".join(parts[:num_fixed])
     return folder or ("/" if glob.startswith("/") else "."), tuple(part for part in parts[num_fixed:] if part)
 
@@ -266,50 +345,14 @@ def _join(root: str, path: str) -> str:
     return f"{root}{path}" if root.endswith("/") else f"{root}/{path}"
 
 
-def real_root(root: str) -> str:
-    """A root without links and dots, so that it has one name."""
-    return root if storage.is_remote(root) else os.path.realpath(root)
-
-
-def hash_location(location: str) -> int:
-    """64 bits that are the same in all processes and versions."""
-    return int.from_bytes(blake2b(location.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-
-
-class Seen:
-    """A set of locations, by their hashes, in a temporary file."""
-
-    def __init__(self) -> None:
-        self._database = sqlite3.connect("", check_same_thread=False)  # a listing is read by another thread
-        self._database.execute("PRAGMA journal_mode = OFF")
-        self._database.execute("CREATE TABLE seen (hash INTEGER PRIMARY KEY)")
-
-    def add(self, location: str) -> bool:
-        """Whether the location is new. Raises UserError when the temporary file cannot grow."""
-        key = hash_location(location) - (1 << 63)  # SQLite's integers are signed
-        try:
-            return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,)).rowcount == 1
-        except sqlite3.OperationalError as error:
-            raise UserError(
-                f"the temporary file of seen names cannot grow ({error}): set SQLITE_TMPDIR to a folder with room"
-            ) from error
-
-
 # ---- lists --------------------------------------------------------------------------------------------------------
 
 
 def _open_list(name: str, *, world_size: int) -> BinaryIO:
-    """The open list: a pipe can be read only once, and by one process. Raises UserError."""
-    if name == "-" and sys.stdin is None:
-        raise UserError("the list - is the standard input, which is closed: write the list to a file, and name that")
-    try:
-        if world_size > 1 and (name == "-" or not stat.S_ISREG(Path(name).stat().st_mode)):
-            raise UserError(f"several processes cannot read the list {name}: write it to a file, and name that")
-        return sys.stdin.buffer if name == "-" else open(name, "rb")  # noqa: PTH123
-    except OSError as error:
-        raise UserError(
-            f"cannot read the list {name} ({error.strerror}): give a text file with a path a line"
-        ) from error
+    """The open list: a pipe can be read only once, and by one process. Raises UserError and OSError."""
+    if world_size > 1 and (name == "-" or not stat.S_ISREG(Path(name).stat().st_mode)):
+        raise UserError(f"several processes cannot read the list {name}: write it to a file, and name that")
+    return open(0 if name == "-" else name, "rb")  # noqa: PTH123
 
 
 def _read_list(lines: BinaryIO) -> Iterator[ImageFile]:
@@ -332,12 +375,9 @@ def _split_line(line: str) -> tuple[str, str]:
 
 
 def _read_manifests(folder: str) -> list[Manifest]:
-    """The manifests of a dataset folder's splits. Raises UserError."""
+    """The manifests of a dataset folder's splits. Raises UserError and OSError."""
     remedy = "give --shards a folder that sharding/make_shards.py made"
-    try:
-        splits = [split for split in SPLITS if storage.exists(manifest_location(folder, split))]
-    except OSError as error:
-        raise UserError(f"cannot read {folder} ({error.strerror or error}): {remedy}") from error
+    splits = [split for split in SPLITS if storage.exists(manifest_location(folder, split))]
     if not splits:
         raise UserError(f"there is no manifest of a split in {folder}: {remedy}")
     return [read_manifest(folder, split, remedy=remedy) for split in splits]
@@ -354,6 +394,7 @@ def _list_split(folder: str, manifest: Manifest) -> Iterator[ImageFile]:
             yield ImageFile(folder, f"{shard.name}.tar/{name}", start, size)
 
 
+@lru_cache(maxsize=4)
 def _read_spans(folder: str, shard: str, *, sha256: str | None = None) -> dict[str, tuple[int, int]]:
     """Start and size in bytes of a shard's images, by name. Raises OSError and UserError."""
     origin = storage.join(folder, f"{shard}.index")
@@ -366,54 +407,3 @@ def _read_spans(folder: str, shard: str, *, sha256: str | None = None) -> dict[s
     except ValueError as error:
         raise UserError(f"{origin} cannot be used ({error}): give the folder of the images") from error
     return dict(zip(names, zip(offsets_S.tolist(), sizes_S.tolist(), strict=True), strict=True))
-
-
-@lru_cache(maxsize=4)
-def _cached_spans(folder: str, shard: str) -> dict[str, tuple[int, int]]:
-    """`_read_spans`; empty if there is no such shard: a folder may be called `.tar` too."""
-    try:
-        return _read_spans(folder, shard)
-    except (OSError, UserError):
-        return {}
-
-
-# ---- reading ------------------------------------------------------------------------------------------------------
-
-
-def _read_local(location: str, max_bytes: int) -> bytes:
-    with open(location, "rb", opener=_open_nonblocking) as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise _special_file()
-        _check_size(found.st_size, max_bytes)
-        return file.read(found.st_size)
-
-
-def _open_nonblocking(path: str, flags: int) -> int:
-    """Open a file; a pipe without a writer would block."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
-def _read_remote(location: str, max_bytes: int) -> bytes:
-    data = storage.read_bytes(location, end=max_bytes + 1)
-    _check_size(len(data), max_bytes)
-    return data
-
-
-def _check_size(num_bytes: int, max_bytes: int) -> None:
-    if num_bytes > max_bytes:
-        raise ImageError("too large", f"{num_bytes:,} bytes or more, {max_bytes:,} are allowed: shrink it")
-
-
-def _image_error(error: Exception) -> ImageError:
-    """Why a file or folder cannot be read."""
-    number = getattr(error, "errno", None)
-    message = " ".join(str(getattr(error, "strerror", None) or error).split())
-    if number in NOT_A_FILE:
-        return _special_file()
-    missing = isinstance(error, FileNotFoundError | UnicodeError) or number in MISSING or "null byte" in message
-    return ImageError("missing" if missing else "unreadable", message)
-
-
-def _special_file() -> ImageError:
-    return ImageError("special file", "it is a folder, pipe, socket or device: only regular files are read")

@@ -16,14 +16,14 @@ from dataclasses import replace
 
 from captioner import cli
 from captioner.errors import NotCalibratedError
-from infer.inputs import check_files, check_flags, open_listing
-from infer.model import load_captioner, row_settings
-from infer.outputs import report, write_extras
+from infer.gallery import write_gallery
+from infer.listing import Listing
 from infer.peers import find_peers
 from infer.reading import prepare
-from infer.results import WORKING_FOLDER, RowWriter, check_settings, find_output, part_path, write_settings
-from infer.row_index import RowIndex, merge
-from infer.settings import CaptionSettings
+from infer.results import WORKING_FOLDER, RowWriter, check_settings, find_output, part_path, read_rows, write_settings
+from infer.row_index import RowIndex, Summary, merge
+from infer.settings import CaptionSettings, check_files, check_flags, open_listing
+from infer.sidecars import write_sidecars
 
 EXIT_SOME_FAILED = 3
 REMEDIES: cli.Remedies = {
@@ -38,9 +38,9 @@ def main(settings: CaptionSettings) -> None:
     settings = replace(settings, output=find_output(settings.output))
     peers = find_peers(settings.output)
     prepare()  # while this process loads torch and the model
-    captioner = load_captioner(settings)
-    from infer.captioning import caption_files  # with torch
+    from infer.captioning import caption_files, load_captioner, row_settings
 
+    captioner = load_captioner(settings)
     listing = open_listing(settings, peers)
     files = check_files(listing, settings)
     choices = row_settings(captioner, settings)
@@ -62,6 +62,30 @@ def main(settings: CaptionSettings) -> None:
             report(summary, listing, rate=num_new / seconds, settings=settings)
             if summary.failures.total() + write_extras(settings):
                 raise SystemExit(EXIT_SOME_FAILED)
+
+
+def report(summary: Summary, listing: Listing, *, rate: float, settings: CaptionSettings) -> None:
+    """Print the numbers of rows and failures, the rate, and what was left out on purpose."""
+    failures = ", ".join(f"{count:,} {reason}" for reason, count in sorted(summary.failures.items())) or "none"
+    header = ("rows", "duplicates", "to review", "files/s now", "failures")
+    row = (summary.num_rows, summary.num_duplicates, summary.num_review, rate, failures)
+    cli.print_table(str(settings.output), header, [row])
+    for line in listing.lines_of_left_out():
+        cli.console.print(line, markup=False)
+
+
+def write_extras(settings: CaptionSettings) -> int:
+    """Write the sidecars and the gallery, if wanted. Returns the number of sidecars that could not be written."""
+    num_failed = 0
+    if settings.sidecar is not None:
+        sidecars = write_sidecars(read_rows(settings.output), suffix=settings.sidecar)
+        num_failed = sidecars.num_failed
+        for line in sidecars.lines():
+            cli.console.print(line, markup=False)
+    if settings.gallery is not None:
+        page = write_gallery(read_rows(settings.output), settings.gallery, title="Captions", model=settings.model)
+        cli.console.print(f"look at {page}", markup=False)
+    return num_failed
 
 
 def run() -> None:

@@ -1,8 +1,8 @@
 """The processes of a captioning job watch each other through small heartbeat files beside the output.
 
-Each process rewrites its own file every few seconds. Rank 0 watches all others, and they watch rank 0: a process whose
-file does not change for ten minutes is lost, and the job ends. A slow process is never mistaken for a lost one, and no
-process blocks on the network of a dead machine.
+Each process rewrites its own file sixty times in ten minutes. Rank 0 watches all others, and they watch rank 0: a
+process whose file does not change in that time is lost, and the job ends. A slow process is never mistaken for a lost
+one, and no process blocks on the network of a dead machine.
 """
 
 import json
@@ -15,13 +15,12 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from types import FrameType
 from typing import Any
-from uuid import uuid4
 
 from captioner.errors import EXIT_PREEMPTED, UserError
 from captioner.peers import peer_timeout
 from infer.results import find_process_files, process_path
 
-BEATS = 60  # in the time after which a silent process is lost
+MAX_SILENT_BEATS = 60  # after which a process is lost
 POLL_SECONDS = 0.2  # while this process is idle
 RECORD_BYTES = 128  # fixed size, so that one write replaces a record
 RESUMABLE = "all rows are kept: run the same command again to resume, with fewer processes if needed"
@@ -36,20 +35,15 @@ class Peers:
     def __init__(self, output: Path, *, rank: int = 0, world_size: int = 1) -> None:
         self.rank = rank
         self.world_size = world_size
+        self.is_main = rank == 0  # merges the rows of all
         self._output = output
         self._path = process_path(output, rank)
-        self._record: dict[str, Any] = {"id": uuid4().hex, "state": "working", "counts": (), "beat": 0}
+        self._record: dict[str, Any] = {"state": "working", "counts": ()}
         watched = (range(1, world_size) if rank == 0 else range(1)) if world_size > 1 else ()
         self._watched = [_Peer(process_path(output, other), other) for other in watched]
         self._limit_seconds = peer_timeout().total_seconds()
-        self._looked = time.monotonic()
         self._lock = Lock()
         self._left = Event()
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process merges the rows of all."""
-        return self.rank == 0
 
     def __enter__(self) -> "Peers":
         signal.signal(signal.SIGTERM, _leave)
@@ -102,15 +96,17 @@ class Peers:
         return not self._path.exists()
 
     def _keep_beating(self) -> None:
-        while not self._left.wait(self._limit_seconds / BEATS):
+        while not self._left.wait(self._limit_seconds / MAX_SILENT_BEATS):
             with suppress(OSError):  # a missing heartbeat
                 self._write()
+            for peer in self._watched:
+                peer.num_silent_beats += 1
             self._look()
 
     def _write(self, **changes: Any) -> None:
         """Overwrite this process's record. After `finish` a missing file is not created again: rank 0 removed it."""
         with self._lock:
-            self._record |= {**changes, "beat": self._record["beat"] + 1}
+            self._record |= {**changes, "time": time.time()}
             may_create = os.O_CREAT if self._record["state"] == "working" and not self._left.is_set() else 0
             file = os.open(self._path, os.O_WRONLY | may_create, 0o666)
             try:
@@ -119,53 +115,43 @@ class Peers:
                 os.close(file)  # NFS then sends it to the server
 
     def _look(self) -> None:
-        now = time.monotonic()
-        was_stopped = now - self._looked > self._limit_seconds / 2  # this process, and perhaps the whole machine
-        self._looked = now
         for peer in self._watched:
-            peer.look(now, forgive=was_stopped)
+            peer.look()
 
 
 class _Peer:
-    """The last `record` in another process's file; empty until the file changes, as it may be from an earlier job."""
+    """The last `record` in another process's file; empty until the file changes, as it may be from an earlier job.
+
+    Silence is counted in beats of this process: after it was stopped itself, the others have time to write again.
+    """
 
     def __init__(self, path: Path, rank: int) -> None:
         self.rank = rank
         self.record: dict[str, Any] = {}
+        self.num_silent_beats = 0
         self._path = path
         self._content: bytes | None = None
-        self._changed: float | None = None  # last, in monotonic seconds
 
-    def look(self, now: float, *, forgive: bool) -> None:
+    def look(self) -> None:
         """Read the file; a change shows that its process is alive."""
-        content = _read(self._path)
-        if self._changed is None:
-            self._content, self._changed = content, now
-        elif content not in (b"", self._content):
-            self._content, self._changed = content, now
+        content = b""
+        with suppress(OSError):  # it is missing
+            content = self._path.read_bytes()
+        if self._content is None:
+            self._content = content
+        elif len(content) == RECORD_BYTES and content != self._content:
+            self._content, self.num_silent_beats = content, 0
             self.record = json.loads(content)
-        elif forgive:
-            self._changed = now
 
     def loss(self, limit_seconds: float) -> str | None:
         """Why the process counts as lost, or None."""
         if self.record.get("state") == "failed":
             return "has failed: see the end of its output"
-        if self._changed is None or time.monotonic() - self._changed < limit_seconds:
+        if self.num_silent_beats < MAX_SILENT_BEATS:
             return None
         if self.record:
             return f"was silent for {limit_seconds:.0f} s, so it or its machine is gone"
         return f"has not begun within {limit_seconds:.0f} s (all must see {self._path.parent})"
-
-
-def _read(path: Path) -> bytes:
-    """A record; empty if it is missing or incomplete."""
-    try:
-        content = path.read_bytes()
-        json.loads(content)
-    except (OSError, ValueError):
-        return b""
-    return content if len(content) == RECORD_BYTES else b""
 
 
 def find_peers(output: Path) -> Peers:

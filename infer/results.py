@@ -7,11 +7,11 @@ content are in a file beside the output too. `row_index` finds existing rows and
 import glob
 import io
 import json
+import mmap
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from itertools import accumulate
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -19,12 +19,11 @@ from captioner.errors import UserError
 from captioner.files import locks, storage
 
 FORMAT_VERSION = 2
-TAIL_BYTES = 1 << 16  # read at once to find the end of the last complete row
 WORKING_FOLDER = "working_folder"  # the base of relative roots
 
 
 class Row(TypedDict):
-    """One file's row. A failure has root, path, model, `error` and `message`; a captioned picture all other keys.
+    """One file's row. A failure has root, path, model, `error` and `message`; a captioned image all other keys.
 
     `root` is the folder or URL as given, `path` is relative to it with `/`; bytes that are not UTF-8 are `\\udcXX`.
     `caption` is the model's, `alt` the same as a sentence, or "" when the tool abstains. `captions`, the best first, is
@@ -71,34 +70,16 @@ def duplicate_row(first: Row, *, root: str, path: str) -> Row:
 def find_output(output: Path) -> Path:
     """The path of --output with symbolic links resolved, so that all other files are beside it.
 
-    Raises UserError if it is not a regular file, and so cannot be replaced by the merged rows.
+    Raises UserError if it is not a regular file, and so cannot be replaced by the merged rows, and OSError.
     """
-    if ":/" in str(output):
-        raise UserError(f"--output {output} is a URL: give a file on this machine")
+    resolved = Path(os.path.realpath(output))
     try:
-        found = output.stat()
+        is_file = stat.S_ISREG(resolved.stat().st_mode) and output.parent != Path("/dev")  # /dev/stdout may be a file
     except FileNotFoundError:
-        return _follow(output)
-    except OSError as error:
-        raise UserError(f"cannot use --output {output} ({error.strerror}): give the name of a JSONL file") from error
-    if stat.S_ISDIR(found.st_mode):
-        raise UserError(f"--output {output} is a folder: give the name of a JSONL file")
-    if not stat.S_ISREG(found.st_mode) or any(os.path.samestat(found, stream) for stream in _standard_streams()):
-        raise UserError(
-            f"--output {output} is a device, a pipe, or this command's own input or output: rows are merged in a file, "
-            "give the name of one"
-        )
-    return _follow(output)
-
-
-def _follow(path: Path) -> Path:
-    return path.resolve() if path.is_symlink() else path
-
-
-def _standard_streams() -> Iterator[os.stat_result]:
-    for descriptor in range(3):
-        with suppress(OSError):  # it is closed
-            yield os.fstat(descriptor)
+        return resolved
+    if not is_file:
+        raise UserError(f"--output {output} is a folder, a device or a pipe: give the name of a JSONL file")
+    return resolved
 
 
 def part_path(output: Path, rank: int) -> Path:
@@ -133,9 +114,8 @@ def find_process_files(output: Path) -> list[Path]:
 
 def own_files(output: Path, *, num_processes: int) -> list[Path]:
     """All files that a run of `num_processes` writes, existing or not, and those that an earlier run left."""
-    parts = {*find_parts(output), *(part_path(output, rank) for rank in range(num_processes))}
-    processes = {*find_process_files(output), *(process_path(output, rank) for rank in range(num_processes))}
-    return [output, settings_path(output), merging_path(output), *sorted(parts), *sorted(processes)]
+    new = [path(output, rank) for path in (part_path, process_path) for rank in range(num_processes)]
+    return [output, settings_path(output), merging_path(output), *find_parts(output), *find_process_files(output), *new]
 
 
 def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,18 +126,16 @@ def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     if not any(path.exists() and path.stat().st_size for path in (output, *find_parts(output))):
         return dict(settings)
     remedy = f"give another --output, or delete {output} and its parts"
-    found = storage.read_json(
+    earlier = storage.read_json(
         str(settings_path(output)), remedy=f"it has the settings of the rows in {output}; {remedy}"
     )
-    earlier = found if isinstance(found, dict) else {}
     now = json.loads(json.dumps(settings))  # as it would be read
     for one, other in ((now, earlier), (earlier, now)):
-        if one.get(WORKING_FOLDER, "") is None and WORKING_FOLDER in other:
-            one[WORKING_FOLDER] = other[WORKING_FOLDER]
+        one[WORKING_FOLDER] = one.get(WORKING_FOLDER) or other.get(WORKING_FOLDER)
     changes = [
-        f"{key} was {_shown(earlier, key)} and is {_shown(now, key)}"
+        f"{key} was {json.dumps(earlier.get(key))} and is {json.dumps(now.get(key))}"
         for key in sorted(earlier.keys() | now.keys())
-        if _shown(earlier, key) != _shown(now, key)
+        if earlier.get(key) != now.get(key)
     ]
     if changes:
         raise UserError(f"the rows in {output} were made with other settings ({'; '.join(changes)}): {remedy}")
@@ -165,12 +143,8 @@ def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_settings(output: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings beside the output; call it before opening the first part."""
+    """Write the settings beside the output; call it before the first row is written."""
     storage.write_atomic(str(settings_path(output)), json.dumps(settings, indent=1, allow_nan=False) + "\n")
-
-
-def _shown(settings: Mapping[str, Any], key: str) -> str:
-    return json.dumps(settings[key]) if key in settings else "not set"
 
 
 # ---- appending --------------------------------------------------------------------------------------------
@@ -186,23 +160,20 @@ class RowWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._file = open_part(path)
-        self._end = _cut_torn_row(self._file)
+        _cut_torn_row(self._file)
 
-    def write(self, rows: Iterable[Row]) -> list[int]:
-        """Append the rows without buffering; returns the offset of each in bytes."""
-        lines = [to_line(row).encode("ascii") for row in rows]
-        *offsets, self._end = accumulate(map(len, lines), initial=self._end)
-        left = memoryview(b"".join(lines))
+    def write(self, rows: Iterable[Row]) -> None:
+        """Append the rows without buffering."""
+        left = memoryview("".join(map(to_line, rows)).encode())
         with writing(self.path):
             while left:  # a nearly full disk may write a part before it fails
                 left = left[self._file.write(left) :]
-        return offsets
 
     def close(self) -> None:
         """Flush to disk, close and unlock; a part without rows is removed."""
         with writing(self.path):
             os.fsync(self._file.fileno())
-        if not self._end:
+        if not self._file.tell():
             self.path.unlink(missing_ok=True)
         self._file.close()
 
@@ -232,18 +203,13 @@ def open_part(path: Path) -> io.FileIO:
         return io.FileIO(path, "r+")
 
 
-def _cut_torn_row(file: io.FileIO) -> int:
-    """Remove an incomplete last line, left by a killed process; returns the size in bytes, and seeks there."""
-    size = end = file.seek(0, os.SEEK_END)
-    while end:
-        start = max(0, end - TAIL_BYTES)
-        length = os.pread(file.fileno(), end - start, start).rfind(b"\n") + 1
-        end = start + length
-        if length:
-            break
-    if end < size:
+def _cut_torn_row(file: io.FileIO) -> None:
+    """Remove an incomplete last line, left by a killed process, and seek to the end."""
+    if file.seek(0, os.SEEK_END):
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            end = content.rfind(b"\n") + 1
         file.truncate(end)
-    return file.seek(end)
+        file.seek(end)
 
 
 # ---- reading ----------------------------------------------------------------------------------------------

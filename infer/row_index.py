@@ -1,109 +1,41 @@
 """Finds the rows of this run and earlier ones, and merges all parts into one sorted file; memory stays flat.
 
-Rows are found through a private SQLite database of locations, checksums and offsets, which spills to disk by itself.
+Rows are found through a private SQLite database, which spills to a temporary file by itself.
 """
 
 import json
 import os
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from captioner.errors import UserError
 from captioner.files import storage
-from captioner.files.storage import is_remote
-from infer.listing import real_root
 from infer.results import FORMAT_VERSION, Row, duplicate_row, find_parts, merging_path, open_part, to_line, writing
 
-Entry = tuple[bytes, bytes, bytes, bytes | None]  # file, root, path, sha256 (None: a failure)
+Entry = tuple[bytes, bytes, bytes, bytes | None, bytes]  # a row of the table `rows`
 
 
-class _Files:
-    """Identifies a file whatever name a run gave its folder: photos, photos/ or /home/me/photos.
-
-    Relative roots start from the folder `base`.
-    """
-
-    def __init__(self, base: str) -> None:
-        self._base = base
-        self._real = lru_cache(maxsize=1024)(self._find_root)
-
-    def _find_root(self, root: str) -> str:
-        return root if is_remote(root) else real_root(os.path.join(self._base, root))  # noqa: PTH118 - bytes as they are
-
-    def key(self, root: str, path: str) -> bytes:
-        """A 16-byte hash that is the same for all names of a file."""
-        location = storage.join(self._real(root), path)
-        return blake2b(location.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-    def entry(self, row: Row) -> Entry:
-        """The columns that a row is found by; as bytes they sort like Python's strings."""
-        root, path = (row[key].encode("utf-8", "surrogatepass") for key in ("root", "path"))
-        return self.key(row["root"], row["path"]), root, path, None if "error" in row else bytes.fromhex(row["sha256"])
-
-    def parse(self, line: bytes) -> Entry | None:
-        """The entry of a line; None if it is not a row."""
-        try:
-            row = json.loads(line)
-            return self.entry(row) if row["format_version"] == FORMAT_VERSION else None
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return None
+def real_root(root: str, base: str = "") -> str:
+    """A root without links and dots, so that it has one name; a relative one starts from the folder `base`."""
+    return root if storage.is_remote(root) else os.path.realpath(os.path.join(base, root))  # noqa: PTH118
 
 
-def _read_entries(paths: Sequence[Path], files: _Files, *, whole: Path) -> Iterator[tuple[Any, ...]]:
-    """Each row's entry, the number of its file and its offset in it. All files but `whole` may end in a torn row."""
-    for number, path in enumerate(paths):
-        offset = 0
-        with path.open("rb") as file:
-            for line_number, line in enumerate(file, start=1):
-                if path != whole and not line.endswith(b"\n"):
-                    break  # torn by a kill: its image is captioned again
-                entry = files.parse(line)
-                if entry is None:
-                    raise UserError(
-                        f"line {line_number} of {path} is not a row of this version: give another --output or delete it"
-                    )
-                yield *entry, number, offset
-                offset += len(line)
+def hash_location(location: str) -> bytes:
+    """16 bytes that are the same in all processes."""
+    return blake2b(location.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-class _RowFiles:
-    """Reads rows of several files, by the file's number and the offset in bytes."""
-
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self._numbers = {path: number for number, path in enumerate(paths)}
-        self._open: dict[int, BinaryIO] = {}
-
-    def number(self, path: Path) -> int:
-        return self._numbers.setdefault(path, len(self._numbers))
-
-    def read(self, number: int, offset: int) -> bytes:
-        if number not in self._open:
-            self._open[number] = list(self._numbers)[number].open("rb")
-        self._open[number].seek(offset)
-        return self._open[number].readline().rstrip(b"\n") + b"\n"  # an editor may have removed the last newline
-
-    def close(self) -> None:
-        for file in self._open.values():
-            file.close()
-
-
-# ---- what is done already ---------------------------------------------------------------------------------
-
-INSERT = "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)"
-
-
-def _open_database() -> sqlite3.Connection:
+def _open_database(table: str) -> sqlite3.Connection:
     """A private database, in memory while it is small and in an unnamed temporary file after that."""
-    database = sqlite3.connect("")
+    database = sqlite3.connect("", check_same_thread=False)  # a listing is read by another thread
     database.execute("PRAGMA journal_mode = OFF")
-    database.execute("CREATE TABLE rows (name BLOB, root BLOB, path BLOB, sha256 BLOB, file INTEGER, offset INTEGER)")
+    database.execute(table)
     return database
 
 
@@ -113,65 +45,126 @@ def _room_for_database() -> Iterator[None]:
         yield
     except sqlite3.OperationalError as error:
         raise UserError(
-            f"the temporary database of the rows cannot grow ({error}): set SQLITE_TMPDIR to a folder with more room"
+            f"a temporary database cannot grow ({error}): set SQLITE_TMPDIR to a folder with more room"
         ) from error
+
+
+class Seen:
+    """A set of locations, by their hashes."""
+
+    def __init__(self) -> None:
+        self._database = _open_database("CREATE TABLE seen (hash BLOB PRIMARY KEY) WITHOUT ROWID")
+
+    def add(self, location: str) -> bool:
+        """Whether the location is new. Raises UserError when the temporary file cannot grow."""
+        with _room_for_database():
+            insert = "INSERT OR IGNORE INTO seen VALUES (?)"
+            return self._database.execute(insert, (hash_location(location),)).rowcount == 1
+
+
+# ---- rows -------------------------------------------------------------------------------------------------
+
+TABLE = "CREATE TABLE rows (name BLOB, root BLOB, path BLOB, sha256 BLOB, line BLOB)"
+INSERT = "INSERT INTO rows VALUES (?, ?, ?, ?, ?)"
+
+# Of a file's rows a success wins, then the latest: SQLite takes the other columns from the row with the greatest rank.
+KEEP_ONE_A_FILE = """
+    CREATE TABLE kept AS
+    SELECT rowid AS number, sha256, max(rowid + iif(sha256 IS NULL, 0, 1 << 60)) AS rank
+    FROM rows GROUP BY name ORDER BY root, path"""
+FIND_SHARED_CONTENTS = """
+    CREATE TABLE shared AS
+    SELECT sha256, number, min(rowid) AS first FROM kept WHERE sha256 IS NOT NULL GROUP BY sha256 HAVING count(*) > 1"""
+IN_ORDER = """
+    SELECT own.line, original.line FROM kept
+    JOIN rows AS own ON own.rowid = kept.number
+    LEFT JOIN shared ON shared.sha256 = kept.sha256 AND shared.first < kept.rowid
+    LEFT JOIN rows AS original ON original.rowid = shared.number
+    ORDER BY kept.rowid"""
 
 
 class RowIndex:
     """Finds the rows of this run and earlier ones by location and by content, in constant memory.
 
-    Relative roots start from the folder `base`. Raises UserError for an output that is not a file of rows. With
-    `retry_errors` failures of earlier runs do not count.
+    A file is the same whatever name a run gave its folder: photos, photos/ or /home/me/photos. Relative roots start
+    from the folder `base`. With `retry_errors` failures of earlier runs do not count. Raises UserError for an output
+    that is not a file of rows.
     """
 
     def __init__(self, output: Path, *, base: str = "", retry_errors: bool = False) -> None:
-        self._names = _Files(base)
-        files = [path for path in (output, *find_parts(output)) if path.exists()]
-        self._files = _RowFiles(files)
-        self._database = _open_database()
-        entries = _read_entries(files, self._names, whole=output)
+        self._base = base
+        self._real_root = lru_cache(maxsize=1024)(real_root)
+        self._database = _open_database(TABLE)
         with _room_for_database():
-            self._database.executemany(INSERT, (entry for entry in entries if entry[3] is not None or not retry_errors))
+            for path in (output, *find_parts(output)):
+                entries = self._read(path, is_part=path != output) if path.exists() else ()
+                wanted = (entry for entry in entries if entry[3] is not None or not retry_errors)
+                self._database.executemany(INSERT, wanted)
             self._database.execute("CREATE INDEX by_name ON rows (name)")
             self._database.execute("CREATE INDEX by_content ON rows (sha256) WHERE sha256 IS NOT NULL")
 
     def is_done(self, root: str, path: str) -> bool:
         """Whether this file has a row, also under another name of its root."""
-        found = self._database.execute("SELECT 1 FROM rows WHERE name = ?", (self._names.key(root, path),))
+        found = self._database.execute("SELECT 1 FROM rows WHERE name = ?", (self._name(root, path),))
         return found.fetchone() is not None
 
     def find_caption(self, sha256: str) -> Row | None:
         """The first known row of a captioned file with these bytes."""
-        query = "SELECT file, offset FROM rows WHERE sha256 = ? ORDER BY rowid LIMIT 1"
+        query = "SELECT line FROM rows WHERE sha256 = ? ORDER BY rowid LIMIT 1"
         found = self._database.execute(query, (bytes.fromhex(sha256),)).fetchone()
-        return None if found is None else json.loads(self._files.read(*found))
+        return None if found is None else json.loads(found[0])
 
-    def add(self, row: Row, path: Path, offset: int) -> None:
-        """Index a row that was written to the part `path` at `offset`."""
+    def add(self, row: Row) -> None:
+        """Index a new row."""
         with _room_for_database():
-            self._database.execute(INSERT, (*self._names.entry(row), self._files.number(path), offset))
+            self._database.execute(INSERT, self._entry(row, to_line(row).encode()))
+
+    def merged(self) -> Iterator[Row]:
+        """One row for each file, sorted by location; files with the same bytes have the caption of the first."""
+        self._database.execute(KEEP_ONE_A_FILE)
+        self._database.execute(FIND_SHARED_CONTENTS)
+        self._database.execute("CREATE INDEX shared_by_content ON shared (sha256)")
+        for line, first_line in self._database.execute(IN_ORDER):
+            row: Row = json.loads(line)
+            if first_line is not None:
+                row = duplicate_row(json.loads(first_line), root=row["root"], path=row["path"])
+            elif "duplicate_of" in row:
+                row["duplicate_of"] = None
+            yield row
 
     def close(self) -> None:
-        """Close all files and drop the database."""
-        self._files.close()
+        """Drop the database."""
         self._database.close()
+
+    def _name(self, root: str, path: str) -> bytes:
+        """A hash that is the same for all names of a file."""
+        return hash_location(storage.join(self._real_root(root, self._base), path))
+
+    def _entry(self, row: Row, line: bytes) -> Entry:
+        """A row of the table; as bytes, root and path sort like Python's strings."""
+        root, path = (row[key].encode("utf-8", "surrogatepass") for key in ("root", "path"))
+        sha256 = None if "error" in row else bytes.fromhex(row["sha256"])
+        return self._name(row["root"], row["path"]), root, path, sha256, line
+
+    def _read(self, path: Path, *, is_part: bool) -> Iterator[Entry]:
+        """The entries of a file's rows; a part's last line may be torn by a kill, and its image is captioned again."""
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if is_part and not line.endswith(b"\n"):
+                    break
+                try:
+                    row = json.loads(line)
+                    entry = self._entry(row, line) if row["format_version"] == FORMAT_VERSION else None
+                except (ValueError, LookupError, TypeError):
+                    entry = None
+                if entry is None:
+                    raise UserError(
+                        f"line {number} of {path} is not a row of this version: give another --output or delete it"
+                    )
+                yield entry
 
 
 # ---- merging ----------------------------------------------------------------------------------------------
-
-# Of a file's rows a success wins, then the latest: SQLite takes the other columns from the row with the greatest rank.
-KEEP_ONE_A_FILE = """
-    CREATE TABLE kept AS
-    SELECT sha256, file, offset, max(rowid + iif(sha256 IS NULL, 0, 1 << 60)) AS rank
-    FROM rows GROUP BY name ORDER BY root, path"""
-FIND_SHARED_CONTENTS = """
-    CREATE TABLE shared AS
-    SELECT sha256, min(rowid) AS first FROM kept WHERE sha256 IS NOT NULL GROUP BY sha256 HAVING count(*) > 1"""
-IN_ORDER = """
-    SELECT kept.file, kept.offset, first.file, first.offset FROM kept
-    LEFT JOIN shared ON shared.sha256 = kept.sha256 AND shared.first < kept.rowid
-    LEFT JOIN kept AS first ON first.rowid = shared.first
-    ORDER BY kept.rowid"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,50 +180,27 @@ class Summary:
 def merge(output: Path, *, base: str = "") -> Summary:
     """Write all rows to `output`, sorted by location and one for each file; then remove the parts.
 
-    Relative roots start from the folder `base`. Files with the same bytes get the caption of the first of them, so the
-    result does not depend on which process captioned which. Raises UserError for an output that is not a file of rows,
-    and while another run is writing a part.
+    Relative roots start from the folder `base`. The result does not depend on which process captioned which file.
+    Raises UserError for an output that is not a file of rows, and while another run is writing a part.
     """
     parts = find_parts(output)
+    failures: Counter[str] = Counter()
+    num_rows = num_duplicates = num_review = 0
     with ExitStack() as stack:
         for part in parts:
             stack.enter_context(open_part(part))
-        with _room_for_database(), writing(merging_path(output)):
-            summary = _write_merged(_merged_rows(output, parts, _Files(base)), output)
+        index = stack.enter_context(closing(RowIndex(output, base=base)))
+        with (
+            _room_for_database(),
+            writing(merging_path(output)),
+            storage.replacing(output, partial=merging_path(output)) as file,
+        ):
+            for row in index.merged():
+                file.write(to_line(row).encode())
+                num_rows += 1
+                num_duplicates += row.get("duplicate_of") is not None
+                num_review += row.get("review") is not None
+                failures.update([row["error"]] if "error" in row else [])
         for part in parts:
             part.unlink()
-    return summary
-
-
-def _merged_rows(output: Path, parts: Sequence[Path], names: _Files) -> Iterator[tuple[Row, bytes]]:
-    """The rows and their lines. Most lines are copied: encoding one takes as long as all the rest."""
-    files = [path for path in (output, *parts) if path.exists()]
-    with closing(_open_database()) as database, closing(_RowFiles(files)) as lines:
-        database.executemany(INSERT, _read_entries(files, names, whole=output))
-        database.execute(KEEP_ONE_A_FILE)
-        database.execute(FIND_SHARED_CONTENTS)
-        database.execute("CREATE INDEX by_content ON shared (sha256)")
-        for file, offset, *first in database.execute(IN_ORDER):
-            line = lines.read(file, offset)
-            row: Row = json.loads(line)
-            if first[0] is not None:
-                row = duplicate_row(json.loads(lines.read(*first)), root=row["root"], path=row["path"])
-                line = to_line(row).encode("ascii")
-            elif row.get("duplicate_of") is not None:
-                row["duplicate_of"] = None
-                line = to_line(row).encode("ascii")
-            yield row, line
-
-
-def _write_merged(rows: Iterable[tuple[Row, bytes]], output: Path) -> Summary:
-    failures: Counter[str] = Counter()
-    num_rows = num_duplicates = num_review = 0
-    with storage.replacing(output, partial=merging_path(output)) as file:
-        for row, line in rows:
-            file.write(line)
-            num_rows += 1
-            num_duplicates += row.get("duplicate_of") is not None
-            num_review += row.get("review") is not None
-            if "error" in row:
-                failures[row["error"]] += 1
     return Summary(num_rows=num_rows, failures=failures, num_duplicates=num_duplicates, num_review=num_review)

@@ -1,12 +1,20 @@
-"""The captioning command's flags."""
+"""The captioning command's flags, and the files that they name. Imports no torch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from captioner.errors import UserError
 from captioner.flags import AnyNumber, Count, File, Fraction, Location, Workers
+from infer.gallery import check_folder
+from infer.listing import ImageFile, Listing
+from infer.peers import Peers
+from infer.results import own_files
+from infer.sidecars import check_suffix
 
 Several = tyro.conf.UseAppendAction[tuple[str, ...]]
 
@@ -47,3 +55,39 @@ class CaptionSettings:
     """Processes that read images, for each captioning process. The default is one per processor."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the encoder; auto is bfloat16 on GPUs that have it, else float32."""
+
+
+def check_flags(settings: CaptionSettings) -> None:
+    """Raise UserError if nothing is to be captioned, or for an invalid sidecar or gallery."""
+    if not (settings.images or settings.list or settings.shards):
+        raise UserError("nothing to caption: give --images with a folder, a file, a glob or a URL")
+    if settings.sidecar is not None:
+        check_suffix(settings.sidecar)
+    if settings.gallery is not None:
+        check_folder(settings.gallery, images=settings.images)
+
+
+def open_listing(settings: CaptionSettings, peers: Peers) -> Listing:
+    """The listing of this process's files, without those that this command writes."""
+    excluded = own_files(settings.output, num_processes=peers.world_size)
+    return Listing(
+        settings.images,
+        lists=settings.list,
+        shards=settings.shards,
+        excluded=[*excluded, settings.gallery] if settings.gallery else excluded,
+        skip_suffix=settings.sidecar,
+        rank=peers.rank,
+        world_size=peers.world_size,
+    )
+
+
+def check_files(listing: Listing, settings: CaptionSettings) -> Iterator[ImageFile]:
+    """The files of the listing. Raises UserError if there is none in any process, before anything is written."""
+    first = next(listing, None)
+    if first is None and not listing.num_found:
+        sources = ", ".join((*settings.images, *settings.list, *settings.shards))
+        raise UserError(
+            f"nothing to caption: there is no file in {sources} but those that this command writes"
+            f"{''.join(f'; {line}' for line in listing.lines_of_left_out())}: give --images a folder with images"
+        )
+    return chain(() if first is None else (first,), listing)

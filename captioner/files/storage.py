@@ -295,13 +295,22 @@ def _check_range(data: bytes, start: int, end: int) -> bytes:
     raise OSError(f"received {len(data):,} of the {end - start:,} bytes from {start:,} on")
 
 
-def read_json(location: str, *, remedy: str) -> Any:
-    """The parsed JSON of a file. Raises UserError, with `remedy`, when the file is missing or not JSON."""
+def read_required(location: str, *, remedy: str) -> bytes:
+    """The content of a file. Raises UserError, with `remedy`, when the file is missing or cannot be read."""
     try:
-        return json.loads(read_bytes(location))
+        return read_bytes(location)
     except FileNotFoundError as error:
         raise UserError(f"there is no {location}: {remedy}") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {location} ({error}): {remedy}") from error
+
+
+def read_json(location: str, *, remedy: str) -> Any:
+    """The parsed JSON of a file. Raises UserError, with `remedy`, when the file is missing or not JSON."""
+    content = read_required(location, remedy=remedy)
+    try:
+        return json.loads(content)
+    except ValueError as error:
         raise UserError(f"cannot read {location} ({error}): {remedy}") from error
 
 

@@ -26,7 +26,7 @@ from captioner.errors import UserError
 from captioner.files import storage
 from captioner.images.views import ViewSpec
 from captioner.model.network import CaptionModel, ModelConfig
-from captioner.vocabulary import Vocabulary
+from captioner.vocabulary import Vocabulary, read_vocabulary
 
 FORMAT_VERSION = 1
 LIBRARIES = ("torch", "torchvision", "nltk")
@@ -146,13 +146,15 @@ It describes pictures like those it was trained on, and errs, sometimes confiden
 
 
 def _reliability_table(found: Reliability) -> str:
-    rows = "\n".join(f"| {part.confidence:.2f} | {part.good:.2f} | {part.num_captions:,} |" for part in found.bins)
+    rows = "\n".join(
+        f"| {each['confidence']:.2f} | {each['good']:.2f} | {each['num_captions']:,} |" for each in found.bins
+    )
     return f"""
-A caption's confidence is the chance that it is as near to what people wrote of its picture (CIDEr-D) as half of their
-own captions are. On {found.num_captions:,} validation pictures, each fifth of them judged by the others: expected
-calibration error {found.calibration_error:.3f}, Brier score {found.brier_score:.3f}, AUROC {found.auroc:.3f}.
+A caption's confidence is the probability that its CIDEr-D is at least that of half of people's own captions. On
+{found.num_captions:,} validation images, cross-validated with five folds: expected calibration
+error {found.calibration_error:.3f}, Brier score {found.brier_score:.3f}, AUROC {found.auroc:.3f}.
 
-| confidence | share that was good | captions |
+| confidence | fraction that was good | captions |
 |---|---|---|
 {rows}
 """
@@ -177,38 +179,25 @@ def load_bundle(folder: str | Path, *, device: torch.device | str = "cpu") -> Bu
     return replace(bundle, calibration=bundle.calibration and bundle.calibration.to(device))
 
 
-def _read(folder: str, name: str, *, remedy: str = COPY_AGAIN) -> bytes:
-    """A file of a model folder. Raises UserError."""
-    location = storage.join(folder, name)
-    try:
-        return storage.read_bytes(location)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is incomplete, there is no {location}: {remedy}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {location} ({error}): {remedy}") from error
-
-
 def _read_calibration(folder: str, *, model: str) -> Calibration | None:
     location = storage.join(folder, CALIBRATION)
-    try:
-        content = storage.read_bytes(location)
-    except FileNotFoundError:
+    if not storage.exists(location):
         return None
-    except OSError as error:
-        raise UserError(f"cannot read {location} ({error}): {CALIBRATE_AGAIN}") from error
+    names = (CALIBRATION, CALIBRATION_ARRAYS)
+    files = [storage.read_required(storage.join(folder, name), remedy=CALIBRATE_AGAIN) for name in names]
     try:
-        return from_files(content, _read(folder, CALIBRATION_ARRAYS, remedy=CALIBRATE_AGAIN), model=model)
+        return from_files(*files, model=model)
     except ValueError as error:
         raise UserError(f"{location} does not fit this model folder ({error}): {CALIBRATE_AGAIN}") from error
 
 
 def _assemble(folder: str, config: dict[str, Any]) -> Bundle:
     origin = storage.join(folder, "vocabulary.json")
-    text = _read(folder, "vocabulary.json").decode(errors="replace")
-    vocabulary = Vocabulary.from_json(text, origin=origin)
+    vocabulary = read_vocabulary(origin, remedy=COPY_AGAIN)
     if vocabulary.fingerprint != config["vocabulary_fingerprint"]:
         raise UserError(f"{origin} is not the vocabulary that this model was trained with: {COPY_AGAIN}")
-    weights, weights_file = _read(folder, "model.safetensors"), storage.join(folder, "model.safetensors")
+    weights_file = storage.join(folder, "model.safetensors")
+    weights = storage.read_required(weights_file, remedy=COPY_AGAIN)
     digest = hashlib.sha256(weights).hexdigest()
     if digest != config["weights_sha256"]:
         raise UserError(f"{weights_file} is cut or changed (its sha256 differs): {COPY_AGAIN}")

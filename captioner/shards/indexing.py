@@ -38,7 +38,6 @@ from captioner.shards.writing import claim, count_reasons, write, write_manifest
 BACKEND = "foreign"
 ANY, CHOSEN = "any", "chosen"  # samples in the manifest's settings, unless they are captioned pictures
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-COMPRESSED_EXTENSIONS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 NO_SAMPLE = "a sample is adjacent files KEY.FIELD, without a dot in the key"
 UNPACK = "samples are read from the middle of a tar, so unpack it to a plain tar first (gunzip, unxz, unzstd)"
 
@@ -217,15 +216,10 @@ def find_tars(folder: str, split: str, pattern: str | None, *, remedy: str) -> t
         if names:
             break
     else:
-        packed = [name for extension in COMPRESSED_EXTENSIONS for name in list_names(folder, f"*{extension}")]
-        if packed:
-            raise UserError(f"{folder} holds compressed tars such as {packed[0]}: {UNPACK}")
         raise UserError(f"no file in {folder} fits {tried}: {remedy}")
     for name in names:
-        if name.endswith(COMPRESSED_EXTENSIONS):
-            raise UserError(f"{storage.join(folder, name)} is compressed: {UNPACK}")
         if not name.endswith(".tar"):
-            raise UserError(f"{storage.join(folder, name)} fits {tried} and is no .tar: {remedy}")
+            raise UserError(f"{storage.join(folder, name)} fits {tried} and is no uncompressed .tar: {remedy}")
     return [name.removesuffix(".tar") for name in names], tried
 
 

@@ -122,7 +122,7 @@ def our_reader(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterato
     for start in range(0, order.num_samples, size):
         refs = order.refs(epoch, range(start, min(start + size, order.num_samples)))
         for first in range(0, len(refs), batch):
-            yield [reader.read(ref.shard, ref.place) for ref in refs[first : first + batch]]
+            yield [reader.read(ref.shard, ref.index_in_shard) for ref in refs[first : first + batch]]
 
 
 def plain_webdataset(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[list[Any]]:

@@ -164,13 +164,13 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.keys_S)
 
-    def key(self, place: int) -> str:
+    def key(self, index: int) -> str:
         """A sample's key as printable text; bytes that are not UTF-8 become `\\xNN`."""
-        return self.keys_S[place].decode(errors="backslashreplace")
+        return self.keys_S[index].decode(errors="backslashreplace")
 
-    def members(self, place: int) -> dict[str, Member]:
+    def members(self, index: int) -> dict[str, Member]:
         """A sample's members by field, in the tar's order."""
-        span = slice(*self.first_member[place : place + 2].tolist())
+        span = slice(*self.first_member[index : index + 2].tolist())
         numbers, *columns = (
             array_M[span].tolist() for array_M in (self.member_fields_M, self.offsets_M, self.sizes_M, self.crc32s_M)
         )

@@ -71,8 +71,8 @@ class StreamingLoader:
         (`collate([])`); "drop" it; or "pad" it with the first samples of the epoch.
     Samples
         Each is a dictionary of bytes by extension (`jpg`, `json`, `seg.png`, …), with `__key__`, `__url__`,
-        `__epoch__`, `__position__`, `__shard__` and `__place__`, its index in the shard. `fields` are the extensions to
-        read, by default all. `decode` is webdataset's name for an image format ("pil", "torchrgb8", …), with which
+        `__epoch__`, `__position__`, `__shard__` and `__index_in_shard__`. `fields` are the extensions to read, by
+        default all. `decode` is webdataset's name for an image format ("pil", "torchrgb8", …), with which
         text, JSON, NumPy arrays and others are decoded too; or it is a function of a sample, which is called for the
         whole batch before the first `transform`: parse text in it, and decode images in `transform`.
         `transform(sample, rng)` returns anything; `rng` is a NumPy Generator, seeded like the global generators of

@@ -70,12 +70,12 @@ class MixtureOrder:
 
     def refs(self, epoch: int, positions: Sequence[int]) -> list[SampleRef]:
         """The samples at positions of an epoch."""
-        shards, places = self.locate(epoch * self.num_samples + np.asarray(positions, dtype=np.int64))
-        return list(map(SampleRef, positions, shards.tolist(), places.tolist()))
+        shards, indices = self.locate(epoch * self.num_samples + np.asarray(positions, dtype=np.int64))
+        return list(map(SampleRef, positions, shards.tolist(), indices.tolist()))
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The shard of the sample at each position of the run, and the sample's index in it."""
-        shards, places = np.empty_like(positions), np.empty_like(positions)
+        shards, indices = np.empty_like(positions), np.empty_like(positions)
         sources, numbers = self.assign(positions)
         for source, order in enumerate(self.orders):
             own = np.flatnonzero(sources == source)
@@ -83,8 +83,8 @@ class MixtureOrder:
             for each in np.unique(passes).tolist():
                 of_pass = passes == each
                 found = order.of_epoch(each).locate(inside[of_pass])
-                shards[own[of_pass]], places[own[of_pass]] = found[0] + self._first_shards[source], found[1]
-        return shards, places
+                shards[own[of_pass]], indices[own[of_pass]] = found[0] + self._first_shards[source], found[1]
+        return shards, indices
 
     def assign(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source at each position of the run, and how many samples of that source came before it."""

@@ -29,7 +29,7 @@ class SampleRef(NamedTuple):
 
     position: int
     shard: int
-    place: int
+    index_in_shard: int
 
 
 class EpochOrder:
@@ -91,8 +91,8 @@ class EpochOrder:
     def refs(self, positions: Iterable[int]) -> list[SampleRef]:
         """The samples at global positions, in the order of these."""
         positions = list(positions)
-        shards_P, places_P = self.locate(np.asarray(positions, dtype=np.int64))
-        return list(map(SampleRef, positions, shards_P.tolist(), places_P.tolist()))
+        shards_P, indices_P = self.locate(np.asarray(positions, dtype=np.int64))
+        return list(map(SampleRef, positions, shards_P.tolist(), indices_P.tolist()))
 
     def locate(self, positions_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The shard of the sample at each position, and the sample's index in it."""
@@ -187,10 +187,10 @@ class EpochOrder:
         """The number of the window of each lane that holds a permuted shard."""
         return (permuted - self._lane_firsts[lanes] + self._lane_shifts[lanes]) // self.window_shards
 
-    def windows_of(self, shards: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, ...]:
+    def windows_of(self, shards: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, ...]:
         """The windows in which samples are shuffled: lane, start and stop inside the lane, and the lane's length."""
         permuted = np.argsort(self._permuted)[shards]
-        lanes = np.searchsorted(self._lane_starts, self._starts[permuted] + places, side="right") - 1
+        lanes = np.searchsorted(self._lane_starts, self._starts[permuted] + indices, side="right") - 1
         starts, stops = self._window_bounds(lanes, self._windows_at(lanes, permuted))
         lane_starts = self._lane_starts[lanes]
         return lanes, starts - lane_starts, stops - lane_starts, self._lane_starts[lanes + 1] - lane_starts

@@ -66,9 +66,9 @@ class OpenShard:
             index.crc32s_M.data,
         )
 
-    def key(self, place: int) -> str:
+    def key(self, index: int) -> str:
         """The same as `ShardIndex.key`."""
-        start = place * self.key_bytes
+        start = index * self.key_bytes
         key = self.keys[start : start + self.key_bytes]
         return (key.rstrip(b"\0") if key[-1:] == b"\0" else key).decode("utf-8", "backslashreplace")
 
@@ -110,8 +110,8 @@ class ShardReader:
             found = self._locations[shard] = tar_location(*self._shards[shard])
         return found
 
-    def read(self, shard: int, place: int) -> tuple[str, dict[str, bytes]]:
-        """The key of the sample at index `place`, and the content of its fields in the tar's order.
+    def read(self, shard: int, index: int) -> tuple[str, dict[str, bytes]]:
+        """A sample's key, and the content of its fields in the tar's order.
 
         Raises SampleError for a missing or damaged shard or member, and UserError if a server or disk fails.
         """
@@ -121,13 +121,13 @@ class ShardReader:
         else:
             self._open.move_to_end(shard)
         try:
-            return found.key(place), _read_fields(found, place)
+            return found.key(index), _read_fields(found, index)
         except OSError as error:
             raise UserError(
                 f"cannot read {self.location(shard)} ({error.strerror or error}): fix this and run again"
             ) from error
         except _ChecksumError as error:
-            where = f"{self.location(shard)} is damaged at sample {found.key(place)}, field {error}"
+            where = f"{self.location(shard)} is damaged at sample {found.key(index)}, field {error}"
             raise SampleError("checksum", f"{where} (checksum differs): {RESTORE}") from error
 
     def _open_shard(self, number: int) -> OpenShard:
@@ -152,12 +152,12 @@ class _ChecksumError(Exception):
     """A field's checksum differs."""
 
 
-def _read_fields(shard: OpenShard, place: int) -> dict[str, bytes]:
+def _read_fields(shard: OpenShard, index: int) -> dict[str, bytes]:
     """A sample's content by field; adjacent members are read with one system call.
 
     Raises OSError and _ChecksumError.
     """
-    member, end = shard.first_member[place], shard.first_member[place + 1]
+    member, end = shard.first_member[index], shard.first_member[index + 1]
     if end - member == 1 and (field := shard.fields[shard.member_fields_M[member]]) is not None:
         content = os.pread(shard.file, shard.sizes_M[member], shard.offsets_M[member])
         if zlib.crc32(content) != shard.crc32s_M[member]:

@@ -193,12 +193,12 @@ class BatchMaker(Dataset[Made | Failed]):
         reader, epoch = self._follow(item), item.epoch
         samples: list[Sample] = []
         parsed: list[Any] = []
-        for position, (_, shard, place) in zip(positions, self._find(item), strict=True):
+        for position, (_, shard, index) in zip(positions, self._find(item), strict=True):
             try:
-                key, content = reader.read(shard, place)
+                key, content = reader.read(shard, index)
                 sample = {
                     "__key__": key, "__url__": reader.location(shard), "__epoch__": epoch, "__position__": position,
-                    "__shard__": shard, "__place__": place, **content,
+                    "__shard__": shard, "__index_in_shard__": index, **content,
                 }  # fmt: skip
                 parsed.append(sample if self.parse is None else decoded_by(self.parse, sample))
             except SampleError as error:

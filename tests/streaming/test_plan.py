@@ -34,7 +34,7 @@ seeds, epochs, mixed = st.integers(0, 2**64), st.integers(0, 1000), st.integers(
 
 def places(plan: EpochOrder) -> list[tuple[int, int]]:
     """The whole order of an epoch."""
-    return [(ref.shard, ref.place) for ref in plan.refs(range(plan.num_samples))]
+    return [(ref.shard, ref.index_in_shard) for ref in plan.refs(range(plan.num_samples))]
 
 
 def all_places(sizes: list[int]) -> list[tuple[int, int]]:
@@ -72,7 +72,7 @@ def test_global_batches_are_the_same_for_any_number_of_ranks_and_workers(
                 positions = rank_positions(
                     step, num_samples=total, global_batch=global_batch, rank=rank, world_size=world_size
                 )
-                found[step, rank] = [(ref.shard, ref.place) for ref in plan.refs(positions)]
+                found[step, rank] = [(ref.shard, ref.index_in_shard) for ref in plan.refs(positions)]
     assert len(found) == steps * world_size  # every rank has every step
     for step in range(steps):
         shares = [found[step, rank] for rank in range(world_size)]
@@ -106,7 +106,7 @@ def test_a_seek_gives_what_reading_on_would_have_given(sizes: list[int], seed: i
 
 def test_evaluation_reads_in_the_order_of_the_manifest() -> None:
     refs = EpochOrder(shard_sizes=[3, 0, 2], shuffled=False).refs(range(5))
-    assert [(ref.shard, ref.place) for ref in refs] == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1)]
+    assert [(ref.shard, ref.index_in_shard) for ref in refs] == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1)]
 
 
 @given(sizes=manifests, every=st.integers(1, 50))

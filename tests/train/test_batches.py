@@ -56,7 +56,7 @@ class Dataset:
         """The keys in the order of an epoch, looked up without any shard being read."""
         sizes = [shard.samples for shard in self.manifest.shards]
         order = ShardOrder(sizes, seed=SEED, batch_size=GLOBAL_BATCH)
-        return [self.keys[ref.shard][ref.place] for ref in order.refs(epoch, positions)]
+        return [self.keys[ref.shard][ref.index_in_shard] for ref in order.refs(epoch, positions)]
 
     def loader(self, *, epoch: int = 0, workers: int = 0, tolerate: int = 0, **changed: Any) -> StreamingLoader:
         options: dict[str, Any] = {"batch_size": GLOBAL_BATCH, "crop": CROP, "max_tokens": 6, "training": True}

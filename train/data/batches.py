@@ -159,7 +159,7 @@ class CaptionPipeline:
         if self.features is None:
             self._fill_view(row, sample, content["captions"])
         else:
-            self._feature_reader().read_into(row, sample["__shard__"], sample["__place__"])
+            self._feature_reader().read_into(row, sample["__shard__"], sample["__index_in_shard__"])
         self._filled[micro_batch] += 1
         return FilledRow(micro_batch, position, sample["__key__"], content)
 

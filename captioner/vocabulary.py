@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from importlib.metadata import version
+from itertools import chain, takewhile
 
 from captioner.errors import UserError
 from captioner.files import storage
@@ -135,7 +136,8 @@ class Vocabulary:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The caption with these ids, up to the first `<end>`, without special words."""
-        return join_tokens(self.words[index] for index in _until_end(ids))
+        words = takewhile(lambda index: index != END, ids)
+        return join_tokens(self.words[index] for index in words if index not in (PAD, START))
 
     def to_json(self) -> str:
         """The text of `vocabulary.json`."""
@@ -195,20 +197,9 @@ def choose_threshold(counts: Mapping[str, int]) -> int:
     return next((least for least, known in covered.items() if known >= wanted), 1)
 
 
-def _until_end(ids: Iterable[int]) -> Iterable[int]:
-    for index in ids:
-        if index == END:
-            return
-        if index not in (PAD, START):
-            yield index
-
-
 def count_words(tokenized_captions: Iterable[Sequence[str]]) -> Counter[str]:
     """How often each token occurs."""
-    counts: Counter[str] = Counter()
-    for tokens in tokenized_captions:
-        counts.update(tokens)
-    return counts
+    return Counter(chain.from_iterable(tokenized_captions))
 
 
 def join_tokens(tokens: Iterable[str]) -> str:

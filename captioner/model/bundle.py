@@ -6,7 +6,6 @@
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -33,17 +32,22 @@ LIBRARIES = ("torch", "torchvision", "nltk")
 COPY_AGAIN = "copy the whole model folder again, or train it again with train/main.py"
 CALIBRATE_AGAIN = "copy the whole model folder again, or delete calibration.json and calibrate with train/evaluate.py"
 CALIBRATION, CALIBRATION_ARRAYS = "calibration.json", "calibration.safetensors"
+MAX_LENGTH_PENALTY = 10.0
 NAME_LETTERS = 12  # of the weights' sha256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodingDefaults:
-    """How captions are generated unless the user says otherwise."""
+    """How captions are generated unless the user says otherwise. Raises UserError for impossible values."""
 
     beam_size: int = 3
     max_tokens: int = 20
     length_penalty: float = 1.0
     no_repeat_trigram: bool = True
+
+    def __post_init__(self) -> None:
+        if min(self.beam_size, self.max_tokens) < 1 or not abs(self.length_penalty) <= MAX_LENGTH_PENALTY:
+            raise UserError(f"no captions with {self}: give at least 1 beam and 1 token, and a length penalty around 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,9 +207,8 @@ def _assemble(folder: str, config: dict[str, Any]) -> Bundle:
         raise UserError(f"{weights_file} is cut or changed (its sha256 differs): {COPY_AGAIN}")
     view_fields: dict[str, Any] = config["view"] | {name: tuple(config["view"][name]) for name in ("mean", "std")}
     view, decoding = ViewSpec(**view_fields), DecodingDefaults(**config["decoding"])
-    possible = min(decoding.beam_size, decoding.max_tokens) >= 1 and math.isfinite(decoding.length_penalty)
-    if not 1 <= view.crop <= view.size or not possible:
-        raise ValueError(f"impossible {view} or {decoding}")
+    if not 1 <= view.crop <= view.size:
+        raise ValueError(f"impossible {view}")
     model = CaptionModel(ModelConfig(**config["model"]))
     try:
         model.load_state_dict(load_tensors(weights))

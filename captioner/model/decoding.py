@@ -52,22 +52,14 @@ def decode(
 
     With `no_repeat_trigram` a caption has no trigram twice; scores stay the model's own.
     """
-    if beam_size < 1 or max_tokens < 1:
-        raise ValueError(f"beam_size {beam_size} and max_tokens {max_tokens} must be at least 1")
     if model.config.vocabulary_size <= len(SPECIAL_WORDS):
         raise ValueError("the model's vocabulary has no words")
     if not len(image_BE):
         return []
+    options = {"max_tokens": max_tokens, "no_repeat_trigram": no_repeat_trigram}
     if beam_size == 1:
-        return greedy(model, image_BE, max_tokens=max_tokens, no_repeat_trigram=no_repeat_trigram)
-    return beam_search(
-        model,
-        image_BE,
-        beam_size=beam_size,
-        max_tokens=max_tokens,
-        length_penalty=length_penalty,
-        no_repeat_trigram=no_repeat_trigram,
-    )
+        return greedy(model, image_BE, **options)
+    return beam_search(model, image_BE, beam_size=beam_size, length_penalty=length_penalty, **options)
 
 
 @torch.no_grad()
@@ -87,19 +79,11 @@ def diverse(
     (Vijayakumar et al., 2016), which here also grows with the length of the copied beginning. All captions of an image
     differ if the vocabulary has at least `num_captions + max_tokens` words.
     """
-    if num_captions < 1:
-        raise ValueError(f"num_captions {num_captions} must be at least 1")
-    best = decode(
-        model,
-        image_BE,
-        beam_size=beam_size,
-        max_tokens=max_tokens,
-        length_penalty=length_penalty,
-        no_repeat_trigram=no_repeat_trigram,
-    )
+    options = {"max_tokens": max_tokens, "no_repeat_trigram": no_repeat_trigram}
+    best = decode(model, image_BE, beam_size=beam_size, length_penalty=length_penalty, **options)
     captions = [[caption] for caption in best]
     while captions and len(captions[0]) < num_captions:
-        others = greedy(model, image_BE, max_tokens=max_tokens, no_repeat_trigram=no_repeat_trigram, earlier=captions)
+        others = greedy(model, image_BE, earlier=captions, **options)
         captions = [[*group, other] for group, other in zip(captions, others, strict=True)]
     return captions
 

@@ -174,7 +174,8 @@ def _build_backbone(name: str) -> nn.Module:
 
 def _remove_classifier(backbone: nn.Module) -> int:
     """Replace the last linear layer or convolution, whose outputs are class scores, by the identity; returns F."""
-    name, layer = [pair for pair in backbone.named_modules() if isinstance(pair[1], nn.Linear | nn.Conv2d)][-1]
+    layers = [(name, layer) for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    name, layer = layers[-1]
     backbone.set_submodule(name, nn.Identity())
     return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
 

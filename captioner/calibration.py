@@ -13,7 +13,7 @@ Shapes: N captions, B images, F features of an image, K principal directions.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -80,10 +80,6 @@ class FeatureSpace:
         outside_B = (from_mean_BF.square().sum(dim=1) - along_BK.square().sum(dim=1)).clamp_min(0)
         return (along_BK.square() / self.variances_K).sum(dim=1) + outside_B / self.rest_variance
 
-    def to(self, device: torch.device | str) -> "FeatureSpace":
-        """The same space on `device`."""
-        return FeatureSpace(**{name: getattr(self, name).to(device) for name in FeatureSpace.__slots__})
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
@@ -125,10 +121,6 @@ class Calibration:
         if self.space is None:
             return None
         return (self.space.distances(features_BF) > self.space.threshold).tolist()
-
-    def to(self, device: torch.device | str) -> "Calibration":
-        """The same calibration, for features on `device`."""
-        return replace(self, space=self.space and self.space.to(device))
 
 
 # ---- confidence -----------------------------------------------------------------------------------------------
@@ -264,8 +256,11 @@ def _arrays(calibration: Calibration) -> dict[str, np.ndarray]:
     return {name: getattr(calibration.space, name).cpu().numpy() for name in names}
 
 
-def from_files(text: bytes, arrays: bytes, *, model: str) -> Calibration:
-    """The calibration in the contents of both files. Raises ValueError if they are damaged, or of another model."""
+def from_files(text: bytes, arrays: bytes, *, model: str, device: torch.device | str = "cpu") -> Calibration:
+    """The calibration in the contents of both files, for features on `device`.
+
+    Raises ValueError if they are damaged, or of another model.
+    """
     try:
         content = json.loads(text)
         for name, wanted in _identity(arrays, model=model).items():
@@ -276,7 +271,7 @@ def from_files(text: bytes, arrays: bytes, *, model: str) -> Calibration:
             decoding=dict(content["decoding"]),
             curve=curve and ConfidenceCurve(scores=tuple(curve["scores"]), chances=tuple(curve["chances"])),
             reliability=reliability and Reliability(**reliability),
-            space=FeatureSpace(**tensors) if tensors else None,
+            space=FeatureSpace(**{name: tensor.to(device) for name, tensor in tensors.items()}) if tensors else None,
         )
     except (KeyError, IndexError, TypeError, safetensors.SafetensorError) as error:
         raise ValueError(repr(error)) from error

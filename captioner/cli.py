@@ -13,14 +13,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import tyro
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -36,12 +29,7 @@ REMEDY_OF_ERRNO = {
     errno.EROFS: "give a folder on a disk that can be written to",
     errno.EACCES: "give a path that this user may use",
     errno.EPERM: "give a path that this user may use",
-    errno.ENOTDIR: "a part of that path is a file: give another path",
-    errno.EISDIR: "give the path of a file",
     errno.EEXIST: "give another path, or remove it",
-    errno.ELOOP: "its symbolic links form a loop: give another path",
-    errno.ENAMETOOLONG: "give a shorter path",
-    errno.ENXIO: "give the path of a file",
     errno.EPIPE: "the program that read it has ended",
 }
 CLOSED_OUTPUT = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal

@@ -26,17 +26,7 @@ CIDER_SCALE = 10.0
 _TINY, _SMALL = 1e-15, 1e-9
 
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_PLAIN = str.maketrans(
-    {
-        "\u2018": "'",
-        "\u2019": "'",
-        "\u201c": '"',
-        "\u201d": '"',
-        "\u2013": " - ",
-        "\u2014": " - ",
-        "\u2026": "...",
-    }
-)
+_PLAIN = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"") | {0x2013: " - ", 0x2014: " - ", 0x2026: "..."}
 
 # The first alternative that fits wins. What none matches only separates: blanks and the dropped punctuation.
 _TOKEN = re.compile(

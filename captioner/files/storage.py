@@ -242,8 +242,8 @@ def read_bytes(location: str, *, end: int | None = None, patience_seconds: float
 
 def _read_web(filesystem: Any, url: str, end: int) -> bytes:
     """A web file up to `end`, as a stream: a server that ignores Range would send the whole file to `cat_file`."""
-    data = bytearray()
-    with filesystem.open(url, block_size=0, size=UNKNOWN) as stream:
+    data, headers = bytearray(), {**filesystem.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
+    with filesystem.open(url, block_size=0, size=UNKNOWN, headers=headers) as stream:
         while len(data) < end and (chunk := stream.read(end - len(data))):
             data += chunk
     return bytes(data)

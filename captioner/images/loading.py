@@ -57,18 +57,6 @@ RGB_MODE = 3  # torchvision.io.ImageReadMode.RGB
 DRAFT_SCALE = 2.75  # a JPEG decoded at a reduced scale is at least this much larger than wanted: 45 dB on 110 photos
 
 
-FORMATS = {  # names, and how files start
-    "JPEG": re.compile(JPEG_START),
-    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
-    "WebP": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
-    "AVIF": re.compile(rb".{4}ftypavi[fs]", re.DOTALL),
-    "JPEG 2000": re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"),
-    "TIFF": re.compile(rb"II\*\0|MM\0\*|II\+\0|MM\0\+"),
-    "GIF": re.compile(rb"GIF8[79]a"),
-    "JPEG XL": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "),
-}
-
-
 class StoredJpeg(NamedTuple):
     """A JPEG as a shard holds it, and the (width, height) of the upright image that it was made from."""
 
@@ -258,13 +246,11 @@ def _image_error(error: Exception, data: bytes, complaints: Sequence[str]) -> Im
     if isinstance(error, Image.DecompressionBombError):
         return ImageError("too large", str(error))
     if isinstance(error, UnidentifiedImageError):
-        name = next((name for name, start in FORMATS.items() if start.match(data)), None)
-        if name is None:
-            return ImageError("undecodable", f"no known image format (starts with {data[:8]!r})")
+        reason = (
+            "its header is damaged, or its format unknown or left out when this Pillow was built (see `make no-simd`)"
+        )
         return ImageError(
-            "undecodable",
-            f"its format is {name}, and its header is damaged, or Pillow {PIL.__version__} was built without {name} "
-            "(then convert it, or reinstall Pillow, which `make no-simd` does)",
+            "undecodable", f"Pillow {PIL.__version__} cannot read a file that starts with {data[:12]!r}: {reason}"
         )
     said = f" ({'; '.join(complaints)})" if complaints else ""
     return ImageError(_reason(error), " ".join(f"{type(error).__name__}: {error}{said}".split()))

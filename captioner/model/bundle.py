@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -176,26 +176,24 @@ def load_bundle(folder: str | Path, *, device: torch.device | str = "cpu") -> Bu
     if found != FORMAT_VERSION:
         raise UserError(f"{folder} has model format {found}, this version reads {FORMAT_VERSION}: train it again")
     try:
-        bundle = _assemble(folder, config)
+        return _assemble(folder, config, device)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{config_file} is not as it was written ({error!r}): {COPY_AGAIN}") from error
-    bundle.model.to(device)
-    return replace(bundle, calibration=bundle.calibration and bundle.calibration.to(device))
 
 
-def _read_calibration(folder: str, *, model: str) -> Calibration | None:
+def _read_calibration(folder: str, *, model: str, device: torch.device | str) -> Calibration | None:
     location = storage.join(folder, CALIBRATION)
     if not storage.exists(location):
         return None
     names = (CALIBRATION, CALIBRATION_ARRAYS)
     files = [storage.read_required(storage.join(folder, name), remedy=CALIBRATE_AGAIN) for name in names]
     try:
-        return from_files(*files, model=model)
+        return from_files(*files, model=model, device=device)
     except ValueError as error:
         raise UserError(f"{location} does not fit this model folder ({error}): {CALIBRATE_AGAIN}") from error
 
 
-def _assemble(folder: str, config: dict[str, Any]) -> Bundle:
+def _assemble(folder: str, config: dict[str, Any], device: torch.device | str) -> Bundle:
     origin = storage.join(folder, "vocabulary.json")
     vocabulary = read_vocabulary(origin, remedy=COPY_AGAIN)
     if vocabulary.fingerprint != config["vocabulary_fingerprint"]:
@@ -219,10 +217,10 @@ def _assemble(folder: str, config: dict[str, Any]) -> Bundle:
         raise UserError(f"{weights_file} holds weights that are no finite numbers: train the model again")
     name = digest[:NAME_LETTERS]
     return Bundle(
-        model=model.eval(),
+        model=model.eval().to(device),
         view=view,
         vocabulary=vocabulary,
         decoding=decoding,
         name=name,
-        calibration=_read_calibration(folder, model=name),
+        calibration=_read_calibration(folder, model=name, device=device),
     )

@@ -273,18 +273,18 @@ def _best_beams(
 
     Beams of total minus infinity are padding.
     """
+
+    def score(caption: GeneratedCaption) -> float:
+        return sum(caption.token_scores) / len(caption.token_scores) ** length_penalty
+
     best = []
     for beams, beam_scores, totals in zip(history_BKT.tolist(), scores_BKT.tolist(), totals_BK.tolist(), strict=True):
         possible = [pair for *pair, total in zip(beams, beam_scores, totals, strict=True) if total > -math.inf]
         captions = [(END in tokens, _caption(tokens, scores)) for tokens, scores in possible]
-        best.append(max(captions, key=lambda pair: (pair[0], _beam_score(pair[1], length_penalty)))[1])
+        best.append(max(captions, key=lambda pair: (pair[0], score(pair[1])))[1])
     return best
 
 
 def _caption(tokens: list[int], scores: list[float]) -> GeneratedCaption:
     length = tokens.index(END) if END in tokens else len(tokens)
     return GeneratedCaption(tokens=tokens[:length], token_scores=scores[: length + 1])
-
-
-def _beam_score(caption: GeneratedCaption, length_penalty: float) -> float:
-    return sum(caption.token_scores) / len(caption.token_scores) ** length_penalty

@@ -210,7 +210,8 @@ def test_distances_are_measured_where_the_space_is() -> None:
     space = fit_space(draw_features(200, seed=1))
     assert space is not None
     features_BF = draw_features(3, seed=2)
-    assert space.to("meta").distances(features_BF.to("meta")).device.type == "meta"
+    on_meta = FeatureSpace(**{name: getattr(space, name).to("meta") for name in FeatureSpace.__slots__})
+    assert on_meta.distances(features_BF.to("meta")).device.type == "meta"
     with pytest.raises(RuntimeError):
         space.distances(features_BF.to("meta"))
 

@@ -143,17 +143,9 @@ def test_a_heic_photo_without_its_reader_says_what_to_install(monkeypatch: pytes
     assert caught.value.reason == "undecodable"
 
 
-@pytest.mark.parametrize(
-    ("name", "start"),
-    [
-        ("AVIF", b"\0\0\0\x1cftypavif\0\0\0\0avifmif1"),
-        ("JPEG", b"\xff\xd8\xff\xe0"),
-        ("JPEG XL", b"\xff\x0a\xfa\x1f"),
-    ],
-)
-def test_a_format_that_pillow_does_not_read_is_named(name: str, start: bytes) -> None:
-    with pytest.raises(ImageError, match=f"undecodable: its format is {name}, and"):
-        loading.decode_rgb(start + bytes(40))
+def test_the_first_bytes_of_an_unknown_format_are_shown() -> None:
+    with pytest.raises(ImageError, match=r"undecodable: Pillow .* starts with .*JXL "):
+        loading.decode_rgb(b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(40))
 
 
 def test_a_huge_heic_is_refused_before_a_pixel_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,8 +170,6 @@ def _to_image(pixels_HW3: np.ndarray) -> Image.Image:
     if pixels_HW3.dtype != np.uint8 or pixels_HW3.ndim != 3 or pixels_HW3.shape[2] != 3:
         found = f"{pixels_HW3.dtype} of shape {pixels_HW3.shape}"
         raise TypeError(f"an array of {found} is no image: give uint8 of shape (height, width, 3)")
-    if not pixels_HW3.size:
-        raise ImageError("empty", f"an array of shape {pixels_HW3.shape} has no pixels")
     return Image.fromarray(np.ascontiguousarray(pixels_HW3))
 
 

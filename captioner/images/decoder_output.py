@@ -41,12 +41,11 @@ _stderr: _Stderr | None = None
 @contextmanager
 def collect() -> Iterator[list[str]]:
     """Collect up to MAX_LINES lines that decoders print in this thread; other threads are not affected."""
-    outer = getattr(_thread, "lines", None)
-    _thread.lines = [] if outer is None else outer
+    _thread.lines = []
     try:
         yield _thread.lines
     finally:
-        _thread.lines = outer
+        _thread.lines = None
 
 
 def _keep(text: bytes) -> None:
@@ -66,9 +65,7 @@ def watch_libtiff() -> Any:
     Errors outside of `collect` still go to the earlier handler. Returns what must stay alive; None without libtiff.
     """
     handler_type = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
-    set_handler = getattr(
-        ctypes.CDLL(Image.core.__file__), "TIFFSetErrorHandler", None
-    )  # in a library it was linked to
+    set_handler = getattr(ctypes.CDLL(Image.core.__file__), "TIFFSetErrorHandler", None)  # of the library in Pillow
     if set_handler is None:
         return None
     set_handler.argtypes, set_handler.restype = [handler_type], handler_type

@@ -41,11 +41,12 @@ _stderr: _Stderr | None = None
 @contextmanager
 def collect() -> Iterator[list[str]]:
     """Collect up to MAX_LINES lines that decoders print in this thread; other threads are not affected."""
-    _thread.lines = []
+    outer = getattr(_thread, "lines", None)
+    _thread.lines = [] if outer is None else outer
     try:
         yield _thread.lines
     finally:
-        _thread.lines = None
+        _thread.lines = outer
 
 
 def _keep(text: bytes) -> None:

@@ -13,7 +13,7 @@ Shapes: N captions, B images, F features of an image, K principal directions.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -37,26 +37,18 @@ MIN_VARIANCE = 1e-9  # of a direction, where vectors have length 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bin:
-    """Captions of similar confidence: its mean, the fraction that was good, and the number of captions."""
-
-    confidence: float
-    good: float
-    num_captions: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Reliability:
     """The calibration metrics of confidences on captions that they were not fitted to.
 
-    `calibration_error` is the mean distance of confidence and fraction of good ones, over bins of equal size.
+    `bins` are groups of captions of similar confidence and equal size: the mean `confidence`, the fraction that was
+    `good`, and `num_captions`. `calibration_error` is the mean distance of the first two.
     """
 
     num_captions: int
     calibration_error: float
     brier_score: float
     auroc: float
-    bins: tuple[Bin, ...]
+    bins: list[dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,10 +79,6 @@ class FeatureSpace:
         along_BK = from_mean_BF @ self.directions_KF.T
         outside_B = (from_mean_BF.square().sum(dim=1) - along_BK.square().sum(dim=1)).clamp_min(0)
         return (along_BK.square() / self.variances_K).sum(dim=1) + outside_B / self.rest_variance
-
-    def to(self, device: torch.device | str) -> "FeatureSpace":
-        """The same space on `device`."""
-        return FeatureSpace(**{name: getattr(self, name).to(device) for name in FeatureSpace.__slots__})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,10 +121,6 @@ class Calibration:
         if self.space is None:
             return None
         return (self.space.distances(features_BF) > self.space.threshold).tolist()
-
-    def to(self, device: torch.device | str) -> "Calibration":
-        """The same calibration, for features on `device`."""
-        return replace(self, space=self.space and self.space.to(device))
 
 
 # ---- confidence -----------------------------------------------------------------------------------------------
@@ -185,16 +169,12 @@ def fit_confidence(scores: Sequence[float], good: Sequence[bool]) -> tuple[Confi
 
 def measure_reliability(confidences_N: np.ndarray, good_N: np.ndarray) -> Reliability:
     """The reliability of confidences of captions that were good (1) or not (0); there are both."""
-    parts = np.array_split(np.argsort(confidences_N, kind="stable"), NUM_BINS)
-    bins = tuple(
-        Bin(
-            confidence=float(confidences_N[part].mean()),
-            good=float(good_N[part].mean()),
-            num_captions=len(part),
-        )
-        for part in parts
-    )
-    error = sum(part.num_captions * abs(part.confidence - part.good) for part in bins) / len(good_N)
+    groups = np.array_split(np.argsort(confidences_N, kind="stable"), NUM_BINS)
+    bins = [
+        {"confidence": float(confidences_N[own].mean()), "good": float(good_N[own].mean()), "num_captions": len(own)}
+        for own in groups
+    ]
+    error = sum(each["num_captions"] * abs(each["confidence"] - each["good"]) for each in bins) / len(good_N)
     bad, right = np.sort(confidences_N[good_N == 0]), confidences_N[good_N == 1]
     below = (np.searchsorted(bad, right, side="left") + np.searchsorted(bad, right, side="right")) / 2  # a tie: half
     return Reliability(
@@ -255,13 +235,12 @@ def _unit(features_BF: Tensor) -> Tensor:
 def to_files(calibration: Calibration, *, model: str) -> tuple[bytes, bytes]:
     """The contents of `calibration.json` and `calibration.safetensors`; `model` is the name of the weights."""
     arrays = save_arrays(_arrays(calibration))
-    content = {
-        "format_version": FORMAT_VERSION,
-        "model": model,
-        "arrays_sha256": hashlib.sha256(arrays).hexdigest(),
-        **_content(calibration),
-    }
+    content = _identity(arrays, model=model) | _content(calibration)
     return json.dumps(content, indent=1, allow_nan=False).encode(), arrays
+
+
+def _identity(arrays: bytes, *, model: str) -> dict[str, Any]:
+    return {"format_version": FORMAT_VERSION, "model": model, "arrays_sha256": hashlib.sha256(arrays).hexdigest()}
 
 
 def _content(calibration: Calibration) -> dict[str, Any]:
@@ -277,28 +256,22 @@ def _arrays(calibration: Calibration) -> dict[str, np.ndarray]:
     return {name: getattr(calibration.space, name).cpu().numpy() for name in names}
 
 
-def from_files(text: bytes, arrays: bytes, *, model: str) -> Calibration:
-    """The calibration in the contents of both files. Raises ValueError if they are damaged, or of another model."""
+def from_files(text: bytes, arrays: bytes, *, model: str, device: torch.device | str = "cpu") -> Calibration:
+    """The calibration in the contents of both files, for features on `device`.
+
+    Raises ValueError if they are damaged, or of another model.
+    """
     try:
         content = json.loads(text)
-        wanted = {
-            "format_version": FORMAT_VERSION,
-            "model": model,
-            "arrays_sha256": hashlib.sha256(arrays).hexdigest(),
-        }
-        differing = [name for name in wanted if content[name] != wanted[name]]
-        if differing:
-            raise ValueError(f"its {differing[0]} is {content[differing[0]]}, not {wanted[differing[0]]}")
+        for name, wanted in _identity(arrays, model=model).items():
+            if content[name] != wanted:
+                raise ValueError(f"its {name} is {content[name]}, not {wanted}")
         tensors, curve, reliability = load_tensors(arrays), content["curve"], content["reliability"]
         return Calibration(
             decoding=dict(content["decoding"]),
             curve=curve and ConfidenceCurve(scores=tuple(curve["scores"]), chances=tuple(curve["chances"])),
-            reliability=reliability and _read_reliability(reliability),
-            space=FeatureSpace(**tensors) if tensors else None,
+            reliability=reliability and Reliability(**reliability),
+            space=FeatureSpace(**{name: tensor.to(device) for name, tensor in tensors.items()}) if tensors else None,
         )
     except (KeyError, IndexError, TypeError, safetensors.SafetensorError) as error:
         raise ValueError(repr(error)) from error
-
-
-def _read_reliability(content: dict[str, Any]) -> Reliability:
-    return Reliability(**content | {"bins": tuple(Bin(**part) for part in content["bins"])})

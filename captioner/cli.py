@@ -13,8 +13,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
-from rich.progress import TimeRemainingColumn as TimeLeftColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -30,12 +29,7 @@ REMEDY_OF_ERRNO = {
     errno.EROFS: "give a folder on a disk that can be written to",
     errno.EACCES: "give a path that this user may use",
     errno.EPERM: "give a path that this user may use",
-    errno.ENOTDIR: "a part of that path is a file: give another path",
-    errno.EISDIR: "give the path of a file",
     errno.EEXIST: "give another path, or remove it",
-    errno.ELOOP: "its symbolic links form a loop: give another path",
-    errno.ENAMETOOLONG: "give a shorter path",
-    errno.ENXIO: "give the path of a file",
     errno.EPIPE: "the program that read it has ended",
 }
 CLOSED_OUTPUT = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal
@@ -133,11 +127,9 @@ def check_values(settings: object) -> None:
 
 
 def _check(flag: str, value: Any, annotation: object) -> None:
-    if isinstance(annotation, Number) and value not in annotation.numbers:
-        raise UserError(f"{flag} is {value}: give {str(annotation.numbers) or 'a finite number'}")
-    if isinstance(annotation, Local) and re.match(
-        r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value)
-    ):  # Path makes one slash of two
+    if isinstance(annotation, Number) and not annotation.is_in_range(value):
+        raise UserError(f"{flag} is {value}: give a number: {annotation.metavar}")
+    if isinstance(annotation, Local) and re.match(r"[\w+.-]{2,}:/", str(value)):  # Path makes one slash of two
         raise UserError(f"{flag} {value} is a URL: give a path on this machine")
 
 
@@ -217,7 +209,7 @@ def progress_bar(
         BarColumn(),
         MofNCompleteColumn(),
         TaskProgressColumn(),
-        TimeLeftColumn(),
+        TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,64 +17,27 @@ def flag_name(field_name: str) -> str:
     return f"--{field_name.replace('_', '-')}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Range:
-    """A range of finite numbers."""
-
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    below: float | None = None
-
-    def __contains__(self, number: float) -> bool:
-        return (
-            math.isfinite(number)
-            and (self.at_least is None or number >= self.at_least)
-            and (self.above is None or number > self.above)
-            and (self.at_most is None or number <= self.at_most)
-            and (self.below is None or number < self.below)
-        )
-
-    def __str__(self) -> str:
-        bounds = {
-            "at least": self.at_least,
-            "more than": self.above,
-            "at most": self.at_most,
-            "less than": self.below,
-        }
-        return " and ".join(f"{words} {bound:,}" for words, bound in bounds.items() if bound is not None)
-
-    def metavar(self, name: str) -> str:
-        """The range around a number's name: `INT >= 1`, `0 <= FLOAT < 1`."""
-        low = {">=": self.at_least, ">": self.above}
-        high = {"<=": None if self.at_most == MAX_INT else self.at_most, "<": self.below}
-        lows = [(sign, bound) for sign, bound in low.items() if bound is not None]
-        highs = [f" {sign} {bound}" for sign, bound in high.items() if bound is not None]
-        if not highs:
-            return name + "".join(f" {sign} {bound}" for sign, bound in lows)
-        return "".join(f"{bound} {sign.replace('>', '<')} " for sign, bound in lows) + name + "".join(highs)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Number(PrimitiveConstructorSpec[Any]):
-    """How tyro parses a number and shows its range, which `captioner.cli` checks."""
+    """How tyro parses a number and shows its range, `metavar`; `captioner.cli` refuses numbers that are not in it."""
 
-    numbers: Range
+    is_in_range: Callable[[float], bool]
 
 
 def int_flag(*, at_least: int, at_most: int = MAX_INT) -> Number:
     """The metadata of `Annotated` for an int in this range."""
-    return _number(int, Range(at_least=at_least, at_most=at_most))
+    shown = f"INT >= {at_least}" if at_most == MAX_INT else f"{at_least} <= INT <= {at_most}"
+    return _number(int, shown, lambda number: at_least <= number <= at_most)
 
 
-def _number(kind: type[int] | type[float], numbers: Range) -> Number:
+def _number(kind: type[int] | type[float], shown: str, is_in_range: Callable[[float], bool]) -> Number:
     return Number(
         nargs=1,
-        metavar=numbers.metavar(kind.__name__.upper()),
+        metavar=shown,
         instance_from_str=lambda words: kind(words[0]),
         is_instance=lambda value: isinstance(value, kind) or (kind is float and isinstance(value, int)),
         str_from_instance=lambda value: [str(value)],
-        numbers=numbers,
+        is_in_range=is_in_range,
     )
 
 
@@ -102,11 +66,11 @@ WorkersOrZero = Annotated[int, int_flag(at_least=0, at_most=1_000)]
 Pixels = Annotated[int, int_flag(at_least=1, at_most=10_000)]
 Quality = Annotated[int, int_flag(at_least=1, at_most=100)]
 Seed = Annotated[int, int_flag(at_least=0)]
-Positive = Annotated[float, _number(float, Range(above=0))]
-NotNegative = Annotated[float, _number(float, Range(at_least=0))]
-Fraction = Annotated[float, _number(float, Range(at_least=0, at_most=1))]
-FractionBelow1 = Annotated[float, _number(float, Range(at_least=0, below=1))]
-AnyNumber = Annotated[float, _number(float, Range())]
+Positive = Annotated[float, _number(float, "FLOAT > 0", lambda number: 0 < number < math.inf)]
+NotNegative = Annotated[float, _number(float, "FLOAT >= 0", lambda number: 0 <= number < math.inf)]
+Fraction = Annotated[float, _number(float, "0 <= FLOAT <= 1", lambda number: 0 <= number <= 1)]
+FractionBelow1 = Annotated[float, _number(float, "0 <= FLOAT < 1", lambda number: 0 <= number < 1)]
+AnyNumber = Annotated[float, _number(float, "finite FLOAT", math.isfinite)]
 
 Location = Annotated[str, _path(str, "PATH|URL")]  # a path, or the URL of one
 LocalPath = Annotated[str, _path(str, "PATH", Local)]

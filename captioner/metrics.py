@@ -26,17 +26,7 @@ CIDER_SCALE = 10.0
 _TINY, _SMALL = 1e-15, 1e-9
 
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_PLAIN = str.maketrans(
-    {
-        "\u2018": "'",
-        "\u2019": "'",
-        "\u201c": '"',
-        "\u201d": '"',
-        "\u2013": " - ",
-        "\u2014": " - ",
-        "\u2026": "...",
-    }
-)
+_PLAIN = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"") | {0x2013: " - ", 0x2014: " - ", 0x2026: "..."}
 
 # The first alternative that fits wins. What none matches only separates: blanks and the dropped punctuation.
 _TOKEN = re.compile(
@@ -160,17 +150,15 @@ class References(Generic[K]):
 
     def _compare(self, candidates: Mapping[K, str]) -> dict[K, Comparison]:
         if candidates.keys() != self._images.keys():
-            only_candidates = _listed(candidates.keys() - self._images.keys())
-            only_references = _listed(self._images.keys() - candidates.keys())
+            only_one = sorted(map(repr, candidates.keys() ^ self._images.keys()))
             raise ValueError(
-                f"candidates and references name different images: only in candidates {only_candidates}; "
-                f"only in references {only_references}; score the same images in both"
+                f"{len(only_one):,} images, such as {only_one[0]}, are not in both candidates and references"
             )
         captions = {key: _count_caption(text) for key, text in candidates.items()}
-        return {key: Comparison(own, self._weights_of(own), self._images[key]) for key, own in captions.items()}
-
-    def _weights_of(self, caption: CountedCaption) -> dict[Ngram, float]:
-        return {ngram: self._weights.get(ngram, self._rarest) for ngram in caption.ngrams}
+        return {
+            key: Comparison(own, {n: self._weights.get(n, self._rarest) for n in own.ngrams}, self._images[key])
+            for key, own in captions.items()
+        }
 
 
 def ptb_tokenize(caption: str) -> list[str]:
@@ -184,12 +172,6 @@ def ptb_tokenize(caption: str) -> list[str]:
     """
     text = caption.lower().translate(_PLAIN).replace("&amp;", "&")
     return [_BRACKETS.get(token, token) for token in _TOKEN.findall(text)]
-
-
-def _listed(keys: Iterable[Hashable], *, max_shown: int = 5) -> str:
-    names = sorted(map(repr, keys))
-    rest = f" and {len(names) - max_shown} more" if len(names) > max_shown else ""
-    return (", ".join(names[:max_shown]) or "none") + rest
 
 
 def _count_caption(text: str) -> CountedCaption:
@@ -269,7 +251,8 @@ def _cider(comparison: Comparison) -> float:
                 product[len(ngram) - 1] += min(count, other) * other * weights[ngram] ** 2
     norms = _norms(candidate, weights)
     return CIDER_SCALE * fmean(
-        fmean(map(_cosine, product, norms, reference_norms)) * _nearness(len(candidate.tokens) - len(tokens))
+        fmean(map(_cosine, product, norms, reference_norms))
+        * math.exp(-((len(candidate.tokens) - len(tokens)) ** 2) / (2 * CIDER_SIGMA_TOKENS**2))
         for product, reference_norms, tokens in zip(products, references.norms, references.tokens, strict=True)
     )
 
@@ -286,7 +269,3 @@ def _norms(caption: CountedCaption, weights: Mapping[Ngram, float]) -> list[floa
 def _cosine(product: float, norm: float, other_norm: float) -> float:
     scale = norm * other_norm
     return product / scale if scale else 0.0
-
-
-def _nearness(longer_tokens: int) -> float:
-    return math.exp(-(longer_tokens**2) / (2 * CIDER_SIGMA_TOKENS**2))

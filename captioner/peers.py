@@ -16,8 +16,8 @@ def peer_timeout() -> timedelta:
     text = os.environ.get(PEER_VARIABLE, str(PEER_SECONDS))
     try:
         found = timedelta(seconds=float(text))
-    except (ValueError, OverflowError) as error:
-        raise UserError(f"{PEER_VARIABLE} is {text!r}: give a number of seconds") from error
+    except (ValueError, OverflowError):
+        found = timedelta(0)
     if found <= timedelta(0):
         raise UserError(f"{PEER_VARIABLE} is {text!r}: give a number of seconds above 0")
     return found

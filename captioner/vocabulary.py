@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from importlib.metadata import version
+from itertools import chain, takewhile
 
 from captioner.errors import UserError
 from captioner.files import storage
@@ -135,7 +136,8 @@ class Vocabulary:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The caption with these ids, up to the first `<end>`, without special words."""
-        return join_tokens(self.words[index] for index in _until_end(ids))
+        words = takewhile(lambda index: index != END, ids)
+        return join_tokens(self.words[index] for index in words if index not in (PAD, START))
 
     def to_json(self) -> str:
         """The text of `vocabulary.json`."""
@@ -151,7 +153,7 @@ class Vocabulary:
         return json.dumps(content, indent=0)  # ASCII: a caption file may hold halves of surrogate pairs
 
     @classmethod
-    def from_json(cls, text: str, *, origin: str) -> "Vocabulary":
+    def from_json(cls, text: str | bytes, *, origin: str) -> "Vocabulary":
         """The vocabulary in `to_json`'s text; `origin` names the file in errors. Raises UserError if it is damaged."""
         try:
             content = json.loads(text)
@@ -169,19 +171,20 @@ class Vocabulary:
             )
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{origin} is not a vocabulary file ({error!r}): {PACK_AGAIN}") from error
-        _check(vocabulary, content.get("fingerprint"), origin=origin)
+        if vocabulary.tokenizer != TOKENIZER:
+            raise UserError(
+                f"{origin} was made with tokenizer {vocabulary.tokenizer!r}, this version has {TOKENIZER!r}"
+            )
+        if content.get("fingerprint") != vocabulary.fingerprint:
+            raise UserError(f"{origin} was edited by hand or damaged (its fingerprint differs): {PACK_AGAIN}")
+        if len(vocabulary) == len(SPECIAL_WORDS):
+            raise UserError(f"{origin} holds no word beside {SPECIAL_WORDS}: {PACK_AGAIN} with a smaller threshold")
         return vocabulary
 
 
 def read_vocabulary(location: str, *, remedy: str) -> Vocabulary:
     """The vocabulary in a file or behind a URL. Raises UserError, ending with `remedy` if it cannot be read."""
-    try:
-        text = storage.read_bytes(location).decode()
-    except FileNotFoundError as error:
-        raise UserError(f"there is no {location}: {remedy}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {location} ({error}): {remedy}") from error
-    return Vocabulary.from_json(text, origin=location)
+    return Vocabulary.from_json(storage.read_required(location, remedy=remedy), origin=location)
 
 
 def choose_threshold(counts: Mapping[str, int]) -> int:
@@ -194,31 +197,9 @@ def choose_threshold(counts: Mapping[str, int]) -> int:
     return next((least for least, known in covered.items() if known >= wanted), 1)
 
 
-def _check(vocabulary: Vocabulary, fingerprint: str | None, *, origin: str) -> None:
-    if vocabulary.words[: len(SPECIAL_WORDS)] != SPECIAL_WORDS or len(set(vocabulary.words)) != len(vocabulary):
-        raise UserError(f"{origin} does not start with {SPECIAL_WORDS} or repeats a word: {PACK_AGAIN}")
-    if len(vocabulary) == len(SPECIAL_WORDS):
-        raise UserError(f"{origin} holds no word beside {SPECIAL_WORDS}: {PACK_AGAIN} with a smaller threshold")
-    if vocabulary.tokenizer != TOKENIZER:
-        raise UserError(f"{origin} was made with tokenizer {vocabulary.tokenizer!r}, this version has {TOKENIZER!r}")
-    if fingerprint != vocabulary.fingerprint:
-        raise UserError(f"{origin} was edited by hand or damaged (its fingerprint differs): {PACK_AGAIN}")
-
-
-def _until_end(ids: Iterable[int]) -> Iterable[int]:
-    for index in ids:
-        if index == END:
-            return
-        if index not in (PAD, START):
-            yield index
-
-
 def count_words(tokenized_captions: Iterable[Sequence[str]]) -> Counter[str]:
     """How often each token occurs."""
-    counts: Counter[str] = Counter()
-    for tokens in tokenized_captions:
-        counts.update(tokens)
-    return counts
+    return Counter(chain.from_iterable(tokenized_captions))
 
 
 def join_tokens(tokens: Iterable[str]) -> str:

@@ -179,28 +179,20 @@ def count_processors(*, membership: Path = Path("/proc/self/cgroup"), cgroups: P
 
     A quota of 1.5 counts as 2. `membership` names this process's control groups, which lie below `cgroups`.
     """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    lines = membership.read_text().splitlines() if membership.exists() else []
-    quotas = [quota for line in lines for quota in _quotas(*line.split(":", 2)[1:], cgroups=cgroups)]
-    return max(1, min([allowed, *map(math.ceil, quotas)]))
-
-
-def _quotas(controllers: str, path: str, *, cgroups: Path) -> Iterator[float]:
-    """The processors that a control group and those it lies in may use, of cgroup version 2 or 1.
-
-    A container may see its own group as the root, under whatever path the line says.
-    """
-    if controllers and "cpu" not in controllers.split(","):
-        return
-    root, names = cgroups, ["cpu.max"]
-    if controllers:
-        root, names = cgroups / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
-    own = PurePosixPath(path.lstrip("/"))
-    for folder in (root / own, *(root / parent for parent in own.parents)):
-        with suppress(OSError, ValueError):  # there is no such file where there is no quota, and "max" is none
-            quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
-            if quota > 0:
-                yield quota / period
+    counts = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    for line in membership.read_text().splitlines() if membership.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        root, names = cgroups, ["cpu.max"]  # of version 2
+        if "cpu" in controllers.split(","):
+            root, names = cgroups / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        elif controllers:
+            continue
+        own = PurePosixPath(path.lstrip("/"))
+        for group in (own, *own.parents):  # a container may see its own group as the root, whatever the line says
+            with suppress(OSError, ValueError):  # there is no such file where there is no quota, and "max" is none
+                quota, period = map(int, " ".join((root / group / name).read_text() for name in names).split())
+                counts.append(math.ceil(quota / period) if quota > 0 else counts[0])
+    return max(1, min(counts))
 
 
 def use_one_thread() -> None:

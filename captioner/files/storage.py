@@ -236,26 +236,17 @@ def read_bytes(location: str, *, end: int | None = None, patience_seconds: float
             return file.read() if end is None else file.read(end)
     filesystem, path = _filesystem(location)
     if end is not None and location.startswith(WEB):
-        return retry(lambda: _run(filesystem, _cat_web, path, end), location, patience_seconds)
+        return retry(lambda: _read_web(filesystem, path, end), location, patience_seconds)
     return retry(lambda: _cat(filesystem, path, end), location, patience_seconds)
 
 
-async def _cat_web(filesystem: Any, url: str, end: int) -> bytes:
-    """A web file up to `end`, also from servers that ignore Range or compress; fsspec would read their whole answer."""
-    session = await filesystem.set_session()
-    headers = {**filesystem.kwargs.get("headers", {}), "Accept-Encoding": "identity", "Range": f"bytes=0-{end - 1}"}
-    async with session.get(filesystem.encode_url(url), **{**filesystem.kwargs, "headers": headers}) as answer:
-        if answer.status == 416:  # the range of an empty file
-            return b""
-        if answer.status in MISSING:
-            raise FileNotFoundError(url)
-        answer.raise_for_status()
-        data = bytearray()
-        async for chunk in answer.content.iter_any():
+def _read_web(filesystem: Any, url: str, end: int) -> bytes:
+    """A web file up to `end`, as a stream: a server that ignores Range would send the whole file to `cat_file`."""
+    data, headers = bytearray(), {**filesystem.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
+    with filesystem.open(url, block_size=0, size=UNKNOWN, headers=headers) as stream:
+        while len(data) < end and (chunk := stream.read(end - len(data))):
             data += chunk
-            if len(data) >= end:
-                break
-        return bytes(data[:end])
+    return bytes(data)
 
 
 def _cat(filesystem: Any, path: str, end: int | None) -> bytes:
@@ -295,13 +286,22 @@ def _check_range(data: bytes, start: int, end: int) -> bytes:
     raise OSError(f"received {len(data):,} of the {end - start:,} bytes from {start:,} on")
 
 
-def read_json(location: str, *, remedy: str) -> Any:
-    """The parsed JSON of a file. Raises UserError, with `remedy`, when the file is missing or not JSON."""
+def read_required(location: str, *, remedy: str) -> bytes:
+    """The content of a file. Raises UserError, with `remedy`, when the file is missing or cannot be read."""
     try:
-        return json.loads(read_bytes(location))
+        return read_bytes(location)
     except FileNotFoundError as error:
         raise UserError(f"there is no {location}: {remedy}") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {location} ({error}): {remedy}") from error
+
+
+def read_json(location: str, *, remedy: str) -> Any:
+    """The parsed JSON of a file. Raises UserError, with `remedy`, when the file is missing or not JSON."""
+    content = read_required(location, remedy=remedy)
+    try:
+        return json.loads(content)
+    except ValueError as error:
         raise UserError(f"cannot read {location} ({error}): {remedy}") from error
 
 

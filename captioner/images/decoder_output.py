@@ -26,13 +26,12 @@ MAX_LINE_BYTES = 200
 Result = TypeVar("Result")
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Stderr:
-    """A copy of the real file descriptor 2, and the file that takes its place while a decoder runs, or all the time."""
+    """A copy of the real file descriptor 2, and the file that replaces it while a decoder runs."""
 
     real: int
     file: FileIO
-    is_away: bool = False
 
 
 _thread = threading.local()
@@ -67,9 +66,7 @@ def watch_libtiff() -> Any:
     Errors outside of `collect` still go to the earlier handler. Returns what must stay alive; None without libtiff.
     """
     handler_type = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
-    set_handler = getattr(
-        ctypes.CDLL(Image.core.__file__), "TIFFSetErrorHandler", None
-    )  # in a library it was linked to
+    set_handler = getattr(ctypes.CDLL(Image.core.__file__), "TIFFSetErrorHandler", None)  # of the library in Pillow
     if set_handler is None:
         return None
     set_handler.argtypes, set_handler.restype = [handler_type], handler_type
@@ -113,7 +110,6 @@ def own_stderr() -> Iterator[None]:
         try:
             yield
         finally:
-            os.dup2(real.fileno(), 2)
             _stderr, sys.stderr = None, earlier
 
 
@@ -129,31 +125,15 @@ def owns_stderr() -> bool:
     return _stderr is not None
 
 
-def redirect_stderr() -> None:
-    """Leave file descriptor 2 redirected until `restore_stderr`, which costs a picture less. Requires `own_stderr`."""
-    assert _stderr is not None
-    os.dup2(_stderr.file.fileno(), 2)
-    _stderr.is_away = True
-
-
-def restore_stderr() -> None:
-    """End what `redirect_stderr` began. Requires `own_stderr`."""
-    assert _stderr is not None
-    os.dup2(_stderr.real, 2)
-    _stderr.is_away = False
-
-
 def without_stderr(decode: Callable[..., Result], *arguments: Any) -> Result:
     """Call a decoder with file descriptor 2 redirected, and keep what it prints. Requires `own_stderr`."""
     assert _stderr is not None
-    file, was_away = _stderr.file, _stderr.is_away
-    if not was_away:
-        redirect_stderr()
+    file = _stderr.file
+    os.dup2(file.fileno(), 2)
     try:
         return decode(*arguments)
     finally:
-        if not was_away:
-            restore_stderr()
+        os.dup2(_stderr.real, 2)
         if file.tell():  # they share their position
             file.seek(0)
             _keep(file.read(MAX_LINES * MAX_LINE_BYTES))

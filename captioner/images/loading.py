@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import PIL
-from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from captioner.images import decoder_output
 from captioner.images.metadata import TIFF_STARTS, without_metadata
@@ -55,27 +55,6 @@ LARGE_PIXELS = 1 << 20
 HUGE_PIXELS = 1 << 26  # from here on Pillow resizes: torch wants three more copies of the pixels
 RGB_MODE = 3  # torchvision.io.ImageReadMode.RGB
 DRAFT_SCALE = 2.75  # a JPEG decoded at a reduced scale is at least this much larger than wanted: 45 dB on 110 photos
-
-
-class Format(NamedTuple):
-    """A format's name, how its files start, and what Pillow needs: its name in `PIL.features`, and the library."""
-
-    name: str
-    start: re.Pattern[bytes]
-    feature: str | None = None
-    library: str = ""
-
-
-FORMATS = (
-    Format("JPEG", re.compile(JPEG_START), "jpg", "libjpeg"),
-    Format("PNG", re.compile(rb"\x89PNG\r\n\x1a\n"), "zlib", "zlib"),
-    Format("WebP", re.compile(rb"RIFF.{4}WEBP", re.DOTALL), "webp", "libwebp"),
-    Format("AVIF", re.compile(rb".{4}ftypavi[fs]", re.DOTALL), "avif", "libavif"),
-    Format("JPEG 2000", re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"), "jpg_2000", "OpenJPEG"),
-    Format("TIFF", re.compile(rb"II\*\0|MM\0\*|II\+\0|MM\0\+"), "libtiff", "libtiff"),
-    Format("GIF", re.compile(rb"GIF8[79]a")),
-    Format("JPEG XL", re.compile(rb"\xff\x0a|\0\0\0\x0cJXL ")),
-)
 
 
 class StoredJpeg(NamedTuple):
@@ -266,29 +245,15 @@ def _image_error(error: Exception, data: bytes, complaints: Sequence[str]) -> Im
         return ImageError("too large", "there is not enough memory to decode it")
     if isinstance(error, Image.DecompressionBombError):
         return ImageError("too large", str(error))
-    found = next((known for known in FORMATS if known.start.match(data)), None)
-    if found and _is_left_out(found, error):
-        remedy = "make no-simd" if HAS_SIMD else "pip install --upgrade --force-reinstall pillow"
-        lack = f"this Pillow ({PIL.__version__}) was built without {found.name} ({found.library})"
-        return ImageError("undecodable", f"{_a(found)} picture, and {lack}: {remedy} brings it")
     if isinstance(error, UnidentifiedImageError):
-        if found is None:
-            return ImageError("undecodable", f"no known image format (starts with {data[:8]!r})")
-        problem = "which Pillow does not read: convert it" if found.name == "JPEG XL" else "whose header is damaged"
-        return ImageError("undecodable", f"{_a(found)} picture {problem}")
+        reason = (
+            "its header is damaged, or its format unknown or left out when this Pillow was built (see `make no-simd`)"
+        )
+        return ImageError(
+            "undecodable", f"Pillow {PIL.__version__} cannot read a file that starts with {data[:12]!r}: {reason}"
+        )
     said = f" ({'; '.join(complaints)})" if complaints else ""
     return ImageError(_reason(error), " ".join(f"{type(error).__name__}: {error}{said}".split()))
-
-
-def _a(found: Format) -> str:
-    return f"{'an' if found.name.startswith('A') else 'a'} {found.name}"
-
-
-def _is_left_out(found: Format, error: Exception) -> bool:
-    """Whether this Pillow was built without the format; uncompressed TIFFs it always reads."""
-    if found.feature is None or features.check(found.feature):
-        return False
-    return found.feature != "libtiff" or "libtiff" in str(error)
 
 
 def _open(data: bytes) -> Opened:

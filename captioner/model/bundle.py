@@ -6,10 +6,9 @@
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,24 +25,29 @@ from captioner.errors import UserError
 from captioner.files import storage
 from captioner.images.views import ViewSpec
 from captioner.model.network import CaptionModel, ModelConfig
-from captioner.vocabulary import Vocabulary
+from captioner.vocabulary import Vocabulary, read_vocabulary
 
 FORMAT_VERSION = 1
 LIBRARIES = ("torch", "torchvision", "nltk")
 COPY_AGAIN = "copy the whole model folder again, or train it again with train/main.py"
 CALIBRATE_AGAIN = "copy the whole model folder again, or delete calibration.json and calibrate with train/evaluate.py"
 CALIBRATION, CALIBRATION_ARRAYS = "calibration.json", "calibration.safetensors"
+MAX_LENGTH_PENALTY = 10.0
 NAME_LETTERS = 12  # of the weights' sha256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodingDefaults:
-    """How captions are generated unless the user says otherwise."""
+    """How captions are generated unless the user says otherwise. Raises UserError for impossible values."""
 
     beam_size: int = 3
     max_tokens: int = 20
     length_penalty: float = 1.0
     no_repeat_trigram: bool = True
+
+    def __post_init__(self) -> None:
+        if min(self.beam_size, self.max_tokens) < 1 or not abs(self.length_penalty) <= MAX_LENGTH_PENALTY:
+            raise UserError(f"no captions with {self}: give at least 1 beam and 1 token, and a length penalty around 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,13 +150,15 @@ It describes pictures like those it was trained on, and errs, sometimes confiden
 
 
 def _reliability_table(found: Reliability) -> str:
-    rows = "\n".join(f"| {part.confidence:.2f} | {part.good:.2f} | {part.num_captions:,} |" for part in found.bins)
+    rows = "\n".join(
+        f"| {each['confidence']:.2f} | {each['good']:.2f} | {each['num_captions']:,} |" for each in found.bins
+    )
     return f"""
-A caption's confidence is the chance that it is as near to what people wrote of its picture (CIDEr-D) as half of their
-own captions are. On {found.num_captions:,} validation pictures, each fifth of them judged by the others: expected
-calibration error {found.calibration_error:.3f}, Brier score {found.brier_score:.3f}, AUROC {found.auroc:.3f}.
+A caption's confidence is the probability that its CIDEr-D is at least that of half of people's own captions. On
+{found.num_captions:,} validation images, cross-validated with five folds: expected calibration
+error {found.calibration_error:.3f}, Brier score {found.brier_score:.3f}, AUROC {found.auroc:.3f}.
 
-| confidence | share that was good | captions |
+| confidence | fraction that was good | captions |
 |---|---|---|
 {rows}
 """
@@ -170,53 +176,37 @@ def load_bundle(folder: str | Path, *, device: torch.device | str = "cpu") -> Bu
     if found != FORMAT_VERSION:
         raise UserError(f"{folder} has model format {found}, this version reads {FORMAT_VERSION}: train it again")
     try:
-        bundle = _assemble(folder, config)
+        return _assemble(folder, config, device)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{config_file} is not as it was written ({error!r}): {COPY_AGAIN}") from error
-    bundle.model.to(device)
-    return replace(bundle, calibration=bundle.calibration and bundle.calibration.to(device))
 
 
-def _read(folder: str, name: str, *, remedy: str = COPY_AGAIN) -> bytes:
-    """A file of a model folder. Raises UserError."""
-    location = storage.join(folder, name)
-    try:
-        return storage.read_bytes(location)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is incomplete, there is no {location}: {remedy}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {location} ({error}): {remedy}") from error
-
-
-def _read_calibration(folder: str, *, model: str) -> Calibration | None:
+def _read_calibration(folder: str, *, model: str, device: torch.device | str) -> Calibration | None:
     location = storage.join(folder, CALIBRATION)
-    try:
-        content = storage.read_bytes(location)
-    except FileNotFoundError:
+    if not storage.exists(location):
         return None
-    except OSError as error:
-        raise UserError(f"cannot read {location} ({error}): {CALIBRATE_AGAIN}") from error
+    names = (CALIBRATION, CALIBRATION_ARRAYS)
+    files = [storage.read_required(storage.join(folder, name), remedy=CALIBRATE_AGAIN) for name in names]
     try:
-        return from_files(content, _read(folder, CALIBRATION_ARRAYS, remedy=CALIBRATE_AGAIN), model=model)
+        return from_files(*files, model=model, device=device)
     except ValueError as error:
         raise UserError(f"{location} does not fit this model folder ({error}): {CALIBRATE_AGAIN}") from error
 
 
-def _assemble(folder: str, config: dict[str, Any]) -> Bundle:
+def _assemble(folder: str, config: dict[str, Any], device: torch.device | str) -> Bundle:
     origin = storage.join(folder, "vocabulary.json")
-    text = _read(folder, "vocabulary.json").decode(errors="replace")
-    vocabulary = Vocabulary.from_json(text, origin=origin)
+    vocabulary = read_vocabulary(origin, remedy=COPY_AGAIN)
     if vocabulary.fingerprint != config["vocabulary_fingerprint"]:
         raise UserError(f"{origin} is not the vocabulary that this model was trained with: {COPY_AGAIN}")
-    weights, weights_file = _read(folder, "model.safetensors"), storage.join(folder, "model.safetensors")
+    weights_file = storage.join(folder, "model.safetensors")
+    weights = storage.read_required(weights_file, remedy=COPY_AGAIN)
     digest = hashlib.sha256(weights).hexdigest()
     if digest != config["weights_sha256"]:
         raise UserError(f"{weights_file} is cut or changed (its sha256 differs): {COPY_AGAIN}")
     view_fields: dict[str, Any] = config["view"] | {name: tuple(config["view"][name]) for name in ("mean", "std")}
     view, decoding = ViewSpec(**view_fields), DecodingDefaults(**config["decoding"])
-    possible = min(decoding.beam_size, decoding.max_tokens) >= 1 and math.isfinite(decoding.length_penalty)
-    if not 1 <= view.crop <= view.size or not possible:
-        raise ValueError(f"impossible {view} or {decoding}")
+    if not 1 <= view.crop <= view.size:
+        raise ValueError(f"impossible {view}")
     model = CaptionModel(ModelConfig(**config["model"]))
     try:
         model.load_state_dict(load_tensors(weights))
@@ -227,10 +217,10 @@ def _assemble(folder: str, config: dict[str, Any]) -> Bundle:
         raise UserError(f"{weights_file} holds weights that are no finite numbers: train the model again")
     name = digest[:NAME_LETTERS]
     return Bundle(
-        model=model.eval(),
+        model=model.eval().to(device),
         view=view,
         vocabulary=vocabulary,
         decoding=decoding,
         name=name,
-        calibration=_read_calibration(folder, model=name),
+        calibration=_read_calibration(folder, model=name, device=device),
     )

@@ -52,22 +52,14 @@ def decode(
 
     With `no_repeat_trigram` a caption has no trigram twice; scores stay the model's own.
     """
-    if beam_size < 1 or max_tokens < 1:
-        raise ValueError(f"beam_size {beam_size} and max_tokens {max_tokens} must be at least 1")
     if model.config.vocabulary_size <= len(SPECIAL_WORDS):
         raise ValueError("the model's vocabulary has no words")
     if not len(image_BE):
         return []
+    options = {"max_tokens": max_tokens, "no_repeat_trigram": no_repeat_trigram}
     if beam_size == 1:
-        return greedy(model, image_BE, max_tokens=max_tokens, no_repeat_trigram=no_repeat_trigram)
-    return beam_search(
-        model,
-        image_BE,
-        beam_size=beam_size,
-        max_tokens=max_tokens,
-        length_penalty=length_penalty,
-        no_repeat_trigram=no_repeat_trigram,
-    )
+        return greedy(model, image_BE, **options)
+    return beam_search(model, image_BE, beam_size=beam_size, length_penalty=length_penalty, **options)
 
 
 @torch.no_grad()
@@ -87,19 +79,11 @@ def diverse(
     (Vijayakumar et al., 2016), which here also grows with the length of the copied beginning. All captions of an image
     differ if the vocabulary has at least `num_captions + max_tokens` words.
     """
-    if num_captions < 1:
-        raise ValueError(f"num_captions {num_captions} must be at least 1")
-    best = decode(
-        model,
-        image_BE,
-        beam_size=beam_size,
-        max_tokens=max_tokens,
-        length_penalty=length_penalty,
-        no_repeat_trigram=no_repeat_trigram,
-    )
+    options = {"max_tokens": max_tokens, "no_repeat_trigram": no_repeat_trigram}
+    best = decode(model, image_BE, beam_size=beam_size, length_penalty=length_penalty, **options)
     captions = [[caption] for caption in best]
     while captions and len(captions[0]) < num_captions:
-        others = greedy(model, image_BE, max_tokens=max_tokens, no_repeat_trigram=no_repeat_trigram, earlier=captions)
+        others = greedy(model, image_BE, earlier=captions, **options)
         captions = [[*group, other] for group, other in zip(captions, others, strict=True)]
     return captions
 
@@ -289,18 +273,18 @@ def _best_beams(
 
     Beams of total minus infinity are padding.
     """
+
+    def score(caption: GeneratedCaption) -> float:
+        return sum(caption.token_scores) / len(caption.token_scores) ** length_penalty
+
     best = []
     for beams, beam_scores, totals in zip(history_BKT.tolist(), scores_BKT.tolist(), totals_BK.tolist(), strict=True):
         possible = [pair for *pair, total in zip(beams, beam_scores, totals, strict=True) if total > -math.inf]
         captions = [(END in tokens, _caption(tokens, scores)) for tokens, scores in possible]
-        best.append(max(captions, key=lambda pair: (pair[0], _beam_score(pair[1], length_penalty)))[1])
+        best.append(max(captions, key=lambda pair: (pair[0], score(pair[1])))[1])
     return best
 
 
 def _caption(tokens: list[int], scores: list[float]) -> GeneratedCaption:
     length = tokens.index(END) if END in tokens else len(tokens)
     return GeneratedCaption(tokens=tokens[:length], token_scores=scores[: length + 1])
-
-
-def _beam_score(caption: GeneratedCaption, length_penalty: float) -> float:
-    return sum(caption.token_scores) / len(caption.token_scores) ** length_penalty

@@ -18,7 +18,6 @@ from captioner.errors import UserError
 from captioner.images.views import IMAGENET_MEAN, IMAGENET_STD
 from captioner.model.graphs import GraphCache, can_replay
 
-HEADS = ("fc", "classifier", "heads", "head")
 INCEPTIONS = ("googlenet", "inception_v3")
 ONE_SIZE = ("vit_", "maxvit_")
 OLD_NAMES = {  # torchvision's own files have names from before its models changed, and its builders translate them
@@ -85,7 +84,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.trainable = trainable
         self.backbone = _build_backbone(name)
-        self.num_features = _remove_classifier(self.backbone, name=name)
+        self.num_features = _remove_classifier(self.backbone)
         self.backbone.requires_grad_(trainable)
         self._graphs = None if trainable else GraphCache()
         self.to(memory_format=torch.channels_last)
@@ -173,20 +172,11 @@ def _build_backbone(name: str) -> nn.Module:
     return get_model(name, weights=None, **options)
 
 
-def _remove_classifier(backbone: nn.Module, *, name: str) -> int:
-    """Replace the layer that makes class scores by the identity; returns the number of features F."""
-    if isinstance(backbone, nn.Sequential):
-        return cast(nn.Linear, backbone.pop(-1)).in_features
-    head_name = next((head for head in HEADS if isinstance(getattr(backbone, head, None), nn.Module)), None)
-    if head_name is None:
-        raise UserError(f"encoder {name!r} has no classifier that can be removed: take one such as resnet152")
-    head = getattr(backbone, head_name)
-    if isinstance(head, nn.Linear):
-        setattr(backbone, head_name, nn.Identity())
-        return head.in_features
-    scoring = [key for key, layer in head.named_children() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
-    layer = head.get_submodule(scoring)
-    setattr(head, scoring, nn.Identity())
+def _remove_classifier(backbone: nn.Module) -> int:
+    """Replace the last linear layer or convolution, whose outputs are class scores, by the identity; returns F."""
+    layers = [(name, layer) for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    name, layer = layers[-1]
+    backbone.set_submodule(name, nn.Identity())
     return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
 
 

@@ -63,10 +63,9 @@ class Graph:
 class GraphCache:
     """The graphs of one frozen network, at most MAX_GRAPHS; copies and pickles of it are empty.
 
-    A kind of input (shape, strides, type, device, autocast) is captured when it comes the second time. With MAX_GRAPHS
-    graphs a kind must have come twice as often as that of the rarest graph, which is then evicted. Graphs are dropped
-    when a weight moves to other memory or another network comes. Where a capture fails, a warning says so, once, and
-    what has no graph runs without one.
+    A kind of input (shape, strides, type, device, autocast) is captured when it comes the second time. Graphs are
+    dropped when a weight moves to other memory or another network comes. Where a capture fails, a warning says so,
+    once, and what has no graph runs without one.
     """
 
     def __init__(self, capture: Callable[[Network, Tensor, Any], Replay] = Graph) -> None:
@@ -100,16 +99,10 @@ class GraphCache:
             self._calls.clear()
         key = (inputs.shape, inputs.stride(), inputs.dtype, inputs.device, _autocast_dtype(inputs.device))
         self._calls[key] += 1
-        if key not in self._graphs and not self._failed and self._is_frequent(key):
+        is_wanted = self._calls[key] >= 2 and len(self._graphs) < MAX_GRAPHS and not self._failed
+        if key not in self._graphs and is_wanted:
             self._add(key, network, inputs)
         return self._graphs.get(key)
-
-    def _is_frequent(self, key: Key) -> bool:
-        fewest = 1 if len(self._graphs) < MAX_GRAPHS else self._calls[self._rarest()]
-        return self._calls[key] >= 2 * fewest
-
-    def _rarest(self) -> Key:
-        return min(self._graphs, key=self._calls.__getitem__)
 
     def _add(self, key: Key, network: nn.Module, inputs: Tensor) -> None:
         try:
@@ -124,8 +117,6 @@ class GraphCache:
         if not self._graphs:
             self._network, self._tensors = network, _tensors(network)
             self._locations = _locations(self._tensors)
-        elif len(self._graphs) == MAX_GRAPHS:
-            del self._graphs[self._rarest()]
         self._graphs[key] = graph
 
 

@@ -11,8 +11,8 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import nullcontext, suppress
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -38,7 +38,6 @@ from captioner.shards.writing import claim, count_reasons, write, write_manifest
 BACKEND = "foreign"
 ANY, CHOSEN = "any", "chosen"  # samples in the manifest's settings, unless they are captioned pictures
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-COMPRESSED_EXTENSIONS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 NO_SAMPLE = "a sample is adjacent files KEY.FIELD, without a dot in the key"
 UNPACK = "samples are read from the middle of a tar, so unpack it to a plain tar first (gunzip, unxz, unzstd)"
 
@@ -76,7 +75,8 @@ def index_shards(
     with claim(folder, split):
         refuse_others(folder, split, names)
         make_index = partial(index_any, recipe=recipe, choose=partial(_keep, keep) if keep else None)
-        with _processes(min(num_workers, len(names))) as executor:
+        workers, spawn = min(num_workers, len(names)), multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, spawn) if workers > 1 else ThreadPoolExecutor(1) as executor:
             for name, index in index_tars(folder, split, names, make_index, executor=executor):
                 entries.append(ShardEntry.of(name, index))
                 failures += index.failures
@@ -90,13 +90,6 @@ def index_shards(
             settings=recipe | {"backend": BACKEND},
             source={"split": split, "pattern": pattern},
         )
-
-
-def _processes(number: int) -> Any:
-    """A context with an executor, or with None if this process does the work."""
-    if number <= 1:
-        return nullcontext()
-    return ProcessPoolExecutor(number, mp_context=multiprocessing.get_context("spawn"))
 
 
 def _keep(keep: Callable[[str, dict[str, bytes]], bool], data: Buffer, sample: TarSample) -> bool:
@@ -217,15 +210,10 @@ def find_tars(folder: str, split: str, pattern: str | None, *, remedy: str) -> t
         if names:
             break
     else:
-        packed = [name for extension in COMPRESSED_EXTENSIONS for name in list_names(folder, f"*{extension}")]
-        if packed:
-            raise UserError(f"{folder} holds compressed tars such as {packed[0]}: {UNPACK}")
         raise UserError(f"no file in {folder} fits {tried}: {remedy}")
     for name in names:
-        if name.endswith(COMPRESSED_EXTENSIONS):
-            raise UserError(f"{storage.join(folder, name)} is compressed: {UNPACK}")
         if not name.endswith(".tar"):
-            raise UserError(f"{storage.join(folder, name)} fits {tried} and is no .tar: {remedy}")
+            raise UserError(f"{storage.join(folder, name)} fits {tried} and is no uncompressed .tar: {remedy}")
     return [name.removesuffix(".tar") for name in names], tried
 
 
@@ -276,7 +264,7 @@ def index_tars(
     names: Sequence[str],
     make_index: MakeIndex,
     *,
-    executor: Executor | None = None,
+    executor: Executor,
     remedy: str = NO_SAMPLE,
 ) -> Iterator[tuple[str, ShardIndex]]:
     """Write an index next to each tar and yield it, in the order of `names`.
@@ -287,7 +275,7 @@ def index_tars(
     written = False
     waiting: list[tuple[str, ShardIndex]] = []
     try:
-        for named in zip(names, executor.map(work, names) if executor else map(work, names), strict=True):
+        for named in zip(names, executor.map(work, names), strict=True):
             waiting.append(named)
             if not written and any(len(index) for _, index in waiting):
                 with writing(manifest_location(folder, split)) as complete:
@@ -298,8 +286,7 @@ def index_tars(
                 write(storage.join(folder, f"{name}.index"), index.to_bytes())
                 yield name, index
     finally:
-        if executor is not None:
-            executor.shutdown(cancel_futures=True)
+        executor.shutdown(cancel_futures=True)
     if not written:
         failures = [failure for _, index in waiting for failure in index.failures]
         reasons = count_reasons(failures, num_not_kept=sum(index.num_not_kept for _, index in waiting))

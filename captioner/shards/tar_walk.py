@@ -82,12 +82,8 @@ def walk(data: Buffer) -> Iterator[TarMember]:
 
 
 def _kind(info: tarfile.TarInfo) -> str:
-    if info.issparse():
-        return "sparse file"
-    if info.isreg():
+    if info.isreg() and not info.issparse():
         return "file"
     if info.isdir():
         return "folder"
-    if info.issym() or info.islnk():
-        return f"link to {info.linkname}"
-    return "device" if info.isdev() else f"member of type {info.type!r}"
+    return f"link to {info.linkname}" if info.linkname else f"member of type {info.type!r}"

@@ -294,13 +294,8 @@ def test_empty_captions_score_nothing(candidate, references):
 
 
 def test_different_images_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"only in candidates 7; only in references 8, 9; "):
+    with pytest.raises(ValueError, match=r"3 images, such as 7, are not in both"):
         References({1: ["a dog"], 8: ["a cat"], 9: ["a cow"]}).scores({1: "a dog", 7: "a cat"})
-
-
-def test_many_different_images_are_counted_not_listed():
-    with pytest.raises(ValueError, match=r"only in references 10, 11, 12, 13, 14 and 85 more; "):
-        bleu({1: "a dog"}, {number: ["a dog"] for number in [1, *range(10, 100)]})
 
 
 def test_an_empty_corpus_is_refused():

@@ -243,22 +243,6 @@ def test_what_python_prints_meanwhile_reaches_stderr(capfd: pytest.CaptureFixtur
     assert capfd.readouterr().err == "from Python\nnot while a decoder runs\n"
 
 
-def test_stderr_may_stay_redirected_between_decoders(capfd: pytest.CaptureFixture[str]) -> None:
-    def decode(text: bytes) -> None:
-        os.write(2, text)
-
-    with own_stderr():
-        decoder_output.redirect_stderr()
-        decoder_output.without_stderr(decode, b"of a picture whose lines nobody wants\n")
-        os.write(2, b"between decoders\n")
-        print("from Python", file=sys.stderr)
-        decoder_output.restore_stderr()
-        os.write(2, b"here again\n")
-        decoder_output.redirect_stderr()
-    os.write(2, b"and after\n")
-    assert capfd.readouterr().err == "from Python\nhere again\nand after\n"
-
-
 def test_stderr_comes_back_after_an_error_and_is_owned_once(capfd: pytest.CaptureFixture[str]) -> None:
     def fail() -> None:
         os.write(2, b"last words\n")

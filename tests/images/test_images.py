@@ -26,7 +26,7 @@ from odd_pictures import (
     whole_files,
     write_odd_pictures,
 )
-from PIL import EpsImagePlugin, ExifTags, Image, features
+from PIL import EpsImagePlugin, ExifTags, Image
 
 from captioner.images import loading, views
 from captioner.images.loading import ImageError
@@ -143,55 +143,9 @@ def test_a_heic_photo_without_its_reader_says_what_to_install(monkeypatch: pytes
     assert caught.value.reason == "undecodable"
 
 
-START_OF_A_FORMAT = {
-    "avif": (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1", "AVIF"),
-    "jpg": (b"\xff\xd8\xff\xe0", "JPEG"),
-    "jpg_2000": (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
-    "webp": (b"RIFF\0\0\0\0WEBPVP8 ", "WebP"),
-    "zlib": (b"\x89PNG\r\n\x1a\n", "PNG"),
-}
-
-
-@pytest.mark.parametrize("feature", START_OF_A_FORMAT)
-def test_a_format_that_pillow_was_built_without_is_named(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    start, name = START_OF_A_FORMAT[feature]
-    for there in (True, False):
-        monkeypatch.setattr(features, "check", lambda wanted, there=there: there or wanted != feature)
-        with pytest.raises(ImageError) as caught:
-            loading.decode_rgb(start)
-        assert caught.value.reason == "undecodable"
-        assert (f"{name} picture, and this Pillow" in caught.value.message) is not there
-        assert ("pip install" in caught.value.message or "make no-simd" in caught.value.message) is not there
-
-
-@pytest.mark.skipif(not features.check("libtiff"), reason="this Pillow writes no compressed TIFF")
-def test_a_compressed_tiff_without_libtiff_names_it_and_a_plain_one_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, compressed = (
-        file_of(Image.fromarray(drawn()), "TIFF", compression=compression) for compression in (None, "packbits")
-    )
-    monkeypatch.setattr(features, "check", lambda wanted: wanted != "libtiff")
-    monkeypatch.setattr(loading.Image, "_getdecoder", decoders_without("libtiff"))
-    assert (decoded(plain) == drawn()).all()
-    with pytest.raises(ImageError, match="built without TIFF"):
-        loading.decode_rgb(compressed)
-
-
-def decoders_without(name: str) -> Any:
-    """Pillow's `_getdecoder` as it is where a library was not there when it was built."""
-    get_decoder: Any = Image._getdecoder  # type: ignore[missing-attribute]
-
-    def get(mode: str, decoder: str, *more: Any) -> Any:
-        if decoder == name:
-            raise OSError(f"decoder {decoder} not available")
-        return get_decoder(mode, decoder, *more)
-
-    return get
-
-
-def test_a_format_that_nobody_here_reads_is_named() -> None:
-    for start in (b"\xff\x0a\xfa\x1f", b"\0\0\0\x0cJXL \r\n\x87\n"):
-        with pytest.raises(ImageError, match="undecodable: a JPEG XL picture"):
-            loading.decode_rgb(start + bytes(40))
+def test_the_first_bytes_of_an_unknown_format_are_shown() -> None:
+    with pytest.raises(ImageError, match=r"undecodable: Pillow .* starts with .*JXL "):
+        loading.decode_rgb(b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(40))
 
 
 def test_a_huge_heic_is_refused_before_a_pixel_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

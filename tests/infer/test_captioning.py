@@ -553,8 +553,8 @@ def test_one_command_at_a_time_writes_an_output(model: Path, photos: Path, tmp_p
     [
         ([], "--images"),
         (["--images", "nowhere"], "nowhere"),
-        (["--images", ".", "--beam-size", "0"], "at least 1"),
-        (["--images", ".", "--batch-size", "0"], "at least 1"),
+        (["--images", ".", "--beam-size", "0"], "INT >= 1"),
+        (["--images", ".", "--batch-size", "0"], "INT >= 1"),
         (["--images", ".", "--sidecar", "txt"], "txt"),
         (["--images", ".", "--abstain-below", "0.5"], "--calibrate"),
     ],

@@ -136,7 +136,7 @@ def test_a_calibration_comes_with_the_model_or_later(tmp_path: Path, saved: Path
         assert found is not None
         assert (found.curve, found.reliability, found.decoding) == (wanted.curve, wanted.reliability, asdict(DECODING))
         assert found.is_out_of_distribution(torch.eye(8)) == [True] * 8
-        assert "On 200 validation pictures" in (folder / "README.md").read_text()
+        assert "200 validation images, cross-validated" in (folder / "README.md").read_text()
     assert {path.name: path.read_bytes() for path in at_once.iterdir()} == {
         path.name: path.read_bytes() for path in calibrated.iterdir()
     }

@@ -78,16 +78,11 @@ def test_type_strides_and_autocast_are_of_the_kind(cache: GraphCache) -> None:
     assert len(captured) == 1
 
 
-def test_what_comes_rarely_never_evicts_and_what_comes_often_does(cache: GraphCache, network: nn.Module) -> None:
+def test_there_are_never_more_graphs_than_the_first(cache: GraphCache, network: nn.Module) -> None:
     for _ in range(6):
         call(cache, network, *range(1, MAX_GRAPHS + 2))
     assert sizes(captured) == list(range(1, MAX_GRAPHS + 1))
-    call(cache, network, *[2, 3, 4] * 20, *[9] * 12)
-    assert sizes(captured)[MAX_GRAPHS:] == [9]
     assert len(cache) == MAX_GRAPHS
-    replayed.clear()
-    call(cache, network, 1, 2, 3, 4, 9)
-    assert sizes(replayed) == [2, 3, 4, 9]
 
 
 @pytest.mark.parametrize("change", ["to", "data", "buffer", "assign", "network"])

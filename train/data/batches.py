@@ -16,7 +16,7 @@ from torch.utils.data import get_worker_info
 
 from captioner.errors import UserError
 from captioner.images import loading, views
-from captioner.images.decoder_output import own_stderr, redirect_stderr, restore_stderr
+from captioner.images.decoder_output import own_stderr
 from captioner.model.network import PackedCaptions
 from captioner.samples import CaptionFields, is_caption_field, read_content
 from captioner.shards.format import RESTORE
@@ -178,12 +178,10 @@ class CaptionPipeline:
         return offset % min(self.accumulation_steps, self.split.num_samples - step * self.batch_size)
 
     def _silence_decoders(self) -> None:
-        """In a worker, in which one thread decodes, drop what decoders print until the batch is collated."""
+        """In a worker, in which one thread decodes, drop what decoders print."""
         if self._stderr is None and get_worker_info() is not None:
             self._stderr = own_stderr()
             self._stderr.__enter__()
-        if self._stderr is not None:
-            redirect_stderr()
 
     def _row_format(self) -> tuple[tuple[int, ...], torch.dtype]:
         if self.features is None:
@@ -228,8 +226,6 @@ class CaptionPipeline:
     @_not_random
     def collate(self, rows: list[FilledRow]) -> list[CaptionBatch]:
         """The micro-batches of these samples."""
-        if self._stderr is not None:
-            restore_stderr()
         numbers = range(self.accumulation_steps)
         batches = [
             self._pack([row for row in rows if row.micro_batch == number], number * self.micro_batch_rows)

@@ -20,11 +20,11 @@ from captioner.model.decoding import decode
 from captioner.streaming import Ledger, StreamingLoader
 from captioner.streaming.dataset import Split
 from captioner.vocabulary import Vocabulary
+from train.barriers import on_main_rank
 from train.data.batches import CaptionBatch
 from train.evaluation.calibrate import calibrate
 from train.evaluation.predictions import ValidationCaption
 from train.step.step import CaptionLoss, StepLoss
-from train.uneven import in_main
 
 NUM_SAMPLES = 8  # images whose captions are shown as they change
 
@@ -136,7 +136,7 @@ class Evaluator:
         """Loss, captions and scores of the whole split, the same on every rank. Raises UserError."""
         started = time.monotonic()
         losses, rows, ledger = self.caption_split()
-        metrics = {**losses, **in_main(lambda: self._score(rows))}
+        metrics = {**losses, **on_main_rank(lambda: self._score(rows))}
         return Evaluation(captions=rows, metrics=metrics, ledger=ledger, seconds=time.monotonic() - started)
 
     def _score(self, rows: list[ValidationCaption]) -> dict[str, float]:

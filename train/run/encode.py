@@ -22,9 +22,9 @@ from captioner.files import storage
 from captioner.images.views import ViewSpec
 from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import Split
+from train.barriers import barrier_for_slow_ranks, raising_on_all_ranks
 from train.data.features import FORMAT_VERSION, ROW_DTYPE, FeatureFiles
 from train.step.step import CaptionLoss, encode_split
-from train.uneven import refused_together, waiting_for_all
 
 
 def encoder_fingerprint(encoder: nn.Module, view: ViewSpec, *, precision: str = "no") -> str:
@@ -53,7 +53,7 @@ def prepare_features(
     if not splits:
         return {}
     encoder = loss_model.model.encoder
-    with refused_together():  # all have looked before the first writes
+    with raising_on_all_ranks():  # all have looked before the first writes
         fingerprint = encoder_fingerprint(encoder, loss_model.view, precision=accelerator.mixed_precision)
         found = {
             split.name: FeatureFiles.of(
@@ -69,7 +69,9 @@ def prepare_features(
     for split in splits:
         files, numbers = found[split.name], missing[split.name]
         own = numbers[accelerator.process_index :: accelerator.num_processes]
-        with waiting_for_all():  # one may be hours faster than another; where one fails, the others keep their files
+        with (
+            barrier_for_slow_ranks()
+        ):  # one may be hours faster than another; where one fails, the others keep their files
             try:
                 if own:
                     _encode_shards(

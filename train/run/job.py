@@ -9,10 +9,10 @@ from accelerate import Accelerator
 
 from captioner.errors import UserError
 from captioner.files.ownership import owned
+from train.barriers import on_main_rank
 from train.run.folder import OWNER
 from train.run.launch import Preemption, ending_without_peers, start_accelerator
 from train.settings import TrainSettings
-from train.uneven import in_main
 
 Recipe = Callable[[TrainSettings, Accelerator, Preemption], None]
 
@@ -42,5 +42,5 @@ def owning(run: Path) -> Iterator[None]:
                 raise UserError(f"{run} is a file: give a folder with --output")
             stack.enter_context(owned(str(run / OWNER), doing="is training in this folder"))
 
-        in_main(own)
+        on_main_rank(own)
         yield

@@ -7,6 +7,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from captioner.streaming.order import ShardOrder
+from train.barriers import raising_on_all_ranks
 from train.data.batches import caption_loader, rank_options
 from train.data.folders import CaptionData
 from train.data.order_table import window_advice
@@ -23,7 +24,6 @@ from train.settings import TrainSettings
 from train.step.schedule import make_optimizer, make_schedule
 from train.step.starting_model import StartingPoint, make_loss_model
 from train.step.step import TrainStep, check_same_weights, distribute
-from train.uneven import refused_together
 
 
 class Trainer:
@@ -225,13 +225,13 @@ class Trainer:
         if self._evaluator:
             captions = read_captions(self._run / folder.BEST_CAPTIONS) if is_main else []
             calibration = self._evaluator.calibrate(captions)
-        with refused_together():
+        with raising_on_all_ranks():
             if is_main:
                 folder.write_figures(self._run, report=self._report, metrics=self._progress.metrics)
                 write_report(self._run)
                 folder.write_model(
                     self._run,
-                    self._loss_model.model,
+                    model=self._loss_model.model,
                     view=self._start.view,
                     vocabulary=self._start.vocabulary,
                     decoding=self._settings.decoding(),

@@ -19,10 +19,10 @@ from captioner.model.encoders import Encoder, check_crop, load_encoder_weights, 
 from captioner.model.network import CaptionModel, ModelConfig
 from captioner.streaming.dataset import Split
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
+from train.barriers import raising_on_all_ranks
 from train.data.folders import CaptionData, check_fits, read_view
 from train.settings import NEW_MODEL, TrainSettings
 from train.step.step import CaptionLoss
-from train.uneven import refused_together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,16 +93,16 @@ def make_loss_model(
     initial encoder's. Raises UserError, also where the encoder cannot take images of the view's size.
     """
     config, trainable = settings.model_config(len(start.vocabulary)), settings.finetune_encoder_from_step is not None
-    with refused_together():
+    with raising_on_all_ranks():
         if start.initial is not None:
             model = _grown_model(config, start.vocabulary, start.initial, trainable=trainable)
         else:
             model = _new_model(config, weights=weights, trainable=trainable)
     for goes_first in (True, False):
-        with refused_together():
+        with raising_on_all_ranks():
             if weights is not None and goes_first == accelerator.is_local_main_process:
                 load_encoder_weights(model.encoder, name=config.encoder, weights=weights)
-    with refused_together():
+    with raising_on_all_ranks():
         _check_crop(model.encoder, name=config.encoder, crop=start.view.crop)
     if settings.compile_encoder:
         model.encoder.backbone.compile()  # in place: its weights keep their names

@@ -18,37 +18,35 @@ from torch import Tensor
 from captioner.calibration import MIN_IMAGES, Calibration, fit_confidence, fit_space
 from captioner.errors import UserError
 from captioner.metrics import References
-from captioner.model.bundle import Bundle, DecodingDefaults, save_calibration
+from captioner.model.bundle import Bundle, save_calibration
 from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import Split
 from train.evaluation.predictions import ValidationCaption
+from train.evaluation.validation import Evaluator
 from train.step.step import CaptionLoss, encode_split
 
 MAX_IMAGES = 4096  # of larger splits every k-th image is taken
 
 
-def calibrate(
-    captions: Sequence[ValidationCaption],
-    split: Split,
-    *,
-    loss_model: CaptionLoss,
-    open_loader: Callable[..., StreamingLoader],
-    decoding: DecodingDefaults,
-    accelerator: Accelerator,
-) -> Calibration | None:
-    """The calibration of a model that made these captions of the split's images with this `decoding`.
+def calibrate(captions: Sequence[ValidationCaption], evaluator: Evaluator) -> Calibration | None:
+    """The calibration of the evaluator's model, which made these captions of its split.
 
-    All ranks must call it; all but the main one get None, and their `captions` are not read. `open_loader` opens a
-    loader of the split's samples, with centre crops or cached features.
+    All ranks must call it; all but the main one get None, and their `captions` are not read.
     """
-    features_BF = sample_features(split, loss_model=loss_model, open_loader=open_loader, accelerator=accelerator)
+    accelerator = evaluator.accelerator
+    features_BF = sample_features(
+        evaluator.split,
+        loss_model=evaluator.loss_model,
+        open_loader=evaluator.open_loader,
+        accelerator=accelerator,
+    )
     if not accelerator.is_main_process:
         return None
     usable = [row for row in thinned(captions) if len(row.references) > 1]
     found = fit_confidence([row.score for row in usable], are_good(usable)) if usable else None
     curve, reliability = found or (None, None)
     space = fit_space(features_BF)
-    calibration = Calibration(decoding=asdict(decoding), curve=curve, reliability=reliability, space=space)
+    calibration = Calibration(decoding=asdict(evaluator.decoding), curve=curve, reliability=reliability, space=space)
     accelerator.print(f"calibration: {calibration}")
     return calibration
 

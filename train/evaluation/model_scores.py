@@ -13,7 +13,7 @@ from captioner.streaming import Ledger
 from train.barriers import raising_on_all_ranks
 from train.data.batches import caption_loader, rank_options
 from train.data.folders import check_batch_size, check_fits, read_filled_split, read_view
-from train.evaluation.calibrate import check_enough, keep_calibration
+from train.evaluation.calibrate import calibrate, check_enough, keep_calibration
 from train.evaluation.coco_results import write_results
 from train.evaluation.scoring import report_scores
 from train.evaluation.settings import EvaluateSettings
@@ -71,7 +71,7 @@ def score_model(settings: EvaluateSettings, accelerator: Accelerator) -> None:
             references = {row.image_id: row.references for row in rows}
             report_scores(settings, captions, references, facts, losses)
     if settings.calibrate:
-        calibration = evaluator.calibrate(rows)
+        calibration = calibrate(rows, evaluator)
         with raising_on_all_ranks():
             if settings.model is not None and calibration is not None:
                 keep_calibration(bundle, settings.model, calibration)

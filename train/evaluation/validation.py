@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from captioner.calibration import Calibration
 from captioner.errors import UserError
 from captioner.metrics import References
 from captioner.model.bundle import DecodingDefaults
@@ -22,7 +21,6 @@ from captioner.streaming.dataset import Split
 from captioner.vocabulary import Vocabulary
 from train.barriers import on_main_rank
 from train.data.batches import CaptionBatch
-from train.evaluation.calibrate import calibrate
 from train.evaluation.predictions import ValidationCaption
 from train.step.step import CaptionLoss, StepLoss
 
@@ -146,17 +144,6 @@ class Evaluator:
             self._references = References({row.position: row.references for row in rows})
             self._positions = positions
         return self._references.scores({row.position: row.caption for row in rows})
-
-    def calibrate(self, captions: Sequence[ValidationCaption]) -> Calibration | None:
-        """The calibration of the model that made these captions of the split, in the main process. Raises UserError."""
-        return calibrate(
-            captions,
-            self.split,
-            loss_model=self.loss_model,
-            open_loader=self.open_loader,
-            decoding=self.decoding,
-            accelerator=self.accelerator,
-        )
 
     def sample_captions(self, found: Evaluation) -> tuple[list[np.ndarray], list[str]]:
         """The split's first images, uint8 (P, P, 3), and their captions. In this process alone."""

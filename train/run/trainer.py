@@ -11,6 +11,7 @@ from train.barriers import raising_on_all_ranks
 from train.data.batches import caption_loader, rank_options
 from train.data.folders import CaptionData
 from train.data.order_table import window_advice
+from train.evaluation.calibrate import calibrate
 from train.evaluation.predictions import read_captions, write_captions
 from train.evaluation.validation import Evaluator
 from train.run import folder
@@ -18,7 +19,7 @@ from train.run.checkpoints import Checkpoints, Progress, checkpoint_trained_weig
 from train.run.encode import prepare_features
 from train.run.launch import Preemption
 from train.run.report import write_report
-from train.run.steps import StepLoop
+from train.run.steps import run_epoch
 from train.run.tracking import Tracker
 from train.settings import TrainSettings
 from train.step.schedule import make_optimizer, make_schedule
@@ -172,15 +173,15 @@ class Trainer:
         loader, settings = self._loader, self._settings
         if loader.epoch == self._progress.epochs:
             planned = self._data.train.num_samples - loader.steps_done * settings.batch_size
-            steps = StepLoop(
-                take_step=self._take_step,
+            metrics = run_epoch(
+                loader,
+                self._take_step,
                 stop=stop,
                 tracker=tracker,
                 save=self._checkpoints.save,
                 num_epochs=settings.epochs,
                 checkpoint_steps=settings.checkpoint_steps,
             )
-            metrics = steps.run_epoch(loader)
             self._report["training_images"] += metrics.num_images
             self._report["training_seconds"] += metrics.seconds
             ledger = folder.reconcile(self._run, loader.ledger, "train", epoch=loader.epoch, planned=planned)
@@ -224,7 +225,7 @@ class Trainer:
         calibration, is_main = None, self._accelerator.is_main_process
         if self._evaluator:
             captions = read_captions(self._run / folder.BEST_CAPTIONS) if is_main else []
-            calibration = self._evaluator.calibrate(captions)
+            calibration = calibrate(captions, self._evaluator)
         with raising_on_all_ranks():
             if is_main:
                 folder.write_figures(self._run, report=self._report, metrics=self._progress.metrics)

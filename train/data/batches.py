@@ -25,7 +25,7 @@ from captioner.streaming import SampleError, StreamingLoader, batch_buffer
 from captioner.streaming.dataset import Split
 from captioner.streaming.order import SAMPLE_CHANCE
 from captioner.vocabulary import Vocabulary
-from train.data.features import FeatureFiles, FeatureReader
+from train.data.features import FeatureFile, FeatureFiles
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -119,7 +119,7 @@ class CaptionPipeline:
     _buffer: Tensor | None = field(init=False, default=None)
     _rows: Any = field(init=False, default=None)  # the buffer as an array, whose rows cost less to take
     _filled: list[int] = field(init=False, default_factory=list)  # rows of each micro-batch
-    _reader: FeatureReader | None = field(init=False, default=None)
+    _open_features: dict[int, FeatureFile] = field(init=False, default_factory=dict)  # by shard
     _stderr: Any = field(init=False, default=None)
 
     @cached_property
@@ -159,7 +159,10 @@ class CaptionPipeline:
         if self.features is None:
             self._fill_view(row, sample, content["captions"])
         else:
-            self._feature_reader().read_into(row, sample["__shard__"], sample["__place__"])
+            shard = sample["__shard__"]
+            if shard not in self._open_features:
+                self._open_features[shard] = self.features.open(shard)
+            self._open_features[shard].read_into(row, sample["__place__"])
         self._filled[micro_batch] += 1
         return FilledRow(micro_batch, position, sample["__key__"], content)
 
@@ -216,12 +219,6 @@ class CaptionPipeline:
         except loading.ImageError as error:
             message = f"sample {sample['__key__']} in {sample['__url__']} is not an image ({error}): {RESTORE}"
             raise SampleError("undecodable", message) from error
-
-    def _feature_reader(self) -> FeatureReader:
-        if self._reader is None:
-            assert self.features is not None
-            self._reader = FeatureReader(self.features)
-        return self._reader
 
     # ---- a batch ------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from captioner.images.views import ViewSpec
 from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import Split
 from train.barriers import barrier_for_slow_ranks, raising_on_all_ranks
-from train.data.features import FORMAT_VERSION, ROW_DTYPE, FeatureFiles
+from train.data.features import ROW_DTYPE, FeatureFiles
 from train.step.step import CaptionLoss, encode_split
 
 
@@ -126,7 +126,6 @@ def _write_files(files: FeatureFiles, own: Sequence[int], rows: Iterator[tuple[i
             position, first = next(rows, (-1, first))
         start += entry.samples
         crc32s_S = np.array([zlib.crc32(row.data) for row in features_SF], dtype=np.uint32)
-        facts = {"fingerprint": files.fingerprint, "shard": entry.sha256, "format_version": str(FORMAT_VERSION)}
         arrays = {"features": features_SF, "crc32s": crc32s_S, "usable": usable_S}
         files.paths[number].parent.mkdir(parents=True, exist_ok=True)
-        storage.write_atomic(str(files.paths[number]), save_arrays(arrays, metadata=facts))
+        storage.write_atomic(str(files.paths[number]), save_arrays(arrays, metadata=files.metadata(number)))

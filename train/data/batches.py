@@ -141,13 +141,14 @@ class CaptionPipeline:
     @staticmethod
     def parse(sample: dict[str, Any]) -> dict[str, Any]:
         """The sample with its `__image__` and its captions' `__content__`. Raises SampleError."""
-        image, captions = find_members(sample)
+        fields = {name: content for name, content in sample.items() if name[:2] != "__"}  # an image, unless not read
+        captions = next((fields.pop(name) for name in list(fields) if is_caption_field(name)), b"")
         try:
             sample["__content__"] = read_content(captions, key=sample["__key__"])
         except ValueError as error:
             message = f"sample {sample['__key__']} in {sample['__url__']} has no captions ({error}): {RESTORE}"
             raise SampleError("no captions", message) from error
-        sample["__image__"] = image
+        sample["__image__"] = next(iter(fields.values()), b"")
         return sample
 
     @_not_random
@@ -227,10 +228,9 @@ class CaptionPipeline:
         """The micro-batches of these samples."""
         if self._stderr is not None:
             restore_stderr()
-        numbers = range(self.accumulation_steps)
         batches = [
             self._pack([row for row in rows if row.micro_batch == number], number * self.micro_batch_rows)
-            for number in numbers
+            for number in range(self.accumulation_steps)
         ]
         self._batch = self._buffer = self._rows = None
         return batches
@@ -254,18 +254,6 @@ class CaptionPipeline:
             references=[row.content["captions"] for row in rows],
             num_cut=sum(length > self.max_tokens for length in lengths),
         )
-
-
-def find_members(sample: dict[str, Any]) -> tuple[bytes, bytes]:
-    """The content of a sample's image, empty where it was not read, and of its captions: it has no other fields."""
-    image = captions = b""
-    for name, content in sample.items():
-        if name[:2] != "__":
-            if is_caption_field(name):
-                captions = content
-            else:
-                image = content
-    return image, captions
 
 
 def rank_options(accelerator: "Accelerator") -> dict[str, Any]:

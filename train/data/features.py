@@ -23,7 +23,6 @@ from captioner.streaming.dataset import Split
 from captioner.streaming.reader import SampleError
 
 FORMAT_VERSION = 1
-ROW_DTYPE = np.dtype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +60,21 @@ class FeatureFiles:
 
     def open(self, number: int) -> "FeatureFile":
         """A shard's file, mapped into memory. Raises UserError."""
-        path, expected = self.paths[number], self.metadata(number)
+        path = self.paths[number]
         remedy = f"delete {path.parent} to encode the images again, or leave out --cache-features"
         try:
             file = safe_open(path, "numpy")
-            rows, found = file.get_slice("features"), file.metadata() or {}
+            rows, metadata = file.get_slice("features"), file.metadata()
             opened = FeatureFile(path, rows, crc32s=file.get_tensor("crc32s"), usable=file.get_tensor("usable"))
         except OSError as error:
             raise UserError(f"cannot read {path} ({error}): {remedy}") from error
         except SafetensorError as error:
             raise UserError(f"{path} is not a whole feature file ({error}): {remedy}") from error
-        what = {
-            "fingerprint": "another encoder, its weights, crop or precision",
-            "shard": "another shard",
-            "format_version": "another version",
-        }
-        for name, value in expected.items():
-            if found.get(name) != value:
-                raise UserError(f"{path} holds features of {what[name]}: {remedy}")
+        if metadata != self.metadata(number):
+            raise UserError(
+                f"{path} holds features of another shard, or of another encoder, its weights, crop or precision: "
+                f"{remedy}"
+            )
         return opened
 
 

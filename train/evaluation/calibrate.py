@@ -72,7 +72,7 @@ def sample_features(evaluator: Evaluator) -> Tensor:
     These are at most MAX_IMAGES, the same ones for any number of ranks.
     """
     evaluator.loss_model.eval()
-    batches = encode_split(
+    rows = encode_split(
         evaluator.split,
         loss_model=evaluator.loss_model,
         open_loader=evaluator.open_loader,
@@ -80,9 +80,8 @@ def sample_features(evaluator: Evaluator) -> Tensor:
         world_size=evaluator.accelerator.num_processes,
         every=_stride(evaluator.split.num_samples),
     )
-    found = list(chain.from_iterable(gather_object([list(batches)])))
-    order = np.argsort(np.concatenate([positions for positions, _ in found]))
-    return torch.from_numpy(np.concatenate([features_BF for _, features_BF in found])[order])
+    found = dict(chain.from_iterable(gather_object([list(rows)])))
+    return torch.from_numpy(np.stack([found[position] for position in sorted(found)]))
 
 
 def check_enough(split: Split) -> None:

@@ -46,12 +46,8 @@ def check_shared(run: Path) -> None:
     if PartialState().num_processes == 1:
         return
 
-    def write_probe() -> str:
-        name = f".seen-by-all-{uuid4().hex}"  # a new name is in no machine's cache
-        write_atomic(str(run / name), "")
-        return name
-
-    probe = run / on_main_rank(write_probe)
+    probe = run / on_main_rank(lambda: f".seen-by-all-{uuid4().hex}")  # a new name is in no machine's cache
+    on_main_rank(lambda: write_atomic(str(probe), ""))
     try:
         wait_until_all_see(probe)
     finally:

@@ -12,7 +12,6 @@ from captioner.files.storage import read_json, write_atomic
 from captioner.pages import load_template
 from train.run.tracking import HISTORY, SAMPLE_IMAGES, SAMPLES, read_rows
 
-REPORT = "report.html"
 MAX_CURVE_POINTS = 500
 NUM_TICKS = 5
 WARMUP_FRACTION = 0.02  # of the steps, left out of the y axis' range: the first losses are several times the others
@@ -21,14 +20,7 @@ CHARTS = (
     ("Loss", {"training": "train/loss", "validation": "validation/loss"}),
     ("CIDEr and BLEU-4", {"CIDEr": "validation/cider", "BLEU-4": "validation/bleu4"}),
 )
-METRIC_NAMES = {
-    "cider": "CIDEr",
-    "bleu1": "BLEU-1",
-    "bleu2": "BLEU-2",
-    "bleu3": "BLEU-3",
-    "bleu4": "BLEU-4",
-    "rouge_l": "ROUGE-L",
-}
+METRIC_NAMES = {"cider": "CIDEr", "rouge_l": "ROUGE-L"} | {f"bleu{n}": f"BLEU-{n}" for n in range(1, 5)}
 
 HistoryRow = Mapping[str, Any]
 Ticks = list[tuple[float, str]]
@@ -78,7 +70,7 @@ def write_report(run: Path) -> None:
             if not isinstance(value, dict)  # fingerprints
         ],
     )
-    write_atomic(str(run / REPORT), page.encode("utf-8", "replace"))  # a caption may hold half a surrogate pair
+    write_atomic(str(run / "report.html"), page.encode("utf-8", "replace"))  # a caption may hold half a surrogate pair
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Shapes: S steps since the losses were last read.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 
 import numpy as np
@@ -145,7 +145,9 @@ def run_epoch(
             done=before + loader.steps_done,
         ) as bar,
     ):
-        for step, (batches, data_seconds) in enumerate(timed(loader), start=before + loader.steps_done + 1):
+        waiting_since = time.monotonic()
+        for step, batches in enumerate(loader, start=before + loader.steps_done + 1):
+            data_seconds = time.monotonic() - waiting_since
             num_left = loader.split.num_samples - (step - 1 - before) * loader.batch_size
             micro_batches = batches[:num_left]  # the last global batch may have fewer samples than micro-batches
             window.add(take_step(micro_batches, step), micro_batches, data_seconds=data_seconds)
@@ -162,15 +164,5 @@ def run_epoch(
                 save()
             if stopping:
                 stop.leave()
+            waiting_since = time.monotonic()
     return total
-
-
-def timed(batches: Iterable[list[CaptionBatch]]) -> Iterator[tuple[list[CaptionBatch], float]]:
-    """Each batch with the seconds that it was waited for."""
-    iterator = iter(batches)
-    while True:
-        started = time.monotonic()
-        batch = next(iterator, None)
-        if batch is None:
-            return
-        yield batch, time.monotonic() - started

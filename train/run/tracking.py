@@ -152,7 +152,6 @@ def check_wandb(project: str | None) -> None:
 
 def _start_wandb(run: Path, project: str, settings: Mapping[str, Any]) -> Any:
     """The W&B run, the same one when this run resumes. Raises UserError when it does not start."""
-    check_wandb(project)
     import wandb  # type: ignore[missing-import]
 
     path = run / WANDB_ID

@@ -53,12 +53,8 @@ class Trainer:
         self._checkpoints = Checkpoints(
             self._run, self._loader, self._progress, accelerator, keep=settings.keep_checkpoints
         )
-        self._report = {
-            "training_images": 0,
-            "training_seconds": 0.0,
-            "validation_images": 0,
-            "validation_seconds": 0.0,
-        }
+        counts = ("training_images", "training_seconds", "validation_images", "validation_seconds")
+        self._report: dict[str, float] = dict.fromkeys(counts, 0)
 
     def _make_model(self, total_steps: int) -> None:
         settings, accelerator = self._settings, self._accelerator

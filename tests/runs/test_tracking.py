@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from captioner.errors import UserError
-from train.run.tracking import Tracker, read_rows
+from train.run.tracking import Tracker, check_wandb, read_rows
 
 NO_PROJECT: Any = {"wandb_project": None, "settings": {}}
 
@@ -256,10 +256,11 @@ def test_without_a_project_weights_and_biases_is_not_touched(tmp_path: Path, wan
     assert not (tmp_path / "wandb.txt").exists()
 
 
-def test_a_missing_wandb_names_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_wandb_names_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
+    check_wandb(None)
     with pytest.raises(UserError, match="pip install wandb"):
-        Tracker(tmp_path, first_step=0, wandb_project="captions", settings={})
+        check_wandb("captions")
 
 
 def test_a_wandb_that_does_not_start_says_what_to_do(

@@ -151,7 +151,7 @@ def check_wandb(project: str | None) -> None:
 
 
 def _start_wandb(run: Path, project: str, settings: Mapping[str, Any]) -> Any:
-    """The W&B run, the same one when this run resumes. Raises UserError when it does not start."""
+    """The W&B run, the same one when this run resumes; see `check_wandb`. Raises UserError when it does not start."""
     import wandb  # type: ignore[missing-import]
 
     path = run / WANDB_ID

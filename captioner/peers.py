@@ -6,7 +6,7 @@ from datetime import timedelta
 from captioner.errors import UserError
 
 # A live process is silent for as long as its loader retries a request (5 minutes, see the shard cache);
-# train/uneven.py is for work that takes one rank longer than the others.
+# train/barriers.py is for work that takes one rank longer than the others.
 PEER_SECONDS = 600.0
 PEER_VARIABLE = "CAPTIONER_PEER_TIMEOUT_SECONDS"
 

@@ -18,6 +18,7 @@ from captioner.errors import TooManyBadSamplesError
 from captioner.files.ownership import AlreadyOwnedError, NotWritableError
 from captioner.model.encoders import FixedCropError, SmallImagesError, WeightsError
 from captioner.streaming.cache import CacheFolderError, CacheTooSmallError
+from train.barriers import raising_on_all_ranks
 from train.data.folders import read_data
 from train.run import folder
 from train.run.job import as_job
@@ -26,7 +27,6 @@ from train.run.tracking import check_wandb
 from train.run.trainer import Trainer
 from train.settings import TrainSettings, check_settings, count_steps
 from train.step.starting_model import choose_start
-from train.uneven import refused_together
 
 REMEDIES: cli.Remedies = {
     AlreadyOwnedError: "wait for it, stop it, or give another --output",
@@ -47,7 +47,7 @@ def main(settings: TrainSettings, accelerator: Accelerator, stop: Preemption) ->
     say, run = accelerator.print, Path(settings.output)
 
     # ---- data, and the model to start from: that of --init with the shards' new words, or a new one -------------
-    with refused_together():
+    with raising_on_all_ranks():
         check_settings(settings, world_size=accelerator.num_processes)
         check_wandb(settings.wandb)
         data = read_data(settings.shards)

@@ -23,23 +23,10 @@ from captioner.streaming.order import SHUFFLE_SHARDS, num_steps
 from train.data.folders import check_batch_size
 
 Schedule = Literal["cosine", "constant"]
-# settings that may differ when a run is resumed; the content of shards, model and weights is compared by fingerprints
-CHANGEABLE = (
-    "shards",
-    "output",
-    "init",
-    "weights",
-    "resume",
-    "workers",
-    "checkpoint_steps",
-    "keep_checkpoints",
-    "cache",
-    "cache_gigabytes",
-    "tolerate_bad_samples",
-    "patience_epochs",
-    "wandb",
-)
+# settings that may differ between the ranks of a run
 OF_A_MACHINE = ("shards", "output", "resume", "init", "weights", "cache", "cache_gigabytes", "workers", "wandb")
+# settings that may differ when a run is resumed; the content of shards, model and weights is compared by fingerprints
+CHANGEABLE = (*OF_A_MACHINE, "checkpoint_steps", "keep_checkpoints", "tolerate_bad_samples", "patience_epochs")
 # defaults of the flags that describe a new model; the model of --init stays as it is
 NEW_MODEL: dict[str, Any] = {
     "encoder": "resnet152",

@@ -28,7 +28,7 @@ from measuring.figures import Cost, take_turns
 from measuring.photos import draw_photos
 from train.data.batches import CaptionBatch
 from train.run.launch import Preemption
-from train.run.steps import LOG_STEPS, StepLoop
+from train.run.steps import LOG_STEPS, run_epoch
 from train.run.tracking import HISTORY, Tracker, read_rows
 
 WEIGHTS = "weights.pth"
@@ -103,11 +103,10 @@ def run_loop(trainer: Trainer, number: int, readings: list[list[dict[str, Any]]]
     gc.collect()
     with tempfile.TemporaryDirectory() as folder, closing(trainer.epoch(number, None)) as loader:
         tracker = Tracker(Path(folder), first_step=0, settings={})
-        steps = StepLoop(
-            take_step=trainer.take_step, stop=Preemption(), tracker=tracker, save=lambda: None, num_epochs=number + 1,
+        run_epoch(
+            loader, trainer.take_step, stop=Preemption(), tracker=tracker, save=lambda: None, num_epochs=number + 1,
             checkpoint_steps=sys.maxsize,
         )  # fmt: skip
-        steps.run_epoch(loader)
         tracker.close()
         rows = settled(read_rows(Path(folder) / HISTORY))
     readings.append(rows)

@@ -44,7 +44,7 @@ from train.evaluate import main as evaluate
 from train.evaluation.calibrate import are_good, sample_features
 from train.evaluation.predictions import ValidationCaption
 from train.evaluation.settings import EvaluateSettings
-from train.evaluation.validation import evaluate_split
+from train.evaluation.validation import Evaluator
 from train.run.launch import start_accelerator
 from train.step.step import CaptionLoss
 
@@ -409,15 +409,14 @@ def test_features_of_large_splits_are_those_of_pictures_at_equal_distances(
     bundle, accelerator = load_bundle(trained), start_accelerator(seed=0)
     split = read_split([shards], "val", remedy="")
     open_loader = partial(caption_loader, crop=32, max_tokens=20, vocabulary=bundle.vocabulary)
-    loss_model = CaptionLoss(bundle.model, view=bundle.view)
-
-    def sample() -> torch.Tensor:
-        return sample_features(split, loss_model=loss_model, open_loader=open_loader, accelerator=accelerator)
-
-    all_BF = sample()
+    evaluator = Evaluator(
+        split=split, loss_model=CaptionLoss(bundle.model, view=bundle.view), open_loader=open_loader,
+        decoding=bundle.decoding, vocabulary=bundle.vocabulary, accelerator=accelerator,
+    )  # fmt: skip
+    all_BF = sample_features(evaluator)
     assert len(all_BF) == NUM_VAL
     monkeypatch.setattr("train.evaluation.calibrate.MAX_IMAGES", 50)
-    assert torch.allclose(sample(), all_BF[::3], atol=1e-5)
+    assert torch.allclose(sample_features(evaluator), all_BF[::3], atol=1e-5)
 
 
 @pytest.mark.parametrize("image_input", ["first", "every-step"])
@@ -434,13 +433,17 @@ def test_validation_scores_captions_in_the_precision_of_captioning(image_input: 
         device=torch.device("cpu"),
         autocast=lambda: torch.autocast("cpu", torch.bfloat16),
     )
-    _, rows = evaluate_split(
-        CaptionLoss(bundle.model, view=VIEW).eval(),
-        [batch],
-        vocabulary=VOCABULARY,
-        decoding=DECODING,
-        accelerator=in_bfloat16,
-    )
+
+    class Batches(list):
+        ledger = None
+
+    loader: Any = Batches([[batch]])
+    no_split: Any = None
+    evaluator = Evaluator(
+        split=no_split, loss_model=CaptionLoss(bundle.model, view=VIEW).eval(), open_loader=lambda _split: loader,
+        decoding=DECODING, vocabulary=VOCABULARY, accelerator=in_bfloat16,
+    )  # fmt: skip
+    _, rows, _ = evaluator.caption_split()
     with torch.inference_mode():
         encoded = Encoded(bundle.model.encode(features_BF), out_of_distribution=[False] * NUM_IMAGES)
     wanted = Captioner(bundle).describe([encoded])

@@ -151,8 +151,8 @@ def start_side_by_side(world_size: int, *, peer_seconds: float, actions: Sequenc
 
 def _side_by_side(rank: int, world_size: int, port: int, peer_seconds: float, action: str) -> None:
     from captioner.errors import UserError
+    from train.barriers import raising_on_all_ranks
     from train.run.launch import Preemption, ending_without_peers, start_accelerator
-    from train.uneven import refused_together
 
     _join(rank, world_size, port)
     os.environ["CAPTIONER_PEER_TIMEOUT_SECONDS"] = str(peer_seconds)
@@ -171,7 +171,7 @@ def _side_by_side(rank: int, world_size: int, port: int, peer_seconds: float, ac
             os.kill(os.getpid(), signals[word])
 
     try:
-        with ending_without_peers(remedy="start again"), refused_together():
+        with ending_without_peers(remedy="start again"), raising_on_all_ranks():
             act()
     except (UserError, FileNotFoundError) as error:
         raise SystemExit(2 if "No such file" in str(error) else 3) from error

@@ -22,7 +22,7 @@ from captioner.streaming.dataset import Split, read_split
 from captioner.streaming.reader import SampleError
 from captioner.vocabulary import Vocabulary
 from train.data.batches import CaptionBatch, caption_loader
-from train.data.features import FeatureFiles, FeatureReader
+from train.data.features import FeatureFiles
 from train.data.folders import read_merged_vocabulary
 from train.run.encode import encoder_fingerprint, prepare_features
 from train.step.schedule import make_optimizer
@@ -181,13 +181,13 @@ def test_a_flipped_bit_is_found_when_its_row_is_read(shards: Path) -> None:
     data[data.index(row.tobytes()) + 17] ^= 1
     files.paths[2].unlink()
     files.paths[2].write_bytes(data)
-    reader = FeatureReader(files)
+    damaged = files.open(2)
     for place in range(SIZES[2]):
         if place == 3:
             with pytest.raises(SampleError, match=r"train-000002.features is damaged at sample 3"):
-                reader.read_into(row, 2, place)
+                damaged.read_into(row, place)
         else:
-            reader.read_into(row, 2, place)
+            damaged.read_into(row, place)
 
 
 def test_a_picture_that_could_not_be_read_stays_out(shards: Path) -> None:

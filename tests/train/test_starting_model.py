@@ -57,7 +57,8 @@ def make_images(num_images: int) -> torch.Tensor:
 def extend(bundle: Bundle, num_new: int, *, trainable: bool = False) -> Bundle:
     """The bundle with a model that was started from it, before any training."""
     vocabulary = KNOWN.extended(Vocabulary.from_counts(NEW[num_new], threshold=1))
-    model = start_from(bundle, vocabulary=vocabulary, encoder_trainable=trainable)
+    config = replace(bundle.model.config, vocabulary_size=len(vocabulary))
+    model = start_from(bundle, config, encoder_trainable=trainable)
     return replace(bundle, model=model.eval(), vocabulary=vocabulary)
 
 

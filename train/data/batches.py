@@ -25,7 +25,7 @@ from captioner.streaming import SampleError, StreamingLoader, batch_buffer
 from captioner.streaming.dataset import Split
 from captioner.streaming.order import SAMPLE_CHANCE
 from captioner.vocabulary import Vocabulary
-from train.data.features import FeatureFiles, FeatureReader
+from train.data.features import FeatureFile, FeatureFiles
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -119,7 +119,7 @@ class CaptionPipeline:
     _buffer: Tensor | None = field(init=False, default=None)
     _rows: Any = field(init=False, default=None)  # the buffer as an array, whose rows cost less to take
     _filled: list[int] = field(init=False, default_factory=list)  # rows of each micro-batch
-    _reader: FeatureReader | None = field(init=False, default=None)
+    _open_features: dict[int, FeatureFile] = field(init=False, default_factory=dict)  # by shard
     _stderr: Any = field(init=False, default=None)
 
     @cached_property
@@ -141,13 +141,14 @@ class CaptionPipeline:
     @staticmethod
     def parse(sample: dict[str, Any]) -> dict[str, Any]:
         """The sample with its `__image__` and its captions' `__content__`. Raises SampleError."""
-        image, captions = find_members(sample)
+        fields = {name: content for name, content in sample.items() if name[:2] != "__"}  # an image, unless not read
+        captions = next((fields.pop(name) for name in list(fields) if is_caption_field(name)), b"")
         try:
             sample["__content__"] = read_content(captions, key=sample["__key__"])
         except ValueError as error:
             message = f"sample {sample['__key__']} in {sample['__url__']} has no captions ({error}): {RESTORE}"
             raise SampleError("no captions", message) from error
-        sample["__image__"] = image
+        sample["__image__"] = next(iter(fields.values()), b"")
         return sample
 
     @_not_random
@@ -159,7 +160,10 @@ class CaptionPipeline:
         if self.features is None:
             self._fill_view(row, sample, content["captions"])
         else:
-            self._feature_reader().read_into(row, sample["__shard__"], sample["__index_in_shard__"])
+            shard = sample["__shard__"]
+            if shard not in self._open_features:
+                self._open_features[shard] = self.features.open(shard)
+            self._open_features[shard].read_into(row, sample["__index_in_shard__"])
         self._filled[micro_batch] += 1
         return FilledRow(micro_batch, position, sample["__key__"], content)
 
@@ -215,21 +219,14 @@ class CaptionPipeline:
             message = f"sample {sample['__key__']} in {sample['__url__']} is not an image ({error}): {RESTORE}"
             raise SampleError("undecodable", message) from error
 
-    def _feature_reader(self) -> FeatureReader:
-        if self._reader is None:
-            assert self.features is not None
-            self._reader = FeatureReader(self.features)
-        return self._reader
-
     # ---- a batch ------------------------------------------------------------------------------------------
 
     @_not_random
     def collate(self, rows: list[FilledRow]) -> list[CaptionBatch]:
         """The micro-batches of these samples."""
-        numbers = range(self.accumulation_steps)
         batches = [
             self._pack([row for row in rows if row.micro_batch == number], number * self.micro_batch_rows)
-            for number in numbers
+            for number in range(self.accumulation_steps)
         ]
         self._batch = self._buffer = self._rows = None
         return batches
@@ -253,18 +250,6 @@ class CaptionPipeline:
             references=[row.content["captions"] for row in rows],
             num_cut=sum(length > self.max_tokens for length in lengths),
         )
-
-
-def find_members(sample: dict[str, Any]) -> tuple[bytes, bytes]:
-    """The content of a sample's image, empty where it was not read, and of its captions: it has no other fields."""
-    image = captions = b""
-    for name, content in sample.items():
-        if name[:2] != "__":
-            if is_caption_field(name):
-                captions = content
-            else:
-                image = content
-    return image, captions
 
 
 def rank_options(accelerator: "Accelerator") -> dict[str, Any]:

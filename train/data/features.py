@@ -23,7 +23,6 @@ from captioner.streaming.dataset import Split
 from captioner.streaming.reader import SampleError
 
 FORMAT_VERSION = 1
-ROW_DTYPE = np.dtype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,53 +53,48 @@ class FeatureFiles:
             self.open(number)
         return numbers
 
-    def open(self, number: int) -> "OpenFeatures":
+    def metadata(self, number: int) -> dict[str, str]:
+        """What a shard's file says about itself."""
+        sha256 = self.shards[number].sha256
+        return {"fingerprint": self.fingerprint, "shard": sha256, "format_version": str(FORMAT_VERSION)}
+
+    def open(self, number: int) -> "FeatureFile":
         """A shard's file, mapped into memory. Raises UserError."""
-        path, entry = self.paths[number], self.shards[number]
+        path = self.paths[number]
         remedy = f"delete {path.parent} to encode the images again, or leave out --cache-features"
         try:
             file = safe_open(path, "numpy")
-            rows, facts = file.get_slice("features"), file.metadata() or {}
-            found = OpenFeatures(rows, crc32s=file.get_tensor("crc32s"), usable=file.get_tensor("usable"))
+            rows, metadata = file.get_slice("features"), file.metadata()
+            opened = FeatureFile(path, rows, crc32s=file.get_tensor("crc32s"), usable=file.get_tensor("usable"))
         except OSError as error:
             raise UserError(f"cannot read {path} ({error}): {remedy}") from error
         except SafetensorError as error:
             raise UserError(f"{path} is not a whole feature file ({error}): {remedy}") from error
-        wanted = {"fingerprint": self.fingerprint, "shard": entry.sha256, "format_version": str(FORMAT_VERSION)}
-        differing = [name for name in wanted if facts.get(name) != wanted[name]]
-        if differing:
-            what = {"fingerprint": "another encoder, its weights, crop or precision", "shard": "another shard"}
-            raise UserError(f"{path} holds features of {what.get(differing[0], 'another version')}: {remedy}")
-        return found
+        if metadata != self.metadata(number):
+            raise UserError(
+                f"{path} holds features of another shard, or of another encoder, its weights, crop or precision: "
+                f"{remedy}"
+            )
+        return opened
 
 
 @dataclass(frozen=True, slots=True)
-class OpenFeatures:
-    """A feature file in memory; its `rows` are read when they are indexed."""
+class FeatureFile:
+    """An open feature file; its `rows` are read when they are indexed."""
 
+    path: Path
     rows: Any
     crc32s: np.ndarray
     usable: np.ndarray
 
-
-class FeatureReader:
-    """Reads single rows of a split's feature files, with their checksums."""
-
-    def __init__(self, files: FeatureFiles) -> None:
-        self._files = files
-        self._open: dict[int, OpenFeatures] = {}
-
-    def read_into(self, row_F: np.ndarray, shard: int, index: int) -> None:
-        """Read the features (F), float32, of the sample at `index` in its shard into `row_F`.
+    def read_into(self, row_F: np.ndarray, index: int) -> None:
+        """Read the features (F), float32, of the sample at `index` in the shard into `row_F`.
 
         Raises SampleError where they are damaged or unusable.
         """
-        if shard not in self._open:
-            self._open[shard] = self._files.open(shard)
-        found, path = self._open[shard], self._files.paths[shard]
-        if not found.usable[index]:
-            raise SampleError("no features", f"sample {index} of {path} was not readable when it was encoded")
-        row_F[:] = found.rows[index]
-        if zlib.crc32(row_F.data) != found.crc32s[index]:
-            message = f"{path} is damaged at sample {index} (checksum differs): delete it, and it is made again"
+        if not self.usable[index]:
+            raise SampleError("no features", f"sample {index} of {self.path} was not readable when it was encoded")
+        row_F[:] = self.rows[index]
+        if zlib.crc32(row_F.data) != self.crc32s[index]:
+            message = f"{self.path} is damaged at sample {index} (checksum differs): delete it, and it is made again"
             raise SampleError("checksum", message)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from itertools import chain, islice, repeat
+from pkgutil import resolve_name
 from typing import Any
 
 from torch.utils.data import default_collate
@@ -62,17 +62,11 @@ class LoaderSpeed:
         is_linear = self.workers <= self.cores and self.limit != "hand-off"
         each = self.workers_rate / self.workers if is_linear else self.alone_rate
         num_workers, num_processes = math.ceil(wanted / each), math.ceil(wanted * self.handoff_us / 1e6)
-        need = (
-            f"{wanted:,.0f} samples/s need {num_workers:,} worker{'s' if num_workers > 1 else ''} of {each:,.0f} each"
-        )
-        if num_processes > 1:
-            need += f" and {num_processes} training processes (one takes {1e6 / self.handoff_us:,.0f})"
-        room = f"that leaves {self.cores - num_workers} of the {self.cores} cores to training"
-        if num_workers > self.cores:
-            room = f"the {self.cores} cores make about {self.cores * each:,.0f}"
+        processes = "" if num_processes < 2 else f" for {num_processes} training processes"
         return (
             f"{self.limit.capitalize()} limits: {self.workers} workers make {self.workers_rate:,.0f} samples/s; "
-            f"{need}; {room}."
+            f"{wanted:,.0f} samples/s need {num_workers:,} workers of {each:,.0f} each{processes}, and there are "
+            f"{self.cores} cores."
         )
 
 
@@ -91,21 +85,15 @@ def caption_functions(split: Split, *, crop: int, max_tokens: int, batch_size: i
 
 def user_functions(transform: str, collate: str | None) -> dict[str, Any]:
     """The loader's functions by their names, MODULE:FUNCTION; `collate` is torch's without one. Raises UserError."""
-    return {
-        "transform": _import_function(transform),
-        "collate": _import_function(collate) if collate else default_collate,
-    }
-
-
-def _import_function(text: str) -> Callable[..., Any]:
-    """The function that MODULE:FUNCTION names; modules in the current folder are found too. Raises UserError."""
-    module, _, name = text.partition(":")
-    if "" not in sys.path:
+    if "" not in sys.path:  # modules in the current folder
         sys.path.insert(0, "")
     try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"there is no function {text} ({error}): give MODULE:FUNCTION") from error
+        return {
+            "transform": resolve_name(transform),
+            "collate": resolve_name(collate) if collate else default_collate,
+        }
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"there is no such function ({error}): give MODULE:FUNCTION") from error
 
 
 class TimedStage:

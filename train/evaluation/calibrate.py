@@ -3,7 +3,7 @@
 Shapes: B images, F features of an image.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -11,51 +11,36 @@ from statistics import median
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from captioner.calibration import MIN_IMAGES, Calibration, fit_confidence, fit_space
 from captioner.errors import UserError
 from captioner.metrics import References
-from captioner.model.bundle import Bundle, DecodingDefaults, save_calibration
-from captioner.streaming import StreamingLoader
+from captioner.model.bundle import Bundle, save_calibration
 from captioner.streaming.dataset import Split
 from train.evaluation.predictions import ValidationCaption
-from train.step.step import CaptionLoss, encode_split
+from train.evaluation.validation import Evaluator
+from train.step.step import encode_split
 
 MAX_IMAGES = 4096  # of larger splits every k-th image is taken
 
 
-def calibrate(
-    captions: Sequence[ValidationCaption],
-    split: Split,
-    *,
-    loss_model: CaptionLoss,
-    open_loader: Callable[..., StreamingLoader],
-    decoding: DecodingDefaults,
-    accelerator: Accelerator,
-) -> Calibration | None:
-    """The calibration of a model that made these captions of the split's images with this `decoding`.
+def calibrate(captions: Sequence[ValidationCaption], evaluator: Evaluator) -> Calibration | None:
+    """The calibration of the evaluator's model, which made these captions of its split.
 
-    All ranks must call it; all but the main one get None, and their `captions` are not read. `open_loader` opens a
-    loader of the split's samples, with centre crops or cached features.
+    All ranks must call it; all but the main one get None, and their `captions` are not read.
     """
-    features_BF = sample_features(split, loss_model=loss_model, open_loader=open_loader, accelerator=accelerator)
-    if not accelerator.is_main_process:
+    features_BF = sample_features(evaluator)
+    if not evaluator.accelerator.is_main_process:
         return None
-    usable = [row for row in thinned(captions) if len(row.references) > 1]
+    usable = [row for row in captions[:: _stride(len(captions))] if len(row.references) > 1]
     found = fit_confidence([row.score for row in usable], are_good(usable)) if usable else None
     curve, reliability = found or (None, None)
     space = fit_space(features_BF)
-    calibration = Calibration(decoding=asdict(decoding), curve=curve, reliability=reliability, space=space)
-    accelerator.print(f"calibration: {calibration}")
+    calibration = Calibration(decoding=asdict(evaluator.decoding), curve=curve, reliability=reliability, space=space)
+    evaluator.accelerator.print(f"calibration: {calibration}")
     return calibration
-
-
-def thinned(captions: Sequence[ValidationCaption]) -> Sequence[ValidationCaption]:
-    """Every k-th caption, at most MAX_IMAGES."""
-    return captions[:: _stride(len(captions))]
 
 
 def _stride(num_images: int) -> int:
@@ -81,25 +66,22 @@ def are_good(captions: Sequence[ValidationCaption]) -> list[bool]:
     return [of_model[number] >= bar for number in range(len(captions))]
 
 
-def sample_features(
-    split: Split, *, loss_model: CaptionLoss, open_loader: Callable[..., StreamingLoader], accelerator: Accelerator
-) -> Tensor:
-    """The encoder's features (B, F) of every k-th image of a split, in its order, the same on every rank.
+def sample_features(evaluator: Evaluator) -> Tensor:
+    """The encoder's features (B, F) of every k-th image of the split, in its order, the same on every rank.
 
     These are at most MAX_IMAGES, the same ones for any number of ranks.
     """
-    loss_model.eval()
-    batches = encode_split(
-        split,
-        loss_model=loss_model,
-        open_loader=open_loader,
-        accelerator=accelerator,
-        world_size=accelerator.num_processes,
-        every=_stride(split.num_samples),
+    evaluator.loss_model.eval()
+    rows = encode_split(
+        evaluator.split,
+        loss_model=evaluator.loss_model,
+        open_loader=evaluator.open_loader,
+        accelerator=evaluator.accelerator,
+        world_size=evaluator.accelerator.num_processes,
+        every=_stride(evaluator.split.num_samples),
     )
-    found = list(chain.from_iterable(gather_object([list(batches)])))
-    order = np.argsort(np.concatenate([positions for positions, _ in found]))
-    return torch.from_numpy(np.concatenate([features_BF for _, features_BF in found])[order])
+    found = dict(chain.from_iterable(gather_object([list(rows)])))
+    return torch.from_numpy(np.stack([found[position] for position in sorted(found)]))
 
 
 def check_enough(split: Split) -> None:

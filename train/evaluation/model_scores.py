@@ -10,15 +10,15 @@ from accelerate.utils import gather_object
 from captioner import cli
 from captioner.model.bundle import load_bundle
 from captioner.streaming import Ledger
+from train.barriers import raising_on_all_ranks
 from train.data.batches import caption_loader, rank_options
 from train.data.folders import check_batch_size, check_fits, read_filled_split, read_view
-from train.evaluation.calibrate import check_enough, keep_calibration
+from train.evaluation.calibrate import calibrate, check_enough, keep_calibration
 from train.evaluation.coco_results import write_results
 from train.evaluation.scoring import report_scores
 from train.evaluation.settings import EvaluateSettings
 from train.evaluation.validation import Evaluator
 from train.step.step import CaptionLoss
-from train.uneven import refused_together
 
 
 def score_model(settings: EvaluateSettings, accelerator: Accelerator) -> None:
@@ -26,7 +26,7 @@ def score_model(settings: EvaluateSettings, accelerator: Accelerator) -> None:
 
     Raises UserError.
     """
-    with refused_together():
+    with raising_on_all_ranks():
         bundle = load_bundle(str(settings.model), device=accelerator.device)
         split = read_filled_split(settings.shards, settings.split)
         check_batch_size(settings.batch_size, world_size=accelerator.num_processes)
@@ -56,7 +56,7 @@ def score_model(settings: EvaluateSettings, accelerator: Accelerator) -> None:
     )
     losses, rows, ledger = evaluator.caption_split()
     Ledger.of_all(gather_object([ledger]), planned=split.num_samples)
-    with refused_together():
+    with raising_on_all_ranks():
         if accelerator.is_main_process:
             write_results(str(settings.output), [(row.image_id, row.caption) for row in rows])
             facts = {
@@ -71,8 +71,8 @@ def score_model(settings: EvaluateSettings, accelerator: Accelerator) -> None:
             references = {row.image_id: row.references for row in rows}
             report_scores(settings, captions, references, facts, losses)
     if settings.calibrate:
-        calibration = evaluator.calibrate(rows)
-        with refused_together():
+        calibration = calibrate(rows, evaluator)
+        with raising_on_all_ranks():
             if settings.model is not None and calibration is not None:
                 keep_calibration(bundle, settings.model, calibration)
                 cli.console.print(

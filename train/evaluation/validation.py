@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 
-from captioner.calibration import Calibration
 from captioner.errors import UserError
 from captioner.metrics import References
 from captioner.model.bundle import DecodingDefaults
@@ -20,62 +20,12 @@ from captioner.model.decoding import decode
 from captioner.streaming import Ledger, StreamingLoader
 from captioner.streaming.dataset import Split
 from captioner.vocabulary import Vocabulary
+from train.barriers import on_main_rank
 from train.data.batches import CaptionBatch
-from train.evaluation.calibrate import calibrate
 from train.evaluation.predictions import ValidationCaption
 from train.step.step import CaptionLoss, StepLoss
-from train.uneven import in_main
 
 NUM_SAMPLES = 8  # images whose captions are shown as they change
-
-
-@torch.no_grad()
-def evaluate_split(
-    loss_model: CaptionLoss,
-    batches: Iterable[CaptionBatch],
-    *,
-    vocabulary: Vocabulary,
-    decoding: DecodingDefaults,
-    accelerator: Accelerator,
-) -> tuple[StepLoss, list[ValidationCaption]]:
-    """The split's loss, and a caption for each of its images in the split's order, the same on every rank.
-
-    Each image is decoded and encoded once for both. Captions are generated in float32 as outside of training, whatever
-    the precision of training: confidence is calibrated on their scores. Raises UserError for a loss that is not finite.
-    """
-    model, was_training = loss_model.model, loss_model.training
-    loss_model.eval()
-    loss_sum, num_targets = 0.0, 0
-    rows: list[ValidationCaption] = []
-    for batch in batches:
-        if not batch.num_samples:
-            continue
-        on_device = batch.to(accelerator.device)
-        with accelerator.autocast():
-            features_BF = loss_model.features(on_device.inputs)
-            _, cross_entropy = loss_model(features_BF, on_device.captions)
-        captions = decode(model, model.encode(features_BF.float()), **asdict(decoding))
-        loss_sum, num_targets = loss_sum + float(cross_entropy), num_targets + batch.num_targets
-        columns = zip(batch.positions, batch.image_ids, batch.references, captions, strict=True)
-        rows += [
-            ValidationCaption(
-                position=position,
-                image_id=image_id,
-                caption=vocabulary.decode(caption.tokens),
-                score=caption.score,
-                references=refs,
-            )
-            for position, image_id, refs, caption in columns
-        ]
-    loss_model.train(was_training)
-    loss_sums, nums_targets = zip(*gather_object([(loss_sum, num_targets)]), strict=True)
-    loss = StepLoss(sum(loss_sums), sum(nums_targets))
-    if not math.isfinite(loss.loss_sum):
-        raise UserError(
-            f"the loss of the evaluated split is {loss.loss_sum}: this model is of no use, train again with a smaller "
-            "learning rate"
-        )
-    return loss, sorted(gather_object(rows), key=lambda row: row.position)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,25 +68,61 @@ class Evaluator:
         """Its workers are started once: a fork in the middle of a run is a risk."""
         return self.open_loader(self.split)
 
+    @torch.no_grad()
     def caption_split(self) -> tuple[dict[str, float], list[ValidationCaption], Ledger]:
-        """Loss and perplexity, and the captions, the same on every rank; and this rank's ledger. Raises UserError."""
-        loss, rows = evaluate_split(
-            self.loss_model,
-            chain.from_iterable(self._loader),
-            vocabulary=self.vocabulary,
-            decoding=self.decoding,
-            accelerator=self.accelerator,
-        )
+        """Loss and perplexity, and the captions in the split's order, the same on every rank; and this rank's ledger.
+
+        Each image is decoded and encoded once for both. Captions are generated in float32 as outside of training,
+        whatever the precision of training: confidence is calibrated on their scores. Raises UserError for a loss that
+        is not finite, and where no sample can be used.
+        """
+        loss_model, was_training = self.loss_model, self.loss_model.training
+        loss_model.eval()
+        loss_sum, num_targets = 0.0, 0
+        rows: list[ValidationCaption] = []
+        for batch in chain.from_iterable(self._loader):
+            if not batch.num_samples:
+                continue
+            on_device = batch.to(self.accelerator.device)
+            with self.accelerator.autocast():
+                features_BF = loss_model.features(on_device.inputs)
+                _, cross_entropy = loss_model(features_BF, on_device.captions)
+            loss_sum, num_targets = loss_sum + float(cross_entropy), num_targets + batch.num_targets
+            rows += self._caption(batch, features_BF.float())
+        loss_model.train(was_training)
+        loss_sums, nums_targets = zip(*gather_object([(loss_sum, num_targets)]), strict=True)
+        loss = StepLoss(sum(loss_sums), sum(nums_targets))
+        if not math.isfinite(loss.loss_sum):
+            raise UserError(
+                f"the loss of the evaluated split is {loss.loss_sum}: this model is of no use, train again with a "
+                "smaller learning rate"
+            )
+        rows = sorted(gather_object(rows), key=lambda row: row.position)
         ledger = self._loader.ledger
         if not rows:
             raise UserError(f"none of the {self.split.num_samples:,} {self.split.name} samples can be used: {ledger}")
         return {"validation_loss": loss.per_token, "validation_perplexity": loss.perplexity}, rows, ledger
 
+    def _caption(self, batch: CaptionBatch, features_BF: Tensor) -> list[ValidationCaption]:
+        model = self.loss_model.model
+        captions = decode(model, model.encode(features_BF), **asdict(self.decoding))
+        columns = zip(batch.positions, batch.image_ids, batch.references, captions, strict=True)
+        return [
+            ValidationCaption(
+                position=position,
+                image_id=image_id,
+                caption=self.vocabulary.decode(caption.tokens),
+                score=caption.score,
+                references=references,
+            )
+            for position, image_id, references, caption in columns
+        ]
+
     def evaluate(self) -> Evaluation:
         """Loss, captions and scores of the whole split, the same on every rank. Raises UserError."""
         started = time.monotonic()
         losses, rows, ledger = self.caption_split()
-        metrics = {**losses, **in_main(lambda: self._score(rows))}
+        metrics = {**losses, **on_main_rank(lambda: self._score(rows))}
         return Evaluation(captions=rows, metrics=metrics, ledger=ledger, seconds=time.monotonic() - started)
 
     def _score(self, rows: list[ValidationCaption]) -> dict[str, float]:
@@ -146,17 +132,6 @@ class Evaluator:
             self._references = References({row.position: row.references for row in rows})
             self._positions = positions
         return self._references.scores({row.position: row.caption for row in rows})
-
-    def calibrate(self, captions: Sequence[ValidationCaption]) -> Calibration | None:
-        """The calibration of the model that made these captions of the split, in the main process. Raises UserError."""
-        return calibrate(
-            captions,
-            self.split,
-            loss_model=self.loss_model,
-            open_loader=self.open_loader,
-            decoding=self.decoding,
-            accelerator=self.accelerator,
-        )
 
     def sample_captions(self, found: Evaluation) -> tuple[list[np.ndarray], list[str]]:
         """The split's first images, uint8 (P, P, 3), and their captions. In this process alone."""

@@ -1,8 +1,8 @@
-"""What all ranks must agree on before a run starts: settings, data, and one run folder that each of them sees."""
+"""What all ranks must have in common before a run starts: settings, data, and one run folder that each of them sees."""
 
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -12,30 +12,33 @@ from accelerate.utils import gather_object
 
 from captioner.errors import UserError
 from captioner.files.storage import write_atomic
-from captioner.flags import flag_name
+from train.barriers import on_main_rank
 from train.settings import OF_A_MACHINE
-from train.uneven import in_main
 
 VISIBLE_SECONDS = 75.0  # NFS clients may serve a folder from their cache for a minute
 ENCODER_WEIGHTS = "encoder weights"
+MAX_SHOWN = 20  # characters of a value
 
 
-def check_same_start(settings: Mapping[str, Any], inputs: Mapping[str, str | None]) -> None:
-    """Raise UserError unless all ranks have the same data and settings, except for those that may differ by machine.
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, ignored: Container[str]) -> list[tuple[str, ...]]:
+    """The (name, old value, new value) of what is not ignored and differs; long fingerprints are cut."""
+    names = [name for name, value in new.items() if name not in ignored and old.get(name) != value]
+    return [(name, str(old.get(name))[:MAX_SHOWN], str(new[name])[:MAX_SHOWN]) for name in names]
+
+
+def check_same_start(facts: Mapping[str, Any]) -> None:
+    """Raise UserError unless all ranks have the same inputs and settings, except for those that may differ by machine.
 
     A weights file need not be on all machines.
     """
-    own = {name: value for name, value in inputs.items() if name != ENCODER_WEIGHTS}
-    own |= {flag_name(name): value for name, value in settings.items() if name not in OF_A_MACHINE}
-    hosts_and_values = gather_object([(socket.gethostname(), own)])
-    first_host, first = hosts_and_values[0]
-    for rank, (host, values) in enumerate(hosts_and_values):
-        for name, value in first.items():
-            if values[name] != value:
-                raise UserError(
-                    f"rank {rank} on {host} has {name} {values[name]}, rank 0 on {first_host} has {value}: give all "
-                    "machines the same shards and the same flags"
-                )
+    hosts_and_facts = gather_object([(socket.gethostname(), facts)])
+    first_host, first = hosts_and_facts[0]
+    for rank, (host, own) in enumerate(hosts_and_facts):
+        for name, expected, found in differences(first, own, ignored=(*OF_A_MACHINE, ENCODER_WEIGHTS)):
+            raise UserError(
+                f"rank {rank} on {host} has {name} {found}, rank 0 on {first_host} has {expected}: give all machines "
+                "the same shards and the same flags"
+            )
 
 
 def check_shared(run: Path) -> None:
@@ -43,12 +46,8 @@ def check_shared(run: Path) -> None:
     if PartialState().num_processes == 1:
         return
 
-    def write_probe() -> str:
-        name = f".seen-by-all-{uuid4().hex}"  # a new name is in no machine's cache
-        write_atomic(str(run / name), "")
-        return name
-
-    probe = run / in_main(write_probe)
+    probe = run / on_main_rank(lambda: f".seen-by-all-{uuid4().hex}")  # a new name is in no machine's cache
+    on_main_rank(lambda: write_atomic(str(probe), ""))
     try:
         wait_until_all_see(probe)
     finally:

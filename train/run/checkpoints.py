@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from captioner.errors import UserError
 from captioner.files.storage import write_atomic
 from captioner.streaming import StreamingLoader
+from train.barriers import on_main_rank, raising_on_all_ranks
 from train.run.agreement import wait_until_all_see
-from train.uneven import in_main, refused_together
 
 FOLDER = "checkpoints"
 COMPLETE = "complete.json"
@@ -78,21 +78,18 @@ class Checkpoints:
         """
         folder = self.run / FOLDER / self.name
 
-        def write() -> None:
-            try:
-                self.accelerator.save_state(str(folder))
-            except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
-                raise UserError(_first_line(error)) from error
-
         def complete() -> None:
             _sync(folder)  # all ranks have written
             write_atomic(str(folder / COMPLETE), json.dumps(self.loader.state_dict()))
 
-        in_main(lambda: _remove(folder))
+        on_main_rank(lambda: _remove(folder))
         try:
-            with refused_together():
-                write()
-            in_main(complete)
+            with raising_on_all_ranks():
+                try:
+                    self.accelerator.save_state(str(folder))
+                except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+                    raise UserError(_first_line(error)) from error
+            on_main_rank(complete)
         except (UserError, OSError) as error:
             if self.accelerator.is_main_process:
                 _remove(folder)
@@ -101,7 +98,7 @@ class Checkpoints:
             raise UserError(
                 f"cannot write {folder} ({error}); {left}: make room, then continue with --resume"
             ) from error
-        in_main(self._remove_old)
+        on_main_rank(self._remove_old)
 
     def _remove_old(self) -> None:
         for old in find_checkpoints(self.run)[: -self.keep]:
@@ -113,11 +110,11 @@ class Checkpoints:
 
         Raises UserError when it was made on other data or cannot be read.
         """
-        newest = in_main(lambda: [path.name for path in find_checkpoints(self.run)[-1:]])
+        newest = on_main_rank(lambda: [path.name for path in find_checkpoints(self.run)[-1:]])
         for name in newest:  # the run folder may have another path on each machine
             checkpoint = self.run / FOLDER / name
             wait_until_all_see(checkpoint / COMPLETE)
-            with refused_together():
+            with raising_on_all_ranks():
                 _load(checkpoint, self.accelerator)
 
     def load_best(self, loss_model: nn.Module) -> None:
@@ -139,11 +136,8 @@ def _sync(folder: Path) -> None:
     """Write all files of a folder to the disk, so that a completion marker never outlives them."""
     for path in folder.rglob("*"):
         if path.is_file():
-            file = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(file)
-            finally:
-                os.close(file)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def _remove(folder: Path) -> None:

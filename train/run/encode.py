@@ -22,9 +22,9 @@ from captioner.files import storage
 from captioner.images.views import ViewSpec
 from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import Split
-from train.data.features import FORMAT_VERSION, ROW_DTYPE, FeatureFiles
+from train.barriers import barrier_for_slow_ranks, raising_on_all_ranks
+from train.data.features import FeatureFiles
 from train.step.step import CaptionLoss, encode_split
-from train.uneven import refused_together, waiting_for_all
 
 
 def encoder_fingerprint(encoder: nn.Module, view: ViewSpec, *, precision: str = "no") -> str:
@@ -53,7 +53,7 @@ def prepare_features(
     if not splits:
         return {}
     encoder = loss_model.model.encoder
-    with refused_together():  # all have looked before the first writes
+    with raising_on_all_ranks():  # all have looked before the first writes
         fingerprint = encoder_fingerprint(encoder, loss_model.view, precision=accelerator.mixed_precision)
         found = {
             split.name: FeatureFiles.of(
@@ -69,7 +69,9 @@ def prepare_features(
     for split in splits:
         files, numbers = found[split.name], missing[split.name]
         own = numbers[accelerator.process_index :: accelerator.num_processes]
-        with waiting_for_all():  # one may be hours faster than another; where one fails, the others keep their files
+        with (
+            barrier_for_slow_ranks()
+        ):  # one may be hours faster than another; where one fails, the others keep their files
             try:
                 if own:
                     _encode_shards(
@@ -97,34 +99,28 @@ def _encode_shards(
 ) -> None:
     """Make the files of `own` shards, in this process alone."""
     own_split = split.only(own)
-    batches = encode_split(
+    rows = encode_split(
         own_split, loss_model=loss_model, open_loader=open_loader, accelerator=accelerator, rank=0, world_size=1
     )
     total, quiet = own_split.num_samples, not accelerator.is_main_process
     with cli.progress_bar(f"encoding {split.name}", total=total, unit="images", quiet=quiet) as bar:
-
-        def rows() -> Iterator[tuple[int, np.ndarray]]:
-            for positions, features_BF in batches:
-                bar.advance(len(positions))
-                yield from zip(positions, features_BF, strict=True)
-
-        _write_files(files, own, rows())
+        _write_files(files, own, rows, bar)
 
 
-def _write_files(files: FeatureFiles, own: Sequence[int], rows: Iterator[tuple[int, np.ndarray]]) -> None:
+def _write_files(files: FeatureFiles, own: Sequence[int], rows: Iterator[tuple[int, np.ndarray]], bar: cli.Bar) -> None:
     """Write one file after the other from rows (position in `own`'s samples, features); absent samples are unusable."""
     position, first = next(rows, (-1, np.empty(0)))
     start = 0
     for number in own:
         entry = files.shards[number]
-        features_SF = np.zeros((entry.samples, files.num_features), dtype=ROW_DTYPE)
+        features_SF = np.zeros((entry.samples, files.num_features), dtype=np.float32)
         usable_S = np.zeros(entry.samples, dtype=np.uint8)
         while start <= position < start + entry.samples:
             features_SF[position - start], usable_S[position - start] = first, 1
+            bar.advance()
             position, first = next(rows, (-1, first))
         start += entry.samples
         crc32s_S = np.array([zlib.crc32(row.data) for row in features_SF], dtype=np.uint32)
-        facts = {"fingerprint": files.fingerprint, "shard": entry.sha256, "format_version": str(FORMAT_VERSION)}
         arrays = {"features": features_SF, "crc32s": crc32s_S, "usable": usable_S}
         files.paths[number].parent.mkdir(parents=True, exist_ok=True)
-        storage.write_atomic(str(files.paths[number]), save_arrays(arrays, metadata=facts))
+        storage.write_atomic(str(files.paths[number]), save_arrays(arrays, metadata=files.metadata(number)))

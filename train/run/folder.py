@@ -10,8 +10,8 @@ It is created after all checks of the start have passed, see docs/decisions/0019
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,16 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from captioner.calibration import Calibration
 from captioner.errors import UserError
 from captioner.files.storage import read_json, write_atomic
-from captioner.images.views import ViewSpec
-from captioner.model.bundle import Bundle, DecodingDefaults, save_bundle
-from captioner.model.network import CaptionModel
+from captioner.model.bundle import Bundle, save_bundle
 from captioner.streaming import Ledger
 from captioner.vocabulary import Vocabulary
+from train.barriers import on_main_rank, raising_on_all_ranks
 from train.data.folders import CaptionData
-from train.run.agreement import ENCODER_WEIGHTS, check_same_start, check_shared
+from train.run.agreement import ENCODER_WEIGHTS, check_same_start, check_shared, differences
 from train.run.checkpoints import ENCODER, FOLDER, find_checkpoints
 from train.settings import CHANGEABLE, TrainSettings
-from train.uneven import in_main, refused_together
 
 SETTINGS = "settings.json"
 INPUTS = "made_of"  # in settings.json
@@ -84,90 +81,67 @@ def is_finished(run: Path, settings: TrainSettings, inputs: Mapping[str, str | N
     Raises UserError where the ranks have different settings or inputs, where the folder holds a run of other settings
     (those in CHANGEABLE excepted) or inputs, and where an unfinished run is not to be resumed.
     """
-    check_same_start(asdict(settings), inputs)
+    facts = json.loads(json.dumps({**asdict(settings), **inputs}))  # lists for tuples, as in a file
+    check_same_start(facts)
 
     def look() -> bool:
         finished = model_folder(run).exists()
         if (run / SETTINGS).exists():
-            _check_same_run(run, _as_read(settings), inputs)
+            _check_same_run(run, facts)
         if find_checkpoints(run) and not settings.resume and not finished:
             raise UserError(
                 f"{run} holds an unfinished run: continue with --resume, give another --output, or delete {run}"
             )
         return finished
 
-    return in_main(look)
+    return on_main_rank(look)
 
 
-def _check_same_run(run: Path, settings: Mapping[str, Any], inputs: Mapping[str, str | None]) -> None:
+def _check_same_run(run: Path, facts: Mapping[str, Any]) -> None:
     """Raise UserError where the folder's settings or inputs differ from these."""
     path = run / SETTINGS
     old = read_json(str(path), remedy=f"delete {run} or give another --output")
     if not isinstance(old, dict) or INPUTS not in old:
         raise UserError(f"{path} is damaged or of an older version: give another --output, or delete {run}")
+    weights_are_gone = facts[ENCODER_WEIGHTS] is None and old.get("weights") == facts["weights"]
+    ignored = (*CHANGEABLE, ENCODER_WEIGHTS) if weights_are_gone else CHANGEABLE  # they are kept in the run folder
     changes = [
-        f"{name} was {old.get(name)}, is {value}"
-        for name, value in settings.items()
-        if name not in CHANGEABLE and old.get(name) != value
+        f"{name} was {was}, is {value}" for name, was, value in differences(old | old[INPUTS], facts, ignored=ignored)
     ]
-    for name, fingerprint in inputs.items():
-        before = old[INPUTS].get(name)
-        is_gone = name == ENCODER_WEIGHTS and fingerprint is None and old.get("weights") == settings["weights"]
-        if fingerprint != before and not is_gone:  # weights are kept in the run folder
-            order = ", or in another order" if name.endswith("shards") else ""
-            changes.append(f"different {name}{order}: fingerprint {_short(before)} became {_short(fingerprint)}")
     if changes:
         raise UserError(
-            f"{run} was started with other settings ({', '.join(changes)}): give another --output, or delete {run}"
+            f"{run} was started with other settings or shards in another order ({', '.join(changes)}): give another "
+            f"--output, or delete {run}"
         )
-
-
-def _as_read(settings: TrainSettings) -> dict[str, Any]:
-    """Settings as they come back from a file: lists for tuples."""
-    return json.loads(json.dumps(asdict(settings)))
-
-
-def _short(fingerprint: str | None) -> str:
-    return fingerprint[:12] if fingerprint else "none"
 
 
 @contextmanager
 def starting(run: Path, settings: TrainSettings, inputs: Mapping[str, str | None]) -> Iterator[None]:
-    """Make the run folder on entering, and write its settings on leaving.
+    """Write the run's settings on leaving.
 
-    An error within is raised on all ranks, and so is a UserError where they do not share the folder; no new folder is
-    left then.
+    An error within is raised on all ranks, and so is a UserError where they do not share the folder. What was written
+    into a new folder is deleted then, and the folder is removed by its owner.
     """
-    made = in_main(lambda: _make(run))
+    is_new = on_main_rank(lambda: {path.name for path in run.iterdir()} <= {OWNER})
     try:
         check_shared(run)
-        with refused_together():
+        with raising_on_all_ranks():
             yield
         content = json.dumps({**asdict(settings), INPUTS: inputs}, indent=1)
-        in_main(lambda: write_atomic(str(run / SETTINGS), content))
+        on_main_rank(lambda: write_atomic(str(run / SETTINGS), content))
     except BaseException:
-        if PartialState().is_main_process:
-            _unmake(made)
+        if is_new and PartialState().is_main_process:
+            _empty(run)
         raise
 
 
-def _make(run: Path) -> list[Path]:
-    """Make the folder with its parents; returns those that were not there, the innermost first, or held no run yet."""
-    new = [folder for folder in (run, *run.parents) if not folder.exists()]
-    run.mkdir(parents=True, exist_ok=True)
-    return new or ([run] if {path.name for path in run.iterdir()} <= {OWNER} else [])
-
-
-def _unmake(made: Sequence[Path]) -> None:
-    """Undo `_make`: delete what is in the run folder except its owner file, and the folders that are empty then."""
-    for path in made[0].iterdir() if made else ():
+def _empty(run: Path) -> None:
+    """Delete what is in a run folder, except its owner file."""
+    for path in run.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         elif path.name != OWNER:
             path.unlink(missing_ok=True)
-    with suppress(OSError):
-        for folder in made:
-            folder.rmdir()
 
 
 # ---- what a run leaves --------------------------------------------------------------------------------------
@@ -197,31 +171,14 @@ def write_figures(run: Path, **figures: Mapping[str, float]) -> None:
         write_atomic(str(run / f"{name}.json"), json.dumps(dict(content), indent=1, allow_nan=False))
 
 
-def write_model(
-    run: Path,
-    model: CaptionModel,
-    *,
-    view: ViewSpec,
-    vocabulary: Vocabulary,
-    decoding: DecodingDefaults,
-    metrics: Mapping[str, float],
-    calibration: Calibration | None,
-) -> None:
+def write_model(run: Path, **parts: Any) -> None:
     """Write the model folder, which ends the run, and delete the checkpoints, which are not needed any more.
 
-    Raises UserError where it cannot be written; the checkpoints stay then.
+    `parts` are those of `save_bundle`. Raises UserError where it cannot be written; the checkpoints stay then.
     """
     folder = model_folder(run)
     try:
-        save_bundle(
-            folder,
-            model=model,
-            view=view,
-            vocabulary=vocabulary,
-            decoding=decoding,
-            metrics=metrics,
-            calibration=calibration,
-        )
+        save_bundle(folder, **parts)
     except OSError as error:
         raise UserError(f"cannot write {folder} ({error}): make room, then continue with --resume") from error
     shutil.rmtree(run / FOLDER, ignore_errors=True)

@@ -1,18 +1,18 @@
 """A training job from launch to end: its processes, their signals, and ownership of its run folder."""
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from captioner.errors import UserError
 from captioner.files.ownership import owned
+from train.barriers import on_main_rank
 from train.run.folder import OWNER
 from train.run.launch import Preemption, ending_without_peers, start_accelerator
 from train.settings import TrainSettings
-from train.uneven import in_main
 
 Recipe = Callable[[TrainSettings, Accelerator, Preemption], None]
 
@@ -23,24 +23,17 @@ def as_job(recipe: Recipe) -> Callable[[TrainSettings], None]:
     @functools.wraps(recipe)
     def job(settings: TrainSettings) -> None:
         remedy = "the same command with --resume continues from the newest checkpoint, on fewer machines too"
-        with ending_without_peers(remedy=remedy):
+        with ending_without_peers(remedy=remedy), ExitStack() as stack:
             accelerator = start_accelerator(seed=settings.seed, thaws_later=bool(settings.finetune_encoder_from_step))
             stop = Preemption()
-            with owning(Path(settings.output)):
-                recipe(settings, accelerator, stop)
+            on_main_rank(lambda: stack.enter_context(_owned_run(settings.output)))
+            recipe(settings, accelerator, stop)
 
     return job
 
 
-@contextmanager
-def owning(run: Path) -> Iterator[None]:
-    """Own the run folder while entered, in the main process for all. Raises UserError, in all, if another job does."""
-    with ExitStack() as stack:
-
-        def own() -> None:
-            if run.exists() and not run.is_dir():
-                raise UserError(f"{run} is a file: give a folder with --output")
-            stack.enter_context(owned(str(run / OWNER), doing="is training in this folder"))
-
-        in_main(own)
-        yield
+def _owned_run(output: str) -> AbstractContextManager[None]:
+    run = Path(output)
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run} is a file: give a folder with --output")
+    return owned(str(run / OWNER), doing="is training in this folder")

@@ -5,100 +5,41 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
 from captioner.files.storage import read_json, write_atomic
 from captioner.pages import load_template
 from train.run.tracking import HISTORY, SAMPLE_IMAGES, SAMPLES, read_rows
 
-REPORT = "report.html"
 MAX_CURVE_POINTS = 500
-MAX_DOTS = 60  # of a line; where there are more points, the line is drawn without dots
 NUM_TICKS = 5
 WARMUP_FRACTION = 0.02  # of the steps, left out of the y axis' range: the first losses are several times the others
-LEFT, RIGHT, TOP, BOTTOM = 64.0, 462.0, 10.0, 226.0  # of the plot, in the template's drawing of 480 x 270
-METRIC_NAMES = {
-    "loss": "Loss",
-    "perplexity": "Perplexity",
-    "cider": "CIDEr",
-    "bleu1": "BLEU-1",
-    "bleu2": "BLEU-2",
-    "bleu3": "BLEU-3",
-    "bleu4": "BLEU-4",
-    "rouge_l": "ROUGE-L",
-}
+WIDTH, HEIGHT = 398.0, 216.0  # of a chart's plot area, in the template's drawing
+CHARTS = (
+    ("Loss", {"training": "train/loss", "validation": "validation/loss"}),
+    ("CIDEr and BLEU-4", {"CIDEr": "validation/cider", "BLEU-4": "validation/bleu4"}),
+)
+METRIC_NAMES = {"cider": "CIDEr", "rouge_l": "ROUGE-L"} | {f"bleu{n}": f"BLEU-{n}" for n in range(1, 5)}
 
 HistoryRow = Mapping[str, Any]
-Series = list[tuple[float, float]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """A point of a line, in the drawing's coordinates, and its tooltip."""
-
-    x: float
-    y: float
-    text: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """A line of a chart; `num_not_finite` counts the values that cannot be drawn."""
-
-    name: str
-    points: list[Point]
-    num_not_finite: int
-
-    @property
-    def svg_points(self) -> str:
-        """The points as SVG writes them."""
-        return " ".join(f"{point.x:.1f},{point.y:.1f}" for point in self.points)
-
-    @property
-    def has_dots(self) -> bool:
-        """Whether the points are few enough for dots."""
-        return len(self.points) <= MAX_DOTS
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Axis:
-    """A range of values, its `ticks` at round numbers, and the drawing's coordinates of both ends."""
-
-    low: float
-    high: float
-    ticks: list[float]
-    start: float
-    end: float
-
-    def position(self, value: float) -> float:
-        """The drawing's coordinate of a value."""
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+Ticks = list[tuple[float, str]]
+Points = list[tuple[int, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """Lines over the optimizer's steps; `summary` is the text alternative.
+    """Lines over the optimizer's steps, by name, as the points of SVG polylines; `summary` is the text alternative.
 
-    `highest` is the largest value, if it is above the y axis.
+    Ticks are positions in the plot area, with labels. `notes` say what cannot be drawn.
     """
 
     title: str
-    lines: list[Line]
-    x_axis: Axis
-    y_axis: Axis
-    highest: float | None
+    lines: dict[str, str]
+    x_ticks: Ticks
+    y_ticks: Ticks
+    notes: list[str]
     summary: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageHistory:
-    """A validation image as a data URI (None: its file is gone), and the model's captions: (when, caption)."""
-
-    image: str | None
-    captions: list[tuple[str, str]]
 
 
 def write_report(run: Path) -> None:
@@ -109,22 +50,27 @@ def write_report(run: Path) -> None:
     history, settings, report = read_rows(run / HISTORY), _read(run / "settings.json"), _read(run / "report.json")
     evaluations = [row for row in history if any(name.startswith("validation/") for name in row)]
     columns = list(dict.fromkeys(name for row in evaluations for name in row if name.startswith("validation/")))
+    charts = (_chart(title, history, lines) for title, lines in CHARTS)
     page = load_template(Path(__file__).with_name("report.html.j2")).render(
-        tick_label=_tick_label,
         title=run.resolve().name,
         now=datetime.now().astimezone(),
         facts=_facts(settings, evaluations, report),
-        charts=_charts(history),
+        charts=[chart for chart in charts if chart],
+        width=WIDTH,
+        height=HEIGHT,
         metrics=[(_metric_name(name), _number(value)) for name, value in _read(run / "metrics.json").items()],
         evaluation_header=["Evaluation", *map(_metric_name, columns)],
         evaluations=[
             [_moment(row), *(_number(row[name]) if name in row else "" for name in columns)] for row in evaluations
         ],
         samples=_samples(run, {row["step"]: _moment(row) for row in evaluations}),
-        speed=_speed(history, report),
-        settings=[(name.replace("_", " "), _setting(value)) for name, value in settings.items()],
+        settings=[
+            (name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, list) else value)
+            for name, value in settings.items()
+            if not isinstance(value, dict)  # fingerprints
+        ],
     )
-    write_atomic(str(run / REPORT), page.encode("utf-8", "replace"))  # a caption may hold half a surrogate pair
+    write_atomic(str(run / "report.html"), page.encode("utf-8", "replace"))  # a caption may hold half a surrogate pair
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -155,28 +101,8 @@ def _moment(row: HistoryRow) -> str:
     return f"step {row['step']:,}" if epoch is None else f"epoch {epoch:,.4g}, step {row['step']:,}"
 
 
-def _speed(history: Sequence[HistoryRow], report: HistoryRow) -> list[tuple[str, str]]:
-    """The finishing session's counts, and the whole run's rates."""
-    table = []
-    for phase in ("training", "validation"):
-        images, seconds = report.get(f"{phase}_images", 0), report.get(f"{phase}_seconds", 0.0)
-        if seconds:
-            measured = f"{images:,} images in {seconds:,.1f} s, {images / seconds:,.1f} images/s"
-            table.append((f"{phase.capitalize()}, the session that finished the run", measured))
-    rates = (
-        ("Images/s, median of the run", "train/images_per_second", median, "{:,.1f}"),
-        ("Tokens/s, median of the run", "train/tokens_per_second", median, "{:,.0f}"),
-        ("Share of time waiting for data, mean of the run", "train/waiting_share", fmean, "{:.1%}"),
-        ("GPU memory, most of the run", "train/gpu_gigabytes", max, "{:,.1f} GB"),
-    )
-    for label, name, summarise, form in rates:
-        if values := [value for _, value in _series(history, name)]:
-            table.append((label, form.format(summarise(values))))
-    return table
-
-
 def _metric_name(name: str) -> str:
-    """The display name of `validation/bleu4` or `validation_bleu4`."""
+    """The display name of `validation/bleu4` or `validation_loss`."""
     short = name.removeprefix("validation/").removeprefix("validation_")
     return METRIC_NAMES.get(short, short.replace("_", " ").capitalize())
 
@@ -187,141 +113,90 @@ def _number(value: float | None) -> str:
     return f"{value:,.3f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
-def _setting(value: Any) -> str:
-    match value:
-        case None:
-            return "not set"
-        case bool():
-            return "yes" if value else "no"
-        case list():
-            return ", ".join(map(str, value))
-        case dict():  # fingerprints
-            return ", ".join(f"{name} {text[:12]}" for name, text in value.items() if text)
-        case _:
-            return str(value)
-
-
 # ---- samples --------------------------------------------------------------------------------------------------
 
 
-def _samples(run: Path, moments: Mapping[int, str]) -> list[ImageHistory]:
-    """The images with their first, middle and last captions; `moments` names the evaluations by their steps."""
+def _samples(run: Path, moments: Mapping[int, str]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """For each image its data URI ("": the file is gone), and its first, middle and last (when, caption).
+
+    `moments` names the evaluations by their steps.
+    """
     rows = read_rows(run / SAMPLES)
-    if not rows:
-        return []
-    shown = [rows[index] for index in sorted({0, len(rows) // 2, len(rows) - 1})]
+    shown = [rows[index] for index in sorted({0, len(rows) // 2, len(rows) - 1}) if rows]
+    times = [moments.get(row["step"], f"step {row['step']:,}") for row in shown]
+    captions = zip(*(row["captions"] for row in shown), strict=False)
     return [
-        ImageHistory(
-            image=_data_uri(run / SAMPLE_IMAGES / f"{number:02d}.jpg"),
-            captions=[
-                (moments.get(row["step"], f"step {row['step']:,}"), row["captions"][number])
-                for row in shown
-                if number < len(row["captions"])
-            ],
-        )
-        for number in range(len(rows[-1]["captions"]))
+        (_data_uri(run / SAMPLE_IMAGES / f"{number:02d}.jpg"), list(zip(times, texts, strict=True)))
+        for number, texts in enumerate(captions)
     ]
 
 
-def _data_uri(image: Path) -> str | None:
+def _data_uri(image: Path) -> str:
     if not image.exists():
-        return None
+        return ""
     return f"data:image/jpeg;base64,{base64.b64encode(image.read_bytes()).decode()}"
 
 
 # ---- charts ---------------------------------------------------------------------------------------------------
 
 
-def _charts(history: Sequence[HistoryRow]) -> list[Chart]:
-    """The charts for which the history has values."""
-    wanted = (
-        ("Loss", {"training": "train/loss", "validation": "validation/loss"}, 1),
-        ("CIDEr and BLEU-4", {"CIDEr": "validation/cider", "BLEU-4": "validation/bleu4"}, 1),
-        ("Learning rate", {"learning rate": "train/learning_rate"}, 1),
-        ("Images per second", {"images/s": "train/images_per_second"}, 1),
-        ("Time waiting for data (%)", {"waiting (%)": "train/waiting_share"}, 100),
-        ("GPU memory (GB)", {"GPU memory (GB)": "train/gpu_gigabytes"}, 1),
-    )
-    charts = (_chart(title, history, columns, scale=scale) for title, columns, scale in wanted)
-    return [chart for chart in charts if chart is not None]
-
-
-def _chart(title: str, history: Sequence[HistoryRow], columns: Mapping[str, str], *, scale: float) -> Chart | None:
-    """The chart of some of the history's columns, by display name, times `scale`; None where it has none of them."""
-    values = {
-        name: [(step, value * scale) for step, value in _series(history, column)]
-        for name, column in columns.items()
-        if any(column in row for row in history)
-    }
-    if not values:
+def _chart(title: str, history: Sequence[HistoryRow], columns: Mapping[str, str]) -> Chart | None:
+    """The chart of some of the history's columns, by display name; None where it has none of them."""
+    rows = {name: [row for row in history if column in row] for name, column in columns.items()}
+    rows = {name: found for name, found in rows.items() if found}
+    if not rows:
         return None
-    x_axis = step_axis(max(row["step"] for row in history))
-    first_step = WARMUP_FRACTION * x_axis.high
-    y_axis = value_axis([value for pairs in values.values() for step, value in pairs if step >= first_step])
-    highest = max((value for pairs in values.values() for _, value in pairs), default=0.0)
-    moments = {row["step"]: _moment(row) for row in history}
-    lines = []
-    for name, pairs in values.items():
-        points = [
-            Point(x=x_axis.position(step), y=y_axis.position(value), text=f"{name}: {value:,.4g}, {moments[step]}")
-            for step, value in thin(pairs, MAX_CURVE_POINTS)
-        ]
-        num_rows = sum(columns[name] in row for row in history)
-        lines.append(Line(name=name, points=points, num_not_finite=num_rows - len(pairs)))
-    ends = (f"{name} from {pairs[0][1]:,.4g} to {pairs[-1][1]:,.4g}" for name, pairs in values.items() if pairs)
+    last_step = max(row["step"] for row in history)
+    points = {
+        name: [(row["step"], row[columns[name]]) for row in found if row[columns[name]] is not None]
+        for name, found in rows.items()
+    }
+    later = [y for pairs in points.values() for x, y in pairs if x >= WARMUP_FRACTION * last_step]
+    x_tick, y_ticks = max(1.0, round_up(last_step / NUM_TICKS)), value_ticks(later)
+    low, high = y_ticks[0], y_ticks[-1]
+
+    def x_of(step: float) -> float:
+        return WIDTH * step / max(1, last_step)
+
+    def y_of(value: float) -> float:
+        return HEIGHT * (high - value) / (high - low)
+
+    notes = []
+    highest = max((y for pairs in points.values() for _, y in pairs), default=low)
+    if highest > high:
+        notes.append(f"The first values, up to {highest:,.4g}, are above the drawing.")
+    for name, found in rows.items():
+        if missing := len(found) - len(points[name]):
+            notes.append(f"{name}: {missing:,} of {len(found):,} values were not finite and cannot be drawn.")
+    ends = (f"{name} from {pairs[0][1]:,.4g} to {pairs[-1][1]:,.4g}" for name, pairs in points.items() if pairs)
     return Chart(
         title=title,
-        lines=lines,
-        x_axis=x_axis,
-        y_axis=y_axis,
-        highest=highest if highest > y_axis.high else None,
+        lines={
+            name: " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in thin(pairs)) for name, pairs in points.items()
+        },
+        x_ticks=[(x_of(n * x_tick), f"{n * x_tick:,.10g}") for n in range(int(last_step / x_tick) + 1)],
+        y_ticks=[(y_of(value), f"{value:,.10g}") for value in y_ticks],
+        notes=notes,
         summary="; ".join([title, *ends]),
     )
 
 
-def _series(history: Sequence[HistoryRow], name: str) -> Series:
-    """A column's (step, value) pairs, without the values that were not finite."""
-    return [(row["step"], row[name]) for row in history if row.get(name) is not None]
+def thin(points: Points) -> Points:
+    """The first of the points, and every k-th up to the last, about MAX_CURVE_POINTS; a single one twice: a dot."""
+    stride = max(1, -(-len(points) // MAX_CURVE_POINTS))
+    return points[:1] + points[::-stride][::-1]
 
 
-def thin(series: Series, max_points: int) -> Series:
-    """At most `max_points` of the values, in their order: the lowest and the highest of each bucket."""
-    if len(series) <= max_points:
-        return series
-    num_buckets = max_points // 2
-    edges = [number * len(series) // num_buckets for number in range(num_buckets + 1)]
-    buckets = [range(start, end) for start, end in pairwise(edges)]
-    extremes = ({f(bucket, key=lambda index: series[index][1]) for f in (min, max)} for bucket in buckets)
-    return [series[index] for bucket in extremes for index in sorted(bucket)]
-
-
-def step_axis(last_step: int) -> Axis:
-    """The axis from step 0 to the last one, with whole ticks."""
-    tick = max(_round_up(last_step / NUM_TICKS), 1.0)
-    ticks = [number * tick for number in range(int(last_step / tick) + 1)]
-    return Axis(low=0.0, high=max(last_step, 1), ticks=ticks, start=LEFT, end=RIGHT)
-
-
-def value_axis(values: Sequence[float]) -> Axis:
-    """The axis of round numbers around all values and zero."""
+def value_ticks(values: Sequence[float]) -> list[float]:
+    """Round numbers at equal distances, around all values and zero."""
     low, high = min(0.0, *values, 0.0), max(0.0, *values, 0.0)
-    if low == high:
-        high = 1.0
-    tick = _round_up((high - low) / NUM_TICKS)
-    ticks = [number * tick for number in range(math.floor(low / tick), math.ceil(high / tick) + 1)]
-    return Axis(low=ticks[0], high=ticks[-1], ticks=ticks, start=BOTTOM, end=TOP)
+    tick = round_up((high - low) / NUM_TICKS) or 1.0
+    return [number * tick for number in range(math.floor(low / tick), max(1, math.ceil(high / tick)) + 1)]
 
 
-def _round_up(number: float) -> float:
+def round_up(number: float) -> float:
     """The smallest of 1, 2 and 5 times a power of ten that is not below `number`; 0 for 0."""
     if not number:
         return 0.0
     power = 10.0 ** math.floor(math.log10(number))
     return next(factor * power for factor in (1, 2, 5, 10, 20) if factor * power >= number)
-
-
-def _tick_label(value: float) -> str:
-    for size, suffix in ((1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:,.10g}{suffix}"
-    return f"{value:,.10g}"

@@ -4,7 +4,7 @@ Shapes: S steps since the losses were last read.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 
 import numpy as np
@@ -117,64 +117,52 @@ class StopVote:
         return stops > 0
 
 
-@dataclass(kw_only=True)
-class StepLoop:
-    """The steps of a run's epochs, with their curves, checkpoints, and the end on SIGTERM."""
+def run_epoch(
+    loader: StreamingLoader,
+    take_step: TrainStep,
+    *,
+    stop: Preemption,
+    tracker: Tracker,
+    save: Callable[[], None],
+    num_epochs: int,
+    checkpoint_steps: int,
+) -> StepMetrics:
+    """Take the steps of the loader's epoch from its position to the end, and return their metrics.
 
-    take_step: TrainStep
-    stop: Preemption
-    tracker: Tracker
-    save: Callable[[], None]
-    num_epochs: int
-    checkpoint_steps: int
-
-    def run_epoch(self, loader: StreamingLoader) -> StepMetrics:
-        """Take the steps of the loader's epoch from its position to the end, and return their metrics.
-
-        All ranks read the losses, save and stop at the same steps.
-        """
-        accelerator, epoch, epoch_steps = self.take_step.accelerator, loader.epoch, len(loader)
-        before = epoch * epoch_steps
-        window, total = MetricsWindow(accelerator), StepMetrics()
-        vote = StopVote(accelerator=accelerator)
-        with (
-            self.stop.deferred(),
-            cli.progress_bar(
-                f"epoch {epoch + 1} of {self.num_epochs}",
-                total=self.num_epochs * epoch_steps,
-                unit="steps",
-                quiet=not accelerator.is_main_process,
-                done=before + loader.steps_done,
-            ) as bar,
-        ):
-            for step, (batches, data_seconds) in enumerate(timed(loader), start=before + loader.steps_done + 1):
-                num_left = loader.split.num_samples - (step - 1 - before) * loader.batch_size
-                micro_batches = batches[:num_left]  # the last global batch may have fewer samples than micro-batches
-                window.add(self.take_step(micro_batches, step), micro_batches, data_seconds=data_seconds)
-                due = step % self.checkpoint_steps == 0 or step == before + epoch_steps
-                stopping, note = vote.wants_stop(self.stop.requested, now=due), ""
-                if due or stopping or step % LOG_STEPS == 0:
-                    metrics = window.reduce(last_step=step)
-                    rate = float(self.take_step.schedule.get_last_lr()[0])
-                    self.tracker.log(
-                        step, {"epoch": step / epoch_steps, "train/learning_rate": rate, **metrics.curves()}
-                    )
-                    window = MetricsWindow(accelerator)
-                    total, note = total + metrics, str(metrics.loss)
-                bar.advance(note=note)
-                if due or stopping:
-                    self.save()
-                if stopping:
-                    self.stop.leave()
-        return total
-
-
-def timed(batches: Iterable[list[CaptionBatch]]) -> Iterator[tuple[list[CaptionBatch], float]]:
-    """Each batch with the seconds that it was waited for."""
-    iterator = iter(batches)
-    while True:
-        started = time.monotonic()
-        batch = next(iterator, None)
-        if batch is None:
-            return
-        yield batch, time.monotonic() - started
+    All ranks read the losses, save and stop at the same steps.
+    """
+    accelerator, epoch, epoch_steps = take_step.accelerator, loader.epoch, len(loader)
+    before = epoch * epoch_steps
+    window, total = MetricsWindow(accelerator), StepMetrics()
+    vote = StopVote(accelerator=accelerator)
+    with (
+        stop.deferred(),
+        cli.progress_bar(
+            f"epoch {epoch + 1} of {num_epochs}",
+            total=num_epochs * epoch_steps,
+            unit="steps",
+            quiet=not accelerator.is_main_process,
+            done=before + loader.steps_done,
+        ) as bar,
+    ):
+        waiting_since = time.monotonic()
+        for step, batches in enumerate(loader, start=before + loader.steps_done + 1):
+            data_seconds = time.monotonic() - waiting_since
+            num_left = loader.split.num_samples - (step - 1 - before) * loader.batch_size
+            micro_batches = batches[:num_left]  # the last global batch may have fewer samples than micro-batches
+            window.add(take_step(micro_batches, step), micro_batches, data_seconds=data_seconds)
+            due = step % checkpoint_steps == 0 or step == before + epoch_steps
+            stopping, note = vote.wants_stop(stop.requested, now=due), ""
+            if due or stopping or step % LOG_STEPS == 0:
+                metrics = window.reduce(last_step=step)
+                rate = float(take_step.schedule.get_last_lr()[0])
+                tracker.log(step, {"epoch": step / epoch_steps, "train/learning_rate": rate, **metrics.curves()})
+                window = MetricsWindow(accelerator)
+                total, note = total + metrics, str(metrics.loss)
+            bar.advance(note=note)
+            if due or stopping:
+                save()
+            if stopping:
+                stop.leave()
+            waiting_since = time.monotonic()
+    return total

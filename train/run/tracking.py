@@ -7,14 +7,13 @@
 import io
 import json
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from captioner.errors import UserError
@@ -25,12 +24,6 @@ SAMPLES = "samples.jsonl"
 SAMPLE_IMAGES = "samples"
 WANDB_ID = "wandb.txt"
 JPEG_QUALITY = 90
-
-GRID_COLUMNS = 4
-MIN_CELL_PIXELS = 192  # narrower, captions would be columns of single words
-GAP_PIXELS = 8
-FONT_PIXELS = 14
-LINE_PIXELS = 18
 
 
 class Tracker:
@@ -72,15 +65,22 @@ class Tracker:
         self._log_to_wandb(step, numbers)
 
     def show(self, step: int, images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
-        """Add the captions at a step of images (each uint8 (P, P, 3)), the same ones every time."""
+        """Add the captions at a step of images (each uint8 (P, P, 3)), the same ones every time.
+
+        TensorBoard shows the images once, and below "text" their captions as they change.
+        """
         if self._quiet or len(images) == 0:
             return
         if not self._images_saved:
             for number, image in enumerate(images):
-                write_atomic(str(self._run / SAMPLE_IMAGES / f"{number:02d}.jpg"), _jpeg(image))
+                buffer = io.BytesIO()
+                Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY)
+                write_atomic(str(self._run / SAMPLE_IMAGES / f"{number:02d}.jpg"), buffer.getvalue())
+            self._board.add_images("validation/samples", np.stack(images), step, dataformats="NHWC")
             self._images_saved = True
         _append(self._run / SAMPLES, {"step": step, "captions": list(captions)})
-        self._board.add_image("validation/samples", _draw_grid(images, captions), step, dataformats="HWC")
+        listed = "".join(f"{number}. {caption}\n" for number, caption in enumerate(captions, start=1))  # Markdown
+        self._board.add_text("validation/captions", listed.encode("utf-8", "replace").decode(), step)
         self._board.flush()
         if self._wandb is not None:
             import wandb  # type: ignore[missing-import]  # an extra
@@ -135,40 +135,6 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
 
 
-# ---- images ---------------------------------------------------------------------------------------------------
-
-
-def _jpeg(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()
-
-
-def _draw_grid(images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
-    """One image, uint8 (H, W, 3), of all images in rows, each above its caption."""
-    font = ImageFont.load_default(FONT_PIXELS)
-    width = max(images[0].shape[1], MIN_CELL_PIXELS)
-    texts = [_wrap(caption, font, width=width) for caption in captions]
-    height = images[0].shape[0] + LINE_PIXELS * max(map(len, texts))
-    columns = min(GRID_COLUMNS, len(images))
-    rows = math.ceil(len(images) / columns)
-    grid = Image.new("RGB", (columns * (width + GAP_PIXELS), rows * (height + GAP_PIXELS)), "white")
-    for index, (image, lines) in enumerate(zip(images, texts, strict=True)):
-        cell = Image.new("RGB", (width, height), "white")  # crops what is too wide for its line
-        cell.paste(Image.fromarray(image))
-        for number, line in enumerate(lines):
-            ImageDraw.Draw(cell).text((0, image.shape[0] + number * LINE_PIXELS), line, fill="black", font=font)
-        row, column = divmod(index, columns)
-        grid.paste(cell, (column * (width + GAP_PIXELS), row * (height + GAP_PIXELS)))
-    return np.asarray(grid)
-
-
-def _wrap(caption: str, font: Any, *, width: int) -> list[str]:
-    """The caption in lines of about `width` pixels, by the mean width of its letters."""
-    letters = len(caption) * width / max(font.getlength(caption), 1)
-    return textwrap.wrap(caption, max(int(0.95 * letters), 1))
-
-
 # ---- Weights & Biases -----------------------------------------------------------------------------------------
 
 
@@ -185,8 +151,7 @@ def check_wandb(project: str | None) -> None:
 
 
 def _start_wandb(run: Path, project: str, settings: Mapping[str, Any]) -> Any:
-    """The W&B run, the same one when this run resumes. Raises UserError when it does not start."""
-    check_wandb(project)
+    """The W&B run, the same one when this run resumes; see `check_wandb`. Raises UserError when it does not start."""
     import wandb  # type: ignore[missing-import]
 
     path = run / WANDB_ID

@@ -7,9 +7,11 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from captioner.streaming.order import ShardOrder
+from train.barriers import raising_on_all_ranks
 from train.data.batches import caption_loader, rank_options
 from train.data.folders import CaptionData
 from train.data.order_table import window_advice
+from train.evaluation.calibrate import calibrate
 from train.evaluation.predictions import read_captions, write_captions
 from train.evaluation.validation import Evaluator
 from train.run import folder
@@ -17,13 +19,12 @@ from train.run.checkpoints import Checkpoints, Progress, checkpoint_trained_weig
 from train.run.encode import prepare_features
 from train.run.launch import Preemption
 from train.run.report import write_report
-from train.run.steps import StepLoop
+from train.run.steps import run_epoch
 from train.run.tracking import Tracker
 from train.settings import TrainSettings
 from train.step.schedule import make_optimizer, make_schedule
 from train.step.starting_model import StartingPoint, make_loss_model
 from train.step.step import TrainStep, check_same_weights, distribute
-from train.uneven import refused_together
 
 
 class Trainer:
@@ -52,12 +53,8 @@ class Trainer:
         self._checkpoints = Checkpoints(
             self._run, self._loader, self._progress, accelerator, keep=settings.keep_checkpoints
         )
-        self._report = {
-            "training_images": 0,
-            "training_seconds": 0.0,
-            "validation_images": 0,
-            "validation_seconds": 0.0,
-        }
+        counts = ("training_images", "training_seconds", "validation_images", "validation_seconds")
+        self._report: dict[str, float] = dict.fromkeys(counts, 0)
 
     def _make_model(self, total_steps: int) -> None:
         settings, accelerator = self._settings, self._accelerator
@@ -172,15 +169,15 @@ class Trainer:
         loader, settings = self._loader, self._settings
         if loader.epoch == self._progress.epochs:
             planned = self._data.train.num_samples - loader.steps_done * settings.batch_size
-            steps = StepLoop(
-                take_step=self._take_step,
+            metrics = run_epoch(
+                loader,
+                self._take_step,
                 stop=stop,
                 tracker=tracker,
                 save=self._checkpoints.save,
                 num_epochs=settings.epochs,
                 checkpoint_steps=settings.checkpoint_steps,
             )
-            metrics = steps.run_epoch(loader)
             self._report["training_images"] += metrics.num_images
             self._report["training_seconds"] += metrics.seconds
             ledger = folder.reconcile(self._run, loader.ledger, "train", epoch=loader.epoch, planned=planned)
@@ -224,14 +221,14 @@ class Trainer:
         calibration, is_main = None, self._accelerator.is_main_process
         if self._evaluator:
             captions = read_captions(self._run / folder.BEST_CAPTIONS) if is_main else []
-            calibration = self._evaluator.calibrate(captions)
-        with refused_together():
+            calibration = calibrate(captions, self._evaluator)
+        with raising_on_all_ranks():
             if is_main:
                 folder.write_figures(self._run, report=self._report, metrics=self._progress.metrics)
                 write_report(self._run)
                 folder.write_model(
                     self._run,
-                    self._loss_model.model,
+                    model=self._loss_model.model,
                     view=self._start.view,
                     vocabulary=self._start.vocabulary,
                     decoding=self._settings.decoding(),

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from torch import nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -54,8 +53,3 @@ def set_encoder_trainable(model: CaptionModel, trainable: bool) -> None:
     if model.encoder.trainable != trainable:  # called at every step, and `train` walks through the encoder
         model.encoder.trainable = trainable
         model.encoder.train(model.training)
-
-
-def is_frozen(module: nn.Module) -> bool:
-    """Whether no parameter of the module is trained."""
-    return not any(parameter.requires_grad for parameter in module.parameters())

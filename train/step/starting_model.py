@@ -19,10 +19,10 @@ from captioner.model.encoders import Encoder, check_crop, load_encoder_weights, 
 from captioner.model.network import CaptionModel, ModelConfig
 from captioner.streaming.dataset import Split
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
+from train.barriers import raising_on_all_ranks
 from train.data.folders import CaptionData, check_fits, read_view
 from train.settings import NEW_MODEL, TrainSettings
 from train.step.step import CaptionLoss
-from train.uneven import refused_together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,20 +54,15 @@ def complete(settings: TrainSettings, initial: Bundle | None) -> TrainSettings:
     """
     if initial is None:
         own = NEW_MODEL
+    elif settings.weights == "none":
+        raise UserError("--weights none is a random encoder, and --init has a trained one: leave out one of them")
     else:
         own = {name: getattr(initial.model.config, name) for name in NEW_MODEL if name != "weights"}
-        _check_flags(settings, own)
+        for name, value in own.items():
+            given, flag = getattr(settings, name), flag_name(name)
+            if given not in (None, value):
+                raise UserError(f"{flag} is {given}, but the model of --init has {value}: leave out {flag} or --init")
     return replace(settings, **{name: value for name, value in own.items() if getattr(settings, name) is None})
-
-
-def _check_flags(settings: TrainSettings, own: Mapping[str, object]) -> None:
-    """Raise UserError for a flag that differs from the initial model's `own` value."""
-    for name, value in own.items():
-        given, flag = getattr(settings, name), flag_name(name)
-        if given not in (None, value):
-            raise UserError(f"{flag} is {given}, but the model of --init has {value}: leave out {flag} or --init")
-    if settings.weights == "none":
-        raise UserError("--weights none is a random encoder, and --init has a trained one: leave out one of them")
 
 
 def choose_view(splits: Sequence[Split], *, encoder: str, crop: int | None, initial: Bundle | None) -> ViewSpec:
@@ -93,17 +88,20 @@ def make_loss_model(
     initial encoder's. Raises UserError, also where the encoder cannot take images of the view's size.
     """
     config, trainable = settings.model_config(len(start.vocabulary)), settings.finetune_encoder_from_step is not None
-    with refused_together():
-        if start.initial is not None:
-            model = _grown_model(config, start.vocabulary, start.initial, trainable=trainable)
+    if weights == "none" and not trainable:
+        raise UserError(
+            "--weights none leaves the frozen encoder random: add --finetune-encoder-from-step 0, or give weights"
+        )
+    with raising_on_all_ranks():
+        if start.initial is None:
+            model = CaptionModel(config, encoder_trainable=trainable)
         else:
-            model = _new_model(config, weights=weights, trainable=trainable)
+            model = start_from(start.initial, config, encoder_trainable=trainable)
+        _check_crop(model.encoder, name=config.encoder, crop=start.view.crop)
     for goes_first in (True, False):
-        with refused_together():
+        with raising_on_all_ranks():
             if weights is not None and goes_first == accelerator.is_local_main_process:
                 load_encoder_weights(model.encoder, name=config.encoder, weights=weights)
-    with refused_together():
-        _check_crop(model.encoder, name=config.encoder, crop=start.view.crop)
     if settings.compile_encoder:
         model.encoder.backbone.compile()  # in place: its weights keep their names
     return CaptionLoss(
@@ -114,21 +112,6 @@ def make_loss_model(
         total_steps=total_steps,
         thaw_step=settings.finetune_encoder_from_step or 0,
     )
-
-
-def _new_model(config: ModelConfig, *, weights: str | None, trainable: bool) -> CaptionModel:
-    if weights == "none" and not trainable:
-        raise UserError(
-            "--weights none leaves the frozen encoder random: add --finetune-encoder-from-step 0, or give weights"
-        )
-    return CaptionModel(config, encoder_trainable=trainable)
-
-
-def _grown_model(config: ModelConfig, vocabulary: Vocabulary, initial: Bundle, *, trainable: bool) -> CaptionModel:
-    model = start_from(initial, vocabulary=vocabulary, encoder_trainable=trainable)
-    model.config = replace(model.config, input_dropout=config.input_dropout, dropout=config.dropout)
-    model.drop_input.p, model.drop.p = config.input_dropout, config.dropout
-    return model
 
 
 @torch.no_grad()
@@ -145,17 +128,15 @@ def _check_crop(encoder: Encoder, *, name: str, crop: int) -> None:
     encoder.train(was_training)
 
 
-def start_from(bundle: Bundle, *, vocabulary: Vocabulary, encoder_trainable: bool) -> CaptionModel:
-    """A copy of the bundle's model, on the CPU, for a `vocabulary` that extends the bundle's.
+def start_from(bundle: Bundle, config: ModelConfig, *, encoder_trainable: bool) -> CaptionModel:
+    """A model with the bundle's weights, on the CPU; `config` may have more words, and another dropout.
 
     New words change no known word's logit, and are together never likelier than an average known word.
     """
-    num_known = len(bundle.vocabulary)
-    assert vocabulary.words[:num_known] == bundle.vocabulary.words
     trained = bundle.model.state_dict()
-    if len(vocabulary) > num_known:
-        trained |= _with_new_words(trained, num_new=len(vocabulary) - num_known)
-    config = replace(bundle.model.config, vocabulary_size=len(vocabulary))
+    num_new = config.vocabulary_size - len(bundle.vocabulary)
+    if num_new:
+        trained |= _with_new_words(trained, num_new=num_new)
     model = CaptionModel(config, encoder_trainable=encoder_trainable)
     model.load_state_dict(trained)
     return model

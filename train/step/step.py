@@ -27,7 +27,7 @@ from captioner.streaming.dataset import Split
 from train.data.batches import PINNED_FOR, CaptionBatch
 from train.step.batch_norm import counting_rows, synchronise_batch_norm
 from train.step.loss import linear_cross_entropy
-from train.step.schedule import is_frozen, set_encoder_trainable
+from train.step.schedule import set_encoder_trainable
 
 MAX_GRADIENT_NORM = 5.0
 ENCODE_BATCH_SIZE = 64  # images of a rank
@@ -80,7 +80,7 @@ class CaptionLoss(nn.Module):
         self.total_steps = total_steps
         self.thaw_step = thaw_step
         self.sampled_fraction = 0.0
-        self._trains_encoder = not is_frozen(model.encoder)
+        self._trains_encoder = any(parameter.requires_grad for parameter in model.encoder.parameters())
 
     def enter_step(self, step: int) -> None:
         """Prepare for step `step` (from 1): train the encoder after `thaw_step`, sample more input words."""
@@ -115,8 +115,8 @@ def encode_split(
     accelerator: Accelerator,
     world_size: int,
     **options: Any,
-) -> Iterator[tuple[list[int], np.ndarray]]:
-    """The encoder's features (B, F), float32, of a split's images, batch by batch, each with the images' positions.
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The encoder's features (F), float32, of a split's images, each after the image's position.
 
     `open_loader` opens a loader of a split on `world_size` ranks, with these options.
     """
@@ -127,7 +127,7 @@ def encode_split(
         for (batch,) in loader:
             with torch.no_grad(), accelerator.autocast():
                 features_BF = loss_model.features(batch.to(accelerator.device).inputs)
-            yield batch.positions, features_BF[: batch.num_samples].float().cpu().numpy()
+            yield from zip(batch.positions, features_BF.float().cpu().numpy(), strict=False)  # without a filler's row
 
 
 @torch.no_grad()

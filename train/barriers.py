@@ -18,14 +18,14 @@ Outcome = TypeVar("Outcome")
 
 
 @contextmanager
-def refused_together() -> Iterator[None]:
+def raising_on_all_ranks() -> Iterator[None]:
     """Within, an error on one rank is raised on all: otherwise they would wait for it.
 
     All ranks must enter; each may take as long as it needs, and none may use the process group inside. Raises the
     UserError or OSError of this rank, or else that of another rank as a UserError.
     """
     failure = None
-    with waiting_for_all():
+    with barrier_for_slow_ranks():
         try:
             yield
         except (UserError, OSError) as error:
@@ -38,17 +38,17 @@ def refused_together() -> Iterator[None]:
         raise failures[0]
 
 
-def in_main(action: Callable[[], Outcome]) -> Outcome:
+def on_main_rank(action: Callable[[], Outcome]) -> Outcome:
     """The result of `action` in the main process, on all ranks; its UserError or OSError is raised on all."""
     found: list[Any] = [None]
-    with refused_together():
+    with raising_on_all_ranks():
         if PartialState().is_main_process:
             found = [action()]
     return broadcast_object_list(found)[0]
 
 
 @contextmanager
-def waiting_for_all() -> Iterator[None]:
+def barrier_for_slow_ranks() -> Iterator[None]:
     """A barrier at the exit; all ranks must enter, and none may use the process group inside.
 
     A thread of each exchanges a heartbeat every second, so that a slow rank does not count as lost. Raises

@@ -45,7 +45,7 @@ def test_a_slow_rank_is_waited_for_and_a_lost_one_is_noticed(
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("uneven") / "shards"
+    folder = tmp_path_factory.mktemp("barriers") / "shards"
     write_shards(folder, (4,), split="val")
     return write_shards(folder, (5, 4))
 

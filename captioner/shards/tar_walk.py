@@ -21,18 +21,12 @@ class DamagedTarError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """A member: `start` of its headers, `offset` and `size` of its content, and `kind` (`file`, `folder`, …)."""
+    """A member: `offset` and `size` of its content, and `kind` (`file`, `folder`, …)."""
 
     name: str
     kind: str
-    start: int
     offset: int
     size: int
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is a regular file with a single header, as in the tars that we write."""
-        return self.kind == "file" and self.offset == self.start + BLOCK_BYTES
 
 
 @contextmanager
@@ -69,7 +63,7 @@ def walk(data: Buffer) -> Iterator[TarMember]:
                         f"{info.name} at byte {info.offset:,} ends after the end of the file, which is cut"
                     )
                 end = info.offset_data + info.size
-                yield TarMember(info.name, _kind(info), info.offset, info.offset_data, info.size)
+                yield TarMember(info.name, _kind(info), info.offset_data, info.size)
             stopped = tar.offset
     except DamagedTarError:
         raise

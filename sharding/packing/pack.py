@@ -18,6 +18,7 @@ from captioner.samples import CaptionContent, build_index, words_of
 from captioner.shards.format import Failure, FormatError, Member, ShardEntry, ShardIndex, TarBuilder, manifest_location
 from captioner.shards.writing import write, writing
 from captioner.vocabulary import tokenize
+from captioner.workers import NO_ITEM
 from sharding.packing.planning import ShardPlan
 from sharding.packing.sources import Record
 
@@ -25,7 +26,6 @@ MAX_FILE_BYTES = 1 << 30
 GROUP_IMAGES, GROUP_BYTES = 8, 2 << 20  # that are packed together
 READ_AHEAD = 16  # images a worker reads at once where each costs a round trip over the network
 REPORT_SECONDS = 0.25
-BETWEEN = -1  # the position of a worker that is at no image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +70,7 @@ def pack_shard(
     """Write `NAME.tar` and `NAME.index` into `folder`, unless the shard has no samples and the plan no sha256.
 
     `report` is called with the progress several times a second, `set_index` with each image's position before it is
-    decoded, and with BETWEEN after that. Images at `excluded` positions are failures, and not decoded. No other thread
+    decoded, and with NO_ITEM after that. Images at `excluded` positions are failures, and not decoded. No other thread
     of the process may decode meanwhile, nor print to stderr but by Python. Raises UserError when the output cannot be
     written, when the tar has another sha256 than the plan asks for (then nothing is written), or when images vanish or
     change while they are packed.
@@ -94,7 +94,7 @@ def pack_shard(
                 stored.append((position, result))
             else:
                 failures.append(_failure(plan.records[position], result))
-        set_index(BETWEEN)
+        set_index(NO_ITEM)
         bytes_read += sum(len(content) for content in contents if isinstance(content, bytes))
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()

@@ -1,4 +1,4 @@
-"""Work that takes one rank much longer than the others, without a timeout of the process group."""
+"""Barriers for work that takes one rank longer than the others, without a timeout of the process group."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import streaming_jobs
 import torch
 from streaming_data import write_split
 from streaming_jobs import BATCH, EPOCHS, open_loader
@@ -26,7 +27,7 @@ SIZES = (7, 5, 11, 1, 9, 8)
 NUM_STEPS = 4  # of an epoch of 41 samples
 SECONDS = 120
 NEEDS = {"lightning": "lightning", "trainer": "transformers"}
-JOBS = Path(__file__).with_name("streaming_jobs.py")
+JOBS = Path(streaming_jobs.__file__)
 
 Consumed = dict[tuple[int, int], list[str]]
 

@@ -134,7 +134,7 @@ class _Worker:
 
     def seconds_at_item(self, seconds: float) -> float:
         """How long it has been at its item, `seconds` after the last call."""
-        is_waiting = self.is_idle or self._index.value != self._last_index
+        is_waiting = self.is_idle or self._index.value == NO_ITEM or self._index.value != self._last_index
         self._last_index, self._seconds = self._index.value, 0.0 if is_waiting else self._seconds + seconds
         return self._seconds
 

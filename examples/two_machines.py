@@ -309,7 +309,7 @@ def disturbed(both: Sequence[Machine], settings: RehearsalSettings) -> list[Job]
     two.kill()
     say(f"two has lost its cable and its power; one waits at most {PEER_SECONDS} s")
     lost = time.monotonic()
-    words = stopped(first, "another process of this job is gone")
+    words = stopped(first, "lost contact with another process of this job")
     say(f"one, {time.monotonic() - lost:.1f} s later: {words}")
 
     say("--resume on machine one alone; SIGTERM stops it")

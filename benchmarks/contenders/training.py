@@ -219,7 +219,6 @@ class Trainer:
         )
         self.schedule = make_schedule(optimizer, DEFAULTS.schedule, total_steps=10_000)
         self.wrapped, self.optimizer = distribute(self.loss_model, optimizer, self.accelerator)
-        self.take_step = TrainStep(self.wrapped, self.optimizer, self.schedule, self.accelerator)
         self.wrapped.train()
         self.cache = str(job.folder / "cache")
         self.open_loader = partial(
@@ -257,6 +256,11 @@ class Trainer:
         loader = self.open_loader(self.split, batch_size=num_samples, num_workers=0, features=features)
         (batch,) = next(iter(loader))
         return batch.to(self.accelerator.device)
+
+    @property
+    def take_step(self) -> TrainStep:
+        """The training command's step, with the optimizer and schedule of now."""
+        return TrainStep(self.wrapped, self.optimizer, self.schedule, self.accelerator)
 
     def step(self, batch: CaptionBatch) -> None:
         """A training step on images or features."""

@@ -76,7 +76,10 @@ def test_sigterm_to_one_rank_stops_both(shards: str, tmp_path: Path) -> None:
             [("--output", "one"), ("--output", "two")],
             "--output must be a folder on a file system that all machines share",
         ),
-        ([("--output", "run"), ("--output", "run", "--schedule", "constant")], "give all machines the same flags"),
+        (
+            [("--output", "run"), ("--output", "run", "--schedule", "constant")],
+            "give all machines the same shards and the same flags",
+        ),
     ],
     ids=["folders", "flags"],
 )

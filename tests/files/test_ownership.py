@@ -24,8 +24,8 @@ sys.path.insert(0, {str(ROOT)!r})
 from captioner.files.ownership import owned
 
 with owned(sys.argv[1], doing="holds this"):
-    if sys.argv[2:] == ["child"] and os.fork() == 0:
-        time.sleep(60)
+    if sys.argv[2:] == ["child"] and os.fork():
+        time.sleep(60)  # the child says that it is there
     print("holds", flush=True)
     time.sleep(60)
 """

@@ -131,11 +131,12 @@ class RowIndex:
             row: Row = json.loads(line)
             if first_line is not None:
                 row = duplicate_row(json.loads(first_line), root=row["root"], path=row["path"])
-                line = to_line(row).encode()
             elif row.get("duplicate_of") is not None:
                 row["duplicate_of"] = None
-                line = to_line(row).encode()
-            yield row, line.rstrip(b"\n") + b"\n"  # an editor may have left out the last one
+            else:
+                yield row, line.rstrip(b"\n") + b"\n"  # an editor may have left out the last one
+                continue
+            yield row, to_line(row).encode()
 
     def close(self) -> None:
         """Drop the database."""

@@ -3,7 +3,6 @@
 Shapes: S samples of a shard, F features of an image.
 """
 
-import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from safetensors.numpy import save as save_arrays
 from torch import nn
@@ -24,16 +22,12 @@ from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import Split
 from train.barriers import barrier_for_slow_ranks, raising_on_all_ranks
 from train.data.features import FeatureFiles
-from train.step.step import CaptionLoss, encode_split
+from train.step.step import CaptionLoss, encode_split, hash_weights
 
 
 def encoder_fingerprint(encoder: nn.Module, view: ViewSpec, *, precision: str = "no") -> str:
     """Hex sha256 of the encoder's weights, its view of images, and Accelerate's mixed precision."""
-    digest = hashlib.sha256(json.dumps([asdict(view), precision]).encode())
-    for name, tensor in encoder.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return hash_weights(encoder, json.dumps([asdict(view), precision]).encode())
 
 
 def prepare_features(
@@ -69,9 +63,8 @@ def prepare_features(
     for split in splits:
         files, numbers = found[split.name], missing[split.name]
         own = numbers[accelerator.process_index :: accelerator.num_processes]
-        with (
-            barrier_for_slow_ranks()
-        ):  # one may be hours faster than another; where one fails, the others keep their files
+        # One rank may be hours faster than another; where one fails, the others keep their files.
+        with barrier_for_slow_ranks():
             try:
                 if own:
                     _encode_shards(

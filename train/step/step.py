@@ -223,13 +223,19 @@ def check_finite(records_S3: Tensor, *, last_step: int, scaled: bool) -> None:
                 )
 
 
+def hash_weights(model: nn.Module, start: bytes = b"") -> str:
+    """Hex sha256 of `start`, then of the name and content of each parameter and buffer."""
+    digest = hashlib.sha256(start)
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def check_same_weights(model: nn.Module, accelerator: Accelerator) -> None:
     """Raise RuntimeError unless every rank holds bit-identical parameters and buffers. All ranks must call it."""
     if accelerator.num_processes == 1:
         return
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    digests = gather_object([digest.hexdigest()])
+    digests = gather_object([hash_weights(model)])
     if len(set(digests)) > 1:
         raise RuntimeError(f"the ranks hold different weights: {digests}")

@@ -45,7 +45,7 @@ PACKAGES = ("torch", "aiohttp", "s3fs", "aiobotocore", "fsspec", "moto", "numpy"
 STORM = Weather(latency_seconds=0.03, loss=0.03, reset=0.04, half_open=0.02, status=0.06)
 KINDS = ("latency", "loss", "reset", "half-open", "5xx")
 LONGEST_RUN_SECONDS = 900
-PAUSE_SECONDS = retries.FIRST_PAUSE_SECONDS * 2**3  # the longest before a fifth attempt; few need as many
+PAUSE_SECONDS = retries.FIRST_PAUSE_SECONDS * 2**3  # the longest before a fifth attempt, which few requests need
 LEDGER = re.compile(r"^epoch \d+: training .*?; (.*)$", re.MULTILINE)
 
 

@@ -393,7 +393,7 @@ def _scale(opened: Opened, wanted: tuple[int, int]) -> Image.Image:
     image = opened.image
     full_size = image.size
     draft = image.draft("RGB", (math.ceil(DRAFT_SCALE * wanted[0]), math.ceil(DRAFT_SCALE * wanted[1])))
-    # A reduced image's last row and column may stand for less than a whole one: the box says where it really ends.
+    # The last row and column of a reduced image may cover only a part of a pixel: the box says where the image ends.
     box = draft[1] if draft else (0, 0, *full_size)
     if wanted == full_size or backend() != "native" or image.width * image.height > HUGE_PIXELS:
         rgb = _to_rgb(image)

@@ -26,7 +26,7 @@ COPY_PENALTY = 1e4
 class GeneratedCaption:
     """Token ids without `<end>`, and each step's log-probability, that of `<end>` included.
 
-    A caption cut at `max_tokens` has no `<end>`, so as many log-probabilities as tokens.
+    A caption cut at `max_tokens` has no `<end>`: one log-probability for each token.
     """
 
     tokens: list[int]

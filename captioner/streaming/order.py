@@ -89,7 +89,7 @@ class EpochOrder:
         return self.__dict__ | {"_permutations": self._permutations[:, :0]}  # large, and quickly computed again
 
     def refs(self, positions: Iterable[int]) -> list[SampleRef]:
-        """The samples at global positions, in the order of these."""
+        """The sample at each of the global positions."""
         positions = list(positions)
         shards_P, indices_P = self.locate(np.asarray(positions, dtype=np.int64))
         return list(map(SampleRef, positions, shards_P.tolist(), indices_P.tolist()))
@@ -134,7 +134,7 @@ class EpochOrder:
         return found_P
 
     def _open_windows(self, lanes_P: np.ndarray, window: int) -> None:
-        """Compute the permutations of a window of these lanes; of each lane the latest one is stored."""
+        """Compute the permutations of a window of these lanes; only the latest of each lane is stored."""
         if not self._permutations.size:
             stops = self._ends[np.minimum(np.arange(len(self._ends)) + self.window_shards, len(self._ends)) - 1]
             longest = min((stops - self._starts).max(), np.diff(self._lane_starts).max())

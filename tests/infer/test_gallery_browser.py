@@ -153,7 +153,7 @@ class Browser:
 
     def downloaded(self) -> bytes:
         """The content of the one file that was downloaded, which is removed."""
-        self.wait(lambda: [path.suffix for path in self.downloads.iterdir()] == [".jsonl"])  # and no part of it
+        self.wait(lambda: [path.suffix for path in self.downloads.glob("*")] == [".jsonl"])  # and no part of it
         (file,) = self.downloads.iterdir()
         content = file.read_bytes()
         file.unlink()

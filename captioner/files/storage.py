@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
@@ -75,15 +75,10 @@ def size_bytes(location: str, *, patience_seconds: float | None = None) -> int:
         return Path(location).stat().st_size
     filesystem, path = _filesystem(location)
     if location.startswith(WEB):
-        return retry(lambda: _run(filesystem, _web_size, path), location, patience_seconds)
+        run: Any = sync  # fsspec annotates it as returning None
+        return retry(lambda: run(filesystem.loop, _web_size, filesystem, path), location, patience_seconds)
     size = retry(lambda: filesystem.info(path), location, patience_seconds)["size"]
     return UNKNOWN if size is None else size
-
-
-def _run(filesystem: Any, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run an async function in the filesystem's event loop and return its result."""
-    run: Any = sync  # fsspec annotates it as returning None
-    return run(filesystem.loop, function, filesystem, *arguments)
 
 
 async def _web_size(filesystem: Any, url: str) -> int:

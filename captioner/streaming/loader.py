@@ -31,12 +31,12 @@ from captioner.streaming.worker import (
     Collate,
     Decode,
     Failed,
-    FieldDecoder,
     Item,
     Made,
     RankSteps,
     Transform,
     end_with_training,
+    field_decoder,
 )
 
 CACHE = "~/.cache/captioner/shards"
@@ -144,7 +144,7 @@ class StreamingLoader:
         self._fields, self._transform, self._collate = fields, transform, collate
         # A function is called for the whole batch first, webdataset's decoders for each sample before its transform.
         self._parse = None if isinstance(decode, str) else decode
-        self._decode = FieldDecoder(decode) if isinstance(decode, str) else None
+        self._decode = field_decoder(decode) if isinstance(decode, str) else None
         self._start_method, self._prefetch = start_method, prefetch_batches
         self._allow_new_weights, self._given_rank = allow_new_weights, (rank, world_size)
         self._cache = None

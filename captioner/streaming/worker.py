@@ -342,20 +342,14 @@ def decoded_by(decode: Decode, sample: Sample) -> Sample:
         raise SampleError("undecodable", message) from error
 
 
-class FieldDecoder:
-    """Decodes a sample's fields by webdataset's decoders; `name` is that of the image format ("pil", "torchrgb8", …).
+def field_decoder(name: str) -> Decode:
+    """webdataset's decoder of a sample's fields; `name` is that of the image format ("pil", "torchrgb8", …).
 
-    Pickles stay bytes, because loading one can run any code.
+    Pickles stay bytes, because loading one can run any code. Raises StreamingError.
     """
-
-    def __init__(self, name: str) -> None:
-        if name not in imagespecs:
-            raise StreamingError(f"there is no decoder {name!r}: choose one of {', '.join(sorted(imagespecs))}")
-        self._decoder = Decoder([imagehandler(name)], pre=[gzfilter, leave_pickles])
-
-    def __call__(self, sample: Sample) -> Sample:
-        """The sample with decoded fields."""
-        return self._decoder(sample)
+    if name not in imagespecs:
+        raise StreamingError(f"there is no decoder {name!r}: choose one of {', '.join(sorted(imagespecs))}")
+    return Decoder([imagehandler(name)], pre=[gzfilter, leave_pickles])
 
 
 def leave_pickles(key: str, data: bytes) -> bytes | None:

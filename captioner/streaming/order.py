@@ -117,7 +117,7 @@ class EpochOrder:
         lane_batch, (num_full, rest) = self.global_batch // self.num_lanes, divmod(self.num_samples, self.global_batch)
         batches_P, offsets_P = np.divmod(positions_P, self.global_batch)
         lanes_P, indices_P = offsets_P // lane_batch, offsets_P % lane_batch
-        if len(batches_P) and batches_P.max() >= num_full:
+        if len(batches_P) and batches_P.max() >= num_full:  # a shorter last batch: as if spread over a full one
             last = batches_P == num_full
             lanes_P[last] = (((offsets_P[last] + 1) * self.global_batch - 1) // rest) // lane_batch
             indices_P[last] = offsets_P[last] - lanes_P[last] * lane_batch * rest // self.global_batch

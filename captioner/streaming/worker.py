@@ -256,7 +256,7 @@ class BatchMaker(Dataset[Made | Failed]):
             raise
         except Exception as error:
             where = {name: sample[f"__{name}__"] for name in ("key", "url", "epoch", "position")}
-            raise TransformError("transform", describe(error), where) from error
+            raise TransformError("transform", error_line(error), where) from error
 
     def _collate_all(self, samples: list[Any], item: Item, positions: range) -> Any:
         """What `collate` returns. Raises TransformError."""
@@ -268,7 +268,7 @@ class BatchMaker(Dataset[Made | Failed]):
             raise
         except Exception as error:
             where = {"epoch": item.epoch, "positions": positions}
-            raise TransformError("collate", describe(error), where) from error
+            raise TransformError("collate", error_line(error), where) from error
 
     def _skip(self, position: int, error: SampleError) -> Skip:
         """The record of a bad sample; raises its error if none is tolerated."""
@@ -317,10 +317,10 @@ def picklable(error: Exception) -> Exception:
     try:
         return pickle.loads(pickle.dumps(error))
     except Exception:  # the class may be the user's
-        return RuntimeError(describe(error))
+        return RuntimeError(error_line(error))
 
 
-def describe(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {error}".rstrip(": ")
 
@@ -336,10 +336,8 @@ def decoded_by(decode: Decode, sample: Sample) -> Sample:
         raise
     except Exception as error:
         field = f" (.{error.k})" if isinstance(error, DecodingError) else ""
-        message = (
-            f"sample {sample['__key__']} of {sample['__url__']} cannot be decoded{field}: {describe(root_cause(error))}"
-        )
-        raise SampleError("undecodable", message) from error
+        where, reason = f"sample {sample['__key__']} of {sample['__url__']}", error_line(root_cause(error))
+        raise SampleError("undecodable", f"{where} cannot be decoded{field}: {reason}") from error
 
 
 def field_decoder(name: str) -> Decode:

@@ -67,7 +67,7 @@ from measuring.figures import (
     times_as_fast,
 )
 from measuring.photos import SIZE, find_or_draw, repeat_photos, tile_photos
-from sharding.packing.pack import Progress, pack_shard
+from sharding.packing.pack import ShardProgress, pack_shard
 from sharding.packing.planning import ShardPlan
 
 PACKAGES = ("pillow", "pillow-simd", "torch", "torchvision", "webdataset", "simplejpeg", "numpy")
@@ -277,7 +277,7 @@ def watch_memory(plans: Sequence[ShardPlan], folder: str, num_pictures: int) -> 
     quarters = [0.0] * 4
     packed = 0
 
-    def note(now: Progress) -> None:
+    def note(now: ShardProgress) -> None:
         quarter = min(3, 4 * (packed + now.images - 1) // num_pictures)
         quarters[quarter] = max(quarters[quarter], resident_megabytes() or 0.0)
 

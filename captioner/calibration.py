@@ -1,11 +1,11 @@
-"""Confidence of captions and out-of-distribution images: fitted once on a validation split, kept in the model folder.
+"""Confidence of captions, and detection of out-of-distribution images: fitted on a validation split.
 
-`calibration.json` · `calibration.safetensors`
+The model folder holds it as `calibration.json` and `calibration.safetensors`.
 
 Confidence is the probability that a caption is good, as a function of its score: isotonic regression. An image is out
 of distribution if its features are improbable under a Gaussian that was fitted to validation images: probabilistic PCA
-(Tipping and Bishop, 1999) of their square roots scaled to length 1. Unscaled, charts and text would pass for photos:
-their features are small, and so near the mean.
+(Tipping and Bishop, 1999) of their square roots, scaled to length 1. Without scaling, charts and text would look like
+photos: their features are small, and so near the mean.
 
 Shapes: N captions, B images, F features of an image, K principal directions.
 """
@@ -31,17 +31,17 @@ MIN_IMAGES = 100
 NUM_FOLDS = 5
 NUM_BINS = 10
 MAX_DIRECTIONS = 64
-IMAGES_PER_DIRECTION = 16  # fewer would overfit
+IMAGES_PER_DIRECTION = 16  # with fewer images a direction overfits
 THRESHOLD_QUANTILE = 0.99  # of validation images' distances
-MIN_VARIANCE = 1e-9  # of a direction, where vectors have length 1
+MIN_VARIANCE = 1e-9  # of a direction of vectors of length 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reliability:
-    """The calibration metrics of confidences on captions that they were not fitted to.
+    """Calibration metrics of confidences, on captions that they were not fitted to.
 
-    `bins` are groups of captions of similar confidence and equal size: the mean `confidence`, the fraction that was
-    `good`, and `num_captions`. `calibration_error` is the mean distance of the first two.
+    `bins` are groups of equal size, of captions with similar confidence: the mean `confidence`, the fraction of `good`
+    captions, and `num_captions`. `calibration_error` is the mean absolute difference of the first two, over captions.
     """
 
     num_captions: int
@@ -53,7 +53,10 @@ class Reliability:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConfidenceCurve:
-    """The probability (`chances`) that a caption is good by its score: linear between these points, constant beyond."""
+    """The probability that a caption is good, as a function of its score.
+
+    It is linear between the points (`scores`, `chances`), and constant beyond the first and the last one.
+    """
 
     scores: tuple[float, ...]
     chances: tuple[float, ...]
@@ -65,7 +68,10 @@ class ConfidenceCurve:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class FeatureSpace:
-    """A Gaussian of known images' features: K directions with a variance each, one variance for all others."""
+    """A Gaussian of validation images' features: K directions with a variance each, one variance for all others.
+
+    Images at more than the `threshold`, a squared distance, are out of distribution.
+    """
 
     mean_F: Tensor
     directions_KF: Tensor
@@ -74,7 +80,7 @@ class FeatureSpace:
     threshold: Tensor
 
     def distances(self, features_BF: Tensor) -> Tensor:
-        """Squared Mahalanobis distances (B) from the known images; the features are on the space's device."""
+        """Squared Mahalanobis distances (B) of features from the mean; the features are on the space's device."""
         from_mean_BF = _unit(features_BF) - self.mean_F
         along_BK = from_mean_BF @ self.directions_KF.T
         outside_B = (from_mean_BF.square().sum(dim=1) - along_BK.square().sum(dim=1)).clamp_min(0)
@@ -83,10 +89,10 @@ class FeatureSpace:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """What was fitted for captions decoded in float32 with `decoding`, the fields of `DecodingDefaults`.
+    """The fits for captions decoded in float32 with the settings `decoding`, the fields of `DecodingDefaults`.
 
-    `curve` and `reliability` are None together, if there were too few captions, or all good or none; `space` is None if
-    there were too few images.
+    `curve` and `reliability` are both None if there were too few captions, or all or none of them good; `space` is None
+    if there were too few images.
     """
 
     decoding: dict[str, Any]
@@ -101,10 +107,10 @@ class Calibration:
         if self.reliability is None:
             few = f"fewer than {MIN_IMAGES} captions with two references, or none good, or none bad"
             return f"no confidence ({few}), {images}"
-        found = self.reliability
+        metrics = self.reliability
         return (
-            f"confidence with calibration error {found.calibration_error:.3f} and AUROC {found.auroc:.3f} on "
-            f"{found.num_captions:,} captions, {images}"
+            f"confidence with calibration error {metrics.calibration_error:.3f} and AUROC {metrics.auroc:.3f} on "
+            f"{metrics.num_captions:,} captions, {images}"
         )
 
     @property
@@ -117,7 +123,7 @@ class Calibration:
         return None if self.curve is None else self.curve(scores).tolist()
 
     def is_out_of_distribution(self, features_BF: Tensor) -> list[bool] | None:
-        """Whether each image with these encoder features is; None without a space, on whose device they are."""
+        """Whether each of B images, given by its features on the space's device, is; None if there is no space."""
         if self.space is None:
             return None
         return (self.space.distances(features_BF) > self.space.threshold).tolist()
@@ -127,14 +133,14 @@ class Calibration:
 
 
 def isotonic(values_N: np.ndarray, weights_N: np.ndarray) -> np.ndarray:
-    """The non-decreasing numbers (N) with the least weighted squared error: pool adjacent violators."""
+    """The non-decreasing sequence (N) with the least weighted squared error, by pooling adjacent violators."""
     blocks: list[tuple[float, float, int]] = []  # value, weight, length
     for own_value, own_weight in zip(values_N.tolist(), weights_N.tolist(), strict=True):
         value, weight, length = own_value, own_weight, 1
         while blocks and blocks[-1][0] >= value:
-            before, more, longer = blocks.pop()
-            value = (before * more + value * weight) / (more + weight)
-            weight, length = weight + more, length + longer
+            last_value, last_weight, last_length = blocks.pop()
+            value = (last_value * last_weight + value * weight) / (last_weight + weight)
+            weight, length = weight + last_weight, length + last_length
         blocks.append((value, weight, length))
     return np.repeat([value for value, _, _ in blocks], [length for _, _, length in blocks])
 
@@ -142,7 +148,7 @@ def isotonic(values_N: np.ndarray, weights_N: np.ndarray) -> np.ndarray:
 def fit_curve(scores_N: np.ndarray, good_N: np.ndarray) -> ConfidenceCurve:
     """Isotonic regression of good (0 or 1) on score; each constant piece is a point of the curve, at its mean score.
 
-    One good and one bad caption are added at both ends, so that a few captions there make no probability 0 or 1.
+    One good and one bad caption are added at each end, so that a few captions there do not give probability 0 or 1.
     """
     ends = [scores_N.min(), scores_N.min(), scores_N.max(), scores_N.max()]
     scores, inverse, counts = np.unique(np.append(scores_N, ends), return_inverse=True, return_counts=True)
@@ -153,30 +159,37 @@ def fit_curve(scores_N: np.ndarray, good_N: np.ndarray) -> ConfidenceCurve:
 
 
 def fit_confidence(scores: Sequence[float], good: Sequence[bool]) -> tuple[ConfidenceCurve, Reliability] | None:
-    """The confidence of captions with these scores, and its cross-validated reliability.
+    """The curve fitted to all captions, and its cross-validated reliability.
 
-    None for fewer than MIN_IMAGES captions, if all are good or none is, or if a score is not finite.
+    None for fewer than MIN_IMAGES captions, if all or none of them are good, or if a score is not finite.
     """
     scores_N, good_N = np.array(scores, dtype=float), np.array(good, dtype=float)
     if len(scores) < MIN_IMAGES or len(np.unique(good_N)) < 2 or not np.isfinite(scores_N).all():
         return None
     fold_N, confidences_N = np.arange(len(scores_N)) % NUM_FOLDS, np.empty_like(scores_N)
     for fold in range(NUM_FOLDS):
-        own_N = fold_N == fold
-        confidences_N[own_N] = fit_curve(scores_N[~own_N], good_N[~own_N])(scores_N[own_N])
+        is_held_out_N = fold_N == fold
+        curve = fit_curve(scores_N[~is_held_out_N], good_N[~is_held_out_N])
+        confidences_N[is_held_out_N] = curve(scores_N[is_held_out_N])
     return fit_curve(scores_N, good_N), measure_reliability(confidences_N, good_N)
 
 
 def measure_reliability(confidences_N: np.ndarray, good_N: np.ndarray) -> Reliability:
-    """The reliability of confidences of captions that were good (1) or not (0); there are both."""
+    """The reliability of the confidences of captions that are good (1) or bad (0), with at least one of each."""
     groups = np.array_split(np.argsort(confidences_N, kind="stable"), NUM_BINS)
     bins = [
-        {"confidence": float(confidences_N[own].mean()), "good": float(good_N[own].mean()), "num_captions": len(own)}
-        for own in groups
+        {
+            "confidence": float(confidences_N[group].mean()),
+            "good": float(good_N[group].mean()),
+            "num_captions": len(group),
+        }
+        for group in groups
     ]
     error = sum(each["num_captions"] * abs(each["confidence"] - each["good"]) for each in bins) / len(good_N)
-    bad, right = np.sort(confidences_N[good_N == 0]), confidences_N[good_N == 1]
-    below = (np.searchsorted(bad, right, side="left") + np.searchsorted(bad, right, side="right")) / 2  # a tie: half
+    bad, good = np.sort(confidences_N[good_N == 0]), confidences_N[good_N == 1]
+    below = (
+        np.searchsorted(bad, good, side="left") + np.searchsorted(bad, good, side="right")
+    ) / 2  # a tie counts half
     return Reliability(
         num_captions=len(good_N),
         calibration_error=error,
@@ -186,13 +199,13 @@ def measure_reliability(confidences_N: np.ndarray, good_N: np.ndarray) -> Reliab
     )
 
 
-# ---- known images -------------------------------------------------------------------------------------------
+# ---- out-of-distribution images -----------------------------------------------------------------------------
 
 
 def fit_space(features_BF: Tensor) -> FeatureSpace | None:
-    """The space of known images' features; None for fewer than MIN_IMAGES.
+    """The Gaussian of validation images' features; None for fewer than MIN_IMAGES images.
 
-    The threshold is a quantile of the distances of each half from a fit to the other half.
+    Its threshold is a quantile of the distances of each half of the images from a fit to the other half.
     """
     if len(features_BF) < MIN_IMAGES:
         return None
@@ -206,7 +219,7 @@ def fit_space(features_BF: Tensor) -> FeatureSpace | None:
 
 
 def _fit(features_BF: Tensor, *, num_directions: int) -> FeatureSpace:
-    """Probabilistic PCA; the threshold is still 0."""
+    """Probabilistic PCA with `num_directions` directions, and the threshold 0."""
     unit_BF = _unit(features_BF)
     mean_F = unit_BF.mean(dim=0)
     with torch.random.fork_rng(devices=[]):
@@ -225,6 +238,7 @@ def _fit(features_BF: Tensor, *, num_directions: int) -> FeatureSpace:
 
 
 def _unit(features_BF: Tensor) -> Tensor:
+    """The square roots of the features, with their signs, scaled to length 1 (B, F)."""
     features_BF = features_BF.float()
     return normalize(features_BF.sign() * features_BF.abs().sqrt(), dim=1)
 
@@ -259,7 +273,7 @@ def _arrays(calibration: Calibration) -> dict[str, np.ndarray]:
 def from_files(text: bytes, arrays: bytes, *, model: str, device: torch.device | str = "cpu") -> Calibration:
     """The calibration in the contents of both files, for features on `device`.
 
-    Raises ValueError if they are damaged, or of another model.
+    Raises ValueError if they are damaged, or belong to another model.
     """
     try:
         content = json.loads(text)

@@ -231,7 +231,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[objec
 def print_damaged(num_damaged: int) -> None:
     """Print how many damaged images could be decoded, if any."""
     if num_damaged:
-        console.print(f"{num_damaged:,} pictures are damaged, but could be decoded: parts of them may look wrong")
+        console.print(f"{num_damaged:,} images are damaged, but could be decoded: parts of them may look wrong")
 
 
 def _cell(value: object) -> str:

@@ -1,6 +1,6 @@
-"""A pool of worker processes that survives their deaths: an item that kills its worker costs itself alone.
+"""A pool of worker processes that survives their deaths: if an item kills its worker, only that item is lost.
 
-Workers are forked from a server process that has imported their code once: importing torch costs seconds.
+Workers are forked from a server process that has already imported their code, because importing torch takes seconds.
 """
 
 import math
@@ -21,14 +21,17 @@ from typing import Any
 from captioner.errors import UserError
 from captioner.images import loading
 
-NO_ITEM = -1  # the index of a worker that is between items
+NO_ITEM = -1  # instead of an item's index: the worker is between items
 MAX_DEATHS_AT_ONE_ITEM = 2
 POLL_SECONDS = 1.0
-MAX_SECONDS_TO_EXIT = 5.0  # a process that waits for a lost disk exits later
+MAX_SECONDS_TO_EXIT = 5.0  # a killed process that waits for a lost disk exits even later
 
 
 def start_server(module: str) -> ForkServerContext:
-    """Start the server process that workers are forked from, unless it runs; it imports `module` in the background."""
+    """The context of the server process from which workers are forked; starts it if necessary.
+
+    It imports `module` in the background.
+    """
     context = multiprocessing.get_context("forkserver")
     native = [] if loading.HAS_SIMD else ["torch"]
     context.set_forkserver_preload([module, *native])
@@ -37,12 +40,13 @@ def start_server(module: str) -> ForkServerContext:
 
 
 class WorkerPool:
-    """Worker processes that each do one task at a time; a dead one is replaced, and its task starts again.
+    """Worker processes that each do one task at a time. A dead worker is replaced, and its task is started again.
 
-    A worker calls `work(task, *arguments, excluded=..., set_index=..., report=...)`: `set_index(i)` before item i of
-    the task, `report(message)` to send a message early, and its result is the last message. An item at which two
-    workers died, or one spent more than `max_seconds`, is in `excluded` when the task starts again: a dict from its
-    index to the exit code (None: timed out). After `max_deaths` other deaths at one task `run` raises UserError.
+    A worker calls `work(task, *arguments, excluded=..., set_index=..., report=...)`, which calls `set_index(i)` before
+    item i of the task, may call `report(message)` to send a message early, and returns the last message. `excluded` are
+    the items to leave out when a task is started again: those at which two workers died, or one spent more than
+    `max_seconds`, as a dict from the item's index to the exit code (None: timed out). After `max_deaths` other deaths
+    at one task `run` raises UserError.
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class WorkerPool:
     def run(self, tasks: Iterator[tuple[str, Any]]) -> Iterator[Any]:
         """Yield the workers' messages, in no fixed order.
 
-        `tasks` gives a name for error messages and the task. It is asked for one when a worker is idle.
+        `tasks` yields (name for error messages, task); the next one is taken when a worker is idle.
         """
         messages: deque[Any] = deque()
         while True:
@@ -87,10 +91,10 @@ class WorkerPool:
                 messages.extend(self._receive())
 
     def _receive(self) -> Iterator[Any]:
-        """Wait up to POLL_SECONDS for messages, one of each worker, and restart workers that are dead or hang."""
+        """Wait up to POLL_SECONDS; yields at most one message of each worker, and restarts dead and hanging ones."""
         ready = wait([worker.pipe for worker in self._workers if not worker.is_idle], POLL_SECONDS)
         now = time.monotonic()
-        seconds = min(now - self._last_poll, POLL_SECONDS)  # a pause of all processes is no worker's fault
+        seconds = min(now - self._last_poll, POLL_SECONDS)  # does not count the time when all processes are suspended
         self._last_poll = now
         for worker in self._workers:
             if worker.pipe in ready:
@@ -100,13 +104,13 @@ class WorkerPool:
                     worker.restart(timed_out=False, max_deaths=self._max_deaths)
                 else:
                     yield message
-            elif worker.seconds_at_item(seconds) > self._max_seconds:
+            elif worker.add_seconds(seconds) > self._max_seconds:
                 worker.process.kill()
                 worker.restart(timed_out=True, max_deaths=self._max_deaths)
 
 
 class _Worker:
-    """A process, this side of its pipe, and the task that it does."""
+    """A worker process, the pool's end of its pipe, and its task."""
 
     def __init__(self, context: ForkServerContext, arguments: tuple[Any, ...]) -> None:
         self._context = context
@@ -115,25 +119,26 @@ class _Worker:
         self._spawn()
 
     def _spawn(self) -> None:
-        self._index: Any = self._context.RawValue("q", NO_ITEM)  # in shared memory: the item that it is at
+        self._index: Any = self._context.RawValue("q", NO_ITEM)  # in shared memory: its current item
         self.pipe, remote = self._context.Pipe()
         self.process = self._context.Process(target=_serve, args=(remote, self._index, *self._arguments), daemon=True)
         self.process.start()
         remote.close()
 
     def start(self, name: str, task: Any) -> None:
+        """Send an idle worker its next task."""
         self._name, self._task = name, task
-        self._deaths: Counter[int] = Counter()  # by the item's index
+        self._deaths: Counter[int] = Counter()  # by index of the item
         self._excluded: dict[int, int | None] = {}
         self._send()
 
     def _send(self) -> None:
         self.is_idle, self._last_index, self._seconds = False, NO_ITEM, 0.0
-        with suppress(OSError):  # it is dead: the pool will notice
+        with suppress(OSError):  # the process is dead: the pool will notice
             self.pipe.send((self._task, self._excluded))
 
-    def seconds_at_item(self, seconds: float) -> float:
-        """How long it has been at its item, `seconds` after the last call."""
+    def add_seconds(self, seconds: float) -> float:
+        """Count the seconds since the last call for the current item; returns the item's total."""
         is_waiting = self.is_idle or self._index.value == NO_ITEM or self._index.value != self._last_index
         self._last_index, self._seconds = self._index.value, 0.0 if is_waiting else self._seconds + seconds
         return self._seconds
@@ -158,8 +163,8 @@ class _Worker:
 
 
 def _serve(pipe: Connection, index: Any, work: Callable[..., Any], *arguments: Any) -> None:
-    """Do the tasks that come through the pipe, until the pool closes it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
+    """Receive tasks from the pipe, do them, and send the results, until the pool closes the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the main process ends its workers
     use_one_thread()
     set_index = partial(setattr, index, "value")
 
@@ -175,28 +180,28 @@ def _serve(pipe: Connection, index: Any, work: Callable[..., Any], *arguments: A
 
 
 def count_processors(*, membership: Path = Path("/proc/self/cgroup"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """How many processors this process may use: those in its affinity mask, or fewer under a cgroup CPU quota.
+    """The number of processors that this process may use: those in its affinity mask, or fewer under a cgroup quota.
 
-    A quota of 1.5 counts as 2. `membership` names this process's control groups, which lie below `cgroups`.
+    A quota of 1.5 counts as 2. `membership` is the file that names this process's cgroups, below the folder `cgroups`.
     """
     counts = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     for line in membership.read_text().splitlines() if membership.exists() else []:
         _, controllers, path = line.split(":", 2)
-        root, names = cgroups, ["cpu.max"]  # of version 2
+        root, names = cgroups, ["cpu.max"]  # cgroup version 2
         if "cpu" in controllers.split(","):
             root, names = cgroups / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         elif controllers:
             continue
         own = PurePosixPath(path.lstrip("/"))
-        for group in (own, *own.parents):  # a container may see its own group as the root, whatever the line says
-            with suppress(OSError, ValueError):  # there is no such file where there is no quota, and "max" is none
+        for group in (own, *own.parents):  # in a container its own group may be the root, whatever the line says
+            with suppress(OSError, ValueError):  # without a quota there is no file, or it says "max"
                 quota, period = map(int, " ".join((root / group / name).read_text() for name in names).split())
                 counts.append(math.ceil(quota / period) if quota > 0 else counts[0])
     return max(1, min(counts))
 
 
 def use_one_thread() -> None:
-    """Workers share the processors among themselves; torch's own threads would only get in their way."""
+    """Make torch use one thread in this process: the workers already use all processors."""
     if loading.backend() == "native":
         import torch
 

@@ -36,8 +36,8 @@ class Collate:
 
     def __call__(self, samples: list[tuple[np.ndarray, str]]) -> dict[str, torch.Tensor]:
         """`pixel_values` (B, 3, SIDE, SIDE) in -1..1 and `labels` (B, T), -100 where a caption has ended."""
-        pictures, captions = zip(*samples, strict=True)
-        pixels = torch.from_numpy(np.stack(pictures)).movedim(-1, 1).float() / 127.5 - 1
+        images, captions = zip(*samples, strict=True)
+        pixels = torch.from_numpy(np.stack(images)).movedim(-1, 1).float() / 127.5 - 1
         tokens = self.tokenizer(list(captions), padding=True, truncation=True, max_length=32, return_tensors="pt")
         return {"pixel_values": pixels, "labels": tokens.input_ids.masked_fill(tokens.attention_mask == 0, -100)}
 

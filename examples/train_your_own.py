@@ -25,10 +25,10 @@ SIDE, BUCKETS, WIDTH = 32, 4096, 64
 
 def prepare(sample: dict, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """In a worker: a small image and, for one of its captions, the counts of its hashed words."""
-    picture = Image.open(BytesIO(sample["jpg"])).convert("RGB").resize((SIDE, SIDE))
+    image = Image.open(BytesIO(sample["jpg"])).convert("RGB").resize((SIDE, SIDE))
     captions = json.loads(sample["json"])["tokens"]
     words = [zlib.crc32(word.encode()) % BUCKETS for word in captions[rng.integers(len(captions))]]
-    return np.array(picture), np.bincount(words, minlength=BUCKETS).astype(np.float32)
+    return np.array(image), np.bincount(words, minlength=BUCKETS).astype(np.float32)
 
 
 class TwoTowers(nn.Module):
@@ -40,9 +40,9 @@ class TwoTowers(nn.Module):
         self.see = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(32 * 4 * 4, WIDTH))
         self.read = nn.Linear(BUCKETS, WIDTH)
 
-    def forward(self, pictures: Tensor, words: Tensor) -> Tensor:
+    def forward(self, images: Tensor, words: Tensor) -> Tensor:
         """The contrastive loss: which caption belongs to which image of the batch."""
-        seen = self.see(pictures.movedim(-1, 1) / 127.5 - 1)
+        seen = self.see(images.movedim(-1, 1) / 127.5 - 1)
         scores = 20 * normalize(seen) @ normalize(self.read(words)).T
         right = torch.arange(len(scores), device=scores.device)
         return (cross_entropy(scores, right) + cross_entropy(scores.T, right)) / 2
@@ -63,8 +63,8 @@ def main(shards: str, checkpoint: str, epochs: int) -> None:
         optimizer.load_state_dict(state["optimizer"])
         loader.load_state_dict(state["data"])
     while loader.epoch < epochs:
-        for pictures, words in loader:
-            loss = wrapped(pictures, words)
+        for images, words in loader:
+            loss = wrapped(images, words)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -1,6 +1,6 @@
-"""One process's work: images from the reader are captioned in batches and written as rows.
+"""Captions one process's files: batches of images from the reader become rows of its part file.
 
-Files with the same bytes are captioned once. Only unfinished batches are held.
+Files with the same bytes are captioned once. Only unfinished batches are held in memory.
 """
 
 import os
@@ -28,8 +28,8 @@ from infer.settings import CaptionSettings
 
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 8, 128
 DECIMALS = 4  # of scores
-DESCRIBED_AT_ONCE = 256  # images: the decoder reads all its weights for each word, for few captions as for many
-MAX_SECONDS_UNTIL_DESCRIBED = 10.0  # for which the progress bar stands, and which a kill costs
+DESCRIBED_AT_ONCE = 256  # images: for each word the decoder reads all its weights, however many captions there are
+MAX_SECONDS_UNTIL_DESCRIBED = 10.0  # limits how long the progress bar stands still, and what a kill costs
 
 Result = TypeVar("Result")
 Encoding = tuple[Batch, list[DecodedImage], Encoded]  # a batch, its images whose bytes are new, and their embeddings
@@ -54,7 +54,7 @@ def load_captioner(settings: CaptionSettings) -> Captioner:
 
 
 def find_device() -> torch.device:
-    """The accelerator with this process's local rank, or the CPU."""
+    """The accelerator with the index LOCAL_RANK, made current, or the CPU."""
     kind = torch.accelerator.current_accelerator(check_available=True)
     if kind is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         return torch.device("cpu")
@@ -64,7 +64,7 @@ def find_device() -> torch.device:
 
 
 def row_settings(captioner: Captioner, settings: CaptionSettings) -> dict[str, Any]:
-    """The settings that a row's content depends on, and the folder of its relative names."""
+    """The settings that determine a row's content, and the folder from which relative names start."""
     calibration = captioner.bundle.calibration
     local = [location for location in (*settings.images, *settings.shards) if not is_remote(location)]
     is_relative = bool(settings.list) or not all(map(os.path.isabs, local))
@@ -88,7 +88,10 @@ def caption_files(
     settings: CaptionSettings,
     peers: Peers,
 ) -> tuple[int, int]:
-    """Write a row for each file without one to this process's part. Returns how many, and how many are damaged."""
+    """Write a row to this process's part for each file that has none.
+
+    Returns the number of rows, and of images that were decoded although they are damaged.
+    """
     on_cpu = captioner.bundle.device.type == "cpu"
     num_processors = max(1, count_processors() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     num_threads = num_processors if on_cpu else 1
@@ -122,56 +125,54 @@ def without_rows(files: Iterable[ImageFile], index: RowIndex, bar: cli.Bar) -> I
 
 
 class Captioning:
-    """Captions the batches of a reader and writes the rows."""
+    """Captions the batches of a reader, in threads, and writes the rows."""
 
     def __init__(self, captioner: Captioner, index: RowIndex, writer: RowWriter) -> None:
         self._captioner = captioner
         self._index = index
         self._writer = writer
-        self._duplicates: dict[str, list[DecodedImage]] = {}  # of each image that is being captioned, by sha256
-        self._encoded: list[tuple[list[DecodedImage], Encoded]] = []  # waiting for the decoder
-        self._num_waiting = 0  # files read since the decoder was last started
+        self._duplicates: dict[str, list[DecodedImage]] = {}  # by sha256, of the images that are being captioned
+        self._encoded: list[tuple[list[DecodedImage], Encoded]] = []  # images that wait for the decoder
+        self._num_waiting = 0  # files read since the decoder was last started, duplicates and failures included
         self._described_at = time.monotonic()
 
     def rows(self, reader: Reader, *, num_threads: int) -> Iterator[list[Row]]:
-        """Caption all batches with `num_threads`; yields rows when they are written.
+        """Caption all batches with `num_threads` threads; yields rows once they are written.
 
-        The reader must allow num_threads + 1 batches to be held. Raises UserError if the device has too little memory.
+        The reader must allow `num_threads + 1` batches to be held. Raises UserError if the device runs out of memory.
         """
         encoding: deque[Future[Encoding]] = deque()
         describing: deque[Future[Described]] = deque()
         with ThreadPoolExecutor(num_threads) as threads:
             for batch in reader:
-                rows, indices = self._sort(batch)
+                rows, indices = self._split(batch)
                 yield self._write(rows)
                 if indices:
                     encoding.append(threads.submit(self._encode, batch, indices))
                 else:
                     reader.release(batch)
                 while encoding and (len(encoding) > num_threads or encoding[0].done()):
-                    self._gather(encoding.popleft(), reader)
-                if self._encoded and self._is_time():
+                    self._collect(encoding.popleft(), reader)
+                if self._encoded and self._is_decoder_due():
                     describing.append(threads.submit(self._describe, self._encoded))
                     self._encoded, self._num_waiting, self._described_at = [], 0, time.monotonic()
                 while describing and (len(describing) > num_threads or describing[0].done()):
                     yield self._finish(describing.popleft())
             while encoding:
-                self._gather(encoding.popleft(), reader)
-            size = -(-len(self._encoded) // num_threads) or 1
-            parts = [self._encoded[first : first + size] for first in range(0, len(self._encoded), size)]
-            describing += [threads.submit(self._describe, part) for part in parts]
+                self._collect(encoding.popleft(), reader)
+            size = -(-len(self._encoded) // num_threads) or 1  # each thread describes an equal number of batches
+            for first in range(0, len(self._encoded), size):
+                describing.append(threads.submit(self._describe, self._encoded[first : first + size]))
             while describing:
                 yield self._finish(describing.popleft())
 
-    def _is_time(self) -> bool:
-        """Whether enough images wait for the decoder, or have waited long enough."""
-        return (
-            self._num_waiting >= DESCRIBED_AT_ONCE
-            or time.monotonic() - self._described_at > MAX_SECONDS_UNTIL_DESCRIBED
-        )
+    def _is_decoder_due(self) -> bool:
+        """Whether enough images wait for the decoder, or it was last started long enough ago."""
+        seconds = time.monotonic() - self._described_at
+        return self._num_waiting >= DESCRIBED_AT_ONCE or seconds > MAX_SECONDS_UNTIL_DESCRIBED
 
-    def _sort(self, batch: Batch) -> tuple[list[Row], list[int]]:
-        """The rows of a batch that need no model, and the indices, among the views, of the images that do."""
+    def _split(self, batch: Batch) -> tuple[list[Row], list[int]]:
+        """The rows of the images that need no model, and the indices, among the batch's views, of those that do."""
         self._num_waiting += len(batch.images)
         rows = [failure_row(image, model=self._captioner.bundle.name) for image in batch.images if image.error]
         indices = []
@@ -186,21 +187,24 @@ class Captioning:
         return rows, indices
 
     def _encode(self, batch: Batch, indices: list[int]) -> Encoding:
+        """Encode the batch's views with these indices."""
         usable = _usable(batch)
         views_BPP3 = batch.views_BPP3 if len(indices) == len(usable) else batch.views_BPP3[indices]
         return batch, [usable[index] for index in indices], self._captioner.encode(views_BPP3)
 
-    def _gather(self, encoding: Future[Encoding], reader: Reader) -> None:
+    def _collect(self, encoding: Future[Encoding], reader: Reader) -> None:
+        """Keep the encoded images for the decoder, and release their batch."""
         batch, new, encoded = _result(encoding)
         self._encoded.append((new, encoded))
         reader.release(batch)
 
-    def _describe(self, encoded: list[tuple[list[DecodedImage], Encoded]]) -> Described:
-        images = [image for new, _ in encoded for image in new]
-        return list(zip(images, self._captioner.describe([part for _, part in encoded]), strict=True))
+    def _describe(self, batches: list[tuple[list[DecodedImage], Encoded]]) -> Described:
+        """The images of encoded batches, with their descriptions."""
+        images = [image for new, _ in batches for image in new]
+        return list(zip(images, self._captioner.describe([encoded for _, encoded in batches]), strict=True))
 
     def _finish(self, describing: Future[Described]) -> list[Row]:
-        """Write the rows of described images and of their duplicates."""
+        """Write and return the rows of described images and of their duplicates."""
         rows = []
         for image, description in _result(describing):
             row = success_row(image, description, model=self._captioner.bundle.name)
@@ -210,14 +214,15 @@ class Captioning:
         return self._write(rows)
 
     def _write(self, rows: list[Row]) -> list[Row]:
-        self._writer.write(rows)
-        for row in rows:
-            if row.get("duplicate_of", "") is None:  # the first with these bytes; failures have no such key
-                self._index.add(row)
+        """Write the rows, and index those of captioned images that are no duplicates; returns all."""
+        for row, line in zip(rows, self._writer.write(rows), strict=True):
+            if row.get("duplicate_of", "") is None:  # failures have no such key
+                self._index.add(row, line)
         return rows
 
 
 def _result(future: Future[Result]) -> Result:
+    """The result of a future. Raises UserError if the device ran out of memory."""
     try:
         return future.result()
     except torch.OutOfMemoryError as error:
@@ -227,6 +232,7 @@ def _result(future: Future[Result]) -> Result:
 
 
 def _usable(batch: Batch) -> list[DecodedImage]:
+    """The batch's images without an error, which are those that have views, in the same order."""
     return [image for image in batch.images if image.error is None]
 
 

@@ -1,7 +1,7 @@
-"""Finds the files to caption, in folders, globs, URLs, lists and shards, while they are being captioned.
+"""Lists the files to caption, from folders, globs, URLs, lists and shards, while they are being captioned.
 
-On disk and on S3 only the names of folders not yet read are held in memory; other stores list a whole folder at once.
-With a list, or several sources, a temporary SQLite file finds duplicates.
+On disk and S3 it holds only the names of folders not yet read in memory; other stores list a whole folder at once. With
+a list, or several sources, a temporary SQLite database finds files that are named twice.
 """
 
 import codecs
@@ -27,7 +27,7 @@ from captioner.files import storage
 from captioner.images.loading import ImageError
 from captioner.samples import image_spans
 from captioner.shards.format import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
-from infer.row_index import Seen, hash_location, real_root
+from infer.row_index import LocationSet, hash_location, real_root
 
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 WILDCARDS = frozenset("*?[")
@@ -40,11 +40,11 @@ Kind = Literal["file", "folder", "linked file", "linked folder"]
 
 @dataclass(frozen=True, order=True, slots=True)
 class ImageFile:
-    """A file, or a byte range of a tar: the folder it was found through, and its path below that.
+    """A file, or a byte range of a tar: the folder from which it was found (`root`), and its path below that.
 
-    `path` has `/` between its parts, and bytes that are not UTF-8 as `\\udcXX`; web addresses stay quoted. An image in
-    a shard has the path `train-000000.tar/KEY.jpg`, and is `size` bytes at byte `start` of the tar. `error` says why a
-    folder cannot be listed, or the index of a shard cannot be read.
+    `path` has `/` between its parts, and bytes that are not UTF-8 as `\\udcXX`; URLs stay percent-encoded. An image in
+    a shard has the path `train-000000.tar/KEY.jpg`, and is `size` bytes at byte `start` of the tar. An entry with an
+    `error` stands for a folder that cannot be listed, or for a shard whose index cannot be read.
     """
 
     root: str
@@ -71,10 +71,10 @@ class ImageFile:
                 tar = _join(self.root, f"{self.path.partition('.tar/')[0]}.tar")
                 return storage.read_range(tar, start=self.start, end=self.start + self.size)[: self.size]
             if not storage.is_remote(self.root):
-                found = os.stat(self.location)  # noqa: PTH116 - a Path takes longer, and changes names
-                if not stat.S_ISREG(found.st_mode):
+                status = os.stat(self.location)  # noqa: PTH116 - a Path takes longer, and changes names
+                if not stat.S_ISREG(status.st_mode):
                     raise ImageError("special file", "it is a folder, pipe, socket or device, no regular file")
-                _check_size(found.st_size, max_bytes)
+                _check_size(status.st_size, max_bytes)
                 return storage.read_bytes(self.location)
             data = storage.read_bytes(self.location, end=max_bytes + 1)
             _check_size(len(data), max_bytes)
@@ -89,18 +89,18 @@ def _check_size(num_bytes: int, max_bytes: int) -> None:
 
 
 def _image_error(error: Exception) -> ImageError:
-    """Why a file or folder cannot be read; a ValueError is about a name that no file can have."""
+    """The error of a file or folder that cannot be read; a ValueError means a name that no file can have."""
     missing = isinstance(error, FileNotFoundError | ValueError) or getattr(error, "errno", None) in MISSING
     message = getattr(error, "strerror", None) or str(error)
     return ImageError("missing" if missing else "unreadable", " ".join(message.split()))
 
 
 def locate(root: str, path: str) -> ImageFile:
-    """The file of a row; an image in a shard is found through the shard's index."""
+    """The file of a row. The range of an image in a shard is read from the shard's index."""
     tar, _, name = path.partition(".tar/")
     spans: dict[str, tuple[int, int]] = {}
     if name:
-        with suppress(OSError, UserError):  # a folder may be called `.tar` too
+        with suppress(OSError, UserError):  # the name of a folder may end in `.tar` too
             spans = _read_spans(root, tar)
     start, size = spans.get(name, (0, None))
     return ImageFile(root, path, start, size)
@@ -109,18 +109,18 @@ def locate(root: str, path: str) -> ImageFile:
 class Listing(Iterator[ImageFile]):
     """Iterates over this process's files, each once, in the order in which they are found.
 
-    `images` are folders with all below them, files, and globs, on disk or behind URLs. A glob's `**` stands for any
-    number of folders, its `*` also for names that begin with a dot; a folder that matches counts with all below it.
-    `lists` are text files with a path or URL a line, `-` is the standard input. `shards` are dataset folders.
-    `excluded` files and folders are left out, and names with `skip_suffix`. Links to files count as files;
-    links to folders are counted and not followed, since they may form loops.
+    `images` are files, globs, and folders with everything below them, on disk or behind URLs. A glob's `**` matches any
+    number of folders, its `*` also names that begin with a dot; a matching folder counts with everything below it.
+    `lists` are text files with one path or URL per line; `-` is standard input. `shards` are dataset folders.
+    `excluded` files and folders are left out, and names with `skip_suffix`. Links to files are files; links to folders
+    are counted but not followed, because they may form loops.
 
-    A file that several sources name belongs to the first. Only its root is resolved for that: a list's `..` and links
-    below the root give a file other names. A hash of root and path, as given, decides which process captions a file, so
-    that none is lost or repeated where their listings differ.
+    A file that several sources name belongs to the first one. To compare names only roots are resolved: with `..` in a
+    list, or links below a root, a file has several names. A hash of root and path, as given, decides which process
+    captions a file, so that none is lost or repeated if the processes' listings differ.
 
-    The counts are of all processes' files, and grow during iteration: `num_found` files to caption, and `left_out`
-    by reason. Raises UserError for a source that does not exist or matches nothing, and OSError if it cannot be read.
+    `num_found` (files to caption) and `left_out` (by reason) count the files of all processes, and grow during
+    iteration. Raises UserError for a source that does not exist or matches nothing, and OSError if it cannot be read.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Listing(Iterator[ImageFile]):
         folders = dict.fromkeys(map(_without_slash, shards))
         splits = [(folder, manifest) for folder in folders for manifest in _read_manifests(folder)]
         open_lists = [_open_list(name, world_size=world_size) for name in dict.fromkeys(lists)]
-        self._seen = Seen() if lists or len(roots) + len(folders) > 1 else None
+        self._seen = LocationSet() if lists or len(roots) + len(folders) > 1 else None
         self._found = chain(
             chain.from_iterable(_walk(root, excluded=self._excluded) for root in roots),
             chain.from_iterable(map(_read_list, open_lists)),
@@ -164,7 +164,7 @@ class Listing(Iterator[ImageFile]):
         raise StopIteration
 
     def lines_of_left_out(self) -> list[str]:
-        """Lines that count what was left out on purpose, by reason."""
+        """One line per reason, with the number of files that were left out for it."""
         return [f"{count:,} {reason}" for reason, count in self.left_out.items()]
 
     def _is_wanted(self, file: ImageFile) -> bool:
@@ -181,17 +181,17 @@ class Listing(Iterator[ImageFile]):
 
 
 class Ahead(Iterator[ImageFile]):
-    """Iterates over the files in order; a thread lists them without waiting, and then calls `on_end` with their number.
+    """Iterates over the files in order, while a thread lists them ahead and then calls `on_end` with their number.
 
-    So their number is known long before the last is captioned. They are queued in a temporary file: memory stays flat,
-    and nothing is listed twice. An exception of the listing is raised after the last file. Raises UserError if the
-    temporary file cannot grow.
+    So the number is known long before the last file is captioned. The files are queued in a temporary file, so memory
+    stays constant and nothing is listed twice. An exception of the listing is raised after the last file. Raises
+    UserError if the temporary file cannot grow.
     """
 
     def __init__(self, files: Iterator[ImageFile], *, on_end: Callable[[int], None]) -> None:
         handle, name = mkstemp()
         self._reader = open(name, "rb")  # noqa: PTH123, SIM115 - closed with this object
-        Path(name).unlink()  # or a kill would leave it there
+        Path(name).unlink()  # now, so that a kill leaves no file
         self._ready = Semaphore(0)  # one for each file in the queue, and one at its end
         self._error: BaseException | None = None
         Thread(target=self._list, args=(files, FileIO(handle, "w"), on_end), daemon=True).start()
@@ -200,7 +200,7 @@ class Ahead(Iterator[ImageFile]):
         self._ready.acquire()
         try:
             return pickle.load(self._reader)
-        except (EOFError, pickle.UnpicklingError):  # the end, or a file that found no room
+        except (EOFError, pickle.UnpicklingError):  # the end, or an entry that a full disk cut
             self._ready.release()
             raise self._error or StopIteration from None
 
@@ -219,6 +219,7 @@ class Ahead(Iterator[ImageFile]):
 
 
 def _append(file: FileIO, data: bytes) -> None:
+    """Write all of `data`. Raises UserError."""
     try:
         while data:  # a nearly full disk may write only some of it
             data = data[file.write(data) :]
@@ -233,7 +234,7 @@ def _append(file: FileIO, data: bytes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Root:
-    """A folder, and what of it is wanted: a single file, all that matches a pattern, or everything."""
+    """A folder, and which of its files are wanted: the one called `name`, those that match `pattern`, or all."""
 
     folder: str
     name: str = ""
@@ -241,17 +242,14 @@ class _Root:
 
 
 def _find_root(source: str) -> _Root:
-    """The folder of one of --images, and what is wanted of it.
-
-    Raises UserError if it names nothing, and OSError if its folder cannot be listed.
-    """
+    """The root of one of --images. Raises UserError if there is no such file, OSError if its folder is unreadable."""
     nothing = UserError(f"nothing at {source} can be read or listed: give --images a folder, a file or a glob")
     try:
         if storage.is_folder(source):
             root = _Root(_without_slash(source))
         elif not source.endswith("/") and storage.exists(source):
             if storage.is_remote(source) and storage.size_bytes(source) == storage.UNKNOWN:
-                storage.read_bytes(source, end=1)  # some servers do not say that a folder is hidden before it is read
+                storage.read_bytes(source, end=1)  # some servers refuse only when it is read
             folder, name = _split_location(source)
             return _Root(_without_slash(folder), name)
         else:
@@ -266,12 +264,12 @@ def _find_root(source: str) -> _Root:
 
 
 def _without_slash(folder: str) -> str:
-    """The folder's name without slashes at its end."""
+    """The folder without trailing slashes."""
     return folder if folder.endswith("://") else folder.rstrip("/") or "/"
 
 
 def _split_glob(glob: str) -> tuple[str, Pattern]:
-    """The folder before the first wildcard, and the parts of the rest; none if there is no wildcard."""
+    """The folder before the first wildcard, and the parts from there on; no parts if there is no wildcard."""
     scheme, separator, rest = glob.partition("://") if storage.is_remote(glob) else ("", "", glob)
     parts = rest.split("/")
     num_fixed = next((number for number, part in enumerate(parts) if WILDCARDS.intersection(part)), len(parts))
@@ -280,7 +278,7 @@ def _split_glob(glob: str) -> tuple[str, Pattern]:
 
 
 def _split_location(location: str) -> tuple[str, str]:
-    """A file's folder and its name there; the query of a web address belongs to the name."""
+    """A file's folder and its name; the query of a URL belongs to the name."""
     if not storage.is_remote(location):
         folder, name = os.path.split(location)
         return folder or ".", name
@@ -289,12 +287,12 @@ def _split_location(location: str) -> tuple[str, str]:
     return folder + slash if folder.endswith("/") else folder, name + mark + query
 
 
-def _rests(name: str, patterns: Iterable[Pattern]) -> Iterator[Pattern]:
-    """What is left of the patterns for the entries below `name`; () among them if `name` itself matches."""
+def _remaining(name: str, patterns: Iterable[Pattern]) -> Iterator[Pattern]:
+    """The patterns that entries of folder `name` must match, without its part; () if `name` itself matches."""
     for pattern in patterns:
         if pattern[0] == "**":
             yield pattern
-            yield from _rests(name, [pattern[1:]]) if pattern[1:] else [()]
+            yield from _remaining(name, [pattern[1:]]) if pattern[1:] else [()]
         elif fnmatchcase(name, pattern[0]):
             yield pattern[1:]
 
@@ -303,7 +301,7 @@ def _rests(name: str, patterns: Iterable[Pattern]) -> Iterator[Pattern]:
 
 
 def _walk(root: _Root, *, excluded: Container[str] = ()) -> Iterator[ImageFile | None]:
-    """The root's file, or all files below its folder that match its pattern; None for a link to a folder."""
+    """Yield the root's files. None stands for a link to a folder, an entry with an error for an unreadable folder."""
     if root.name:
         yield ImageFile(root.folder, root.name)
         return
@@ -314,21 +312,21 @@ def _walk(root: _Root, *, excluded: Container[str] = ()) -> Iterator[ImageFile |
             if above.count("/") > MAX_DEPTH and storage.is_remote(root.folder):
                 raise OSError(f"more than {MAX_DEPTH} folders deep: it may be a loop")
             for name, kind in _scan(_join(root.folder, above)):
-                path, rests = above + name, frozenset(_rests(name, patterns))
-                if not rests or (kind != "file" and os.path.realpath(_join(root.folder, path)) in excluded):
+                path, remaining = above + name, frozenset(_remaining(name, patterns))
+                if not remaining or (kind != "file" and os.path.realpath(_join(root.folder, path)) in excluded):
                     continue
                 if kind == "folder":
-                    pending.append((f"{path}/", EVERYTHING if () in rests else rests))
+                    pending.append((f"{path}/", EVERYTHING if () in remaining else remaining))
                 elif kind == "linked folder":
                     yield None
-                elif () in rests:
+                elif () in remaining:
                     yield ImageFile(root.folder, path)
         except (OSError, ValueError) as error:
             yield ImageFile(root.folder, above.rstrip("/") or ".", error=_image_error(error))
 
 
 def _scan(folder: str) -> Iterator[tuple[str, Kind]]:
-    """Each name in a folder and its kind, in the system's order. Pipes and the like are files here. Raises OSError."""
+    """Yield each name in a folder and its kind, in the system's order; pipes and devices are files. Raises OSError."""
     if storage.is_remote(folder):
         yield from ((name, "folder" if is_folder else "file") for name, is_folder in storage.scan_folder(folder))
         return
@@ -341,7 +339,7 @@ def _scan(folder: str) -> Iterator[tuple[str, Kind]]:
 
 
 def _join(root: str, path: str) -> str:
-    """`root/path` for paths and URLs alike, unchanged."""
+    """`root/path`, for paths and URLs; nothing is percent-encoded."""
     return f"{root}{path}" if root.endswith("/") else f"{root}/{path}"
 
 
@@ -349,13 +347,14 @@ def _join(root: str, path: str) -> str:
 
 
 def _open_list(name: str, *, world_size: int) -> BinaryIO:
-    """The open list: a pipe can be read only once, and by one process. Raises UserError and OSError."""
+    """The list, opened once, because a pipe cannot be reopened. Raises UserError for a pipe to several processes."""
     if world_size > 1 and (name == "-" or not stat.S_ISREG(Path(name).stat().st_mode)):
         raise UserError(f"several processes cannot read the list {name}: write it to a file, and name that")
     return open(0 if name == "-" else name, "rb")  # noqa: PTH123
 
 
 def _read_list(lines: BinaryIO) -> Iterator[ImageFile]:
+    """Yield the files of a list; empty lines are skipped."""
     with lines:
         for number, line in enumerate(lines):
             text = line if number else line.removeprefix(codecs.BOM_UTF8)
@@ -384,6 +383,7 @@ def _read_manifests(folder: str) -> list[Manifest]:
 
 
 def _list_split(folder: str, manifest: Manifest) -> Iterator[ImageFile]:
+    """Yield the images in a split's shards, and an entry with an error for a shard whose index cannot be read."""
     for shard in manifest.shards:
         try:
             spans = _read_spans(folder, shard.name, sha256=shard.sha256)
@@ -396,7 +396,7 @@ def _list_split(folder: str, manifest: Manifest) -> Iterator[ImageFile]:
 
 @lru_cache(maxsize=4)
 def _read_spans(folder: str, shard: str, *, sha256: str | None = None) -> dict[str, tuple[int, int]]:
-    """Start and size in bytes of a shard's images, by name. Raises OSError and UserError."""
+    """The (start, size) in bytes of each image in a shard's tar, by member name. Raises OSError and UserError."""
     origin = storage.join(folder, f"{shard}.index")
     index = ShardIndex.from_bytes(storage.read_bytes(origin), origin=origin)
     if sha256 not in (None, index.facts.get("sha256")):

@@ -20,7 +20,15 @@ from infer.gallery import write_gallery
 from infer.listing import Listing
 from infer.peers import find_peers
 from infer.reading import prepare
-from infer.results import WORKING_FOLDER, RowWriter, check_settings, find_output, part_path, read_rows, write_settings
+from infer.results import (
+    WORKING_FOLDER,
+    RowWriter,
+    check_settings,
+    part_path,
+    read_rows,
+    resolve_output,
+    write_settings,
+)
 from infer.row_index import RowIndex, Summary, merge
 from infer.settings import CaptionSettings, check_files, check_flags, open_listing
 from infer.sidecars import write_sidecars
@@ -35,7 +43,7 @@ REMEDIES: cli.Remedies = {
 def main(settings: CaptionSettings) -> None:
     """Caption the files without a row, merge the rows, and write sidecars and gallery."""
     check_flags(settings)
-    settings = replace(settings, output=find_output(settings.output))
+    settings = replace(settings, output=resolve_output(settings.output))
     peers = find_peers(settings.output)
     prepare()  # while this process loads torch and the model
     from infer.captioning import caption_files, load_captioner, row_settings

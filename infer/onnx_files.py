@@ -179,7 +179,7 @@ def readme(bundle: Bundle) -> str:
     config, view, decoding = bundle.model.config, bundle.view, bundle.decoding
     return f"""# An image captioning model for ONNX
 
-`encoder.onnx`, for B pictures: `views` (B, {view.crop}, {view.crop}, 3), uint8, RGB, not normalised, to `image`
+`encoder.onnx`, for B images: `views` (B, {view.crop}, {view.crop}, 3), uint8, RGB, not normalised, to `image`
 (B, {config.embedding_size}), and `hidden` and `cell` (B, {config.hidden_size}), from which the decoder starts.
 
 `decoder.onnx`, for the next word of N captions: `tokens` (N,), int64, `image`, `hidden` and `cell` to `logits`

@@ -1,7 +1,7 @@
-"""The rows of captions.jsonl: their keys, the part files that processes append to, and the settings behind the rows.
+"""The rows of captions.jsonl: their keys, the part files that processes append to, and the file with their settings.
 
 While a job runs, each process appends to its own part file beside the output. The settings that determine a row's
-content are in a file beside the output too. `row_index` finds existing rows and merges the parts.
+content are in another file beside it. `row_index` finds existing rows and merges the parts.
 """
 
 import glob
@@ -23,15 +23,15 @@ WORKING_FOLDER = "working_folder"  # the base of relative roots
 
 
 class Row(TypedDict):
-    """One file's row. A failure has root, path, model, `error` and `message`; a captioned image all other keys.
+    """One file's row. All have the first four keys; a failure also has `error` and `message`, a caption the others.
 
     `root` is the folder or URL as given, `path` is relative to it with `/`; bytes that are not UTF-8 are `\\udcXX`.
-    `caption` is the model's, `alt` the same as a sentence, or "" when the tool abstains. `captions`, the best first, is
-    there only when several were asked for. `score` is the mean of `token_scores`, the log-probabilities (natural) of
+    `caption` is the model's, `alt` the same as a sentence, or "" if its confidence is too low. `captions`, best first,
+    exists only if several were requested. `score` is the mean of `token_scores`, the log-probabilities (natural) of
     the caption's tokens and its end; `confidence` is a probability, None if the model is not calibrated.
     `review` says why a person should look ("low confidence", "unlike training data", or both). `duplicate_of` is the
-    location of the first file, in this order, with the same bytes, whose caption this one has.
-    `width` and `height` are the original's in pixels, upright; `sha256` is the file's; `model` names the weights.
+    location of the first file, in this order, with the same bytes, from which the caption is copied.
+    `width` and `height` are the upright original's in pixels; `sha256` is the file's; `model` identifies the weights.
     `error` is the kind of failure (captioner.images.loading.Reason), `message` what was found.
     """
 
@@ -55,22 +55,22 @@ class Row(TypedDict):
 
 
 def to_line(row: Row) -> str:
-    """A row as a line of pure ASCII, so that undecodable file names survive."""
+    """A row as a line of JSON. It is ASCII, so that file names that are not valid UTF-8 survive."""
     return json.dumps(row, allow_nan=False) + "\n"
 
 
 def duplicate_row(first: Row, *, root: str, path: str) -> Row:
-    """The row of a file with the same bytes as that of the captioned row `first`."""
+    """The row of a file with the same bytes as the file of row `first`, which has a caption."""
     return {**first, "root": root, "path": path, "duplicate_of": storage.join(first["root"], first["path"])}
 
 
 # ---- files ------------------------------------------------------------------------------------------------
 
 
-def find_output(output: Path) -> Path:
-    """The path of --output with symbolic links resolved, so that all other files are beside it.
+def resolve_output(output: Path) -> Path:
+    """The path of --output without symbolic links, so that the files of the run are beside the real file.
 
-    Raises UserError if it is not a regular file, and so cannot be replaced by the merged rows, and OSError.
+    Raises UserError if it exists and is not a regular file, which merging could not replace, and OSError.
     """
     resolved = Path(os.path.realpath(output))
     try:
@@ -88,7 +88,7 @@ def part_path(output: Path, rank: int) -> Path:
 
 
 def find_parts(output: Path) -> list[Path]:
-    """The part files that processes of an unfinished run left beside `output`."""
+    """The existing part files, which the processes of an unfinished run write or left."""
     return sorted(output.parent.glob(f"{glob.escape(output.name)}.part-*"))
 
 
@@ -108,20 +108,20 @@ def process_path(output: Path, rank: int) -> Path:
 
 
 def find_process_files(output: Path) -> list[Path]:
-    """The heartbeat files of all processes, killed ones included; rank 0's is last."""
+    """The existing heartbeat files, including those of killed processes; rank 0's is last."""
     return sorted(output.parent.glob(f"{glob.escape(output.name)}.process-*"), reverse=True)
 
 
 def own_files(output: Path, *, num_processes: int) -> list[Path]:
-    """All files that a run of `num_processes` writes, existing or not, and those that an earlier run left."""
-    new = [path(output, rank) for path in (part_path, process_path) for rank in range(num_processes)]
-    return [output, settings_path(output), merging_path(output), *find_parts(output), *find_process_files(output), *new]
+    """All files that a run of `num_processes` writes, and those that an earlier run left; not all exist."""
+    own = [path(output, rank) for path in (part_path, process_path) for rank in range(num_processes)]
+    return [output, settings_path(output), merging_path(output), *find_parts(output), *find_process_files(output), *own]
 
 
 def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings to write beside the output. Raises UserError if existing rows were made with other settings.
 
-    A working folder is None where all names are absolute, which fits any; an earlier one is kept.
+    A working folder of None (all names are absolute) is compatible with any; if one run has a folder, it is kept.
     """
     if not any(path.exists() and path.stat().st_size for path in (output, *find_parts(output))):
         return dict(settings)
@@ -129,7 +129,7 @@ def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     earlier = storage.read_json(
         str(settings_path(output)), remedy=f"it has the settings of the rows in {output}; {remedy}"
     )
-    now = json.loads(json.dumps(settings))  # as it would be read
+    now = json.loads(json.dumps(settings))  # what reading it back would give
     for one, other in ((now, earlier), (earlier, now)):
         one[WORKING_FOLDER] = one.get(WORKING_FOLDER) or other.get(WORKING_FOLDER)
     changes = [
@@ -143,7 +143,7 @@ def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_settings(output: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings beside the output; call it before the first row is written."""
+    """Write the settings beside the output; to be called before the first row is written."""
     storage.write_atomic(str(settings_path(output)), json.dumps(settings, indent=1, allow_nan=False) + "\n")
 
 
@@ -151,9 +151,9 @@ def write_settings(output: Path, settings: Mapping[str, Any]) -> None:
 
 
 class RowWriter:
-    """Appends rows to a process's part file; rows survive a kill once `write` has returned.
+    """Appends rows to a process's part file; once `write` has returned, they survive a kill of the process.
 
-    It locks the part, where the file system has locks. Raises UserError while another run has locked it.
+    Locks the part if the file system supports locks. Raises UserError if another run has locked it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -162,15 +162,17 @@ class RowWriter:
         self._file = open_part(path)
         _cut_torn_row(self._file)
 
-    def write(self, rows: Iterable[Row]) -> None:
-        """Append the rows without buffering."""
-        left = memoryview("".join(map(to_line, rows)).encode())
+    def write(self, rows: Iterable[Row]) -> list[bytes]:
+        """Append the rows without buffering; returns their lines."""
+        lines = [to_line(row).encode() for row in rows]
+        left = memoryview(b"".join(lines))
         with writing(self.path):
-            while left:  # a nearly full disk may write a part before it fails
+            while left:  # when the disk is nearly full, a write may be partial before the next one fails
                 left = left[self._file.write(left) :]
+        return lines
 
     def close(self) -> None:
-        """Flush to disk, close and unlock; a part without rows is removed."""
+        """Flush the part to disk, close and unlock it; an empty part is removed."""
         with writing(self.path):
             os.fsync(self._file.fileno())
         if not self._file.tell():
@@ -180,11 +182,11 @@ class RowWriter:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns an OSError in writing the open file of rows into a UserError that names the file."""
+    """A block in which an OSError in writing `path`, an open file of rows, is raised as a UserError."""
     try:
         yield
     except OSError as error:
-        if error.filename:  # of another file
+        if error.filename:  # not of a write to the open file
             raise
         raise UserError(
             f"cannot write {path} ({error.strerror or error}): make room for it; the same command resumes from there"
@@ -192,7 +194,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def open_part(path: Path) -> io.FileIO:
-    """A part file, locked where the file system has locks. Raises UserError while another process has it locked."""
+    """A part file, locked if the file system supports locks. Raises UserError if another process has locked it."""
     try:
         return locks.open_locked(path)
     except BlockingIOError as error:
@@ -204,7 +206,7 @@ def open_part(path: Path) -> io.FileIO:
 
 
 def _cut_torn_row(file: io.FileIO) -> None:
-    """Remove an incomplete last line, left by a killed process, and seek to the end."""
+    """Remove an incomplete last line, which a killed process left, and seek to the end."""
     if file.seek(0, os.SEEK_END):
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             end = content.rfind(b"\n") + 1

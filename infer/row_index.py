@@ -1,6 +1,6 @@
-"""Finds the rows of this run and earlier ones, and merges all parts into one sorted file; memory stays flat.
+"""Finds the rows of this and earlier runs, and merges all parts into one sorted file, in constant memory.
 
-Rows are found through a private SQLite database, which spills to a temporary file by itself.
+Rows are in a private SQLite database, which moves from memory to a temporary file when it grows.
 """
 
 import json
@@ -22,25 +22,26 @@ Entry = tuple[bytes, bytes, bytes, bytes | None, bytes]  # a row of the table `r
 
 
 def real_root(root: str, base: str = "") -> str:
-    """A root without links and dots, so that it has one name; a relative one starts from the folder `base`."""
+    """The one absolute path of a root, without links and dots; a relative root starts from the folder `base`."""
     return root if storage.is_remote(root) else os.path.realpath(os.path.join(base, root))  # noqa: PTH118
 
 
 def hash_location(location: str) -> bytes:
-    """16 bytes that are the same in all processes."""
+    """A hash of 16 bytes, the same in all processes."""
     return blake2b(location.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _open_database(table: str) -> sqlite3.Connection:
-    """A private database, in memory while it is small and in an unnamed temporary file after that."""
-    database = sqlite3.connect("", check_same_thread=False)  # a listing is read by another thread
+    """A private database, in memory while it is small, then in an unnamed temporary file."""
+    database = sqlite3.connect("", check_same_thread=False)  # another thread iterates over the listing
     database.execute("PRAGMA journal_mode = OFF")
     database.execute(table)
     return database
 
 
 @contextmanager
-def _room_for_database() -> Iterator[None]:
+def _database_errors() -> Iterator[None]:
+    """Raise UserError if the database's temporary file cannot grow."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -49,15 +50,15 @@ def _room_for_database() -> Iterator[None]:
         ) from error
 
 
-class Seen:
-    """A set of locations, by their hashes."""
+class LocationSet:
+    """A set of locations, stored as hashes."""
 
     def __init__(self) -> None:
         self._database = _open_database("CREATE TABLE seen (hash BLOB PRIMARY KEY) WITHOUT ROWID")
 
     def add(self, location: str) -> bool:
-        """Whether the location is new. Raises UserError when the temporary file cannot grow."""
-        with _room_for_database():
+        """Add a location; returns whether it is new. Raises UserError if the temporary file cannot grow."""
+        with _database_errors():
             insert = "INSERT OR IGNORE INTO seen VALUES (?)"
             return self._database.execute(insert, (hash_location(location),)).rowcount == 1
 
@@ -67,7 +68,8 @@ class Seen:
 TABLE = "CREATE TABLE rows (name BLOB, root BLOB, path BLOB, sha256 BLOB, line BLOB)"
 INSERT = "INSERT INTO rows VALUES (?, ?, ?, ?, ?)"
 
-# Of a file's rows a success wins, then the latest: SQLite takes the other columns from the row with the greatest rank.
+# Of a file's rows the latest one with a caption wins, else the latest: SQLite takes the other columns from the row of
+# greatest rank.
 KEEP_ONE_A_FILE = """
     CREATE TABLE kept AS
     SELECT rowid AS number, sha256, max(rowid + iif(sha256 IS NULL, 0, 1 << 60)) AS rank
@@ -84,18 +86,18 @@ IN_ORDER = """
 
 
 class RowIndex:
-    """Finds the rows of this run and earlier ones by location and by content, in constant memory.
+    """Finds the rows of this and earlier runs by location and by content, in constant memory.
 
-    A file is the same whatever name a run gave its folder: photos, photos/ or /home/me/photos. Relative roots start
-    from the folder `base`. With `retry_errors` failures of earlier runs do not count. Raises UserError for an output
-    that is not a file of rows.
+    A file is found under any name of its root: photos, photos/ or /home/me/photos. Relative roots start from the folder
+    `base`. With `retry_errors` failures of earlier runs are ignored. Raises UserError for an output that is not a file
+    of rows.
     """
 
     def __init__(self, output: Path, *, base: str = "", retry_errors: bool = False) -> None:
         self._base = base
         self._real_root = lru_cache(maxsize=1024)(real_root)
         self._database = _open_database(TABLE)
-        with _room_for_database():
+        with _database_errors():
             for path in (output, *find_parts(output)):
                 entries = self._read(path, is_part=path != output) if path.exists() else ()
                 wanted = (entry for entry in entries if entry[3] is not None or not retry_errors)
@@ -104,25 +106,25 @@ class RowIndex:
             self._database.execute("CREATE INDEX by_content ON rows (sha256) WHERE sha256 IS NOT NULL")
 
     def is_done(self, root: str, path: str) -> bool:
-        """Whether this file has a row, also under another name of its root."""
+        """Whether this file has a row, under any name of its root."""
         found = self._database.execute("SELECT 1 FROM rows WHERE name = ?", (self._name(root, path),))
         return found.fetchone() is not None
 
     def find_caption(self, sha256: str) -> Row | None:
-        """The first known row of a captioned file with these bytes."""
+        """The first row of a captioned file with these bytes, if there is one."""
         query = "SELECT line FROM rows WHERE sha256 = ? ORDER BY rowid LIMIT 1"
         found = self._database.execute(query, (bytes.fromhex(sha256),)).fetchone()
         return None if found is None else json.loads(found[0])
 
-    def add(self, row: Row) -> None:
-        """Index a new row."""
-        with _room_for_database():
-            self._database.execute(INSERT, self._entry(row, to_line(row).encode()))
+    def add(self, row: Row, line: bytes) -> None:
+        """Index a new row, which was written as `line`."""
+        with _database_errors():
+            self._database.execute(INSERT, self._entry(row, line))
 
     def merged(self) -> Iterator[tuple[Row, bytes]]:
-        """One row for each file, and its line, sorted by location; files with the same bytes have the first's caption.
+        """Yield one row for each file, and its line, sorted by location; duplicates get the first file's caption.
 
-        Most lines are those that were read: making one takes as long as all the rest.
+        Lines of unchanged rows are reused, because making a line takes as long as everything else.
         """
         self._database.execute(KEEP_ONE_A_FILE)
         self._database.execute(FIND_SHARED_CONTENTS)
@@ -134,26 +136,26 @@ class RowIndex:
             elif row.get("duplicate_of") is not None:
                 row["duplicate_of"] = None
             else:
-                yield row, line.rstrip(b"\n") + b"\n"  # an editor may have left out the last one
+                yield row, line.rstrip(b"\n") + b"\n"  # an editor may have removed the last newline
                 continue
             yield row, to_line(row).encode()
 
     def close(self) -> None:
-        """Drop the database."""
+        """Delete the database."""
         self._database.close()
 
     def _name(self, root: str, path: str) -> bytes:
-        """A hash that is the same for all names of a file."""
+        """A hash of the file's location, the same for all names of its root."""
         return hash_location(storage.join(self._real_root(root, self._base), path))
 
     def _entry(self, row: Row, line: bytes) -> Entry:
-        """A row of the table; as bytes, root and path sort like Python's strings."""
+        """A row's entry in the table. Root and path are bytes, which SQLite sorts as Python sorts the strings."""
         root, path = (row[key].encode("utf-8", "surrogatepass") for key in ("root", "path"))
         sha256 = None if "error" in row else bytes.fromhex(row["sha256"])
         return self._name(row["root"], row["path"]), root, path, sha256, line
 
     def _read(self, path: Path, *, is_part: bool) -> Iterator[Entry]:
-        """The entries of a file's rows; a part's last line may be torn by a kill, and its image is captioned again."""
+        """The entries of a file's rows, without a part's last line if a kill cut it: its image is captioned again."""
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if is_part and not line.endswith(b"\n"):
@@ -175,7 +177,7 @@ class RowIndex:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Counts of a merged file: failures by reason; duplicates and rows to review are captioned."""
+    """Counts of a merged file: all rows, failures by reason, and captioned rows that are duplicates or need review."""
 
     num_rows: int
     failures: Counter[str]
@@ -184,10 +186,10 @@ class Summary:
 
 
 def merge(output: Path, *, base: str = "") -> Summary:
-    """Write all rows to `output`, sorted by location and one for each file; then remove the parts.
+    """Write all rows to `output`, one for each file, sorted by location; then remove the parts. Returns their counts.
 
     Relative roots start from the folder `base`. The result does not depend on which process captioned which file.
-    Raises UserError for an output that is not a file of rows, and while another run is writing a part.
+    Raises UserError for an output that is not a file of rows, and if another run is writing a part.
     """
     parts = find_parts(output)
     failures: Counter[str] = Counter()
@@ -197,7 +199,7 @@ def merge(output: Path, *, base: str = "") -> Summary:
             stack.enter_context(open_part(part))
         index = stack.enter_context(closing(RowIndex(output, base=base)))
         with (
-            _room_for_database(),
+            _database_errors(),
             writing(merging_path(output)),
             storage.replacing(output, partial=merging_path(output)) as file,
         ):

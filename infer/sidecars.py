@@ -11,7 +11,7 @@ from PIL import Image
 from captioner.errors import UserError
 from captioner.files import storage
 from infer.results import Row
-from infer.row_index import Seen
+from infer.row_index import LocationSet
 
 SHARED = "left out, since another image of the same name has it"
 UNREMARKABLE = frozenset(("written", "kept", "abstained", "not local"))
@@ -49,7 +49,7 @@ def write_sidecars(rows: Iterable[Row], *, suffix: str) -> Sidecars:
     A file or link that has the name is kept. Of images with the same name but for its suffix, which would have the
     same sidecar, the first one gets it. A sidecar is whole or absent.
     """
-    sidecars, seen = Sidecars(), Seen()
+    sidecars, seen = Sidecars(), LocationSet()
     for row in rows:
         if "error" in row:
             continue
@@ -69,7 +69,7 @@ def write_sidecars(rows: Iterable[Row], *, suffix: str) -> Sidecars:
     return sidecars
 
 
-def _write_sidecar(row: Row, suffix: str, seen: Seen) -> str:
+def _write_sidecar(row: Row, suffix: str, seen: LocationSet) -> str:
     """Write a row's sidecar; returns the outcome. `seen` has earlier rows' images and sidecars. Raises OSError."""
     if not row["alt"]:
         return "abstained"

@@ -29,8 +29,8 @@ class ShardSettings:
     size: Pixels = 256
     """Sides of a stored image in pixels."""
     resize: Resize = "squash"
-    """How an image is resized to that size: squash (sides' ratio not kept, as in the book), center-crop (the middle
-    square), keep-ratio (the shorter side becomes --size), none (stored as it is; training squashes when reading)."""
+    """How an image is resized to that size: squash (ignores the aspect ratio), center-crop (the middle square),
+    keep-ratio (the shorter side becomes --size), none (stored as it is; training squashes when reading)."""
     quality: Quality = 95
     """JPEG quality of stored images; a JPEG that has the wanted size already is stored untouched."""
     shard_megabytes: Count = 64

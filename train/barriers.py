@@ -1,4 +1,4 @@
-"""Barriers for work that takes one rank longer than the others, without a timeout of the process group."""
+"""Barriers that wait for a slow rank as long as it lives, beyond the timeout of the process group."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,10 +19,10 @@ Outcome = TypeVar("Outcome")
 
 @contextmanager
 def raising_on_all_ranks() -> Iterator[None]:
-    """Within, an error on one rank is raised on all: otherwise they would wait for it.
+    """Raise an error in the block of one rank on all ranks, which would otherwise wait for that rank.
 
-    All ranks must enter; each may take as long as it needs, and none may use the process group inside. Raises the
-    UserError or OSError of this rank, or else that of another rank as a UserError.
+    All ranks must enter; each may take as long as it needs, and none may use the process group in the block. Raises
+    this rank's own UserError or OSError, or else another rank's, as a UserError.
     """
     failure = None
     with barrier_for_slow_ranks():
@@ -39,34 +39,34 @@ def raising_on_all_ranks() -> Iterator[None]:
 
 
 def on_main_rank(action: Callable[[], Outcome]) -> Outcome:
-    """The result of `action` in the main process, on all ranks; its UserError or OSError is raised on all."""
-    found: list[Any] = [None]
+    """Call `action` in the main process; returns its result, or raises its UserError or OSError, on all ranks."""
+    result: list[Any] = [None]
     with raising_on_all_ranks():
         if PartialState().is_main_process:
-            found = [action()]
-    return broadcast_object_list(found)[0]
+            result = [action()]
+    return broadcast_object_list(result)[0]
 
 
 @contextmanager
 def barrier_for_slow_ranks() -> Iterator[None]:
-    """A barrier at the exit; all ranks must enter, and none may use the process group inside.
+    """A barrier at the end of the block. All ranks must enter it, and none may use the process group in it.
 
-    A thread of each exchanges a heartbeat every second, so that a slow rank does not count as lost. Raises
-    RuntimeError if one is lost: at once if its connection closes, else after the process group's timeout.
+    In each rank a thread exchanges heartbeats every second, so that the process group does not time out. Raises
+    RuntimeError if a rank is lost: at once if its connection closes, else after the process group's timeout.
     """
     state = PartialState()
     if state.num_processes == 1:
         yield
         return
-    done, left = Event(), Event()
+    done, failed = Event(), Event()
     failures: list[RuntimeError] = []
 
     def exchange_heartbeats() -> None:
         device = torch.device(state.device or "cpu")
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # each thread has its own
+            torch.cuda.set_device(device)  # a new thread is on device 0
         try:
-            while not left.is_set():
+            while not failed.is_set():
                 num_done = sum_over_ranks(torch.tensor(float(done.is_set()), device=device), reduction="sum")
                 if int(num_done.item()) == state.num_processes:
                     return
@@ -81,7 +81,7 @@ def barrier_for_slow_ranks() -> Iterator[None]:
         done.set()
         thread.join()
     except BaseException:
-        left.set()
+        failed.set()
         thread.join(2 * HEARTBEAT_SECONDS)
         raise
     if failures:

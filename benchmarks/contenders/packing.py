@@ -20,7 +20,7 @@ from measuring.commands import packing_command, run_timed, shard_megabytes
 from measuring.figures import Contender, Cost, time_here
 from measuring.photos import QUALITY, SIZE, make_captions, write_captions
 from sharding.packing.engine import run_local
-from sharding.packing.pack import Progress, pack_shard
+from sharding.packing.pack import ShardProgress, pack_shard
 from sharding.packing.pack_split import make_recipe
 from sharding.packing.planning import ShardPlan, plan_split
 from sharding.packing.sources import find_sources
@@ -212,7 +212,7 @@ def through_the_engine(paths: Photos, scratch: Path, *, workers: int) -> Contend
 
     def turn(number: int) -> Cost | None:
         plans = make_plans(paths, scratch, shards=8)
-        seen: list[tuple[float, Progress]] = []
+        seen: list[tuple[float, ShardProgress]] = []
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             for _ in run_local(
                 plans, folder, workers=workers, report=lambda now: seen.append((time.perf_counter(), now))
@@ -223,7 +223,7 @@ def through_the_engine(paths: Photos, scratch: Path, *, workers: int) -> Contend
     return turn
 
 
-def steady_cost(seen: Sequence[tuple[float, Progress]], lengths: dict[str, int], *, workers: int) -> Cost | None:
+def steady_cost(seen: Sequence[tuple[float, ShardProgress]], lengths: dict[str, int], *, workers: int) -> Cost | None:
     """The cost while all workers are busy: from the first progress of every worker until one finds no further shard.
 
     Start-up (processes, importing torch) and the last shards are not counted. None if there were too few images.

@@ -1,15 +1,15 @@
-"""One owner at a time, on all machines that see a folder: of a run folder, or of a split that is being packed.
+"""One owner at a time, across all machines that share a folder: of a run folder, or of a split that is being packed.
 
-The owner has a small file, or behind a URL an object, that names its process and machine, and rewrites it every 15
-seconds (the heartbeat). On disk it also holds a lock on that file, which the system releases however the process ends.
-Another process that wants to be the owner
+The owner writes a small file (an object, if it is behind a URL) that names its process and machine, and rewrites it
+every 15 seconds: the heartbeat. On disk it also holds a lock on that file, which the system releases however the
+process ends. Another process that wants to be the owner
 
-1. becomes it if there is no file; of several that try at the same moment, one (on servers: by a conditional request);
-2. on disk, on the owner's machine, is refused while the lock is held, and else becomes the owner at once;
-3. in all other cases watches the file: it is refused when the file changes, and takes over when it has not changed for
-   a minute. Contents are compared, never clocks.
+1. becomes the owner if there is no file; of several at the same moment one does (on servers by a conditional request);
+2. on disk and on the owner's machine, is refused while the lock is held, and otherwise becomes the owner at once;
+3. in all other cases watches the file: it is refused if the file changes, and takes over if it has not changed for a
+   minute. It compares contents, never clocks.
 
-An owner that finds another owner's file at its next heartbeat, since it was silent for a minute, ends its process.
+If an owner was silent for a minute and finds another owner's file at its next heartbeat, its process exits.
 """
 
 import io
@@ -43,7 +43,7 @@ Record = dict[str, Any]
 
 
 class AlreadyOwnedError(UserError):
-    """Process `pid` on `host` owns `location`; `doing` says what it does."""
+    """Process `pid` on `host` owns `location`; `doing` says what it is doing."""
 
     def __init__(self, location: str, doing: str, pid: int | str, host: str) -> None:
         super().__init__(location, doing, pid, host)
@@ -54,7 +54,7 @@ class AlreadyOwnedError(UserError):
 
 
 class NotWritableError(UserError):
-    """The folder or object that would record the owner cannot be written, for a `reason` that the system gave."""
+    """The file or object that names the owner cannot be written; `reason` is the system's message."""
 
     def __init__(self, location: str, reason: str) -> None:
         super().__init__(location, reason)
@@ -66,11 +66,11 @@ class NotWritableError(UserError):
 
 @contextmanager
 def owned(location: str, *, doing: str) -> Iterator[None]:
-    """Own what the file or object at `location` stands for. Raises AlreadyOwnedError while another process does, and
-    NotWritableError.
+    """Own what the file or object at `location` stands for, until the block ends.
 
-    `doing` says what the owner does, for the error that other processes get. A process that loses it to another, after
-    a minute of silence, ends with code 75: two must not write the same files.
+    `doing` says what the owner is doing, for the error in other processes. A process that lost its ownership because it
+    was silent for a minute exits with code 75: two processes must not write the same files. Raises AlreadyOwnedError if
+    another process is the owner, and NotWritableError.
     """
     claim = _Claim(location, doing)
     with ExitStack() as stack:
@@ -79,7 +79,7 @@ def owned(location: str, *, doing: str) -> Iterator[None]:
         except OSError as error:
             where = location if storage.is_remote(location) else str(Path(location).parent)
             raise NotWritableError(where, error.strerror or str(error)) from error
-        stack.enter_context(claim.beating(write))
+        stack.enter_context(claim.heartbeats(write))
         yield
 
 
@@ -92,7 +92,7 @@ class _Claim:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def record(self, beat: int = 0) -> str:
-        """The file's content for this process; different for each heartbeat."""
+        """The file's content if this process is the owner; it differs for each heartbeat."""
         host = socket.gethostname()
         record = {"id": self.id, "host": host, "machine": _machine(), "pid": os.getpid(), "beat": beat}
         return json.dumps(record).ljust(RECORD_BYTES - 1) + "\n"
@@ -110,9 +110,13 @@ class _Claim:
         return AlreadyOwnedError(self.location, self.doing, owner.get("pid", "?"), owner.get("host", "?"))
 
     def watch(self, owner: Record, *, seconds: float) -> bool:
-        """Whether `owner` was silent for so long; False if its record is gone. Raises AlreadyOwnedError if it lives."""
-        found = (self.location, _name(owner), seconds)
-        log.warning("%s is owned by %s: waiting up to %.0f s to see if it is alive", *found)
+        """Whether `owner` stays silent for `seconds`; False if its record is removed.
+
+        Raises AlreadyOwnedError if the record changes.
+        """
+        log.warning(
+            "%s is owned by %s: waiting up to %.0f s to see if it is alive", self.location, _name(owner), seconds
+        )
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(BEAT_SECONDS / 5)
@@ -124,8 +128,8 @@ class _Claim:
         return True
 
     @contextmanager
-    def beating(self, write: Callable[[str], None]) -> Iterator[None]:
-        """Write heartbeats while entered, and remove the record at the end."""
+    def heartbeats(self, write: Callable[[str], None]) -> Iterator[None]:
+        """Write heartbeats during the block, and remove the record at its end."""
         done = threading.Event()
 
         def beat() -> None:
@@ -156,7 +160,7 @@ def _name(owner: Record) -> str:
 
 
 def _machine() -> str:
-    """Identifies the kernel whose processes see each other's locks; another one after a reboot."""
+    """An identifier of the running kernel, whose processes see each other's locks; it changes at a reboot."""
     boot = ""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -165,8 +169,8 @@ def _machine() -> str:
 
 def _end_process(claim: _Claim, owner: Record) -> None:
     print(
-        f"{_name(owner)} {claim.doing} now ({claim.location}), since this process was silent for a minute or that file "
-        "was removed: this process ends at once",
+        f"{_name(owner)} {claim.doing} now ({claim.location}), because this process was silent for a minute or that "
+        "file was removed: this process exits",
         file=sys.stderr,
         flush=True,
     )
@@ -177,7 +181,7 @@ def _end_process(claim: _Claim, owner: Record) -> None:
 
 
 def _own_file(claim: _Claim, stack: ExitStack) -> Callable[[str], None]:
-    """Own a file until the stack is closed; returns the function that rewrites it."""
+    """Lock a file until the stack is closed and write the record; returns the function that rewrites it."""
     path = Path(claim.location)
     stack.enter_context(_folder(path.parent))
     try:
@@ -190,7 +194,7 @@ def _own_file(claim: _Claim, stack: ExitStack) -> Callable[[str], None]:
 
 @contextmanager
 def _folder(path: Path) -> Iterator[None]:
-    """Create a folder if it is missing; at the end remove what was created, if empty."""
+    """Create a folder if it is missing; at the end of the block remove the created folders that are empty."""
     made = [each for each in (path, *path.parents) if not each.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -211,7 +215,7 @@ def _lock(path: Path, claim: _Claim) -> io.FileIO:
             continue
         try:
             owner = claim.read()
-            # Locks that are seen on one machine only leave it open whether an owner on another one is alive.
+            # Some file systems' locks work within one machine only: an owner on another machine may be alive.
             if not owner or owner.get("machine") == _machine() or claim.watch(owner, seconds=SILENT_SECONDS):
                 _rewrite(file, claim.record())
                 return file
@@ -223,18 +227,18 @@ def _lock(path: Path, claim: _Claim) -> io.FileIO:
 
 
 def _wait_for_lock(path: Path, claim: _Claim) -> None:
-    """Return when the lock may be free. Raises AlreadyOwnedError if the process that holds it is alive."""
+    """Wait until the lock may be free. Raises AlreadyOwnedError if the process that holds it is alive."""
     owner = claim.read()
-    if not owner:  # it has not written its record yet, or has just removed it
+    if not owner:  # its record is not written yet, or was just removed
         time.sleep(RETRY_SECONDS)
     elif owner.get("machine") == _machine():
         raise claim.refusal(owner)
-    elif claim.watch(owner, seconds=SILENT_SECONDS + BEAT_SECONDS):  # a file server keeps the lock of a dead machine
+    elif claim.watch(owner, seconds=SILENT_SECONDS + BEAT_SECONDS):  # file servers keep the locks of dead machines
         path.unlink(missing_ok=True)
 
 
 def _rewrite(file: io.FileIO, record: str) -> None:
-    """Replace the record with one write, durably, so that other machines see it."""
+    """Replace the record with one write, and flush it so that other machines see it."""
     os.pwrite(file.fileno(), record.encode(), 0)
     os.ftruncate(file.fileno(), len(record))
     os.fsync(file.fileno())
@@ -244,15 +248,15 @@ def _rewrite(file: io.FileIO, record: str) -> None:
 
 
 def _own_object(claim: _Claim) -> Callable[[str], None]:
-    """Write this process's record where none is, or in place of a silent owner's; returns the function that rewrites.
+    """Write this process's record if there is none, or its owner is silent; returns the function that rewrites it.
 
     Raises AlreadyOwnedError and OSError.
     """
     rewrite = partial(storage.write_atomic, claim.location)
     while True:
-        etag = storage.etag(claim.location)  # before the record is read, so that it is not of a later one
+        etag = storage.etag(claim.location)  # read before the record, so that it is not a later record's
         owner = claim.read()
-        if owner.get("id") == claim.id:  # an earlier attempt succeeded, though its answer was lost
+        if owner.get("id") == claim.id:  # an earlier attempt succeeded, but the response was lost
             return rewrite
         if owner and not claim.watch(owner, seconds=SILENT_SECONDS):
             continue
@@ -261,6 +265,6 @@ def _own_object(claim: _Claim) -> Callable[[str], None]:
         try:
             storage.write_new(claim.location, claim.record(), etag=etag)
             return rewrite
-        except FileExistsError:  # another process was first, or what is there is not a record
+        except FileExistsError:  # another process was first, or the file is not a record
             if not owner and not claim.read():
                 storage.delete(claim.location)

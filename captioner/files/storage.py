@@ -1,7 +1,7 @@
-"""Files on disk or behind a URL, through one set of functions.
+"""The same functions for files on disk and behind URLs.
 
-A location is a string: a local path, or a URL that fsspec knows (`s3://bucket/coco`, `http://host/shards`). Requests to
-servers are retried (`captioner/files/retries.py`), for `patience_seconds` where a function has that argument. Every
+A location is a string: a local path, or a URL that fsspec supports (`s3://bucket/coco`, `http://host/shards`). Requests
+to servers are retried (`captioner/files/retries.py`), for `patience_seconds` if a function has that argument. Every
 failure is an OSError: FileNotFoundError for a missing file, StorageError for a server that fails or refuses.
 """
 
@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
@@ -29,14 +29,14 @@ from fsspec.implementations.local import LocalFileSystem
 from captioner.errors import UserError
 from captioner.files.retries import RefusedError, StorageError, is_refused, retry
 
-STALL_SECONDS = 15.0  # without a byte from the server, after which a request has failed
-KEEPALIVE_SECONDS = 12.0  # below STALL_SECONDS: a retry after a stall opens a new connection
-SLOWEST_TRANSFER = 100_000  # bytes a second; slower uploads and downloads are retried
-NUM_THREADS = 32  # for requests that wait for the network or the disk, not for the processor
-FILES_PER_TASK = 64  # one task a file would take 2 GB for a million files
-UNKNOWN = -1
-MISSING = (404, 410)
-NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
+STALL_SECONDS = 15.0  # without a byte from the server, after which a request fails
+KEEPALIVE_SECONDS = 12.0  # less than STALL_SECONDS, so that a retry after a stall opens a new connection
+SLOWEST_TRANSFER = 100_000  # bytes a second; slower uploads and downloads time out and are retried
+NUM_THREADS = 32  # more than processors: they wait for the network or the disk
+FILES_PER_TASK = 64  # a task for each of a million files would take 2 GB
+UNKNOWN = -1  # the size of a file whose server does not report it
+MISSING = (404, 410)  # HTTP status codes
+NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)  # errors of file systems without them
 S3 = ("s3://", "s3a://")
 WEB = ("http://", "https://")
 OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "memory"))
@@ -48,7 +48,7 @@ def is_remote(location: str) -> bool:
 
 
 def join(folder: str, *names: str) -> str:
-    """`folder/name/...` for paths and URLs; the names are percent-encoded in http URLs."""
+    """`folder/name/...`, a path or URL like `folder`; in http URLs the names are percent-encoded."""
     if folder.startswith(WEB):
         names = tuple(quote(name, errors="surrogatepass") for name in names)
     start = folder if folder.endswith("://") else folder.rstrip("/") + "/"
@@ -56,7 +56,7 @@ def join(folder: str, *names: str) -> str:
 
 
 def exists(location: str) -> bool:
-    """Whether there is a file or folder at `location`; on the web, whether the server does not answer 404 or 410.
+    """Whether there is a file or folder at `location`; for http, whether the server does not answer 404 or 410.
 
     Raises OSError.
     """
@@ -70,30 +70,25 @@ def exists(location: str) -> bool:
 
 
 def size_bytes(location: str, *, patience_seconds: float | None = None) -> int:
-    """A file's size; UNKNOWN if the server does not report it. Raises OSError (FileNotFoundError among them)."""
+    """A file's size; UNKNOWN if the server does not report it. Raises OSError (FileNotFoundError if it is missing)."""
     if not is_remote(location):
         return Path(location).stat().st_size
     filesystem, path = _filesystem(location)
     if location.startswith(WEB):
-        return retry(lambda: _run(filesystem, _web_size, path), location, patience_seconds)
+        run: Any = sync  # fsspec annotates it as returning None
+        return retry(lambda: run(filesystem.loop, _web_size, filesystem, path), location, patience_seconds)
     size = retry(lambda: filesystem.info(path), location, patience_seconds)["size"]
     return UNKNOWN if size is None else size
 
 
-def _run(filesystem: Any, function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of an async function in the event loop of the filesystem."""
-    run: Any = sync  # fsspec's annotation says that it returns None
-    return run(filesystem.loop, function, filesystem, *arguments)
-
-
 async def _web_size(filesystem: Any, url: str) -> int:
-    """A web file's size. fsspec's own function reports any failure, of the network too, as a missing file."""
+    """The size of a file behind an http URL. fsspec's own function reports any failure as a missing file."""
     session = await filesystem.set_session()
     headers = {"Accept-Encoding": "identity"}
     async with session.head(filesystem.encode_url(url), allow_redirects=True, headers=headers) as answer:
         if answer.status in MISSING:
             raise FileNotFoundError(url)
-        if is_refused(answer.status) or answer.status == 501:  # perhaps HEAD only: reading will show
+        if is_refused(answer.status) or answer.status == 501:  # perhaps of HEAD only; reading will show
             return UNKNOWN
         answer.raise_for_status()
         is_compressed = answer.headers.get("Content-Encoding", "identity") != "identity"
@@ -101,9 +96,9 @@ async def _web_size(filesystem: Any, url: str) -> int:
 
 
 def sizes_bytes(folder: str, names: Sequence[str]) -> list[int | None]:
-    """Sizes of the files `names` in `folder`, in order: None for a missing or special file, or UNKNOWN.
+    """The sizes of the files `names` in `folder`, in order; None for a missing or special file, or UNKNOWN.
 
-    Object stores get one listing; web servers and disks one request a file, in parallel. Raises OSError.
+    Lists an object store once; asks web servers and disks for each file, in parallel. Raises OSError.
     """
     if is_remote(folder) and not folder.startswith(WEB):
         sizes = _find_all(folder)
@@ -121,7 +116,7 @@ def _size_or_none(location: str) -> int | None:
     try:
         if is_remote(location):
             return size_bytes(location)
-        found = os.stat(location)  # noqa: PTH116 - a Path for each of a million images costs seconds
+        status = os.stat(location)  # noqa: PTH116 - a Path for each of a million images costs seconds
     except PermissionError:
         return UNKNOWN  # reading will show
     except StorageError:
@@ -131,12 +126,12 @@ def _size_or_none(location: str) -> int | None:
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             return None
-        raise StorageError(f"cannot look at {location} ({error.strerror}): fix this and run again") from error
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
+        raise StorageError(f"cannot read the size of {location} ({error.strerror}): fix this and run again") from error
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def list_files(folder: str) -> list[str]:
-    """The names of the files in a folder, sorted; on the web, of the files that its page links to. Raises OSError."""
+    """The sorted names of the files in a folder; for http, of the files that its page links to. Raises OSError."""
     if not is_remote(folder):
         return sorted(path.name for path in Path(folder).iterdir() if path.is_file())
     names = [name for name, is_folder in scan_folder(folder) if not is_folder]
@@ -144,7 +139,7 @@ def list_files(folder: str) -> list[str]:
 
 
 def find_files(folder: str, pattern: str) -> list[str]:
-    """The paths of the files below a folder that match a glob pattern such as `*/*.tar`, sorted. Raises OSError."""
+    """The sorted relative paths of the files in a folder that match a glob such as `*/*.tar`. Raises OSError."""
     if not is_remote(folder):
         root = Path(folder)
         if not root.is_dir():
@@ -155,20 +150,20 @@ def find_files(folder: str, pattern: str) -> list[str]:
 
 
 def _find_all(folder: str) -> dict[str, int]:
-    """The sizes of all files below a remote folder (UNKNOWN if not reported), by their paths in it."""
+    """The sizes (or UNKNOWN) of all files below a remote folder, by relative path."""
     filesystem, root = _filesystem(folder)
     if folder.startswith(S3):
         prefix = _s3_prefix(filesystem, folder)["Prefix"]
         entries = (entry for page in _s3_pages(filesystem, folder) for entry in page.get("Contents", []))
         sizes = {entry["Key"].removeprefix(prefix): entry["Size"] for entry in entries}
-        return {name: size for name, size in sizes.items() if name[-1:] not in ("", "/")}  # not folder markers
-    found = retry(lambda: filesystem.find(root, detail=True), folder)
-    sizes = {path: UNKNOWN if info["size"] is None else info["size"] for path, info in found.items()}
+        return {name: size for name, size in sizes.items() if name[-1:] not in ("", "/")}  # without folder markers
+    files = retry(lambda: filesystem.find(root, detail=True), folder)
+    sizes = {path: UNKNOWN if info["size"] is None else info["size"] for path, info in files.items()}
     return {path.removeprefix(root).lstrip("/"): size for path, size in sizes.items()}
 
 
 def is_folder(location: str) -> bool:
-    """Whether `location` is a folder; on the web, whether its page links to files. Raises OSError."""
+    """Whether `location` is a folder; for http, whether its page links to anything in it. Raises OSError."""
     if not is_remote(location):
         return Path(location).is_dir()
     try:
@@ -181,9 +176,10 @@ def is_folder(location: str) -> bool:
 
 
 def scan_folder(folder: str) -> Iterator[tuple[str, bool]]:
-    """Each name in a remote folder, and whether it is a folder, in the server's order.
+    """Yield each name in a remote folder, and whether it is a folder, in the server's order.
 
-    On S3 page by page, elsewhere after the whole listing. Web names stay percent-encoded. Raises OSError.
+    On S3 it yields page by page, elsewhere after the whole listing. Names of http URLs stay percent-encoded. Raises
+    OSError.
     """
     filesystem, path = _filesystem(f"{folder.rstrip('/')}/" if folder.startswith(WEB) else folder)
     if folder.startswith(S3) and path:
@@ -193,15 +189,15 @@ def scan_folder(folder: str) -> Iterator[tuple[str, bool]]:
         name = entry["name"].rstrip("/")
         if name == path.rstrip("/"):  # a folder marker
             continue
-        if folder.startswith(WEB):  # a page may also link to its other sort orders, and to the folder above
+        if folder.startswith(WEB):  # a page may also link to its parent, and to itself in other sort orders
             name = unescape(name).removeprefix(path).removeprefix("./")
-            if not name.strip(".") or any(mark in name for mark in "/?#"):
+            if not name.strip(".") or any(character in name for character in "/?#"):
                 continue
         yield name.rpartition("/")[2], entry["type"] == "directory"
 
 
 def _scan_s3(filesystem: Any, folder: str) -> Iterator[tuple[str, bool]]:
-    """The same page by page; fsspec would hold all of a folder's objects before it returns the first."""
+    """`scan_folder` on S3, page by page: fsspec would load the whole listing before it returns the first name."""
     prefix = _s3_prefix(filesystem, folder)["Prefix"]
     for page in _s3_pages(filesystem, folder, Delimiter="/"):
         for entry in page.get("CommonPrefixes", []):
@@ -212,7 +208,7 @@ def _scan_s3(filesystem: Any, folder: str) -> Iterator[tuple[str, bool]]:
 
 
 def _s3_pages(filesystem: Any, folder: str, **options: str) -> Iterator[dict[str, Any]]:
-    """A listing page by page, each retried by itself: a million objects are a thousand requests."""
+    """Yield the pages of a listing. Each is retried alone, because a million objects are a thousand pages."""
     request = {**_s3_prefix(filesystem, folder), **options, **getattr(filesystem, "req_kw", {})}
     while True:
         page = retry(lambda: filesystem.call_s3("list_objects_v2", **request), folder)
@@ -223,14 +219,14 @@ def _s3_pages(filesystem: Any, folder: str, **options: str) -> Iterator[dict[str
 
 
 def _s3_prefix(filesystem: Any, folder: str) -> dict[str, str]:
-    """A folder's bucket, and the prefix of the keys of all its objects."""
-    bucket = filesystem.split_path(folder)[0]  # which may contain a slash: an access point's
+    """A folder's bucket, and the prefix of its objects' keys, as arguments of a request."""
+    bucket = filesystem.split_path(folder)[0]  # an access point's contains a slash
     prefix = folder.partition("://")[2].removeprefix(bucket).removeprefix("/")
     return {"Bucket": bucket, "Prefix": prefix if not prefix or prefix.endswith("/") else f"{prefix}/"}
 
 
 def read_bytes(location: str, *, end: int | None = None, patience_seconds: float | None = None) -> bytes:
-    """The content of a file, whole or up to `end`. Raises OSError (FileNotFoundError among them)."""
+    """The content of a file, whole or its first `end` bytes. Raises OSError (FileNotFoundError if it is missing)."""
     if not is_remote(location):
         with open(location, "rb") as file:  # noqa: PTH123 - a Path takes twice as long
             return file.read() if end is None else file.read(end)
@@ -241,7 +237,7 @@ def read_bytes(location: str, *, end: int | None = None, patience_seconds: float
 
 
 def _read_web(filesystem: Any, url: str, end: int) -> bytes:
-    """A web file up to `end`, as a stream: a server that ignores Range would send the whole file to `cat_file`."""
+    """The first `end` bytes behind an http URL, as a stream: with `cat_file` a server may send the whole file."""
     data, headers = bytearray(), {**filesystem.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
     with filesystem.open(url, block_size=0, size=UNKNOWN, headers=headers) as stream:
         while len(data) < end and (chunk := stream.read(end - len(data))):
@@ -250,6 +246,7 @@ def _read_web(filesystem: Any, url: str, end: int) -> bytes:
 
 
 def _cat(filesystem: Any, path: str, end: int | None) -> bytes:
+    """The content of a remote file, whole or its first `end` bytes."""
     try:
         return filesystem.cat_file(path, end=end)
     except Exception as error:
@@ -279,6 +276,7 @@ def read_range(location: str, *, start: int, end: int, patience_seconds: float |
 
 
 def _check_range(data: bytes, start: int, end: int) -> bytes:
+    """The response without what is before `start`, in case the server sent the whole file. Raises OSError if cut."""
     if len(data) == end - start:
         return data
     if len(data) >= end:
@@ -306,10 +304,10 @@ def read_json(location: str, *, remedy: str) -> Any:
 
 
 def write_atomic(location: str, content: bytes | str, *, durable: bool = True) -> None:
-    """Write a file whose name always holds either the whole content or what it held before. Raises OSError.
+    """Write a file atomically: it has either its old or its new content, never a part. Raises OSError.
 
-    On disk, content and name are on the disk (fsync) when this returns, unless they need not be `durable`. Symbolic
-    links are followed; pipes and character devices, which cannot be replaced, are written to.
+    With `durable`, a local file survives a power cut once this returns (fsync). Symbolic links are followed; pipes and
+    character devices, which cannot be replaced, are written to.
     """
     data = content.encode() if isinstance(content, str) else content
     if is_remote(location):
@@ -322,7 +320,7 @@ def write_atomic(location: str, content: bytes | str, *, durable: bool = True) -
         with stream:
             stream.write(data)
         return
-    path = path.resolve()  # a symbolic link stays, and its target is written
+    path = path.resolve()  # replaces the target of a symbolic link, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, durable=durable) as file:
         file.write(data)
@@ -330,9 +328,9 @@ def write_atomic(location: str, content: bytes | str, *, durable: bool = True) -
 
 @contextmanager
 def replacing(path: Path, *, partial: Path | None = None, durable: bool = True) -> Iterator[BinaryIO]:
-    """A temporary file, named `partial` if given, that atomically replaces `path` when the block ends without an error.
+    """Yield a temporary file that atomically replaces `path` when the block ends without an error. Raises OSError.
 
-    Content and name are on the disk (fsync) then, unless they need not be `durable`. Raises OSError.
+    It is named `partial` if that is given. With `durable` the file survives a power cut once the block ends (fsync).
     """
     partial = partial or path.with_name(f"{path.name}.{uuid4().hex}.partial")  # two machines may write the same file
     try:
@@ -349,10 +347,10 @@ def replacing(path: Path, *, partial: Path | None = None, durable: bool = True) 
 
 
 def write_new(location: str, content: bytes | str, *, etag: str | None = None) -> None:
-    """Write a file that does not exist, whole or not at all; with `etag`, replace an S3 object that still has it.
+    """Create a file atomically; with `etag`, replace an S3 object that still has this ETag.
 
-    Raises FileExistsError when the file exists or the object has changed, and OSError. Of several writers one succeeds
-    on disk, and on servers with conditional requests (S3, Google Cloud Storage).
+    Raises FileExistsError if the file exists or the object has changed, and OSError. Of several writers exactly one
+    succeeds, on disk and on servers with conditional requests (S3, Google Cloud Storage).
     """
     data = content.encode() if isinstance(content, str) else content
     if not is_remote(location):
@@ -365,7 +363,7 @@ def write_new(location: str, content: bytes | str, *, etag: str | None = None) -
         try:
             _put(filesystem, path, data, **condition)
         except OSError as error:
-            if error.errno == errno.EINVAL:  # s3fs for status 412, a condition that does not hold
+            if error.errno == errno.EINVAL:  # s3fs's error for status 412, Precondition Failed
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), location) from error
             raise
 
@@ -382,7 +380,7 @@ def _create(path: Path, data: bytes) -> None:
     except OSError as error:
         if error.errno not in NO_HARD_LINKS:
             raise
-        with path.open("xb") as file:  # as on memory cards; a kill right here leaves a part of it
+        with path.open("xb") as file:  # such as memory cards; a kill during the write leaves a part of the file
             file.write(data)
     finally:
         partial.unlink(missing_ok=True)
@@ -404,22 +402,22 @@ def _open_stream(path: Path) -> BinaryIO | None:
     None if it is a file, a folder or missing. Raises OSError for block devices and sockets.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         return None
-    for descriptor in (1, 2):  # /dev/stdout may be a file, and later output would go to the replaced one
+    for descriptor in (1, 2):  # /dev/stdout may be a file; if it were replaced, later output would go to the old one
         with suppress(OSError):
-            if os.path.samestat(found, os.fstat(descriptor)):
+            if os.path.samestat(status, os.fstat(descriptor)):
                 return os.fdopen(os.dup(descriptor), "wb")
-    if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode):
+    if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
         return None
-    if stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(found.st_mode):
+    if stat.S_ISFIFO(status.st_mode) or stat.S_ISCHR(status.st_mode):
         return path.open("wb")
     raise OSError(errno.ENXIO, "is neither a file nor a pipe", str(path))
 
 
 def _sync_folder(folder: Path) -> None:
-    """Write the names in a folder to the disk, where the system can."""
+    """Flush the names in a folder to disk, if the system supports that."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -429,14 +427,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _put(filesystem: Any, path: str, data: bytes, **condition: str) -> None:
-    """Write a remote file atomically: object stores show complete objects only, other servers rename."""
+    """Write a remote file atomically: object stores show only complete objects, on other servers it is renamed."""
     protocols = filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)
     if OBJECT_STORES.intersection(protocols):
         limit = {"timeout": 4 * STALL_SECONDS + len(data) / SLOWEST_TRANSFER} if filesystem.async_impl else {}
         if "s3" in protocols:
             from botocore.handlers import add_expect_header
 
-            # "Expect: 100-continue" has no timeout of its own: a dead connection would block for the whole request's
+            # Waiting for "100 Continue" has no timeout: a dead connection would block for the whole request's timeout
             filesystem.connect().meta.events.unregister("before-call.s3", add_expect_header)
         filesystem.pipe_file(path, data, **limit, **condition)
         return
@@ -462,25 +460,25 @@ def delete(location: str) -> None:
 
 
 def _filesystem(location: str) -> tuple[Any, str]:
-    """fsspec's filesystem and the path in it. Raises StorageError for a URL that fsspec cannot open."""
+    """fsspec's filesystem and the path in it. Raises StorageError if fsspec cannot open the URL."""
     try:
         filesystem, path = url_to_fs(location, **_options(location))
     except ImportError as error:
         raise StorageError(
             f"cannot open {location} ({error}): s3:// and http:// need pip install -e '.[s3]'"
         ) from error
-    except Exception as error:  # some connect here, and raise their libraries' own errors
+    except Exception as error:  # some filesystems connect here, and raise errors of their own libraries
         raise StorageError(f"cannot open {location} ({error}): give a local path, or another URL") from error
     if isinstance(filesystem, LocalFileSystem):
         raise StorageError(f"{location} is on this machine: give its path alone, {path}")
     if location.startswith(S3):
-        filesystem.retries = 1  # `retry` does that
-    filesystem.invalidate_cache()  # of listings, which other processes change
+        filesystem.retries = 1  # `retry` retries
+    filesystem.invalidate_cache()  # of listings, because other processes change the folders
     return filesystem, path
 
 
 def _options(location: str) -> dict[str, Any]:
-    """Arguments for fsspec's filesystem, with the user's configuration: timeouts for servers that stall."""
+    """Arguments of fsspec's filesystem: timeouts for servers that stall, and the user's own configuration."""
     protocol = location.partition("://")[0]
     if location.startswith(WEB):
         from aiohttp import ClientTimeout
@@ -489,7 +487,7 @@ def _options(location: str) -> dict[str, Any]:
         return {"client_kwargs": {"timeout": timeout, **_configured(protocol, "client_kwargs")}}
     if protocol in ("s3", "s3a"):
         limits = {"connect_timeout": STALL_SECONDS, "read_timeout": STALL_SECONDS}
-        retries = {"retries": {"total_max_attempts": 1}}  # `retry` does that, and logs them
+        retries = {"retries": {"total_max_attempts": 1}}  # `retry` retries, and logs it
         from aiobotocore import config
 
         connections: dict[str, Any] = {"keepalive_timeout": KEEPALIVE_SECONDS}
@@ -498,7 +496,7 @@ def _options(location: str) -> dict[str, Any]:
         settings = {**limits, **retries, "connector_args": connections}
         return {
             "config_kwargs": {**settings, **_configured(protocol, "config_kwargs")},
-            "max_concurrency": 1,  # more makes s3fs request the size before each read, and fill gaps with zeros
+            "max_concurrency": 1,  # with more, s3fs requests the size before each read, and fills gaps with zeros
         }
     return {}
 
@@ -514,5 +512,5 @@ def _open_socket(address: tuple[Any, ...]) -> socket.socket:
 def _configured(protocol: str, name: str) -> dict[str, Any]:
     """The user's fsspec configuration for all protocol names of one filesystem."""
     names = ("http", "https") if protocol.startswith("http") else ("s3", "s3a")
-    found = [fsspec.config.conf.get(each, {}).get(name, {}) for each in names]
-    return {**found[0], **found[1]}
+    first, second = (fsspec.config.conf.get(each, {}).get(name, {}) for each in names)
+    return {**first, **second}

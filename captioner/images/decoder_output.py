@@ -1,4 +1,4 @@
-"""Capture what decoders written in C print about a damaged picture, separately for each picture.
+"""Capture what decoders written in C print about a damaged image, separately for each image.
 
 libtiff hands each line to a function of ours, whatever thread it runs in. libjpeg inside torchvision writes to file
 descriptor 2, which is shared by all threads: only a process that `owns_stderr` lets that decoder run.
@@ -20,7 +20,7 @@ from PIL import Image
 
 from captioner.images import silence_pillow
 
-MAX_LINES = 3  # kept of one picture: some decoders print one for every row of pixels
+MAX_LINES = 3  # kept per image: some decoders print one for every row of pixels
 MAX_LINE_BYTES = 200
 
 Result = TypeVar("Result")

@@ -49,23 +49,23 @@ SWAPS_SIDES = frozenset(UPRIGHT_BY_ORIENTATION[orientation] for orientation in (
 HAS_SIMD = ".post" in PIL.__version__  # how pillow-simd numbers its versions
 PLAIN_JPEG_MODES = ("RGB", "L")
 JPEG_START = b"\xff\xd8\xff"
-HEIC_START = re.compile(rb".{4}ftyp(?:.{4}){0,12}?(?:hei[cmsx]|hev[cmsx])", re.DOTALL)  # one of its brands
+HEIC_START = re.compile(rb".{4}ftyp(?:.{4}){0,12}?(?:hei[cmsx]|hev[cmsx])", re.DOTALL)  # a HEIC brand in the header
 NEVER_DECODED = ("EPS", "WMF", "IPTC")  # drawn by Ghostscript, drawn by Windows, and a wrapper around any other format
 LARGE_PIXELS = 1 << 20
-HUGE_PIXELS = 1 << 26  # from here on Pillow resizes: torch wants three more copies of the pixels
+HUGE_PIXELS = 1 << 26  # above this Pillow resizes: torch needs three more copies of the pixels
 RGB_MODE = 3  # torchvision.io.ImageReadMode.RGB
-DRAFT_SCALE = 2.75  # a JPEG decoded at a reduced scale is at least this much larger than wanted: 45 dB on 110 photos
+DRAFT_SCALE = 2.75  # how much larger a JPEG of reduced scale is than the wanted size: 45 dB PSNR on 110 photos
 
 
 class StoredJpeg(NamedTuple):
-    """A JPEG as a shard holds it, and the (width, height) of the upright image that it was made from."""
+    """A JPEG as it is stored in a shard, and the (width, height) of the upright image that it was made from."""
 
     data: bytes
     original_size: tuple[int, int]
 
 
 class Opened(NamedTuple):
-    """An image of which only the header was read, and the file that it was read from, without damaged metadata."""
+    """An image of which only the header has been read, and the file's bytes without damaged metadata."""
 
     image: Image.Image
     data: bytes
@@ -79,7 +79,7 @@ class Resized(NamedTuple):
 
 
 class ImageError(Exception):
-    """An image that cannot be used: `reason` is one word to count by, the message says what was found."""
+    """An image that cannot be used. `reason` is its kind, for counts; `message` says what was found."""
 
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(reason, message)
@@ -94,8 +94,8 @@ class ImageError(Exception):
 def backend() -> Backend:
     """The fastest installed library that decodes and resizes.
 
-    `pillow-simd` where it replaces Pillow (same pixels as Pillow's), `native` where torch has LANCZOS for bytes (within
-    50 dB of Pillow's), else `pillow`. Formats other than JPEG are always decoded by Pillow.
+    `pillow-simd` if it is installed instead of Pillow (its pixels are Pillow's), `native` if torch can resize uint8 by
+    LANCZOS (within 50 dB of Pillow's pixels), else `pillow`. Formats other than JPEG are always decoded by Pillow.
     """
     if HAS_SIMD:
         return "pillow-simd"
@@ -116,15 +116,15 @@ def _has_native_lanczos() -> bool:
 
 
 def decode_rgb(data: bytes, *, at_least: int | None = None) -> Resized:
-    """The upright RGB image in `data`, and the (width, height) that its header gives, turned upright as well.
+    """The upright RGB image in `data`, and the upright (width, height) of the original.
 
-    Any format Pillow reads; of an animation the first frame. EXIF orientation is applied, alpha is laid on white,
-    16-bit greys keep their upper 8 bits. `at_least` lets a JPEG be decoded at a reduced scale whose sides are both
-    still at least that many pixels. Raises ImageError.
+    Reads any format that Pillow reads, and the first frame of an animation. Applies the EXIF orientation, puts
+    transparent pixels on white, and keeps the upper 8 bits of 16-bit greys. With `at_least` a JPEG may be decoded at a
+    reduced scale, with both sides at least that many pixels. Raises ImageError.
     """
     with _image_errors(data):
         image, _ = _open(data)
-        turn = _turn(image)
+        turn = _upright_turn(image)
         original_size = image.size
         if at_least is not None:
             image.draft("RGB", (at_least, at_least))
@@ -132,25 +132,25 @@ def decode_rgb(data: bytes, *, at_least: int | None = None) -> Resized:
 
 
 def decode_stored(data: bytes | bytearray) -> np.ndarray:
-    """A shard's image, which packing left upright and RGB, as (height, width, 3) uint8 pixels. Raises ImageError.
+    """The pixels (height, width, 3), uint8, of an image from a shard, which is upright and RGB. Raises ImageError.
 
-    libjpeg-turbo decodes it, through torchvision's operator if that is installed, else through Pillow.
+    libjpeg-turbo decodes it: through torchvision's operator if that is installed, else through Pillow.
     """
     pixels_3HW = _decode_jpeg(data) if data.startswith(JPEG_START) else None
     return np.array(decode_rgb(bytes(data))[0]) if pixels_3HW is None else pixels_3HW.permute(1, 2, 0).numpy()
 
 
 def load_resized(source: bytes | Image.Image, *, size: int, resize: Resize) -> Resized:
-    """The upright RGB image in a file's bytes, or of a Pillow image (which is not changed), resized. Raises ImageError.
+    """The resized upright RGB image in a file's bytes, or of a Pillow image, which is not changed. Raises ImageError.
 
     `squash` gives `size` x `size` pixels whatever the aspect ratio; `keep-ratio` makes the shorter side `size`;
-    `center-crop` keeps the middle square of that; `none` keeps the size. Antialiased LANCZOS; a JPEG is decoded at a
-    reduced scale only while that is far larger than the wanted size (DRAFT_SCALE).
+    `center-crop` then keeps the middle square; `none` keeps the size. Resizing is antialiased LANCZOS; a JPEG is
+    decoded at a reduced scale only if that is still far larger than the wanted size (DRAFT_SCALE).
     """
     with _image_errors(source if isinstance(source, bytes) else b""):
         if isinstance(source, bytes):
             return _load_resized(_open(source), size=size, resize=resize)
-        source.load()  # so that nothing is decoded at a reduced scale, which would change the caller's image
+        source.load()  # or it could be decoded at a reduced scale, which would change the caller's image
         _check_size(source)
         return _load_resized(Opened(source, b""), size=size, resize=resize)
 
@@ -161,17 +161,17 @@ def to_stored_jpegs(
     size: int,
     resize: Resize,
     quality: int,
-    mark: Callable[[int], None] = lambda index: None,
+    set_index: Callable[[int], None] = lambda index: None,
     note_damage: Callable[[int], None] = lambda index: None,
 ) -> "list[StoredJpeg | ImageError]":
-    """The JPEG that a shard holds of each file, or why there is none; `mark(i)` is called before file i is processed.
+    """The JPEG to store in a shard for each file, or the error why there is none.
 
-    An error in `contents` stands for an unreadable file, and is returned unchanged. `note_damage(i)` is called if file
-    i was decoded although its decoder reported damage. An upright RGB JPEG of the wanted size is kept byte for byte,
-    once it was seen to decode.
+    An error in `contents` stands for an unreadable file, and is returned unchanged. `set_index(i)` is called before
+    file i is processed, `note_damage(i)` if it was decoded although its decoder reported damage. An upright RGB JPEG of
+    the wanted size is kept byte for byte if it can be decoded.
 
-    All are opened, then all resized, then all encoded: decoding an image empties the processor's caches of the code for
-    the rest, which is a twentieth of the time of small ones.
+    All files are opened, then all are resized, then all are encoded: decoding evicts the code of the other two from the
+    processor's caches, which costs small images a twentieth of their time.
     """
     results: dict[int, StoredJpeg | ImageError] = {}
     opened: dict[int, Opened] = {}
@@ -179,7 +179,7 @@ def to_stored_jpegs(
 
     @contextmanager
     def errors_of(index: int, data: bytes) -> Iterator[None]:
-        mark(index)
+        set_index(index)
         try:
             with _image_errors(data) as complaints:
                 yield
@@ -194,11 +194,11 @@ def to_stored_jpegs(
             opened[index] = _open(data)
     for index in list(opened):
         with errors_of(index, files[index]):
-            found = _resize_or_store(opened.pop(index), size=size, resize=resize, quality=quality)
-            if isinstance(found, StoredJpeg):
-                results[index] = found
+            result = _resize_or_store(opened.pop(index), size=size, resize=resize, quality=quality)
+            if isinstance(result, StoredJpeg):
+                results[index] = result
             else:
-                resized[index] = found
+                resized[index] = result
     for index, (image, original_size) in resized.items():
         with errors_of(index, files[index]):
             results[index] = StoredJpeg(encode_jpeg(image, quality=quality), original_size)
@@ -206,22 +206,22 @@ def to_stored_jpegs(
 
 
 def _resize_or_store(opened: Opened, *, size: int, resize: Resize, quality: int) -> Resized | StoredJpeg:
-    """The resized image; as a JPEG already where the file is one, or the image is large, so that few are held."""
+    """The resized image, or at once the JPEG: of an unchanged file, and of a large image, to save memory."""
     image = opened.image
     fits = (image.format, image.mode, image.size) == ("JPEG", "RGB", _final_size(image.size, size, resize))
-    unchanged = fits and _turn(image) is None
-    found = _load_resized(opened, size=size, resize=resize)
-    if unchanged:
-        return StoredJpeg(opened.data, found.original_size)
-    if found.image.width * found.image.height > LARGE_PIXELS:
-        return StoredJpeg(encode_jpeg(found.image, quality=quality), found.original_size)
-    return found
+    is_unchanged = fits and _upright_turn(image) is None
+    resized = _load_resized(opened, size=size, resize=resize)
+    if is_unchanged:
+        return StoredJpeg(opened.data, resized.original_size)
+    if resized.image.width * resized.image.height > LARGE_PIXELS:
+        return StoredJpeg(encode_jpeg(resized.image, quality=quality), resized.original_size)
+    return resized
 
 
 def encode_jpeg(image: Image.Image, *, quality: int) -> bytes:
-    """Baseline JPEG bytes of an RGB image, with colour at full resolution: at half of it, decoded pixels differ."""
+    """Baseline JPEG bytes of an RGB image, without chroma subsampling, whose decoded pixels depend on the decoder."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, subsampling=0, comment=b"")  # none from the source's header
+    image.save(buffer, "JPEG", quality=quality, subsampling=0, comment=b"")  # else Pillow copies the source's comment
     return buffer.getvalue()
 
 
@@ -253,7 +253,7 @@ def _image_error(error: Exception, data: bytes, complaints: Sequence[str]) -> Im
             "undecodable", f"Pillow {PIL.__version__} cannot read a file that starts with {data[:12]!r}: {reason}"
         )
     said = f" ({'; '.join(complaints)})" if complaints else ""
-    return ImageError(_reason(error), " ".join(f"{type(error).__name__}: {error}{said}".split()))
+    return ImageError(_reason_for(error), " ".join(f"{type(error).__name__}: {error}{said}".split()))
 
 
 def _open(data: bytes) -> Opened:
@@ -272,7 +272,7 @@ def _read_header(data: bytes) -> Opened:
     if data.startswith(JPEG_START):
         try:
             return Opened(Image.open(io.BytesIO(data)), data)
-        except Exception:  # usually damaged metadata; any other fault is found again below
+        except Exception:  # usually damaged metadata; anything else raises again below
             data = without_metadata(data)
     elif HEIC_START.match(data):
         return Opened(_open_heic(data), data)
@@ -291,28 +291,28 @@ def _check_size(image: Image.Image) -> None:
 
 
 def _open_heic(data: bytes) -> Image.Image:
-    """Call pillow_heif directly, since Pillow would hide its errors; it also turns the image upright."""
+    """The image from pillow_heif, upright; called through Pillow, its errors would be hidden."""
     try:
         import pillow_heif
     except ImportError as error:
-        message = "a HEIC picture: pip install -c constraints.txt -e '.[heic]' brings its reader"
+        message = "a HEIC image: pip install -c constraints.txt -e '.[heic]' installs a reader"
         raise ImageError("undecodable", message) from error
     pillow_heif.options.THUMBNAILS = False  # type: ignore[bad-assignment]  # `draft` would take one as the image
     return pillow_heif.HeifImageFile(io.BytesIO(data))
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """The transpose that turns the decoded picture upright; None if it is upright already or its EXIF is damaged.
+def _upright_turn(image: Image.Image) -> Image.Transpose | None:
+    """The transpose that turns the decoded image upright; None if it is upright already or its EXIF is damaged.
 
-    Uses the EXIF orientation, or that in XMP if there is no other. The image's size is correct only after this call.
+    Uses the EXIF orientation, or the one in XMP if there is no EXIF. The image's size is correct only after this call.
     """
     if image.format == "PNG":
-        image.load()  # getexif would, and here the error of a damaged image is not lost
+        image.load()  # getexif does it too, but would hide the error of a damaged image
     if image.format == "TIFF":
-        image.load()  # which turns the image, and deletes the orientation
+        image.load()  # turns the image upright and deletes the orientation
     try:
         return UPRIGHT_BY_ORIENTATION.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a damaged EXIF block raises nearly anything, and does no harm to the pixels
+    except Exception:  # damaged EXIF raises almost any type, and the pixels are intact
         return None
 
 
@@ -322,8 +322,8 @@ def _upright(image: Image.Image, original_size: tuple[int, int], *, turn: Image.
     return Resized(image.transpose(turn), original_size[::-1] if turn in SWAPS_SIDES else original_size)
 
 
-def _reason(error: Exception) -> Reason:
-    """Whether Pillow's error speaks of missing bytes or of bad ones."""
+def _reason_for(error: Exception) -> Reason:
+    """The reason `truncated` if Pillow's error is about missing bytes, else `undecodable`."""
     text = str(error).lower()
     short = any(word in text for word in ("truncated", "unexpected end", "broken data stream", "broken png"))
     return "truncated" if short or isinstance(error, EOFError) else "undecodable"
@@ -333,7 +333,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
-    if image.mode in ("La", "RGBa"):  # with alpha already multiplied in
+    if image.mode in ("La", "RGBa"):  # premultiplied alpha
         image = image.convert(image.mode.upper())
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_grey_bytes(image))
@@ -345,7 +345,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_bytes(image: Image.Image) -> np.ndarray:
-    """Greys of 16 or 32 bits as (height, width) uint8; floats are taken to end at 1, 255, 65535 or their largest."""
+    """Greys of 16 or 32 bits as (height, width) uint8.
+
+    In 32-bit images white is 1 (floats only), 255 or 65535, the least that no value exceeds, or else the largest value.
+    """
     values_HW = np.asarray(image)
     if image.mode.startswith("I;16"):
         return (values_HW >> 8).astype(np.uint8)
@@ -361,7 +364,7 @@ def _grey_bytes(image: Image.Image) -> np.ndarray:
 
 
 def _scaled_size(original: tuple[int, int], size: int, resize: Resize) -> tuple[int, int]:
-    """What the whole image is scaled to, before the cut of `center-crop`."""
+    """The (width, height) to which the whole image is scaled, before `center-crop` crops it."""
     if resize == "none":
         return original
     if resize == "squash":
@@ -376,7 +379,7 @@ def _final_size(original: tuple[int, int], size: int, resize: Resize) -> tuple[i
 
 
 def _load_resized(opened: Opened, *, size: int, resize: Resize) -> Resized:
-    turn = _turn(opened.image)
+    turn = _upright_turn(opened.image)
     original_size = opened.image.size
     wanted = _scaled_size(original_size, size, resize)
     if wanted[0] * wanted[1] > MAX_PIXELS:
@@ -389,11 +392,11 @@ def _load_resized(opened: Opened, *, size: int, resize: Resize) -> Resized:
 
 
 def _scale(opened: Opened, wanted: tuple[int, int]) -> Image.Image:
-    """The RGB image of `wanted` (width, height), still turned as it is stored."""
+    """The RGB image scaled to `wanted` (width, height), in the orientation in which it is stored."""
     image = opened.image
     full_size = image.size
     draft = image.draft("RGB", (math.ceil(DRAFT_SCALE * wanted[0]), math.ceil(DRAFT_SCALE * wanted[1])))
-    # The last row and column of a reduced image may cover only a part of a pixel: the box says where the image ends.
+    # At a reduced scale the image may end inside the last row and column of pixels: the box says where.
     box = draft[1] if draft else (0, 0, *full_size)
     if wanted == full_size or backend() != "native" or image.width * image.height > HUGE_PIXELS:
         rgb = _to_rgb(image)
@@ -418,7 +421,7 @@ def _decode_jpeg(data: bytes | bytearray) -> "Tensor | None":
         return None
     import torch
 
-    content = torch.frombuffer(data, dtype=torch.uint8)  # it is only read
+    content = torch.frombuffer(data, dtype=torch.uint8)
     try:
         return decoder_output.without_stderr(decode, content, RGB_MODE, False)
     except RuntimeError:
@@ -435,14 +438,14 @@ def _jpeg_decoder() -> "Callable[[Tensor, int, bool], Tensor] | None":
     for library in sorted(Path(folders[0]).glob("image*.so")) if folders else []:
         with suppress(OSError, AttributeError):
             torch.ops.load_library(str(library))
-            with warnings.catch_warnings(action="ignore"):  # comes once: bytes cannot be written to, and need not be
+            with warnings.catch_warnings(action="ignore"):  # torch warns, once, that the memory is read-only
                 torch.frombuffer(JPEG_START, dtype=torch.uint8)
             return torch.ops.image.decode_jpeg.default
     return None
 
 
 def _resize_native(pixels_3HW: "Tensor", wanted: tuple[int, int], *, covered: tuple[float, float]) -> "Tensor":
-    """The `covered` (width, height) from the upper left as a (3, height, width) of the `wanted` (width, height)."""
+    """The upper left `covered` (width, height) pixels, resized to the `wanted` (width, height): (3, height, width)."""
     from torch.nn.functional import interpolate
 
     scales = [side * (1 + 1e-9) / end for side, end in zip(wanted, covered, strict=True)]

@@ -1,4 +1,4 @@
-"""Remove metadata that does not affect pixels, so that a picture with damaged metadata can still be decoded.
+"""Remove metadata that does not affect pixels, so that an image with damaged metadata can still be decoded.
 
 Every function returns a file of the same length with the same pixels at the same offsets. Orientation metadata is kept
 unless it is damaged itself.
@@ -13,7 +13,7 @@ from typing import Literal
 PNG_START = b"\x89PNG\r\n\x1a\n"
 MAY_HOLD_PNG = (PNG_START, b"\0\0\1\0", b"\0\0\2\0", b"icns")  # icons and cursors as well
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-MAX_TEXT_BYTES = 1 << 20  # of a compressed text in a PNG; Pillow refuses the picture where there are more
+MAX_TEXT_BYTES = 1 << 20  # of a compressed text in a PNG; Pillow refuses an image with a longer one
 
 _AVIF_EXIF = re.compile(rb"(infe(?:\x02.{7}|\x03.{9}))Exif", re.DOTALL)  # an entry of the list of what the file holds
 _NOTHING = b"skIp"  # an ancillary, private chunk that no reader knows

@@ -253,7 +253,7 @@ class ShardEntry:
     """One shard as its manifest lists it; `name` has no extension.
 
     `failures` is the number of samples that were left out, `fingerprint` a hash of all that the shard was made from.
-    Only captioned pictures have `captions`.
+    Only captioned images have `captions`.
     """
 
     name: str

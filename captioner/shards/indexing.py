@@ -1,7 +1,7 @@
-"""Indexes of tars that any program wrote, by webdataset's convention.
+"""Indexes tars that any program wrote by webdataset's convention.
 
-Adjacent members with one key are a sample. The key is their path up to the first dot of the file name, and the rest of
-the name, in lower case, is the field. Nothing is unpacked or changed, and what cannot be used is counted by reason.
+Adjacent members with the same key are a sample. The key is the path up to the first dot of the file name; the rest of
+the name, in lower case, is the field. The tars are not changed, and members that cannot be used are counted by reason.
 """
 
 import hashlib
@@ -36,17 +36,17 @@ from captioner.shards.tar_walk import Buffer, DamagedTarError, TarMember, open_t
 from captioner.shards.writing import claim, count_reasons, write, write_manifest, writing
 
 BACKEND = "foreign"
-ANY, CHOSEN = "any", "chosen"  # samples in the manifest's settings, unless they are captioned pictures
+ANY, CHOSEN = "any", "chosen"  # `samples` in the manifest's settings: all, or those for which `keep` was true
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 NO_SAMPLE = "a sample is adjacent files KEY.FIELD, without a dot in the key"
 UNPACK = "samples are read from the middle of a tar, so unpack it to a plain tar first (gunzip, unxz, unzstd)"
 
 _KEY_AND_FIELD = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's `base_plus_ext`
-_META = re.compile(r"__[^/]*__($|/)")  # what webdataset skips
+_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
 _RESERVED = re.compile(r"__\w+__")  # fields that readers add to a sample
 
 TarSample = tuple[str, dict[str, TarMember]]
-MakeIndex = Callable[..., ShardIndex]  # (tar's content, *, name without extension, sha256)
+MakeIndex = Callable[..., ShardIndex]  # (data, *, name, sha256) of a tar; the name has no extension
 
 
 def index_shards(
@@ -59,10 +59,10 @@ def index_shards(
 ) -> Manifest:
     """Index the tars of a folder or URL that match `pattern`, so that they can be streamed as `split`.
 
-    Without a pattern these are `SPLIT*.tar` if there are any, else `*.tar`. Writes an index next to each tar, and at
-    the end `SPLIT.manifest.json`. `keep(key, content by field)` says which samples to keep; the others are counted in
-    the manifest. More than one worker are processes: then `keep` must be a function of a module, and a script must call
-    this under `if __name__ == "__main__"`. Raises UserError.
+    Writes an index next to each tar and at the end `SPLIT.manifest.json`; returns the manifest. The default pattern is
+    `SPLIT*.tar` if there are such files, else `*.tar`. `keep(key, content by field)` says which samples to keep; the
+    others are counted in the manifest. With more than one worker, processes index the tars: `keep` must then be a
+    function at the top of a module, and a script must call this under `if __name__ == "__main__"`. Raises UserError.
     """
     if split not in SPLITS:
         raise UserError(f"there is no split {split!r}: give one of {', '.join(SPLITS)}")
@@ -98,17 +98,17 @@ def _keep(keep: Callable[[str, dict[str, bytes]], bool], data: Buffer, sample: T
 
 
 def is_foreign(manifest: Manifest) -> bool:
-    """Whether this program only indexed the split's tars, and did not write them."""
+    """Whether another program wrote the split's tars, which were only indexed."""
     return manifest.settings.get("backend") == BACKEND or "pattern" in manifest.source
 
 
 def is_any(manifest: Manifest) -> bool:
-    """Whether the split's samples are anything but captioned pictures."""
+    """Whether the split was indexed as samples of any kind, not as images with captions."""
     return "samples" in manifest.settings
 
 
 def is_chosen(manifest: Manifest) -> bool:
-    """Whether `keep` chose the split's samples, so that the tars alone do not say which they are."""
+    """Whether `keep` chose the split's samples, so that the tars alone do not determine them."""
     return manifest.settings.get("samples") == CHOSEN
 
 
@@ -123,7 +123,7 @@ def index_any(
     recipe: dict[str, Any],
     choose: Callable[[Buffer, TarSample], bool] | None = None,
 ) -> ShardIndex:
-    """The index of a tar's samples, or of those for which `choose` is true."""
+    """The index of a tar's samples; with `choose`, of those for which it is true."""
     failures: list[Failure] = []
     samples = []
     num_not_kept = 0
@@ -136,7 +136,7 @@ def index_any(
     index = ShardIndex.of(samples, foreign_facts(data, sha256=sha256, recipe=recipe, failures=failures))
     if num_not_kept:
         index.facts["not_kept"] = num_not_kept
-    # The same tar may be indexed with other samples elsewhere.
+    # Not the tar's sha256 alone: the same tar may be indexed elsewhere with other samples.
     index.facts["fingerprint"] = content_sha256(sha256, {"offsets": index.offsets_M})
     return index
 
@@ -154,9 +154,9 @@ def foreign_facts(data: Buffer, *, sha256: str, recipe: dict[str, Any], failures
 
 
 def find_samples(data: Buffer, failures: list[Failure], *, name: str) -> Iterator[TarSample]:
-    """The tar's samples in order, each a key and its members by field; what cannot be used goes to `failures`.
+    """The tar's samples in order, each a key and its members by field; appends what cannot be used to `failures`.
 
-    Members with one key that are not adjacent are several samples.
+    Members with the same key that are not adjacent belong to different samples.
     """
     for key, members in _groups(data, failures, name=name):
         counts = Counter(field for field, _ in members)
@@ -193,7 +193,7 @@ def _groups(data: Buffer, failures: list[Failure], *, name: str) -> Iterator[tup
 
 
 def checked(data: Buffer, member: TarMember) -> Member:
-    """A member with its checksum, as in an index."""
+    """A member of an index: offset, size and checksum."""
     return Member(member.offset, member.size, zlib.crc32(data[member.offset : member.offset + member.size]))
 
 
@@ -210,17 +210,17 @@ def find_tars(folder: str, split: str, pattern: str | None, *, remedy: str) -> t
         if names:
             break
     else:
-        raise UserError(f"no file in {folder} fits {tried}: {remedy}")
+        raise UserError(f"no file in {folder} matches {tried}: {remedy}")
     for name in names:
         if not name.endswith(".tar"):
-            raise UserError(f"{storage.join(folder, name)} fits {tried} and is no uncompressed .tar: {remedy}")
+            raise UserError(f"{storage.join(folder, name)} matches {tried} but is not an uncompressed .tar: {remedy}")
     return [name.removesuffix(".tar") for name in names], tried
 
 
 def list_names(folder: str, pattern: str, *, missing: str = "there is no folder {}: check the path") -> list[str]:
-    """Names of the files in a folder that match `pattern`, sorted; with `/` in the pattern, in its folders.
+    """The sorted names of the files in a folder that match `pattern`, which may name folders below it (`*/*.tar`).
 
-    Raises UserError, with `missing` if there is no folder.
+    Raises UserError, with the message `missing` if there is no folder.
     """
     try:
         return storage.find_files(folder, pattern)
@@ -231,7 +231,7 @@ def list_names(folder: str, pattern: str, *, missing: str = "there is no folder 
 
 
 def refuse_others(folder: str, split: str, names: Sequence[str]) -> None:
-    """Raise UserError for tars of another split, and for shards of make_shards.py."""
+    """Raise UserError if some of these tars belong to another split, or were written by make_shards.py."""
     for other in SPLITS:
         if not storage.exists(manifest_location(folder, other)):
             continue
@@ -247,7 +247,7 @@ def refuse_others(folder: str, split: str, names: Sequence[str]) -> None:
         both = {entry.name for entry in manifest.shards}.intersection(names)
         if other != split and both:
             raise UserError(
-                f"{min(both)}.tar belongs to split {other} already: give a pattern that fits only those for {split}"
+                f"{min(both)}.tar belongs to split {other} already: give a pattern that matches only those of {split}"
             )
     for name in names:
         location = storage.join(folder, f"{name}.index")
@@ -269,14 +269,14 @@ def index_tars(
 ) -> Iterator[tuple[str, ShardIndex]]:
     """Write an index next to each tar and yield it, in the order of `names`.
 
-    An earlier manifest is deleted first. If no sample can be used, writes nothing and raises UserError, with `remedy`.
+    Deletes an earlier manifest first. If no sample can be used, it writes nothing and raises UserError, with `remedy`.
     """
     work = partial(_index_tar, folder, make_index)
     written = False
     waiting: list[tuple[str, ShardIndex]] = []
     try:
-        for named in zip(names, executor.map(work, names), strict=True):
-            waiting.append(named)
+        for name_and_index in zip(names, executor.map(work, names), strict=True):
+            waiting.append(name_and_index)
             if not written and any(len(index) for _, index in waiting):
                 with writing(manifest_location(folder, split)) as complete:
                     storage.delete(complete)

@@ -1,13 +1,13 @@
-"""Remote shards on a disk of this machine: downloaded once, checked, within a limit of bytes.
+"""A cache of remote shards on a local disk: each is downloaded once and verified; their total size is limited.
 
 The folder holds `SHA256.tar` and `SHA256.index` of each shard, named after the checksum of the tar, and during a
-download `SHA256.partial`. A partial file has the size of the whole tar from the start, so the sizes of the files are
-what is reserved. Processes use file locks (flock), which the system releases however a process ends:
+download `SHA256.partial`. A partial file has the size of the whole tar from the start, so the sum of file sizes is what
+is reserved. Processes use file locks (flock), which the system releases however a process ends:
 
-- `lock`, exclusive, for a moment: to reserve bytes, to evict files, to rename a partial file to a tar. It contains the
+- `lock`, exclusive, briefly: to reserve bytes, to evict files, to rename a partial file to a tar. The file contains the
   number of reserved bytes, so the folder is scanned only when it may be full.
 - a partial file, exclusive, during its download. One without a lock was left by a process that was killed.
-- a tar, shared, by each process that has it open: it is not evicted.
+- a tar, shared, by each process that has it open: a locked tar is not evicted.
 
 Imports no torch.
 """
@@ -32,13 +32,13 @@ from captioner.files import storage
 from captioner.shards.format import PACK_AGAIN, RESTORE, FormatError, ShardEntry, ShardIndex
 
 CHUNK_BYTES = 8 << 20  # of one request
-NUM_DOWNLOADS = 3  # of a file that differs from its manifest; transfer errors are rare, but they happen
-PATIENCE_SECONDS = 300.0  # for which a request that fails is retried; a server restarts in less
-POLL_SECONDS = 0.1  # between attempts of a reader that waits
-MINUTE_POLLS = 600  # for which it waits for room; then it logs, again and again, that it waits for a download
+NUM_DOWNLOADS = 3  # of a file that differs from its manifest: transfer errors are rare, but they happen
+PATIENCE_SECONDS = 300.0  # for which a failing request is retried: a server restarts in less
+POLL_SECONDS = 0.1  # between the attempts of a waiting reader
+MINUTE_POLLS = 600  # a minute: a reader waits this long for space, and logs this often that it waits for a download
 RETRY_SECONDS = 1.0  # between a prefetcher's attempts
 NUM_THREADS = 3  # of a prefetcher
-SLACK = 0.05  # of the limit, evicted beyond what is needed, because a scan of the folder takes long
+SLACK = 0.05  # fraction of the limit that is evicted beyond what is needed, so that the folder is scanned less often
 NAME = re.compile(r"[0-9a-f]{64}\.(?:tar|index|partial)")
 
 log = logging.getLogger(__name__)
@@ -47,15 +47,15 @@ Result = TypeVar("Result")
 
 
 class MissingShardError(UserError):
-    """A shard or its index is not where its manifest says."""
+    """A shard or its index does not exist on the server."""
 
 
 class DamagedShardError(UserError):
-    """A shard or its index is not what its manifest says, even after it was downloaded again."""
+    """A shard or its index differs from its manifest, even after repeated downloads."""
 
 
 class CacheTooSmallError(UserError):
-    """A cache of `max_bytes` has no room for the shard `location` of `num_bytes` beside those that are open."""
+    """A cache of `max_bytes` has no space for the shard `location` of `num_bytes` beside the open ones."""
 
     def __init__(self, folder: str, max_bytes: int, location: str, num_bytes: int) -> None:
         super().__init__(folder, max_bytes, location, num_bytes)
@@ -80,7 +80,7 @@ class CacheFolderError(UserError):
 
 
 class _FullError(Exception):
-    """There is no room at the moment; while other downloads hold some of it, that will change."""
+    """There is no space now; there may be later if other processes are `downloading`."""
 
     def __init__(self, *, downloading: bool) -> None:
         super().__init__()
@@ -88,11 +88,11 @@ class _FullError(Exception):
 
 
 class ShardCache:
-    """Remote shards in a local folder of at most `max_bytes`, indexes and unfinished downloads included.
+    """Remote shards in a local folder of at most `max_bytes`, including indexes and unfinished downloads.
 
-    Any number of processes and threads may use one folder. The least recently used shards that nobody has open are
-    evicted; files with other names are neither counted nor deleted. Holds no open file: it may be pickled, and used
-    after a fork.
+    Any number of processes and threads may use the same folder. The least recently used shards that no process has open
+    are evicted; files with other names are neither counted nor deleted. The object has no open file, so it may be
+    pickled, and used after a fork.
     """
 
     def __init__(self, folder: str, *, max_bytes: int) -> None:
@@ -103,8 +103,8 @@ class ShardCache:
         """A shard's index, and a file descriptor of its tar, open for reading.
 
         The shard stays in the cache until the descriptor is closed (os.close), also in processes forked meanwhile.
-        Waits while another process downloads the shard, and for room. Raises MissingShardError, DamagedShardError,
-        CacheTooSmallError, CacheFolderError, and UserError where the server fails.
+        Waits while another process downloads the shard, and for space. Raises MissingShardError, DamagedShardError,
+        CacheTooSmallError, CacheFolderError, and UserError if the server fails.
         """
         with self._folder_errors(), ExitStack() as stack:
             file = self._wait_for(folder, entry)
@@ -116,9 +116,10 @@ class ShardCache:
     def fetch(
         self, folder: str, entry: ShardEntry, *, keep: Collection[str] = (), stop: threading.Event | None = None
     ) -> bool:
-        """Download a shard unless it is in the cache or another process downloads it; False if there is no room.
+        """Download a shard unless it is in the cache or another process downloads it; False if there is no space.
 
-        Shards with the checksums `keep` are not evicted for it. Ends early when `stop` is set. Raises what `open` does.
+        Shards with the checksums `keep` are not evicted for it. Returns early when `stop` is set. Raises what `open`
+        raises.
         """
         with self._folder_errors():
             try:
@@ -130,7 +131,7 @@ class ShardCache:
         return True
 
     def _wait_for(self, folder: str, entry: ShardEntry) -> int:
-        """What `_pin_or_download` gives, retried while others download the shard or leave no room for it."""
+        """A pinned shard's descriptor. Waits for downloads of others and for space; raises CacheTooSmallError."""
         location, full_polls = tar_location(folder, entry), 0
         for poll in count(1):
             try:
@@ -148,12 +149,13 @@ class ShardCache:
         raise AssertionError("the last attempt returns or raises")
 
     def _path(self, entry: ShardEntry, suffix: str) -> Path:
+        """Where a shard's file is, or would be, in the cache."""
         if not re.fullmatch("[0-9a-f]{64}", entry.sha256):
             raise UserError(f"the manifest has no sha256 for shard {entry.name}: {PACK_AGAIN}")
         return self.folder / f"{entry.sha256}.{suffix}"
 
     def _pin(self, entry: ShardEntry) -> int | None:
-        """A descriptor of a shard's tar that keeps it in the cache; None if it is not there.
+        """A descriptor of a shard's tar, whose lock keeps it in the cache; None if the cache does not have it.
 
         Deletes a tar of a wrong size.
         """
@@ -174,7 +176,7 @@ class ShardCache:
         return None
 
     def _index(self, folder: str, entry: ShardEntry) -> ShardIndex:
-        """A shard's index: from the cache, or from the server and then cached, unless there is no room for it."""
+        """A shard's index, from the cache or from the server; it is cached if there is space."""
         path = self._path(entry, "index")
         with suppress(FileNotFoundError, DamagedShardError, FormatError):
             index = _parse_index(path.read_bytes(), entry, origin=str(path))
@@ -192,9 +194,9 @@ class ShardCache:
     def _pin_or_download(
         self, folder: str, entry: ShardEntry, *, keep: Collection[str] = (), stop: threading.Event | None = None
     ) -> int | None:
-        """As `_pin`, but a shard that is not in the cache is downloaded with its index.
+        """As `_pin`, but downloads a shard that is not in the cache, with its index.
 
-        None while another process downloads it, and when `stop` is set. Raises _FullError.
+        None if another process downloads it, or `stop` is set. Raises _FullError.
         """
         file = self._pin(entry)
         if file is not None:
@@ -202,13 +204,13 @@ class ShardCache:
         with ExitStack() as stack:
             path = self._path(entry, "partial")
             with self._locked():
-                if self._path(entry, "tar").exists():  # another process has downloaded it meanwhile
+                if self._path(entry, "tar").exists():  # downloaded by another process in the meantime
                     return None
                 file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
                 if not _try_lock(file):
                     os.close(file)
                     return None
-                stack.callback(self._give_up, path, file)
+                stack.callback(self._discard, path, file)
             with self._locked() as lock:
                 self._make_room(entry.bytes - os.fstat(file).st_size, lock, keep=[*keep, entry.sha256])
                 os.ftruncate(file, entry.bytes)
@@ -222,16 +224,16 @@ class ShardCache:
             stack.pop_all()
         return file
 
-    def _give_up(self, partial_path: Path, file: int) -> None:
+    def _discard(self, partial_path: Path, file: int) -> None:
         with self._locked():
             partial_path.unlink(missing_ok=True)
             _unlock(file)
 
-    # ---- room ---------------------------------------------------------------------------------------------
+    # ---- space --------------------------------------------------------------------------------------------
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        """Hold the cache's lock; gives the descriptor of its file."""
+        """Hold the cache's lock; yields the descriptor of the lock file."""
         path = self.folder / "lock"
         self.folder.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -242,7 +244,7 @@ class ShardCache:
             _unlock(file)
 
     def _make_room(self, num_bytes: int, lock: int, *, keep: Collection[str]) -> None:
-        """Reserve bytes, with the lock held; evicts files if the cache may be full. Raises _FullError."""
+        """Reserve bytes while the lock is held; evicts files if the cache may be full. Raises _FullError."""
         text = os.pread(lock, 32, 0)
         reserved = int(text) if text.isdigit() else self.max_bytes
         if reserved + num_bytes > self.max_bytes:
@@ -251,9 +253,9 @@ class ShardCache:
         os.pwrite(lock, b"%d" % (reserved + num_bytes), 0)
 
     def _evict(self, num_bytes: int, keep: Collection[str]) -> int:
-        """Evict the least recently used files until there is room for `num_bytes`, and then up to 5 % more.
+        """Evict the least recently used files until there is space for `num_bytes` plus up to 5 % slack.
 
-        Returns the bytes of what remains. Evicts nothing, and raises _FullError, if that would not be enough.
+        Returns the bytes of the remaining files. Raises _FullError, and evicts nothing, if that would not be enough.
         """
         files = self._scan()
         kept_bytes, target = sum(size for _, size, _ in files), self.max_bytes - num_bytes
@@ -276,7 +278,7 @@ class ShardCache:
         return kept_bytes
 
     def _scan(self) -> list[tuple[int, int, Path]]:
-        """The cache's files, the least recently used first: the time of use, the size, and the path of each."""
+        """The cache's files, the least recently used first, each as (time of use in ns, bytes, path)."""
         files = []
         with os.scandir(self.folder) as items:
             for item in items:
@@ -297,7 +299,7 @@ class ShardCache:
 
 
 def _try_lock(file: int) -> bool:
-    """Lock a file exclusively; False if somebody else has locked it."""
+    """Lock a file exclusively; False if another process or thread has locked it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -306,14 +308,14 @@ def _try_lock(file: int) -> bool:
 
 
 def _unlock(file: int) -> None:
-    """Release the lock and close; processes that were forked meanwhile would keep a lock that is only closed."""
+    """Unlock, then close: closing alone leaves the lock to processes forked meanwhile, which share the descriptor."""
     fcntl.flock(file, fcntl.LOCK_UN)
     os.close(file)
 
 
 def _lock_unused(path: Path, locks: ExitStack) -> bool:
-    """Whether nobody has a file open or downloads it; then nobody can until `locks` are released."""
-    if path.suffix == ".index":  # it is read at once
+    """Lock a file that no process has open or downloads, until `locks` are released; False if one does."""
+    if path.suffix == ".index":  # read whole, never kept open
         return True
     try:
         file = os.open(path, os.O_RDONLY)
@@ -331,8 +333,8 @@ def tar_location(folder: str, entry: ShardEntry) -> str:
     return storage.join(folder, f"{entry.name}.tar")
 
 
-def _ask(request: Callable[[], Result], location: str) -> Result:
-    """A server's answer. Raises MissingShardError and UserError."""
+def _request(request: Callable[[], Result], location: str) -> Result:
+    """The result of `request`. Raises MissingShardError and UserError instead of its OSErrors."""
     try:
         return request()
     except FileNotFoundError as error:
@@ -343,10 +345,10 @@ def _ask(request: Callable[[], Result], location: str) -> Result:
 
 
 def _fetch_index(folder: str, entry: ShardEntry) -> tuple[bytes, ShardIndex]:
-    """A shard's index from the server, as bytes and parsed. Raises DamagedShardError and what `_ask` does."""
+    """A shard's index from the server, as bytes and parsed. Raises what `_request` raises, and DamagedShardError."""
     origin = storage.join(folder, f"{entry.name}.index")
     for attempt in count(1):
-        data = _ask(lambda: storage.read_bytes(origin, patience_seconds=PATIENCE_SECONDS), origin)
+        data = _request(lambda: storage.read_bytes(origin, patience_seconds=PATIENCE_SECONDS), origin)
         try:
             return data, _parse_index(data, entry, origin=origin)
         except DamagedShardError:
@@ -356,6 +358,7 @@ def _fetch_index(folder: str, entry: ShardEntry) -> tuple[bytes, ShardIndex]:
 
 
 def _parse_index(data: bytes, entry: ShardEntry, *, origin: str) -> ShardIndex:
+    """The index in `data`. Raises DamagedShardError, also if it is another shard's, and FormatError."""
     try:
         index = ShardIndex.from_bytes(data, origin=origin)
     except FormatError:
@@ -369,7 +372,7 @@ def _parse_index(data: bytes, entry: ShardEntry, *, origin: str) -> ShardIndex:
 
 def _fetch_tar(location: str, entry: ShardEntry, file: int, stop: threading.Event | None) -> bool:
     """Download a tar into an open file and check it; False when `stop` is set before the end."""
-    size = _ask(lambda: storage.size_bytes(location, patience_seconds=PATIENCE_SECONDS), location)
+    size = _request(lambda: storage.size_bytes(location, patience_seconds=PATIENCE_SECONDS), location)
     if size not in (storage.UNKNOWN, entry.bytes):
         raise DamagedShardError(f"{location} has {size:,} bytes, its manifest says {entry.bytes:,}: {RESTORE}")
     for attempt in range(1, NUM_DOWNLOADS + 1):
@@ -381,7 +384,9 @@ def _fetch_tar(location: str, entry: ShardEntry, file: int, stop: threading.Even
                     return False
                 end = min(start + CHUNK_BYTES, entry.bytes)
                 read = partial(storage.read_range, location, start=start, end=end, patience_seconds=PATIENCE_SECONDS)
-                data = _ask(read, location)[: entry.bytes - start]  # all of it from a server that knows no ranges
+                data = _request(read, location)[
+                    : entry.bytes - start
+                ]  # the rest of the file, if the server ignores Range
                 checksum.update(data)
                 target.write(data)
         if checksum.hexdigest() == entry.sha256:
@@ -394,15 +399,15 @@ def _fetch_tar(location: str, entry: ShardEntry, file: int, stop: threading.Even
 
 
 class Prefetcher:
-    """Downloads the next shards into a cache while a process reads the present ones; make it in that process.
+    """Downloads the next shards into a cache while a process reads the current ones; create it in that process.
 
-    `shards` are in the order in which they are needed first. At most `ahead` of them are downloaded before the reader
-    calls `opened`. Errors are raised when the reader opens the shard, not here. The threads end with the process.
+    `shards` are in the order of their first use. At most `ahead` of them are downloaded before the reader calls
+    `opened`. Errors are raised when the reader opens the shard, not here. The threads end with the process.
     """
 
     def __init__(self, cache: ShardCache, shards: Iterable[tuple[str, ShardEntry]], *, ahead: int) -> None:
         self._cache, self._shards, self._ahead = cache, iter(shards), ahead
-        self._waiting: set[str] = set()  # checksums of shards that are taken from `shards` and not opened yet
+        self._waiting: set[str] = set()  # checksums of shards that were taken from `shards` and are not opened yet
         self._opened: set[str] = set()
         self._changed = threading.Condition()
         self._closed = threading.Event()
@@ -411,14 +416,14 @@ class Prefetcher:
             thread.start()
 
     def opened(self, entry: ShardEntry) -> None:
-        """Called by the reader when it has opened a shard, downloaded ahead or not."""
+        """Tell the prefetcher that the reader has opened a shard, whether or not it was prefetched."""
         with self._changed:
             self._opened.add(entry.sha256)
             self._waiting.discard(entry.sha256)
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Stop, without waiting for the requests that are under way."""
+        """Stop, without waiting for running requests."""
         self._closed.set()
         with self._changed:
             self._changed.notify_all()
@@ -431,7 +436,7 @@ class Prefetcher:
                     folder, entry, keep=frozenset(self._waiting), stop=self._closed
                 ):
                     self._closed.wait(RETRY_SECONDS)
-            except Exception:  # the reader's own attempt raises it
+            except Exception:  # the reader raises it when it opens the shard
                 with self._changed:
                     self._waiting.discard(entry.sha256)
                 self._closed.wait(RETRY_SECONDS)
@@ -440,7 +445,7 @@ class Prefetcher:
         return entry.sha256 in self._waiting and not self._closed.is_set()
 
     def _next(self) -> tuple[str, ShardEntry] | None:
-        """The next shard to download, as soon as there may be one more; None at the end."""
+        """Wait until another shard may be downloaded, and return it; None at the end."""
         with self._changed:
             while not self._closed.is_set():
                 if len(self._waiting) >= self._ahead:

@@ -1,14 +1,14 @@
 """The order of an epoch: which sample is at which position.
 
-A pure function of (shard sizes, seed, epoch, global batch). The shards are permuted, and their samples, one shard
-after the other, form the sequence. It is cut into L lanes of equal length, and each lane is shuffled inside windows of
-its own shards. Global batch t is positions [tG, (t+1)G) of the order, whatever the number of processes: G/L samples of
-the first lane, then G/L of the second, and so on. Rank r of W takes the r-th of W equal slices of each batch. When W
-divides L, these samples come from the r-th of W equal slices of the sequence: the rank opens its own shards and at most
-one more.
+A pure function of (shard sizes, seed, epoch, global batch). The shards are permuted; their samples, one shard after the
+other, form the sequence. It is cut into L lanes of equal length, and each lane is shuffled within windows of a few of
+its shards. Global batch t is positions [tG, (t+1)G) of the order, whatever the number of processes: G/L samples of the
+first lane, then G/L of the second, and so on. Rank r of W takes the r-th of W equal slices of each batch. If W divides
+L, these samples come from the r-th of W equal slices of the sequence: the rank opens its own shards and at most one
+more.
 
-Imports no torch. Random numbers are hashes (`captioner/shards/splitmix.py`): no new version of a library changes an
-order. Shape suffixes: P positions, L lanes.
+Imports no torch. Random numbers are hashes (`captioner/shards/splitmix.py`), so no version of a library changes an
+order. Shape suffixes: P positions, L lanes, S shards in permuted order.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,12 +20,12 @@ import numpy as np
 from captioner.shards.splitmix import random_order
 
 SHUFFLE_SHARDS = 256
-UNSHUFFLED_SHARDS = 4  # open at once without a shuffle: each worker is in another batch
+UNSHUFFLED_SHARDS = 4  # open at once without a shuffle, since workers are at different batches
 SHARD_ORDER, WINDOW_ORDER, SAMPLE_CHANCE, SAMPLE_RNG, SOURCE_SEED = range(5)  # streams of random numbers
 
 
 class SampleRef(NamedTuple):
-    """A sample: its position in the epoch, the number of its shard, and its index in that shard."""
+    """A sample's position in the epoch, the number of its shard, and its index in that shard."""
 
     position: int
     shard: int
@@ -33,14 +33,14 @@ class SampleRef(NamedTuple):
 
 
 class EpochOrder:
-    """The order of one epoch over S samples in global batches of G.
+    """The order of one epoch in global batches of G samples.
 
     `shuffle_shards` is the number of shards that all processes together read from at once. L is the largest divisor of
     G that is not above it, and a window is `shuffle_shards // L` shards.
 
-    `shuffled=False` keeps the order of the shards, and takes every `every`-th sample.
+    With `shuffled=False` the sequence is in the order of the shards, and the order is every `every`-th sample of it.
 
-    Example with S = 23, G = 6, L = 3: permuted shards of 10, 6 and 7 samples, and windows of one shard. The lanes are
+    Example: 23 samples, G = 6, L = 3, permuted shards of 10, 6 and 7 samples, and windows of one shard. The lanes are
     the indices [0, 7), [7, 15) and [15, 23) of the sequence. Before the windows are shuffled, the batches are
 
         batch 0    0  1 |  7  8 | 15 16
@@ -73,78 +73,81 @@ class EpochOrder:
         self.num_lanes = next(lanes for lanes in range(most, 0, -1) if global_batch % lanes == 0)
         self.window_shards = shuffle_shards // self.num_lanes
         self._permuted = random_order(len(sizes), seed, epoch, SHARD_ORDER) if shuffled else np.arange(len(sizes))
-        self._ends = np.cumsum(sizes[self._permuted])  # of the permuted shards, as indices of the sequence
-        self._starts = self._ends - sizes[self._permuted]
-        self._lane_starts = np.arange(self.num_lanes + 1) * total // self.num_lanes
+        self._ends_S = np.cumsum(sizes[self._permuted])  # as indices of the sequence
+        self._starts_S = self._ends_S - sizes[self._permuted]
+        self._lane_starts = np.arange(self.num_lanes + 1) * total // self.num_lanes  # the last one is the end
         last_indices_L = np.maximum(self._lane_starts[:-1], self._lane_starts[1:] - 1)
-        self._lane_firsts = self._shards_at(self._lane_starts[:-1])
-        self._lane_lasts = self._shards_at(last_indices_L)
-        are_long_L = self._lane_lasts + 1 - self._lane_firsts > 2 * self.window_shards
-        self._lane_shifts = np.where(are_long_L, np.arange(self.num_lanes) % self.window_shards, 0)
-        self._opened_L = np.full(self.num_lanes, -1)  # the window of each lane whose permutation is stored
-        self._opened_starts_L = np.zeros(self.num_lanes, dtype=np.int64)
-        self._permutations = np.empty((self.num_lanes, 0), dtype=np.int32)
+        self._first_shards_L = self._shards_at(self._lane_starts[:-1])
+        self._last_shards_L = self._shards_at(last_indices_L)
+        is_long_L = self._last_shards_L + 1 - self._first_shards_L > 2 * self.window_shards
+        self._lane_shifts_L = np.where(is_long_L, np.arange(self.num_lanes) % self.window_shards, 0)
+        # One window of each lane is stored: its number, its first index in the sequence, and its permutation.
+        self._stored_windows_L = np.full(self.num_lanes, -1)
+        self._stored_starts_L = np.zeros(self.num_lanes, dtype=np.int64)
+        self._stored_permutations = np.empty((self.num_lanes, 0), dtype=np.int32)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_permutations": self._permutations[:, :0]}  # large, and quickly computed again
+        # without the permutations, which are large and quickly computed again
+        return self.__dict__ | {"_stored_permutations": self._stored_permutations[:, :0]}
 
     def refs(self, positions: Iterable[int]) -> list[SampleRef]:
-        """The sample at each of the global positions."""
+        """The samples at these positions of the order."""
         positions = list(positions)
         shards_P, indices_P = self.locate(np.asarray(positions, dtype=np.int64))
         return list(map(SampleRef, positions, shards_P.tolist(), indices_P.tolist()))
 
     def locate(self, positions_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The shard of the sample at each position, and the sample's index in it."""
+        """The number of each sample's shard, and the sample's index in that shard (both P)."""
         indices_P = positions_P * self.every
         if self.shuffled:
             indices_P = self._shuffle_windows(*self._lanes_and_indices(positions_P))
         permuted_P = self._shards_at(indices_P)
-        return self._permuted[permuted_P], indices_P - self._starts[permuted_P]
+        return self._permuted[permuted_P], indices_P - self._starts_S[permuted_P]
 
     def _shards_at(self, indices: np.ndarray) -> np.ndarray:
-        """Which of the permuted shards holds each index of the sequence."""
-        return np.searchsorted(self._ends, indices, side="right")
+        """Which of the permuted shards (an index of `_permuted`) contains each index of the sequence."""
+        return np.searchsorted(self._ends_S, indices, side="right")
 
     def _lanes_and_indices(self, positions_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The lane of each position, and its index in the sequence before the windows are shuffled.
+        """The lane of each position, and its index in the sequence before the windows are shuffled (both P).
 
-        Lanes are as equal in length as whole samples allow. So the last batch, of n samples, has one sample of each of
-        n G-ths of the sequence, spread evenly over lanes and ranks.
+        The lengths of two lanes differ by at most one sample. So the samples of a shorter last batch are spread evenly
+        over the lanes, and so over the ranks.
         """
-        each, (num_full, rest) = self.global_batch // self.num_lanes, divmod(self.num_samples, self.global_batch)
+        lane_batch, (num_full, rest) = self.global_batch // self.num_lanes, divmod(self.num_samples, self.global_batch)
         batches_P, offsets_P = np.divmod(positions_P, self.global_batch)
-        lanes_P, indices_P = offsets_P // each, offsets_P % each
+        lanes_P, indices_P = offsets_P // lane_batch, offsets_P % lane_batch
         if len(batches_P) and batches_P.max() >= num_full:
             last = batches_P == num_full
-            lanes_P[last] = (((offsets_P[last] + 1) * self.global_batch - 1) // rest) // each
-            indices_P[last] = offsets_P[last] - lanes_P[last] * each * rest // self.global_batch
-        return lanes_P, self._lane_starts[lanes_P] + batches_P * each + indices_P
+            lanes_P[last] = (((offsets_P[last] + 1) * self.global_batch - 1) // rest) // lane_batch
+            indices_P[last] = offsets_P[last] - lanes_P[last] * lane_batch * rest // self.global_batch
+        return lanes_P, self._lane_starts[lanes_P] + batches_P * lane_batch + indices_P
 
     def _shuffle_windows(self, lanes_P: np.ndarray, indices_P: np.ndarray) -> np.ndarray:
-        """The index of the sequence that the shuffle of its window moves to each of the given indices."""
+        """The indices of the sequence (P) whose samples the shuffle of the windows moves to the given indices."""
         windows_P = self._windows_at(lanes_P, self._shards_at(indices_P))
-        found_P = np.empty_like(indices_P)
+        sources_P = np.empty_like(indices_P)
         for window in np.unique(windows_P).tolist():  # mostly one or two
-            are_in = windows_P == window
-            lanes = lanes_P[are_in]
-            self._open_windows(lanes, window)
-            starts = self._opened_starts_L[lanes]
-            found_P[are_in] = starts + self._permutations[lanes, indices_P[are_in] - starts]
-        return found_P
+            is_in_window_P = windows_P == window
+            lanes = lanes_P[is_in_window_P]
+            self._store_permutations(lanes, window)
+            starts = self._stored_starts_L[lanes]
+            offsets = indices_P[is_in_window_P] - starts
+            sources_P[is_in_window_P] = starts + self._stored_permutations[lanes, offsets]
+        return sources_P
 
-    def _open_windows(self, lanes_P: np.ndarray, window: int) -> None:
-        """Compute the permutations of a window of these lanes; only the latest of each lane is stored."""
-        if not self._permutations.size:
-            stops = self._ends[np.minimum(np.arange(len(self._ends)) + self.window_shards, len(self._ends)) - 1]
-            longest = min((stops - self._starts).max(), np.diff(self._lane_starts).max())
-            self._permutations = np.empty((self.num_lanes, longest), dtype=np.int32)
-            self._opened_L[:] = -1
-        for lane in np.unique(lanes_P[self._opened_L[lanes_P] != window]).tolist():
+    def _store_permutations(self, lanes: np.ndarray, window: int) -> None:
+        """Compute the permutation of window number `window` of each of these lanes, unless it is stored."""
+        if not self._stored_permutations.size:
+            stops = self._ends_S[np.minimum(np.arange(len(self._ends_S)) + self.window_shards, len(self._ends_S)) - 1]
+            longest = min((stops - self._starts_S).max(), np.diff(self._lane_starts).max())
+            self._stored_permutations = np.empty((self.num_lanes, longest), dtype=np.int32)
+            self._stored_windows_L[:] = -1
+        for lane in np.unique(lanes[self._stored_windows_L[lanes] != window]).tolist():
             start, stop = (int(bound) for bound in self._window_bounds(lane, window))
             order = random_order(stop - start, self.seed, self.epoch, WINDOW_ORDER, lane, window)
-            self._permutations[lane, : stop - start] = order
-            self._opened_L[lane], self._opened_starts_L[lane] = window, start
+            self._stored_permutations[lane, : stop - start] = order
+            self._stored_windows_L[lane], self._stored_starts_L[lane] = window, start
 
     def shards_of_rank(self, rank: int, *, world_size: int) -> list[int]:
         """The shards that a rank opens in this epoch, in the order of the sequence."""
@@ -158,12 +161,12 @@ class EpochOrder:
         return [shard for shard in self._permuted[first : last + 1].tolist() if self.shard_sizes[shard]]
 
     def lanes_of_rank(self, *, world_size: int) -> int:
-        """From how many lanes a rank reads at most: other ranks may read from the first and the last of them too."""
+        """The largest number of lanes that a rank reads from, including up to two that it shares with other ranks."""
         shared = 2 if self.num_lanes % world_size else 0
         return min(self.num_lanes, self.num_lanes // world_size + shared)
 
     def better_window(self, *, world_size: int) -> int | None:
-        """The largest `shuffle_shards` with which no two ranks read from one lane; None if that holds already."""
+        """The best `shuffle_shards` with which no two ranks read from the same lane; None if they do not now."""
         if self.num_lanes % world_size == 0:
             return None
         better = range(world_size, max(SHUFFLE_SHARDS, world_size) + 1, world_size)
@@ -172,37 +175,37 @@ class EpochOrder:
     def _window_bounds(self, lanes: Any, windows: Any) -> tuple[Any, Any]:
         """The first index of the sequence in the given windows of lanes, and the index after the last one.
 
-        Windows are `window_shards` shards long. In long lanes the first window is shorter, by a number that differs
-        from lane to lane, so that the lanes do not all open new shards at the same time.
+        Windows are `window_shards` shards long. In long lanes the first window is shorter, by a number of shards that
+        differs from lane to lane, so that not all lanes open new shards at the same time.
         """
-        firsts, lasts = self._lane_firsts[lanes], self._lane_lasts[lanes]
-        starts = firsts - self._lane_shifts[lanes] + windows * self.window_shards
+        firsts, lasts = self._first_shards_L[lanes], self._last_shards_L[lanes]
+        starts = firsts - self._lane_shifts_L[lanes] + windows * self.window_shards
         window_firsts, window_lasts = np.maximum(firsts, starts), np.minimum(lasts, starts + self.window_shards - 1)
         return (
-            np.maximum(self._lane_starts[lanes], self._starts[window_firsts]),
-            np.minimum(self._lane_starts[lanes + 1], self._ends[window_lasts]),
+            np.maximum(self._lane_starts[lanes], self._starts_S[window_firsts]),
+            np.minimum(self._lane_starts[lanes + 1], self._ends_S[window_lasts]),
         )
 
     def _windows_at(self, lanes: np.ndarray, permuted: np.ndarray) -> np.ndarray:
-        """The number of the window of each lane that holds a permuted shard."""
-        return (permuted - self._lane_firsts[lanes] + self._lane_shifts[lanes]) // self.window_shards
+        """The number, within its lane, of the window that contains each permuted shard."""
+        return (permuted - self._first_shards_L[lanes] + self._lane_shifts_L[lanes]) // self.window_shards
 
     def windows_of(self, shards: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The windows in which samples are shuffled: lane, start and stop inside the lane, and the lane's length."""
+        """The windows in which samples are shuffled, as arrays: lane, start and stop in the lane, lane's length."""
         permuted = np.argsort(self._permuted)[shards]
-        lanes = np.searchsorted(self._lane_starts, self._starts[permuted] + indices, side="right") - 1
+        lanes = np.searchsorted(self._lane_starts, self._starts_S[permuted] + indices, side="right") - 1
         starts, stops = self._window_bounds(lanes, self._windows_at(lanes, permuted))
         lane_starts = self._lane_starts[lanes]
         return lanes, starts - lane_starts, stops - lane_starts, self._lane_starts[lanes + 1] - lane_starts
 
 
 def num_steps(num_samples: int, *, global_batch: int) -> int:
-    """Optimizer steps of an epoch, the last partial batch included."""
+    """The number of optimizer steps in an epoch, including the last, shorter batch."""
     return -(-num_samples // global_batch)
 
 
 def rank_positions(step: int, *, num_samples: int, global_batch: int, rank: int, world_size: int) -> range:
-    """The global positions of step `step` that belong to `rank`; empty when the last batch is too short for it.
+    """A rank's positions in the global batch of `step`; none if the last batch is too short.
 
     `world_size` divides `global_batch`.
     """
@@ -212,9 +215,9 @@ def rank_positions(step: int, *, num_samples: int, global_batch: int, rank: int,
 
 
 class ShardOrder:
-    """The order of all epochs over the samples of shards, in global batches of `batch_size`.
+    """The orders of all epochs, in global batches of `batch_size` samples.
 
-    Without `shuffle` each epoch has the order of the shards, of which it takes every `every`-th sample.
+    Without `shuffle` each epoch is every `every`-th sample in the order of the shards.
     """
 
     def __init__(
@@ -236,7 +239,7 @@ class ShardOrder:
 
     @property
     def num_samples(self) -> int:
-        """Samples of an epoch."""
+        """The number of samples in an epoch."""
         return self._first.num_samples
 
     def of_epoch(self, epoch: int) -> EpochOrder:
@@ -250,5 +253,5 @@ class ShardOrder:
         return self.of_epoch(epoch).refs(positions)
 
     def open_shards(self, world_size: int) -> int:
-        """How many shards one rank reads from at the same time, at most."""
+        """The largest number of shards that one rank reads from at the same time."""
         return self._first.lanes_of_rank(world_size=world_size) * (self._first.window_shards + 1)

@@ -1,7 +1,7 @@
 """A loader's worker: reads the samples of a batch, decodes and transforms each, and collates them.
 
-A batch is a function of its epoch and step. So a worker has no state, lives as long as its loader, and can make any
-batch next.
+A batch is a function of its epoch and step. So a worker has no state: it lives as long as its loader, and can make any
+batch at any time.
 """
 
 import copy
@@ -39,10 +39,10 @@ from captioner.streaming.mixture import MixtureOrder
 from captioner.streaming.order import SAMPLE_RNG, SampleRef, ShardOrder, rank_positions
 from captioner.streaming.reader import SampleError, ShardReader
 
-MAX_OPEN_FILES = 400  # of a process; systems allow 1,024
-BATCHES_FOUND = 8  # whose samples are looked up with one call
-FETCHED_SHARDS = 8  # that a process downloads ahead
-FOLLOW_SECONDS = 0.2  # within which a worker ends after the training process
+MAX_OPEN_FILES = 400  # of a process; the usual limit of a system is 1,024
+BATCHES_LOOKED_UP = 8  # at once
+PREFETCHED_SHARDS = 8  # per process
+POLL_SECONDS = 0.2  # between a worker's looks at the training process
 MAX_SEED = (1 << 63) - 1  # of torch
 PICKLES = (".pkl", ".pickle", ".pyd", ".pth")
 
@@ -54,7 +54,7 @@ Collate = Callable[[list[Any]], Any]
 
 
 class Item(NamedTuple):
-    """A batch to make: the rank's slice of the global batch of this epoch and step."""
+    """Which batch to make: the rank's slice of the global batch of this epoch and step."""
 
     epoch: int
     step: int
@@ -62,7 +62,10 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A batch from a worker, with the positions of its samples, and those that were skipped."""
+    """A batch from a worker, the positions of its samples, and the skipped samples.
+
+    `in_buffers` says that some of its tensors are Slots of shared memory (`captioner/streaming/buffers.py`).
+    """
 
     batch: Any
     positions: list[int]
@@ -72,15 +75,15 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The error because of which there is no batch, and its traceback."""
+    """An error that a worker returns instead of a batch, and its traceback."""
 
     error: Exception
     trace: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
-    """The positions of a rank's steps in an epoch."""
+class RankSteps:
+    """The steps of an epoch, and the positions of a rank's samples in each."""
 
     num_samples: int
     batch_size: int
@@ -90,13 +93,13 @@ class Parts:
 
     @property
     def num_steps(self) -> int:
-        """How many steps an epoch has, the same on every rank."""
+        """The number of steps in an epoch, the same on every rank."""
         full, rest = divmod(self.num_samples, self.batch_size)
         return full + (rest > 0 and self.last_batch != "drop")
 
     @property
     def num_dropped(self) -> int:
-        """How many samples are in no step."""
+        """The number of samples that are in no step."""
         return max(0, self.num_samples - self.num_steps * self.batch_size)
 
     def positions(self, step: int) -> range:
@@ -110,13 +113,17 @@ class Parts:
 
 
 class BatchMaker(Dataset[Made | Failed]):
-    """Makes the batch of an `Item`, in a worker, or in the training process if there are no workers."""
+    """A dataset whose items are batches, made in a worker, or in the training process if there are no workers.
+
+    `parse` is called for all samples of a batch before `decode` and `transform` are called for the first. `taken` are
+    the flags of all workers' shared buffers, of which each worker has `num_buffers`.
+    """
 
     def __init__(
         self,
         split: Split,
         order: Order,
-        parts: Parts,
+        steps: RankSteps,
         *,
         seed: int,
         fields: Container[str] | None,
@@ -128,17 +135,17 @@ class BatchMaker(Dataset[Made | Failed]):
         cache: ShardCache | None,
         tolerant: bool,
         taken: Tensor,
-        buffers: int,
+        num_buffers: int,
     ) -> None:
-        self.split, self.order, self.parts, self.seed = split, order, parts, seed
+        self.split, self.order, self.steps, self.seed = split, order, steps, seed
         self.fields, self.parse, self.decode = fields, parse, decode
         self.transform, self.collate = transform, collate
         self.cache, self.tolerant = cache, tolerant
-        self.taken, self.buffers = taken, buffers
+        self.taken, self.num_buffers = taken, num_buffers
         self.is_random = is_random
-        self._sent = False
-        self._found: dict[Item, list[SampleRef]] = {}
-        self._expected: Item | None = None
+        self._was_pickled = False
+        self._refs: dict[Item, list[SampleRef]] = {}
+        self._next_item: Item | None = None
         self._reader: ShardReader | None = None
         self._prefetcher: Prefetcher | None = None
 
@@ -147,25 +154,25 @@ class BatchMaker(Dataset[Made | Failed]):
             return self._make(item)
         try:
             made = self._make(item)
-            if not self._sent:  # else torch would only print the error, and its loader wait forever
+            if not self._was_pickled:  # if torch cannot pickle a batch, it prints the error and waits forever
                 ForkingPickler.dumps(made)
-                self._sent = True
+                self._was_pickled = True
             return made
         except Exception as error:
-            return Failed(as_sent(error), traceback.format_exc())
+            return Failed(picklable(error), traceback.format_exc())
 
     def close(self) -> None:
         """Close the shards and stop prefetching; the next batch opens them again."""
-        for opened in (self._prefetcher, self._reader):
-            if opened is not None:
-                opened.close()
+        for resource in (self._prefetcher, self._reader):
+            if resource is not None:
+                resource.close()
         self._reader = self._prefetcher = None
 
     @cached_property
     def own_buffers(self) -> WorkerBuffers:
         """The buffers of this process."""
         worker = get_worker_info()
-        return WorkerBuffers(self.taken, first=worker.id * self.buffers if worker else 0, count=self.buffers)
+        return WorkerBuffers(self.taken, first=worker.id * self.num_buffers if worker else 0, count=self.num_buffers)
 
     @cached_property
     def randomness(self) -> "Randomness":
@@ -175,25 +182,26 @@ class BatchMaker(Dataset[Made | Failed]):
     # ---- one batch ----------------------------------------------------------------------------------------
 
     def _make(self, item: Item) -> Made:
-        positions = self.parts.positions(item.step)
+        positions = self.steps.positions(item.step)
         skipped: list[Skip] = []
-        # All samples are read and parsed before the first is transformed: decoding images empties the CPU's caches.
+        # Reads and parses all samples before it transforms the first, because decoding an image evicts the code of both
+        # from the processor's caches.
         samples, values = self._read(item, positions, skipped)
-        found = [sample["__position__"] for sample in samples]
+        used = [sample["__position__"] for sample in samples]
         seeded = positions if self.transform is not None else positions[:1]
         seeding = self.randomness.batch(self.seed, item.epoch, seeded) if self.is_random else nullcontext()
         with self.own_buffers.in_use(), seeding:
             if self.decode is not None or self.transform is not None:
-                values, found = self._transform_all(samples, values, skipped)
-            batch, in_buffers = self.own_buffers.give(self._collated(values, item, positions))
-        return Made(batch, found, skipped, in_buffers)
+                values, used = self._transform_all(samples, values, skipped)
+            batch, in_buffers = self.own_buffers.give(self._collate_all(values, item, positions))
+        return Made(batch, used, skipped, in_buffers)
 
     def _read(self, item: Item, positions: range, skipped: list[Skip]) -> tuple[list[Sample], list[Any]]:
-        """The samples of a batch as they are stored, and as `parse` returns them."""
-        reader, epoch = self._follow(item), item.epoch
+        """The samples of a batch as they are stored, and as `parse` returns them; bad ones are added to `skipped`."""
+        reader, epoch = self._reader_for(item), item.epoch
         samples: list[Sample] = []
         parsed: list[Any] = []
-        for position, (_, shard, index) in zip(positions, self._find(item), strict=True):
+        for position, (_, shard, index) in zip(positions, self._look_up(item), strict=True):
             try:
                 key, content = reader.read(shard, index)
                 sample = {
@@ -207,34 +215,35 @@ class BatchMaker(Dataset[Made | Failed]):
                 samples.append(sample)
         return samples, parsed
 
-    def _find(self, item: Item) -> list[SampleRef]:
-        """The samples of a batch; those of this process's next batches are looked up with the same call, for speed."""
-        if item not in self._found:
+    def _look_up(self, item: Item) -> list[SampleRef]:
+        """The references of a batch's samples, looked up together with those of this process's next batches."""
+        if item not in self._refs:
             stride = worker.num_workers if (worker := get_worker_info()) else 1
-            steps = range(item.step, self.parts.num_steps, stride)[:BATCHES_FOUND]
-            own = [self.parts.positions(step) for step in steps]
-            positions = np.concatenate([np.arange(each.start, each.stop) for each in own]) % self.order.num_samples
+            steps = range(item.step, self.steps.num_steps, stride)[:BATCHES_LOOKED_UP]
+            ranges = [self.steps.positions(step) for step in steps]
+            positions = np.concatenate([np.arange(each.start, each.stop) for each in ranges]) % self.order.num_samples
             refs = iter(self.order.refs(item.epoch, positions.tolist()))
-            self._found = {
-                Item(item.epoch, step): list(islice(refs, len(each))) for step, each in zip(steps, own, strict=True)
+            self._refs = {
+                Item(item.epoch, step): list(islice(refs, len(each))) for step, each in zip(steps, ranges, strict=True)
             }
-        return self._found.pop(item)
+        return self._refs.pop(item)
 
     def _transform_all(
         self, samples: list[Sample], parsed: list[Any], skipped: list[Skip]
     ) -> tuple[list[Any], list[int]]:
+        """The transformed samples and their positions; bad ones are added to `skipped`."""
         values: list[Any] = []
-        found: list[int] = []
+        used: list[int] = []
         for sample, each in zip(samples, parsed, strict=True):
             try:
-                values.append(self._transformed(sample, each))
+                values.append(self._transform_one(sample, each))
             except SampleError as error:
                 skipped.append(self._skip(sample["__position__"], error))
             else:
-                found.append(sample["__position__"])
-        return values, found
+                used.append(sample["__position__"])
+        return values, used
 
-    def _transformed(self, sample: Sample, parsed: Any) -> Any:
+    def _transform_one(self, sample: Sample, parsed: Any) -> Any:
         """What `decode` and `transform` return for a parsed sample. Raises SampleError and TransformError."""
         decoded = parsed if self.decode is None else decoded_by(self.decode, parsed)
         if self.transform is None:
@@ -249,7 +258,8 @@ class BatchMaker(Dataset[Made | Failed]):
             where = {name: sample[f"__{name}__"] for name in ("key", "url", "epoch", "position")}
             raise TransformError("transform", describe(error), where) from error
 
-    def _collated(self, samples: list[Any], item: Item, positions: range) -> Any:
+    def _collate_all(self, samples: list[Any], item: Item, positions: range) -> Any:
+        """What `collate` returns. Raises TransformError."""
         try:
             if self.is_random and positions:
                 self.randomness.start(positions.start, stream=1)
@@ -261,48 +271,49 @@ class BatchMaker(Dataset[Made | Failed]):
             raise TransformError("collate", describe(error), where) from error
 
     def _skip(self, position: int, error: SampleError) -> Skip:
+        """The record of a bad sample; raises its error if none is tolerated."""
         if not self.tolerant:
             raise error
         return Skip(position, error.reason, error.message)
 
     # ---- its shards ---------------------------------------------------------------------------------------
 
-    def _follow(self, item: Item) -> ShardReader:
-        """The reader for a batch. At the start of an epoch and after a seek, prefetching starts from its shards."""
+    def _reader_for(self, item: Item) -> ShardReader:
+        """The open reader. If the batch does not follow the previous one, prefetching restarts from its shards."""
         worker = get_worker_info()
         stride = worker.num_workers if worker else 1
-        is_next, self._expected = item == self._expected, Item(item.epoch, item.step + stride)
+        is_next, self._next_item = item == self._next_item, Item(item.epoch, item.step + stride)
         if self._reader is None or (self.cache is not None and not is_next):
             self.close()
-            max_open = min(MAX_OPEN_FILES, self.order.open_shards(self.parts.world_size))
+            max_open = min(MAX_OPEN_FILES, self.order.open_shards(self.steps.world_size))
             if self.cache is not None:
-                order = copy.deepcopy(self.order)  # for other threads
+                order = copy.deepcopy(self.order)  # it is used by the prefetcher's threads
                 shards = (self.split.shards[shard] for shard in self._shards_from(order, item, stride))
                 remote = (shard for shard in shards if storage.is_remote(shard[0]))
-                self._prefetcher = Prefetcher(self.cache, remote, ahead=FETCHED_SHARDS)
+                self._prefetcher = Prefetcher(self.cache, remote, ahead=PREFETCHED_SHARDS)
             self._reader = ShardReader(
                 self.split.shards, max_open=max_open, cache=self.cache, prefetcher=self._prefetcher, fields=self.fields
             )
         return self._reader
 
     def _shards_from(self, order: Order, item: Item, stride: int) -> Iterator[int]:
-        """This process's shards, from a batch to the end of the epoch, in the order of first use."""
+        """This process's shards from a batch to the end of the epoch, each once, in the order of first use."""
         known: set[int] = set()
-        for step in range(item.step, self.parts.num_steps, stride):
-            positions = [position % order.num_samples for position in self.parts.positions(step)]
+        for step in range(item.step, self.steps.num_steps, stride):
+            positions = [position % order.num_samples for position in self.steps.positions(step)]
             for ref in order.refs(item.epoch, positions):
                 if ref.shard not in known:
                     known.add(ref.shard)
                     yield ref.shard
 
 
-def cause(error: BaseException) -> BaseException:
+def root_cause(error: BaseException) -> BaseException:
     """The first exception of a chain."""
-    return error if error.__cause__ is None else cause(error.__cause__)
+    return error if error.__cause__ is None else root_cause(error.__cause__)
 
 
-def as_sent(error: Exception) -> Exception:
-    """The error, or a RuntimeError with its text if it cannot be sent to another process."""
+def picklable(error: Exception) -> Exception:
+    """The error, or a RuntimeError with its text if it cannot be pickled and unpickled."""
     try:
         return pickle.loads(pickle.dumps(error))
     except Exception:  # the class may be the user's
@@ -326,29 +337,23 @@ def decoded_by(decode: Decode, sample: Sample) -> Sample:
     except Exception as error:
         field = f" (.{error.k})" if isinstance(error, DecodingError) else ""
         message = (
-            f"sample {sample['__key__']} of {sample['__url__']} cannot be decoded{field}: {describe(cause(error))}"
+            f"sample {sample['__key__']} of {sample['__url__']} cannot be decoded{field}: {describe(root_cause(error))}"
         )
         raise SampleError("undecodable", message) from error
 
 
-class FieldDecoder:
-    """webdataset's decoders of a sample's fields, by the name of the image format ("pil", "torchrgb8", …).
+def field_decoder(name: str) -> Decode:
+    """webdataset's decoder of a sample's fields; `name` is that of the image format ("pil", "torchrgb8", …).
 
-    Pickles stay bytes, because loading one can run any code.
+    Pickles stay bytes, because loading one can run any code. Raises StreamingError.
     """
-
-    def __init__(self, name: str) -> None:
-        if name not in imagespecs:
-            raise StreamingError(f"there is no decoder {name!r}: choose one of {', '.join(sorted(imagespecs))}")
-        self._decoder = Decoder([imagehandler(name)], pre=[gzfilter, leave_pickles])
-
-    def __call__(self, sample: Sample) -> Sample:
-        """The sample with decoded fields."""
-        return self._decoder(sample)
+    if name not in imagespecs:
+        raise StreamingError(f"there is no decoder {name!r}: choose one of {', '.join(sorted(imagespecs))}")
+    return Decoder([imagehandler(name)], pre=[gzfilter, leave_pickles])
 
 
 def leave_pickles(key: str, data: bytes) -> bytes | None:
-    """A webdataset handler: pickles stay bytes, other fields go to the next handler."""
+    """A webdataset handler that returns pickles as bytes, and None for other fields: the next handler decodes those."""
     return data if key.lower().endswith(PICKLES) else None
 
 
@@ -358,8 +363,8 @@ def leave_pickles(key: str, data: bytes) -> bytes | None:
 class Randomness:
     """Seeds the random numbers of each sample, as a function of (seed, epoch, position).
 
-    One generator is used for all samples and is NumPy's global generator too; those of torch and Python are seeded
-    with it. Seeding takes a few microseconds, new generators would take far longer.
+    One generator is used for all samples, also as NumPy's global generator; those of torch and Python are seeded too.
+    Seeding takes a few microseconds, new generators would take far longer.
     """
 
     def __init__(self) -> None:
@@ -370,7 +375,7 @@ class Randomness:
 
     @contextmanager
     def batch(self, seed: int, epoch: int, positions: range) -> Iterator[None]:
-        """Prepare the seeds of a batch. Outside of a worker the global generators are restored at the end."""
+        """Compute the seeds of a batch. In the training process the global generators are restored at the end."""
         self._bits = dict(
             zip(positions, random_bits(np.asarray(positions), seed, epoch, SAMPLE_RNG).tolist(), strict=True)
         )
@@ -388,7 +393,10 @@ class Randomness:
             random.setstate(pythons)
 
     def start(self, position: int, *, stream: int = 0) -> np.random.Generator:
-        """Seed all generators for a sample of the batch, or with stream 1 for the collation of the batch it begins."""
+        """Seed all generators for a sample of the batch, and return NumPy's.
+
+        `collate` has its own `stream`, 1, at the position of the batch's first sample.
+        """
         bits, state = self._bits[position], self._state
         state["state"]["key"][0], state["state"]["key"][1] = bits, stream
         self._philox.state = state
@@ -400,23 +408,23 @@ class Randomness:
 # ---- end of a worker --------------------------------------------------------------------------------------
 
 
-def follow_training(training: int, over: Any, _worker: int) -> None:
-    """End a worker when the training process no longer needs its batches, even if the worker is blocked.
+def end_with_training(training_pid: int, is_over: Any, _worker: int) -> None:
+    """Start a thread that ends this worker when training no longer needs it, even if the worker is blocked.
 
-    It ends with the training process, when that process sends SIGTERM, and when `over` is set. SIGTERM from others
+    It ends when the training process does or sends SIGTERM, and when the flag `is_over[0]` is set. SIGTERM from others
     is ignored: launchers and schedulers send it to all processes, and training needs batches until it has saved.
     """
-    if sys.platform == "linux":  # other systems do not say who sent a signal
+    if sys.platform == "linux":  # other systems do not report a signal's sender
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a thread of a library may not block it
-    Thread(target=_end_after, args=(training, over), daemon=True).start()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a library's thread may not block it
+    Thread(target=_wait_and_exit, args=(training_pid, is_over), daemon=True).start()
 
 
-def _end_after(training: int, over: Any) -> None:
+def _wait_and_exit(training_pid: int, is_over: Any) -> None:
     parent = multiprocessing.parent_process()
-    while parent is not None and parent.is_alive() and not over[0]:
+    while parent is not None and parent.is_alive() and not is_over[0]:
         if sys.platform != "linux":
-            time.sleep(FOLLOW_SECONDS)
-        elif (received := signal.sigtimedwait({signal.SIGTERM}, FOLLOW_SECONDS)) and received.si_pid == training:
+            time.sleep(POLL_SECONDS)
+        elif (received := signal.sigtimedwait({signal.SIGTERM}, POLL_SECONDS)) and received.si_pid == training_pid:
             break
     os._exit(0)

@@ -21,8 +21,8 @@ from sharding.settings import Samples
 
 PATTERN = "give --pattern, such as 'cc3m-train-*.tar'"
 PAIR = (
-    "a sample is an image KEY.jpg beside its captions KEY.json or KEY.txt; give --samples any where these are no "
-    "captioned pictures"
+    "a sample is an image KEY.jpg beside its captions KEY.json or KEY.txt; give --samples any if these are "
+    "not images with captions"
 )
 
 

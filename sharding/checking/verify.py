@@ -1,6 +1,6 @@
-"""Whether a dataset folder holds what its manifests say: every byte, and everything that one file says of another.
+"""Verifies a dataset folder: every byte against the manifests, and whether all its files agree with each other.
 
-Shards are read one after the other (a few at once, in threads).
+Shards are read in order, a few at a time, in threads.
 """
 
 import json
@@ -45,7 +45,7 @@ NO_FOLDER = "there is no dataset folder {}: sharding/make_shards.py makes one"
 
 @dataclass(kw_only=True, slots=True)
 class SplitCheck:
-    """What was found of one split: problems of its files alone, its shards, and problems of all of them together."""
+    """The result of checking one split: problems of its own files, its shards, and what they say about each other."""
 
     split: str
     manifest: Manifest | None = None
@@ -63,7 +63,7 @@ class SplitCheck:
 def check_folder(folder: str, split: str | None, *, doing: str) -> list[SplitCheck]:
     """Check the splits, or this one, under one progress bar. Raises UserError where there are no shards."""
     wanted, names = find_splits(folder, split)
-    checks = [open_manifest(folder, name, names) for name in wanted]
+    checks = [check_manifest(folder, name, names) for name in wanted]
     total = sum(check.manifest.num_samples for check in checks if check.manifest)
     with progress_bar(f"{doing} {folder}", total=total, unit="images") as bar:
         for check in checks:
@@ -84,8 +84,8 @@ def find_problems(folder: str, checks: Sequence[SplitCheck]) -> list[Problem]:
 
 
 def find_splits(folder: str, split: str | None) -> tuple[list[str], list[str]]:
-    """The splits that the folder holds something of, and the names of its files. Raises UserError for none."""
-    if folder.startswith(storage.WEB):  # a web server lists nothing that could be relied on
+    """The splits of which the folder has files, and the names of all its files. Raises UserError if none."""
+    if folder.startswith(storage.WEB):  # a web server's listing cannot be relied on
         names = [f"{s}.manifest.json" for s in SPLITS if storage.exists(manifest_location(folder, s))]
     else:
         names = list_names(folder, "*", missing=NO_FOLDER)
@@ -97,8 +97,8 @@ def find_splits(folder: str, split: str | None) -> tuple[list[str], list[str]]:
     return wanted, names
 
 
-def open_manifest(folder: str, split: str, names: Sequence[str]) -> SplitCheck:
-    """The split's manifest, checked in itself, and the shards among `names` that it does not list."""
+def check_manifest(folder: str, split: str, names: Sequence[str]) -> SplitCheck:
+    """Check a split's manifest on its own, and that it lists all shards among `names`; no shard is opened."""
     check = SplitCheck(split=split)
     name = f"{split}.manifest.json"
 
@@ -110,24 +110,24 @@ def open_manifest(folder: str, split: str, names: Sequence[str]) -> SplitCheck:
         return check
     try:
         manifest = read_manifest(folder, split, remedy="")
-        fits = _fits_itself(manifest, split=split, raw=storage.read_bytes(manifest_location(folder, split)))
+        is_consistent = _is_consistent(manifest, split=split, raw=storage.read_bytes(manifest_location(folder, split)))
     except (UserError, OSError, TypeError, ValueError) as error:
         add("manifest", name, f"cannot be used: {str(error).rstrip(': ')}", PACK_SAME)
         return check
     check.manifest = manifest
-    if not fits:
+    if not is_consistent:
         what = "contradicts itself (split, records, fingerprint or totals), or lists no sample"
         check.own_problems.append(Problem.of(manifest, "manifest", what))
     suffixes = ("index",) if is_foreign(manifest) else ("tar", "index")
     listed = {f"{entry.name}.{suffix}" for entry in manifest.shards for suffix in suffixes}
     for name in names:
         if re.match(rf"{split}-\d+\.({'|'.join(suffixes)})$", name) and name not in listed:
-            add("stray", name, "is not in the manifest: it is left of another packing", "delete it")
+            add("stray", name, "is not in the manifest: an earlier packing left it", "delete it")
     return check
 
 
-def _fits_itself(manifest: Manifest, *, split: str, raw: bytes) -> bool:
-    """Whether all that a manifest says fits together. Raises ValueError where its names of shards do not."""
+def _is_consistent(manifest: Manifest, *, split: str, raw: bytes) -> bool:
+    """Whether a manifest does not contradict itself. Raises ValueError for wrong names of shards."""
     names, foreign, source = [entry.name for entry in manifest.shards], is_foreign(manifest), manifest.source
     wanted = names if foreign else [shard_name(split, number) for number in range(len(names))]
     if manifest.split != split or names != wanted or len(set(names)) < len(names):
@@ -147,19 +147,20 @@ def _fits_itself(manifest: Manifest, *, split: str, raw: bytes) -> bool:
 
 
 def check_split(folder: str, check: SplitCheck, *, report: Callable[[int], None]) -> None:
-    """Check the shards of a split that has a manifest, except those found whole before, and what they say together.
+    """Check a split's shards, and whether their indexes agree with the manifest; sets `shards` and `cross_problems`.
 
-    `report` is called with the number of samples of each checked shard.
+    Shards without problems in an earlier check are not read again. `report` is called with each shard's number of
+    samples. Does nothing without a manifest.
     """
     manifest = check.manifest
     if manifest is None:
         return
     listed = _read_failures(folder, manifest)
-    whole = {shard.entry.name: shard for shard in check.shards if not shard.problems}
+    intact = {shard.entry.name: shard for shard in check.shards if not shard.problems}
     trusted = not any(problem.part == "manifest" for problem in check.own_problems)
 
     def check_or_keep(entry: ShardEntry) -> ShardCheck:
-        return whole.get(entry.name) or check_shard(folder, entry, manifest, listed, trusted=trusted)
+        return intact.get(entry.name) or check_shard(folder, entry, manifest, listed, trusted=trusted)
 
     check.shards = []
     threads = ThreadPoolExecutor(min(MAX_THREADS, count_processors()))
@@ -183,7 +184,7 @@ def _read_failures(folder: str, manifest: Manifest) -> list[Any] | None:
 
 
 def _check_indexes(shards: Sequence[ShardCheck], manifest: Manifest, listed: Sequence[Any] | None) -> Iterator[Problem]:
-    """Whether the manifest and the list of failures say what the shards' indexes say."""
+    """Problems where the manifest or the list of failures contradicts the shards' indexes."""
     facts = [shard.facts for shard in shards if shard.facts is not None and not shard.has("index")]
     is_complete = len(facts) == len(shards)
     backend = " and ".join(sorted({fact["backend"] for fact in facts}))
@@ -207,7 +208,7 @@ def _check_indexes(shards: Sequence[ShardCheck], manifest: Manifest, listed: Seq
 
 
 def _check_vocabulary(folder: str, train: SplitCheck | None) -> list[Problem]:
-    """Whether vocabulary.json can be used, and is what the training captions give, unless it was given to packing."""
+    """Problems of vocabulary.json: it cannot be read, or was neither made from the training captions nor given."""
     name = "vocabulary.json"
     manifest = None if train is None else train.manifest
     problem = None
@@ -224,7 +225,10 @@ def _check_vocabulary(folder: str, train: SplitCheck | None) -> list[Problem]:
 
 
 def _fits_words(vocabulary: Vocabulary, words: Sequence[Counter[str] | None]) -> bool:
-    """Whether a vocabulary is what the words of all shards give, or was made elsewhere, or some words are not known."""
+    """Whether a vocabulary was made from the words of all shards, or from other captions.
+
+    True if a shard's words are unknown (None), because then nothing can be said.
+    """
     counts: Counter[str] = Counter()
     for shard in words:
         if shard is None:

@@ -1,6 +1,6 @@
 """Parses caption files: COCO's and Karpathy's JSON, CSV, TSV, JSONL.
 
-A row that cannot be used is a Failure; a file that is no caption file is a UserError.
+A row that cannot be used is a Failure; a file that is not a caption file raises UserError.
 """
 
 import codecs
@@ -29,7 +29,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceImage:
-    """An image of a caption file; captions are (annotation id, text) pairs, stripped and not empty.
+    """An image of a caption file. Captions are (annotation id, text) pairs; texts are stripped and not empty.
 
     `where` is its line or id in the file, for messages.
     """
@@ -41,9 +41,10 @@ class SourceImage:
 
 
 def parse_images(data: bytes, *, kind: str, split: str, location: str) -> Iterator[SourceImage | Failure]:
-    """The images of `split` in a file's order, and its failures; `kind` is one of SUFFIXES, `location` for messages.
+    """The images of `split` in the file's order, and its failures.
 
-    Rows of CSV, TSV and JSONL with the same image become one. Raises UserError for what is no such file.
+    `kind` is one of SUFFIXES, `location` is for messages. Rows of CSV, TSV and JSONL with the same image become one
+    image. Raises UserError if `data` is not a caption file of this kind.
     """
     if kind == ".json":
         content = parse_json(data, location=location)
@@ -61,14 +62,14 @@ def parse_json(data: bytes, *, location: str) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         problem = " ".join(str(error).split())
-        raise UserError(f"{location} is no JSON ({problem}): name another file with --captions") from error
+        raise UserError(f"{location} is not valid JSON ({problem}): name another file with --captions") from error
 
 
 # ---- entries of any kind ----------------------------------------------------------------------------------
 
 
 def _failure(reason: str, entry: object, *, where: str, name: str = "") -> Failure:
-    """A failure whose message shows the entry."""
+    """A failure with the entry, shortened, as its message."""
     return Failure(name=name, reason=reason, message=f"{where}: {reprlib.repr(entry)}")
 
 
@@ -80,7 +81,7 @@ def _image(
     image_id: ImageId | None = None,
     keys: tuple[str, str] = ("id", "caption"),
 ) -> Iterator[SourceImage | Failure]:
-    """The failures of an image's captions, then the image with the others; without an id it has its name as id."""
+    """A failure for each unusable caption, then the image with the usable ones. `image_id` is its name if not given."""
     captions = []
     for entry in entries:
         caption = _caption(entry, image=name, where=where, keys=keys)
@@ -94,10 +95,10 @@ def _image(
 def _caption(
     entry: Any, *, image: str, where: str, keys: tuple[str, str] = ("id", "caption")
 ) -> tuple[ImageId | None, str] | Failure:
-    """The id and the text without white space around it, which the entry has under `keys`, or its failure."""
-    number, text = (_first(entry, key) for key in keys)
-    caption_id = as_image_id(number)
-    if not isinstance(text, str) or (number is not None and caption_id is None):
+    """The id and the stripped text that the entry has under `keys`, or its failure."""
+    stored_id, text = (_first(entry, key) for key in keys)
+    caption_id = as_image_id(stored_id)
+    if not isinstance(text, str) or (stored_id is not None and caption_id is None):
         reason = "bad row"
     elif _has_surrogates(text):
         reason = "bad encoding"
@@ -117,7 +118,7 @@ def _has(entry: Any, *keys: str) -> bool:
 
 
 def _first(entry: Any, *keys: str) -> Any:
-    """An entry's value of the first of `keys` that it has; None where it has none or is no object."""
+    """The entry's first value under `keys` that is not None; None if there is none, or the entry is not an object."""
     if isinstance(entry, dict):
         for key in keys:
             if entry.get(key) is not None:
@@ -126,7 +127,7 @@ def _first(entry: Any, *keys: str) -> Any:
 
 
 def _text(entry: Any, *keys: str) -> str:
-    """The value that `_first` gives where it is text, else empty."""
+    """The result of `_first` if it is a string, else an empty string."""
     value = _first(entry, *keys)
     return value if isinstance(value, str) else ""
 
@@ -142,32 +143,32 @@ def _coco_images(content: Any, *, location: str) -> Iterator[SourceImage | Failu
             images.append({"id": image_id, "file_name": name})
         else:
             yield _failure("bad row", entry, where=f"images[{position}]", name=_text(entry, "file_name"))
-    names = {image["id"]: image["file_name"] for image in reversed(images)}  # of equal ids the first counts
+    names = {image["id"]: image["file_name"] for image in reversed(images)}  # the first of equal ids wins
     ids = ImageIds(names)
     annotations = []
     for position, entry in enumerate(_coco_list(content, "annotations", "image_id", "caption", location=location)):
-        where, wanted = f"annotations[{position}]", as_image_id(_first(entry, "image_id"))
-        image_id = None if wanted is None else ids.find(wanted)
+        where, stored_id = f"annotations[{position}]", as_image_id(_first(entry, "image_id"))
+        image_id = None if stored_id is None else ids.find(stored_id)
         if image_id is None:
-            yield _failure("bad row" if wanted is None else "no picture", entry, where=where)
+            yield _failure("bad row" if stored_id is None else "no picture", entry, where=where)
             continue
         caption = _caption(entry, image=names[image_id], where=where)
         if isinstance(caption, Failure):
             yield caption
         else:
             annotations.append({"id": caption[0], "image_id": image_id, "caption": caption[1]})
-    coco: Any = COCO()  # its type hints know boxes only, not captions
+    coco: Any = COCO()  # its type hints describe boxes only, not captions
     coco.dataset = {"images": images, "annotations": annotations}
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools announces its index
+    with contextlib.redirect_stdout(io.StringIO()):  # createIndex prints its progress
         coco.createIndex()
     for image in images:
-        captions = [(found["id"], found["caption"]) for found in coco.imgToAnns.get(image["id"], [])]
+        captions = [(each["id"], each["caption"]) for each in coco.imgToAnns.get(image["id"], [])]
         where = f"image id {image['id']}"
         yield SourceImage(image_id=image["id"], file_name=image["file_name"], where=where, captions=captions)
 
 
 def _coco_list(content: Any, name: str, *keys: str, location: str) -> list[Any]:
-    """A list of COCO's file. Raises UserError unless it is empty or has an entry with all `keys`."""
+    """The list `name` of a COCO file. Raises UserError unless it is empty or has an entry with all `keys`."""
     entries = content.get(name) if isinstance(content, dict) else None
     if not isinstance(entries, list) or not (entries == [] or any(_has(entry, *keys) for entry in entries)):
         raise UserError(
@@ -181,13 +182,13 @@ def _coco_list(content: Any, name: str, *keys: str, location: str) -> list[Any]:
 
 
 def is_karpathy(content: Any) -> bool:
-    """Whether a JSON file's content is of Karpathy's kind: images that hold their sentences."""
+    """Whether the content of a JSON file is in Karpathy's format: images that contain their sentences."""
     images = content.get("images") if isinstance(content, dict) else None
     return isinstance(images, list) and any(_has(image, "sentences") for image in images)
 
 
 def karpathy_splits(content: Any, *, location: str) -> set[str]:
-    """The splits in Karpathy's file, at least one. Raises UserError where there is none, or an unknown one."""
+    """The splits in Karpathy's file, at least one. Raises UserError if there is none, or an unknown one."""
     names = {_text(image, "split") for image in content["images"]} - {""}
     if not names or not names <= KARPATHY_SPLITS.keys():
         found = ", ".join(map(ascii, sorted(names - KARPATHY_SPLITS.keys()))) or "none"
@@ -196,10 +197,10 @@ def karpathy_splits(content: Any, *, location: str) -> set[str]:
 
 
 def _karpathy_images(content: Any, *, split: str, location: str) -> Iterator[SourceImage | Failure]:
-    """The images of a split; one that does not say its split fails in every split, since it may be of any."""
-    found = karpathy_splits(content, location=location)
-    if split not in found:
-        raise UserError(f"{location} holds no captions of split {split}: it has {', '.join(sorted(found))}")
+    """The images of a split. An image without a split is a failure in every split, because it may belong to any."""
+    splits = karpathy_splits(content, location=location)
+    if split not in splits:
+        raise UserError(f"{location} holds no captions of split {split}: it has {', '.join(sorted(splits))}")
     for position, image in enumerate(content["images"]):
         if KARPATHY_SPLITS.get(_text(image, "split"), split) != split:
             continue
@@ -215,11 +216,11 @@ def _karpathy_images(content: Any, *, split: str, location: str) -> Iterator[Sou
         yield from _image(name, sentences or [], where=where, image_id=image_id, keys=("sentid", "raw"))
 
 
-# ---- CSV, TSV, JSONL: one row for a caption ---------------------------------------------------------------
+# ---- CSV, TSV, JSONL: one row per caption -----------------------------------------------------------------
 
 
 def _merge(rows: Iterable[SourceImage | Failure]) -> Iterator[SourceImage | Failure]:
-    """All failures, then the images, each with the captions of all its rows, in the order of their first rows."""
+    """All failures, then the images in the order of their first rows, each with the captions of all its rows."""
     images: dict[str, SourceImage] = {}
     for row in rows:
         if isinstance(row, Failure):
@@ -230,15 +231,15 @@ def _merge(rows: Iterable[SourceImage | Failure]) -> Iterator[SourceImage | Fail
 
 
 def _table_rows(data: bytes, *, delimiter: str, location: str) -> Iterator[SourceImage | Failure]:
-    lines = _split_table(data.decode("utf-8-sig", "surrogateescape"), delimiter)  # bad bytes become surrogates
-    columns = [cell.strip() for cell in next(lines, (1, []))[1]]
+    rows = _split_table(data.decode("utf-8-sig", "surrogateescape"), delimiter)  # bad bytes become surrogates
+    columns = [cell.strip() for cell in next(rows, (1, []))[1]]
     if columns.count("image") != 1 or columns.count("caption") != 1:
         found = ", ".join(map(reprlib.repr, columns[:20])) or "none"
         raise UserError(
             f"the first line of {location} names the columns {found}: give it the columns 'image' and 'caption', "
             f"each once, with {delimiter!r} between them, in UTF-8"
         )
-    for number, cells in lines:
+    for number, cells in rows:
         row = dict(zip(columns, cells, strict=False))
         name, where = row.get("image", ""), f"line {number}"
         if any(map(_has_surrogates, cells)):
@@ -252,7 +253,7 @@ def _table_rows(data: bytes, *, delimiter: str, location: str) -> Iterator[Sourc
 def _split_table(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """The number of each row's first line, and its cells. A line that cannot be parsed is one cell. Skips blank lines.
 
-    After such a line parsing continues with the next one, so that a quote which does not close costs one row only.
+    After such a line parsing continues with the next one, so that a quote that is never closed costs one row only.
     """
     lines = io.StringIO(text, newline="").readlines()
     position = 0
@@ -286,13 +287,13 @@ def _jsonl_rows(data: bytes, *, location: str) -> Iterator[SourceImage | Failure
 
 
 def _jsonl_row(text: str, row: Any, *, where: str) -> Iterator[SourceImage | Failure]:
-    name, one, several = _text(row, "path", "image"), _first(row, "caption"), _first(row, "captions")
+    name, caption, captions = _text(row, "path", "image"), _first(row, "caption"), _first(row, "captions")
     is_named = isinstance(_first(row, "path", "image"), str)
     if _has_surrogates(text):
         yield _failure("bad encoding", text, where=where, name=name)
-    elif not is_named or not isinstance(several, list | None) or (one is not None and several):
+    elif not is_named or not isinstance(captions, list | None) or (caption is not None and captions):
         yield _failure("bad row", text, where=where, name=name)
-    elif one is None and not several:
+    elif caption is None and not captions:
         yield Failure(name=name, reason="no caption", message=f"{where}: {_text(row, 'error') or 'it has no caption'}")
     else:
-        yield from _image(name, [{"caption": value} for value in (several or [one])], where=where)
+        yield from _image(name, [{"caption": value} for value in (captions or [caption])], where=where)

@@ -19,7 +19,7 @@ from captioner.errors import UserError
 from captioner.files import storage
 from captioner.shards.writing import claim_location
 from sharding.packing.engine import use_one_thread
-from sharding.packing.pack import PackedShard, Progress, Report, pack_shard
+from sharding.packing.pack import PackedShard, Report, ShardProgress, pack_shard
 from sharding.packing.planning import ShardPlan
 
 MAX_RETRIES = (
@@ -86,11 +86,11 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
 
 
-def _pack(plan: ShardPlan, folder: str, cwd: str) -> tuple[PackedShard, Progress] | UserError:
+def _pack(plan: ShardPlan, folder: str, cwd: str) -> tuple[PackedShard, ShardProgress] | UserError:
     """The task: a packed shard and its last progress, or a UserError, which no retry fixes."""
     with suppress(OSError):
         os.chdir(cwd)  # so that relative paths mean the same, also in messages
-    reported: list[Progress] = []
+    reported: list[ShardProgress] = []
     try:
         if not storage.exists(claim_location(folder, plan.split)):
             raise UserError(
@@ -104,7 +104,7 @@ def _pack(plan: ShardPlan, folder: str, cwd: str) -> tuple[PackedShard, Progress
     return shard, reported[-1]
 
 
-def _result(ray: Any, task: Any, plan: ShardPlan) -> tuple[PackedShard, Progress]:
+def _result(ray: Any, task: Any, plan: ShardPlan) -> tuple[PackedShard, ShardProgress]:
     """The result of a finished task. Raises UserError."""
     try:
         result = ray.get(task)

@@ -1,6 +1,6 @@
 """Packs the plan's shards in worker processes of this machine; the shard of a dead worker is packed again by another.
 
-A picture at which two workers died is left out as a failure. With one worker this process packs, and is not protected.
+An image at which two workers died is left out as a failure. With one worker this process packs, and is not protected.
 """
 
 import traceback
@@ -9,10 +9,10 @@ from multiprocessing.context import ForkServerContext
 
 from captioner.errors import UserError
 from captioner.workers import WorkerPool, start_server, use_one_thread
-from sharding.packing.pack import PackedShard, Progress, Report, pack_shard
+from sharding.packing.pack import PackedShard, Report, ShardProgress, pack_shard
 from sharding.packing.planning import ShardPlan
 
-MAX_DEATHS = 3  # of a shard's workers, besides those at pictures that are left out
+MAX_DEATHS = 3  # of a shard's workers, besides those at images that are left out
 
 
 def run_local(plans: Sequence[ShardPlan], folder: str, *, workers: int, report: Report) -> Iterator[PackedShard]:
@@ -26,7 +26,7 @@ def run_local(plans: Sequence[ShardPlan], folder: str, *, workers: int, report: 
         return
     with WorkerPool(prepare(), _pack, folder, size=min(workers, len(plans)), max_deaths=MAX_DEATHS) as pool:
         for message in pool.run((plan.name, plan) for plan in plans):
-            if isinstance(message, Progress):
+            if isinstance(message, ShardProgress):
                 report(message)
             elif isinstance(message, Exception):
                 raise message

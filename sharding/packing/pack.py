@@ -5,7 +5,7 @@ import json
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import get_args
@@ -23,17 +23,17 @@ from sharding.packing.planning import ShardPlan
 from sharding.packing.sources import Record
 
 MAX_FILE_BYTES = 1 << 30
-GROUP_IMAGES, GROUP_BYTES = 8, 2 << 20  # that are packed together
-READ_AHEAD = 16  # images a worker reads at once where each costs a round trip over the network
+GROUP_IMAGES, GROUP_BYTES = 8, 2 << 20  # limits of a group of images that are packed together
+READ_AHEAD = 16  # images that a worker requests at once from a server
 REPORT_SECONDS = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedShard:
-    """A finished shard: its manifest entry, what could not be packed, its words, and whether it was there already.
+    """A finished shard: its manifest entry, failures, counts of words, and whether an earlier run packed it (`reused`).
 
-    `num_damaged` counts the images packed now that could be used although their decoder complained. `unwritten` is the
-    index of a shard without samples, which is not written yet.
+    `num_damaged` counts the images packed in this run although their decoder reported damage. `unwritten` is the index
+    of a shard without samples: it is written only if another shard of the split has samples.
     """
 
     entry: ShardEntry
@@ -46,8 +46,8 @@ class PackedShard:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """How far a shard is: images done, those of them that failed, and bytes read."""
+class ShardProgress:
+    """How much of a shard is packed: images done, how many of them failed, and bytes read."""
 
     shard: str
     images: int
@@ -55,7 +55,7 @@ class Progress:
     bytes: int
 
 
-Report = Callable[[Progress], None]
+Report = Callable[[ShardProgress], None]
 
 
 @own_stderr()
@@ -67,13 +67,13 @@ def pack_shard(
     set_index: Callable[[int], None] = lambda position: None,
     excluded: Collection[int] = (),
 ) -> PackedShard:
-    """Write `NAME.tar` and `NAME.index` into `folder`, unless the shard has no samples and the plan no sha256.
+    """Pack a shard: write `NAME.tar` and `NAME.index` into `folder`, and return what the manifest needs.
 
-    `report` is called with the progress several times a second, `set_index` with each image's position before it is
-    decoded, and with NO_ITEM after that. Images at `excluded` positions are failures, and not decoded. No other thread
-    of the process may decode meanwhile, nor print to stderr but by Python. Raises UserError when the output cannot be
-    written, when the tar has another sha256 than the plan asks for (then nothing is written), or when images vanish or
-    change while they are packed.
+    A shard without samples is written only if the plan has a sha256. `report` is called with the progress several times
+    a second, `set_index` with each image's position before it is decoded, and with NO_ITEM afterwards. Images at
+    `excluded` positions are counted as failures and not decoded. Meanwhile no other thread of the process may decode
+    images, or print to stderr except through Python. Raises UserError when the output cannot be written, when the tar's
+    sha256 is not the plan's (then nothing is written), or when images vanish or change while they are packed.
     """
     stored: list[tuple[int, loading.StoredJpeg]] = []
     failures: list[Failure] = []
@@ -86,7 +86,7 @@ def pack_shard(
             size=plan.recipe.size,
             resize=plan.recipe.resize,
             quality=plan.recipe.quality,
-            mark=lambda number, first=first: set_index(first + number),
+            set_index=lambda number, first=first: set_index(first + number),
             note_damage=damaged.append,
         )
         for position, result in enumerate(results, start=first):
@@ -99,8 +99,29 @@ def pack_shard(
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
             done = first + len(contents)
-            report(Progress(shard=plan.name, images=done, failures=len(failures), bytes=bytes_read))
-    # Text in a loop of its own: each image evicts the code for it from the processor's cache, 0.2 ms an image.
+            report(ShardProgress(shard=plan.name, images=done, failures=len(failures), bytes=bytes_read))
+    tar, index = _build_shard(plan, stored, failures)
+    if plan.sha256 not in (None, index.facts["sha256"]):
+        raise UserError(
+            f"{plan.name} no longer packs to the same bytes (a library has another version, or an image changed): "
+            "it was left unchanged; delete the split's shards and pack it again"
+        )
+    is_written = bool(stored) or plan.sha256 is not None
+    if is_written:
+        write_shard(folder, plan.name, tar, index, keep_manifest=plan.sha256 is not None)
+    report(ShardProgress(shard=plan.name, images=len(plan.records), failures=len(failures), bytes=bytes_read))
+    shard = packed_shard(plan.name, index, reused=False)
+    return replace(shard, num_damaged=len(damaged), unwritten=None if is_written else index)
+
+
+def _build_shard(
+    plan: ShardPlan, stored: Sequence[tuple[int, loading.StoredJpeg]], failures: Sequence[Failure]
+) -> tuple[bytes, ShardIndex]:
+    """The shard's tar and index; `stored` are the packed images, each with its position in the plan.
+
+    All samples are added here, after the last image: decoding an image evicts this code from the processor's caches,
+    which would cost 0.2 ms an image.
+    """
     tar = TarBuilder()
     keys: list[str] = []
     members: list[dict[str, Member]] = []
@@ -111,46 +132,34 @@ def pack_shard(
         members.append({"jpg": tar.add(f"{key}.jpg", jpeg.data), "json": tar.add(f"{key}.json", sample.to_json())})
         tokens.append(sample.tokens)
     data = tar.to_bytes()
-    sha256 = hashlib.sha256(data).hexdigest()
-    if plan.sha256 not in (None, sha256):
-        raise UserError(
-            f"{plan.name} comes out with other bytes than before (another version of a library, or an image changed): "
-            "it was left as it is; delete the split's shards and pack it again"
-        )
     facts = {
         "bytes": len(data),
-        "sha256": sha256,
+        "sha256": hashlib.sha256(data).hexdigest(),
         "fingerprint": plan.fingerprint,
         "recipe": asdict(plan.recipe),
         "backend": loading.backend(),
         "failures": [asdict(failure) for failure in failures],
     }
-    index = build_index(keys, members, tokens, facts)
-    is_written = bool(stored) or plan.sha256 is not None
-    if is_written:
-        write_shard(folder, plan.name, data, index, keep_manifest=plan.sha256 is not None)
-    report(Progress(shard=plan.name, images=len(plan.records), failures=len(failures), bytes=bytes_read))
-    shard = packed_shard(plan.name, index, reused=False)
-    return replace(shard, num_damaged=len(damaged), unwritten=None if is_written else index)
+    return data, build_index(keys, members, tokens, facts)
 
 
 def write_shard(folder: str, name: str, tar: bytes, index: ShardIndex, *, keep_manifest: bool) -> None:
     """Write `NAME.tar` and then `NAME.index`; delete the old index and manifest first. Raises UserError.
 
-    `keep_manifest` is for a tar whose sha256 is the manifest's.
+    `keep_manifest` is for a repaired tar, whose sha256 is the one in the manifest.
     """
     location = storage.join(folder, f"{name}.index")
     with writing(location):
         if not keep_manifest:
-            storage.delete(manifest_location(folder, name.rpartition("-")[0]))  # where it is, the split is complete
-        storage.delete(location)  # it must not stand beside a new tar
+            storage.delete(manifest_location(folder, name.rpartition("-")[0]))  # its presence means: complete
+        storage.delete(location)  # an old index must never be beside a new tar
     write(storage.join(folder, f"{name}.tar"), tar)
     write(location, index.to_bytes())
 
 
 def _failure(record: Record, error: loading.ImageError) -> Failure:
-    """What the manifest says of an image that could not be packed. Raises UserError where memory was short."""
-    if isinstance(error.__cause__, MemoryError):  # shard bytes must not depend on free memory
+    """The failure of an image that could not be packed. Raises UserError if memory ran out."""
+    if isinstance(error.__cause__, MemoryError):  # a shard's bytes must not depend on free memory
         raise UserError(
             f"there is too little memory to decode {record.file_name}: give fewer --workers and run again"
         ) from error
@@ -158,7 +167,7 @@ def _failure(record: Record, error: loading.ImageError) -> Failure:
 
 
 def _make_sample(record: Record, original_size: tuple[int, int]) -> CaptionContent:
-    """A record's JSON content."""
+    """The content of a sample's JSON member."""
     width, height = original_size
     return CaptionContent(
         image_id=record.image_id,
@@ -177,7 +186,7 @@ def _make_sample(record: Record, original_size: tuple[int, int]) -> CaptionConte
 def _read_groups(
     plan: ShardPlan, *, excluded: Collection[int]
 ) -> Iterator[tuple[int, list[bytes | loading.ImageError]]]:
-    """The content of the plan's images in groups to be packed together: the first one's position, and all."""
+    """The plan's images in groups to be packed together, each as the position of its first image and all contents."""
     group: list[bytes | loading.ImageError] = []
     group_bytes = 0
     for position, content in enumerate(_read_images(plan)):
@@ -194,7 +203,7 @@ def _read_groups(
 
 
 def _read_images(plan: ShardPlan) -> Iterator[bytes | loading.ImageError]:
-    """The content of the plan's images, in order, or why there is none."""
+    """The contents of the plan's images, in order; an ImageError for one that cannot be read."""
     positions = range(len(plan.records))
     if not storage.is_remote(plan.images):
         yield from (_read_image(plan, position) for position in positions)
@@ -212,7 +221,7 @@ def _read_images(plan: ShardPlan) -> Iterator[bytes | loading.ImageError]:
 
 
 def _read_image(plan: ShardPlan, position: int) -> bytes | loading.ImageError:
-    """One image's content. Raises UserError when it is not what it was when the shard was planned."""
+    """One image's content, or why it cannot be read. Raises UserError if it has changed since the shard was planned."""
     planned = plan.file_bytes[position]
     location = storage.join(plan.images, plan.records[position].file_name)
     if planned is None:
@@ -227,11 +236,11 @@ def _read_image(plan: ShardPlan, position: int) -> bytes | loading.ImageError:
         raise UserError(f"{location} vanished while it was packed: restore it and run again") from error
     except storage.RefusedError as error:
         return loading.ImageError("unreadable", str(error))
-    except storage.StorageError:  # a server's error must not become a failure of an image
+    except storage.StorageError:  # a failing server must not count as a bad image
         raise
     except PermissionError as error:
         return loading.ImageError("unreadable", f"{error.strerror or error}")
-    except OSError as error:  # nor must a disk's
+    except OSError as error:  # nor must a failing disk
         raise UserError(
             f"cannot read {location} ({error.strerror or error}): fix that, or remove the image, and run again; "
             "finished shards are kept"
@@ -244,14 +253,14 @@ def _read_image(plan: ShardPlan, position: int) -> bytes | loading.ImageError:
     return data
 
 
-# ---- what is there already --------------------------------------------------------------------------------
+# ---- shards of earlier runs -------------------------------------------------------------------------------
 
 
 def find_packed(plan: ShardPlan, folder: str) -> PackedShard | None:
-    """The shard as an earlier run left it, or None where there is none, or not a whole one.
+    """The shard that an earlier run packed, or None if it is missing or incomplete.
 
-    Its index is written last, so an index means a whole tar; the tar's size is checked as well. Raises UserError when
-    the shard was made from another plan.
+    The index is written last, so its presence means that the tar is complete; the tar's size is checked as well. Raises
+    UserError when the shard was packed from another plan.
     """
     location, tar = (storage.join(folder, f"{plan.name}.{suffix}") for suffix in ("index", "tar"))
     remedies = how_to_pack_again(folder, plan.split)
@@ -276,12 +285,12 @@ def find_packed(plan: ShardPlan, folder: str) -> PackedShard | None:
 
 
 def how_to_pack_again(folder: str, split: str) -> str:
-    """The remedy where the folder holds something else of the split than what is to be packed."""
+    """The remedy if the folder's shards of the split are not those of the plan."""
     return f"give another --output, or delete {storage.join(folder, split)}* to pack the split again"
 
 
 def _what_differs(plan: ShardPlan, index: ShardIndex, folder: str) -> str:
-    """How the recipe or the input of the shard that is there differs from the plan."""
+    """How the recipe or the input of an existing shard differs from the plan."""
     old, new = index.facts["recipe"], asdict(plan.recipe)
     changed = ", ".join(f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name])
     if changed:
@@ -293,10 +302,11 @@ def _what_differs(plan: ShardPlan, index: ShardIndex, folder: str) -> str:
 
 
 def _which_sample_differs(plan: ShardPlan, index: ShardIndex, tar: bytes) -> str:
+    """The first sample that differs from the plan. Raises KeyError and ValueError for a damaged tar."""
     records = dict(zip(plan.keys, plan.records, strict=True))
     for position in range(len(index)):
-        key, text = index.key(position), index.members(position)["json"]
-        stored, record = json.loads(tar[text.offset : text.offset + text.size]), records.get(key)
+        key, member = index.key(position), index.members(position)["json"]
+        stored, record = json.loads(tar[member.offset : member.offset + member.size]), records.get(key)
         if record is None or stored["file_name"] != record.file_name or stored["image_id"] != record.image_id:
             return f"sample {key} was of {stored['file_name']}, is of {record and record.file_name}"
         if stored["captions"] != list(record.captions) or stored["annotation_ids"] != list(record.annotation_ids):
@@ -305,7 +315,7 @@ def _which_sample_differs(plan: ShardPlan, index: ShardIndex, tar: bytes) -> str
 
 
 def _refuse_other_tar(plan: ShardPlan, tar: str) -> None:
-    """Raise UserError for a tar that has no index because another program made it."""
+    """Raise UserError if a tar without an index was made by another program: its first member has another name."""
     try:
         name = storage.read_bytes(tar, end=100).rstrip(b"\0").decode(errors="replace")
     except FileNotFoundError:
@@ -317,7 +327,7 @@ def _refuse_other_tar(plan: ShardPlan, tar: str) -> None:
 
 
 def packed_shard(name: str, index: ShardIndex, *, reused: bool) -> PackedShard:
-    """What a shard's index says of it."""
+    """A shard as its index describes it."""
     return PackedShard(
         entry=ShardEntry.of(name, index),
         failures=tuple(index.failures),

@@ -18,7 +18,7 @@ from captioner.vocabulary import Vocabulary
 from captioner.workers import count_processors
 from sharding.packing.engine import run_local
 from sharding.packing.finish import write_manifest, write_vocabulary
-from sharding.packing.pack import PackedShard, Progress, Report, find_packed, how_to_pack_again, write_shard
+from sharding.packing.pack import PackedShard, Report, ShardProgress, find_packed, how_to_pack_again, write_shard
 from sharding.packing.planning import Recipe, ShardPlan, plan_split
 from sharding.packing.sources import Source, describe_failures
 from sharding.settings import ShardSettings
@@ -94,10 +94,10 @@ def _pack_shards(plans: Sequence[ShardPlan], *, split: str, settings: ShardSetti
     total = sum(len(plan.records) for plan in plans)
     reused = total - sum(len(plan.records) for plan in left)
     with cli.progress_bar(f"packing {split}", total=total, unit="images", done=reused) as bar:
-        progress: dict[str, Progress] = {}
+        progress: dict[str, ShardProgress] = {}
         started = time.monotonic()
 
-        def report(now: Progress) -> None:
+        def report(now: ShardProgress) -> None:
             progress[now.shard] = now
             images, num_failures, num_bytes = (
                 sum(getattr(shard, name) for shard in progress.values()) for name in ("images", "failures", "bytes")

@@ -1,4 +1,4 @@
-"""Records to shards: the order of a split's samples, and which shard holds which. No image is opened."""
+"""Plans a split: the order of its samples, and which shard holds which. Opens no image."""
 
 import hashlib
 import json
@@ -14,13 +14,14 @@ from sharding.packing.sources import Record, Source, describe_failures, read_rec
 
 ORDER_SEED = 0
 CAPTION_BYTES = 2_000  # a sample's JSON and the headers of its two members
-TYPICAL_FILE_BYTES = 200_000  # of an image whose server does not send its size
-KEEP_RATIO_AREA = 4 / 3  # photographs' usual sides
+TYPICAL_FILE_BYTES = 200_000  # of an image whose size the server does not report
+KEEP_RATIO_AREA = 4 / 3  # of a usual photo, whose shorter side is 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """What decides the shards beside their input: sides in pixels, how an image is resized to them, JPEG quality."""
+    """The settings that decide a shard's bytes: the sides of its images in pixels (`size`), how they are resized to it,
+    JPEG quality, and about how large a shard is."""
 
     size: int
     resize: Resize
@@ -30,10 +31,10 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardPlan:
-    """One shard to make: its name, and the records in order with their keys and the sizes of their files.
+    """A shard to pack: its name, the folder of its images, and its records in order, with keys and sizes of the files.
 
-    `file_bytes` has None for an image that is not there, and UNKNOWN where a server does not send the size. `sha256` is
-    that of the tar where it was packed before: no other bytes are written.
+    `file_bytes` has None for a missing image, and UNKNOWN if the server does not report the size. `sha256` is set when
+    a shard is repaired: only a tar with this checksum is written.
     """
 
     name: str
@@ -52,19 +53,19 @@ class ShardPlan:
 
     @property
     def fingerprint(self) -> str:
-        """Hex sha256 of what decides the shard's bytes: recipe, captions, names and sizes of the images.
+        """Hex sha256 of what decides the shard's bytes: recipe, captions, and names and sizes of the images.
 
-        The folder of the images does not count, so that a moved folder is the same input. An image that was replaced
-        by another one of the same size in bytes is not noticed.
+        The folder of the images is not included, so it may be moved. An image that is replaced by one of the same size
+        in bytes goes unnoticed.
         """
-        # as asdict gives them, which would copy every caption
+        # the dictionaries of asdict, which would also copy every caption
         records = [{name: getattr(record, name) for name in Record.__slots__} for record in self.records]
         content = [FORMAT_VERSION, asdict(self.recipe), self.keys, records, self.file_bytes]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def plan_split(source: Source, recipe: Recipe) -> tuple[list[ShardPlan], list[Failure]]:
-    """A split's shards to make, and what of its caption file cannot be packed. Raises UserError."""
+    """The shards of a split, and the entries of its caption file that cannot be packed. Raises UserError."""
     records, failures = read_records(source)
     if not records:
         raise UserError(
@@ -80,7 +81,7 @@ def plan_split(source: Source, recipe: Recipe) -> tuple[list[ShardPlan], list[Fa
 
 
 def estimate_sample_bytes(recipe: Recipe, file_bytes: Sequence[int | None]) -> int:
-    """About a sample's bytes in a shard; measured on COCO: 0.62 bytes a pixel at quality 95."""
+    """Estimated bytes of a sample in a shard. Measured on COCO: 0.62 bytes a pixel at quality 95."""
     if recipe.resize == "none":
         known = [TYPICAL_FILE_BYTES if size == UNKNOWN else size for size in file_bytes if size is not None]
         return sum(known) // max(1, len(known)) + CAPTION_BYTES

@@ -138,7 +138,7 @@ def check_terminal(printed: str) -> None:
     """What went to file descriptors 1 and 2 is the table, and the number of pictures that decoders complained of."""
     for words in ("TIFF", "JPEG", "Decode", "code word", "Bad ", "tempfile", "Warning", "Traceback"):
         assert words not in printed
-    found = re.search(r"(\d+) pictures are damaged, but could be decoded", printed)
+    found = re.search(r"(\d+) images are damaged, but could be decoded", printed)
     assert (int(found[1]) if found else 0) >= (loading.backend() == "native") + bool(features.check("libtiff"))
 
 

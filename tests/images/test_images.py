@@ -542,7 +542,7 @@ def test_files_that_are_stored_together_are_as_alone_and_their_errors_stay_their
     large = file_of(photo_like(1200, 900), "JPEG")
     files = [file_of(photo_like(64, 64), "JPEG"), unread, b"", large, file_of(photo_like(90, 50), "PNG"), large[:999]]
     marked: list[int] = []
-    found = loading.to_stored_jpegs(files, size=64, resize="none", quality=95, mark=marked.append)
+    found = loading.to_stored_jpegs(files, size=64, resize="none", quality=95, set_index=marked.append)
     assert [isinstance(result, ImageError) for result in found] == [False, True, True, False, False, True]
     assert found[1] is unread
     for place in (0, 3, 4):

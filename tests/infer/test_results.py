@@ -197,9 +197,8 @@ def test_a_caption_is_found_by_content_in_earlier_rows_and_in_new_ones(tmp_path:
     merge(output)
     index = RowIndex(output)
     writer = RowWriter(part_path(output, 0))
-    writer.write([new, bad])
-    for row in (new, bad):
-        index.add(row)
+    for row, line in zip((new, bad), writer.write([new, bad]), strict=True):
+        index.add(row, line)
     assert index.find_caption(old["sha256"]) == old
     assert index.find_caption(new["sha256"]) == new
     assert index.find_caption("00" * 32) is None

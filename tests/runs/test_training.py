@@ -339,7 +339,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_usable(shards: Path, tmp_path:
         assert done.code == 2, done.output
         (last,) = [line for line in done.output.splitlines() if line.startswith("error:")]
         assert "cannot write" in last
-        assert "is whole: make room, then continue with --resume" in last
+        assert "is complete: make room, then continue with --resume" in last
         assert str(checkpoints(output)[-1]) in last
         subprocess.run(["mount", "-o", "remount,size=400m", str(disk)], check=True)
         assert run_training(flags(shards, output, *more, "--resume"), log=log).code == 0

@@ -391,7 +391,7 @@ def test_repair_refuses_a_source_that_has_changed(whole: Path, shards: Path, tmp
     for path in (data / "train2014").iterdir():  # as many bytes, other pixels
         content = path.read_bytes()
         path.write_bytes(content[:-30] + bytes(28) + b"\xff\xd9" if len(content) > 100 else content)
-    with pytest.raises(UserError, match=r"train-000001 comes out with other bytes"):
+    with pytest.raises(UserError, match=r"train-000001 no longer packs to the same bytes"):
         repair(shards, images=str(data / "train2014"))
     assert digests(shards) == before
 
@@ -403,7 +403,7 @@ def test_repair_leaves_a_shard_whose_images_cannot_be_decoded_any_more(whole: Pa
         path.write_bytes(bytes(path.stat().st_size))
     flip_bit(shards / "val-000000.tar", 5000, 1)
     before = marks(shards)
-    with pytest.raises(UserError, match="val-000000 comes out with other bytes"):
+    with pytest.raises(UserError, match="val-000000 no longer packs to the same bytes"):
         repair(shards, images=str(data / "val2014"), split="val")
     assert marks(shards) == before
     repair(shards, split="val")
@@ -685,14 +685,14 @@ def test_compressed_tars_are_refused_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"some\.tar is compressed \(gzip\).*gunzip"):
         index_folder(tmp_path)
     (tmp_path / "some.tar").rename(tmp_path / "some.tar.gz")
-    with pytest.raises(UserError, match=r"some\.tar\.gz fits .* and is no uncompressed \.tar"):
+    with pytest.raises(UserError, match=r"some\.tar\.gz matches .* but is not an uncompressed \.tar"):
         index_folder(tmp_path, pattern="*.tar.gz")
     assert [path.name for path in tmp_path.iterdir()] == ["some.tar.gz"]
 
 
 def test_a_folder_without_one_usable_sample_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "some.tar", [("a.jpg", jpeg(0)), ("b.txt", b"a cat")])
-    with pytest.raises(UserError, match=r"fits \*\.zip: give --pattern"):
+    with pytest.raises(UserError, match=r"matches \*\.zip: give --pattern"):
         index_folder(tmp_path, pattern="*.zip")
     with pytest.raises(UserError, match=r"1 no caption, 1 no picture.*KEY\.jpg"):
         index_folder(tmp_path)

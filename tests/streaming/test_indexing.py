@@ -242,11 +242,11 @@ def test_errors_are_one_line_and_name_no_flag(tmp_path: Path, monkeypatch: pytes
         assert "--" not in str(caught.value)
 
     refused(r"there is no split 'all': give one of train, val, test", split="all")
-    refused(r"no file in .* fits \*\.tar: give a pattern")
+    refused(r"no file in .* matches \*\.tar: give a pattern")
     refused(r"there is no folder .*nowhere", source=tmp_path / "nowhere")
     write_texts(tmp_path, num_tars=1)
     refused(r"no sample in 1 tars .* can be used \(5 not kept\)", keep=lambda *_: False)
-    refused(r"fits \*\.zip", pattern="*.zip")
+    refused(r"matches \*\.zip", pattern="*.zip")
     (tmp_path / "other.tar").write_bytes(gzip.compress(b"x"))
     refused(r"other\.tar is compressed \(gzip\)", pattern="other.tar")
     write_tar(tmp_path / "fields.tar", [(f"image.{number}.txt", b"") for number in range(5)])

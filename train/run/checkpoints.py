@@ -1,6 +1,7 @@
-"""A run's checkpoints: whole or absent, and of what training changes only.
+"""A run's checkpoints: complete or absent, and without frozen weights.
 
-`checkpoints/epoch-0001-000000001000/` (epoch, step) · `encoder.safetensors` (a frozen encoder, stored once)
+A checkpoint is the folder `checkpoints/epoch-0001-000000001000` (epoch, step); a frozen encoder is stored once, as
+`encoder.safetensors`.
 """
 
 import json
@@ -31,7 +32,7 @@ ENCODER = "encoder.safetensors"
 
 @dataclass(kw_only=True, slots=True)
 class Progress:
-    """The epochs that were trained and evaluated, the best one's metrics, and its checkpoint. Accelerate stores it."""
+    """The number of completed epochs, and the best epoch's checkpoint and metrics. Accelerate stores it."""
 
     epochs: int = 0
     best: str = ""
@@ -39,7 +40,7 @@ class Progress:
     epochs_since_best: int = 0
 
     def add_evaluation(self, metrics: dict[str, float], *, checkpoint: str) -> bool:
-        """Count an epoch's evaluation, before its checkpoint is written. Returns whether it is the best so far."""
+        """Record an epoch's metrics, before its checkpoint is written. Returns whether they are the best so far."""
         is_best = not self.best or metrics["cider"] > self.metrics["cider"]
         self.epochs_since_best += 1
         if is_best:
@@ -58,7 +59,7 @@ class Progress:
 
 @dataclass
 class Checkpoints:
-    """Saves and loads what is registered with Accelerate, on all ranks; the `keep` newest and the best one are kept."""
+    """Saves and loads what is registered with Accelerate, on all ranks. Keeps the `keep` newest ones and the best."""
 
     run: Path
     loader: StreamingLoader
@@ -72,14 +73,14 @@ class Checkpoints:
         return f"epoch-{self.loader.epoch:04d}-{self.loader.steps_done:012d}"
 
     def save(self) -> None:
-        """Write a checkpoint, its completion marker last; only then delete old ones.
+        """Write a checkpoint, its completion marker last, and then delete old ones.
 
-        Raises UserError where it cannot be written; the checkpoints before it stay.
+        Raises UserError if it cannot be written; earlier checkpoints stay.
         """
         folder = self.run / FOLDER / self.name
 
         def complete() -> None:
-            _sync(folder)  # all ranks have written
+            _sync(folder)
             write_atomic(str(folder / COMPLETE), json.dumps(self.loader.state_dict()))
 
         on_main_rank(lambda: _remove(folder))
@@ -87,16 +88,16 @@ class Checkpoints:
             with raising_on_all_ranks():
                 try:
                     self.accelerator.save_state(str(folder))
-                except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+                except (OSError, RuntimeError, SafetensorError) as error:  # each library raises its own for a full disk
                     raise UserError(_first_line(error)) from error
             on_main_rank(complete)
         except (UserError, OSError) as error:
             if self.accelerator.is_main_process:
                 _remove(folder)
-            whole = find_checkpoints(self.run)
-            left = f"{whole[-1]} is whole" if whole else "there is none before it"
+            earlier = find_checkpoints(self.run)
+            newest = f"{earlier[-1]} is complete" if earlier else "there is no earlier checkpoint"
             raise UserError(
-                f"cannot write {folder} ({error}); {left}: make room, then continue with --resume"
+                f"cannot write {folder} ({error}); {newest}: make room, then continue with --resume"
             ) from error
         on_main_rank(self._remove_old)
 
@@ -108,7 +109,7 @@ class Checkpoints:
     def resume(self) -> None:
         """Load the newest complete checkpoint that the main process sees, if any, with the loader's state.
 
-        Raises UserError when it was made on other data or cannot be read.
+        Raises UserError if it was made on other data or cannot be read.
         """
         newest = on_main_rank(lambda: [path.name for path in find_checkpoints(self.run)[-1:]])
         for name in newest:  # the run folder may have another path on each machine
@@ -118,7 +119,7 @@ class Checkpoints:
                 _load(checkpoint, self.accelerator)
 
     def load_best(self, loss_model: nn.Module) -> None:
-        """Load the best epoch's weights; without a validation split the model keeps the last ones."""
+        """Load the best epoch's weights into the model; without a validation split nothing changes."""
         if self.progress.best:
             load_weights(self.run / FOLDER / self.progress.best, loss_model)
 
@@ -133,7 +134,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Write all files of a folder to the disk, so that a completion marker never outlives them."""
+    """Flush all files of a folder to disk, so that after a power cut a marker never stands for lost files."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -141,7 +142,7 @@ def _sync(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint, its completion marker first, so that a kill in the middle leaves an incomplete one."""
+    """Delete a checkpoint, its completion marker first, so that after a kill it counts as incomplete."""
     (folder / COMPLETE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -174,15 +175,15 @@ def checkpoint_trained_weights(loss_model: nn.Module, accelerator: Accelerator) 
 
 
 def load_weights(checkpoint: Path, loss_model: nn.Module) -> None:
-    """Load a checkpoint's weights into the model. Raises UserError where they are of another model."""
+    """Load a checkpoint's weights into the model. Raises UserError if they belong to another model."""
     found, wanted = load_file(checkpoint / WEIGHTS), trained_weights(loss_model)
     if {name: tensor.shape for name, tensor in found.items()} != {name: w.shape for name, w in wanted.items()}:
-        raise UserError(f"{checkpoint} is of another model: give another --output, or the settings it was made with")
+        raise UserError(f"{checkpoint} belongs to another model: give another --output, or the settings of that run")
     loss_model.load_state_dict(found, strict=False)
 
 
 def trained_weights(loss_model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without the modules that are frozen: those with parameters of which none is trained."""
+    """The state dict without frozen modules, which have parameters but none that requires a gradient."""
     frozen = tuple(f"{name}." for name, module in loss_model.named_modules() if _is_frozen(module))
     return {name: tensor for name, tensor in loss_model.state_dict().items() if not name.startswith(frozen)}
 
@@ -192,8 +193,8 @@ def _is_frozen(module: nn.Module) -> bool:
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
-def keep_encoder(run: Path, backbone: nn.Module) -> None:
-    """Store a frozen encoder's weights in the run folder, once: checkpoints do not hold them."""
+def store_encoder(run: Path, backbone: nn.Module) -> None:
+    """Write a frozen encoder's weights to the run folder, unless they are there: checkpoints do not hold them."""
     if not (run / ENCODER).exists():
         tensors = {name: tensor.contiguous().cpu() for name, tensor in backbone.state_dict().items()}
         write_atomic(str(run / ENCODER), save_tensors(tensors))

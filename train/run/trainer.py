@@ -15,7 +15,7 @@ from train.evaluation.calibrate import calibrate
 from train.evaluation.predictions import read_captions, write_captions
 from train.evaluation.validation import Evaluator
 from train.run import folder
-from train.run.checkpoints import Checkpoints, Progress, checkpoint_trained_weights, keep_encoder
+from train.run.checkpoints import Checkpoints, Progress, checkpoint_trained_weights, store_encoder
 from train.run.encode import prepare_features
 from train.run.launch import Preemption
 from train.run.report import write_report
@@ -152,7 +152,7 @@ class Trainer:
             quiet=not is_main,
         )
         if is_main and self._settings.finetune_encoder_from_step is None:
-            keep_encoder(self._run, self._loss_model.model.encoder.backbone)
+            store_encoder(self._run, self._loss_model.model.encoder.backbone)
         return tracker
 
     # ---- epochs ---------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ For 2,491 COCO images with five references each, lengths and n-gram counts were 
 import math
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from statistics import fmean
 from typing import Generic, NamedTuple, TypeVar
@@ -72,7 +72,7 @@ class Comparison(NamedTuple):
 
 
 class BleuCounts(NamedTuple):
-    """The sums over a corpus that BLEU is made of: lengths in tokens, and n-grams for n = 1..4.
+    """What BLEU is made of, for an image or summed over a corpus: lengths in tokens, and n-grams for n = 1..4.
 
     `guess` counts the candidates' n-grams, `correct` the matched ones: an n-gram matches at most as often as the one
     reference that has it most often has it. `reference_tokens` sums the reference lengths closest to the candidates',
@@ -83,6 +83,14 @@ class BleuCounts(NamedTuple):
     reference_tokens: int
     guess: list[int]
     correct: list[int]
+
+
+class ImageScores(NamedTuple):
+    """What one image adds to the corpus scores: `scores` and `cider` explain them."""
+
+    bleu_counts: BleuCounts
+    rouge_l: float
+    cider: float
 
 
 class References(Generic[K]):
@@ -127,15 +135,14 @@ class References(Generic[K]):
         the best precision and the best recall may come from different references. Without references, or with an
         empty candidate, it is 0. CIDEr is the mean of `cider`.
         """
-        comparisons = self._compare(candidates).values()
-        scores = {f"bleu{n}": score for n, score in enumerate(_bleu(_bleu_counts(comparisons)), start=1)}
-        scores["rouge_l"] = fmean(map(_rouge_l, comparisons))
-        scores["cider"] = fmean(map(_cider, comparisons))
-        return scores
+        return corpus_scores(self.image_scores(candidates).values())
 
-    def bleu_counts(self, candidates: Mapping[K, str]) -> BleuCounts:
-        """The sums that BLEU is made of."""
-        return _bleu_counts(self._compare(candidates).values())
+    def image_scores(self, candidates: Mapping[K, str]) -> dict[K, ImageScores]:
+        """Each image's scores, in the order of the references; `corpus_scores` combines them."""
+        return {
+            key: ImageScores(_bleu_counts(comparison), _rouge_l(comparison), _cider(comparison))
+            for key, comparison in self._compare(candidates).items()
+        }
 
     def cider(self, candidates: Mapping[K, str]) -> dict[K, float]:
         """Each image's CIDEr-D in 0..10 (Vedantam et al., CVPR 2015).
@@ -154,11 +161,37 @@ class References(Generic[K]):
             raise ValueError(
                 f"{len(only_one):,} images, such as {only_one[0]}, are not in both candidates and references"
             )
-        captions = {key: _count_caption(text) for key, text in candidates.items()}
+        captions = {key: _count_caption(candidates[key]) for key in self._images}
         return {
             key: Comparison(own, {n: self._weights.get(n, self._rarest) for n in own.ngrams}, self._images[key])
             for key, own in captions.items()
         }
+
+
+def corpus_scores(images: Collection[ImageScores]) -> dict[str, float]:
+    """The corpus scores of these images, by name; see `References.scores`."""
+    return {
+        **bleu_scores(sum_counts(image.bleu_counts for image in images)),
+        "rouge_l": fmean(image.rouge_l for image in images),
+        "cider": fmean(image.cider for image in images),
+    }
+
+
+def sum_counts(counts: Iterable[BleuCounts]) -> BleuCounts:
+    """The counts of several images together."""
+    candidate_tokens, reference_tokens, guesses, corrects = zip(*counts, strict=True)
+    return BleuCounts(sum(candidate_tokens), sum(reference_tokens), _sum_columns(guesses), _sum_columns(corrects))
+
+
+def bleu_scores(counts: BleuCounts) -> dict[str, float]:
+    """`bleu1` to `bleu4`, in 0..1, of a corpus with these counts."""
+    ratio = (counts.candidate_tokens + _TINY) / (counts.reference_tokens + _SMALL)
+    penalty = math.exp(min(0.0, 1 - 1 / ratio))
+    scores, product = {}, 1.0
+    for n, guess, correct in zip(ORDERS, counts.guess, counts.correct, strict=True):
+        product *= (correct + _TINY) / (guess + _SMALL)
+        scores[f"bleu{n}"] = penalty * product ** (1 / n)
+    return scores
 
 
 def ptb_tokenize(caption: str) -> list[str]:
@@ -189,31 +222,22 @@ def _counts(captions: Sequence[CountedCaption]) -> dict[Ngram, tuple[int, ...]]:
     return {ngram: tuple(caption.ngrams.get(ngram, 0) for caption in captions) for ngram in ngrams}
 
 
-def _bleu_counts(comparisons: Iterable[Comparison]) -> BleuCounts:
-    candidate_tokens = reference_tokens = 0
+def _bleu_counts(comparison: Comparison) -> BleuCounts:
+    candidate, _, references = comparison
     guess, correct = [0] * len(ORDERS), [0] * len(ORDERS)
-    for candidate, _, references in comparisons:
-        candidate_tokens += len(candidate.tokens)
-        reference_tokens += _closest_length(candidate, references)
-        for ngram, count in candidate.ngrams.items():
-            guess[len(ngram) - 1] += count
-            correct[len(ngram) - 1] += min(count, max(references.counts.get(ngram, (0,))))
-    return BleuCounts(candidate_tokens, reference_tokens, guess, correct)
+    for ngram, count in candidate.ngrams.items():
+        guess[len(ngram) - 1] += count
+        correct[len(ngram) - 1] += min(count, max(references.counts.get(ngram, (0,))))
+    return BleuCounts(len(candidate.tokens), _closest_length(candidate, references), guess, correct)
+
+
+def _sum_columns(rows: Sequence[Sequence[int]]) -> list[int]:
+    return [sum(column) for column in zip(*rows, strict=True)]
 
 
 def _closest_length(candidate: CountedCaption, references: ImageReferences) -> int:
     length = len(candidate.tokens)
     return min(map(len, references.tokens), key=lambda other: (abs(other - length), other), default=0)
-
-
-def _bleu(counts: BleuCounts) -> list[float]:
-    ratio = (counts.candidate_tokens + _TINY) / (counts.reference_tokens + _SMALL)
-    penalty = math.exp(min(0.0, 1 - 1 / ratio))
-    scores, product = [], 1.0
-    for n, guess, correct in zip(ORDERS, counts.guess, counts.correct, strict=True):
-        product *= (correct + _TINY) / (guess + _SMALL)
-        scores.append(penalty * product ** (1 / n))
-    return scores
 
 
 def _rouge_l(comparison: Comparison) -> float:

@@ -3,11 +3,14 @@
     python train/evaluate.py --model runs/coco/model --shards data/shards            # also writes results.json
     accelerate launch --config_file accelerate_config.yaml train/evaluate.py --model model --shards shards  # all GPUs
     python train/evaluate.py --results results.json --references captions_val2014.json --json scores.json
+    python train/evaluate.py --results new.json --references captions_val2014.json --against old.json
 
     python train/evaluate.py --model runs/coco/model --shards data/shards --calibrate  # also calibrates its confidence
 
-Figures are those of the evaluation inside training, and of the official program (coco-caption). METEOR and SPICE need
-Java and one more package: pip install -e '.[java]', then --java-metrics meteor spice.
+Figures are those of the evaluation inside training, and of the official program (coco-caption). CIDEr, BLEU-4 and
+ROUGE-L have a 95 % interval over images (1,000 bootstrap resamples). --against compares another results file on the
+same resampled images: each difference has such an interval, and whether it excludes 0. METEOR and SPICE need Java and
+one more package: pip install -e '.[java]', then --java-metrics meteor spice.
 """
 
 from captioner import cli

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import captioner.model.encoders
+import captioner.model.encoders.encoder
 from captioner.model.encoders import Encoder
 from captioner.model.graphs import MAX_GRAPHS, GraphCache, Network, can_replay
 
@@ -133,8 +133,8 @@ def test_no_graph_for_a_cpu() -> None:
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Encoders take CPU inputs for CUDA ones, and capture with a FakeGraph."""
-    monkeypatch.setattr(captioner.model.encoders, "can_replay", lambda _inputs: True)
-    monkeypatch.setattr(captioner.model.encoders, "GraphCache", lambda: GraphCache(FakeGraph))
+    monkeypatch.setattr(captioner.model.encoders.encoder, "can_replay", lambda _inputs: True)
+    monkeypatch.setattr(captioner.model.encoders.encoder, "GraphCache", lambda: GraphCache(FakeGraph))
 
 
 def encode(encoder: Encoder, *, times: int = 3) -> Tensor:

@@ -17,7 +17,7 @@ from tiny_model import caption_views
 
 from captioner.errors import UserError
 from captioner.images.views import ViewSpec, normalise
-from captioner.metrics import References
+from captioner.metrics import References, sum_counts
 from captioner.model.bundle import DecodingDefaults, load_bundle, save_bundle
 from captioner.model.network import CaptionModel, ModelConfig
 from captioner.vocabulary import END, Vocabulary, tokenize
@@ -38,6 +38,9 @@ ANNOTATIONS: list[dict[str, Any]] = [
     {"image_id": 7, "id": 2, "caption": "A man rides a wave on his surfboard."},
     {"image_id": 8, "id": 3, "caption": "Two dogs sleep on a sofa."},
 ]
+
+
+INTERVALS = ("bleu4", "rouge_l", "cider")
 
 
 def write(path: Path, content: Any) -> Path:
@@ -77,8 +80,12 @@ def test_a_results_file_gets_the_scores_of_its_captions(tmp_path: Path) -> None:
     references = References(
         {key: [row["caption"] for row in ANNOTATIONS if row["image_id"] == key] for key in captions}
     )
-    assert found["metrics"] == references.scores(captions)
-    assert found["bleu_counts"] == json.loads(json.dumps(references.bleu_counts(captions)._asdict()))
+    scores, metrics = references.scores(captions), found["metrics"]
+    assert scores.items() <= metrics.items()
+    assert all(metrics[f"{name}_low"] <= scores[name] <= metrics[f"{name}_high"] for name in INTERVALS)
+    assert (metrics["mean_tokens"], metrics["different_captions"]) == (5, 2)
+    counts = sum_counts(image.bleu_counts for image in references.image_scores(captions).values())
+    assert found["bleu_counts"] == counts._asdict()
     assert (found["num_images"], found["num_without_result"]) == (2, 0)
 
 
@@ -208,6 +215,49 @@ def test_the_figures_are_those_of_the_official_program(tmp_path: Path, official:
         assert found["metrics"][ours] == pytest.approx(official[theirs], abs=2e-5, rel=0), ours
     assert found["bleu_counts"]["guess"] == official["guess"]
     assert found["bleu_counts"]["correct"] == pytest.approx(official["correct"], abs=5, rel=0)
+
+
+# ---- two results files ------------------------------------------------------------------------------------------
+
+OTHERS: list[dict[str, Any]] = [
+    {"image_id": "8", "caption": "Two dogs sleep on a sofa with a"},
+    {"image_id": 7, "caption": "A man rides a wave."},
+]
+
+
+def test_a_results_file_is_no_different_from_itself(tmp_path: Path) -> None:
+    against = score_files(tmp_path, against=write(tmp_path / "same.json", RESULTS))["against"]
+    nothing = {"value": 0, "low": 0, "high": 0, "excludes_zero": False}
+    assert against["differences"] == dict.fromkeys(INTERVALS, nothing)
+
+
+def test_swapped_files_have_the_opposite_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In whatever order the files have the images, and whether as numbers or text."""
+    first, second = (
+        score_files(tmp_path, own, against=write(tmp_path / "other.json", other))
+        for own, other in ((RESULTS, OTHERS), (OTHERS, RESULTS))
+    )
+    assert first["metrics"] == second["against"]["metrics"]
+    assert first["against"]["metrics"] == second["metrics"]
+    assert second["metrics"]["dangling_ends"] == 0.5
+    for name in INTERVALS:
+        own, opposite = (found["against"]["differences"][name] for found in (first, second))
+        assert own["value"] == first["metrics"][name] - second["metrics"][name] != 0
+        assert (own["value"], own["low"], own["high"]) == (-opposite["value"], -opposite["high"], -opposite["low"])
+    assert "compared with" in capsys.readouterr().out
+
+
+def test_images_that_only_one_of_two_results_has_are_named(tmp_path: Path) -> None:
+    more = [{"image_id": key, "caption": "a cat"} for key in (99, 98, 97, 96)]
+    for others, said in (
+        (OTHERS[:1], r"1 only in .*results\.json \(7\)"),
+        (OTHERS + more, r"4 only in .*others\.json \(99, 98, 97, \.\.\.\)"),
+        (OTHERS[1:] + more[:1], r"1 only in .*results\.json \(8\) and 1 only in .*others\.json \(99\)"),
+        ([*OTHERS, RESULTS[1]], "others.json has image 8 2 times"),
+    ):
+        with pytest.raises(UserError, match=said):
+            score_files(tmp_path, against=write(tmp_path / "others.json", others))
+    assert not (tmp_path / "scores.json").exists()
 
 
 # ---- METEOR and SPICE -------------------------------------------------------------------------------------------
@@ -369,7 +419,10 @@ def test_beams_and_length_penalty_are_the_folders_unless_others_are_asked_for(
 ) -> None:
     found, results = scored
     assert found["decoding"] == {"beam_size": 2, "max_tokens": 7, "length_penalty": 1.0, "no_repeat_trigram": True}
-    greedy, results_of_greedy = score_model(tmp_path, model, shards, beam_size=1)
+    greedy, results_of_greedy = score_model(
+        tmp_path, model, shards, beam_size=1, against=write(tmp_path / "beams.json", results)
+    )
+    assert greedy["against"]["metrics"].items() <= found["metrics"].items()
     assert greedy["decoding"]["beam_size"] == 1
     assert results_of_greedy != results
     short, _ = score_model(tmp_path, model, shards, length_penalty=0.0)
@@ -439,6 +492,8 @@ def before_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Pa
         ({"json": "mine.json", "output": "there/../mine.json"}, "--json mine.json is also --output"),
         ({"calibrate": True}, "--calibrate needs 100 images"),
         ({"split": "empty"}, "the empty split in shards holds no samples"),
+        ({"against": "results.json"}, "--output results.json is also --against"),
+        ({"against": "absent.json"}, "absent.json"),
     ],
 )
 def test_a_refused_evaluation_leaves_nothing_and_overwrites_nothing(
@@ -446,7 +501,7 @@ def test_a_refused_evaluation_leaves_nothing_and_overwrites_nothing(
 ) -> None:
     before = {path: path.read_bytes() for path in Path.cwd().rglob("*") if path.is_file()}
     paths: dict[str, Any] = {
-        name: Path(value) if name in ("json", "output") else value for name, value in flags.items()
+        name: Path(value) if name in ("json", "output", "against") else value for name, value in flags.items()
     }
     assert said in refusal(replace(before_evaluation, **paths))
     assert {path: path.read_bytes() for path in Path.cwd().rglob("*") if path.is_file()} == before

@@ -89,11 +89,15 @@ def test_metrics_evaluations_and_settings_are_in_tables(tmp_path: Path) -> None:
     page = report(
         tmp_path,
         history=[*EVALUATIONS, {"step": 40, "epoch": 4, "validation/cider": None}],
-        metrics={"cider": 0.9, "validation_perplexity": 1234.5, "bleu1": math.nan, "own_score": 1},
+        metrics={"cider": 0.9, "bleu4": 0.25, "bleu4_low": 0.2, "bleu4_high": 0.3, "validation_perplexity": 1234.5}
+        | {"bleu1": math.nan, "own_score": 1, "dangling_ends": 0.01},
         settings={"shards": ["a", "b"], "crop": None, "resume": True, "dropout": 0.5},
     )
     rows = page.rows()
     assert ["CIDEr", "0.900"] in rows
+    assert ["BLEU-4", "0.250 (0.200 to 0.300)"] in rows
+    assert ["Dangling end", "0.010"] in rows
+    assert not [row for row in rows if "low" in row[0]]
     assert ["Perplexity", "1,234"] in rows
     assert ["BLEU-1", "not finite"] in rows
     assert ["Own score", "1.000"] in rows

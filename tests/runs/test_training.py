@@ -128,6 +128,9 @@ def test_a_run_leaves_a_model_curves_and_a_page(undisturbed: Path) -> None:
     rows = history(undisturbed)
     best = max(rows[step]["validation/cider"] for step in (STEPS, 2 * STEPS, 3 * STEPS))
     assert metrics["cider"] == best  # the best epoch's model, not the last one's
+    assert metrics["cider_low"] <= best <= metrics["cider_high"]
+    assert {"validation/mean_tokens", "validation/different_captions"} <= rows[STEPS].keys()
+    assert "validation/cider_low" not in rows[STEPS]
     assert {"train/loss", "train/learning_rate", "train/images_per_second", "train/waiting_share"} <= rows[10].keys()
     assert rows[3 * STEPS]["epoch"] == 3
     assert not (undisturbed / "checkpoints").exists()

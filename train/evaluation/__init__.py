@@ -1,1 +1,1 @@
-"""Validation, calibration and result files."""
+"""Validation, calibration, result files, and how sure a score is."""

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from captioner.errors import UserError
@@ -53,17 +53,35 @@ def by_reference_id(
     `results` and `location` are the two files, for messages. Raises UserError for an image without references, and for
     one with two captions.
     """
-    ids = ImageIds(references)
-    found = [(image_id, ids.find(image_id)) for image_id in captions]
-    unknown = [image_id for image_id, own_id in found if own_id is None]
+    found, unknown = _by_known_id(captions, references, where=results)
     if unknown:
         raise UserError(
             f"{location} has no captions of {len(unknown):,} of the images in {results}, such as {unknown[0]!r}: "
             "give the file with the references of these images"
         )
-    pairs = [(own_id, captions[image_id]) for image_id, own_id in found if own_id is not None]
-    _check_once((own_id for own_id, _ in pairs), where=results, remedy="give one caption for each image")
-    return dict(pairs)
+    return found
+
+
+def by_compared_id(
+    others: Mapping[ImageId, str], captions: Mapping[ImageId, str], *, against: str, results: str
+) -> dict[ImageId, str]:
+    """The captions of another results file, by the ids that `captions` have.
+
+    `against` and `results` are the two files, for messages. Raises UserError for an image that only one of them has,
+    and for one with two captions.
+    """
+    found, only_other = _by_known_id(others, captions, where=against)
+    only_own = [image_id for image_id in captions if image_id not in found]
+    only_one = [
+        f"{len(image_ids):,} only in {location} ({', '.join(map(repr, image_ids[:3]))}{', ...' * (len(image_ids) > 3)})"
+        for location, image_ids in ((results, only_own), (against, only_other))
+        if image_ids
+    ]
+    if only_one:
+        raise UserError(
+            f"the results are not of the same images, {' and '.join(only_one)}: compare those of the same ones"
+        )
+    return found
 
 
 def write_results(location: str, captions: Iterable[tuple[ImageId, str]]) -> None:
@@ -88,7 +106,18 @@ def _rows(content: Any, location: str, *, remedy: str) -> list[tuple[ImageId, st
     return rows
 
 
+def _by_known_id(
+    captions: Mapping[ImageId, str], known: Collection[ImageId], *, where: str
+) -> tuple[dict[ImageId, str], list[ImageId]]:
+    """The captions by known ids, and their own ids that are not known. Raises UserError for two captions of an id."""
+    ids = ImageIds(known)
+    own_ids = {image_id: ids.find(image_id) for image_id in captions}
+    pairs = [(own_id, captions[image_id]) for image_id, own_id in own_ids.items() if own_id is not None]
+    _check_once((own_id for own_id, _ in pairs), where=where, remedy="give one caption for each image")
+    return dict(pairs), [image_id for image_id, own_id in own_ids.items() if own_id is None]
+
+
 def _check_once(image_ids: Iterable[ImageId], *, where: str, remedy: str) -> None:
-    image_id, times = Counter(image_ids).most_common(1)[0]
-    if times > 1:
-        raise UserError(f"{where} has image {image_id!r} {times} times: {remedy}")
+    for image_id, times in Counter(image_ids).most_common(1):
+        if times > 1:
+            raise UserError(f"{where} has image {image_id!r} {times} times: {remedy}")

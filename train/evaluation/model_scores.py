@@ -14,7 +14,7 @@ from train.barriers import raising_on_all_ranks
 from train.data.batches import caption_loader, rank_options
 from train.data.folders import check_batch_size, check_fits, read_filled_split, read_view
 from train.evaluation.calibrate import calibrate, check_enough, keep_calibration
-from train.evaluation.coco_results import write_results
+from train.evaluation.coco_results import read_results, write_results
 from train.evaluation.scoring import report_scores
 from train.evaluation.settings import EvaluateSettings
 from train.evaluation.validation import Evaluator
@@ -33,6 +33,8 @@ def score_model(settings: EvaluateSettings, accelerator: Accelerator) -> None:
         check_fits(bundle.view, read_view([split], crop=bundle.view.crop))
         if settings.calibrate:
             check_enough(split)
+        if settings.against:
+            read_results(str(settings.against))  # a file that cannot be read is refused before images are captioned
     given: dict[str, Any] = {"beam_size": settings.beam_size, "length_penalty": settings.length_penalty}
     decoding = replace(bundle.decoding, **{name: value for name, value in given.items() if value is not None})
     open_loader = partial(

@@ -7,7 +7,7 @@ from captioner.errors import UserError
 from captioner.flags import AnyNumber, Count, File, LocalPath, Location, Positive, WorkersOrZero, flag_name
 from train.evaluation.java_metrics import JavaMetric
 
-SCORING_FLAGS = ("results", "references", "java_metrics", "json")  # the others are for captioning a split
+SCORING_FLAGS = ("results", "references", "against", "java_metrics", "json")  # the others are for captioning a split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class EvaluateSettings:
     references: File | None = None
     """COCO caption file with the references of its images."""
 
+    against: File | None = None
+    """Another COCO results file of the same images: also the differences from its scores, with paired intervals."""
     java_metrics: tuple[JavaMetric, ...] = ()
     """Also METEOR or SPICE, which need Java and `pip install -e '.[java]'`."""
     json: File | None = None
@@ -74,7 +76,8 @@ def check_settings(settings: EvaluateSettings) -> None:
 
 def _check_files(settings: EvaluateSettings) -> None:
     """Raise UserError where a file to be written is a folder, or another file of this command."""
-    files = {"results": settings.results, "references": settings.references, "json": settings.json}
+    inputs = ("results", "references", "against")
+    files = {name: getattr(settings, name) for name in (*inputs, "json")}
     if not settings.scores_file:
         files["output"] = settings.output
     for name in ("json", "output"):

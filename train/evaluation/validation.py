@@ -22,7 +22,9 @@ from captioner.streaming.dataset import Split
 from captioner.vocabulary import Vocabulary
 from train.barriers import on_main_rank
 from train.data.batches import CaptionBatch
+from train.evaluation.bootstrap import with_intervals
 from train.evaluation.predictions import ValidationCaption
+from train.evaluation.scoring import caption_metrics
 from train.step.step import CaptionLoss, StepLoss
 
 NUM_SAMPLES = 8  # images whose captions are shown as they change
@@ -30,7 +32,7 @@ NUM_SAMPLES = 8  # images whose captions are shown as they change
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """The result of an evaluation; `metrics` are corpus scores, and the loss, by name."""
+    """The result of an evaluation; `metrics` are the loss and those of `caption_metrics`, by name."""
 
     captions: list[ValidationCaption]
     metrics: dict[str, float]
@@ -38,8 +40,9 @@ class Evaluation:
     seconds: float
 
     def curves(self) -> dict[str, float]:
-        """The metrics by the names of the curves."""
-        return {f"validation/{name.removeprefix('validation_')}": value for name, value in self.metrics.items()}
+        """The metrics by the names of the curves; intervals have none."""
+        values = with_intervals(self.metrics)
+        return {f"validation/{name.removeprefix('validation_')}": value for name, (value, _) in values.items()}
 
     def __str__(self) -> str:
         scores = ", ".join(f"{name} {self.metrics[name]:.4f}" for name in ("cider", "bleu4"))
@@ -126,12 +129,13 @@ class Evaluator:
         return Evaluation(captions=rows, metrics=metrics, ledger=ledger, seconds=time.monotonic() - started)
 
     def _score(self, rows: list[ValidationCaption]) -> dict[str, float]:
-        """Corpus scores by name."""
+        """The metrics of the captions, by name."""
         positions = [row.position for row in rows]
         if self._references is None or positions != self._positions:  # other bad samples were skipped before
             self._references = References({row.position: row.references for row in rows})
             self._positions = positions
-        return self._references.scores({row.position: row.caption for row in rows})
+        captions = {row.position: row.caption for row in rows}
+        return caption_metrics(self._references.image_scores(captions), captions)
 
     def sample_captions(self, found: Evaluation) -> tuple[list[np.ndarray], list[str]]:
         """The split's first images, uint8 (P, P, 3), and their captions. In this process alone."""

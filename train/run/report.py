@@ -10,6 +10,7 @@ from typing import Any
 
 from captioner.files.storage import read_json, write_atomic
 from captioner.pages import load_template
+from train.evaluation.bootstrap import with_intervals
 from train.run.tracking import HISTORY, SAMPLE_IMAGES, SAMPLES, read_rows
 
 MAX_CURVE_POINTS = 500
@@ -20,7 +21,14 @@ CHARTS = (
     ("Loss", {"training": "train/loss", "validation": "validation/loss"}),
     ("CIDEr and BLEU-4", {"CIDEr": "validation/cider", "BLEU-4": "validation/bleu4"}),
 )
-METRIC_NAMES = {"cider": "CIDEr", "rouge_l": "ROUGE-L"} | {f"bleu{n}": f"BLEU-{n}" for n in range(1, 5)}
+METRIC_NAMES = {f"bleu{n}": f"BLEU-{n}" for n in range(1, 5)} | {
+    "cider": "CIDEr",
+    "rouge_l": "ROUGE-L",
+    "repeated_trigrams": "Repeated trigram",
+    "dangling_ends": "Dangling end",
+    "different_captions": "Different captions",
+    "mean_tokens": "Mean tokens",
+}
 
 HistoryRow = Mapping[str, Any]
 Ticks = list[tuple[float, str]]
@@ -58,7 +66,10 @@ def write_report(run: Path) -> None:
         charts=[chart for chart in charts if chart],
         width=WIDTH,
         height=HEIGHT,
-        metrics=[(_metric_name(name), _number(value)) for name, value in _read(run / "metrics.json").items()],
+        metrics=[
+            (_metric_name(name), _number(value) + (f" ({_number(own.low)} to {_number(own.high)})" if own else ""))
+            for name, (value, own) in with_intervals(_read(run / "metrics.json")).items()
+        ],
         evaluation_header=["Evaluation", *map(_metric_name, columns)],
         evaluations=[
             [_moment(row), *(_number(row[name]) if name in row else "" for name in columns)] for row in evaluations

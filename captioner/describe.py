@@ -1,6 +1,6 @@
 """Images to descriptions: caption, alt text, scores, confidence.
 
-Shapes: B images, P sides of a view in pixels, F pooled features, E embedding width.
+Shapes: B images, P sides of a view in pixels.
 """
 
 import errno
@@ -24,6 +24,7 @@ from captioner.images.loading import ImageError
 from captioner.images.views import normalise, read_eval_view
 from captioner.model.bundle import Bundle
 from captioner.model.decoding import GeneratedCaption, diverse
+from captioner.model.network import pooled
 
 Precision = Literal["float32", "bfloat16"]
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
@@ -52,9 +53,9 @@ class Description:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Embeddings (B, E) of B images, and whether each is out of distribution."""
+    """B encoded images, and whether each is out of distribution."""
 
-    image_BE: Tensor
+    images: Tensor
     out_of_distribution: list[bool]
 
 
@@ -117,10 +118,10 @@ class Captioner:
         views = torch.from_numpy(views_BPP3)
         parts = views.split(CPU_BATCH_SIZE if bundle.device.type == "cpu" else len(views))
         with torch.autocast(bundle.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            features = [bundle.model.encoder(normalise(part.to(bundle.device), bundle.view)) for part in parts]
-        features_BF = torch.cat(features).float()
-        flags = calibration.is_out_of_distribution(features_BF) if calibration else None
-        return Encoded(bundle.model.encode(features_BF), flags or [False] * len(views))
+            parts = [bundle.model.encoder(normalise(part.to(bundle.device), bundle.view)) for part in parts]
+        features = torch.cat(parts).float()
+        flags = calibration.is_out_of_distribution(pooled(features)) if calibration else None
+        return Encoded(bundle.model.encode(features), flags or [False] * len(views))
 
     @torch.inference_mode()
     def describe(self, encoded: Sequence[Encoded]) -> list[Description]:
@@ -128,7 +129,7 @@ class Captioner:
         calibration = self.bundle.calibration if self.has_confidence else None
         captions_of_images = diverse(
             self.bundle.model,
-            torch.cat([part.image_BE for part in encoded]),
+            torch.cat([part.images for part in encoded]),
             num_captions=self.captions_per_image,
             **asdict(self.decoding),
         )

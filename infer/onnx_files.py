@@ -1,10 +1,12 @@
 """A model as two ONNX files, each compared with PyTorch, in float32.
 
-Shapes: B images, N captions, P sides of a view in pixels, E embedding width, H hidden width, V vocabulary.
+Shapes: B images, N captions, P sides of a view in pixels, V vocabulary.
 """
 
 import shutil
 import warnings
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from captioner.errors import UserError
-from captioner.images.views import ViewSpec, normalise
 from captioner.model.bundle import Bundle
-from captioner.model.network import CaptionModel
+from captioner.model.network import CaptionModel, DecoderState
 from captioner.vocabulary import END, GLUED_TOKENS, PAD, START, UNK
 
 Inputs = dict[str, Tensor]
@@ -46,43 +47,34 @@ def export(bundle: Bundle, folder: Path) -> list[tuple[str, float, str]]:
 
 
 def _write_parts(bundle: Bundle, folder: Path) -> list[tuple[str, float, str]]:
-    encoder, decoder = EncoderPart(bundle.model, bundle.view), DecoderPart(bundle.model)
     rows = [
-        _export_part(encoder, folder / "encoder.onnx", outputs=("image", "hidden", "cell"), batches=(1, 3)),
-        _export_part(
-            decoder, folder / "decoder.onnx", outputs=("logits", "hidden_next", "cell_next"), batches=(1, 3, 64)
-        ),
+        _export_part(EncoderPart(bundle), folder / "encoder.onnx", batches=(1, 3)),
+        _export_part(DecoderPart(bundle), folder / "decoder.onnx", batches=(1, 3, 64)),
     ]
     (folder / "vocabulary.json").write_text(bundle.vocabulary.to_json(), encoding="utf-8")
     (folder / "README.md").write_text(readme(bundle), encoding="utf-8")
     return rows
 
 
+def tensor_names(model: CaptionModel) -> tuple[list[str], list[str]]:
+    """The names of what the decoder reads of an image, and of its state."""
+    return ["keys", "values"] if model.config.decoder == "attention" else ["image"], ["hidden", "cell"]
+
+
 class EncoderPart(nn.Module):
-    """Views (B, P, P, 3), uint8, to image embeddings (B, E) and the LSTM's first hidden and cell state, each (B, H).
+    """Views (B, P, P, 3), uint8, to what the decoder reads of the images and its first state, each of B rows."""
 
-    Both parts export to few plain operations: `nn.LSTM` would become a loop.
-    """
-
-    def __init__(self, model: CaptionModel, view: ViewSpec) -> None:
+    def __init__(self, bundle: Bundle) -> None:
         super().__init__()
-        self.model = model.eval()
-        self.view = view
-        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (view.mean, view.std))
+        self.model, self.view = bundle.model.eval(), bundle.view
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (self.view.mean, self.view.std))
+        self.outputs = list(chain(*tensor_names(self.model)))
 
-    def forward(self, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The first state is zeros if the image is an input at every step."""
-        image_BE = self.model.encode((views.permute(0, 3, 1, 2).float() - self.mean) / self.std)
-        zeros_BH = image_BE.new_zeros(len(image_BE), self.model.config.hidden_size)
-        if self.model.config.image_input == "every-step":
-            return image_BE, zeros_BH, zeros_BH.clone()
-        return image_BE, *_recur(self.model.lstm, image_BE, (zeros_BH, zeros_BH))
-
-    def reference(self, views: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of the model's own code, without a first state of zeros."""
-        image_BE = self.model.encode(normalise(views, self.view))
-        state = self.model.start(image_BE, rows_N=torch.arange(len(image_BE)))
-        return (image_BE,) if state is None else (image_BE, state[0][0], state[1][0])
+    def forward(self, views: Tensor) -> tuple[Tensor, ...]:
+        """The tensors, named `outputs`."""
+        images = self.model.encode((views.permute(0, 3, 1, 2).float() - self.mean) / self.std)
+        state = self.model.start(images, torch.arange(len(images)), 1)
+        return *state.memory, *state.lstm
 
     def random_inputs(self, num_images: int) -> Inputs:
         """Noise as views."""
@@ -91,48 +83,34 @@ class EncoderPart(nn.Module):
 
 
 class DecoderPart(nn.Module):
-    """One step: the last tokens (N), image embeddings (N, E) and the state to logits (N, V) and the next state."""
+    """One step of N captions of as many images: tokens (N) and the encoder's outputs to logits and the next state."""
 
-    def __init__(self, model: CaptionModel) -> None:
+    def __init__(self, bundle: Bundle) -> None:
         super().__init__()
-        self.model = model.eval()
+        self.model, self.encoder = bundle.model.eval(), EncoderPart(bundle)
+        self.names = tensor_names(self.model)
+        self.outputs = ["logits", *(f"{name}_next" for name in self.names[1])]
 
-    def forward(self, tokens: Tensor, image: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The image is always an input, even if it is unused, so that one loop fits all models."""
-        words_NE = self.model.embed(tokens)
-        if self.model.config.image_input == "every-step":
-            words_NE = torch.cat((words_NE, image), dim=1)
-        hidden, cell = _recur(self.model.lstm, words_NE, (hidden, cell))
-        return self.model.predict(hidden), hidden, cell
+    def forward(self, tokens: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The tensors, named `outputs`. What is read of the images is always an input, so that one loop fits all."""
+        memory, lstm = tensors[: len(self.names[0])], tensors[len(self.names[0]) :]
+        state = DecoderState(lstm=lstm, memory=memory, cells_N=torch.arange(len(tokens)), columns=1)
+        logits_NV, state, _ = self.model.advance(tokens, state)
+        return logits_NV, *state.lstm
 
-    def reference(self, tokens: Tensor, image: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of the model's own code."""
-        logits_NV, (hidden_1NH, cell_1NH) = self.model.advance(tokens, (hidden[None], cell[None]), image)
-        return logits_NV, hidden_1NH[0], cell_1NH[0]
-
+    @torch.no_grad()
     def random_inputs(self, num_captions: int) -> Inputs:
-        """Random tokens, and states and embeddings in a trained model's range."""
-        config = self.model.config
-        return {
-            "tokens": torch.randint(0, config.vocabulary_size, (num_captions,)),
-            "image": torch.randn(num_captions, config.embedding_size),
-            "hidden": torch.rand(num_captions, config.hidden_size) * 2 - 1,
-            "cell": torch.randn(num_captions, config.hidden_size),
-        }
+        """Random tokens, and what the encoder makes of noise."""
+        tokens = torch.randint(0, self.model.config.vocabulary_size, (num_captions,))
+        tensors = self.encoder(**self.encoder.random_inputs(num_captions))
+        return {"tokens": tokens, **dict(zip(self.encoder.outputs, tensors, strict=True))}
 
 
-def _recur(lstm: nn.LSTM, inputs_NE: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """One step of an LSTM of one layer: the next hidden and cell state, each (N, H)."""
-    return torch.lstm_cell(inputs_NE, state, *lstm.all_weights[0])
-
-
-def _export_part(
-    part: EncoderPart | DecoderPart, path: Path, *, outputs: tuple[str, ...], batches: tuple[int, ...]
-) -> tuple[str, float, str]:
+def _export_part(part: EncoderPart | DecoderPart, path: Path, *, batches: tuple[int, ...]) -> tuple[str, float, str]:
     """Write one file, check it, and compare it with PyTorch at these batch sizes. Returns a row of `export`'s table."""
     import onnx
 
-    _write(part, path, inputs=part.random_inputs(batches[-1]), outputs=outputs)
+    _write(part, path, inputs=part.random_inputs(batches[-1]))
     onnx.checker.check_model(path, full_check=True)
     difference = np.max([_difference(part, path, inputs=part.random_inputs(size)) for size in batches])
     if not difference < MAX_DIFFERENCE:
@@ -144,17 +122,18 @@ def _export_part(
     return path.name, num_bytes / 1e6, f"{difference:.1e}"
 
 
-def _write(part: nn.Module, path: Path, *, inputs: Inputs, outputs: tuple[str, ...]) -> None:
+def _write(part: EncoderPart | DecoderPart, path: Path, *, inputs: Inputs) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
+        first, *others = [{0: "batch"} for _ in inputs]
         program = torch.onnx.export(
             part,
-            kwargs=inputs,
+            tuple(inputs.values()),
             dynamo=True,
             verbose=False,
             input_names=list(inputs),
-            output_names=outputs,
-            dynamic_shapes={name: {0: "batch"} for name in inputs},
+            output_names=part.outputs,
+            dynamic_shapes=(first, tuple(others)) if others else (first,),
         )
     assert program is not None
     program.save(path)
@@ -167,7 +146,7 @@ def _difference(part: EncoderPart | DecoderPart, path: Path, *, inputs: Inputs) 
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     found = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
-    pairs = zip(found, part.reference(**inputs), strict=False)  # the reference has no first state of zeros
+    pairs = zip(found, part(*inputs.values()), strict=True)
     return float(np.max([np.abs(array - tensor.numpy()).max() for array, tensor in pairs]))  # NaN stays NaN
 
 
@@ -177,14 +156,15 @@ def _difference(part: EncoderPart | DecoderPart, path: Path, *, inputs: Inputs) 
 def readme(bundle: Bundle) -> str:
     """The README.md of an ONNX folder: inputs and outputs, and greedy search in numpy."""
     config, view, decoding = bundle.model.config, bundle.view, bundle.decoding
+    memory, state = tensor_names(bundle.model)
     return f"""# An image captioning model for ONNX
 
-`encoder.onnx`, for B images: `views` (B, {view.crop}, {view.crop}, 3), uint8, RGB, not normalised, to `image`
-(B, {config.embedding_size}), and `hidden` and `cell` (B, {config.hidden_size}), from which the decoder starts.
+`encoder.onnx`, for B images: `views` (B, {view.crop}, {view.crop}, 3), uint8, RGB, not normalised, to what the decoder
+reads of them ({_listed(memory)}) and its first state ({_listed(state)}), each of B rows.
 
-`decoder.onnx`, for the next word of N captions: `tokens` (N,), int64, `image`, `hidden` and `cell` to `logits`
-(N, {config.vocabulary_size}) of the next word, `hidden_next` and `cell_next`. The first token is {START}, the
-last one {END}. Token t is `words[t]` of `vocabulary.json`.
+`decoder.onnx`, for the next word of N captions: `tokens` (N,), int64, and the same tensors to `logits`
+(N, {config.vocabulary_size}) of the next word and the next state ({_listed(f"{name}_next" for name in state)}). The
+first token is {START}, the last one {END}. Token t is `words[t]` of `vocabulary.json`.
 
 With numpy, onnxruntime and Pillow, and this as `caption.py` in this folder: `python caption.py photo.jpg`
 
@@ -202,6 +182,7 @@ SIZE, CROP = {view.size}, {view.crop}
 MAX_TOKENS, NO_REPEAT_TRIGRAM = {decoding.max_tokens}, {decoding.no_repeat_trigram}
 START, END, NEVER_SAID = {START}, {END}, {[PAD, START, UNK]}  # never: padding, start, unknown word
 GLUED = {sorted(GLUED_TOKENS)}
+MEMORY, STATE = {memory}, {state}
 WORDS = json.loads((HERE / "vocabulary.json").read_text(encoding="utf-8"))["words"]
 encoder = onnxruntime.InferenceSession(HERE / "encoder.onnx")
 decoder = onnxruntime.InferenceSession(HERE / "decoder.onnx")
@@ -215,11 +196,12 @@ def read_view(path):
 
 
 def greedy(views):
-    image, hidden, cell = encoder.run(None, dict(views=views))
+    tensors = encoder.run(None, dict(views=views))
+    memory, state = dict(zip(MEMORY, tensors)), tensors[len(MEMORY) :]
     captions = [[] for _ in views]
     tokens = np.full(len(views), START)
     for step in range(MAX_TOKENS):
-        logits, hidden, cell = decoder.run(None, dict(tokens=tokens, image=image, hidden=hidden, cell=cell))
+        logits, *state = decoder.run(None, dict(tokens=tokens, **memory, **dict(zip(STATE, state))))
         logits[:, NEVER_SAID + [END] * (step == 0)] = -np.inf
         for row, said in enumerate(captions if NO_REPEAT_TRIGRAM else []):
             repeats = [third for *two, third in zip(said, said[1:], said[2:]) if two == said[-2:]]
@@ -244,3 +226,7 @@ for path in sys.argv[1:]:
 Captions of the same view equal those of `infer/main.py --beam-size 1` up to rounding. Pillow's pixels differ a little
 from those that infer/main.py makes, so a few captions of photos differ too.
 """
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -18,7 +18,7 @@ from captioner.flags import (
     WorkersOrZero,
 )
 from captioner.model.bundle import DecodingDefaults
-from captioner.model.network import ImageInput, ModelConfig
+from captioner.model.network import DecoderKind, ImageInput, ModelConfig
 from captioner.streaming.order import SHUFFLE_SHARDS, num_steps
 from train.data.folders import check_batch_size
 
@@ -31,6 +31,7 @@ CHANGEABLE = (*OF_A_MACHINE, "checkpoint_steps", "keep_checkpoints", "tolerate_b
 NEW_MODEL: dict[str, Any] = {
     "encoder": "resnet152",
     "weights": "default",
+    "decoder": "attention",
     "image_input": "first",
     "embedding_size": 256,
     "hidden_size": 512,
@@ -59,8 +60,12 @@ class TrainSettings:
     `default`, or those of --init."""
     finetune_encoder_from_step: CountOrZero | None = None
     """Train the encoder too, from this optimizer step on (0: from the first). None: it stays frozen, batch norm too."""
+    decoder: DecoderKind | None = None
+    """`attention`: at each word the decoder looks at the positions of the encoder's feature map; `vector`: it reads one
+    vector of an image, as in the book. Without it `attention`, or that of --init."""
     image_input: ImageInput | None = None
-    """Feed the image embedding as the LSTM's first input, or beside each word. Without it `first`, or as in --init."""
+    """How the vector decoder reads the image: as the LSTM's first input, or beside each word. Without it `first`, or as
+    in --init."""
     embedding_size: Count | None = None
     """Width of word and image embeddings. Without it 256, or that of --init."""
     hidden_size: Count | None = None

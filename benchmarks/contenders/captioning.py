@@ -21,7 +21,7 @@ from captioner.images.decoder_output import own_stderr
 from captioner.images.views import ViewSpec, normalise, read_eval_view
 from captioner.model.bundle import Bundle, DecodingDefaults
 from captioner.model.decoding import decode
-from captioner.model.network import CaptionModel, ModelConfig
+from captioner.model.network import ModelConfig, build_model
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
 from captioner.workers import count_processors
 from contenders import LIGHT, NUM_WORDS
@@ -81,7 +81,7 @@ def make_job(files: list[Path], encoder: str, device: torch.device, scratch: Pat
     words = tuple(f"word-{number}" for number in range(NUM_WORDS - len(SPECIAL_WORDS)))
     vocabulary = Vocabulary(words=(*SPECIAL_WORDS, *words), counts=(1,) * NUM_WORDS, threshold=1)
     torch.manual_seed(0)
-    model = CaptionModel(ModelConfig(encoder=encoder, vocabulary_size=NUM_WORDS)).eval().to(device)
+    model = build_model(ModelConfig(encoder=encoder, vocabulary_size=NUM_WORDS)).eval().to(device)
     bundle = Bundle(
         model=model,
         view=ViewSpec(),
@@ -167,7 +167,6 @@ def alone(job: Job, *, cores: int = 1) -> dict[str, Contender]:
     view = job.captioner.bundle.view
     views_BPP3 = torch.from_numpy(np.stack([read_eval_view(data, view)[0] for data in contents]))
     images_B3PP = normalise(views_BPP3.to(job.device), view)
-    image_BE = torch.randn((DECODER_BATCH, job.captioner.bundle.model.config.embedding_size), device=job.device)
     found: dict[str, Contender] = {}
 
     def add(part: str, action: Callable[[], object], *, items: int) -> None:
@@ -177,7 +176,10 @@ def alone(job: Job, *, cores: int = 1) -> dict[str, Contender]:
     for name, encode, count in encoders(job, images_B3PP):
         add(f"{ENCODER} {name}", encode, items=count)
     model, options = job.captioner.bundle.model, asdict(job.captioner.decoding)
-    add(CAPTION, lambda: decode(model, image_BE, **options), items=len(image_BE))
+    with torch.inference_mode():
+        like = model.encode(model.encoder(images_B3PP[:1]))
+    images = torch.randn((DECODER_BATCH, *like.shape[1:]), device=job.device)
+    add(CAPTION, lambda: decode(model, images, **options), items=DECODER_BATCH)
     return found
 
 

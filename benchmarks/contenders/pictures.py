@@ -65,7 +65,7 @@ def collate(samples: Sequence[tuple[Any, list[list[int]]]]) -> tuple[Any, Any]:
     """Stacked views, which a worker writes directly into shared memory, and packed captions."""
     from torch.utils.data import default_collate
 
-    from captioner.model.network import PackedCaptions
+    from captioner.model.captions import PackedCaptions
 
     views, captions = zip(*samples, strict=True)
     texts = list(chain.from_iterable(captions))
@@ -266,13 +266,13 @@ def decode(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[No
 PICTURE_LOADERS = {
     OURS: Contender(package="torch", modules=("train.data.batches",), open_epoch=ours),
     EARLIER: Contender(package="torch", modules=("train.stream",), open_epoch=earlier),
-    "webdataset": Contender(package="webdataset", modules=("captioner.model.network",), open_epoch=plain_webdataset),
+    "webdataset": Contender(package="webdataset", modules=("captioner.model.captions",), open_epoch=plain_webdataset),
     "litdata": Contender(
-        package="litdata", modules=("litdata", "captioner.model.network"), open_epoch=litdata, write=write_litdata
+        package="litdata", modules=("litdata", "captioner.model.captions"), open_epoch=litdata, write=write_litdata
     ),
     "mosaicml-streaming": Contender(
         package="mosaicml-streaming",
-        modules=("streaming", "captioner.model.network"),
+        modules=("streaming", "captioner.model.captions"),
         open_epoch=mosaicml,
         write=write_mosaicml,
     ),

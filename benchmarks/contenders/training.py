@@ -27,7 +27,7 @@ from torchvision import transforms
 from captioner.errors import UserError
 from captioner.images.views import ViewSpec, normalise
 from captioner.model.encoders import Encoder
-from captioner.model.network import CaptionModel, ModelConfig
+from captioner.model.network import ModelConfig, build_model
 from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import read_split
 from captioner.vocabulary import END, PAD, START, Vocabulary, count_words, tokenize
@@ -212,7 +212,7 @@ class Trainer:
         vocabulary = find_vocabulary(job.folder / SHARDS)
         config = ModelConfig(encoder=job.encoder, vocabulary_size=len(vocabulary), dropout=DEFAULTS.dropout)
         torch.manual_seed(0)
-        self.model = CaptionModel(config)
+        self.model = build_model(config)
         self.loss_model = CaptionLoss(self.model, view=ViewSpec(size=SIZE, crop=CROP))
         optimizer = make_optimizer(
             self.model, DEFAULTS.learning_rate, encoder_learning_rate=DEFAULTS.encoder_learning_rate
@@ -278,8 +278,9 @@ class Trainer:
             pad_packed_sequence(PackedSequence(tokens_M, captions.batch_sizes_T), padding_value=PAD)[0]
             for tokens_M in (captions.inputs_M, captions.targets_M)
         )
-        state = model.start(model.encode(batch.inputs), rows_N=captions.image_of_caption_N)
-        hidden_TNH, _ = model.lstm(model.drop(model.embed(inputs_TN)), state)
+        state = model.start(model.encode(batch.inputs), captions.image_of_caption_N, 1)
+        lstm = tuple(tensor_NH[None] for tensor_NH in state.lstm)
+        hidden_TNH, _ = model.lstm(model.drop(model.embed(inputs_TN)), lstm)
         logits_MV = model.predict(model.drop(hidden_TNH)).flatten(0, 1)
         self.accelerator.backward(cross_entropy(logits_MV, targets_TN.flatten(), ignore_index=PAD))
         self.accelerator.clip_grad_norm_(self.loss_model.parameters(), MAX_GRADIENT_NORM)

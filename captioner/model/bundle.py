@@ -24,7 +24,7 @@ from captioner.calibration import Calibration, Reliability, from_files, to_files
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.images.views import ViewSpec
-from captioner.model.network import CaptionModel, ModelConfig
+from captioner.model.network import CaptionModel, ModelConfig, build_model
 from captioner.vocabulary import Vocabulary, read_vocabulary
 
 FORMAT_VERSION = 1
@@ -207,7 +207,7 @@ def _assemble(folder: str, config: dict[str, Any], device: torch.device | str) -
     view, decoding = ViewSpec(**view_fields), DecodingDefaults(**config["decoding"])
     if not 1 <= view.crop <= view.size:
         raise ValueError(f"impossible {view}")
-    model = CaptionModel(ModelConfig(**config["model"]))
+    model = build_model(ModelConfig(**config["model"]))
     try:
         model.load_state_dict(load_tensors(weights))
     except (safetensors.SafetensorError, RuntimeError) as error:

@@ -1,18 +1,21 @@
-"""Captions from image embeddings: batched greedy, beam and diverse search.
+"""Captions from encoded images: batched greedy, beam and diverse search.
+
+`images` are B encoded images, as `model.encode` returns them.
 
 Shapes: B images, K beams an image, N unfinished captions, S candidates for the next token, G captions to differ from,
-T generated tokens, E embedding width, V vocabulary. The searches stop as soon as every caption has ended, never produce
-`<pad>`, `<start>` or `<unk>`, and never an empty caption.
+T generated tokens, R positions of an image, V vocabulary. The searches stop as soon as every caption has ended, never
+produce `<pad>`, `<start>` or `<unk>`, and never an empty caption.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from captioner.model.network import CaptionModel, LSTMState
+from captioner.model.network import CaptionModel
 from captioner.vocabulary import END, PAD, SPECIAL_WORDS, START, UNK
 
 FORBIDDEN = [PAD, START, UNK]
@@ -26,11 +29,13 @@ COPY_PENALTY = 1e4
 class GeneratedCaption:
     """Token ids without `<end>`, and each step's log-probability, that of `<end>` included.
 
-    A caption cut at `max_tokens` has no `<end>`: one log-probability for each token.
+    A caption cut at `max_tokens` has no `<end>`: one log-probability for each token. `attention` (T, R) is how much
+    each step looked at each position of the image, row by row; None unless it was asked for.
     """
 
     tokens: list[int]
     token_scores: list[float]
+    attention: np.ndarray | None = None
 
     @property
     def score(self) -> float:
@@ -41,37 +46,41 @@ class GeneratedCaption:
 @torch.no_grad()
 def decode(
     model: CaptionModel,
-    image_BE: Tensor,
+    images: Tensor,
     *,
     beam_size: int,
     max_tokens: int,
     length_penalty: float = 1.0,
     no_repeat_trigram: bool = True,
+    with_attention: bool = False,
 ) -> list[GeneratedCaption]:
     """The best caption of each image: greedy when `beam_size` is 1, beam search otherwise.
 
-    With `no_repeat_trigram` a caption has no trigram twice; scores stay the model's own.
+    With `no_repeat_trigram` a caption has no trigram twice; scores stay the model's own. `with_attention` keeps what
+    each step looked at, if the model has attention.
     """
     if model.config.vocabulary_size <= len(SPECIAL_WORDS):
         raise ValueError("the model's vocabulary has no words")
-    if not len(image_BE):
+    if not len(images):
         return []
-    options = {"max_tokens": max_tokens, "no_repeat_trigram": no_repeat_trigram}
+    with_attention &= model.config.decoder == "attention"
+    options = {"max_tokens": max_tokens, "no_repeat_trigram": no_repeat_trigram, "with_attention": with_attention}
     if beam_size == 1:
-        return greedy(model, image_BE, **options)
-    return beam_search(model, image_BE, beam_size=beam_size, length_penalty=length_penalty, **options)
+        return greedy(model, images, **options)
+    return beam_search(model, images, beam_size=beam_size, length_penalty=length_penalty, **options)
 
 
 @torch.no_grad()
 def diverse(
     model: CaptionModel,
-    image_BE: Tensor,
+    images: Tensor,
     *,
     num_captions: int,
     beam_size: int,
     max_tokens: int,
     length_penalty: float = 1.0,
     no_repeat_trigram: bool = True,
+    with_attention: bool = False,
 ) -> list[list[GeneratedCaption]]:
     """Several captions of each image, the first that of `decode`: diverse beam search with groups of one beam.
 
@@ -79,11 +88,11 @@ def diverse(
     (Vijayakumar et al., 2016), which here also grows with the length of the copied beginning. All captions of an image
     differ if the vocabulary has at least `num_captions + max_tokens` words.
     """
-    options = {"max_tokens": max_tokens, "no_repeat_trigram": no_repeat_trigram}
-    best = decode(model, image_BE, beam_size=beam_size, length_penalty=length_penalty, **options)
+    options = {"max_tokens": max_tokens, "no_repeat_trigram": no_repeat_trigram, "with_attention": with_attention}
+    best = decode(model, images, beam_size=beam_size, length_penalty=length_penalty, **options)
     captions = [[caption] for caption in best]
     while captions and len(captions[0]) < num_captions:
-        others = greedy(model, image_BE, earlier=captions, **options)
+        others = greedy(model, images, earlier=captions, **options)
         captions = [[*group, other] for group, other in zip(captions, others, strict=True)]
     return captions
 
@@ -129,36 +138,39 @@ def _topk(scores_NV: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
 
 def greedy(
     model: CaptionModel,
-    image_BE: Tensor,
+    images: Tensor,
     *,
     max_tokens: int,
     no_repeat_trigram: bool = True,
+    with_attention: bool = False,
     earlier: Sequence[Sequence[GeneratedCaption]] = (),
 ) -> list[GeneratedCaption]:
     """Take the likeliest next token, at most `max_tokens` times. Captions that have ended leave the batch.
 
     `earlier` has the captions of each image that this one must differ from, equally many for each: see `diverse`.
     """
-    rows = torch.arange(len(image_BE), device=image_BE.device)
-    state = model.start(image_BE, rows_N=rows)
+    rows = torch.arange(len(images), device=images.device)
+    state = model.start(images, rows, 1)
     tokens_N = torch.full_like(rows, START)
     history_NT = rows.new_empty((len(rows), 0))
     earlier_NGT = _padded_steps(earlier or [()] * len(rows), max_tokens=max_tokens).to(rows.device)
     num_tokens = min(1 + earlier_NGT.shape[1], model.config.vocabulary_size)
-    steps: list[tuple[Tensor, Tensor, Tensor]] = []
+    steps: list[tuple[Tensor, ...]] = []
     for _ in range(max_tokens):
-        logits_NV, state = model.advance(tokens_N, state, image_BE[rows])
+        logits_NV, state, attention_NR = model.advance(tokens_N, state)
         best = _likeliest(logits_NV, history_NT, num_tokens=num_tokens, no_repeat_trigram=no_repeat_trigram)
         scores_N, tokens_N = _pick_different(*best, history_NT, earlier_NGT)
-        steps.append((rows, tokens_N, scores_N))
+        attention = (attention_NR,) if with_attention and attention_NR is not None else ()
+        steps.append((rows, tokens_N, scores_N, *attention))
         alive = (tokens_N != END).nonzero()[:, 0]
         if not len(alive):
             break
         history_NT = torch.cat((history_NT, tokens_N[:, None]), dim=1)
         if len(alive) < len(rows):
-            rows, tokens_N, state = rows[alive], tokens_N[alive], _select(state, alive)
+            rows, tokens_N = rows[alive], tokens_N[alive]
+            state = state.take(alive, rows)
             history_NT, earlier_NGT = history_NT[alive], earlier_NGT[alive]
-    return _collect(steps, num_captions=len(image_BE))
+    return _collect(steps, num_captions=len(images))
 
 
 def _padded_steps(captions: Sequence[Sequence[GeneratedCaption]], *, max_tokens: int) -> Tensor:
@@ -186,29 +198,29 @@ def _pick_different(
     return scores_NS.gather(1, chosen_N1)[:, 0], tokens_NS.gather(1, chosen_N1)[:, 0]
 
 
-def _collect(steps: list[tuple[Tensor, Tensor, Tensor]], *, num_captions: int) -> list[GeneratedCaption]:
-    """Captions from steps of (row of caption, token, score), with a single transfer from the device."""
-    captions = [GeneratedCaption(tokens=[], token_scores=[]) for _ in range(num_captions)]
-    rows, tokens, scores = (torch.cat(column).tolist() for column in zip(*steps, strict=True))
-    for row, token, score in zip(rows, tokens, scores, strict=True):
+def _collect(steps: list[tuple[Tensor, ...]], *, num_captions: int) -> list[GeneratedCaption]:
+    """Captions from steps of (row of caption, token, score and perhaps attention), with a transfer for each column."""
+    rows, tokens, scores, *attention = (torch.cat(column).cpu() for column in zip(*steps, strict=True))
+    captions = [
+        GeneratedCaption(tokens=[], token_scores=[], attention=attention[0][rows == row].numpy() if attention else None)
+        for row in range(num_captions)
+    ]
+    for row, token, score in zip(rows.tolist(), tokens.tolist(), scores.tolist(), strict=True):
         captions[row].token_scores.append(score)
         if token != END:
             captions[row].tokens.append(token)
     return captions
 
 
-def _select(state: LSTMState, rows: Tensor) -> LSTMState:
-    return state[0][:, rows], state[1][:, rows]
-
-
 def beam_search(
     model: CaptionModel,
-    image_BE: Tensor,
+    images: Tensor,
     *,
     beam_size: int,
     max_tokens: int,
     length_penalty: float = 1.0,
     no_repeat_trigram: bool = True,
+    with_attention: bool = False,
 ) -> list[GeneratedCaption]:
     """Keep the `beam_size` likeliest beams of each image; of those that ended, the best score wins.
 
@@ -217,7 +229,7 @@ def beam_search(
     its K best beams have all ended; if none has ended at `max_tokens`, the best unended one is the caption. The
     unfinished beams of all images advance in one batch, which ended ones leave.
     """
-    num_images, num_words, device = len(image_BE), model.config.vocabulary_size, image_BE.device
+    num_images, num_words, device = len(images), model.config.vocabulary_size, images.device
     first_beam_B = torch.arange(num_images, device=device) * beam_size
     totals_BK = torch.full((num_images, beam_size), -torch.inf, device=device)
     totals_BK[:, 0] = 0.0  # the others are padding: ended beams of probability 0
@@ -225,10 +237,11 @@ def beam_search(
     tokens_BK[:, 0] = START
     history_BKT = tokens_BK.new_empty((num_images, beam_size, 0))
     scores_BKT = totals_BK.new_empty((num_images, beam_size, 0))
+    attention_BKTR = totals_BK.new_empty((num_images, beam_size, 0, images.shape[1])) if with_attention else None
     alive_N = first_beam_B  # indices of unfinished beams among the B x K
-    state = model.start(image_BE, rows_N=torch.arange(num_images, device=device))
+    state = model.start(images, alive_N, beam_size)
     for _ in range(max_tokens):
-        logits_NV, state = model.advance(tokens_BK.flatten()[alive_N], state, image_BE[alive_N // beam_size])
+        logits_NV, state, attention_NR = model.advance(tokens_BK.flatten()[alive_N], state)
         best_NS, words_NS = _likeliest(
             logits_NV,
             history_BKT.flatten(0, 1)[alive_N],
@@ -242,12 +255,17 @@ def beam_search(
         step_scores_BK = steps_BKS.flatten(1).gather(1, chosen_BK)
         history_BKT = torch.cat((_reorder(history_BKT, origin_BK), tokens_BK[..., None]), dim=2)
         scores_BKT = torch.cat((_reorder(scores_BKT, origin_BK), step_scores_BK[..., None]), dim=2)
+        if attention_BKTR is not None and attention_NR is not None:
+            attention_BKR = attention_BKTR.new_zeros((num_images * beam_size, attention_NR.shape[1]))
+            attention_BKR[alive_N] = attention_NR
+            attention_BKTR = torch.cat((attention_BKTR, attention_BKR.view(num_images, beam_size, 1, -1)), dim=2)
+            attention_BKTR = attention_BKTR[torch.arange(num_images)[:, None], origin_BK]
         still_alive_N = (tokens_BK != END).flatten().nonzero()[:, 0]
         if not len(still_alive_N):
             break
         origin_N = (origin_BK + first_beam_B[:, None]).flatten()[still_alive_N]
-        state, alive_N = _select(state, torch.searchsorted(alive_N, origin_N)), still_alive_N
-    return _best_beams(history_BKT, scores_BKT, totals_BK, length_penalty=length_penalty)
+        state, alive_N = state.take(torch.searchsorted(alive_N, origin_N), still_alive_N), still_alive_N
+    return _best_beams(history_BKT, scores_BKT, totals_BK, attention_BKTR, length_penalty=length_penalty)
 
 
 def _candidates(
@@ -267,24 +285,37 @@ def _reorder(values_BKT: Tensor, origin_BK: Tensor) -> Tensor:
 
 
 def _best_beams(
-    history_BKT: Tensor, scores_BKT: Tensor, totals_BK: Tensor, *, length_penalty: float
+    history_BKT: Tensor,
+    scores_BKT: Tensor,
+    totals_BK: Tensor,
+    attention_BKTR: Tensor | None,
+    *,
+    length_penalty: float,
 ) -> list[GeneratedCaption]:
     """The ended beam of each image (any beam, if none ended) with the best score: see `beam_search`.
 
     Beams of total minus infinity are padding.
     """
-
-    def score(caption: GeneratedCaption) -> float:
-        return sum(caption.token_scores) / len(caption.token_scores) ** length_penalty
-
     best = []
-    for beams, beam_scores, totals in zip(history_BKT.tolist(), scores_BKT.tolist(), totals_BK.tolist(), strict=True):
-        possible = [pair for *pair, total in zip(beams, beam_scores, totals, strict=True) if total > -math.inf]
-        captions = [(END in tokens, _caption(tokens, scores)) for tokens, scores in possible]
-        best.append(max(captions, key=lambda pair: (pair[0], score(pair[1])))[1])
+    columns = (history_BKT.tolist(), scores_BKT.tolist(), totals_BK.tolist())
+    for image, (histories, scores_of_beams, totals) in enumerate(zip(*columns, strict=True)):
+        found: list[tuple[bool, float, int]] = []  # ended, score, beam
+        for beam, (tokens, scores) in enumerate(zip(histories, scores_of_beams, strict=True)):
+            if totals[beam] > -math.inf:
+                num_steps = _num_steps(tokens)
+                found.append((END in tokens, sum(scores[:num_steps]) / num_steps**length_penalty, -beam))
+        beam = -max(found)[2]
+        tokens, num_steps = histories[beam], _num_steps(histories[beam])
+        best.append(
+            GeneratedCaption(
+                tokens=[token for token in tokens[:num_steps] if token != END],
+                token_scores=scores_of_beams[beam][:num_steps],
+                attention=None if attention_BKTR is None else attention_BKTR[image, beam, :num_steps].cpu().numpy(),
+            )
+        )
     return best
 
 
-def _caption(tokens: list[int], scores: list[float]) -> GeneratedCaption:
-    length = tokens.index(END) if END in tokens else len(tokens)
-    return GeneratedCaption(tokens=tokens[:length], token_scores=scores[: length + 1])
+def _num_steps(tokens: list[int]) -> int:
+    """The steps up to the first `<end>`, it included, or all."""
+    return tokens.index(END) + 1 if END in tokens else len(tokens)

@@ -1,32 +1,35 @@
-"""The captioning model: a torchvision CNN encoder and an LSTM decoder over packed captions.
+"""The captioning models: an image encoder and an LSTM decoder over packed captions, with or without attention.
 
-Shapes: B images, N captions (all captions of all B images), M target tokens of the N captions together,
-T tokens of the longest caption, F pooled features, E embedding width, H hidden width, V vocabulary.
-A suffix says a tensor's shape: `logits_MV`.
+Shapes: B images, N captions (all captions of all B images), M target tokens of the N captions together, F features of
+an image or of a position, R positions of the encoder's feature map, E embedding width, H hidden width, K columns of a
+table of captions, V vocabulary. A suffix says a tensor's shape: `logits_MV`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from captioner.model.captions import PackedCaptions
 from captioner.model.encoders import Encoder
-from captioner.vocabulary import END, START
 
+DecoderKind = Literal["vector", "attention"]
 ImageInput = Literal["first", "every-step"]
-LSTMState = tuple[Tensor, Tensor]
+
+MAX_HEADS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The arguments of a CaptionModel, as `config.json` holds them."""
+    """The arguments of a model, as `config.json` holds them; `image_input` is of the vector decoder."""
 
     encoder: str
     vocabulary_size: int
+    decoder: DecoderKind = "vector"
     embedding_size: int = 256
     hidden_size: int = 512
     image_input: ImageInput = "first"
@@ -35,129 +38,229 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedCaptions:
-    """N captions, the longest first, packed time-major: all first tokens, then all second ones, and so on.
+class DecoderState:
+    """What the next decoding step of N captions depends on, besides their last tokens.
 
-    `inputs_M` starts with `<start>` and ends before `<end>`; `targets_M` is one token ahead, so `<start>` is no
-    target. `batch_sizes_T` (on the CPU, as PyTorch wants it) counts the captions that reach each step, and
-    `image_of_caption_N` names each caption's row among the B images.
+    `lstm` are the hidden and cell states, each (N, H), of one LSTM after the other. `memory` are tensors of the B
+    images. The captions of an image are in its row of a table of B rows and `columns` columns: `cells_N` is each
+    caption's cell, counted row by row.
     """
 
-    inputs_M: Tensor
-    targets_M: Tensor
-    batch_sizes_T: Tensor
-    image_of_caption_N: Tensor
+    lstm: tuple[Tensor, ...]
+    memory: tuple[Tensor, ...]
+    cells_N: Tensor
+    columns: int
 
-    @classmethod
-    def pack(
-        cls, tokens: Sequence[int], lengths: Sequence[int], num_captions: Sequence[int], *, max_tokens: int
-    ) -> "PackedCaptions":
-        """Pack captions given as the `tokens` of all (without `<start>` and `<end>`) and the `lengths` of each.
-
-        `num_captions` counts those of each image; there is at least one caption. A caption of more than `max_tokens` is
-        cut there, and `<end>` is not among its targets.
-        """
-        full_N = np.array(lengths)
-        tokens_NW = np.full((len(lengths), full_N.max() + 1), END)
-        tokens_NW[np.arange(full_N.max() + 1) < full_N[:, None]] = tokens
-        lengths_N = np.where(full_N <= max_tokens, full_N + 1, max_tokens)
-        longest_first_N = np.argsort(-lengths_N, kind="stable")
-        targets_TN = tokens_NW[longest_first_N, : lengths_N.max()].T
-        alive_TN = np.arange(len(targets_TN))[:, None] < lengths_N[longest_first_N]
-        inputs_TN = np.concatenate((np.full_like(targets_TN[:1], START), targets_TN[:-1]))
-        image_of_caption_N = np.repeat(np.arange(len(num_captions)), num_captions)
-        return cls(
-            inputs_M=torch.from_numpy(inputs_TN[alive_TN]),
-            targets_M=torch.from_numpy(targets_TN[alive_TN]),
-            batch_sizes_T=torch.from_numpy(alive_TN.sum(axis=1)),
-            image_of_caption_N=torch.from_numpy(image_of_caption_N[longest_first_N]),
-        )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as plain arrays: for so few bytes that is faster than tensors' shared memory."""
-        tensors = (self.inputs_M, self.targets_M, self.batch_sizes_T, self.image_of_caption_N)
-        return _from_arrays, tuple(tensor.numpy() for tensor in tensors)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> "PackedCaptions":
-        """The same captions with `change` applied to all but `batch_sizes_T`."""
-        return PackedCaptions(
-            change(self.inputs_M), change(self.targets_M), self.batch_sizes_T, change(self.image_of_caption_N)
-        )
+    def take(self, rows_N: Tensor, cells_N: Tensor) -> "DecoderState":
+        """The state of the captions in these rows, which may repeat, in new cells."""
+        return DecoderState(tuple(tensor[rows_N] for tensor in self.lstm), self.memory, cells_N, self.columns)
 
 
-def _from_arrays(*arrays: np.ndarray) -> PackedCaptions:
-    return PackedCaptions(*map(torch.from_numpy, arrays))
+class CaptionModel(nn.Module, ABC):
+    """An encoder, and a decoder that reads embedded words and predicts the next ones from its last hidden state.
 
-
-class CaptionModel(nn.Module):
-    """Encoder, Linear and BatchNorm to an image embedding, and an LSTM over it and the words.
-
-    With `image_input="first"` the image embedding is the LSTM's first input, whose output is no prediction; with
-    `"every-step"` it is concatenated to each word's embedding instead. `input_dropout` is the dropout of the words'
-    embeddings, `dropout` that of the LSTM's outputs.
+    `input_dropout` is the dropout of the words' embeddings, `dropout` that of the last hidden states.
     """
+
+    project: nn.Linear
+    norm: nn.BatchNorm1d | nn.LayerNorm
+    lstm: nn.LSTM
 
     def __init__(self, config: ModelConfig, *, encoder_trainable: bool = False) -> None:
         super().__init__()
-        every_step = config.image_input == "every-step"
         self.config = config
-        self.encoder = Encoder(config.encoder, trainable=encoder_trainable)
-        self.project = nn.Linear(self.encoder.num_features, config.embedding_size)
-        self.norm = nn.BatchNorm1d(config.embedding_size, momentum=0.01)
+        self.encoder = Encoder(config.encoder, trainable=encoder_trainable, grid=config.decoder == "attention")
         self.embed = nn.Embedding(config.vocabulary_size, config.embedding_size)
-        self.lstm = nn.LSTM(config.embedding_size * (1 + every_step), config.hidden_size)
         self.predict = nn.Linear(config.hidden_size, config.vocabulary_size)
         self.drop_input = nn.Dropout(config.input_dropout)
         self.drop = nn.Dropout(config.dropout)
-        init_forget_bias(self.lstm)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """The encoder's features of normalised images (B, 3, height, width); cached features are returned as they are.
+
+        They are (B, F), or (B, R, F) with attention.
+        """
+        return self.encoder(inputs) if inputs.dim() == 4 else inputs
+
+    @abstractmethod
+    def encode(self, inputs: Tensor) -> Tensor:
+        """What the decoder reads of B images or of their features: (B, E), or (B, R, H) with attention."""
+
+    @abstractmethod
+    def hidden(self, images: Tensor, captions: PackedCaptions) -> Tensor:
+        """The last hidden states (M, H), which `predict` turns into logits for `captions.targets_M`."""
+
+    @abstractmethod
+    def start(self, images: Tensor, cells_N: Tensor, columns: int) -> DecoderState:
+        """The state before `<start>` of N captions of encoded images."""
+
+    @abstractmethod
+    def advance(self, tokens_N: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState, Tensor | None]:
+        """One decoding step: logits (N, V) of the next token, the new state, and attention (N, R) to the positions."""
+
+
+def pooled(features: Tensor) -> Tensor:
+    """The mean (B, F) of features (B, R, F) over an image's positions; features (B, F) are returned as they are."""
+    return features.mean(dim=1) if features.dim() == 3 else features
+
+
+class VectorModel(CaptionModel):
+    """Linear and BatchNorm to one vector of an image, and an LSTM over it and the words.
+
+    With `image_input="first"` the vector is the LSTM's first input, whose output is no prediction; with `"every-step"`
+    it is concatenated to each word's embedding instead.
+    """
+
+    def __init__(self, config: ModelConfig, *, encoder_trainable: bool = False) -> None:
+        super().__init__(config, encoder_trainable=encoder_trainable)
+        self._image_first = config.image_input == "first"
+        self.project = nn.Linear(self.encoder.num_features, config.embedding_size)
+        self.norm = nn.BatchNorm1d(config.embedding_size, momentum=0.01)
+        self.lstm = _lstm(config.embedding_size * (1 if self._image_first else 2), config.hidden_size)
 
     def encode(self, inputs: Tensor) -> Tensor:
-        """Image embeddings (B, E) of normalised images (B, 3, height, width), or of the encoder's features (B, F)."""
-        features_BF = inputs if inputs.dim() == 2 else self.encoder(inputs)
-        return self.norm(self.project(features_BF)).to(self.embed.weight.dtype)
+        """Vectors (B, E) of normalised images (B, 3, height, width), or of the encoder's features (B, F)."""
+        return self.norm(self.project(self.features(inputs))).to(self.embed.weight.dtype)
 
-    def hidden(self, image_BE: Tensor, captions: PackedCaptions) -> Tensor:
-        """The LSTM's outputs (M, H), which `predict` turns into logits for `captions.targets_M`."""
-        state = self.start(image_BE, rows_N=captions.image_of_caption_N)
+    def hidden(self, images: Tensor, captions: PackedCaptions) -> Tensor:
+        """The LSTM's outputs (M, H)."""
         words_ME = self.drop_input(self.embed(captions.inputs_M))
-        if state is None:
-            words_ME = torch.cat((words_ME, image_BE[captions.image_of_caption_N][_caption_of_token(captions)]), dim=1)
-        hidden_MH, _ = self._recur(PackedSequence(words_ME, captions.batch_sizes_T), state)
-        return self.drop(hidden_MH.data)
+        state = None
+        if self._image_first:  # the LSTM runs over the B images once, and each caption takes its image's row
+            state = tuple(tensor[:, captions.image_of_caption_N] for tensor in _recur(self.lstm, images[None])[1])
+        else:
+            words_ME = torch.cat((words_ME, images[captions.image_of_caption_N][captions.caption_of_token()]), dim=1)
+        return self.drop(_recur(self.lstm, PackedSequence(words_ME, captions.batch_sizes_T), state)[0].data)
 
-    def start(self, image_BE: Tensor, *, rows_N: Tensor) -> LSTMState | None:
-        """The LSTM state (1, N, H) after it has seen the images; None when it sees them at every step.
+    def start(self, images: Tensor, cells_N: Tensor, columns: int) -> DecoderState:
+        """The LSTM has seen the images, unless it sees them at every step."""
+        lstm = _zero_state(self.lstm, len(images), like=images)
+        if self._image_first:
+            lstm = _step(self.lstm, images, lstm)
+        image_of_caption_N = cells_N // columns
+        return DecoderState(tuple(tensor[image_of_caption_N] for tensor in lstm), (images,), cells_N, columns)
 
-        The LSTM runs over the B images once, and each of the N captions takes its image's row.
-        """
-        if self.config.image_input == "every-step":
-            return None
-        _, (hidden_1BH, cell_1BH) = self._recur(image_BE[None], None)
-        return hidden_1BH[:, rows_N], cell_1BH[:, rows_N]
-
-    def advance(self, tokens_N: Tensor, state: LSTMState | None, image_NE: Tensor) -> tuple[Tensor, LSTMState]:
-        """One decoding step: logits (N, V) of the next token, and the new state."""
+    def advance(self, tokens_N: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState, Tensor | None]:
+        """Without attention."""
         words_NE = self.embed(tokens_N)
-        if self.config.image_input == "every-step":
-            words_NE = torch.cat((words_NE, image_NE), dim=1)
-        hidden_1NH, state = self._recur(words_NE[None], state)
-        return self.predict(hidden_1NH[0]), state
-
-    def _recur(self, inputs: Any, state: LSTMState | None) -> tuple[Any, LSTMState]:
-        """The LSTM, in float32 under any autocast: on the CPU autocast mixes types that the LSTM refuses."""
-        with torch.autocast(self.embed.weight.device.type, enabled=False):
-            return self.lstm(inputs, state)
+        if not self._image_first:
+            (images,) = state.memory
+            words_NE = torch.cat((words_NE, images[state.cells_N // state.columns]), dim=1)
+        lstm = _step(self.lstm, words_NE, state.lstm)
+        return self.predict(lstm[0]), replace(state, lstm=lstm), None
 
 
-def init_forget_bias(lstm: nn.LSTM) -> None:
-    """Set the forget gates' bias to 1, half in each of LSTM's two biases, so that the state starts out persistent."""
+class AttentionModel(CaptionModel):
+    """An LSTM over the words whose output, at each step, looks at the positions of the encoder's feature map.
+
+    What it sees joins the output after the LSTM (Luong et al., EMNLP 2015), not before it: so the LSTM runs over all
+    steps of packed captions at once, and attention over all their tokens. The mean of the positions is the LSTM's first
+    input, whose output is no prediction.
+    """
+
+    def __init__(self, config: ModelConfig, *, encoder_trainable: bool = False) -> None:
+        super().__init__(config, encoder_trainable=encoder_trainable)
+        embedding, hidden = config.embedding_size, config.hidden_size
+        self.norm_features = nn.LayerNorm(self.encoder.num_features)  # they differ in scale from encoder to encoder
+        self.project = nn.Linear(self.encoder.num_features, hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.summarise = nn.Linear(hidden, embedding)
+        self.lstm = _lstm(embedding, hidden)
+        self.attention = Attention(hidden)
+        self.combine = nn.Linear(2 * hidden, hidden)
+
+    def encode(self, inputs: Tensor) -> Tensor:
+        """Positions (B, R, H) of normalised images (B, 3, height, width), or of the encoder's features (B, R, F)."""
+        features_BRF = self.norm_features(self.features(inputs))
+        return self.norm(self.project(features_BRF)).to(self.embed.weight.dtype)
+
+    def hidden(self, images: Tensor, captions: PackedCaptions) -> Tensor:
+        """The LSTM's outputs joined with what they see (M, H), in float32 under any autocast."""
+        with torch.autocast(images.device.type, enabled=False):
+            summary_1BE = self.summarise(images.mean(dim=1))[None]
+            state = tuple(tensor[:, captions.image_of_caption_N] for tensor in _recur(self.lstm, summary_1BE)[1])
+            words_ME = self.drop_input(self.embed(captions.inputs_M))
+            output_MH = _recur(self.lstm, PackedSequence(words_ME, captions.batch_sizes_T), state)[0].data
+            memory = self.attention.remember(images)
+            seen_MH, _ = self.attention(output_MH, memory, captions.cells_M, captions.columns)
+            return self.drop(self._join(output_MH, seen_MH))
+
+    def start(self, images: Tensor, cells_N: Tensor, columns: int) -> DecoderState:
+        """The LSTM has seen the mean of the images' positions."""
+        zeros = _zero_state(self.lstm, len(images), like=images)
+        lstm = _step(self.lstm, self.summarise(images.mean(dim=1)), zeros)
+        image_of_caption_N = cells_N // columns
+        memory = self.attention.remember(images)
+        return DecoderState(tuple(tensor[image_of_caption_N] for tensor in lstm), memory, cells_N, columns)
+
+    def advance(self, tokens_N: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState, Tensor | None]:
+        """With the mean attention of the heads."""
+        lstm = _step(self.lstm, self.embed(tokens_N), state.lstm)
+        seen_NH, attention_NR = self.attention(lstm[0], state.memory, state.cells_N, state.columns)
+        return self.predict(self._join(lstm[0], seen_NH)), replace(state, lstm=lstm), attention_NR
+
+    def _join(self, output_NH: Tensor, seen_NH: Tensor) -> Tensor:
+        return self.combine(torch.cat((output_NH, seen_NH), dim=1)).tanh()
+
+
+class Attention(nn.Module):
+    """Scaled dot-product attention with several heads, of captions to the positions of their images.
+
+    All captions of an image use its keys and values where they are: its queries are side by side in a row of a table of
+    B rows and K columns.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.num_heads = math.gcd(width, MAX_HEADS)
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+
+    def remember(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values (B, heads, R, H / heads) of positions (B, R, H)."""
+        return self._split(self.key(images)), self._split(self.value(images))
+
+    def forward(
+        self, inputs_NH: Tensor, memory: tuple[Tensor, ...], cells_N: Tensor, columns: int
+    ) -> tuple[Tensor, Tensor]:
+        """What each caption sees (N, H), and the mean attention of its heads to the R positions (N, R)."""
+        keys, values = memory
+        table_CH = inputs_NH.new_zeros((len(keys) * columns, inputs_NH.shape[1]))
+        queries_BKH = table_CH.index_copy(0, cells_N, self.query(inputs_NH)).unflatten(0, (len(keys), columns))
+        scores = self._split(queries_BKH) @ keys.transpose(2, 3) / math.sqrt(keys.shape[3])
+        weights = scores.softmax(dim=3)
+        seen_BKH = (weights @ values).transpose(1, 2).flatten(2)
+        return seen_BKH.flatten(0, 1)[cells_N], weights.mean(dim=1).flatten(0, 1)[cells_N]
+
+    def _split(self, tensor_BRH: Tensor) -> Tensor:
+        return tensor_BRH.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+def build_model(config: ModelConfig, *, encoder_trainable: bool = False) -> CaptionModel:
+    """The model of this configuration, with random weights."""
+    kind = AttentionModel if config.decoder == "attention" else VectorModel
+    return kind(config, encoder_trainable=encoder_trainable)
+
+
+def _lstm(input_size: int, hidden_size: int) -> nn.LSTM:
+    """An LSTM whose state starts out persistent: its forget gates' bias is 1, half in each of its two biases."""
+    lstm = nn.LSTM(input_size, hidden_size)
     with torch.no_grad():
-        gate_size = lstm.hidden_size
         for name in ("bias_ih_l0", "bias_hh_l0"):
-            lstm.get_parameter(name)[gate_size : 2 * gate_size].fill_(0.5)
+            lstm.get_parameter(name)[hidden_size : 2 * hidden_size] = 0.5
+    return lstm
 
 
-def _caption_of_token(captions: PackedCaptions) -> Tensor:
-    """The index, among the N captions, of each of the M packed tokens' caption."""
-    device = captions.inputs_M.device
-    return torch.cat([torch.arange(size, device=device) for size in captions.batch_sizes_T.tolist()])
+def _zero_state(lstm: nn.LSTM, num_rows: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
+    zeros = like.new_zeros((num_rows, lstm.hidden_size))
+    return zeros, zeros
+
+
+def _recur(lstm: nn.LSTM, inputs: Any, state: tuple[Tensor, ...] | None = None) -> tuple[Any, tuple[Tensor, Tensor]]:
+    """The LSTM over sequences, in float32 under any autocast: on the CPU autocast mixes types that it refuses."""
+    with torch.autocast(lstm.get_parameter("weight_ih_l0").device.type, enabled=False):
+        return lstm(inputs, state)
+
+
+def _step(lstm: nn.LSTM, inputs_NE: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """One step of an LSTM: the next hidden and cell state, each (N, H)."""
+    return torch.lstm_cell(inputs_NE, state, *lstm.all_weights[0])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from safetensors.numpy import save as save_arrays
 from tiny import write_shards
-from tiny_model import DECODING, VIEW, VOCABULARY, make_model, pack, write_model
+from tiny_model import DECODING, FORMS, VIEW, VOCABULARY, Form, make_model, pack, write_model
 from trainer import run_training
 
 from captioner.calibration import (
@@ -37,7 +37,6 @@ from captioner.errors import UserError
 from captioner.images.views import ViewSpec, normalise, read_eval_view
 from captioner.model.bundle import Bundle, DecodingDefaults, load_bundle
 from captioner.model.encoders import Encoder, load_encoder_weights
-from captioner.model.network import ImageInput
 from captioner.streaming.dataset import read_split
 from train.data.batches import CaptionBatch, caption_loader
 from train.evaluate import main as evaluate
@@ -419,10 +418,10 @@ def test_features_of_large_splits_are_those_of_pictures_at_equal_distances(
     assert torch.allclose(sample_features(evaluator), all_BF[::3], atol=1e-5)
 
 
-@pytest.mark.parametrize("image_input", ["first", "every-step"])
-def test_validation_scores_captions_in_the_precision_of_captioning(image_input: ImageInput) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_validation_scores_captions_in_the_precision_of_captioning(form: Form) -> None:
     """Training in bfloat16; cached features, which no encoder rounds once more, are the inputs."""
-    bundle = Bundle(model=make_model(image_input), view=VIEW, vocabulary=VOCABULARY, decoding=DECODING, name="abc")
+    bundle = Bundle(model=make_model(form), view=VIEW, vocabulary=VOCABULARY, decoding=DECODING, name="abc")
     features_BF = torch.rand(NUM_IMAGES, bundle.model.encoder.num_features)
     captions = pack([[[4, 5]]] * NUM_IMAGES, max_tokens=7)
     names = [str(number) for number in range(NUM_IMAGES)]

@@ -1,5 +1,6 @@
 """ONNX files caption as PyTorch does, with the very code that their README shows."""
 
+import copy
 import json
 import re
 import runpy
@@ -15,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 from tiny import picture
-from tiny_model import VIEW, VOCABULARY, caption_views, make_model, make_views
+from tiny_model import FORMS, VIEW, VOCABULARY, Form, caption_views, make_model, make_views, set_statistics
 
 from captioner.describe import Captioner
 from captioner.errors import UserError
 from captioner.images.views import ViewSpec, normalise, read_eval_view
 from captioner.model.bundle import Bundle, DecodingDefaults, save_bundle
 from captioner.model.encoders import load_encoder_weights
-from captioner.model.network import CaptionModel, ImageInput, ModelConfig
+from captioner.model.network import ModelConfig, build_model
 from captioner.vocabulary import Vocabulary
 from infer import export, onnx_files
 from infer.onnx_files import readme
@@ -36,11 +37,11 @@ for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package, reason="exporting needs pip install -e '.[onnx]'")
 
 
-def tiny_bundle(image_input: ImageInput) -> Bundle:
-    return Bundle(model=make_model(image_input), view=VIEW, vocabulary=VOCABULARY, decoding=DECODING, name="")
+def tiny_bundle(form: Form) -> Bundle:
+    return Bundle(model=make_model(form), view=VIEW, vocabulary=VOCABULARY, decoding=DECODING, name="")
 
 
-@pytest.fixture(scope="module", params=["first", "every-step"])
+@pytest.fixture(scope="module", params=FORMS)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Path]:
     """A model and its ONNX folder, in which the README's code was saved as it says."""
     bundle, folder = tiny_bundle(request.param), tmp_path_factory.mktemp("exported") / "onnx"
@@ -129,7 +130,7 @@ def test_numbers_that_differ_are_refused(
 ) -> None:
     """As from a wrong exporter: the files are those of another model."""
     bundle, folder = exported
-    other = tiny_bundle(bundle.model.config.image_input)
+    other = replace(bundle, model=copy.deepcopy(bundle.model))
     with torch.no_grad():
         other.model.norm.bias.add_(0.01)
     monkeypatch.setattr(onnx_files, "_write", lambda _, path, **options: shutil.copy(folder / path.name, path))
@@ -156,12 +157,11 @@ def test_captions_of_real_pictures_are_pytorchs(tmp_path: Path, monkeypatch: pyt
     views = np.stack([read_eval_view(data, view)[0] for data in pictures])
     vocabulary = Vocabulary.from_counts({f"w{number}": 1 for number in range(500)}, threshold=1)
     config = ModelConfig(encoder="squeezenet1_1", vocabulary_size=len(vocabulary), hidden_size=64, embedding_size=64)
-    model = CaptionModel(config)
+    model = build_model(config)
     load_encoder_weights(model.encoder, name="squeezenet1_1", weights=str(WEIGHTS))
     with torch.no_grad():
         model.predict.weight.mul_(8)
-        model.norm.momentum = 1.0
-        model.encode(normalise(torch.from_numpy(views), view))
+    set_statistics(model, normalise(torch.from_numpy(views), view))
     bundle = Bundle(model=model.eval(), view=view, vocabulary=vocabulary, decoding=DECODING, name="")
     onnx_files.export(bundle, tmp_path / "onnx")
     wanted = pytorch_tokens(bundle, views)

@@ -31,7 +31,7 @@ from captioner.model.encoders import (
     load_encoder_weights,
     preprocessing,
 )
-from captioner.model.network import CaptionModel, ModelConfig
+from captioner.model.network import ModelConfig, build_model
 
 SQUEEZENET = Path(__file__).parents[3] / "shared/data/weights/squeezenet1_1.pth"
 SMALL = (
@@ -415,7 +415,7 @@ def test_an_encoder_without_default_weights_says_so() -> None:
 
 
 def test_nothing_else_of_the_model_is_touched_by_weights(tmp_path: Path) -> None:
-    model = CaptionModel(ModelConfig(encoder="small_cnn", vocabulary_size=10, embedding_size=6, hidden_size=7))
+    model = build_model(ModelConfig(encoder="small_cnn", vocabulary_size=10, embedding_size=6, hidden_size=7))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     path = tmp_path / "weights.pth"
     torch.save(full_state(), path)

@@ -1,29 +1,27 @@
 """The model against a plain reference, and what freezing promises."""
 
-from typing import cast
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import pytest
 import torch
-from tiny_model import logits, pack
-from torch import Tensor
+from tiny_model import FORMS, Form, attend, form_options, logits, pack
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from captioner.model.network import CaptionModel, ImageInput, ModelConfig
+from captioner.model.network import AttentionModel, CaptionModel, ModelConfig, VectorModel, build_model
 from captioner.vocabulary import END, START
 from train.step.batch_norm import synchronise_batch_norm
 
-FORMS: tuple[ImageInput, ...] = ("first", "every-step")
 CAPTIONS = [[[4, 5, 6], [7], [9, 8, 7, 6, 5, 4]], [[5, 5]], [[6, 4, 9, 8], [8, 4, 9, 6, 7]]]
 """Of three images; with at most 4 tokens two are cut, and one is exactly as long as allowed."""
 MAX_TOKENS = 4
 
 
-def make_model(image_input: ImageInput = "first", *, trainable: bool = False, seed: int = 0) -> CaptionModel:
+def make_model(form: Form = "first", *, trainable: bool = False, seed: int = 0) -> CaptionModel:
     torch.manual_seed(seed)
-    config = ModelConfig(
-        encoder="small_cnn", vocabulary_size=10, embedding_size=6, hidden_size=7, image_input=image_input
-    )
-    return CaptionModel(config, encoder_trainable=trainable)
+    config = ModelConfig(encoder="small_cnn", vocabulary_size=10, embedding_size=6, hidden_size=8, **form_options(form))
+    return build_model(config, encoder_trainable=trainable)
 
 
 def make_images(num_images: int, *, seed: int = 0, sides: int = 32) -> Tensor:
@@ -33,41 +31,76 @@ def make_images(num_images: int, *, seed: int = 0, sides: int = 32) -> Tensor:
 # ---- loss and gradients -------------------------------------------------------------------------------------
 
 
-def reference_loss(model: CaptionModel, images: Tensor, captions_of_images: list[list[list[int]]]) -> Tensor:
-    """Summed cross-entropy, one caption and one token at a time, with the LSTM and batch norm written out."""
-    projected_BE = model.encoder(images) @ model.project.weight.T + model.project.bias
+class Cell:
+    """One step of an LSTM, written out."""
+
+    def __init__(self, lstm: nn.LSTM) -> None:
+        self.weights = {name: cast(Tensor, parameter) for name, parameter in lstm.named_parameters()}
+        self.hidden_H = self.cell_H = self.weights["bias_ih_l0"].new_zeros(lstm.hidden_size)
+
+    def __call__(self, input_E: Tensor) -> Tensor:
+        gates = self.weights["weight_ih_l0"] @ input_E + self.weights["bias_ih_l0"]
+        gates = gates + self.weights["weight_hh_l0"] @ self.hidden_H + self.weights["bias_hh_l0"]
+        entry, forget, candidate, out = gates.chunk(4)
+        self.cell_H = forget.sigmoid() * self.cell_H + entry.sigmoid() * candidate.tanh()
+        self.hidden_H = out.sigmoid() * self.cell_H.tanh()
+        return self.hidden_H
+
+
+def vector_states(model: VectorModel, features_BF: Tensor) -> Iterator[Callable[[], Callable[[Tensor], Tensor]]]:
+    """For each image a function that makes, for a caption, functions of a word's embedding to the last hidden state."""
+    projected_BE = features_BF @ model.project.weight.T + model.project.bias
     mean_E, variance_E = projected_BE.mean(dim=0), projected_BE.var(dim=0, unbiased=False)
     normal_BE = (projected_BE - mean_E) / (variance_E + model.norm.eps).sqrt()
-    image_BE = normal_BE * model.norm.weight + model.norm.bias
-    weights = {name: cast(Tensor, parameter) for name, parameter in model.lstm.named_parameters()}
+    for image_E in normal_BE * model.norm.weight + model.norm.bias:
 
-    def cell(input_E: Tensor, hidden_H: Tensor, cell_H: Tensor) -> tuple[Tensor, Tensor]:
-        gates = weights["weight_ih_l0"] @ input_E + weights["bias_ih_l0"]
-        gates = gates + weights["weight_hh_l0"] @ hidden_H + weights["bias_hh_l0"]
-        entry, forget, candidate, out = gates.chunk(4)
-        cell_H = forget.sigmoid() * cell_H + entry.sigmoid() * candidate.tanh()
-        return out.sigmoid() * cell_H.tanh(), cell_H
+        def start(image_E: Tensor = image_E) -> Callable[[Tensor], Tensor]:
+            cell = Cell(model.lstm)
+            if model.config.image_input == "every-step":
+                return lambda word_E: cell(torch.cat((word_E, image_E)))
+            cell(image_E)
+            return cell
 
+        yield start
+
+
+def attention_states(model: AttentionModel, features_BRF: Tensor) -> Iterator[Callable[[], Callable[[Tensor], Tensor]]]:
+    """The same with attention."""
+    for features_RF in features_BRF:
+        image_RH = model.norm(model.norm_features(features_RF) @ model.project.weight.T + model.project.bias)
+
+        def start(image_RH: Tensor = image_RH) -> Callable[[Tensor], Tensor]:
+            cell = Cell(model.lstm)
+            cell(model.summarise(image_RH.mean(dim=0)))
+
+            def step(word_E: Tensor) -> Tensor:
+                hidden_H = cell(word_E)
+                seen_H = attend(model, hidden_H, image_RH)
+                return (model.combine.weight @ torch.cat((hidden_H, seen_H)) + model.combine.bias).tanh()
+
+            return step
+
+        yield start
+
+
+def reference_loss(model: CaptionModel, images: Tensor, captions_of_images: list[list[list[int]]]) -> Tensor:
+    """Summed cross-entropy, one caption and one token at a time, with all but layer norm written out."""
+    states: Any = attention_states if isinstance(model, AttentionModel) else vector_states
     loss = torch.zeros((), dtype=images.dtype)
-    for image_E, captions in zip(image_BE, captions_of_images, strict=True):
+    for start, captions in zip(states(model, model.encoder(images)), captions_of_images, strict=True):
         for words in captions:
             targets = [*words, END][: max(MAX_TOKENS, len(words) + 1 if len(words) <= MAX_TOKENS else 0)]
-            hidden_H = cell_H = torch.zeros(model.lstm.hidden_size, dtype=images.dtype)
-            if model.config.image_input == "first":
-                hidden_H, cell_H = cell(image_E, hidden_H, cell_H)
+            step = start()
             for token, target in zip([START, *words], targets, strict=False):
-                word_E = model.embed.weight[token]
-                inputs = word_E if model.config.image_input == "first" else torch.cat((word_E, image_E))
-                hidden_H, cell_H = cell(inputs, hidden_H, cell_H)
-                logits_V = model.predict.weight @ hidden_H + model.predict.bias
+                logits_V = model.predict.weight @ step(model.embed.weight[token]) + model.predict.bias
                 loss = loss - (logits_V[target] - logits_V.exp().sum().log())
     return loss
 
 
-@pytest.mark.parametrize("image_input", FORMS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("trainable", [False, True])
-def test_loss_and_every_gradient_equal_the_unpacked_reference(image_input: ImageInput, trainable: bool) -> None:
-    model = make_model(image_input, trainable=trainable).double().train()
+def test_loss_and_every_gradient_equal_the_unpacked_reference(form: Form, trainable: bool) -> None:
+    model = make_model(form, trainable=trainable).double().train()
     images = make_images(3).double()
     packed = pack(CAPTIONS, max_tokens=MAX_TOKENS)
     loss = cross_entropy(logits(model, images, packed), packed.targets_M, reduction="sum")
@@ -80,8 +113,8 @@ def test_loss_and_every_gradient_equal_the_unpacked_reference(image_input: Image
     wanted = torch.autograd.grad(wanted_loss, parameters)
     for (name, _), gradient, reference in zip(named, found, wanted, strict=True):
         torch.testing.assert_close(gradient, reference, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: name + text)
-        # a bias before batch norm has no effect, all others have
-        assert name == "project.bias" or gradient.abs().max() > 1e-6, name
+        # no effect: a bias before batch norm, or of all keys of an image; all others have one
+        assert name in ("project.bias", "attention.key.bias") or gradient.abs().max() > 1e-6, name
 
 
 # ---- packed captions ----------------------------------------------------------------------------------------

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from tiny import captions_of, write_shards
-from tiny_model import caption_views
+from tiny_model import caption_views, set_statistics
 
 from captioner.errors import UserError
 from captioner.images.views import ViewSpec, normalise
 from captioner.metrics import References, sum_counts
 from captioner.model.bundle import DecodingDefaults, load_bundle, save_bundle
-from captioner.model.network import CaptionModel, ModelConfig
+from captioner.model.network import ModelConfig, build_model
 from captioner.vocabulary import END, Vocabulary, tokenize
 from train.evaluate import main
 from train.evaluation.settings import EvaluateSettings
@@ -357,15 +357,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocabulary, view = Vocabulary.from_counts(dict.fromkeys(words, 9), threshold=1), ViewSpec(size=40, crop=32)
     torch.manual_seed(3)
     config = ModelConfig(encoder="small_cnn", vocabulary_size=len(vocabulary), embedding_size=8, hidden_size=9)
-    model = CaptionModel(config)
+    model = build_model(config)
     with torch.no_grad():
         for parameter in (model.norm.weight, model.predict.weight):
             parameter.mul_(8)
         model.predict.bias[END] += 2.5  # captions of several lengths
-        model.norm.momentum = 1.0
         patches = torch.rand(16, 3, 4, 4)
         pictures = torch.nn.functional.interpolate(patches, size=(32, 32), mode="bicubic").clamp(0, 1)
-        model.encode(normalise((pictures.permute(0, 2, 3, 1) * 255).to(torch.uint8), view))
+    set_statistics(model, normalise((pictures.permute(0, 2, 3, 1) * 255).to(torch.uint8), view))
     folder = tmp_path_factory.mktemp("trained") / "model"
     decoding = DecodingDefaults(beam_size=2, max_tokens=7)
     save_bundle(folder, model=model.eval(), view=view, vocabulary=vocabulary, decoding=decoding, metrics={})

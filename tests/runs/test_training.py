@@ -25,7 +25,7 @@ from trainer import Done, Running, run_training, start_training
 from captioner.images.views import ViewSpec
 from captioner.model.bundle import load_bundle
 from captioner.model.encoders import Encoder
-from captioner.model.network import CaptionModel, ModelConfig
+from captioner.model.network import ModelConfig, build_model
 from captioner.streaming.dataset import read_split
 from scenes import SceneSettings
 from scenes import main as draw_scenes
@@ -177,7 +177,7 @@ def _draw(rank: int, world_size: int, port: int, folder: Path) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
     accelerator = start_accelerator(seed=3)
     config = ModelConfig(encoder="small_cnn", vocabulary_size=10, embedding_size=6, hidden_size=7, dropout=0.5)
-    model = CaptionModel(config, encoder_trainable=True)
+    model = build_model(config, encoder_trainable=True)
     optimizer = make_optimizer(model, 1e-3, encoder_learning_rate=1e-3)
     wrapped, _ = distribute(CaptionLoss(model, view=ViewSpec(size=32, crop=32)), optimizer, accelerator)
     assert not wrapped.broadcast_buffers

@@ -4,19 +4,24 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from tiny import picture
-from torch import Tensor
+from torch import Tensor, nn
 
 from captioner.images.views import ViewSpec, normalise
 from captioner.model.bundle import Bundle, DecodingDefaults, save_bundle
+from captioner.model.captions import PackedCaptions
 from captioner.model.decoding import GeneratedCaption, decode
-from captioner.model.network import CaptionModel, ImageInput, ModelConfig, PackedCaptions
+from captioner.model.network import AttentionModel, CaptionModel, ModelConfig, build_model
 from captioner.vocabulary import Vocabulary
+
+Form = Literal["first", "every-step", "attention"]
+FORMS: tuple[Form, ...] = get_args(Form)
+"""All kinds of decoders: the vector as first input, the vector at every step, and attention."""
 
 VIEW = ViewSpec(size=40, crop=32)
 DECODING = DecodingDefaults(beam_size=2, max_tokens=7)
@@ -34,19 +39,46 @@ def make_views(num_views: int) -> np.ndarray:
     )
 
 
-def make_model(image_input: ImageInput = "first") -> CaptionModel:
+def form_options(form: Form) -> dict[str, Any]:
+    """The fields of ModelConfig that make a model of this form."""
+    return {"decoder": "attention"} if form == "attention" else {"decoder": "vector", "image_input": form}
+
+
+def attend(model: AttentionModel, hidden_H: Tensor, image_RH: Tensor) -> Tensor:
+    """What a hidden state sees of an image's positions (H), one head after the other."""
+    attention = model.attention
+    parts = [
+        layer.chunk(attention.num_heads, dim=-1)
+        for layer in (attention.query(hidden_H), attention.key(image_RH), attention.value(image_RH))
+    ]
+    seen = []
+    for query, keys, values in zip(*parts, strict=True):
+        weights_R = (keys @ query / len(query) ** 0.5).exp()
+        seen.append((weights_R / weights_R.sum()) @ values)
+    return torch.cat(seen)
+
+
+def make_model(form: Form = "first") -> CaptionModel:
     """A model with large weights, and statistics of pictures like these."""
     torch.manual_seed(3)
     config = ModelConfig(
-        encoder="small_cnn", vocabulary_size=len(VOCABULARY), embedding_size=8, hidden_size=9, image_input=image_input
+        encoder="small_cnn", vocabulary_size=len(VOCABULARY), embedding_size=8, hidden_size=9, **form_options(form)
     )
-    model = CaptionModel(config)
+    model = build_model(config)
     with torch.no_grad():
         for parameter in (model.norm.weight, model.predict.weight):
             parameter.mul_(8)
-        model.norm.momentum = 1.0
-        model.encode(normalise(torch.from_numpy(make_views(8)), VIEW))
+    set_statistics(model, normalise(torch.from_numpy(make_views(8)), VIEW))
     return model.eval()
+
+
+@torch.no_grad()
+def set_statistics(model: CaptionModel, images: Tensor) -> None:
+    """Give batch norm the statistics of these normalised images, under which they differ; attention has none."""
+    if isinstance(model.norm, nn.BatchNorm1d):
+        model.norm.momentum = 1.0
+        model.norm.train()
+        model.encode(images)
 
 
 def caption_views(bundle: Bundle, views_BPP3: np.ndarray, **changed: Any) -> list[GeneratedCaption]:

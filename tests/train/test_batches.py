@@ -519,4 +519,4 @@ def test_only_pinned_memory_is_left_before_its_copy_is_made(
         torch.Tensor, "to", lambda tensor, _device, *, non_blocking: left.append(non_blocking) or tensor
     )
     shared_dataset.read()[0].to(torch.device(device))
-    assert left == [pinned and device in ("cuda", "xpu")] * 4
+    assert left == [pinned and device in ("cuda", "xpu")] * 5

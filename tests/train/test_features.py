@@ -16,7 +16,7 @@ from trainer import run_training
 
 from captioner.errors import UserError
 from captioner.images.views import ViewSpec
-from captioner.model.network import CaptionModel, ModelConfig
+from captioner.model.network import ModelConfig, build_model
 from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import Split, read_split
 from captioner.streaming.reader import SampleError
@@ -56,7 +56,7 @@ class Setting:
         self.vocabulary: Vocabulary = read_merged_vocabulary([str(shards)])
         torch.manual_seed(seed)
         config = ModelConfig(encoder="small_cnn", vocabulary_size=len(self.vocabulary), embedding_size=8, hidden_size=9)
-        self.loss_model = CaptionLoss(CaptionModel(config), view=view)
+        self.loss_model = CaptionLoss(build_model(config), view=view)
         self.cache = str(shards / "cache")
         self.open_loader = partial(
             caption_loader,
@@ -207,7 +207,7 @@ def test_a_picture_that_could_not_be_read_stays_out(shards: Path) -> None:
 def test_another_encoder_has_another_fingerprint() -> None:
     def fingerprint(seed: int, view: ViewSpec = VIEW) -> str:
         torch.manual_seed(seed)
-        return encoder_fingerprint(CaptionModel(ModelConfig(encoder="small_cnn", vocabulary_size=5)).encoder, view)
+        return encoder_fingerprint(build_model(ModelConfig(encoder="small_cnn", vocabulary_size=5)).encoder, view)
 
     assert fingerprint(0) == fingerprint(0)
     assert len({fingerprint(0), fingerprint(1), fingerprint(0, ViewSpec(size=32, crop=20))}) == 3
@@ -235,5 +235,5 @@ def test_two_ranks_make_them_together_and_train(shards: Path, tmp_path: Path) ->
 def _save_encoder(path: Path) -> None:
     from safetensors.torch import save_file
 
-    model = CaptionModel(ModelConfig(encoder="small_cnn", vocabulary_size=5))
+    model = build_model(ModelConfig(encoder="small_cnn", vocabulary_size=5))
     save_file({name: tensor.contiguous() for name, tensor in model.encoder.backbone.state_dict().items()}, path)

@@ -9,13 +9,13 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_model import caption_views, logits, pack
+from tiny_model import FORMS, Form, caption_views, form_options, logits, pack, set_statistics
 from torch.nn.functional import cross_entropy
 
 from captioner.errors import UserError
 from captioner.images.views import ViewSpec, normalise
 from captioner.model.bundle import Bundle, DecodingDefaults, load_bundle, save_bundle
-from captioner.model.network import CaptionModel, ImageInput, ModelConfig
+from captioner.model.network import ModelConfig, build_model
 from captioner.streaming.dataset import read_split
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
 from train.data.folders import check_fits
@@ -27,21 +27,19 @@ WORDS = ["a", "sits", "red", "table", *(f"known-{number}" for number in range(10
 KNOWN = Vocabulary.from_counts(dict.fromkeys(WORDS, 9), threshold=1)
 NEW = {0: {}, 1: {"zebra": 2}, 500: {f"new-{number}": 2 for number in range(500)}}
 WORD_ROWS = ("embed.weight", "predict.weight", "predict.bias")
-FORMS: tuple[ImageInput, ...] = ("first", "every-step")
 
 
-def make_bundle(image_input: ImageInput = "first", *, seed: int = 0, sharpness: float = 20.0) -> Bundle:
+def make_bundle(form: Form = "first", *, seed: int = 0, sharpness: float = 20.0) -> Bundle:
     """A random model whose captions depend on the picture: large weights, statistics of pictures like these."""
     torch.manual_seed(seed)
     config = ModelConfig(
-        encoder="small_cnn", vocabulary_size=len(KNOWN), embedding_size=8, hidden_size=9, image_input=image_input
+        encoder="small_cnn", vocabulary_size=len(KNOWN), embedding_size=8, hidden_size=9, **form_options(form)
     )
-    model = CaptionModel(config)
+    model = build_model(config)
     with torch.no_grad():
         model.norm.weight.mul_(8)
         model.predict.weight.mul_(sharpness)
-        model.norm.momentum = 1.0
-        model.encode(make_images(8))
+    set_statistics(model, make_images(8))
     decoding = DecodingDefaults(beam_size=3, max_tokens=7)
     return Bundle(model=model.eval(), view=VIEW, vocabulary=KNOWN, decoding=decoding, name="random")
 
@@ -63,9 +61,9 @@ def extend(bundle: Bundle, num_new: int, *, trainable: bool = False) -> Bundle:
 
 
 @pytest.mark.parametrize("num_new", [0, 1, 500])
-@pytest.mark.parametrize("image_input", FORMS)
-def test_everything_known_is_kept(image_input: ImageInput, num_new: int) -> None:
-    bundle = make_bundle(image_input)
+@pytest.mark.parametrize("form", FORMS)
+def test_everything_known_is_kept(form: Form, num_new: int) -> None:
+    bundle = make_bundle(form)
     extended = extend(bundle, num_new, trainable=True)
     assert extended.model.config == replace(bundle.model.config, vocabulary_size=len(KNOWN) + num_new)
     before, after = bundle.model.state_dict(), extended.model.state_dict()
@@ -85,10 +83,10 @@ def test_the_encoder_is_trainable_when_it_is_to_be(trainable: bool) -> None:
 
 
 @pytest.mark.parametrize("num_new", [1, 500])
-@pytest.mark.parametrize("image_input", FORMS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("beam_size", [1, 3])
-def test_captions_are_the_same_before_training(image_input: ImageInput, num_new: int, beam_size: int) -> None:
-    bundle = make_bundle(image_input)
+def test_captions_are_the_same_before_training(form: Form, num_new: int, beam_size: int) -> None:
+    bundle = make_bundle(form)
     wanted = caption_views(bundle, make_views(8), beam_size=beam_size)
     found = caption_views(extend(bundle, num_new), make_views(8), beam_size=beam_size)
     assert len({tuple(caption.tokens) for caption in wanted}) > 3

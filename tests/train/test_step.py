@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from captioner.errors import UserError
 from captioner.images.views import ViewSpec, normalise
-from captioner.model.network import CaptionModel, ModelConfig
+from captioner.model.network import CaptionModel, ModelConfig, build_model
 from captioner.vocabulary import START
 from train.data.batches import CaptionBatch
 from train.settings import Schedule
@@ -34,7 +34,7 @@ def accelerator() -> Accelerator:
 def make_model(*, trainable: bool = False) -> CaptionModel:
     torch.manual_seed(0)
     config = ModelConfig(encoder="small_cnn", vocabulary_size=10, embedding_size=6, hidden_size=7)
-    return CaptionModel(config, encoder_trainable=trainable).train()
+    return build_model(config, encoder_trainable=trainable).train()
 
 
 def make_batch(captions: Sequence[list[list[int]]], *, first_image: int = 0) -> CaptionBatch:

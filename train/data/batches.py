@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 from captioner.errors import UserError
 from captioner.images import loading, views
 from captioner.images.decoder_output import own_stderr
-from captioner.model.network import PackedCaptions
+from captioner.model.captions import PackedCaptions
 from captioner.samples import CaptionFields, is_caption_field, read_content
 from captioner.shards.format import RESTORE
 from captioner.shards.splitmix import random_integer

@@ -9,7 +9,6 @@ from itertools import chain
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -18,6 +17,7 @@ from captioner.calibration import MIN_IMAGES, Calibration, fit_confidence, fit_s
 from captioner.errors import UserError
 from captioner.metrics import References
 from captioner.model.bundle import Bundle, save_calibration
+from captioner.model.network import pooled
 from captioner.streaming.dataset import Split
 from train.evaluation.predictions import ValidationCaption
 from train.evaluation.validation import Evaluator
@@ -67,7 +67,7 @@ def are_good(captions: Sequence[ValidationCaption]) -> list[bool]:
 
 
 def sample_features(evaluator: Evaluator) -> Tensor:
-    """The encoder's features (B, F) of every k-th image of the split, in its order, the same on every rank.
+    """The encoder's pooled features (B, F) of every k-th image of the split, in its order, the same on every rank.
 
     These are at most MAX_IMAGES, the same ones for any number of ranks.
     """
@@ -80,8 +80,9 @@ def sample_features(evaluator: Evaluator) -> Tensor:
         world_size=evaluator.accelerator.num_processes,
         every=_stride(evaluator.split.num_samples),
     )
-    found = dict(chain.from_iterable(gather_object([list(rows)])))
-    return torch.from_numpy(np.stack([found[position] for position in sorted(found)]))
+    own = [(position, pooled(torch.from_numpy(features)[None])[0]) for position, features in rows]
+    found = dict(chain.from_iterable(gather_object([own])))
+    return torch.stack([found[position] for position in sorted(found)])
 
 
 def check_enough(split: Split) -> None:

@@ -88,10 +88,10 @@ class Evaluator:
                 continue
             on_device = batch.to(self.accelerator.device)
             with self.accelerator.autocast():
-                features_BF = loss_model.features(on_device.inputs)
-                _, cross_entropy = loss_model(features_BF, on_device.captions)
+                features = loss_model.features(on_device.inputs)
+                _, cross_entropy = loss_model(features, on_device.captions)
             loss_sum, num_targets = loss_sum + float(cross_entropy), num_targets + batch.num_targets
-            rows += self._caption(batch, features_BF.float())
+            rows += self._caption(batch, features.float())
         loss_model.train(was_training)
         loss_sums, nums_targets = zip(*gather_object([(loss_sum, num_targets)]), strict=True)
         loss = StepLoss(sum(loss_sums), sum(nums_targets))
@@ -106,9 +106,9 @@ class Evaluator:
             raise UserError(f"none of the {self.split.num_samples:,} {self.split.name} samples can be used: {ledger}")
         return {"validation_loss": loss.per_token, "validation_perplexity": loss.perplexity}, rows, ledger
 
-    def _caption(self, batch: CaptionBatch, features_BF: Tensor) -> list[ValidationCaption]:
+    def _caption(self, batch: CaptionBatch, features: Tensor) -> list[ValidationCaption]:
         model = self.loss_model.model
-        captions = decode(model, model.encode(features_BF), **asdict(self.decoding))
+        captions = decode(model, model.encode(features), **asdict(self.decoding))
         columns = zip(batch.positions, batch.image_ids, batch.references, captions, strict=True)
         return [
             ValidationCaption(

@@ -16,7 +16,7 @@ from captioner.flags import flag_name
 from captioner.images.views import ViewSpec
 from captioner.model.bundle import Bundle, load_bundle
 from captioner.model.encoders import Encoder, check_crop, load_encoder_weights, preprocessing
-from captioner.model.network import CaptionModel, ModelConfig
+from captioner.model.network import CaptionModel, ModelConfig, build_model
 from captioner.streaming.dataset import Split
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
 from train.barriers import raising_on_all_ranks
@@ -41,6 +41,8 @@ def choose_start(settings: TrainSettings, data: CaptionData) -> tuple[TrainSetti
     """
     initial = load_bundle(settings.init) if settings.init else None
     settings = complete(settings, initial)
+    if settings.decoder == "attention" and settings.image_input == "every-step":
+        raise UserError("--image-input every-step is of the vector decoder: add --decoder vector, or leave it out")
     vocabulary = initial.vocabulary.extended(data.vocabulary) if initial else data.vocabulary
     encoder = settings.model_config(len(vocabulary)).encoder
     view = choose_view(data.splits, encoder=encoder, crop=settings.crop, initial=initial)
@@ -94,7 +96,7 @@ def make_loss_model(
         )
     with raising_on_all_ranks():
         if start.initial is None:
-            model = CaptionModel(config, encoder_trainable=trainable)
+            model = build_model(config, encoder_trainable=trainable)
         else:
             model = start_from(start.initial, config, encoder_trainable=trainable)
         _check_crop(model.encoder, name=config.encoder, crop=start.view.crop)
@@ -137,7 +139,7 @@ def start_from(bundle: Bundle, config: ModelConfig, *, encoder_trainable: bool) 
     num_new = config.vocabulary_size - len(bundle.vocabulary)
     if num_new:
         trained |= _with_new_words(trained, num_new=num_new)
-    model = CaptionModel(config, encoder_trainable=encoder_trainable)
+    model = build_model(config, encoder_trainable=encoder_trainable)
     model.load_state_dict(trained)
     return model
 

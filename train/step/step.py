@@ -1,6 +1,6 @@
 """One optimizer step: the loss over the target tokens of all ranks and micro-batches, its gradients, the update.
 
-Shapes: B images, M target tokens, F features of an image, E embedding width, H hidden width, V vocabulary.
+Shapes: B images, M target tokens, H hidden width, V vocabulary.
 """
 
 import hashlib
@@ -21,7 +21,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from captioner.errors import UserError
 from captioner.images.views import ViewSpec, normalise
-from captioner.model.network import CaptionModel, PackedCaptions
+from captioner.model.captions import PackedCaptions
+from captioner.model.network import CaptionModel
 from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import Split
 from train.data.batches import PINNED_FOR, CaptionBatch
@@ -89,8 +90,8 @@ class CaptionLoss(nn.Module):
             set_encoder_trainable(self.model, step > self.thaw_step)
 
     def features(self, inputs: Tensor) -> Tensor:
-        """The encoder's features (B, F) of uint8 views; cached features are returned as they are."""
-        return inputs if inputs.dim() == 2 else self.model.encoder(normalise(inputs, self.view))
+        """The encoder's features of uint8 views; cached features are returned as they are."""
+        return self.model.features(normalise(inputs, self.view)) if inputs.dim() == 4 else inputs.float()
 
     def forward(self, inputs: Tensor, captions: PackedCaptions) -> tuple[Tensor, Tensor]:
         """(objective, plain cross-entropy), each summed over the tokens, of uint8 views or cached features.
@@ -98,10 +99,10 @@ class CaptionLoss(nn.Module):
         In training labels are smoothed, and some input words replaced by the model's own predictions.
         """
         model = self.model
-        image_BE = model.encode(self.features(inputs))
+        images = model.encode(self.features(inputs))
         if self.training and self.sampled_fraction:
-            captions = sample_inputs(model, image_BE, captions, fraction=self.sampled_fraction)
-        hidden_MH = model.hidden(image_BE, captions)
+            captions = sample_inputs(model, images, captions, fraction=self.sampled_fraction)
+        hidden_MH = model.hidden(images, captions)
         smoothing = self.label_smoothing if self.training else 0.0
         weight_VH, bias_V = model.predict.weight, model.predict.bias
         return linear_cross_entropy(hidden_MH, weight_VH, bias_V, captions.targets_M, label_smoothing=smoothing)
@@ -116,7 +117,7 @@ def encode_split(
     world_size: int,
     **options: Any,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The encoder's features (F), float32, of a split's images, each after the image's position.
+    """The encoder's features of a split's images, float32, each after the image's position in the split.
 
     `open_loader` opens a loader of a split on `world_size` ranks, with these options.
     """
@@ -126,14 +127,12 @@ def encode_split(
     ) as loader:
         for (batch,) in loader:
             with torch.no_grad(), accelerator.autocast():
-                features_BF = loss_model.features(batch.to(accelerator.device).inputs)
-            yield from zip(batch.positions, features_BF.float().cpu().numpy(), strict=False)  # without a filler's row
+                features = loss_model.features(batch.to(accelerator.device).inputs)
+            yield from zip(batch.positions, features.float().cpu().numpy(), strict=False)  # without a filler's row
 
 
 @torch.no_grad()
-def sample_inputs(
-    model: CaptionModel, image_BE: Tensor, captions: PackedCaptions, *, fraction: float
-) -> PackedCaptions:
+def sample_inputs(model: CaptionModel, images: Tensor, captions: PackedCaptions, *, fraction: float) -> PackedCaptions:
     """The captions with a fraction of their input words sampled from the model's predictions after the true ones.
 
     Scheduled sampling (Bengio et al., NeurIPS 2015) in two passes over all words at once, as Mihaylova and Martins (ACL
@@ -146,8 +145,8 @@ def sample_inputs(
     replaced = (torch.rand(num_inputs - first) < fraction).nonzero()[:, 0]
     if not len(replaced):
         return captions
-    before, after = (_to_device(rows, image_BE.device) for rows in (before_M[replaced], replaced + first))
-    logits_RV = model.predict(model.hidden(image_BE, captions)[before]).float()
+    before, after = (_to_device(rows, images.device) for rows in (before_M[replaced], replaced + first))
+    logits_RV = model.predict(model.hidden(images, captions)[before]).float()
     # The argmax of logits with Gumbel noise is a sample of their softmax; `multinomial` would wait, and refuse NaN.
     sampled_R = (logits_RV - torch.empty_like(logits_RV).exponential_().log_()).argmax(dim=1)
     inputs_M = captions.inputs_M.clone()

@@ -103,7 +103,7 @@ def test_features_tell_pictures_apart_at_the_native_size(name: str) -> None:
 
 @pytest.mark.slow
 def test_large_encoders_give_features_at_the_native_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Vector and grid, on the meta device, where shapes are computed and numbers are not; RegNet counts with tensors."""
+    """Vectors and grids on the meta device, where only shapes are computed; RegNet counts its layers with tensors."""
     count_layers = regnet.BlockParams.from_init_params
 
     def count_on_cpu(*args: Any, **options: Any) -> regnet.BlockParams:

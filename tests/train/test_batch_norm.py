@@ -62,7 +62,7 @@ class Scenario:
         if self.activation:
             from timm.layers import BatchNormAct2d
 
-            norm = BatchNormAct2d(CHANNELS, momentum=self.momentum, act_layer=nn.ReLU, inplace=True)
+            norm = BatchNormAct2d(CHANNELS, momentum=self.momentum or 0.1, act_layer=nn.ReLU, inplace=True)
         else:
             norm = (nn.BatchNorm2d if self.image else nn.BatchNorm1d)(CHANNELS, momentum=self.momentum)
         nn.init.normal_(norm.weight)

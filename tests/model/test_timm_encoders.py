@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from captioner.errors import UserError
 from captioner.images.views import ViewSpec, normalise, read_eval_view
+from captioner.model.bundle import DecodingDefaults, load_bundle, save_bundle
 from captioner.model.encoders import (
     Encoder,
     FixedCropError,
@@ -26,6 +28,8 @@ from captioner.model.encoders import (
     load_encoder_weights,
     preprocessing,
 )
+from captioner.model.network import CaptionModel, ModelConfig
+from captioner.vocabulary import Vocabulary
 
 timm = pytest.importorskip("timm", reason="these encoders need pip install -e '.[timm]'")
 
@@ -299,6 +303,21 @@ def test_a_failed_download_names_the_hubs_repository(hub: Path) -> None:
     with pytest.raises(WeightsError, match="delete a damaged one") as error:
         load("default")
     one_line(error)
+
+
+def test_a_model_folder_is_read_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise AssertionError("connected to a server")
+
+    torch.manual_seed(0)
+    vocabulary = Vocabulary.from_counts({"dog": 1}, threshold=1)
+    config = ModelConfig(encoder=TINY, vocabulary_size=len(vocabulary), embedding_size=6, hidden_size=7)
+    model, view = CaptionModel(config).eval(), ViewSpec(size=64, crop=64)
+    decoding = DecodingDefaults()
+    save_bundle(tmp_path, model=model, view=view, vocabulary=vocabulary, decoding=decoding, metrics={})
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    images_B3HW = make_images(2, side=64)
+    assert torch.equal(load_bundle(tmp_path).model.encode(images_B3HW), model.encode(images_B3HW))
 
 
 # ---- real weights -------------------------------------------------------------------------------------------

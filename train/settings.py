@@ -53,11 +53,12 @@ class TrainSettings:
 
     # ---- the model ------------------------------------------------------------------------------------------
     encoder: str | None = None
-    """Any torchvision classification model by name; its pooled features are the decoder's input. Without it resnet152,
-    or that of --init."""
+    """Any classification model of torchvision by name, or of timm (pip install 'captioner[timm]') as timm/NAME.
+    On a laptop's CPU take squeezenet1_1 or timm/tf_efficientnet_lite0; on one GPU resnet101 or timm/convnext_tiny;
+    on several a CLIP ViT, timm/vit_base_patch16_clip_224.openai. Without it resnet152, or that of --init."""
     weights: LocalPath | None = None
-    """Encoder weights: `default` (torchvision's best, downloaded once), `none`, or the path of a state dict. Without it
-    `default`, or those of --init."""
+    """Encoder weights: `default` (torchvision's best or timm's, downloaded once), `none`, or the path of a state dict.
+    Without it `default`, or those of --init."""
     finetune_encoder_from_step: CountOrZero | None = None
     """Train the encoder too, from this optimizer step on (0: from the first). None: it stays frozen, batch norm too."""
     decoder: DecoderKind | None = None

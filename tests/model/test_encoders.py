@@ -121,6 +121,59 @@ def test_large_encoders_give_features_at_the_native_size(monkeypatch: pytest.Mon
     assert not wrong
 
 
+CROPS = {"vit_b_32": 224, "maxvit_t": 224, "alexnet": 128, "inception_v3": 160}
+QUICK = ("resnet18", "small_cnn", "squeezenet1_1", "vgg11")
+
+
+def vector_of_map(name: str, network: Any, map_BFHW: Tensor) -> Tensor:
+    """What the network's own pooling and the rest of its classifier make of its last feature map."""
+    if name == "small_cnn":
+        return map_BFHW.amax(dim=(2, 3))
+    if name == "maxvit_t":
+        return network.classifier(map_BFHW)
+    if name == "convnext_tiny":
+        return network.classifier(network.avgpool(map_BFHW))
+    if name in ("alexnet", "vgg11", "mobilenet_v3_small"):
+        return network.classifier(network.avgpool(map_BFHW).flatten(1))
+    return map_BFHW.mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in SMALL]
+)
+def test_the_grid_is_what_the_network_pools(name: str) -> None:
+    """With torchvision's own names in the state dict, and no parameter that is not needed."""
+    torch.manual_seed(0)
+    vector, grid = Encoder(name, trainable=False), Encoder(name, trainable=True, grid=True).eval()
+    grid.load_state_dict({key: vector.state_dict()[key] for key in grid.state_dict()})
+    crop = CROPS.get(name, 64)
+    images_B3HW = make_images(2, sides=crop)
+    grid_BRF = grid(images_B3HW)
+    rows, columns = grid.grid_shape(crop)
+    assert grid_BRF.shape == (2, rows * columns, grid.num_features)
+    assert grid_BRF[0].std(dim=0).any()
+    if name.startswith("vit_"):
+        tokens: list[Tensor] = []
+        cast(Any, vector.backbone).encoder.register_forward_hook(lambda _module, _inputs, output: tokens.append(output))
+        vector(images_B3HW)
+        torch.testing.assert_close(grid_BRF, tokens[0][:, 1:])
+    else:
+        map_BFHW = grid_BRF.transpose(1, 2).unflatten(2, (rows, columns))
+        wanted_BF = vector_of_map(name, vector.backbone, map_BFHW).flatten(1)
+        torch.testing.assert_close(vector(images_B3HW), wanted_BF, rtol=1e-4, atol=1e-5 * wanted_BF.abs().max().item())
+    grid_BRF.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in grid.parameters())
+
+
+def test_the_grid_goes_row_by_row() -> None:
+    encoder = Encoder("small_cnn", trainable=False, grid=True)
+    images_B3HW = torch.zeros(2, 3, 64, 64)
+    images_B3HW[1, :, :8, -8:] = 5  # the corner at the upper right
+    assert encoder.grid_shape(64) == (4, 4)
+    before_RF, after_RF = encoder(images_B3HW)
+    assert (after_RF - before_RF).norm(dim=1).argmax() == 3
+
+
 def test_no_family_is_left_out() -> None:
     def family(name: str) -> str:
         return re.split(r"[^a-z]", name)[0]

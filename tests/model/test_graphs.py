@@ -143,14 +143,16 @@ def encode(encoder: Encoder, *, times: int = 3) -> Tensor:
 
 
 @pytest.mark.usefixtures("on_cuda")
-def test_a_frozen_encoder_replays_to_the_same_features() -> None:
-    encoder = Encoder("small_cnn", trainable=False)
-    found_BF = encode(encoder)
+@pytest.mark.parametrize("grid", [False, True])
+def test_a_frozen_encoder_replays_to_the_same_features(grid: bool) -> None:
+    encoder = Encoder("small_cnn", trainable=False, grid=grid)
+    found = encode(encoder)
     assert (len(captured), len(replayed)) == (1, 2)
     torch.manual_seed(0)
     images_B3HW = [torch.randn(2, 3, 32, 32) for _ in range(3)][-1]
-    assert torch.equal(found_BF, encoder.backbone(images_B3HW).flatten(1))
-    assert found_BF.shape == (2, encoder.num_features)
+    features = encoder.backbone(images_B3HW)
+    assert torch.equal(found, features.flatten(2).transpose(1, 2) if grid else features.flatten(1))
+    assert found.shape == ((2, 4, encoder.num_features) if grid else (2, encoder.num_features))
 
 
 @pytest.mark.usefixtures("on_cuda")

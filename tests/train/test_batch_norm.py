@@ -1,5 +1,6 @@
 """Batch norm over two real ranks is that of one process with all rows; run as a program, this file is one rank."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -35,6 +36,7 @@ class Scenario:
     tolerance: float = 1e-5
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
+    activation: bool = False
 
     def batches(self) -> list[tuple[Tensor, Tensor]]:
         """For each step all rows, and the gradients of what batch norm makes of them."""
@@ -57,7 +59,12 @@ class Scenario:
 
     def model(self) -> nn.Sequential:
         torch.manual_seed(1)
-        norm = (nn.BatchNorm2d if self.image else nn.BatchNorm1d)(CHANNELS, momentum=self.momentum)
+        if self.activation:
+            from timm.layers import BatchNormAct2d
+
+            norm = BatchNormAct2d(CHANNELS, momentum=self.momentum or 0.1, act_layer=nn.ReLU, inplace=True)
+        else:
+            norm = (nn.BatchNorm2d if self.image else nn.BatchNorm1d)(CHANNELS, momentum=self.momentum)
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
         norm.get_buffer("running_mean").add_(0.5)
@@ -75,6 +82,8 @@ SCENARIOS = {
     "averaged statistics": Scenario(rows_of_ranks=(3, 5), momentum=None),
     "one row": Scenario(rows_of_ranks=(1, 0)),
 }
+if importlib.util.find_spec("timm"):
+    SCENARIOS |= {"timm's with an activation": Scenario(rows_of_ranks=(3, 5), image=(4, 2), activation=True)}
 LOW_PRECISION = {
     f"{dtype}, {name}": replace(scenario, dtype=getattr(torch, dtype))
     for dtype in ("bfloat16", "float16")
@@ -182,7 +191,9 @@ def as_global(model: nn.Module, *, twin: Callable[[], nn.Module]) -> nn.Module:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", ["flat", "images"])
+@pytest.mark.parametrize(
+    "name", [name for name in ("flat", "images", "timm's with an activation") if name in SCENARIOS]
+)
 def test_one_process_is_batch_norm_to_the_bit(name: str, training: bool) -> None:
     scenario = SCENARIOS[name]
     model = scenario.model().train(training)
@@ -299,6 +310,15 @@ def test_parameters_buffers_names_and_modes_stay() -> None:
 def test_a_batch_norm_without_weights_or_statistics_is_refused(norm: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"the batch norm 1\.0 has no weights or no running statistics"):
         synchronise_batch_norm(nn.Sequential(nn.Linear(4, 4), nn.Sequential(norm)))
+
+
+def test_a_batch_norm_that_computes_more_is_refused() -> None:
+    class Doubled(nn.BatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+            return 2 * super().forward(input)
+
+    with pytest.raises(ValueError, match=r"the batch norm 0 is a Doubled, which computes more than one"):
+        synchronise_batch_norm(nn.Sequential(Doubled(4)))
 
 
 if __name__ == "__main__":

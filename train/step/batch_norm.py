@@ -60,6 +60,14 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         return mean_C, var_C, total
 
 
+class GlobalBatchNormAct(GlobalBatchNorm):
+    """A `BatchNormAct2d` of timm, which applies its submodules `drop` and `act` to the normalised rows."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """The rows normalised per channel, after the activation."""
+        return self.get_submodule("act")(self.get_submodule("drop")(super().forward(input)))
+
+
 class _Normalise(torch.autograd.Function):
     """The rows normalised by given statistics, with the gradient that passes through those of the global batch."""
 
@@ -115,13 +123,17 @@ def _cuda_input_gradient(
 def synchronise_batch_norm(model: nn.Module) -> None:
     """Make every batch norm in `model` a `GlobalBatchNorm`, in place: parameters, buffers and their names stay.
 
-    Raises ValueError for one without weights or without running statistics.
+    Raises ValueError for one without weights or without running statistics, and for one that computes more.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, GlobalBatchNorm):
             if not (module.affine and module.track_running_stats):
                 raise ValueError(f"the batch norm {name} has no weights or no running statistics")
-            module.__class__ = GlobalBatchNorm  # the same object, so that optimizers and hooks stay attached
+            has_activation = type(module).__name__ == "BatchNormAct2d"
+            if not has_activation and type(module).forward is not nn.modules.batchnorm._BatchNorm.forward:
+                raise ValueError(f"the batch norm {name} is a {type(module).__name__}, which computes more than one")
+            # The same object, so that optimizers and hooks stay attached.
+            module.__class__ = GlobalBatchNormAct if has_activation else GlobalBatchNorm
 
 
 @contextmanager

@@ -35,8 +35,8 @@ def preprocessing(name: str) -> Preprocessing:
 def build(name: str, *, grid: bool) -> nn.Module:
     """A network with random weights: images to pooled features, or with `grid` to the last map or all tokens.
 
-    Raises UserError for an unknown name, without timm, and for a model without a grid. Modules behind the grid are
-    removed: data-parallel training refuses parameters without a gradient.
+    Modules behind the grid are removed: data-parallel training refuses parameters without a gradient. Raises UserError
+    for an unknown name, without timm, and for a model without a grid.
     """
     _check_name(name)
     network: Any = import_timm(name).create_model(_timm_name(name), pretrained=False, num_classes=0)

@@ -167,13 +167,12 @@ def _rank(
     sys.argv = arguments
     import torch
 
-    from captioner import workers
-    from infer import captioning
+    from infer import captioning, reading
     from train.run import agreement
 
     torch.set_num_threads(1)
     torch.set_num_threads = lambda _threads: None  # type: ignore[assignment]  # tests share the machine
-    workers.start_server = lambda _module: multiprocessing.get_context("fork")  # type: ignore[assignment]  # of this process, which has loaded torch
+    reading.start_server = lambda _module: multiprocessing.get_context("fork")  # type: ignore[assignment]  # of this process, which has loaded torch
     captioning.DESCRIBED_AT_ONCE = 4  # type: ignore[assignment]  # rows come now and then, of few pictures too
     agreement.VISIBLE_SECONDS = 1.0  # type: ignore[assignment]  # one disk needs none
     sys.stdout = os.fdopen(1, "w", buffering=1)

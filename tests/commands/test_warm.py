@@ -31,8 +31,11 @@ ENDS = {
     "deleted": "class A:\n    def __del__(self): print('deleted')\na = A()",
 }
 PARENT = """
-import subprocess, sys
+import multiprocessing, os, subprocess, sys
 print(subprocess.run([sys.executable, "-c", "import os; print(os.getppid())"], capture_output=True, text=True).stdout)
+for method in ("spawn", "forkserver", "fork"):
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(abs, range(-9, 0)) == [*range(9, 0, -1)]
 """
 
 
@@ -76,9 +79,10 @@ def test_signals_reach_a_command(number: signal.Signals) -> None:
         assert process.wait(10) == -number
 
 
-def test_a_launchers_commands_are_its_children() -> None:
+def test_a_launchers_commands_are_its_children_and_it_may_have_workers() -> None:
     with warm.Popen([sys.executable, "-c", PARENT], nested=True, stdout=subprocess.PIPE) as process:
         assert int(process.communicate()[0]) == process.pid
+    assert process.returncode == 0
 
 
 def test_what_is_read_at_the_start_is_read() -> None:

@@ -348,7 +348,7 @@ def test_relative_names_are_refused_from_another_folder(
         monkeypatch.chdir(tmp_path / name)
         arguments = ["--model", model, "--images", ".", "--output", tmp_path / "c.jsonl"]
         command = [sys.executable, "-c", "from infer.main import run; run()", *map(str, arguments)]
-        codes.append(warm.run(command, capture_output=True, text=True))
+        codes.append(warm.run(command, nested=True, capture_output=True, text=True))
     assert [done.returncode for done in codes] == [0, 0, 2]
     assert "working_folder was" in codes[2].stderr
 

@@ -479,7 +479,7 @@ def test_show_tells_of_the_splits_the_words_and_a_sample(whole: Path, capsys: py
 def test_the_command_teaches_and_has_three_exit_codes(shards: Path) -> None:
     def run(*flags: str) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, str(ROOT / "sharding" / "check_shards.py"), *flags]
-        return warm.run(line, capture_output=True, text=True, cwd=shards.parent)
+        return warm.run(line, nested=True, capture_output=True, text=True, cwd=shards.parent)
 
     (shards / "train-000001.index").unlink()
     done = run("verify", "shards")

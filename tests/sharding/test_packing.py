@@ -76,7 +76,7 @@ def words(folder: Path) -> Vocabulary:
 def command(*arguments: str, cwd: Path, **options: Any) -> warm.Popen:
     line = [sys.executable, str(ROOT / "sharding" / "make_shards.py"), *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return warm.Popen(line, cwd=cwd, **pipes, **options)
+    return warm.Popen(line, nested=True, cwd=cwd, **pipes, **options)
 
 
 def test_all_splits_are_packed_training_first(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

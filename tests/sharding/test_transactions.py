@@ -17,7 +17,6 @@ from typing import Any
 
 import crash
 import pytest
-import warm
 from tiny import picture, write_coco
 
 from captioner.errors import UserError
@@ -153,7 +152,7 @@ def test_a_command_with_two_workers_ended_from_outside(
     line += ["--output", output, "--size", 680, "--shard-megabytes", 1, "--threshold", 1, "--workers", 2]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in a shell's background ignore it
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    process = warm.Popen(
+    process = subprocess.Popen(
         list(map(str, line)), env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     signal.signal(signal.SIGINT, before)

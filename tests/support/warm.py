@@ -6,7 +6,8 @@ process, which becomes what `python SCRIPT`, `python -m MODULE` or `python -c CO
 folder, environment, `sys.path`, `sys.argv`, `__main__`, and the end of an interpreter. The process is a child of
 pytest: signals, exit codes and waiting are the kernel's. It has its own random seeds, but for that of `hash`.
 
-A launcher (`nested`) gets a server of its own, which forks the Python commands that it starts, as its children.
+A launcher (`nested`) gets a server of its own, which forks the Python commands that it starts, as its children, and
+the servers of its worker processes.
 
 `subprocess` itself starts what is no Python, and what has a variable that is only read when an interpreter starts. A
 test of what a command imports, or of its memory, uses `subprocess`: here torch has been imported already.
@@ -14,9 +15,11 @@ test of what a command imports, or of its memory, uses `subprocess`: here torch 
 
 import atexit
 import ctypes
+import fcntl
 import gc
 import inspect
 import json
+import multiprocessing.util
 import os
 import runpy
 import signal
@@ -25,11 +28,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from importlib.machinery import SourceFileLoader
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,7 +42,7 @@ PRELOADED = (
     "torchvision.transforms.v2", "accelerate.commands.launch", "safetensors.torch", "webdataset", "PIL.Image", "tyro",
     "rich.progress", "jinja2", "fsspec", "filelock", "tenacity", "nltk", "pycocotools.coco",
 )  # fmt: skip
-OPTIONS = ("-c", "-m", "-u", "-P")
+OPTIONS = ("-B", "-P", "-u")
 READ_AT_START = ("LD_", "MALLOC_", "OMP_", "MKL_", "OPENBLAS_", "PYTHON", "HF_")
 READ_BY_FORK = {"PYTHONPATH", "PYTHONUNBUFFERED"}
 SET_CHILD_SUBREAPER = 36  # of prctl: this process becomes the parent of its descendants whose parent has ended
@@ -69,8 +72,9 @@ class Popen(subprocess.Popen):
         pipes = [given[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
         files = [own if pipe == -1 else pipe for own, pipe in enumerate((pipes[0], pipes[3], pipes[5]))]
         folder = str(Path(given["cwd"] or ".").absolute())
-        request = [command, folder, environment, given["start_new_session"], self._nested, os.getpid()]
-        self.pid = server.fork(request, files)
+        self.pid = server.fork(
+            [command, folder, environment, given["start_new_session"], self._nested], files, numbers=range(3)
+        )
         self._child_created = True
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
@@ -98,11 +102,17 @@ def find_command(words: Any) -> list[str] | None:
         return None
     first, *rest = map(os.fsdecode, words)
     if first == sys.executable:
-        return rest if rest and (not rest[0].startswith("-") or rest[0] in OPTIONS) else None
+        return rest if is_known(rest) else None
     with suppress(OSError), open(first, "rb") as file:  # noqa: PTH123
         if file.readline().strip() == b"#!" + os.fsencode(sys.executable):
             return [first, *rest]
     return None
+
+
+def is_known(words: list[str]) -> bool:
+    """Whether `execute` knows the options before the script."""
+    own = [*dropwhile(OPTIONS.__contains__, words)][:1]
+    return bool(own) and (own[0] in ("-c", "-m") or not own[0].startswith("-"))
 
 
 class Server:
@@ -119,13 +129,13 @@ class Server:
                 self._environment = dict(os.environ)
         return read_at_start(environment) == read_at_start(self._environment)
 
-    def fork(self, request: list[Any], files: list[int]) -> int:
-        """The number of a new process, a child of this one, whose standard streams are `files`."""
+    def fork(self, request: list[Any], files: Sequence[int], numbers: Sequence[int]) -> int:
+        """The number of a new process, a child of this one, in which `files` have these `numbers`."""
         with self._lock:
             connection = self._connection = self._connection or self._start()
             prctl(SET_CHILD_SUBREAPER, 1)
             try:
-                socket.send_fds(connection, [json.dumps(request).encode()], files)
+                socket.send_fds(connection, [json.dumps([*request, os.getpid(), [*numbers]]).encode()], files)
                 return int(connection.recv(100))
             except (OSError, ValueError) as error:
                 self._connection = None
@@ -166,7 +176,7 @@ server = Server()
 def serve(connection: socket.socket) -> list[Any]:
     """Fork a process for each request, until pytest has ended; in that process the request's command is returned."""
     while True:
-        message, files, *_ = socket.recv_fds(connection, 1 << 20, 3)
+        message, files, *_ = socket.recv_fds(connection, 1 << 20, 100)
         if not message:
             os._exit(0)
         request = json.loads(message)
@@ -199,16 +209,27 @@ def use_server(connection: socket.socket) -> None:
     global server  # noqa: PLW0603
     server = Server(connection)
     subprocess.Popen = Popen  # type: ignore[misc]
+    multiprocessing.util.spawnv_passfds = spawn
+
+
+def spawn(_program: bytes, words: list[str], files: Sequence[int]) -> int:
+    """As `multiprocessing.util.spawnv_passfds`, which starts fork servers and spawned processes."""
+    numbers = [0, 1, 2, *files]
+    return server.fork([find_command(words), str(Path.cwd()), dict(os.environ), False, False], numbers, numbers)
 
 
 def become(request: list[Any], files: list[int]) -> None:
     """Give this process the streams, folder, environment and session of its command."""
-    _, folder, environment, new_session, _, parent = request
-    for number, file in enumerate(files):
-        os.dup2(file, number)
+    _, folder, environment, new_session, _, parent, numbers = request
+    copies = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, max(numbers) + 1) for file in files]
+    for file in files:
         os.close(file)
+    for copy, number in zip(copies, numbers, strict=True):
+        os.dup2(copy, number, inheritable=number < 3)
+        os.close(copy)
     if new_session:
         os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -232,7 +253,7 @@ def open_streams(*, unbuffered: bool) -> None:
 
 def execute(command: list[str], base_path: list[str]) -> None:
     """Run `SCRIPT ...`, `-m MODULE ...` or `-c CODE ...` as `__main__`."""
-    options = [*takewhile(("-u", "-P").__contains__, command)]
+    options = [*takewhile(OPTIONS.__contains__, command)]
     first, *rest = command[len(options) :]
     open_streams(unbuffered="-u" in options or bool(os.environ.get("PYTHONUNBUFFERED")))
     paths = [str(Path(path).absolute()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]

@@ -100,9 +100,8 @@ def test_shell_blocks_of_the_readme_run(tmp_path: Path) -> None:
     assert blocks
     for line in "".join(blocks).splitlines():
         program, *words = shlex.split(line)
-        done = warm.run(
-            [Path(sys.executable).with_name(program), *words], nested=True, cwd=tmp_path, capture_output=True, text=True
-        )
+        command = [Path(sys.executable).with_name(program), *words]
+        done = warm.run(command, nested=True, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     rows = (tmp_path / "runs/small/captions.jsonl").read_text().splitlines()
     assert len(rows) == 16

@@ -107,9 +107,8 @@ def test_two_towers_learn_and_resume_to_the_same_weights(shards: Path, their_fol
     assert found[-1] < found[0] / 2
     killed = start(their_folder, "-c", DIES, "train_your_own.py", shards, "killed.pt", 12)
     printed, _ = killed.communicate(timeout=SECONDS)
-    assert (killed.returncode, len(losses(printed))) == (-signal.SIGKILL, 5), (
-        printed
-    )  # in the middle of the third epoch
+    assert killed.returncode == -signal.SIGKILL
+    assert len(losses(printed)) == 5  # in the middle of the third epoch
     assert losses(run(their_folder, "train_your_own.py", shards, "killed.pt", 12))[-1] == found[-1]
     whole, resumed = (torch.load(their_folder / name, weights_only=True) for name in ("whole.pt", "killed.pt"))
     assert whole["data"] == resumed["data"]

@@ -96,9 +96,8 @@ def command(source: str, output: str, *, hasty: bool = True, **changed: Any) -> 
     }
     line = [sys.executable, *(["-c", HASTY] if hasty else [str(ROOT / "sharding" / "make_shards.py")])]
     line += [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return warm.Popen(
-        line, nested=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    pipe = subprocess.PIPE
+    return warm.Popen(line, nested=True, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
 def comparable(files: dict[str, bytes]) -> dict[str, bytes]:

@@ -92,9 +92,8 @@ def test_the_tutorials_training_resumes_exactly_after_a_kill(folder: Path, tmp_p
         if not (work / "data").exists():
             (work / "data").symlink_to(folder / "data")
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-        return warm.Popen(
-            [sys.executable, script], nested=True, cwd=work, env=environment, stdout=subprocess.PIPE, text=True
-        )
+        command = [sys.executable, script]
+        return warm.Popen(command, nested=True, cwd=work, env=environment, stdout=subprocess.PIPE, text=True)
 
     whole = start("whole").communicate()[0].splitlines()
     assert len(whole) == 5

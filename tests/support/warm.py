@@ -212,10 +212,10 @@ def use_server(connection: socket.socket) -> None:
     multiprocessing.util.spawnv_passfds = spawn
 
 
-def spawn(_program: bytes, words: list[str], files: Sequence[int]) -> int:
+def spawn(path: bytes, args: Sequence[Any], passfds: Sequence[int]) -> int:
     """As `multiprocessing.util.spawnv_passfds`, which starts fork servers and spawned processes."""
-    numbers = [0, 1, 2, *files]
-    return server.fork([find_command(words), str(Path.cwd()), dict(os.environ), False, False], numbers, numbers)
+    numbers = [0, 1, 2, *passfds]
+    return server.fork([find_command(args), str(Path.cwd()), dict(os.environ), False, False], numbers, numbers)
 
 
 def become(request: list[Any], files: list[int]) -> None:
@@ -229,6 +229,7 @@ def become(request: list[Any], files: list[int]) -> None:
         os.close(copy)
     if new_session:
         os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     os.environ.clear()

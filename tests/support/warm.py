@@ -45,6 +45,7 @@ PRELOADED = (
 OPTIONS = ("-B", "-P", "-u")
 READ_AT_START = ("LD_", "MALLOC_", "OMP_", "MKL_", "OPENBLAS_", "PYTHON", "HF_")
 READ_BY_FORK = {"PYTHONPATH", "PYTHONUNBUFFERED"}
+OF_ALL = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}  # which commands may set or not: no test needs the hub
 SET_CHILD_SUBREAPER = 36  # of prctl: this process becomes the parent of its descendants whose parent has ended
 EXECUTE = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
 UNSUPPORTED = {"executable": None, "preexec_fn": None, "pass_fds": (), "shell": False, "process_group": -1, "umask": -1,
@@ -148,6 +149,7 @@ class Server:
     def _start(self) -> socket.socket:
         own, other = socket_pair()
         environment = {name: value for name, value in self._environment.items() if name not in READ_BY_FORK}
+        environment |= OF_ALL
         with other:
             subprocess.Popen([sys.executable, __file__, str(other.fileno()), *PRELOADED], pass_fds=[other.fileno()],
                              env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
@@ -156,7 +158,7 @@ class Server:
 
 def read_at_start(environment: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items()
-            if name.startswith(READ_AT_START) and name not in READ_BY_FORK}  # fmt: skip
+            if name.startswith(READ_AT_START) and name not in READ_BY_FORK | OF_ALL.keys()}  # fmt: skip
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:

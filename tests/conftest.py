@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # All processes of a pytest process are forked from one server, which imports this whichever test starts it.
 forkserver.set_forkserver_preload(["torch", "accelerate", "train.main", "infer.main", "sharding.make_shards"])
-forkserver.set_forkserver_preload = lambda _modules: None
+forkserver.set_forkserver_preload = lambda modules_names: None
 
 SERVERS = {"s3", "nginx", "chromium", "controller"}  # fixtures that start other programs
 

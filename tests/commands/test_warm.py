@@ -32,7 +32,8 @@ ENDS = {
 }
 PARENT = """
 import multiprocessing, os, subprocess, sys
-print(subprocess.run([sys.executable, "-c", "import os; print(os.getppid())"], capture_output=True, text=True).stdout)
+code = "import os, sys; print(os.getppid(), 'torch' in sys.modules)"
+print(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
 for method in ("spawn", "forkserver", "fork"):
     with multiprocessing.get_context(method).Pool(2) as pool:
         assert pool.map(abs, range(-9, 0)) == [*range(9, 0, -1)]
@@ -80,8 +81,8 @@ def test_signals_reach_a_command(number: signal.Signals) -> None:
 
 
 def test_a_launchers_commands_are_its_children_and_it_may_have_workers() -> None:
-    with warm.Popen([sys.executable, "-c", PARENT], nested=True, stdout=subprocess.PIPE) as process:
-        assert int(process.communicate()[0]) == process.pid
+    with warm.Popen([sys.executable, "-c", PARENT], nested=True, stdout=subprocess.PIPE, text=True) as process:
+        assert process.communicate()[0].split() == [str(process.pid), "True"]
     assert process.returncode == 0
 
 

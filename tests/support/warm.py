@@ -47,7 +47,8 @@ READ_AT_START = ("LD_", "MALLOC_", "OMP_", "MKL_", "OPENBLAS_", "PYTHON", "HF_")
 READ_BY_FORK = {"PYTHONPATH", "PYTHONUNBUFFERED"}
 OF_ALL = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}  # which commands may set or not: no test needs the hub
 SET_CHILD_SUBREAPER = 36  # of prctl: this process becomes the parent of its descendants whose parent has ended
-EXECUTE = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
+EXECUTE: Any = subprocess.Popen._execute_child  # type: ignore[attr-defined]
+PARAMETERS = inspect.signature(EXECUTE)
 UNSUPPORTED = {"executable": None, "preexec_fn": None, "pass_fds": (), "shell": False, "process_group": -1, "umask": -1,
                "uid": None, "gid": None, "gids": None}  # fmt: skip
 
@@ -63,18 +64,20 @@ class Popen(subprocess.Popen):
         super().__init__(*arguments, **options)
 
     def _execute_child(self, *arguments: Any) -> None:
-        given = EXECUTE.bind(self, *arguments).arguments
+        given = PARAMETERS.bind(self, *arguments).arguments
         environment = dict(os.environ if given["env"] is None else given["env"])
         command = find_command(given["args"])
         plain = any(given.get(name, default) != default for name, default in UNSUPPORTED.items())
         if command is None or plain or sys.platform != "linux" or not server.suits(environment):
-            super()._execute_child(*arguments)  # type: ignore[misc]
+            EXECUTE(self, *arguments)
             return
         pipes = [given[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
         files = [own if pipe == -1 else pipe for own, pipe in enumerate((pipes[0], pipes[3], pipes[5]))]
         folder = str(Path(given["cwd"] or ".").absolute())
         self.pid = server.fork(
-            [command, folder, environment, given["start_new_session"], self._nested], files, numbers=range(3)
+            [command, folder, environment, given["start_new_session"], getattr(self, "_nested", False)],
+            files,
+            numbers=range(3),
         )
         self._child_created = True
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
@@ -210,7 +213,7 @@ def use_server(connection: socket.socket) -> None:
     """Have `subprocess` start this process's Python commands from a server of its own."""
     global server  # noqa: PLW0603
     server = Server(connection)
-    subprocess.Popen = Popen  # type: ignore[misc]
+    subprocess.Popen._execute_child = Popen._execute_child  # type: ignore[attr-defined]
     multiprocessing.util.spawnv_passfds = spawn
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from uuid import uuid4
 
@@ -9,6 +10,10 @@ import pytest
 from servers import Bucket, run_nginx, run_s3, use_s3
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# All processes of a pytest process are forked from one server, which imports this whichever test starts it.
+forkserver.set_forkserver_preload(["torch", "accelerate", "train.main", "infer.main", "sharding.make_shards"])
+forkserver.set_forkserver_preload = lambda modules_names: None
 
 SERVERS = {"s3", "nginx", "chromium", "controller"}  # fixtures that start other programs
 

@@ -3,11 +3,13 @@
 import ast
 import importlib.metadata
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = ("sharding", "train", "infer")
@@ -90,16 +92,16 @@ def shell_blocks(document: str) -> list[str]:
 @pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_shell_blocks_of_the_readme_run(tmp_path: Path) -> None:
-    """In a folder of its own, that looks like the repository."""
+    """Line by line, in a folder of its own, that looks like the repository."""
     for path in REPOSITORY.iterdir():
         if path.name not in ("data", "runs", ".venv", ".git"):
             (tmp_path / path.name).symlink_to(path)
     blocks = shell_blocks("README.md")
     assert blocks
-    binaries = Path(sys.executable).parent
-    for block in blocks:
-        script = f'set -eu\nexport PATH="{binaries}:$PATH"\n{block}'
-        done = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    for line in "".join(blocks).splitlines():
+        program, *words = shlex.split(line)
+        command = [Path(sys.executable).with_name(program), *words]
+        done = warm.run(command, nested=True, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     rows = (tmp_path / "runs/small/captions.jsonl").read_text().splitlines()
     assert len(rows) == 16

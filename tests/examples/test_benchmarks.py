@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from tiny import picture
 
 import scaling
@@ -31,7 +32,7 @@ def packing(*flags: str | Path) -> subprocess.CompletedProcess[str]:
 
 def benchmark(name: str, *flags: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, REPOSITORY / f"benchmarks/{name}.py", *flags]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return warm.run(command, capture_output=True, text=True, nested=True)
 
 
 def test_packing_quickly_measured_gives_rows_and_bars(tmp_path: Path) -> None:

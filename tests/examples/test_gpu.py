@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import warm
 from packaging.requirements import Requirement
 from safetensors.numpy import save_file
 
@@ -71,7 +72,7 @@ def give(bench: Bench, **results: Any) -> None:
 
 def run_benchmark(*flags: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, REPOSITORY / "benchmarks/gpu.py", "--device", "cpu", *flags]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return warm.run(command, capture_output=True, text=True, nested=True)
 
 
 @pytest.mark.timeout(900)

@@ -3,12 +3,12 @@
 import os
 import random
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 
 import demo
 from awkward import ODD_NAME, write_folder
@@ -130,5 +130,5 @@ def test_the_demos_launcher_has_nothing_to_warn_of(tmp_path: Path) -> None:
     launcher, *flags = shlex.split(demo.TRAIN.partition("train/main.py")[0])
     command = [Path(sys.executable).with_name(launcher), *flags, script]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=True, timeout=120)
+    done = warm.run(command, nested=True, env=clean, capture_output=True, text=True, check=True, timeout=120)
     assert (done.stdout, done.stderr) == ("hello\n", "")

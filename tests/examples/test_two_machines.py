@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 from tiny import write_shards
 from torch.distributed import DistBackendError, DistNetworkError
 from trainer import Running, start_training
@@ -128,7 +129,7 @@ def test_errors_of_connections_are_told_from_others(error: RuntimeError, lost: b
 def test_the_rehearsal_on_two_machines_ends_well(tmp_path: Path) -> None:
     """It ends with 0 only where the run that lost a machine became what the undisturbed one did; nothing is left."""
     command = [sys.executable, "examples/two_machines.py", "--output", str(tmp_path / "out")]
-    process = subprocess.Popen(
+    process = warm.Popen(
         [*command, "--pictures", "240", "--epochs", "2"],
         cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip

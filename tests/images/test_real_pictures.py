@@ -2,11 +2,11 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = REPOSITORY.parent / "shared" / "data"
@@ -18,7 +18,7 @@ WEIGHTS = DATA / "weights" / "squeezenet1_1.pth"
 def test_real_pictures_go_the_whole_way(tmp_path: Path) -> None:
     def command(script: str, *flags: str) -> str:
         line = [sys.executable, str(REPOSITORY / script), *flags]
-        return subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        return warm.run(line, nested=True, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
 
     pictures, captions = str(DATA / "coco" / "images"), str(DATA / "coco" / "captions.json")
     source = ("--images", pictures, "--captions", captions, "--split", "train")

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import stat
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from odd_pictures import write_odd_pictures
 from tiny import picture, write_shards
 from tiny_model import write_model
@@ -348,7 +348,7 @@ def test_relative_names_are_refused_from_another_folder(
         monkeypatch.chdir(tmp_path / name)
         arguments = ["--model", model, "--images", ".", "--output", tmp_path / "c.jsonl"]
         command = [sys.executable, "-c", "from infer.main import run; run()", *map(str, arguments)]
-        codes.append(subprocess.run(command, capture_output=True, text=True, check=False))
+        codes.append(warm.run(command, nested=True, capture_output=True, text=True))
     assert [done.returncode for done in codes] == [0, 0, 2]
     assert "working_folder was" in codes[2].stderr
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from tiny import captions_of, write_shards
 from tiny_model import caption_views, set_statistics
 
@@ -455,12 +456,12 @@ def test_two_processes_find_what_one_finds(tmp_path: Path, model: Path, shards: 
     flags = ["--model", str(model), "--shards", shards, "--batch-size", str(BATCH), "--workers", "0"]
     outputs = ["--output", str(tmp_path / "two.json"), "--json", str(tmp_path / "two-scores.json")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    done = subprocess.run(
+    done = warm.run(
         [*torchrun, *flags, *outputs],
+        nested=True,
         env=environment | {"ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
-        check=False,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from tiny import write_shards
 from trainer import Running, run_training, start_training
 
@@ -70,8 +70,8 @@ def test_processes_of_a_killed_launcher_save_and_end(shards: str, tmp_path: Path
     program, *options = LAUNCHERS[launcher]
     command = [Path(sys.executable).parent / program, *options, "train/main.py", *flags(shards, run)]
     with log.open("w") as file:
-        process = subprocess.Popen(
-            [*map(str, command)], cwd=REPOSITORY, stdout=file, stderr=file,
+        process = warm.Popen(
+            [*map(str, command)], nested=True, cwd=REPOSITORY, stdout=file, stderr=file,
             env=os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(REPOSITORY)},
         )  # fmt: skip
     while not (run / "history.jsonl").exists():

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import warm
 from consumer import context, wait
 from safetensors.torch import load_file, save_file
 from servers import free_port
@@ -64,8 +65,8 @@ def train(shards: Path, output: Path, *flags: str, launcher: tuple[str, ...] = (
     command = [str(Path(sys.executable).parent / launcher[0]), *launcher[1:], str(REPOSITORY / "train/main.py")]
     arguments = ["--shards", str(shards), "--output", str(output), *MODEL, *flags]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    return subprocess.run(
-        command + arguments, env=clean | environment, capture_output=True, text=True, check=False, timeout=300
+    return warm.run(
+        command + arguments, env=clean | environment, capture_output=True, text=True, timeout=300, nested=True
     )
 
 
@@ -413,9 +414,8 @@ def test_ranks_with_other_weights_are_noticed(tmp_path: Path) -> None:
     script.write_text(RANKS_DIFFER)
     program = str(Path(sys.executable).parent / TORCHRUN[0])
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [program, *TORCHRUN[1:], str(script)], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [program, *TORCHRUN[1:], str(script)]
+    done = warm.run(command, env=environment, capture_output=True, text=True, nested=True)
     assert done.returncode != 0
     assert "the ranks hold different weights" in done.stderr
 

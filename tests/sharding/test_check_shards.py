@@ -18,6 +18,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+import warm
 import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -478,7 +479,7 @@ def test_show_tells_of_the_splits_the_words_and_a_sample(whole: Path, capsys: py
 def test_the_command_teaches_and_has_three_exit_codes(shards: Path) -> None:
     def run(*flags: str) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, str(ROOT / "sharding" / "check_shards.py"), *flags]
-        return subprocess.run(line, capture_output=True, text=True, check=False, cwd=shards.parent)
+        return warm.run(line, nested=True, capture_output=True, text=True, cwd=shards.parent)
 
     (shards / "train-000001.index").unlink()
     done = run("verify", "shards")
@@ -831,12 +832,8 @@ def test_a_foreign_folder_trains_and_is_evaluated(foreign: Path, tmp_path: Path)
         "0",
     ]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train" / "main.py"), *flags],
-        env=clean,
-        capture_output=True,
-        text=True,
-        check=False,
+    done = warm.run(
+        [sys.executable, str(ROOT / "train" / "main.py"), *flags], env=clean, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "validation.jsonl").read_text().splitlines()]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from servers import Bucket
 
 from captioner.errors import UserError
@@ -49,7 +50,7 @@ def packers(folder: str, *, number: int, hold: float, beat: float = 0.3, silent:
     """Processes that claim the training split at the same moment, and hold it for some seconds."""
     line = [sys.executable, "-c", PACKER, folder, "train", *map(str, (hold, beat, silent))]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes: list[Any] = [subprocess.Popen(line, **pipes) for _ in range(number)]
+    processes: list[Any] = [warm.Popen(line, **pipes) for _ in range(number)]
     for process in processes:
         assert process.stdout.readline() == "ready\n"
     start = time.time() + 0.1

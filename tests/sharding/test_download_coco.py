@@ -23,6 +23,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import pytest
+import warm
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -213,7 +214,7 @@ def command(site: Site, output: Path, *flags: str) -> list[str]:
 
 
 def run_command(site: Site, output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(site, output, *flags), capture_output=True, text=True, check=False, timeout=60)
+    return warm.run(command(site, output, *flags), capture_output=True, text=True, timeout=60)
 
 
 # The whole command

@@ -13,6 +13,7 @@ from typing import Any
 
 import fsspec
 import pytest
+import warm
 import webdataset
 from PIL import Image
 from tiny import picture, write_captions, write_coco
@@ -72,10 +73,10 @@ def words(folder: Path) -> Vocabulary:
     return Vocabulary.from_json((folder / "vocabulary.json").read_text(), origin="vocabulary.json")
 
 
-def command(*arguments: str, cwd: Path, **options: Any) -> subprocess.Popen[str]:
+def command(*arguments: str, cwd: Path, **options: Any) -> warm.Popen:
     line = [sys.executable, str(ROOT / "sharding" / "make_shards.py"), *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(line, cwd=cwd, **pipes, **options)
+    return warm.Popen(line, nested=True, cwd=cwd, **pipes, **options)
 
 
 def test_all_splits_are_packed_training_first(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,7 +179,7 @@ def test_tars_of_another_program_are_not_overwritten(coco: Path, tmp_path: Path)
         writer.write({"__key__": "a", "jpg": (coco / "train2014" / "COCO_train2014_000000000001.jpg").read_bytes()}
                      | {"txt": "a cat"})  # fmt: skip
     command = [sys.executable, str(ROOT / "sharding/check_shards.py"), "index", str(tars), "--split", "train"]
-    subprocess.run(command, check=True, capture_output=True)
+    warm.run(command, check=True, capture_output=True)
     before = files(tars)
     with pytest.raises(UserError, match="tars of another program"):
         pack(coco, tars, split="train")

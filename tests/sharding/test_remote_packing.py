@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from servers import Bucket, Proxy, run_nginx, use_s3
 from tiny import picture, write_captions
 
@@ -84,7 +85,7 @@ make_shards.run()
 """
 
 
-def command(source: str, output: str, *, hasty: bool = True, **changed: Any) -> subprocess.Popen[str]:
+def command(source: str, output: str, *, hasty: bool = True, **changed: Any) -> warm.Popen:
     """The same as a user runs it, with less patience where it is `hasty`."""
     flags = {
         "images": f"{source}/photos",
@@ -95,7 +96,8 @@ def command(source: str, output: str, *, hasty: bool = True, **changed: Any) -> 
     }
     line = [sys.executable, *(["-c", HASTY] if hasty else [str(ROOT / "sharding" / "make_shards.py")])]
     line += [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    pipe = subprocess.PIPE
+    return warm.Popen(line, nested=True, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
 def comparable(files: dict[str, bytes]) -> dict[str, bytes]:

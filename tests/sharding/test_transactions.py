@@ -31,7 +31,6 @@ NUM_PICTURES = 60  # 3 a shard
 NUM_SHARDS = 20
 
 context: Any = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["crash"])
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from webdataset import ShardWriter
 
 from captioner.streaming import index_shards
@@ -85,13 +86,14 @@ def test_the_tutorials_training_resumes_exactly_after_a_kill(folder: Path, tmp_p
     script = tmp_path / "train.py"
     script.write_text(python_blocks("tutorial.md")[-1])
 
-    def start(name: str) -> subprocess.Popen[str]:
+    def start(name: str) -> warm.Popen:
         work = tmp_path / name
         work.mkdir(exist_ok=True)
         if not (work / "data").exists():
             (work / "data").symlink_to(folder / "data")
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-        return subprocess.Popen([sys.executable, script], cwd=work, env=environment, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, script]
+        return warm.Popen(command, nested=True, cwd=work, env=environment, stdout=subprocess.PIPE, text=True)
 
     whole = start("whole").communicate()[0].splitlines()
     assert len(whole) == 5

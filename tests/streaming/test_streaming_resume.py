@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import streaming_jobs
 import torch
+import warm
 from streaming_data import write_split
 from streaming_jobs import BATCH, EPOCHS, open_loader
 
@@ -79,7 +80,7 @@ def launcher(loop: str, folder: Path, output: Path) -> Iterator[subprocess.Popen
     command = [sys.executable, str(JOBS), loop, str(folder), str(output)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True, bufsize=1) as process:
+    with warm.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True, bufsize=1) as process:
         yield process
 
 

@@ -21,7 +21,6 @@ GLOBAL_BATCH = 4
 CHECKPOINT_STEPS = 3
 
 context: Any = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["consumer", "accelerate", "train.main", "infer.captioning"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,13 +167,14 @@ def _rank(
     sys.argv = arguments
     import torch
 
-    from captioner import workers
-    from infer import captioning
+    from infer import captioning, reading
+    from sharding.packing import engine
     from train.run import agreement
 
     torch.set_num_threads(1)
     torch.set_num_threads = lambda _threads: None  # type: ignore[assignment]  # tests share the machine
-    workers.start_server = lambda _module: multiprocessing.get_context("fork")  # type: ignore[assignment]  # of this process, which has loaded torch
+    for module in (reading, engine):  # workers are forked from this process, which has loaded torch
+        module.start_server = lambda _module: multiprocessing.get_context("fork")  # type: ignore[assignment]
     captioning.DESCRIBED_AT_ONCE = 4  # type: ignore[assignment]  # rows come now and then, of few pictures too
     agreement.VISIBLE_SECONDS = 1.0  # type: ignore[assignment]  # one disk needs none
     sys.stdout = os.fdopen(1, "w", buffering=1)

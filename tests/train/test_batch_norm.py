@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import warm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, 
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, __file__, str(folder)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(RANKS)]
+    processes = [warm.Popen([*command, str(rank)], env=environment) for rank in range(RANKS)]
     try:
         assert [process.wait(timeout=120) for process in processes] == [0] * RANKS
     finally:

@@ -28,7 +28,7 @@ from captioner.model.encoders import (
     load_encoder_weights,
     preprocessing,
 )
-from captioner.model.network import CaptionModel, ModelConfig
+from captioner.model.network import ModelConfig, build_model
 from captioner.vocabulary import Vocabulary
 
 timm = pytest.importorskip("timm", reason="these encoders need pip install -e '.[timm]'")
@@ -312,7 +312,7 @@ def test_a_model_folder_is_read_without_network(tmp_path: Path, monkeypatch: pyt
     torch.manual_seed(0)
     vocabulary = Vocabulary.from_counts({"dog": 1}, threshold=1)
     config = ModelConfig(encoder=TINY, vocabulary_size=len(vocabulary), embedding_size=6, hidden_size=7)
-    model, view = CaptionModel(config).eval(), ViewSpec(size=64, crop=64)
+    model, view = build_model(config).eval(), ViewSpec(size=64, crop=64)
     decoding = DecodingDefaults()
     save_bundle(tmp_path, model=model, view=view, vocabulary=vocabulary, decoding=decoding, metrics={})
     monkeypatch.setattr(socket.socket, "connect", refuse)

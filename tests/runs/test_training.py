@@ -60,6 +60,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
+EPOCHS = ("--epochs", 2, "--self-critical-epochs", 1)
+
+
 def train(shards: Path, output: Path, *flags: str, launcher: tuple[str, ...] = ("python",), **environment: str):
     """Start a training command; returns the finished process."""
     command = [str(Path(sys.executable).parent / launcher[0]), *launcher[1:], str(REPOSITORY / "train/main.py")]
@@ -118,7 +121,7 @@ def wait_for(condition: Callable[[], object], running: Running, *, seconds: floa
 @pytest.fixture(scope="module")
 def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    finished(shards, output, "--epochs", 3)
+    finished(shards, output, *EPOCHS)
     return output
 
 
@@ -168,6 +171,20 @@ def test_two_processes_train_as_one_does(shards: Path, tmp_path: Path) -> None:
             assert two[step][name] == pytest.approx(row[name], abs=1e-4), (step, name)
     rows = validation_rows(tmp_path / "2")
     assert [row["image_id"] for row in rows] == list(range(1, NUM_VAL + 1))
+
+
+def test_two_processes_learn_from_the_same_samples_as_one(shards: Path, tmp_path: Path) -> None:
+    """An epoch of self-critical training in float32, over a last batch of one image."""
+    phases = ("--epochs", 1, "--self-critical-epochs", 1, "--self-critical-learning-rate", 1e-3)
+    for world_size in (1, 2):
+        output = tmp_path / str(world_size)
+        printed = finished(shards, output, "--input-dropout", 0, "--dropout", 0, *phases, world_size=world_size)
+        assert "epoch 1: training loss" in printed
+        assert "epoch 2: training reward" in printed
+    one, two = (history(tmp_path / name) for name in ("1", "2"))
+    assert two[10]["train/reward"] == pytest.approx(one[10]["train/reward"], abs=1e-3)
+    assert two[10]["validation/loss"] == pytest.approx(one[10]["validation/loss"], abs=1e-3)
+    assert one[10]["validation/loss"] != pytest.approx(one[5]["validation/loss"], abs=1e-3)
 
 
 def _draw(rank: int, world_size: int, port: int, folder: Path) -> None:
@@ -241,7 +258,7 @@ def test_killed_three_times_and_resumed_gives_the_undisturbed_weights_bit_for_bi
     shards: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
     output, log, random = tmp_path / "run", tmp_path / "run.log", Random(7)
-    again = ("--epochs", 3, "--checkpoint-steps", 1, "--resume")
+    again = (*EPOCHS, "--checkpoint-steps", 1, "--resume")
     for workers in (0, 1, 2):
         running = start_training(flags(shards, output, *again, "--workers", workers), log=log)
         before = set(checkpoints(output))
@@ -271,7 +288,7 @@ def _newest(output: Path) -> int:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_sigterm_saves_and_says_so(shards: Path, tmp_path: Path, undisturbed: Path, world_size: int) -> None:
     output, log = tmp_path / "run", tmp_path / "run.log"
-    running = start_training(flags(shards, output, "--epochs", 3), log=log, world_size=world_size)
+    running = start_training(flags(shards, output, *EPOCHS), log=log, world_size=world_size)
     wait_for((output / "history.jsonl").exists, running)
     for rank in running.ranks:
         os.kill(rank.pid, signal.SIGTERM)
@@ -280,7 +297,7 @@ def test_sigterm_saves_and_says_so(shards: Path, tmp_path: Path, undisturbed: Pa
     assert "stopped by SIGTERM" in done.output
     assert not (output / "model").exists()
     assert checkpoints(output)
-    finished(shards, output, "--epochs", 3, "--resume")
+    finished(shards, output, *EPOCHS, "--resume")
     if world_size == 1:
         for name, tensor in weights(output).items():
             assert torch.equal(tensor, weights(undisturbed)[name]), name
@@ -288,10 +305,10 @@ def test_sigterm_saves_and_says_so(shards: Path, tmp_path: Path, undisturbed: Pa
 
 def test_an_unfinished_run_is_resumed_only_when_asked(shards: Path, tmp_path: Path) -> None:
     output, log = tmp_path / "run", tmp_path / "run.log"
-    running = start_training(flags(shards, output, "--epochs", 3, "--checkpoint-steps", 1), log=log)
+    running = start_training(flags(shards, output, *EPOCHS, "--checkpoint-steps", 1), log=log)
     wait_for(lambda: checkpoints(output), running)
     running.kill()
-    done = run(shards, output, "--epochs", 3)
+    done = run(shards, output, *EPOCHS)
     assert done.code == 2
     assert "continue with --resume" in done.output.splitlines()[-1]
 
@@ -335,7 +352,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_usable(shards: Path, tmp_path:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=True)
     try:
         output, log = disk / "run", tmp_path / "run.log"
-        more = ("--epochs", 3, "--checkpoint-steps", 1, "--keep-checkpoints", 50)
+        more = (*EPOCHS, "--checkpoint-steps", 1, "--keep-checkpoints", 50)
         done = run_training(flags(shards, output, *more), log=log)
         assert done.code == 2, done.output
         (last,) = [line for line in done.output.splitlines() if line.startswith("error:")]
@@ -357,7 +374,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(shards: Path, tmp_path: Path) ->
 
 
 def test_it_stops_when_cider_does_not_improve(shards: Path, tmp_path: Path) -> None:
-    more = ("--epochs", 30, "--learning-rate", "1e-9", "--encoder-learning-rate", "1e-9", "--patience-epochs", 2)
+    more = (*EPOCHS0, "--learning-rate", "1e-9", "--encoder-learning-rate", "1e-9", "--patience-epochs", 2)
     finished(shards, tmp_path / "run", *more)
     rows = history(tmp_path / "run")
     ciders = [row["validation/cider"] for row in rows.values() if "validation/cider" in row]
@@ -466,7 +483,7 @@ def test_bfloat16_trains_and_evaluates(shards: Path, tmp_path: Path, image_input
 
 def test_a_finished_run_stays_and_other_settings_are_refused(shards: Path, undisturbed: Path) -> None:
     before = (undisturbed / "model" / "model.safetensors").stat().st_mtime_ns
-    assert "finished already" in finished(shards, undisturbed, "--epochs", 3)
+    assert "finished already" in finished(shards, undisturbed, *EPOCHS)
     assert (undisturbed / "model" / "model.safetensors").stat().st_mtime_ns == before
     other = run(shards, undisturbed, "--epochs", 4)
     assert other.code == 2

@@ -374,7 +374,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(shards: Path, tmp_path: Path) ->
 
 
 def test_it_stops_when_cider_does_not_improve(shards: Path, tmp_path: Path) -> None:
-    more = (*EPOCHS0, "--learning-rate", "1e-9", "--encoder-learning-rate", "1e-9", "--patience-epochs", 2)
+    more = ("--epochs", 30, "--learning-rate", "1e-9", "--encoder-learning-rate", "1e-9", "--patience-epochs", 2)
     finished(shards, tmp_path / "run", *more)
     rows = history(tmp_path / "run")
     ciders = [row["validation/cider"] for row in rows.values() if "validation/cider" in row]

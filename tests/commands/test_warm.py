@@ -68,7 +68,8 @@ def test_a_command_finds_itself_as_in_a_new_interpreter(words: list[str], new_se
 @pytest.mark.parametrize("end", ENDS)
 def test_a_command_ends_as_an_interpreter_does(end: str, options: list[str]) -> None:
     plain, forked = (
-        start([sys.executable, *options, "-c", ENDS[end]], capture_output=True, text=True) for start in (subprocess.run, warm.run)
+        start([sys.executable, *options, "-c", ENDS[end]], capture_output=True, text=True)
+        for start in (subprocess.run, warm.run)
     )
     assert (forked.returncode, forked.stdout) == (plain.returncode, plain.stdout)
     assert forked.stderr.splitlines()[-1:] == plain.stderr.splitlines()[-1:]

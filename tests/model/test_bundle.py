@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def save(
     return folder
 
 
+@cache
 def make_calibration(*, num_captions: int = 200) -> Calibration:
     """Half of the captions are good, those with the better scores; pictures are of one kind."""
     scores = [float(number) for number in range(num_captions)]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,9 +21,10 @@ import warm
 from consumer import context, wait
 from safetensors.torch import load_file, save_file
 from servers import free_port
-from tiny_model import caption_views
+from tiny_model import FORMS, Form, caption_views, form_options
 from trainer import Done, Running, run_training, start_training
 
+from captioner.flags import flag_name
 from captioner.images.views import ViewSpec
 from captioner.model.bundle import load_bundle
 from captioner.model.encoders import Encoder
@@ -470,9 +472,10 @@ def test_a_damaged_sample_stops_training_unless_it_is_tolerated(shards: Path, tm
     assert str(tar) in row["message"]
 
 
-@pytest.mark.parametrize("image_input", ["first", "every-step"])
-def test_bfloat16_trains_and_evaluates(shards: Path, tmp_path: Path, image_input: str) -> None:
-    more = ("--epochs", 1, "--image-input", image_input)
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_trains_and_evaluates(shards: Path, tmp_path: Path, form: Form) -> None:
+    options = [(flag_name(name), value) for name, value in form_options(form).items()]
+    more = ("--epochs", 1, "--self-critical-epochs", 1, *chain.from_iterable(options))
     launched = {"ACCELERATE_MIXED_PRECISION": "bf16"}  # as `accelerate launch --mixed_precision bf16` does
     running = start_training(flags(shards, tmp_path / "run", *more), log=tmp_path / "run.log", environment=launched)
     done = running.wait()
@@ -485,9 +488,9 @@ def test_a_finished_run_stays_and_other_settings_are_refused(shards: Path, undis
     before = (undisturbed / "model" / "model.safetensors").stat().st_mtime_ns
     assert "finished already" in finished(shards, undisturbed, *EPOCHS)
     assert (undisturbed / "model" / "model.safetensors").stat().st_mtime_ns == before
-    other = run(shards, undisturbed, "--epochs", 4)
+    other = run(shards, undisturbed, "--epochs", 4, *EPOCHS[2:])
     assert other.code == 2
-    assert "epochs was 3, is 4" in other.output.splitlines()[-1]
+    assert "epochs was 2, is 4" in other.output.splitlines()[-1]
 
 
 def test_missing_shards_name_the_command_that_makes_them(tmp_path: Path) -> None:

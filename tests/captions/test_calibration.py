@@ -422,12 +422,11 @@ def test_features_of_large_splits_are_those_of_pictures_at_equal_distances(
 def test_validation_scores_captions_in_the_precision_of_captioning(form: Form) -> None:
     """Training in bfloat16; cached features, which no encoder rounds once more, are the inputs."""
     bundle = Bundle(model=make_model(form), view=VIEW, vocabulary=VOCABULARY, decoding=DECODING, name="abc")
-    features_BF = torch.rand(NUM_IMAGES, bundle.model.encoder.num_features)
+    positions = (4,) if form == "attention" else ()
+    features = torch.rand(NUM_IMAGES, *positions, bundle.model.encoder.num_features)
     captions = pack([[[4, 5]]] * NUM_IMAGES, max_tokens=7)
     names = [str(number) for number in range(NUM_IMAGES)]
-    batch = CaptionBatch(
-        features_BF, captions, list(range(NUM_IMAGES)), names, list(names), [["a dog"]] * NUM_IMAGES, 0
-    )
+    batch = CaptionBatch(features, captions, list(range(NUM_IMAGES)), names, list(names), [["a dog"]] * NUM_IMAGES, 0)
     in_bfloat16: Any = SimpleNamespace(
         device=torch.device("cpu"),
         autocast=lambda: torch.autocast("cpu", torch.bfloat16),
@@ -444,7 +443,7 @@ def test_validation_scores_captions_in_the_precision_of_captioning(form: Form) -
     )  # fmt: skip
     _, rows, _ = evaluator.caption_split()
     with torch.inference_mode():
-        encoded = Encoded(bundle.model.encode(features_BF), out_of_distribution=[False] * NUM_IMAGES)
+        encoded = Encoded(bundle.model.encode(features), out_of_distribution=[False] * NUM_IMAGES)
     wanted = Captioner(bundle).describe([encoded])
     assert [row.caption for row in rows] == [one.caption for one in wanted]
     assert [row.score for row in rows] == pytest.approx([one.score for one in wanted], abs=1e-5)

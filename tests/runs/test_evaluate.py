@@ -356,7 +356,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random model whose captions depend on the picture."""
     words = {word for seed in range(200) for caption in captions_of(seed) for word in tokenize(caption)}
     vocabulary, view = Vocabulary.from_counts(dict.fromkeys(words, 9), threshold=1), ViewSpec(size=40, crop=32)
-    torch.manual_seed(4)
+    torch.manual_seed(1)
     config = ModelConfig(encoder="small_cnn", vocabulary_size=len(vocabulary), embedding_size=8, hidden_size=9)
     model = build_model(config)
     with torch.no_grad():

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -70,9 +70,8 @@ class FeatureFiles:
             self.open(number).file.close()
         return numbers
 
-    def describe(self, numbers: Iterable[int]) -> str:
+    def describe(self, numbers: Sequence[int]) -> str:
         """Images, shape, type and size of the files of these shards, and their folders."""
-        numbers = list(numbers)
         num_images = sum(self.shards[number].samples for number in numbers)
         num_bytes = num_images * math.prod(self.row_shape) * self.dtype.itemsize
         size = f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"

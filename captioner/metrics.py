@@ -51,14 +51,14 @@ Ngram = tuple[str, ...]
 class CountedCaption(NamedTuple):
     """One caption: its tokens, and how often each n-gram of 1 to 4 of them occurs."""
 
-    tokens: list[str]
+    tokens: Sequence[str]
     ngrams: Counter[Ngram]
 
 
 class ImageReferences(NamedTuple):
     """The R references of an image: tokens, how often each has an n-gram of any, and each one's `_norms`."""
 
-    tokens: list[list[str]]
+    tokens: Sequence[Sequence[str]]
     counts: dict[Ngram, tuple[int, ...]]
     norms: list[list[float]]
 
@@ -168,6 +168,38 @@ class References(Generic[K]):
         }
 
 
+def document_frequency(captions_of_images: Iterable[Sequence[Sequence[str]]]) -> Counter[Ngram]:
+    """In how many images' captions, given as tokens, each n-gram is."""
+    found: Counter[Ngram] = Counter()
+    for captions in captions_of_images:
+        found.update(set(chain.from_iterable(_ngrams(tokens, n) for tokens in captions for n in ORDERS)))
+    return found
+
+
+class CiderReward:
+    """CIDEr-D, in 0..10, of captions given as tokens, with the document frequencies of a training set of `num_images`.
+
+    Tokens count as they are: punctuation, and an end if captions have one.
+    """
+
+    def __init__(self, frequency: Mapping[Ngram, int], num_images: int) -> None:
+        self._rarest = math.log(max(1, num_images))
+        self._weights = {ngram: self._rarest - math.log(count) for ngram, count in frequency.items()}
+
+    def __call__(self, candidates: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> list[float]:
+        """The scores of several captions of one image against its references."""
+        own = list(map(_count_tokens, references))
+        ngrams = chain.from_iterable(caption.ngrams for caption in own)
+        weights = {ngram: self._weights.get(ngram, self._rarest) for ngram in ngrams}
+        image = ImageReferences(
+            [caption.tokens for caption in own], _counts(own), [_norms(caption, weights) for caption in own]
+        )
+        captions = list(map(_count_tokens, candidates))
+        for ngram in chain.from_iterable(caption.ngrams for caption in captions):
+            weights.setdefault(ngram, self._weights.get(ngram, self._rarest))
+        return [_cider(Comparison(caption, weights, image)) for caption in captions]
+
+
 def corpus_scores(images: Collection[ImageScores]) -> dict[str, float]:
     """The corpus scores of these images, by name; see `References.scores`."""
     return {
@@ -208,7 +240,10 @@ def ptb_tokenize(caption: str) -> list[str]:
 
 
 def _count_caption(text: str) -> CountedCaption:
-    tokens = ptb_tokenize(text)
+    return _count_tokens(ptb_tokenize(text))
+
+
+def _count_tokens(tokens: Sequence[str]) -> CountedCaption:
     return CountedCaption(tokens, Counter(chain.from_iterable(_ngrams(tokens, n) for n in ORDERS)))
 
 

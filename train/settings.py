@@ -98,6 +98,11 @@ class TrainSettings:
     """After a linear warm-up: a cosine down to zero, or a constant rate."""
     label_smoothing: FractionBelow1 = 0.0
     """Probability mass of each target that is spread over all words."""
+    self_critical_epochs: CountOrZero = 0
+    """Further epochs, after `epochs`, in which captions that the model draws are made likelier the better they score:
+    CIDEr-D against the training captions."""
+    self_critical_learning_rate: Positive = 5e-5
+    """Adam's learning rate in these epochs; the encoder's is lowered as much."""
     scheduled_sampling: FractionBelow1 = 0.0
     """Fraction of input words, rising from 0 to this over the run, that are replaced by the model's own predictions."""
     cache_features: bool = False
@@ -132,6 +137,11 @@ class TrainSettings:
     wandb: str | None = None
     """Also log to this Weights & Biases project (pip install wandb)."""
 
+    @property
+    def all_epochs(self) -> int:
+        """Epochs of cross-entropy, and self-critical ones."""
+        return self.epochs + self.self_critical_epochs
+
     def model_config(self, num_words: int) -> ModelConfig:
         """The model's configuration; no flag that describes it may be None."""
         names = [field.name for field in fields(ModelConfig) if field.name != "vocabulary_size"]
@@ -157,7 +167,7 @@ def check_settings(settings: TrainSettings, *, world_size: int = 1) -> None:
 
 def count_steps(settings: TrainSettings, num_samples: int, *, has_val: bool) -> int:
     """The run's optimizer steps. Raises UserError where there are none, and for settings without effect."""
-    total_steps = settings.epochs * num_steps(num_samples, global_batch=settings.batch_size)
+    total_steps = settings.all_epochs * num_steps(num_samples, global_batch=settings.batch_size)
     if not total_steps:
         raise UserError(f"the training split in {settings.shards[0]} holds no samples: see its train.failures.jsonl")
     if (settings.finetune_encoder_from_step or 0) >= total_steps:
@@ -165,6 +175,8 @@ def count_steps(settings: TrainSettings, num_samples: int, *, has_val: bool) -> 
             f"--finetune-encoder-from-step {settings.finetune_encoder_from_step} is beyond the run's {total_steps:,} "
             "steps: give fewer, or more --epochs"
         )
+    if settings.patience_epochs and settings.self_critical_epochs:
+        raise UserError("--patience-epochs would end the run before --self-critical-epochs: leave out one of them")
     if settings.patience_epochs and not has_val:
         raise UserError("--patience-epochs looks at the val split, and there is none: pack one, or leave it out")
     return total_steps

@@ -24,7 +24,7 @@ class PackedCaptions:
     `image_of_caption_N` is each caption's row among the B images.
 
     For attention, the tokens of an image are side by side in a table of B rows and `columns` columns: `cells_M` is each
-    token's cell, counted row by row.
+    token's cell, counted row by row. `weights_M` are the tokens' weights in the loss, None if all are 1.
     """
 
     inputs_M: Tensor
@@ -33,15 +33,22 @@ class PackedCaptions:
     image_of_caption_N: Tensor
     cells_M: Tensor
     columns: int
+    weights_M: Tensor | None = None
 
     @classmethod
     def pack(
-        cls, tokens: Sequence[int], lengths: Sequence[int], num_captions: Sequence[int], *, max_tokens: int
+        cls,
+        tokens: Sequence[int],
+        lengths: Sequence[int],
+        num_captions: Sequence[int],
+        *,
+        max_tokens: int,
+        weights: np.ndarray | None = None,
     ) -> "PackedCaptions":
         """Pack captions given as the `tokens` of all (without `<start>` and `<end>`) and the `lengths` of each.
 
         `num_captions` counts those of each image; there is at least one caption. A caption of more than `max_tokens` is
-        cut there, and `<end>` is not among its targets.
+        cut there, and `<end>` is not among its targets. `weights` are those of the captions.
         """
         full_N = np.array(lengths)
         tokens_NW = np.full((len(lengths), full_N.max() + 1), END)
@@ -65,10 +72,11 @@ class PackedCaptions:
             image_of_caption_N=torch.from_numpy(image_of_caption_N[longest_first_N]),
             cells_M=torch.from_numpy(cells_TN[alive_TN]),
             columns=columns,
+            weights_M=None if weights is None else torch.from_numpy((alive_TN * weights[longest_first_N])[alive_TN]),
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as plain arrays: for so few bytes that is faster than tensors' shared memory."""
+        """Pickle as plain arrays, without weights: for so few bytes that is faster than tensors' shared memory."""
         tensors = (self.inputs_M, self.targets_M, self.batch_sizes_T, self.image_of_caption_N, self.cells_M)
         return _from_arrays, (self.columns, *(tensor.numpy() for tensor in tensors))
 
@@ -81,6 +89,7 @@ class PackedCaptions:
             image_of_caption_N=change(self.image_of_caption_N),
             cells_M=change(self.cells_M),
             columns=self.columns,
+            weights_M=None if self.weights_M is None else change(self.weights_M),
         )
 
     def caption_of_token(self) -> Tensor:

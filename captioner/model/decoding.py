@@ -173,6 +173,37 @@ def greedy(
     return _collect(steps, num_captions=len(images))
 
 
+@torch.no_grad()
+def sample(model: CaptionModel, images: Tensor, uniform_BST: Tensor) -> list[list[int]]:
+    """Captions drawn from the model, S of each image, one after the other, at most T tokens long.
+
+    Each is the token ids, with `<end>` unless the caption was cut. The numbers in [0, 1) choose the tokens: equal ones
+    give equal captions, in any batch.
+    """
+    num_images, num_samples, max_tokens = uniform_BST.shape
+    cells_N = torch.arange(num_images * num_samples, device=images.device)
+    uniform_NT = uniform_BST.flatten(0, 1)
+    state, tokens_N, rows_N = model.start(images, cells_N, num_samples), torch.full_like(cells_N, START), cells_N
+    steps: list[tuple[Tensor, Tensor]] = []
+    for step in range(max_tokens):
+        logits_NV, state, _ = model.advance(tokens_N, state)
+        logits_NV[:, [*FORBIDDEN, END] if step == 0 else FORBIDDEN] = -torch.inf
+        cumulated_NV = logits_NV.softmax(dim=1, dtype=torch.float32).cumsum(dim=1)
+        chosen_N1 = uniform_NT[rows_N, step, None] * cumulated_NV[:, -1:]
+        tokens_N = torch.searchsorted(cumulated_NV, chosen_N1, right=True)[:, 0].clamp(max=logits_NV.shape[1] - 1)
+        steps.append((rows_N, tokens_N))
+        alive = (tokens_N != END).nonzero()[:, 0]
+        if not len(alive):
+            break
+        if len(alive) < len(rows_N):
+            rows_N, tokens_N = rows_N[alive], tokens_N[alive]
+            state = state.take(alive, rows_N)
+    captions: list[list[int]] = [[] for _ in range(num_images * num_samples)]
+    for row, token in zip(*(torch.cat(column).tolist() for column in zip(*steps, strict=True)), strict=True):
+        captions[row].append(token)
+    return captions
+
+
 def _padded_steps(captions: Sequence[Sequence[GeneratedCaption]], *, max_tokens: int) -> Tensor:
     """The steps (B, G, T) of G captions of each image: tokens, `<end>` unless cut, then `<pad>`."""
     fill = [END] + [PAD] * max_tokens

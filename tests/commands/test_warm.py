@@ -26,6 +26,7 @@ ENDS = {
     "traceback": "import atexit; atexit.register(print, 'at exit'); raise ValueError('wrong')",
     "interrupted": "raise KeyboardInterrupt",
     "killed": "import os; os.kill(os.getpid(), 9)",
+    "killed with output": "import os; print('x'); os.kill(os.getpid(), 9)",
     "terminated": "import os; os.kill(os.getpid(), 15)",
     "thread": "import threading, time; threading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()",
     "deleted": "class A:\n    def __del__(self): print('deleted')\na = A()",
@@ -37,6 +38,9 @@ print(subprocess.run([sys.executable, "-c", code], capture_output=True, text=Tru
 for method in ("spawn", "forkserver", "fork"):
     with multiprocessing.get_context(method).Pool(2) as pool:
         assert pool.map(abs, range(-9, 0)) == [*range(9, 0, -1)]
+if (child := os.fork()) == 0:  # it has no server
+    os._exit(subprocess.run([sys.executable, "-c", "raise SystemExit(5)"]).returncode)
+assert os.WEXITSTATUS(os.waitpid(child, 0)[1]) == 5
 """
 
 
@@ -60,10 +64,12 @@ def test_a_command_finds_itself_as_in_a_new_interpreter(words: list[str], new_se
     assert json.loads(found[0][0])[6] == os.getpid()
 
 
+@pytest.mark.parametrize("options", [[], ["-u"]])
 @pytest.mark.parametrize("end", ENDS)
-def test_a_command_ends_as_an_interpreter_does(end: str) -> None:
+def test_a_command_ends_as_an_interpreter_does(end: str, options: list[str]) -> None:
     plain, forked = (
-        start([sys.executable, "-c", ENDS[end]], capture_output=True, text=True) for start in (subprocess.run, warm.run)
+        start([sys.executable, *options, "-c", ENDS[end]], capture_output=True, text=True)
+        for start in (subprocess.run, warm.run)
     )
     assert (forked.returncode, forked.stdout) == (plain.returncode, plain.stdout)
     assert forked.stderr.splitlines()[-1:] == plain.stderr.splitlines()[-1:]

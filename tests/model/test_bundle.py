@@ -5,19 +5,20 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from servers import Bucket
-from tiny_model import DECODING, VIEW, VOCABULARY, WORDS, caption_views, make_model, make_views
+from tiny_model import DECODING, FORMS, VIEW, VOCABULARY, WORDS, Form, caption_views, make_model, make_views
 
 from captioner.calibration import Calibration, fit_confidence, fit_space
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.model.bundle import Bundle, load_bundle, save_bundle, save_calibration
-from captioner.model.network import CaptionModel, ImageInput
+from captioner.model.network import CaptionModel
 from captioner.vocabulary import Vocabulary
 
 
@@ -40,6 +41,7 @@ def save(
     return folder
 
 
+@cache
 def make_calibration(*, num_captions: int = 200) -> Calibration:
     """Half of the captions are good, those with the better scores; pictures are of one kind."""
     scores = [float(number) for number in range(num_captions)]
@@ -78,9 +80,9 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> Non
     path.write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("image_input", ["first", "every-step"])
-def test_a_saved_model_captions_as_before(tmp_path: Path, image_input: ImageInput) -> None:
-    model, views = make_model(image_input), make_views(8)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_saved_model_captions_as_before(tmp_path: Path, form: Form) -> None:
+    model, views = make_model(form), make_views(8)
     before = Bundle(model=model, view=VIEW, vocabulary=VOCABULARY, decoding=DECODING, name="")
     loaded = load_bundle(save(tmp_path / "model", model))
     assert (loaded.view, loaded.decoding, loaded.vocabulary) == (VIEW, DECODING, VOCABULARY)

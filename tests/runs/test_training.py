@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,9 +21,10 @@ import warm
 from consumer import context, wait
 from safetensors.torch import load_file, save_file
 from servers import free_port
-from tiny_model import caption_views
+from tiny_model import FORMS, Form, caption_views, form_options
 from trainer import Done, Running, run_training, start_training
 
+from captioner.flags import flag_name
 from captioner.images.views import ViewSpec
 from captioner.model.bundle import load_bundle
 from captioner.model.encoders import Encoder
@@ -58,6 +60,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     )
     return folder / "shards"
+
+
+EPOCHS = ("--epochs", 2, "--self-critical-epochs", 1)
 
 
 def train(shards: Path, output: Path, *flags: str, launcher: tuple[str, ...] = ("python",), **environment: str):
@@ -118,7 +123,7 @@ def wait_for(condition: Callable[[], object], running: Running, *, seconds: floa
 @pytest.fixture(scope="module")
 def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    finished(shards, output, "--epochs", 3)
+    finished(shards, output, *EPOCHS)
     return output
 
 
@@ -168,6 +173,20 @@ def test_two_processes_train_as_one_does(shards: Path, tmp_path: Path) -> None:
             assert two[step][name] == pytest.approx(row[name], abs=1e-4), (step, name)
     rows = validation_rows(tmp_path / "2")
     assert [row["image_id"] for row in rows] == list(range(1, NUM_VAL + 1))
+
+
+def test_two_processes_learn_from_the_same_samples_as_one(shards: Path, tmp_path: Path) -> None:
+    """An epoch of self-critical training in float32, over a last batch of one image."""
+    phases = ("--epochs", 1, "--self-critical-epochs", 1, "--self-critical-learning-rate", 1e-3)
+    for world_size in (1, 2):
+        output = tmp_path / str(world_size)
+        printed = finished(shards, output, "--input-dropout", 0, "--dropout", 0, *phases, world_size=world_size)
+        assert "epoch 1: training loss" in printed
+        assert "epoch 2: training reward" in printed
+    one, two = (history(tmp_path / name) for name in ("1", "2"))
+    assert two[10]["train/reward"] == pytest.approx(one[10]["train/reward"], abs=1e-3)
+    assert two[10]["validation/loss"] == pytest.approx(one[10]["validation/loss"], abs=1e-3)
+    assert one[10]["validation/loss"] != pytest.approx(one[5]["validation/loss"], abs=1e-3)
 
 
 def _draw(rank: int, world_size: int, port: int, folder: Path) -> None:
@@ -241,7 +260,7 @@ def test_killed_three_times_and_resumed_gives_the_undisturbed_weights_bit_for_bi
     shards: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
     output, log, random = tmp_path / "run", tmp_path / "run.log", Random(7)
-    again = ("--epochs", 3, "--checkpoint-steps", 1, "--resume")
+    again = (*EPOCHS, "--checkpoint-steps", 1, "--resume")
     for workers in (0, 1, 2):
         running = start_training(flags(shards, output, *again, "--workers", workers), log=log)
         before = set(checkpoints(output))
@@ -271,7 +290,7 @@ def _newest(output: Path) -> int:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_sigterm_saves_and_says_so(shards: Path, tmp_path: Path, undisturbed: Path, world_size: int) -> None:
     output, log = tmp_path / "run", tmp_path / "run.log"
-    running = start_training(flags(shards, output, "--epochs", 3), log=log, world_size=world_size)
+    running = start_training(flags(shards, output, *EPOCHS), log=log, world_size=world_size)
     wait_for((output / "history.jsonl").exists, running)
     for rank in running.ranks:
         os.kill(rank.pid, signal.SIGTERM)
@@ -280,7 +299,7 @@ def test_sigterm_saves_and_says_so(shards: Path, tmp_path: Path, undisturbed: Pa
     assert "stopped by SIGTERM" in done.output
     assert not (output / "model").exists()
     assert checkpoints(output)
-    finished(shards, output, "--epochs", 3, "--resume")
+    finished(shards, output, *EPOCHS, "--resume")
     if world_size == 1:
         for name, tensor in weights(output).items():
             assert torch.equal(tensor, weights(undisturbed)[name]), name
@@ -288,10 +307,10 @@ def test_sigterm_saves_and_says_so(shards: Path, tmp_path: Path, undisturbed: Pa
 
 def test_an_unfinished_run_is_resumed_only_when_asked(shards: Path, tmp_path: Path) -> None:
     output, log = tmp_path / "run", tmp_path / "run.log"
-    running = start_training(flags(shards, output, "--epochs", 3, "--checkpoint-steps", 1), log=log)
+    running = start_training(flags(shards, output, *EPOCHS, "--checkpoint-steps", 1), log=log)
     wait_for(lambda: checkpoints(output), running)
     running.kill()
-    done = run(shards, output, "--epochs", 3)
+    done = run(shards, output, *EPOCHS)
     assert done.code == 2
     assert "continue with --resume" in done.output.splitlines()[-1]
 
@@ -335,7 +354,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_usable(shards: Path, tmp_path:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=True)
     try:
         output, log = disk / "run", tmp_path / "run.log"
-        more = ("--epochs", 3, "--checkpoint-steps", 1, "--keep-checkpoints", 50)
+        more = (*EPOCHS, "--checkpoint-steps", 1, "--keep-checkpoints", 50)
         done = run_training(flags(shards, output, *more), log=log)
         assert done.code == 2, done.output
         (last,) = [line for line in done.output.splitlines() if line.startswith("error:")]
@@ -453,9 +472,10 @@ def test_a_damaged_sample_stops_training_unless_it_is_tolerated(shards: Path, tm
     assert str(tar) in row["message"]
 
 
-@pytest.mark.parametrize("image_input", ["first", "every-step"])
-def test_bfloat16_trains_and_evaluates(shards: Path, tmp_path: Path, image_input: str) -> None:
-    more = ("--epochs", 1, "--image-input", image_input)
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_trains_and_evaluates(shards: Path, tmp_path: Path, form: Form) -> None:
+    options = [(flag_name(name), value) for name, value in form_options(form).items()]
+    more = ("--epochs", 1, "--self-critical-epochs", 1, *chain.from_iterable(options))
     launched = {"ACCELERATE_MIXED_PRECISION": "bf16"}  # as `accelerate launch --mixed_precision bf16` does
     running = start_training(flags(shards, tmp_path / "run", *more), log=tmp_path / "run.log", environment=launched)
     done = running.wait()
@@ -466,11 +486,11 @@ def test_bfloat16_trains_and_evaluates(shards: Path, tmp_path: Path, image_input
 
 def test_a_finished_run_stays_and_other_settings_are_refused(shards: Path, undisturbed: Path) -> None:
     before = (undisturbed / "model" / "model.safetensors").stat().st_mtime_ns
-    assert "finished already" in finished(shards, undisturbed, "--epochs", 3)
+    assert "finished already" in finished(shards, undisturbed, *EPOCHS)
     assert (undisturbed / "model" / "model.safetensors").stat().st_mtime_ns == before
-    other = run(shards, undisturbed, "--epochs", 4)
+    other = run(shards, undisturbed, "--epochs", 4, *EPOCHS[2:])
     assert other.code == 2
-    assert "epochs was 3, is 4" in other.output.splitlines()[-1]
+    assert "epochs was 2, is 4" in other.output.splitlines()[-1]
 
 
 def test_missing_shards_name_the_command_that_makes_them(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, 
     """What each rank got, by scenario."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, __file__, str(folder)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests' / 'support'}"}
     processes = [warm.Popen([*command, str(rank)], env=environment) for rank in range(RANKS)]
     try:
         assert [process.wait(timeout=120) for process in processes] == [0] * RANKS

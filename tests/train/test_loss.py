@@ -81,7 +81,7 @@ def test_the_plain_sum_has_no_gradient_and_the_first_has_none_where_none_is_want
 def test_in_half_precision_losses_and_gradients_stay_close_and_in_float32(dtype: torch.dtype) -> None:
     """As on a GPU under autocast; the relative rounding error of bfloat16 is 2^-9."""
     *layer, targets_M = draw(3 * CHUNK_TOKENS)
-    objective, _ = _LinearCrossEntropy.apply(*layer, targets_M, 0.1, dtype, True)
+    objective, _ = _LinearCrossEntropy.apply(*layer, targets_M, None, 0.1, dtype, True)
     expected = plain_pair((*layer, targets_M), label_smoothing=0.1)
     torch.testing.assert_close(objective, expected, rtol=0.01, atol=0.0)
     pairs = zip(torch.autograd.grad(objective, layer), torch.autograd.grad(expected, layer), strict=True)
@@ -98,7 +98,7 @@ def test_float16_keeps_small_gradients_and_bears_the_largest_sum() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train.step.loss, "CHUNK_TOKENS", 2048)
             objective, _ = _LinearCrossEntropy.apply(
-                *layer, torch.zeros(2048, dtype=torch.int64), 0, torch.float16, True
+                *layer, torch.zeros(2048, dtype=torch.int64), None, 0, torch.float16, True
             )
         _, dweight_VH, dbias_V = torch.autograd.grad(objective, layer)
         wanted = 2048 * torch.sigmoid(torch.tensor(logit))

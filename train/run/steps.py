@@ -25,35 +25,45 @@ VOTE_SECONDS = 5.0  # longest time between votes on stopping, or one step if tha
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """Sums over steps of all ranks; of the `seconds`, `data_seconds` were spent waiting for data."""
+    """Sums over steps of all ranks; of the `seconds`, `data_seconds` were spent waiting for data.
 
-    loss_sum: float = 0.0
-    num_targets: int = 0
+    `total` is the sum of `quantity` over `count`: cross-entropy over target tokens, or scores over samples.
+    """
+
+    quantity: str
+    total: float = 0.0
+    count: int = 0
     num_images: int = 0
     num_cut: int = 0
     seconds: float = 0.0
     data_seconds: float = 0.0
 
-    @property
-    def loss(self) -> StepLoss:
-        """The cross-entropy of the target tokens."""
-        return StepLoss(self.loss_sum, self.num_targets)
-
     def __add__(self, other: "StepMetrics") -> "StepMetrics":
-        return StepMetrics(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        pairs = zip(astuple(self)[1:], astuple(other)[1:], strict=True)
+        return StepMetrics(other.quantity, *(a + b for a, b in pairs))
 
     def __str__(self) -> str:
-        return f"{self.loss}, {self.seconds:.1f} s, {self.num_cut:,} captions cut"
+        return f"{self.mean}, {self.seconds:.1f} s, {self.num_cut:,} captions cut"
+
+    @property
+    def mean(self) -> str:
+        """The mean of the quantity, in words."""
+        if self.quantity == "loss":
+            return str(StepLoss(self.total, self.count))
+        return f"{self.quantity} {self.total / max(1, self.count):.3f}"
 
     def curves(self) -> dict[str, float]:
         """The values by the names of their curves."""
         found = {
-            "train/loss": self.loss.per_token,
-            "train/perplexity": self.loss.perplexity,
-            "train/tokens_per_second": self.num_targets / self.seconds,
             "train/images_per_second": self.num_images / self.seconds,
             "train/waiting_share": self.data_seconds / self.seconds,
         }
+        if self.quantity == "loss":
+            loss = StepLoss(self.total, self.count)
+            found |= {"train/loss": loss.per_token, "train/perplexity": loss.perplexity}
+            found["train/tokens_per_second"] = self.count / self.seconds
+        else:
+            found[f"train/{self.quantity}"] = self.total / max(1, self.count)
         if torch.cuda.is_initialized():  # a run on the CPU does not load it
             found["train/gpu_gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
         return found
@@ -62,8 +72,8 @@ class StepMetrics:
 class MetricsWindow:
     """This rank's steps since the metrics were last read; their losses stay on the device, so that no step waits."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, quantity: str) -> None:
+        self._accelerator, self._quantity = accelerator, quantity
         self._records: list[Tensor] = []
         self._counts = np.zeros(3)  # images, cut captions, seconds waiting for data
         self._started = time.monotonic()
@@ -83,10 +93,11 @@ class MetricsWindow:
         records_S3 = torch.cat((sums[:-3].view(-1, 2), records_S3[:, 2:].cpu()), dim=1)
         check_finite(records_S3, last_step=last_step, scaled=self._accelerator.scaler is not None)
         num_images, num_cut, data_seconds = sums[-3:].tolist()
-        loss_sum, num_targets, _ = records_S3.double().sum(dim=0).tolist()
+        total, count, _ = records_S3.double().sum(dim=0).tolist()
         return StepMetrics(
-            loss_sum,
-            round(num_targets),
+            self._quantity,
+            total,
+            round(count),
             round(num_images),
             round(num_cut),
             seconds=time.monotonic() - self._started,
@@ -133,7 +144,7 @@ def run_epoch(
     """
     accelerator, epoch, epoch_steps = take_step.accelerator, loader.epoch, len(loader)
     before = epoch * epoch_steps
-    window, total = MetricsWindow(accelerator), StepMetrics()
+    window, total = MetricsWindow(accelerator, take_step.quantity), StepMetrics(take_step.quantity)
     vote = StopVote(accelerator=accelerator)
     with (
         stop.deferred(),
@@ -157,8 +168,8 @@ def run_epoch(
                 metrics = window.reduce(last_step=step)
                 rate = float(take_step.schedule.get_last_lr()[0])
                 tracker.log(step, {"epoch": step / epoch_steps, "train/learning_rate": rate, **metrics.curves()})
-                window = MetricsWindow(accelerator)
-                total, note = total + metrics, str(metrics.loss)
+                window = MetricsWindow(accelerator, take_step.quantity)
+                total, note = total + metrics, metrics.mean
             bar.advance(note=note)
             if due or stopping:
                 save()

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -23,6 +24,7 @@ from train.run.steps import run_epoch
 from train.run.tracking import Tracker
 from train.settings import TrainSettings
 from train.step.schedule import make_optimizer, make_schedule
+from train.step.self_critical import SelfCriticalStep, make_reward
 from train.step.starting_model import StartingPoint, make_loss_model
 from train.step.step import TrainStep, check_same_weights, distribute
 
@@ -45,8 +47,8 @@ class Trainer:
     ) -> None:
         self._settings, self._data, self._start, self._accelerator = settings, data, start, accelerator
         self._run = Path(settings.output)
-        self._epoch_steps = total_steps // settings.epochs
-        self._make_model(total_steps)
+        self._epoch_steps = total_steps // settings.all_epochs
+        self._make_model()
         self._open_loaders()
         self._progress = Progress()
         accelerator.register_for_checkpointing(self._take_step.schedule, self._loader, self._progress)
@@ -56,8 +58,9 @@ class Trainer:
         counts = ("training_images", "training_seconds", "validation_images", "validation_seconds")
         self._report: dict[str, float] = dict.fromkeys(counts, 0)
 
-    def _make_model(self, total_steps: int) -> None:
+    def _make_model(self) -> None:
         settings, accelerator = self._settings, self._accelerator
+        total_steps = settings.epochs * self._epoch_steps
         self._loss_model = make_loss_model(
             settings,
             self._start,
@@ -73,6 +76,7 @@ class Trainer:
             settings.schedule,
             total_steps=total_steps,
             encoder_from_step=settings.finetune_encoder_from_step or 0,
+            factor_after=settings.self_critical_learning_rate / settings.learning_rate,
         )
         wrapped, optimizer = distribute(self._loss_model, optimizer, accelerator)
         self._take_step = TrainStep(wrapped, optimizer, schedule, accelerator)
@@ -81,6 +85,13 @@ class Trainer:
     def _open_loaders(self) -> None:
         """Open the training loader and make the evaluator, after encoding all images where features are cached."""
         settings, train, val = self._settings, self._data.train, self._data.val
+        reading: dict[str, Any] = {
+            "num_workers": settings.workers,
+            "cache": settings.cache,
+            "cache_gigabytes": settings.cache_gigabytes,
+            "tolerate_bad_samples": settings.tolerate_bad_samples,
+            **rank_options(self._accelerator),
+        }
         open_loader = partial(
             caption_loader,
             vocabulary=self._start.vocabulary,
@@ -88,11 +99,7 @@ class Trainer:
             max_tokens=settings.max_tokens,
             batch_size=settings.batch_size,
             accumulation_steps=settings.accumulation_steps,
-            num_workers=settings.workers,
-            cache=settings.cache,
-            cache_gigabytes=settings.cache_gigabytes,
-            tolerate_bad_samples=settings.tolerate_bad_samples,
-            **rank_options(self._accelerator),
+            **reading,
         )
         features = prepare_features(
             self._data.splits if settings.cache_features else [],
@@ -108,6 +115,20 @@ class Trainer:
             shuffle_shards=settings.shuffle_shards,
             features=features.get("train"),
         )
+        self._self_critical_step: SelfCriticalStep | None = None
+        if settings.self_critical_epochs:
+            step = self._take_step
+            self._self_critical_step = SelfCriticalStep(
+                step.model,
+                step.optimizer,
+                step.schedule,
+                step.accelerator,
+                reward=make_reward(train, self._accelerator, **reading),
+                vocabulary=self._start.vocabulary,
+                max_tokens=settings.max_tokens,
+                seed=settings.seed,
+                epoch_steps=self._epoch_steps,
+            )
         self._evaluator: Evaluator | None = None
         if val:
             self._evaluator = Evaluator(
@@ -136,9 +157,9 @@ class Trainer:
             train.sizes, seed=settings.seed, batch_size=settings.batch_size, shuffle_shards=settings.shuffle_shards
         )
         return (
-            f"{train.num_samples:,} training images, {len(self._start.vocabulary):,} words, {settings.epochs} epochs "
-            f"of {self._epoch_steps:,} steps on {world_size} x {self._accelerator.device}, {self.done_steps:,} of them "
-            f"done{window_advice(order.of_epoch(0), world_size=world_size)}"
+            f"{train.num_samples:,} training images, {len(self._start.vocabulary):,} words, {settings.all_epochs} "
+            f"epochs of {self._epoch_steps:,} steps on {world_size} x {self._accelerator.device}, {self.done_steps:,} "
+            f"of them done{window_advice(order.of_epoch(0), world_size=world_size)}"
         )
 
     def open_tracker(self) -> Tracker:
@@ -162,20 +183,21 @@ class Trainer:
         """Whether all epochs are trained, or the CIDEr has not improved for `patience_epochs`."""
         patience = self._settings.patience_epochs
         is_stuck = patience is not None and self._progress.epochs_since_best >= patience
-        return is_stuck or self._progress.epochs >= self._settings.epochs
+        return is_stuck or self._progress.epochs >= self._settings.all_epochs
 
     def train_epoch(self, tracker: Tracker, stop: Preemption) -> None:
         """Take an epoch's optimizer steps; none where a resumed run had already taken them. Raises UserError."""
         loader, settings = self._loader, self._settings
         if loader.epoch == self._progress.epochs:
             planned = self._data.train.num_samples - loader.steps_done * settings.batch_size
+            is_self_critical = self._progress.epochs >= settings.epochs
             metrics = run_epoch(
                 loader,
-                self._take_step,
+                self._self_critical_step if self._self_critical_step and is_self_critical else self._take_step,
                 stop=stop,
                 tracker=tracker,
                 save=self._checkpoints.save,
-                num_epochs=settings.epochs,
+                num_epochs=settings.all_epochs,
                 checkpoint_steps=settings.checkpoint_steps,
             )
             self._report["training_images"] += metrics.num_images

@@ -17,14 +17,21 @@ GRADIENT_SCALE = 16.0
 
 
 def linear_cross_entropy(
-    hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_M: Tensor, *, label_smoothing: float = 0.0
+    hidden_MH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor,
+    targets_M: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    token_weights_M: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy (natural log) of the logits `hidden_MH @ weight_VH.T + bias_V`, summed over tokens: two scalars.
 
-    The first is smoothed as in `torch.nn.functional.cross_entropy` and has gradients; the second is plain and has
-    none. Both are at least float32. Forward computes the gradients, if any are needed, and backward multiplies them by
-    the incoming one. Under autocast the products have its type, but not on the CPU: many have no unit for it, and there
-    a product in bfloat16 takes up to 50 times as long as one in float32.
+    The first is smoothed as in `torch.nn.functional.cross_entropy`, each token times its weight where weights are
+    given, and has gradients; the second is plain and has none. Both are at least float32. Forward computes the
+    gradients, if any are needed, and backward multiplies them by the incoming one. Under autocast the products have its
+    type, but not on the CPU: many have no unit for it, and there a product in bfloat16 takes up to 50 times as long as
+    one in float32.
     """
     device = hidden_MH.device.type
     autocast = torch.is_autocast_enabled(device) and device != "cpu"
@@ -32,7 +39,14 @@ def linear_cross_entropy(
     product_type = torch.get_autocast_dtype(device) if autocast else input_type
     with torch.autocast(device, enabled=False):
         return _LinearCrossEntropy.apply(
-            hidden_MH, weight_VH, bias_V, targets_M, label_smoothing, product_type, torch.is_grad_enabled()
+            hidden_MH,
+            weight_VH,
+            bias_V,
+            targets_M,
+            token_weights_M,
+            label_smoothing,
+            product_type,
+            torch.is_grad_enabled(),
         )
 
 
@@ -41,20 +55,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *inputs, targets_M, smoothing, product_type, grad_enabled = arguments
+        *inputs, targets_M, token_weights_M, smoothing, product_type, grad_enabled = arguments
         hidden_MH, weight_VH, bias_V = (x.to(product_type) for x in inputs)
         exact_type = torch.promote_types(product_type, torch.float32)
         wanted = grad_enabled and any(ctx.needs_input_grad)
         gradients = [torch.zeros_like(x, dtype=exact_type) for x in inputs if wanted]
         objective, plain = (torch.zeros((), dtype=exact_type, device=bias_V.device) for _ in range(2))
         for chunk, log_p_CV, buffer_CV in _chunks(hidden_MH, weight_VH, bias_V, exact_type=exact_type):
-            target_log_p = log_p_CV.gather(1, targets_M[chunk, None]).sum()
-            plain -= target_log_p
-            objective -= (1 - smoothing) * target_log_p
+            target_log_p_C = log_p_CV.gather(1, targets_M[chunk, None])[:, 0]
+            plain -= target_log_p_C.sum()
+            weights_C = 1.0 if token_weights_M is None else token_weights_M[chunk]
+            objective -= (1 - smoothing) * (weights_C * target_log_p_C).sum()
             if smoothing:
-                objective -= smoothing * log_p_CV.mean(1).sum()
+                objective -= smoothing * (weights_C * log_p_CV.mean(1)).sum()
             if wanted:
                 d_CV = _logit_gradients(log_p_CV, targets_M[chunk], smoothing=smoothing, out=buffer_CV)
+                if token_weights_M is not None:
+                    d_CV *= token_weights_M[chunk, None]
                 gradients[0][chunk] = d_CV @ weight_VH
                 gradients[1] += d_CV.T @ hidden_MH[chunk]
                 gradients[2] += d_CV.sum(0, dtype=exact_type)
@@ -65,7 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         factor = grad_outputs[0] / GRADIENT_SCALE
-        return (*(gradient * factor for gradient in ctx.saved_tensors), None, None, None, None)
+        return (*(gradient * factor for gradient in ctx.saved_tensors), None, None, None, None, None)
 
 
 def _chunks(

@@ -23,24 +23,30 @@ def make_optimizer(model: CaptionModel, learning_rate: float, *, encoder_learnin
     return Adam(groups, fused=True)
 
 
-def make_schedule(optimizer: Optimizer, kind: Schedule, *, total_steps: int, encoder_from_step: int = 0) -> LambdaLR:
+def make_schedule(
+    optimizer: Optimizer, kind: Schedule, *, total_steps: int, encoder_from_step: int = 0, factor_after: float = 0.0
+) -> LambdaLR:
     """A linear warm-up of each group over the first 5 % of its steps, then as `kind` says.
 
-    The second group, the encoder's, starts `encoder_from_step` steps later; until then its rate is 0.
+    The second group, the encoder's, starts `encoder_from_step` steps later; until then its rate is 0. After
+    `total_steps` all rates are their peaks times `factor_after`.
     """
     starts = (0, encoder_from_step)[: len(optimizer.param_groups)]
     factors: list[Callable[[int], float]] = [
-        partial(rate_factor, kind=kind, first_step=first, total_steps=total_steps) for first in starts
+        partial(rate_factor, kind=kind, first_step=first, total_steps=total_steps, factor_after=factor_after)
+        for first in starts
     ]
     return LambdaLR(optimizer, factors)
 
 
-def rate_factor(step: int, *, kind: Schedule, first_step: int, total_steps: int) -> float:
+def rate_factor(step: int, *, kind: Schedule, first_step: int, total_steps: int, factor_after: float = 0.0) -> float:
     """The learning rate at `step` (from 0) divided by its peak, in 0..1; 0 before `first_step`."""
     done, steps = step - first_step, total_steps - first_step
     warmup_steps = max(1, round(WARMUP_FRACTION * steps))
     if done < 0:
         return 0.0
+    if done >= steps:
+        return factor_after
     if done < warmup_steps:
         return (done + 1) / warmup_steps
     if kind == "constant":

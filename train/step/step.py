@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -96,7 +96,8 @@ class CaptionLoss(nn.Module):
     def forward(self, inputs: Tensor, captions: PackedCaptions) -> tuple[Tensor, Tensor]:
         """(objective, plain cross-entropy), each summed over the tokens, of uint8 views or cached features.
 
-        In training labels are smoothed, and some input words replaced by the model's own predictions.
+        The objective counts each token with its weight. In training labels are smoothed, and some input words replaced
+        by the model's own predictions.
         """
         model = self.model
         images = model.encode(self.features(inputs))
@@ -105,7 +106,14 @@ class CaptionLoss(nn.Module):
         hidden_MH = model.hidden(images, captions)
         smoothing = self.label_smoothing if self.training else 0.0
         weight_VH, bias_V = model.predict.weight, model.predict.bias
-        return linear_cross_entropy(hidden_MH, weight_VH, bias_V, captions.targets_M, label_smoothing=smoothing)
+        return linear_cross_entropy(
+            hidden_MH,
+            weight_VH,
+            bias_V,
+            captions.targets_M,
+            label_smoothing=smoothing,
+            token_weights_M=captions.weights_M,
+        )
 
 
 def encode_split(
@@ -171,40 +179,57 @@ def distribute(loss_model: CaptionLoss, optimizer: Optimizer, accelerator: Accel
 
 @dataclass(frozen=True)
 class TrainStep:
-    """An optimizer step; `model` and `optimizer` are those that `distribute` returned."""
+    """An optimizer step; `model` and `optimizer` are those that `distribute` returned.
+
+    The gradient is that of the mean of `objective` over what `count` counts in *all* micro-batches of *all* ranks: each
+    divides its own sum by the global count, and multiplies by W, since data-parallel training averages gradients over
+    the W ranks.
+    """
+
+    quantity: ClassVar[str] = "loss"  # what is recorded
 
     model: nn.Module
     optimizer: Optimizer
     schedule: LRScheduler
     accelerator: Accelerator
 
+    @property
+    def loss_model(self) -> CaptionLoss:
+        """The model inside of data-parallel training's wrapper."""
+        return cast(CaptionLoss, getattr(self.model, "module", self.model))
+
+    def count(self, batch: CaptionBatch) -> int:
+        """Target tokens of a micro-batch."""
+        return batch.num_targets
+
+    def objective(self, batch: CaptionBatch, step: int) -> tuple[Tensor, Tensor]:
+        """(objective, cross-entropy), each summed over the micro-batch's target tokens, on the device."""
+        on_device = batch.to(self.accelerator.device)
+        return self.model(on_device.inputs, on_device.captions)
+
     def __call__(self, micro_batches: Sequence[CaptionBatch], step: int = 1) -> Tensor:
         """Forward and backward of this rank's micro-batches, then the update: the run's `step`-th, from 1.
 
-        Gradients are those of the mean over the target tokens of *all* micro-batches of *all* ranks: each divides its
-        own sum by the global count, and multiplies by W, since data-parallel training averages gradients over the W
-        ranks. Returns, on the device, this rank's (cross-entropy sum, target tokens) and the norm of the whole
-        gradient.
+        Returns, on the device, this rank's sum of what is recorded, its count, and the norm of the whole gradient.
         """
         model, accelerator = self.model, self.accelerator
-        cast(CaptionLoss, getattr(model, "module", model)).enter_step(step)
-        count = float(sum(batch.num_targets for batch in micro_batches))
-        num_own = torch.full((), count, device=accelerator.device)  # torch.tensor would wait for the device
-        num_targets = accelerator.reduce(num_own.clone(), reduction="sum")
-        total = torch.zeros_like(num_own)
+        self.loss_model.enter_step(step)
+        count = float(sum(map(self.count, micro_batches)))
+        own_count = torch.full((), count, device=accelerator.device)  # torch.tensor would wait for the device
+        global_count = accelerator.reduce(own_count.clone(), reduction="sum")
+        total = torch.zeros_like(own_count)
         for number, batch in enumerate(micro_batches, start=1):
             sync = nullcontext() if number == len(micro_batches) else accelerator.no_sync(model)
             with sync, counting_rows(model, batch.num_samples):
-                on_device = batch.to(accelerator.device)
-                objective, cross_entropy = model(on_device.inputs, on_device.captions)
+                objective, recorded = self.objective(batch, step)
                 weight = float(batch.num_samples > 0)  # 0 of a filler
-                accelerator.backward(objective * (weight * accelerator.num_processes) / num_targets.clamp(min=1))
-                total += cross_entropy.detach() * weight
+                accelerator.backward(objective * (weight * accelerator.num_processes) / global_count.clamp(min=1))
+                total += recorded.detach() * weight
         norm = accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
-        return torch.stack((total, num_own, cast(Tensor, norm)))
+        return torch.stack((total, own_count, cast(Tensor, norm)))
 
 
 def check_finite(records_S3: Tensor, *, last_step: int, scaled: bool) -> None:

@@ -47,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "shards", folder / "wordless")
     (folder / "wordless" / "vocabulary.json").unlink()
     shutil.copytree(folder / "shards", folder / "encoded")
-    (folder / "encoded" / "features-small_cnn").touch()  # no folder can be made there
+    (folder / "encoded" / "features-small_cnn-grid").touch()  # no folder can be made there
     write_model(folder / "model")
     shutil.copytree(folder / "model", folder / "cut")
     (folder / "cut" / "model.safetensors").write_bytes(b"cut")

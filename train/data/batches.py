@@ -1,6 +1,6 @@
 """Captioned images to batches of views, or of cached features, and packed captions: what the loader's workers do.
 
-Shapes: B samples, P sides of a view in pixels, F features of an image.
+Shapes: B samples, P sides of a view in pixels, F features of an image or of a position, R positions of a grid.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,7 @@ from captioner.shards.splitmix import random_integer
 from captioner.streaming import SampleError, StreamingLoader, batch_buffer
 from captioner.streaming.dataset import Split
 from captioner.streaming.order import SAMPLE_CHANCE
+from captioner.streaming.worker import MAX_OPEN_FILES
 from captioner.vocabulary import Vocabulary
 from train.data.features import FeatureFile, FeatureFiles
 
@@ -37,11 +38,12 @@ PINNED_FOR = ("cuda", "xpu")  # device types that copy from page-locked memory a
 
 @dataclass(frozen=True, slots=True)
 class CaptionBatch:
-    """A rank's samples of a global batch, or a micro-batch of them: uint8 views (B, P, P, 3), or features (B, F).
+    """A rank's samples of a global batch, or a micro-batch of them: uint8 views (B, P, P, 3), or features.
 
-    With all their captions. A rank without samples of a micro-batch gets a filler: one row of zeros and an empty
-    caption, with `num_samples` 0, so that it joins the step with zero loss. `positions` are those in the epoch,
-    `references` the raw captions, and `num_cut` counts the captions that were cut.
+    Features are pooled, float32 (B, F), or grids, float16 (B, R, F). All captions of the samples come with them. A rank
+    without samples of a micro-batch gets a filler: one row of zeros and an empty caption, with `num_samples` 0, so that
+    it joins the step with zero loss. `positions` are those in the epoch, `references` the raw captions, and `num_cut`
+    counts the captions that were cut.
     """
 
     inputs: Tensor
@@ -162,6 +164,8 @@ class CaptionPipeline:
         else:
             shard = sample["__shard__"]
             if shard not in self._open_features:
+                if len(self._open_features) == MAX_OPEN_FILES:
+                    self._open_features.pop(next(iter(self._open_features))).file.close()
                 self._open_features[shard] = self.features.open(shard)
             self._open_features[shard].read_into(row, sample["__index_in_shard__"])
         self._filled[micro_batch] += 1
@@ -190,7 +194,7 @@ class CaptionPipeline:
     def _row_format(self) -> tuple[tuple[int, ...], torch.dtype]:
         if self.features is None:
             return (self.crop, self.crop, 3), torch.uint8
-        return (self.features.num_features,), torch.float32
+        return self.features.row_shape, getattr(torch, self.features.dtype.name)
 
     def _fill_view(self, view_PP3: np.ndarray, sample: dict[str, Any], captions: list[str]) -> None:
         pixels_HW3 = self._decode(sample)

@@ -1,23 +1,20 @@
-"""Encoding all images of a split once, by all ranks together, into its feature files.
-
-Shapes: S samples of a shard, F features of an image.
-"""
+"""Encoding all images of a split once, by all ranks together, into its feature files."""
 
 import json
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice, repeat
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from safetensors.numpy import save as save_arrays
 from torch import nn
 
 from captioner import cli
 from captioner.errors import UserError
-from captioner.files import storage
 from captioner.images.views import ViewSpec
+from captioner.model.encoders import Encoder
 from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import Split
 from train.barriers import barrier_for_slow_ranks, raising_on_all_ranks
@@ -28,6 +25,11 @@ from train.step.step import CaptionLoss, encode_split, hash_weights
 def encoder_fingerprint(encoder: nn.Module, view: ViewSpec, *, precision: str = "no") -> str:
     """Hex sha256 of the encoder's weights, its view of images, and Accelerate's mixed precision."""
     return hash_weights(encoder, json.dumps([asdict(view), precision]).encode())
+
+
+def row_shape(encoder: Encoder, *, crop: int) -> tuple[int, ...]:
+    """The shape of an image's features: (F), or (R, F) of a grid."""
+    return (math.prod(encoder.grid_shape(crop)), encoder.num_features) if encoder.grid else (encoder.num_features,)
 
 
 def prepare_features(
@@ -53,13 +55,19 @@ def prepare_features(
             split.name: FeatureFiles.of(
                 split,
                 encoder=loss_model.model.config.encoder,
-                num_features=encoder.num_features,
+                row_shape=row_shape(encoder, crop=loss_model.view.crop),
                 fingerprint=fingerprint,
                 cache=Path(cache).expanduser(),
             )
             for split in splits
         }
         missing = {name: files.missing() for name, files in found.items()}
+        if accelerator.is_main_process:
+            for files in found.values():
+                files.delete_partials()
+    for name, numbers in missing.items():
+        if numbers:
+            accelerator.print(f"encoding {name}: {found[name].describe(numbers)}")
     for split in splits:
         files, numbers = found[split.name], missing[split.name]
         own = numbers[accelerator.process_index :: accelerator.num_processes]
@@ -97,23 +105,17 @@ def _encode_shards(
     )
     total, quiet = own_split.num_samples, not accelerator.is_main_process
     with cli.progress_bar(f"encoding {split.name}", total=total, unit="images", quiet=quiet) as bar:
-        _write_files(files, own, rows, bar)
+        all_rows = _rows_of_all(rows, total, bar)
+        for number in own:
+            files.write(number, islice(all_rows, files.shards[number].samples))
 
 
-def _write_files(files: FeatureFiles, own: Sequence[int], rows: Iterator[tuple[int, np.ndarray]], bar: cli.Bar) -> None:
-    """Write one file after the other from rows (position in `own`'s samples, features); absent samples are unusable."""
-    position, first = next(rows, (-1, np.empty(0)))
-    start = 0
-    for number in own:
-        entry = files.shards[number]
-        features_SF = np.zeros((entry.samples, files.num_features), dtype=np.float32)
-        usable_S = np.zeros(entry.samples, dtype=np.uint8)
-        while start <= position < start + entry.samples:
-            features_SF[position - start], usable_S[position - start] = first, 1
-            bar.advance()
-            position, first = next(rows, (-1, first))
-        start += entry.samples
-        crc32s_S = np.array([zlib.crc32(row.data) for row in features_SF], dtype=np.uint32)
-        arrays = {"features": features_SF, "crc32s": crc32s_S, "usable": usable_S}
-        files.paths[number].parent.mkdir(parents=True, exist_ok=True)
-        storage.write_atomic(str(files.paths[number]), save_arrays(arrays, metadata=files.metadata(number)))
+def _rows_of_all(rows: Iterable[tuple[int, np.ndarray]], num_samples: int, bar: cli.Bar) -> Iterator[np.ndarray | None]:
+    """Yield the rows of all positions in order, from (position, row) of those that there are; None for the others."""
+    position = 0
+    for found, row in rows:
+        yield from repeat(None, found - position)
+        yield row
+        bar.advance()
+        position = found + 1
+    yield from repeat(None, num_samples - position)

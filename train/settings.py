@@ -55,7 +55,7 @@ class TrainSettings:
     encoder: str | None = None
     """Any classification model of torchvision by name, or of timm (pip install 'captioner[timm]') as timm/NAME.
     On a laptop's CPU take squeezenet1_1 or timm/tf_efficientnet_lite0; on one GPU resnet101 or timm/convnext_tiny;
-    on several a CLIP ViT, timm/vit_base_patch16_clip_224.openai. Without it resnet152, or that of --init."""
+    on several a CLIP ViT, timm/vit_base_patch16_clip_quickgelu_224.openai. Without it resnet152, or that of --init."""
     weights: LocalPath | None = None
     """Encoder weights: `default` (torchvision's best or timm's, downloaded once), `none`, or the path of a state dict.
     Without it `default`, or those of --init."""
@@ -102,7 +102,8 @@ class TrainSettings:
     """Further epochs, after `epochs`, in which captions that the model draws are made likelier the better they score:
     CIDEr-D against the training captions."""
     self_critical_learning_rate: Positive = 5e-5
-    """Adam's learning rate in these epochs; the encoder's is lowered as much."""
+    """Adam's learning rate at the beginning of these epochs, from which it falls to zero; the encoder's is lowered as
+    much."""
     scheduled_sampling: FractionBelow1 = 0.0
     """Fraction of input words, rising from 0 to this over the run, that are replaced by the model's own predictions."""
     cache_features: bool = False

@@ -240,6 +240,19 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero() -> None:
     assert 0 < found[-1] < 0.001
 
 
+def test_self_critical_rates_fall_to_zero_from_their_own_peak() -> None:
+    optimizer = make_optimizer(make_model(trainable=True), 0.5, encoder_learning_rate=0.25)
+    schedule = make_schedule(optimizer, "cosine", total_steps=20, factor_after=0.1, steps_after=10)
+    found = []
+    for _ in range(31):
+        found.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    assert found[19][0] < 0.01
+    for step in range(11):
+        assert found[20 + step] == pytest.approx([0.05 * (1 - step / 10), 0.025 * (1 - step / 10)])
+
+
 def test_a_constant_rate_stays_after_its_rise() -> None:
     (found,) = rates(100, kind="constant")
     assert found[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])

@@ -77,6 +77,7 @@ class Trainer:
             total_steps=total_steps,
             encoder_from_step=settings.finetune_encoder_from_step or 0,
             factor_after=settings.self_critical_learning_rate / settings.learning_rate,
+            steps_after=settings.self_critical_epochs * self._epoch_steps,
         )
         wrapped, optimizer = distribute(self._loss_model, optimizer, accelerator)
         self._take_step = TrainStep(wrapped, optimizer, schedule, accelerator)

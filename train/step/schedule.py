@@ -24,29 +24,36 @@ def make_optimizer(model: CaptionModel, learning_rate: float, *, encoder_learnin
 
 
 def make_schedule(
-    optimizer: Optimizer, kind: Schedule, *, total_steps: int, encoder_from_step: int = 0, factor_after: float = 0.0
+    optimizer: Optimizer,
+    kind: Schedule,
+    *,
+    total_steps: int,
+    encoder_from_step: int = 0,
+    factor_after: float = 0.0,
+    steps_after: int = 0,
 ) -> LambdaLR:
     """A linear warm-up of each group over the first 5 % of its steps, then as `kind` says.
 
     The second group, the encoder's, starts `encoder_from_step` steps later; until then its rate is 0. After
-    `total_steps` all rates are their peaks times `factor_after`.
+    `total_steps` all rates start again at their peaks times `factor_after`, and fall to 0 in `steps_after` steps.
     """
     starts = (0, encoder_from_step)[: len(optimizer.param_groups)]
-    factors: list[Callable[[int], float]] = [
-        partial(rate_factor, kind=kind, first_step=first, total_steps=total_steps, factor_after=factor_after)
-        for first in starts
-    ]
+
+    def factor(step: int, *, first_step: int) -> float:
+        if step < total_steps or not steps_after:
+            return rate_factor(step, kind=kind, first_step=first_step, total_steps=total_steps)
+        return factor_after * max(0.0, 1 - (step - total_steps) / steps_after)
+
+    factors: list[Callable[[int], float]] = [partial(factor, first_step=first) for first in starts]
     return LambdaLR(optimizer, factors)
 
 
-def rate_factor(step: int, *, kind: Schedule, first_step: int, total_steps: int, factor_after: float = 0.0) -> float:
+def rate_factor(step: int, *, kind: Schedule, first_step: int, total_steps: int) -> float:
     """The learning rate at `step` (from 0) divided by its peak, in 0..1; 0 before `first_step`."""
     done, steps = step - first_step, total_steps - first_step
     warmup_steps = max(1, round(WARMUP_FRACTION * steps))
     if done < 0:
         return 0.0
-    if done >= steps:
-        return factor_after
     if done < warmup_steps:
         return (done + 1) / warmup_steps
     if kind == "constant":

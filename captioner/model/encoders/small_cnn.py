@@ -5,12 +5,13 @@ from torch import Tensor, nn
 NAME = "small_cnn"
 
 
-def small_cnn() -> nn.Sequential:
+def small_cnn(*, grid: bool = False) -> nn.Sequential:
     """Five 3x3 convolutions and max pooling: learns small images from scratch in minutes on a CPU.
 
-    It has no pretrained weights. torchvision's models learn far more slowly there: see docs/decisions.
+    For a grid the last convolution has stride 1, so that a position is 8 pixels wide, not 16. It has no pretrained
+    weights. torchvision's models learn far more slowly there: see docs/decisions.
     """
-    widths_and_strides = ((32, 2), (64, 2), (64, 1), (128, 2), (256, 2))
+    widths_and_strides = ((32, 2), (64, 2), (64, 1), (128, 2), (256, 1 if grid else 2))
     layers: list[nn.Module] = []
     width_before = 3  # red, green, blue
     for width, stride in widths_and_strides:

@@ -38,7 +38,7 @@ def preprocessing(name: str) -> Preprocessing:
 
 def build(name: str, *, grid: bool) -> nn.Module:
     """A network with random weights: images to pooled features, or with `grid` to the last map or all tokens."""
-    network = _build_classifier(name)
+    network = small_cnn(grid=grid) if name == SMALL_CNN else _build_classifier(name)
     return _until_the_map(name, network) if grid else _without_classifier(network)
 
 
@@ -54,8 +54,6 @@ def _check_name(name: str) -> None:
 
 def _build_classifier(name: str) -> nn.Module:
     """A classifier built as for its default weights, without auxiliary heads."""
-    if name == SMALL_CNN:
-        return small_cnn()
     _check_name(name)
     options: dict[str, Any] = {}
     if name in INCEPTIONS:  # their weights expect another normalisation, done inside

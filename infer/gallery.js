@@ -193,7 +193,6 @@ function drawHeat(frame, {grid: [rows, columns], area: [left, top, right, bottom
   context.fillStyle = `rgb(0 0 0 / ${heat(0)[3] / 255})`;  // what the model did not see
   context.fillRect(0, 0, width, height);
   context.clearRect(...seen);
-  context.imageSmoothingQuality = "high";
   context.drawImage(small, ...seen);
   frame.append(canvas);
 }

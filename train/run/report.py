@@ -178,7 +178,7 @@ def _words(attention: Attention) -> list[tuple[str, str, str]]:
 
 
 def _heat_map(weights: np.ndarray) -> str:
-    """A PNG of weights from 0 (dark) to 1 (a clear orange), a pixel each, as a data URI. The gallery has its colours."""
+    """A PNG of weights from 0 (dark) to 1 (a clear orange), a pixel each, as a data URI; the gallery looks alike."""
     pixels = np.stack((255 * weights, 140 * weights, 0 * weights, 190 - 127 * weights), axis=-1)
     return _encode(Image.fromarray(pixels.round().astype(np.uint8)), "png", optimize=True)
 

@@ -81,6 +81,7 @@ class Browser:
         self._loop.run_until_complete(self._connect(port))
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)  # or focus() may raise no event
         self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(downloads))
 
     async def _connect(self, port: int) -> None:

@@ -24,6 +24,7 @@ def load_captioner(
     captions_per_image: int = 1,
     abstain_below: float | None = None,
     precision: "Precision" = "float32",
+    with_attention: bool = False,
 ) -> "Captioner":
     """The model in a model folder or behind its URL, ready to caption; the options are those of `Captioner`.
 
@@ -39,4 +40,5 @@ def load_captioner(
         captions_per_image=captions_per_image,
         abstain_below=abstain_below,
         precision=precision,
+        with_attention=with_attention,
     )

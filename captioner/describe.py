@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from captioner.alt_text import alt_text
-from captioner.errors import NotCalibratedError, UserError
+from captioner.attention import Attention
+from captioner.errors import NoAttentionError, NotCalibratedError, UserError
 from captioner.files import storage
 from captioner.images.loading import ImageError
 from captioner.images.views import normalise, read_eval_view
@@ -40,6 +41,7 @@ class Description:
     `captions` has the best one, `caption`, first. `alt` is empty if the model abstains. `score` is the mean of
     `token_scores`, the log-probabilities (natural) of the caption's tokens and its end. `confidence` is the probability
     that the caption is as good as a person's, None without calibration; `review` says why a person should look.
+    `attention` is where the words of `caption` looked, None unless it was asked for.
     """
 
     caption: str
@@ -49,6 +51,7 @@ class Description:
     token_scores: tuple[float, ...]
     confidence: float | None
     review: str | None
+    attention: Attention | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,8 @@ class Captioner:
     """Describes images with a model folder's model. May be called by several threads at once.
 
     `beam_size` and `length_penalty` default to the model folder's. A caption of lower confidence than `abstain_below`
-    has no `alt`. Raises UserError for invalid numbers, and NotCalibratedError for `abstain_below` without confidence.
+    has no `alt`. Raises UserError for invalid numbers, NotCalibratedError for `abstain_below` without confidence, and
+    NoAttentionError for `with_attention` of a model without attention.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Captioner:
         captions_per_image: int = 1,
         abstain_below: float | None = None,
         precision: Precision = "float32",
+        with_attention: bool = False,
     ) -> None:
         if captions_per_image < 1:
             raise UserError(f"{captions_per_image} captions an image: give at least 1")
@@ -92,6 +97,9 @@ class Captioner:
         )
         if abstain_below is not None and not self.has_confidence:
             raise NotCalibratedError(self.decoding)
+        if with_attention and bundle.model.config.decoder != "attention":
+            raise NoAttentionError
+        self._grid = bundle.model.encoder.grid_shape(bundle.view.crop) if with_attention else None
 
     def __call__(self, images: Iterable[ImageSource]) -> list[Description]:
         """Describe images: paths, URLs, files' bytes, Pillow images, or arrays (H, W, 3) of uint8.
@@ -131,6 +139,7 @@ class Captioner:
             self.bundle.model,
             torch.cat([part.images for part in encoded]),
             num_captions=self.captions_per_image,
+            with_attention=self._grid is not None,
             **asdict(self.decoding),
         )
         scores = [captions[0].score for captions in captions_of_images]
@@ -152,6 +161,7 @@ class Captioner:
             token_scores=tuple(captions[0].token_scores),
             confidence=confidence,
             review=", ".join(reasons) or None,
+            attention=self._grid and Attention.of(captions[0], vocabulary=self.bundle.vocabulary, grid=self._grid),
         )
 
 

@@ -24,6 +24,13 @@ class NotCalibratedError(UserError):
         return f"the model folder has no confidence calibrated for {self.decoding}"
 
 
+class NoAttentionError(UserError):
+    """Attention is asked for, and the model's decoder has none."""
+
+    def __str__(self) -> str:
+        return "the model's decoder has no attention to show: it reads one vector of an image"
+
+
 class StreamingError(UserError):
     """An argument, a state or data that captioner.streaming cannot work with."""
 

@@ -136,8 +136,12 @@ class Vocabulary:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The caption with these ids, up to the first `<end>`, without special words."""
+        return "".join(self.pieces(ids))
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The tokens of `decode`, each with the space before it, if there is one."""
         words = takewhile(lambda index: index != END, ids)
-        return join_tokens(self.words[index] for index in words if index not in (PAD, START))
+        return spaced(self.words[index] for index in words if index not in (PAD, START))
 
     def to_json(self) -> str:
         """The text of `vocabulary.json`."""
@@ -204,7 +208,13 @@ def count_words(tokenized_captions: Iterable[Sequence[str]]) -> Counter[str]:
 
 def join_tokens(tokens: Iterable[str]) -> str:
     """Tokens as running text: no space before punctuation, clitics and closing brackets."""
-    text = ""
+    return "".join(spaced(tokens))
+
+
+def spaced(tokens: Iterable[str]) -> list[str]:
+    """The tokens of running text, each with the space before it, if there is one."""
+    pieces: list[str] = []
     for token in tokens:
-        text += token if not text or token in GLUED_TOKENS or text.endswith("(") else f" {token}"
-    return text
+        is_glued = not pieces or token in GLUED_TOKENS or pieces[-1].endswith("(")
+        pieces.append(token if is_glued else f" {token}")
+    return pieces

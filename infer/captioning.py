@@ -17,6 +17,7 @@ from captioner import cli
 from captioner.describe import Captioner, Description, Encoded
 from captioner.errors import UserError
 from captioner.files.storage import is_remote
+from captioner.images.views import ViewSpec, seen_area
 from captioner.model.bundle import load_bundle
 from captioner.workers import count_processors
 from infer.listing import Ahead, ImageFile
@@ -50,6 +51,7 @@ def load_captioner(settings: CaptionSettings) -> Captioner:
         captions_per_image=settings.captions_per_image,
         abstain_below=settings.abstain_below,
         precision="bfloat16" if bfloat16 else "float32",
+        with_attention=settings.attention,
     )
 
 
@@ -75,6 +77,7 @@ def row_settings(captioner: Captioner, settings: CaptionSettings) -> dict[str, A
         "captions_per_image": captioner.captions_per_image,
         "abstain_below": captioner.abstain_below,
         "precision": captioner.precision,
+        **({"attention": True} if settings.attention else {}),
         WORKING_FOLDER: os.getcwd() if is_relative else None,  # noqa: PTH109
     }
 
@@ -207,7 +210,8 @@ class Captioning:
         """Write and return the rows of described images and of their duplicates."""
         rows = []
         for image, description in _result(describing):
-            row = success_row(image, description, model=self._captioner.bundle.name)
+            bundle = self._captioner.bundle
+            row = success_row(image, description, model=bundle.name, view=bundle.view)
             rows.append(row)
             for duplicate in self._duplicates.pop(image.sha256):
                 rows.append(duplicate_row(row, root=duplicate.file.root, path=duplicate.file.path))
@@ -236,7 +240,7 @@ def _usable(batch: Batch) -> list[DecodedImage]:
     return [image for image in batch.images if image.error is None]
 
 
-def success_row(image: DecodedImage, description: Description, *, model: str) -> Row:
+def success_row(image: DecodedImage, description: Description, *, model: str, view: ViewSpec) -> Row:
     """The row of a captioned image."""
     row: Row = {
         **_identity(image, model),
@@ -253,6 +257,9 @@ def success_row(image: DecodedImage, description: Description, *, model: str) ->
     }
     if len(description.captions) > 1:
         row["captions"] = list(description.captions)
+    if description.attention is not None:
+        area = [round(edge, DECIMALS) for edge in seen_area(view, image.size)]
+        row["attention"] = {"area": area, **description.attention.to_json()}
     return row
 
 

@@ -129,12 +129,77 @@ function captionParts(row) {
   const scores = `score ${row.score.toFixed(2)}`;
   return [
     ...(row.in_shard ? [line("", row.caption)] : editor(row)),  // make_shards.py reads no picture out of a shard
+    ...(row.attention ? words(row) : []),
     ...(row.captions ?? []).slice(1).map(other => line("quiet", `or: ${other}`)),
     line("quiet", row.alt ? `alt: ${row.alt}` : "no alt text"),
     ...(row.review === undefined ? [] : [line("alert", row.review)]),
     line("quiet score", row.confidence === undefined ? scores : `confidence ${row.confidence.toFixed(2)}, ${scores}`),
     ...(row.duplicate_of === undefined ? [] : [line("quiet", `same bytes as ${row.duplicate_of}`)]),
   ];
+}
+
+// ---- where the model looked ---------------------------------------------------------------------------------------
+
+const KEYS = {ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1, Home: -Infinity, End: Infinity};
+
+/** A toolbar of the caption's words, and the text of the current one, whose heat map lies over the picture. */
+function words(row) {
+  const {words, texts} = row.attention;
+  const text = line("quiet seen");
+  const buttons = words.map((word, index) =>
+    make("button", {type: "button", ariaLabel: texts[index], tabIndex: index ? -1 : 0}, word.trim()));
+  const bar = make("div", {className: "words", role: "toolbar", dir: "auto", ariaLabel: `Where the model looked in ${place(row)}`});
+  buttons.forEach((button, index) => bar.append(words[index].startsWith(" ") ? " " : "", button));
+  const look = index => {
+    text.textContent = texts[index] ?? "";
+    buttons.forEach((button, other) => button.classList.toggle("current", other === index));
+    drawHeat(bar.closest("figure").querySelector(".frame"), row.attention, index);
+  };
+  const focused = () => buttons.indexOf(document.activeElement);
+  buttons.forEach((button, index) => {
+    button.addEventListener("pointerenter", () => look(index));
+    button.addEventListener("focus", () => {
+      buttons.forEach(other => { other.tabIndex = other === button ? 0 : -1; });
+      look(index);
+    });
+    button.addEventListener("blur", () => look(-1));
+    button.addEventListener("click", () => button.focus());  // Safari does not focus a clicked button
+  });
+  bar.addEventListener("pointerleave", () => look(focused()));
+  bar.addEventListener("keydown", event => {
+    if (event.key === "Escape") look(-1);
+    if (!(event.key in KEYS)) return;
+    event.preventDefault();
+    buttons[Math.max(0, Math.min(buttons.length - 1, focused() + KEYS[event.key]))].focus();
+  });
+  return [bar, text];
+}
+
+/** Draws the heat map of a word over the picture in a frame; for index -1 removes it. */
+function drawHeat(frame, {grid: [rows, columns], area: [left, top, right, bottom], weights}, index) {
+  frame.querySelector("canvas")?.remove();
+  const picture = frame.querySelector("img");
+  if (index < 0 || !picture) return;
+  const cells = rows * columns;
+  const image = new ImageData(columns, rows);
+  [...atob(weights)].slice(index * cells, (index + 1) * cells)
+    .forEach((byte, cell) => image.data.set(heat(byte.charCodeAt(0)), 4 * cell));
+  const small = make("canvas", {width: columns, height: rows});
+  small.getContext("2d").putImageData(image, 0, 0);
+  const [width, height] = [picture.naturalWidth, picture.naturalHeight];  // object-fit places both alike
+  const canvas = make("canvas", {width, height});
+  const context = canvas.getContext("2d");
+  const seen = [left * width, top * height, (right - left) * width, (bottom - top) * height];
+  context.fillStyle = `rgb(0 0 0 / ${heat(0)[3] / 255})`;  // what the model did not see
+  context.fillRect(0, 0, width, height);
+  context.clearRect(...seen);
+  context.drawImage(small, ...seen);
+  frame.append(canvas);
+}
+
+/** Red, green, blue and opacity of a weight from 0 (dark) to 255 (a clear orange). The report has the same colours. */
+function heat(weight) {
+  return [weight, 0.55 * weight, 0, 190 - 0.5 * weight];
 }
 
 // ---- corrections --------------------------------------------------------------------------------------------------

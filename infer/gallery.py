@@ -22,6 +22,7 @@ from urllib.parse import quote, unquote
 
 from PIL import Image
 
+from captioner.attention import Attention
 from captioner.cli import console, progress_bar
 from captioner.errors import UserError
 from captioner.files import storage
@@ -90,6 +91,8 @@ def _entry(row: Row, file: ImageFile, *, folder: Path, root: int) -> dict[str, A
     """What the page shows of a row; its image goes by its checksum until the thumbnails are made."""
     entry = {key: value for key, value in row.items() if key in SHOWN_KEYS and value is not None}
     entry |= {"root": root, "link": _link(file, folder), "thumbnail": row.get("sha256")}
+    if "attention" in row:
+        entry["attention"] = row["attention"] | {"texts": Attention.from_json(row["attention"]).texts()}
     if file.size is not None:
         entry["in_shard"] = True
     if file.root.startswith(WEB):
@@ -140,6 +143,7 @@ def _page(entries: Sequence[dict[str, Any]], *, roots: Sequence[str], title: str
         num_failed=errors.total(),
         num_failed_by_error=errors.most_common(),
         has_confidence=any("confidence" in entry for entry in entries),
+        has_attention=any("attention" in entry for entry in entries),
     )
 
 

@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 
 from captioner import cli
-from captioner.errors import NotCalibratedError
+from captioner.errors import NoAttentionError, NotCalibratedError
 from infer.gallery import write_gallery
 from infer.listing import Listing
 from infer.peers import find_peers
@@ -36,7 +36,8 @@ from infer.sidecars import write_sidecars
 EXIT_SOME_FAILED = 3
 REMEDIES: cli.Remedies = {
     NotCalibratedError: "leave out --abstain-below, decode as it was trained to, or measure confidence with "
-    "train/evaluate.py --calibrate"
+    "train/evaluate.py --calibrate",
+    NoAttentionError: "leave out --attention, or train a model with train/main.py --decoder attention",
 }
 
 

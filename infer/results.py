@@ -31,6 +31,9 @@ class Row(TypedDict):
     the caption's tokens and its end; `confidence` is a probability, None if the model is not calibrated.
     `review` says why a person should look ("low confidence", "unlike training data", or both). `duplicate_of` is the
     location of the first file, in this order, with the same bytes, from which the caption is copied.
+    `attention`, only with --attention, is where the words of `caption` looked: the `grid` of the model's view (rows,
+    columns), the `area` of the original that the view shows (left, top, right, bottom, as fractions of its sides), the
+    `words`, which joined are the caption, and for each word `weights`: see `Attention.to_json`.
     `width` and `height` are the upright original's in pixels; `sha256` is the file's; `model` identifies the weights.
     `error` is the kind of failure (captioner.images.loading.Reason), `message` what was found.
     """
@@ -47,6 +50,7 @@ class Row(TypedDict):
     confidence: NotRequired[float | None]
     review: NotRequired[str | None]
     duplicate_of: NotRequired[str | None]
+    attention: NotRequired[dict[str, Any]]
     width: NotRequired[int]
     height: NotRequired[int]
     sha256: NotRequired[str]

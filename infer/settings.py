@@ -37,6 +37,8 @@ class CaptionSettings:
     """Retry files whose row is an error."""
     gallery: File | None = None
     """Folder for a page (index.html) that shows all images and captions."""
+    attention: bool = False
+    """For each word of the caption, where in the image the model looked: in the key attention, and in the gallery."""
     sidecar: str | None = None
     """Suffix, such as .txt, of files with the caption beside the images; existing files are never overwritten."""
 

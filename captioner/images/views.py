@@ -39,6 +39,18 @@ def eval_view(pixels_SS3: np.ndarray, *, crop: int) -> np.ndarray:
     return pixels_SS3[top : top + crop, left : left + crop]
 
 
+def seen_area(spec: ViewSpec, original_size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The evaluation view's left, top, right and bottom edges in an upright original, as fractions of its sides."""
+    width, height = original_size
+    if spec.resize == "squash":
+        width = height = spec.size
+    elif spec.resize != "none":
+        scale = spec.size / min(width, height)
+        width, height = scale * width, scale * height
+    left, top = (max(0.0, (1 - spec.crop / side) / 2) for side in (width, height))
+    return left, top, 1 - left, 1 - top
+
+
 def train_view(pixels_HW3: np.ndarray, *, crop: int, random_bits: int) -> tuple[np.ndarray, bool]:
     """A random crop (P, P, 3), and whether to flip it: with probability 1/2, if no caption `mentions_sides`.
 

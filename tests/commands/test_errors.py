@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from captioner.cli import Remedies, with_remedy
-from captioner.errors import NotCalibratedError, StreamingError, TooManyBadSamplesError, UserError
+from captioner.errors import NoAttentionError, NotCalibratedError, StreamingError, TooManyBadSamplesError, UserError
 from captioner.files.ownership import AlreadyOwnedError, NotWritableError
 from captioner.model.encoders import FixedCropError, SmallImagesError, WeightsError
 from captioner.streaming.cache import CacheFolderError, CacheTooSmallError
@@ -20,6 +20,7 @@ ERRORS = (
     CacheFolderError("cache", "No space left on device"),
     CacheTooSmallError("cache", 10**9, "s3://shards/train-000000.tar", 2 * 10**9),
     FixedCropError("vit_b_32", 192, 224),
+    NoAttentionError(),
     NotWritableError("run", "Permission denied"),
     NotCalibratedError("a greedy search"),
     SampleError("undecodable", "sample 7 cannot be decoded"),

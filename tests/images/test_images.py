@@ -421,6 +421,18 @@ def test_what_each_way_of_resizing_keeps_of_a_wide_picture(backend: str) -> None
         assert np.abs(pixels[8::48, 8::48] - drawn()[::31, ::47]).max() <= 2
 
 
+@pytest.mark.parametrize("resize", get_args(loading.Resize))
+@pytest.mark.parametrize("size", [(300, 300), (400, 200), (150, 310)])
+def test_the_seen_area_is_what_the_view_shows(backend: str, resize: loading.Resize, size: tuple[int, int]) -> None:
+    """Red and green tell how far right and how far down each pixel of the original is."""
+    right, down = np.meshgrid(*(255 * (np.arange(side) + 0.5) / side for side in size))
+    original = Image.fromarray(np.stack((right, down, 0 * down), axis=-1).round().astype(np.uint8))
+    spec = views.ViewSpec(size=128, crop=112, resize=resize)
+    pixels, _ = views.read_eval_view(file_of(original, "PNG"), spec)
+    found = (pixels[:, 0, 0].mean(), pixels[0, :, 1].mean(), pixels[:, -1, 0].mean(), pixels[-1, :, 1].mean())
+    assert np.array(found) / 255 == pytest.approx(views.seen_area(spec, size), abs=0.01)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_turned_jpeg_stands_upright_after_resizing(backend: str, orientation: int) -> None:
     stored = Image.fromarray(np.ascontiguousarray(STORED_BY_ORIENTATION[orientation]))

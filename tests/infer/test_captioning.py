@@ -18,10 +18,12 @@ import torch
 import warm
 from odd_pictures import write_odd_pictures
 from tiny import picture, write_shards
-from tiny_model import write_model
+from tiny_model import advance, write_model
 from trainer import Done, Running, StopAtRow, start
 
+from captioner.attention import Attention
 from captioner.describe import Captioner
+from captioner.images.views import read_eval_view
 from captioner.model.bundle import load_bundle
 from infer.captioning import Captioning, find_device
 from infer.listing import Listing
@@ -391,6 +393,30 @@ def test_other_settings_are_refused_and_nothing_is_touched(
     assert output.read_bytes() == content
 
 
+def test_rows_tell_where_each_word_looked(photos: Path, tmp_path: Path) -> None:
+    """As a model tells that is led through the row's words; copies have the same. Other runs refuse these rows."""
+    model, output, gallery = write_model(tmp_path / "model", "attention"), tmp_path / "c.jsonl", tmp_path / "gallery"
+    arguments = flags(model, photos / "1", output, "--gallery", gallery)
+    done = run_captioning([*arguments, "--attention"], log=tmp_path / "log")
+    assert done.code == 3, done.output
+    bundle = load_bundle(model)
+    rows = [row for row in read(output) if "error" not in row]
+    assert any(row["duplicate_of"] for row in rows)
+    for row in rows:
+        seen = Attention.from_json(row["attention"])
+        assert "".join(seen.words) == row["caption"]
+        assert row["attention"]["area"] == [0.1, 0.1, 0.9, 0.9]
+        view = read_eval_view(Path(row["root"], row["path"]).read_bytes(), bundle.view)[0]
+        (weights_TR,) = advance(bundle, view[None], [bundle.vocabulary.encode(word.strip() for word in seen.words)])
+        largest_T1 = weights_TR.max(axis=1, keepdims=True)
+        scaled_TR = seen.weights_TR / seen.weights_TR.max(axis=1, keepdims=True)
+        assert scaled_TR == pytest.approx(weights_TR / largest_T1, abs=1 / 255)
+    assert rows[0]["attention"]["weights"] in (gallery / "data.js").read_text()
+    refused = run_captioning(arguments, log=tmp_path / "log 2")
+    assert refused.code == 2
+    assert "attention was true and is null" in refused.output
+
+
 def test_sidecars_gallery_and_several_captions(model: Path, photos: Path, tmp_path: Path) -> None:
     images, output = tmp_path / "images", tmp_path / "c.jsonl"
     shutil.copytree(photos / "1", images)
@@ -557,6 +583,7 @@ def test_one_command_at_a_time_writes_an_output(model: Path, photos: Path, tmp_p
         (["--images", ".", "--batch-size", "0"], "INT >= 1"),
         (["--images", ".", "--sidecar", "txt"], "txt"),
         (["--images", ".", "--abstain-below", "0.5"], "--calibrate"),
+        (["--images", ".", "--attention"], "leave out --attention, or train a model with train/main.py --decoder"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(

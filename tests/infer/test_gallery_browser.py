@@ -9,13 +9,15 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import aiohttp
+import numpy as np
 import pytest
 from PIL import Image
 from rows import failure, success
 
+from captioner.attention import Attention
 from infer.gallery import write_gallery
 from infer.listing import ImageFile
 from sharding.packing.caption_files import SourceImage, parse_images
@@ -23,6 +25,7 @@ from sharding.packing.caption_files import SourceImage, parse_images
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
 PATIENCE_SECONDS = 60
+KEY_CODES = {"Tab": 9, "Enter": 13, "Escape": 27, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowRight": 39}
 
 HOSTILE = [
     '"><script>alert(1)</script>.jpg',
@@ -78,6 +81,7 @@ class Browser:
         self._loop.run_until_complete(self._connect(port))
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)  # or focus() may raise no event
         self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(downloads))
 
     async def _connect(self, port: int) -> None:
@@ -125,11 +129,20 @@ class Browser:
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
-    def press(self, key: Literal["Tab", "Enter"]) -> None:
+    def press(self, key: str) -> None:
         """Press and release a key."""
-        more = {"windowsVirtualKeyCode": 13, "text": "\r"} if key == "Enter" else {"windowsVirtualKeyCode": 9}
+        more: dict[str, Any] = {"windowsVirtualKeyCode": KEY_CODES[key]}
+        if key == "Enter":
+            more["text"] = "\r"
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, **more)
+
+    def point(self, selector: str) -> None:
+        """Move the mouse to the middle of an element."""
+        self.run(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
+        box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
+        x, y = self.run(f"(box => [box.x + box.width / 2, box.y + box.height / 2])({box})")
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def write(self, selector: str, text: str) -> None:
         """Replace what stands in a field by typed text."""
@@ -217,6 +230,48 @@ def mixed_rows(root: Path | str) -> list[Any]:
         success(root, "f.jpg", caption="a Cat", score=-0.1, confidence=0.1, captions=["a Cat", "two kittens"],
                 review="low confidence, unlike training data"),
     ]  # fmt: skip
+
+
+def looking_row(root: Path, name: str, words: tuple[str, ...], **more: Any) -> Any:
+    """An image of 200 x 100 pixels; word n looks at cell n of 3 x 3 in its middle half."""
+    root.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (200, 100), "white").save(root / name)
+    weights_TR = np.eye(9, dtype=np.float32)[np.arange(len(words)) % 9]
+    seen = Attention(words=words, grid=(3, 3), weights_TR=weights_TR).to_json()
+    return success(
+        root, name, caption="".join(words), attention={"area": [0.25, 0.25, 0.75, 0.75], **seen}, score=-1.0, **more
+    )
+
+
+def heat(browser: Browser, card: int = 1) -> list[list[int]] | None:
+    """Red and opacity of the heat map in the middles of the 3 x 3 cells, and in a corner that the model did not see."""
+    points = [(50 + 100 * (2 * column + 1) / 6, 25 + 50 * (2 * row + 1) / 6) for row in range(3) for column in range(3)]
+    script = f"""(canvas => {{
+        if (!canvas) return null;
+        const copy = Object.assign(document.createElement("canvas"), {{width: 200, height: 100}});
+        const context = copy.getContext("2d", {{willReadFrequently: true}});
+        context.drawImage(canvas, 0, 0, 200, 100);
+        return {json.dumps([*points, (5, 5)])}.map(([x, y]) => {{
+            const pixel = context.getImageData(x, y, 1, 1).data;
+            return [pixel[0], pixel[3]];
+        }});
+    }})(document.querySelector("#grid li:nth-child({card}) canvas"))"""
+    return browser.run(script)
+
+
+def looked_at(browser: Browser, card: int = 1) -> int | None:
+    """The number of the cell that is clear in the heat map, all others being dark."""
+    found = heat(browser, card)
+    if found is None:
+        return None
+    *cells, outside = found
+    opacities = [opacity for _, opacity in cells]
+    clear = min(range(9), key=opacities.__getitem__)
+    assert cells[clear][0] > 200
+    assert opacities[clear] < 150
+    dark = [cells[number] for number in range(9) if number != clear]
+    assert all(opacity > 170 and red < 30 for red, opacity in [*dark, outside])
+    return clear
 
 
 def paths(browser: Browser) -> str:
@@ -341,6 +396,89 @@ def test_hostile_names_and_captions_are_only_text(browser: Browser, tmp_path: Pa
     assert corrected == {f"{root.name}/{name}" for name in HOSTILE}
 
 
+# ---- where the model looked -----------------------------------------------------------------------------------
+
+WORDS = ("a", " dog", " sleeps", ".")
+
+
+def show_looking(browser: Browser, tmp_path: Path, num_cards: int = 1) -> None:
+    rows = [looking_row(tmp_path / "photos", f"{number}.png", WORDS) for number in range(num_cards)]
+    show(browser, rows, tmp_path)
+    browser.wait(lambda: browser.run("[...document.images].every(image => image.naturalWidth > 0)"))
+
+
+def test_pointing_at_a_word_shows_where_it_looked(browser: Browser, tmp_path: Path) -> None:
+    show_looking(browser, tmp_path, num_cards=2)
+    assert browser.texts("#grid li:first-child .words") == ["a dog sleeps."]
+    assert heat(browser) is None
+    for number, text in enumerate(("a: looks at the upper left", "dog: looks at the top")):
+        browser.point(f"#grid li:first-child .words button:nth-of-type({number + 1})")
+        browser.wait(lambda number=number: looked_at(browser) == number)
+        assert browser.texts("#grid li:first-child .seen") == [f"{text}, 100 % of its attention"]
+    assert heat(browser, card=2) is None
+    browser.point("h1")
+    browser.wait(lambda: heat(browser) is None)
+    assert browser.texts("#grid li:first-child .seen") == [""]
+
+
+def test_the_words_are_one_tab_stop_and_arrow_keys_move_between_them(browser: Browser, tmp_path: Path) -> None:
+    show_looking(browser, tmp_path, num_cards=2)
+    browser.run("document.querySelector('#grid textarea').focus()")
+    browser.press("Tab")
+    focused = "document.activeElement.ariaLabel"
+    assert browser.run(focused) == "a: looks at the upper left, 100 % of its attention"
+    assert looked_at(browser) == 0
+    for key, wanted in [
+        ("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", 3), ("ArrowRight", 3), ("Home", 0),
+        ("ArrowLeft", 0), ("ArrowRight", 1),
+    ]:  # fmt: skip
+        browser.press(key)
+        assert looked_at(browser) == wanted
+        assert browser.run("document.activeElement.textContent") == WORDS[wanted].strip()
+    assert browser.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    browser.press("Escape")
+    assert heat(browser) is None
+    browser.press("Tab")  # to the next card
+    browser.run("document.querySelector('#grid textarea').focus()")
+    browser.press("Tab")
+    assert looked_at(browser) == 1
+
+
+def test_words_have_roles_and_names(browser: Browser, tmp_path: Path) -> None:
+    show_looking(browser, tmp_path)
+    nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
+    found = [(node["role"]["value"], node["name"]["value"]) for node in nodes if not node["ignored"] and "name" in node]
+    assert ("toolbar", "Where the model looked in 0.png") in found
+    assert [name for role, name in found if role == "button" and "looks at" in name] == [
+        "a: looks at the upper left, 100 % of its attention",
+        "dog: looks at the top, 100 % of its attention",
+        "sleeps: looks at the upper right, 100 % of its attention",
+        ".: looks at the left, 100 % of its attention",
+    ]
+
+
+def test_hostile_words_are_only_text(browser: Browser, tmp_path: Path) -> None:
+    words = tuple(name.strip() for name in HOSTILE)
+    show(browser, [looking_row(tmp_path / "photos", "a.png", words)], tmp_path)
+    assert browser.run("[...document.querySelectorAll('.words button')].map(one => one.textContent)") == list(words)
+    assert browser.run("document.scripts.length") == 2
+    for number in range(len(words)):
+        browser.run(f"document.querySelectorAll('.words button')[{number}].focus()")
+        assert browser.texts(".seen")[0].startswith(f"{words[number]}: looks at the ")
+
+
+def test_words_without_a_thumbnail_still_have_their_text(browser: Browser, tmp_path: Path) -> None:
+    row = looking_row(tmp_path / "photos", "a.png", WORDS)
+    (tmp_path / "photos" / "a.png").unlink()
+    show(browser, [row], tmp_path)
+    browser.run("document.querySelector('.words button').focus()")
+    assert browser.texts(".seen") == ["a: looks at the upper left, 100 % of its attention"]
+    assert heat(browser) is None
+
+
+# ---- corrections ----------------------------------------------------------------------------------------------
+
+
 def test_corrections_are_downloaded_as_captions_for_make_shards(browser: Browser, tmp_path: Path) -> None:
     rows = [*mixed_rows(tmp_path / "one"), *mixed_rows(tmp_path / "two" / "ü")]
     show(browser, rows, tmp_path)
@@ -439,7 +577,8 @@ def test_assistive_technology_finds_names_roles_and_what_changes(browser: Browse
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_has_the_contrast_of_wcag_aa(browser: Browser, tmp_path: Path, scheme: str) -> None:
     browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-    show(browser, mixed_rows("photos"), tmp_path)
+    show(browser, [*mixed_rows("photos"), looking_row(tmp_path / "photos", "a.png", WORDS)], tmp_path)
+    browser.run("document.querySelector('.words button').focus()")
     browser.write("#grid textarea", "a kitten")
     contrasts = browser.run(CONTRASTS)
     tags = {name.partition(".")[0] for name, _ in contrasts}

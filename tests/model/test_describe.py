@@ -3,7 +3,7 @@
 import io
 import os
 import pickle
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny import picture
-from tiny_model import DECODING, VIEW, make_model, make_views, write_model
+from tiny_model import DECODING, VIEW, advance, caption_views, make_model, make_views, write_model
 
 from captioner import load_captioner
 from captioner.calibration import Calibration, ConfidenceCurve, fit_space
 from captioner.describe import Captioner, Description
-from captioner.errors import NotCalibratedError, UserError
+from captioner.errors import NoAttentionError, NotCalibratedError, UserError
 from captioner.images.loading import ImageError
 from captioner.images.views import normalise
 from captioner.model.bundle import load_bundle
@@ -268,6 +268,32 @@ def test_confidence_is_given_only_for_the_decoding_that_it_was_measured_with(cal
     with pytest.raises(NotCalibratedError, match="beam_size=1") as caught:
         load_captioner(calibrated, beam_size=1, abstain_below=0.5)
     assert pickle.loads(pickle.dumps(caught.value)).decoding == caught.value.decoding
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+@pytest.mark.parametrize("num_captions", [1, 2])
+def test_attention_is_that_of_the_caption_s_own_steps(tmp_path: Path, beam_size: int, num_captions: int) -> None:
+    """That of `decode`, and of a model that is led through the same words."""
+    folder, views = write_model(tmp_path / "model", "attention"), make_views(6)
+    options = {"beam_size": beam_size, "captions_per_image": num_captions}
+    captioner = load_captioner(folder, with_attention=True, **options)
+    found = captioner.describe_views(views)
+    decoded = caption_views(captioner.bundle, views, beam_size=beam_size)
+    stepped = advance(captioner.bundle, views, [caption.tokens for caption in decoded])
+    for one, weights_TR in zip(found, stepped, strict=True):
+        assert one.attention is not None
+        assert "".join(one.attention.words) == one.caption
+        assert one.attention.weights_TR == pytest.approx(weights_TR, abs=1e-5)
+        assert one.attention.weights_TR.sum(axis=1) == pytest.approx(1, abs=1e-5)
+        assert weights_TR.shape[1] == np.prod(one.attention.grid)
+    assert max(weights_TR.std(axis=0).max() for weights_TR in stepped) > 0.01  # words look at different positions
+    plain = load_captioner(folder, **options).describe_views(views)
+    assert [replace(one, attention=None) for one in found] == plain
+
+
+def test_a_model_without_attention_is_refused(model: Path) -> None:
+    with pytest.raises(NoAttentionError):
+        load_captioner(model, with_attention=True)
 
 
 def test_impossible_wishes_are_refused(model: Path) -> None:

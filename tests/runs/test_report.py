@@ -1,6 +1,7 @@
 """The report: what the page tells, that nothing in it breaks it, and that its drawings are right."""
 
 import base64
+import io
 import json
 import math
 import re
@@ -8,12 +9,14 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from html_page import HtmlPage
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from captioner.attention import Attention
 from train.run.report import MAX_CURVE_POINTS, round_up, thin, value_ticks, write_report
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -169,6 +172,32 @@ def test_samples_show_how_their_captions_changed(tmp_path: Path) -> None:
         "epoch 3, step 30",
         "step 50",
     ]
+
+
+def test_the_last_captions_have_a_heat_map_for_each_word(tmp_path: Path) -> None:
+    """Dark where a word did not look; the image itself is embedded once more, small, whatever the number of words."""
+    words = ("<b>", *(f" word{number}" for number in range(8)), ".")
+    weights_TR = np.eye(4, dtype=np.float32)[np.arange(len(words)) % 4]
+    seen = Attention(words=words, grid=(2, 2), weights_TR=weights_TR).to_json()
+    save_samples(tmp_path, [["a dog", "a cat", "gone"]] * 2, steps=[10, 20])
+    (tmp_path / "samples" / "02.jpg").unlink()
+    rows = [
+        {"step": 10, "captions": ["", "", ""]},
+        {"step": 20, "captions": ["", "", ""], "attention": [None, seen, seen]},
+    ]
+    write_rows(tmp_path / "samples.jsonl", rows)
+    page = report(tmp_path, history=EVALUATIONS)
+    drawings = [svg["aria-label"] for svg in page.attributes("svg") if svg["viewbox"] == "0 0 96 96"]
+    assert drawings == Attention.from_json(seen).texts()
+    assert [text for text in page.text("title") if "looks at" in text] == drawings
+    assert page.text("span")[-len(words) :] == [word.strip() for word in words]
+    sources = [image["href"].partition(",") for image in page.attributes("image")]
+    assert [kind for kind, _, _ in sources] == ["data:image/jpeg;base64"] + ["data:image/png;base64"] * len(words)
+    assert {use["href"] for use in page.attributes("use")} == {"#sample-2"}
+    for (_, _, content), weights_R in zip(sources[1:], weights_TR, strict=True):
+        red, *_, opacity = Image.open(io.BytesIO(base64.b64decode(content))).split()
+        assert (np.asarray(red).ravel() == 255 * weights_R).all()
+        assert np.asarray(opacity).argmin() == weights_R.argmax()
 
 
 @pytest.mark.parametrize(("num_shown", "expected"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (4, [0, 2, 3])])

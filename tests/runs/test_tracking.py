@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from captioner.attention import Attention
 from captioner.errors import UserError
 from train.run.tracking import Tracker, check_wandb, read_rows
 
@@ -120,6 +121,17 @@ def test_sample_captions_are_kept_with_their_pictures(tmp_path: Path) -> None:
     assert [path.name for path in sorted((tmp_path / "samples").iterdir())] == ["00.jpg", "01.jpg"]
     with Image.open(tmp_path / "samples" / "01.jpg") as image:
         assert np.abs(np.asarray(image).astype(int) - pictures[1]).max() < 3
+
+
+def test_attention_of_sample_captions_is_kept(tmp_path: Path) -> None:
+    seen = Attention(words=("a", " dog"), grid=(1, 2), weights_TR=np.array([[0.25, 0.75], [1.0, 0.0]]))
+    tracker = Tracker(tmp_path, first_step=0, **NO_PROJECT)
+    tracker.show(5, [picture(), picture()], ["a dog", ""], [seen, None])
+    tracker.show(6, [picture()], ["a dog"], [None])
+    tracker.close()
+    first, second = read_rows(tmp_path / "samples.jsonl")
+    assert first["attention"] == [seen.to_json(), None]
+    assert "attention" not in second
 
 
 def test_a_resumed_run_forgets_later_sample_captions(tmp_path: Path) -> None:

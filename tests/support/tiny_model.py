@@ -17,7 +17,7 @@ from captioner.model.bundle import Bundle, DecodingDefaults, save_bundle
 from captioner.model.captions import PackedCaptions
 from captioner.model.decoding import GeneratedCaption, decode
 from captioner.model.network import AttentionModel, CaptionModel, ModelConfig, build_model
-from captioner.vocabulary import Vocabulary
+from captioner.vocabulary import START, Vocabulary
 
 Form = Literal["first", "every-step", "attention"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -89,10 +89,28 @@ def caption_views(bundle: Bundle, views_BPP3: np.ndarray, **changed: Any) -> lis
         return decode(bundle.model, image_BE, **asdict(decoding))
 
 
-def write_model(folder: Path, **options: Any) -> Path:
+def write_model(folder: Path, form: Form = "first", **options: Any) -> Path:
     """A model folder of it, which is returned."""
-    save_bundle(folder, model=make_model(), view=VIEW, vocabulary=VOCABULARY, decoding=DECODING, metrics={}, **options)
+    model = make_model(form)
+    save_bundle(folder, model=model, view=VIEW, vocabulary=VOCABULARY, decoding=DECODING, metrics={}, **options)
     return folder
+
+
+def advance(bundle: Bundle, views_BPP3: np.ndarray, captions: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """What the tokens of each view's caption look at (T, R), one view and one step after the other."""
+    found = []
+    with torch.inference_mode():
+        for view, caption in zip(torch.from_numpy(views_BPP3), captions, strict=True):
+            state = bundle.model.start(
+                bundle.model.encode(normalise(view[None], bundle.view)), torch.zeros(1, dtype=torch.long), 1
+            )
+            steps = []
+            for token in (START, *caption[:-1]):
+                _, state, attention_NR = bundle.model.advance(torch.tensor([token]), state)
+                assert attention_NR is not None
+                steps.append(attention_NR[0].numpy())
+            found.append(np.stack(steps))
+    return found
 
 
 def pack(captions_of_images: Sequence[Sequence[Sequence[int]]], *, max_tokens: int) -> PackedCaptions:

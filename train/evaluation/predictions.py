@@ -2,22 +2,29 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+from captioner.attention import Attention
 from captioner.errors import UserError
 from captioner.files.storage import read_bytes, write_atomic
+
+FIELDS = ("image_id", "caption", "score", "references")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationCaption:
-    """One validation image: its caption, mean log-probability a token, and the references."""
+    """One validation image: its caption, mean log-probability a token, and the references.
+
+    `attention` is where the caption's words looked, of the images that are shown and with a decoder that has it.
+    """
 
     position: int
     image_id: int | str
     caption: str
     score: float
     references: list[str]
+    attention: Attention | None = None
 
 
 def read_captions(path: Path) -> list[ValidationCaption]:
@@ -33,6 +40,6 @@ def read_captions(path: Path) -> list[ValidationCaption]:
 
 
 def write_captions(path: Path, rows: Sequence[ValidationCaption]) -> None:
-    """Write the captions as JSONL: `image_id`, `caption`, `score`, `references`."""
-    fields = [{name: value for name, value in asdict(row).items() if name != "position"} for row in rows]
+    """Write the captions as JSONL, with these `FIELDS`."""
+    fields = [{name: getattr(row, name) for name in FIELDS} for row in rows]
     write_atomic(str(path), "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in fields))

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from captioner.attention import Attention
 from captioner.errors import UserError
 from captioner.metrics import References
 from captioner.model.bundle import DecodingDefaults
@@ -108,7 +109,8 @@ class Evaluator:
 
     def _caption(self, batch: CaptionBatch, features: Tensor) -> list[ValidationCaption]:
         model = self.loss_model.model
-        captions = decode(model, model.encode(features), **asdict(self.decoding))
+        is_shown = min(batch.positions) < NUM_SAMPLES
+        captions = decode(model, model.encode(features), with_attention=is_shown, **asdict(self.decoding))
         columns = zip(batch.positions, batch.image_ids, batch.references, captions, strict=True)
         return [
             ValidationCaption(
@@ -117,9 +119,14 @@ class Evaluator:
                 caption=self.vocabulary.decode(caption.tokens),
                 score=caption.score,
                 references=references,
+                attention=Attention.of(caption, vocabulary=self.vocabulary, grid=self._grid) if is_shown else None,
             )
             for position, image_id, references, caption in columns
         ]
+
+    @cached_property
+    def _grid(self) -> tuple[int, int]:
+        return self.loss_model.model.encoder.grid_shape(self.loss_model.view.crop)
 
     def evaluate(self) -> Evaluation:
         """Loss, captions and scores of the whole split, the same on every rank. Raises UserError."""
@@ -137,11 +144,11 @@ class Evaluator:
         captions = {row.position: row.caption for row in rows}
         return caption_metrics(self._references.image_scores(captions), captions)
 
-    def sample_captions(self, found: Evaluation) -> tuple[list[np.ndarray], list[str]]:
-        """The split's first images, uint8 (P, P, 3), and their captions. In this process alone."""
-        captions = {row.position: row.caption for row in found.captions}
-        shown = [position for position in self._sample_images if position in captions]
-        return [self._sample_images[position] for position in shown], [captions[position] for position in shown]
+    def sample_captions(self, found: Evaluation) -> tuple[list[np.ndarray], list[str], list[Attention | None]]:
+        """The split's first images, uint8 (P, P, 3), their captions and attention. In this process alone."""
+        rows = [row for row in found.captions if row.position in self._sample_images]
+        images = [self._sample_images[row.position] for row in rows]
+        return images, [row.caption for row in rows], [row.attention for row in rows]
 
     @cached_property
     def _sample_images(self) -> dict[int, np.ndarray]:

@@ -1,6 +1,7 @@
 """The report of a run: one HTML page, `report.html`, that needs no other file and can be mailed."""
 
 import base64
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,12 +9,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from captioner.attention import Attention
 from captioner.files.storage import read_json, write_atomic
 from captioner.pages import load_template
 from train.evaluation.bootstrap import with_intervals
 from train.run.tracking import HISTORY, SAMPLE_IMAGES, SAMPLES, read_rows
 
 MAX_CURVE_POINTS = 500
+SMALL_SIDE_PIXELS = 96  # of the images below the heat maps
+SMALL_QUALITY = 75
 NUM_TICKS = 5
 WARMUP_FRACTION = 0.02  # of the steps, left out of the y axis' range: the first losses are several times the others
 WIDTH, HEIGHT = 398.0, 216.0  # of a chart's plot area, in the template's drawing
@@ -48,6 +55,19 @@ class Chart:
     y_ticks: Ticks
     notes: list[str]
     summary: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """An image, and its first, middle and last (when, caption) of training. Images are data URIs, "" if gone.
+
+    `words` are those of the last caption with attention: each word, where it looked in words, and its heat map.
+    """
+
+    image: str
+    small_image: str
+    captions: list[tuple[str, str]]
+    words: list[tuple[str, str, str]]
 
 
 def write_report(run: Path) -> None:
@@ -127,25 +147,55 @@ def _number(value: float | None) -> str:
 # ---- samples --------------------------------------------------------------------------------------------------
 
 
-def _samples(run: Path, moments: Mapping[int, str]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """For each image its data URI ("": the file is gone), and its first, middle and last (when, caption).
-
-    `moments` names the evaluations by their steps.
-    """
+def _samples(run: Path, moments: Mapping[int, str]) -> list[Sample]:
+    """The sample images and captions. `moments` names the evaluations by their steps."""
     rows = read_rows(run / SAMPLES)
     shown = [rows[index] for index in sorted({0, len(rows) // 2, len(rows) - 1}) if rows]
     times = [moments.get(row["step"], f"step {row['step']:,}") for row in shown]
-    captions = zip(*(row["captions"] for row in shown), strict=False)
+    captions = list(zip(*(row["captions"] for row in shown), strict=False))
+    attention = shown[-1].get("attention") or [None] * len(captions) if shown else []
     return [
-        (_data_uri(run / SAMPLE_IMAGES / f"{number:02d}.jpg"), list(zip(times, texts, strict=True)))
-        for number, texts in enumerate(captions)
+        _sample(run / SAMPLE_IMAGES / f"{number:02d}.jpg", list(zip(times, texts, strict=True)), seen)
+        for number, (texts, seen) in enumerate(zip(captions, attention, strict=False))
     ]
 
 
-def _data_uri(image: Path) -> str:
-    if not image.exists():
-        return ""
-    return f"data:image/jpeg;base64,{base64.b64encode(image.read_bytes()).decode()}"
+def _sample(file: Path, captions: list[tuple[str, str]], seen: Mapping[str, Any] | None) -> Sample:
+    if not file.exists():
+        return Sample(image="", small_image="", captions=captions, words=[])
+    jpeg = file.read_bytes()
+    words = _words(Attention.from_json(seen)) if seen else []
+    return Sample(
+        image=_data_uri(jpeg, "jpeg"), small_image=_small(jpeg) if words else "", captions=captions, words=words
+    )
+
+
+def _words(attention: Attention) -> list[tuple[str, str, str]]:
+    """Each word, where it looked in words, and its heat map."""
+    scaled_TR = attention.weights_TR / attention.weights_TR.max(axis=1, keepdims=True)
+    heat_maps = (_heat_map(weights_R.reshape(attention.grid)) for weights_R in scaled_TR)
+    return list(zip(map(str.strip, attention.words), attention.texts(), heat_maps, strict=True))
+
+
+def _heat_map(weights: np.ndarray) -> str:
+    """A PNG of weights from 0 (dark) to 1 (a clear orange), a pixel each, as a data URI; the gallery looks alike."""
+    pixels = np.stack((255 * weights, 140 * weights, 0 * weights, 190 - 127 * weights), axis=-1)
+    return _encode(Image.fromarray(pixels.round().astype(np.uint8)), "png", optimize=True)
+
+
+def _small(jpeg: bytes) -> str:
+    image = Image.open(io.BytesIO(jpeg))
+    return _encode(image.resize((SMALL_SIDE_PIXELS,) * 2), "jpeg", quality=SMALL_QUALITY)
+
+
+def _encode(image: Image.Image, kind: str, **options: Any) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return _data_uri(buffer.getvalue(), kind)
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 # ---- charts ---------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from captioner.attention import Attention
 from captioner.errors import UserError
 from captioner.files.storage import write_atomic
 
@@ -64,10 +65,16 @@ class Tracker:
         self._board.flush()  # a run that is killed has the same curves in both
         self._log_to_wandb(step, numbers)
 
-    def show(self, step: int, images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+    def show(
+        self,
+        step: int,
+        images: Sequence[np.ndarray],
+        captions: Sequence[str],
+        attention: Sequence[Attention | None] = (),
+    ) -> None:
         """Add the captions at a step of images (each uint8 (P, P, 3)), the same ones every time.
 
-        TensorBoard shows the images once, and below "text" their captions as they change.
+        TensorBoard shows the images once, and below "text" their captions as they change. The report shows `attention`.
         """
         if self._quiet or len(images) == 0:
             return
@@ -78,7 +85,8 @@ class Tracker:
                 write_atomic(str(self._run / SAMPLE_IMAGES / f"{number:02d}.jpg"), buffer.getvalue())
             self._board.add_images("validation/samples", np.stack(images), step, dataformats="NHWC")
             self._images_saved = True
-        _append(self._run / SAMPLES, {"step": step, "captions": list(captions)})
+        seen = {"attention": [each and each.to_json() for each in attention]} if any(attention) else {}
+        _append(self._run / SAMPLES, {"step": step, "captions": list(captions), **seen})
         listed = "".join(f"{number}. {caption}\n" for number, caption in enumerate(captions, start=1))  # Markdown
         self._board.add_text("validation/captions", listed.encode("utf-8", "replace").decode(), step)
         self._board.flush()

@@ -1,4 +1,4 @@
-"""Captioning folders, end to end: ours against the book's loop and our own ceiling, and the cost of a beam.
+"""Captioning folders, end to end: ours against the book's loop and our own ceiling, the cost of a beam and attention.
 
     python benchmarks/captioning.py --images PHOTOS           # about 15 minutes
     python benchmarks/captioning.py --quick                   # rough figures, drawn images

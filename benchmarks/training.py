@@ -14,6 +14,9 @@ The book's loop uses float32, one caption a sample, loose files, Pillow (or pill
 frozen encoder is in eval mode and without gradients, which is faster than in the book. On a GPU, ours is compared with
 its own encoder and decoder on a batch that is already on the device, in steady state.
 
+The decoder with attention, self-critical steps and their rewards are measured on features of the light encoder.
+Self-critical samples have 12 tokens, the mean length of COCO's captions, because random weights do not end them.
+
 Exit codes: 0 measured, whether or not the bars hold; 2 an error that you can fix, in one line.
 """
 
@@ -67,6 +70,7 @@ PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "pillow", "pillo
 BATCH, GPU_BATCHES = 128, (128, 512)
 BOOK, OURS, CACHED = "the book's loop", "ours", "ours, cached features"
 ENCODER, DECODER, PADDED = "encoder alone", "decoder alone, packed", "decoder alone, padded"
+ATTENTION, SELF_CRITICAL, REWARDS = "attention decoder alone", "attention, self-critical", "its rewards alone"
 NO_BF16 = "not measured: this CPU has no bf16"
 NAMES: Mapping[Precision, str] = {"no": "fp32", "bf16": "bf16"}
 Costs = Mapping[str, Sequence[Cost | None]]
@@ -165,14 +169,19 @@ def measure_on_cpu(
 def cpu_contenders(job: Job, *, steps: int) -> dict[str, Contender]:
     """All contenders that can run here; those that encode images with the heavy encoder have one step."""
     light = replace(job, encoder=LIGHT)
+    attention = replace(light, decoder="attention")
     found = {
         label(LIGHT, "no", BOOK): like_the_book(light, steps=steps),
         label(LIGHT, "no", OURS): train_epoch(light, steps=steps),
         label(HEAVY, "no", OURS): train_epoch(job, steps=1),
         label(HEAVY, "no", CACHED): train_epoch(job, steps=steps, cached=True),
-        label(HEAVY, "no", ENCODER): repeat_alone(job, Trainer.encode, cached=False),
-        label(HEAVY, "no", DECODER): repeat_alone(job, Trainer.step, cached=True),
-        label(HEAVY, "no", PADDED): repeat_alone(job, Trainer.padded_step, cached=True),
+        label(HEAVY, "no", ENCODER): repeat_alone(job, Trainer.encode, encoded=False),
+        label(HEAVY, "no", DECODER): repeat_alone(job, Trainer.step, encoded=True),
+        label(HEAVY, "no", PADDED): repeat_alone(job, Trainer.padded_step, encoded=True),
+        label(LIGHT, "no", DECODER): repeat_alone(light, Trainer.step, encoded=True),
+        label(LIGHT, "no", ATTENTION): repeat_alone(attention, Trainer.step, encoded=True),
+        label(LIGHT, "no", SELF_CRITICAL): repeat_alone(attention, Trainer.self_critical_step, encoded=True),
+        label(LIGHT, "no", REWARDS): repeat_alone(attention, Trainer.reward, encoded=True),
     }
     if has_bf16():
         found[label(LIGHT, "bf16", OURS)] = train_epoch(replace(light, precision="bf16"), steps=steps)
@@ -196,7 +205,8 @@ def cpu_rows(costs: Costs) -> list[dict[str, Any]]:
     rows = []
     for encoder in (LIGHT, HEAVY):
         for precision, name in (("no", BOOK), ("no", OURS), ("bf16", OURS), ("no", CACHED), ("no", ENCODER),
-                                ("no", DECODER), ("no", PADDED)):  # fmt: skip
+                                ("no", DECODER), ("no", PADDED), ("no", ATTENTION), ("no", SELF_CRITICAL),
+                                ("no", REWARDS)):  # fmt: skip
             own, book = label(encoder, precision, name), label(encoder, "no", BOOK)
             if own not in costs and precision == "no":
                 continue
@@ -240,10 +250,23 @@ def cpu_bars(costs: Costs, *, clock: str) -> list[Bar]:
         bars.append(at_least(f"{encoder}, ours in {NAMES[precision]} / {BOOK} ({by})", found, bar))
     share = features_figures(costs, clock=clock)["share_of_it"]
     packed = ratio(costs, label(HEAVY, "no", DECODER), label(HEAVY, "no", PADDED), clock=clock)
+    steps = [
+        at_most(
+            f"{LIGHT}, {name} / {other}, time ({by})",
+            ratio(costs, label(LIGHT, "no", other), label(LIGHT, "no", name), clock=clock),
+            bar,
+        )
+        for name, other, bar in (
+            (ATTENTION, DECODER, 2.5),
+            (SELF_CRITICAL, ATTENTION, 4.0),
+            (REWARDS, SELF_CRITICAL, 0.1),
+        )
+    ]
     return [
         *bars,
         at_least(f"{HEAVY}, cached / uncached, of (encoder + decoder) / decoder ({by})", share, 0.85),
         at_least(f"decoder, packed / padded captions ({by})", packed, 1.3),
+        *steps,
     ]
 
 
@@ -284,8 +307,8 @@ def measure_on_gpu(
             {
                 OURS: train_steadily(at_once, cached=False),
                 CACHED: train_steadily(at_once, cached=True),
-                ENCODER: repeat_alone(at_once, Trainer.encode, times=times, cached=False),
-                DECODER: repeat_alone(at_once, Trainer.step, times=times, cached=True),
+                ENCODER: repeat_alone(at_once, Trainer.encode, times=times, encoded=False),
+                DECODER: repeat_alone(at_once, Trainer.step, times=times, encoded=True),
             },
             rounds=rounds,
         )

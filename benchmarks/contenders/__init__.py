@@ -2,3 +2,4 @@
 
 LIGHT, HEAVY, LARGE = "squeezenet1_1", "resnet50", "resnet152"  # encoders
 NUM_WORDS = 9956  # COCO's, in the book
+CAPTION_STEPS = 12  # mean tokens of COCO's captions, `<end>` included

@@ -21,10 +21,10 @@ from captioner.images.decoder_output import own_stderr
 from captioner.images.views import ViewSpec, normalise, read_eval_view
 from captioner.model.bundle import Bundle, DecodingDefaults
 from captioner.model.decoding import decode
-from captioner.model.network import ModelConfig, build_model
+from captioner.model.network import DecoderKind, ModelConfig, build_model
 from captioner.vocabulary import SPECIAL_WORDS, Vocabulary
 from captioner.workers import count_processors
-from contenders import LIGHT, NUM_WORDS
+from contenders import CAPTION_STEPS, LIGHT, NUM_WORDS
 from contenders.training import BookModel
 from infer.captioning import caption_files, find_device
 from infer.peers import Peers
@@ -45,9 +45,10 @@ from measuring.figures import (
 )
 from measuring.photos import COCO
 
-CAPTION_STEPS, BOOK_STEPS = 12, 20
+BOOK_STEPS = 20
 CPU_BATCHES, GPU_BATCHES = (4, 8), (64, 256)
 DECODER_BATCH = 256
+BEAM_SIZES = {1: 1.3, 3: 1.5}  # with the most times the vector's time that attention may take
 NUM_CORES = count_processors()
 BOOK = "the book's way"
 READ, ENCODER, CAPTION = "decode and resize", "encoder", "greedy"
@@ -77,11 +78,18 @@ def start() -> torch.device:
 
 
 def make_job(files: list[Path], encoder: str, device: torch.device, scratch: Path, *, quick: bool) -> Job:
-    """A captioner with random weights, and the number of images for parts measured alone."""
+    """A captioner, and the number of images for parts measured alone."""
+    captioner = make_captioner(encoder, device)
+    return Job(files=files, num_alone=16 if quick else 128, encoder=encoder, captioner=captioner, scratch=scratch)
+
+
+def make_captioner(encoder: str, device: torch.device, decoder: DecoderKind = "vector") -> Captioner:
+    """A captioner with random weights."""
     words = tuple(f"word-{number}" for number in range(NUM_WORDS - len(SPECIAL_WORDS)))
     vocabulary = Vocabulary(words=(*SPECIAL_WORDS, *words), counts=(1,) * NUM_WORDS, threshold=1)
     torch.manual_seed(0)
-    model = build_model(ModelConfig(encoder=encoder, vocabulary_size=NUM_WORDS)).eval().to(device)
+    config = ModelConfig(encoder=encoder, vocabulary_size=NUM_WORDS, decoder=decoder)
+    model = build_model(config).eval().to(device)
     bundle = Bundle(
         model=model,
         view=ViewSpec(),
@@ -90,8 +98,7 @@ def make_job(files: list[Path], encoder: str, device: torch.device, scratch: Pat
         name="random",
         calibration=None,
     )
-    captioner = Captioner(bundle, precision="bfloat16" if torch.cuda.is_available() else "float32")
-    return Job(files=files, num_alone=16 if quick else 128, encoder=encoder, captioner=captioner, scratch=scratch)
+    return Captioner(bundle, precision="bfloat16" if torch.cuda.is_available() else "float32")
 
 
 # ---- contenders -------------------------------------------------------------------------------------------
@@ -238,6 +245,11 @@ def measure(job: Job, *, kind: str, rounds: int) -> tuple[list[dict[str, Any]], 
         our_name(2, beam_size=3): ours(job, workers=2, beam_size=3),
         **alone(job),
     }
+    if has_attention(job, kind):
+        looking = replace(job, captioner=make_captioner(job.encoder, job.device, "attention"))
+        for beam_size in BEAM_SIZES:
+            name = our_name(2, beam_size=beam_size, decoder="attention")
+            contenders[name] = ours(looking, workers=2, beam_size=beam_size)
     if job.device.type == "cuda":
         contenders[our_name(NUM_CORES)] = ours(job, workers=NUM_CORES)
     else:
@@ -258,9 +270,15 @@ def measure(job: Job, *, kind: str, rounds: int) -> tuple[list[dict[str, Any]], 
     return rows, make_bars(job, costs, kind=kind)
 
 
-def our_name(workers: int, *, beam_size: int = 1) -> str:
+def has_attention(job: Job, kind: str) -> bool:
+    """Whether the decoder with attention is measured too."""
+    return kind == COCO and job.encoder == LIGHT
+
+
+def our_name(workers: int, *, beam_size: int = 1, decoder: DecoderKind = "vector") -> str:
     """The name of one of our contenders."""
-    return f"ours, {'greedy' if beam_size == 1 else f'beam {beam_size}'}, {workers} readers"
+    search = "greedy" if beam_size == 1 else f"beam {beam_size}"
+    return f"ours, {'attention, ' if decoder == 'attention' else ''}{search}, {workers} readers"
 
 
 def make_bars(job: Job, costs: Costs, *, kind: str) -> list[Bar]:
@@ -281,6 +299,13 @@ def make_bars(job: Job, costs: Costs, *, kind: str) -> list[Bar]:
         limit = 1.6 if job.encoder == LIGHT else 1.15
         beam = times_as_fast(costs[our_name(2)], costs[our_name(2, beam_size=3)], clock="wall_ms")
         bars.append(at_most(f"{what}: beam 3 / greedy, time", beam, limit))
+    if has_attention(job, kind):
+        for beam_size, limit in BEAM_SIZES.items():
+            vector, attention = (
+                our_name(2, beam_size=beam_size, decoder=decoder) for decoder in ("vector", "attention")
+            )
+            slower = times_as_fast(costs[vector], costs[attention], clock="wall_ms")
+            bars.append(at_most(f"{what}: {attention} / vector, time", slower, limit))
     return bars
 
 

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -27,12 +28,12 @@ from torchvision import transforms
 from captioner.errors import UserError
 from captioner.images.views import ViewSpec, normalise
 from captioner.model.encoders import Encoder
-from captioner.model.network import ModelConfig, build_model
+from captioner.model.network import DecoderKind, ModelConfig, build_model
 from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import read_split
-from captioner.vocabulary import END, PAD, START, Vocabulary, count_words, tokenize
+from captioner.vocabulary import END, PAD, SPECIAL_WORDS, START, Vocabulary, count_words, tokenize
 from captioner.workers import count_processors
-from contenders import NUM_WORDS
+from contenders import CAPTION_STEPS, NUM_WORDS
 from contenders.loader import loader_options
 from contenders.pictures import CAPTIONS, CROP, MEAN, SHARDS, STD, find_vocabulary
 from measuring.commands import pack_samples, shard_megabytes, stored_photos
@@ -43,7 +44,8 @@ from train.data.features import FeatureFiles
 from train.run.encode import prepare_features
 from train.settings import NEW_MODEL, TrainSettings
 from train.step.schedule import make_optimizer, make_schedule
-from train.step.step import MAX_GRADIENT_NORM, CaptionLoss, TrainStep, distribute
+from train.step.self_critical import NUM_SAMPLES, SelfCriticalStep, make_reward
+from train.step.step import ENCODE_BATCH_SIZE, MAX_GRADIENT_NORM, CaptionLoss, TrainStep, distribute
 
 CAPTIONS_A_PICTURE = 5
 WARM_UP_SAMPLES = 2
@@ -199,6 +201,7 @@ class Job:
     workers: int
     precision: Precision
     on_cpu: bool
+    decoder: DecoderKind = "vector"
 
 
 class Trainer:
@@ -209,8 +212,13 @@ class Trainer:
         self.accelerator = Accelerator(cpu=job.on_cpu, mixed_precision=job.precision)
         self.split = read_split([str(job.folder / SHARDS)], "train", remedy="pack again")
         self.batch = job.batch
-        vocabulary = find_vocabulary(job.folder / SHARDS)
-        config = ModelConfig(encoder=job.encoder, vocabulary_size=len(vocabulary), dropout=DEFAULTS.dropout)
+        self.vocabulary = find_vocabulary(job.folder / SHARDS)
+        config = ModelConfig(
+            encoder=job.encoder,
+            vocabulary_size=len(self.vocabulary),
+            decoder=job.decoder,
+            dropout=DEFAULTS.dropout,
+        )
         torch.manual_seed(0)
         self.model = build_model(config)
         self.loss_model = CaptionLoss(self.model, view=ViewSpec(size=SIZE, crop=CROP))
@@ -224,7 +232,7 @@ class Trainer:
         self.open_loader = partial(
             caption_loader,
             batch_size=job.batch,
-            vocabulary=vocabulary,
+            vocabulary=self.vocabulary,
             crop=CROP,
             max_tokens=DEFAULTS.max_tokens,
             num_workers=job.workers,
@@ -251,11 +259,18 @@ class Trainer:
         loader.load_state_dict(loader.state_dict() | {"position": first * loader.batch_size})
         return loader
 
-    def batch_of(self, num_samples: int, features: FeatureFiles | None) -> CaptionBatch:
-        """A batch on the device."""
+    def batch_of(
+        self, num_samples: int, features: FeatureFiles | None = None, *, encoded: bool = False
+    ) -> CaptionBatch:
+        """A batch on the device: of images, of cached features, or of images that are encoded now."""
         loader = self.open_loader(self.split, batch_size=num_samples, num_workers=0, features=features)
         (batch,) = next(iter(loader))
-        return batch.to(self.accelerator.device)
+        batch = batch.to(self.accelerator.device)
+        if not encoded:
+            return batch
+        with torch.no_grad(), self.accelerator.autocast():
+            parts = [self.loss_model.features(images) for images in batch.inputs.split(ENCODE_BATCH_SIZE)]
+        return replace(batch, inputs=torch.cat(parts).float())
 
     @property
     def take_step(self) -> TrainStep:
@@ -265,6 +280,34 @@ class Trainer:
     def step(self, batch: CaptionBatch) -> None:
         """A training step on images or features."""
         self.take_step([batch])
+
+    @cached_property
+    def self_critical(self) -> SelfCriticalStep:
+        """The training command's self-critical step; samples stop at the mean length, as random weights do not end
+        them.
+        """
+        step = self.take_step
+        return SelfCriticalStep(
+            step.model,
+            step.optimizer,
+            step.schedule,
+            step.accelerator,
+            reward=make_reward(self.split, self.accelerator, cache=self.cache),
+            vocabulary=self.vocabulary,
+            max_tokens=CAPTION_STEPS,
+            seed=0,
+            epoch_steps=1,
+        )
+
+    def self_critical_step(self, batch: CaptionBatch) -> None:
+        """A self-critical step on images or features."""
+        self.self_critical([batch])
+
+    def reward(self, batch: CaptionBatch) -> None:
+        """The rewards of a self-critical step, of random samples."""
+        shape = (NUM_SAMPLES * batch.num_samples, CAPTION_STEPS)
+        samples = np.random.default_rng(0).integers(len(SPECIAL_WORDS), len(self.vocabulary), shape)
+        self.self_critical._rewards(batch, samples.tolist())
 
     def encode(self, batch: CaptionBatch) -> None:
         """The encoder's part of a step."""
@@ -311,15 +354,15 @@ def train_epoch(job: Job, *, steps: int, cached: bool = False) -> Contender:
 
 
 def repeat_alone(
-    job: Job, action: Callable[[Trainer, CaptionBatch], None], *, times: int = 1, cached: bool
+    job: Job, action: Callable[[Trainer, CaptionBatch], None], *, times: int = 1, encoded: bool
 ) -> Contender:
-    """Repeat a part of a step `times` times on one batch on the device."""
+    """Repeat a part of a step `times` times on one batch of images, or of their features, on the device."""
+    first = Trainer(job)  # all have the same encoder
+    small, batch = (first.batch_of(size, encoded=encoded) for size in (WARM_UP_SAMPLES, job.batch))
 
     def turn(_number: int) -> Cost:
         trainer = Trainer(job)
-        features = trainer.features() if cached else None
-        action(trainer, trainer.batch_of(WARM_UP_SAMPLES, features))
-        batch = trainer.batch_of(job.batch, features)
+        action(trainer, small)
 
         def repeat() -> int:
             for _ in range(times):
@@ -342,10 +385,15 @@ def time_all(action: Callable[[], int]) -> Cost:
     """
     gc.collect()
     wait_for_gpu()
-    wall, cpu = time.perf_counter(), sum(os.times()[:4])
+    wall, cpu = time.perf_counter(), cpu_seconds()
     items = action()
     wait_for_gpu()
-    return Cost(items=items, cpu_seconds=sum(os.times()[:4]) - cpu, wall_seconds=time.perf_counter() - wall)
+    return Cost(items=items, cpu_seconds=cpu_seconds() - cpu, wall_seconds=time.perf_counter() - wall)
+
+
+def cpu_seconds() -> float:
+    """The CPU time of this process, and of its children that have ended, which is known to 10 ms."""
+    return time.process_time() + sum(os.times()[2:4])
 
 
 def wait_for_gpu() -> None:

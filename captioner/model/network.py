@@ -216,8 +216,8 @@ class Attention(nn.Module):
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
 
     def remember(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values (B, heads, R, H / heads) of positions (B, R, H)."""
-        return self._split(self.key(images)), self._split(self.value(images))
+        """The keys and values (B, heads, R, H / heads) of positions (B, R, H), in the layout that products need."""
+        return self._split(self.key(images)).contiguous(), self._split(self.value(images)).contiguous()
 
     def forward(
         self, inputs_NH: Tensor, memory: tuple[Tensor, ...], cells_N: Tensor, columns: int

@@ -114,7 +114,7 @@ def test_training_quickly_measured_gives_rows_and_bars(tmp_path: Path) -> None:
         assert (row["times_the_book_by_cpu"] is None) == row["note"].startswith("not measured")
     assert rows["squeezenet1_1", "fp32", "the book's loop"]["captions_a_second"] > 0
     bars = content["bars"]
-    assert len(bars) == len({bar["name"] for bar in bars}) == 13
+    assert len(bars) == len({bar["name"] for bar in bars}) == 16
     for bar in bars:
         assert set(bar) == {"name", "value", "bar", "holds"}
         absent = bar["name"].startswith("GPU") or ("bf16" in bar["name"] and not command.has_bf16())
@@ -182,7 +182,7 @@ def test_captioning_quickly_measured_gives_rows_and_bars(tmp_path: Path) -> None
     assert {row["contender"] for row in content["rows"]} >= {"the book's way", "decode and resize, alone"}
     assert all(row["wall_ms_an_image"] > 0 for row in content["rows"])
     assert all(bar["value"] > 0 for bar in content["bars"])
-    assert len(content["bars"]) == 10
+    assert len(content["bars"]) == 12
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells the memory of a process")

@@ -83,9 +83,9 @@ class DecoderPart(nn.Module):
         self.model, self.encoder = bundle.model.eval(), EncoderPart(bundle)
         self.outputs = ["logits", "hidden_next", "cell_next"]
 
-    def forward(self, tokens: Tensor, images: Tensor, *lstm: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, tokens: Tensor, images: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
         """The tensors, named `outputs`. The encoded images are always an input, so that one loop fits all decoders."""
-        state = DecoderState(lstm=lstm, images=images, cells_N=torch.arange(len(tokens)), columns=1)
+        state = DecoderState(lstm=(hidden, cell), images=images, cells_N=torch.arange(len(tokens)), columns=1)
         logits_NV, state, _ = self.model.advance(tokens, state)
         return logits_NV, *state.lstm
 
@@ -116,7 +116,6 @@ def _export_part(part: EncoderPart | DecoderPart, path: Path, *, batches: tuple[
 def _write(part: EncoderPart | DecoderPart, path: Path, *, inputs: Inputs) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
-        first, *others = [{0: "batch"} for _ in inputs]
         program = torch.onnx.export(
             part,
             tuple(inputs.values()),
@@ -124,7 +123,7 @@ def _write(part: EncoderPart | DecoderPart, path: Path, *, inputs: Inputs) -> No
             verbose=False,
             input_names=list(inputs),
             output_names=part.outputs,
-            dynamic_shapes=(first, tuple(others)) if others else (first,),
+            dynamic_shapes=tuple({0: "batch"} for _ in inputs),
         )
     assert program is not None
     program.save(path)

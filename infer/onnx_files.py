@@ -5,8 +5,6 @@ Shapes: B images, N captions, P sides of a view in pixels, V vocabulary.
 
 import shutil
 import warnings
-from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 
 from captioner.errors import UserError
 from captioner.model.bundle import Bundle
-from captioner.model.network import CaptionModel, DecoderState
+from captioner.model.network import DecoderState
 from captioner.vocabulary import END, GLUED_TOKENS, PAD, START, UNK
 
 Inputs = dict[str, Tensor]
@@ -56,11 +54,6 @@ def _write_parts(bundle: Bundle, folder: Path) -> list[tuple[str, float, str]]:
     return rows
 
 
-def tensor_names(model: CaptionModel) -> tuple[list[str], list[str]]:
-    """The names of what the decoder reads of an image, and of its state."""
-    return ["keys", "values"] if model.config.decoder == "attention" else ["image"], ["hidden", "cell"]
-
-
 class EncoderPart(nn.Module):
     """Views (B, P, P, 3), uint8, to what the decoder reads of the images and its first state, each of B rows."""
 
@@ -68,13 +61,13 @@ class EncoderPart(nn.Module):
         super().__init__()
         self.model, self.view = bundle.model.eval(), bundle.view
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (self.view.mean, self.view.std))
-        self.outputs = list(chain(*tensor_names(self.model)))
+        self.outputs = ["image", "hidden", "cell"]
 
     def forward(self, views: Tensor) -> tuple[Tensor, ...]:
         """The tensors, named `outputs`."""
         images = self.model.encode((views.permute(0, 3, 1, 2).float() - self.mean) / self.std)
         state = self.model.start(images, torch.arange(len(images)), 1)
-        return *state.memory, *state.lstm
+        return state.images, *state.lstm
 
     def random_inputs(self, num_images: int) -> Inputs:
         """Noise as views."""
@@ -88,13 +81,11 @@ class DecoderPart(nn.Module):
     def __init__(self, bundle: Bundle) -> None:
         super().__init__()
         self.model, self.encoder = bundle.model.eval(), EncoderPart(bundle)
-        self.names = tensor_names(self.model)
-        self.outputs = ["logits", *(f"{name}_next" for name in self.names[1])]
+        self.outputs = ["logits", "hidden_next", "cell_next"]
 
-    def forward(self, tokens: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The tensors, named `outputs`. What is read of the images is always an input, so that one loop fits all."""
-        memory, lstm = tensors[: len(self.names[0])], tensors[len(self.names[0]) :]
-        state = DecoderState(lstm=lstm, memory=memory, cells_N=torch.arange(len(tokens)), columns=1)
+    def forward(self, tokens: Tensor, images: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
+        """The tensors, named `outputs`. The encoded images are always an input, so that one loop fits all decoders."""
+        state = DecoderState(lstm=(hidden, cell), images=images, cells_N=torch.arange(len(tokens)), columns=1)
         logits_NV, state, _ = self.model.advance(tokens, state)
         return logits_NV, *state.lstm
 
@@ -125,7 +116,6 @@ def _export_part(part: EncoderPart | DecoderPart, path: Path, *, batches: tuple[
 def _write(part: EncoderPart | DecoderPart, path: Path, *, inputs: Inputs) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
-        first, *others = [{0: "batch"} for _ in inputs]
         program = torch.onnx.export(
             part,
             tuple(inputs.values()),
@@ -133,7 +123,7 @@ def _write(part: EncoderPart | DecoderPart, path: Path, *, inputs: Inputs) -> No
             verbose=False,
             input_names=list(inputs),
             output_names=part.outputs,
-            dynamic_shapes=(first, tuple(others)) if others else (first,),
+            dynamic_shapes=tuple({0: "batch"} for _ in inputs),
         )
     assert program is not None
     program.save(path)
@@ -156,14 +146,13 @@ def _difference(part: EncoderPart | DecoderPart, path: Path, *, inputs: Inputs) 
 def readme(bundle: Bundle) -> str:
     """The README.md of an ONNX folder: inputs and outputs, and greedy search in numpy."""
     config, view, decoding = bundle.model.config, bundle.view, bundle.decoding
-    memory, state = tensor_names(bundle.model)
     return f"""# An image captioning model for ONNX
 
 `encoder.onnx`, for B images: `views` (B, {view.crop}, {view.crop}, 3), uint8, RGB, not normalised, to what the decoder
-reads of them ({_listed(memory)}) and its first state ({_listed(state)}), each of B rows.
+reads of them (`image`) and its first state (`hidden`, `cell`), each of B rows.
 
 `decoder.onnx`, for the next word of N captions: `tokens` (N,), int64, and the same tensors to `logits`
-(N, {config.vocabulary_size}) of the next word and the next state ({_listed(f"{name}_next" for name in state)}). The
+(N, {config.vocabulary_size}) of the next word and the next state (`hidden_next`, `cell_next`). The
 first token is {START}, the last one {END}. Token t is `words[t]` of `vocabulary.json`.
 
 With numpy, onnxruntime and Pillow, and this as `caption.py` in this folder: `python caption.py photo.jpg`
@@ -182,7 +171,6 @@ SIZE, CROP = {view.size}, {view.crop}
 MAX_TOKENS, NO_REPEAT_TRIGRAM = {decoding.max_tokens}, {decoding.no_repeat_trigram}
 START, END, NEVER_SAID = {START}, {END}, {[PAD, START, UNK]}  # never: padding, start, unknown word
 GLUED = {sorted(GLUED_TOKENS)}
-MEMORY, STATE = {memory}, {state}
 WORDS = json.loads((HERE / "vocabulary.json").read_text(encoding="utf-8"))["words"]
 encoder = onnxruntime.InferenceSession(HERE / "encoder.onnx")
 decoder = onnxruntime.InferenceSession(HERE / "decoder.onnx")
@@ -196,12 +184,11 @@ def read_view(path):
 
 
 def greedy(views):
-    tensors = encoder.run(None, dict(views=views))
-    memory, state = dict(zip(MEMORY, tensors)), tensors[len(MEMORY) :]
+    image, hidden, cell = encoder.run(None, dict(views=views))
     captions = [[] for _ in views]
     tokens = np.full(len(views), START)
     for step in range(MAX_TOKENS):
-        logits, *state = decoder.run(None, dict(tokens=tokens, **memory, **dict(zip(STATE, state))))
+        logits, hidden, cell = decoder.run(None, dict(tokens=tokens, image=image, hidden=hidden, cell=cell))
         logits[:, NEVER_SAID + [END] * (step == 0)] = -np.inf
         for row, said in enumerate(captions if NO_REPEAT_TRIGRAM else []):
             repeats = [third for *two, third in zip(said, said[1:], said[2:]) if two == said[-2:]]
@@ -226,7 +213,3 @@ for path in sys.argv[1:]:
 Captions of the same view equal those of `infer/main.py --beam-size 1` up to rounding. Pillow's pixels differ a little
 from those that infer/main.py makes, so a few captions of photos differ too.
 """
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)

@@ -41,19 +41,18 @@ class ModelConfig:
 class DecoderState:
     """What the next decoding step of N captions depends on, besides their last tokens.
 
-    `lstm` are the hidden and cell states, each (N, H), of one LSTM after the other. `memory` are tensors of the B
-    images. The captions of an image are in its row of a table of B rows and `columns` columns: `cells_N` is each
-    caption's cell, counted row by row.
+    `lstm` are the hidden and cell state, each (N, H), `images` the B encoded images. The captions of an image are in
+    its row of a table of B rows and `columns` columns: `cells_N` is each caption's cell, counted row by row.
     """
 
     lstm: tuple[Tensor, ...]
-    memory: tuple[Tensor, ...]
+    images: Tensor
     cells_N: Tensor
     columns: int
 
     def take(self, rows_N: Tensor, cells_N: Tensor) -> "DecoderState":
         """The state of the captions in these rows, which may repeat, in new cells."""
-        return DecoderState(tuple(tensor[rows_N] for tensor in self.lstm), self.memory, cells_N, self.columns)
+        return DecoderState(tuple(tensor[rows_N] for tensor in self.lstm), self.images, cells_N, self.columns)
 
 
 class CaptionModel(nn.Module, ABC):
@@ -138,14 +137,13 @@ class VectorModel(CaptionModel):
         if self._image_first:
             lstm = _step(self.lstm, images, lstm)
         image_of_caption_N = cells_N // columns
-        return DecoderState(tuple(tensor[image_of_caption_N] for tensor in lstm), (images,), cells_N, columns)
+        return DecoderState(tuple(tensor[image_of_caption_N] for tensor in lstm), images, cells_N, columns)
 
     def advance(self, tokens_N: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState, Tensor | None]:
         """Without attention."""
         words_NE = self.embed(tokens_N)
         if not self._image_first:
-            (images,) = state.memory
-            words_NE = torch.cat((words_NE, images[state.cells_N // state.columns]), dim=1)
+            words_NE = torch.cat((words_NE, state.images[state.cells_N // state.columns]), dim=1)
         lstm = _step(self.lstm, words_NE, state.lstm)
         return self.predict(lstm[0]), replace(state, lstm=lstm), None
 
@@ -181,8 +179,7 @@ class AttentionModel(CaptionModel):
             state = tuple(tensor[:, captions.image_of_caption_N] for tensor in _recur(self.lstm, summary_1BE)[1])
             words_ME = self.drop_input(self.embed(captions.inputs_M))
             output_MH = _recur(self.lstm, PackedSequence(words_ME, captions.batch_sizes_T), state)[0].data
-            memory = self.attention.remember(images)
-            seen_MH, _ = self.attention(output_MH, memory, captions.cells_M, captions.columns)
+            seen_MH = self.attention(output_MH, images, captions.cells_M, captions.columns)
             return self.drop(self._join(output_MH, seen_MH))
 
     def start(self, images: Tensor, cells_N: Tensor, columns: int) -> DecoderState:
@@ -190,13 +187,12 @@ class AttentionModel(CaptionModel):
         zeros = _zero_state(self.lstm, len(images), like=images)
         lstm = _step(self.lstm, self.summarise(images.mean(dim=1)), zeros)
         image_of_caption_N = cells_N // columns
-        memory = self.attention.remember(images)
-        return DecoderState(tuple(tensor[image_of_caption_N] for tensor in lstm), memory, cells_N, columns)
+        return DecoderState(tuple(tensor[image_of_caption_N] for tensor in lstm), images, cells_N, columns)
 
     def advance(self, tokens_N: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState, Tensor | None]:
         """With the mean attention of the heads."""
         lstm = _step(self.lstm, self.embed(tokens_N), state.lstm)
-        seen_NH, attention_NR = self.attention(lstm[0], state.memory, state.cells_N, state.columns)
+        seen_NH, attention_NR = self.attention.step(lstm[0], state.images, state.cells_N, state.columns)
         return self.predict(self._join(lstm[0], seen_NH)), replace(state, lstm=lstm), attention_NR
 
     def _join(self, output_NH: Tensor, seen_NH: Tensor) -> Tensor:
@@ -206,8 +202,8 @@ class AttentionModel(CaptionModel):
 class Attention(nn.Module):
     """Scaled dot-product attention with several heads, of captions to the positions of their images.
 
-    All captions of an image use its keys and values where they are: its queries are side by side in a row of a table of
-    B rows and K columns.
+    No position is copied for a caption: the queries of an image are side by side in a row of a table of B rows and K
+    columns.
     """
 
     def __init__(self, width: int) -> None:
@@ -215,24 +211,40 @@ class Attention(nn.Module):
         self.num_heads = math.gcd(width, MAX_HEADS)
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
 
-    def remember(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values (B, heads, R, H / heads) of positions (B, R, H), in the layout that products need."""
-        return self._split(self.key(images)).contiguous(), self._split(self.value(images)).contiguous()
+    def forward(self, inputs_MH: Tensor, images: Tensor, cells_M: Tensor, columns: int) -> Tensor:
+        """What each token of packed captions sees (M, H)."""
+        keys, values = self._split(self.key(images)), self._split(self.value(images))
+        queries = self._split(_table(self.query(inputs_MH), cells_M, shape=(len(images), columns)))
+        weights = (queries @ keys.transpose(2, 3) / math.sqrt(keys.shape[3])).softmax(dim=3)
+        return (weights @ values).transpose(1, 2).flatten(2).flatten(0, 1)[cells_M]
 
-    def forward(
-        self, inputs_NH: Tensor, memory: tuple[Tensor, ...], cells_N: Tensor, columns: int
-    ) -> tuple[Tensor, Tensor]:
-        """What each caption sees (N, H), and the mean attention of its heads to the R positions (N, R)."""
-        keys, values = memory
-        table_CH = inputs_NH.new_zeros((len(keys) * columns, inputs_NH.shape[1]))
-        queries_BKH = table_CH.index_copy(0, cells_N, self.query(inputs_NH)).unflatten(0, (len(keys), columns))
-        scores = self._split(queries_BKH) @ keys.transpose(2, 3) / math.sqrt(keys.shape[3])
-        weights = scores.softmax(dim=3)
-        seen_BKH = (weights @ values).transpose(1, 2).flatten(2)
-        return seen_BKH.flatten(0, 1)[cells_N], weights.mean(dim=1).flatten(0, 1)[cells_N]
+    def step(self, inputs_NH: Tensor, images: Tensor, cells_N: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        """What each caption sees (N, H) at one step, and the mean attention of its heads to the R positions (N, R).
+
+        Keys and values of all positions would cost more than all steps of a caption. So the queries are multiplied by
+        the weights of the keys instead, and what they see by those of the values. (A bias of keys changes nothing.)
+        """
+        per_head = (self.num_heads, -1)
+        queries = self.query(inputs_NH).unflatten(1, per_head).transpose(0, 1)
+        projected = (queries @ self.key.weight.unflatten(0, per_head)).transpose(0, 1).flatten(1)
+        table = _table(projected, cells_N, shape=(len(images), columns)).unflatten(2, per_head).flatten(1, 2)
+        weights = (table @ images.transpose(1, 2) / math.sqrt(queries.shape[2])).softmax(dim=2)
+        seen, attention = (
+            tensor.unflatten(1, (columns, self.num_heads)).flatten(0, 1)[cells_N]
+            for tensor in (weights @ images, weights)
+        )
+        values = seen.transpose(0, 1) @ self.value.weight.unflatten(0, per_head).transpose(1, 2)
+        return values.transpose(0, 1).flatten(1) + self.value.bias, attention.mean(dim=1)
 
     def _split(self, tensor_BRH: Tensor) -> Tensor:
+        """One matrix for each head: (B, heads, R, H / heads)."""
         return tensor_BRH.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+def _table(rows_NX: Tensor, cells_N: Tensor, *, shape: tuple[int, int]) -> Tensor:
+    """A table of this shape (B, K, X) with the rows in their cells, zeros elsewhere."""
+    table = rows_NX.new_zeros((math.prod(shape), rows_NX.shape[1]))
+    return table.index_copy(0, cells_N, rows_NX).unflatten(0, shape)
 
 
 def build_model(config: ModelConfig, *, encoder_trainable: bool = False) -> CaptionModel:

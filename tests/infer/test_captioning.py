@@ -410,7 +410,9 @@ def test_rows_tell_where_each_word_looked(photos: Path, tmp_path: Path) -> None:
         assert "".join(seen.words) == row["caption"]
         assert row["attention"]["area"] == [0.1, 0.1, 0.9, 0.9]
         view = read_eval_view(Path(row["root"], row["path"]).read_bytes(), bundle.view)[0]
-        (weights_TR,) = advance(bundle, view[None].copy(), [bundle.vocabulary.encode(word.strip() for word in seen.words)])
+        (weights_TR,) = advance(
+            bundle, view[None].copy(), [bundle.vocabulary.encode(word.strip() for word in seen.words)]
+        )
         largest_T1 = weights_TR.max(axis=1, keepdims=True)
         scaled_TR = seen.weights_TR / seen.weights_TR.max(axis=1, keepdims=True)
         assert scaled_TR == pytest.approx(weights_TR / largest_T1, abs=1 / 255)

@@ -396,18 +396,23 @@ def test_other_settings_are_refused_and_nothing_is_touched(
 def test_rows_tell_where_each_word_looked(photos: Path, tmp_path: Path) -> None:
     """As a model tells that is led through the row's words; copies have the same. Other runs refuse these rows."""
     model, output, gallery = write_model(tmp_path / "model", "attention"), tmp_path / "c.jsonl", tmp_path / "gallery"
-    arguments = flags(model, photos / "1", output, "--gallery", gallery)
+    images = tmp_path / "images"
+    shutil.copytree(photos / "1", images)
+    shutil.copy(images / "001.png", images / "copy.png")
+    arguments = flags(model, images, output, "--gallery", gallery)
     done = run_captioning([*arguments, "--attention"], log=tmp_path / "log")
     assert done.code == 3, done.output
     bundle = load_bundle(model)
     rows = [row for row in read(output) if "error" not in row]
-    assert any(row["duplicate_of"] for row in rows)
+    assert sum(row["duplicate_of"] is not None for row in rows) == 1
     for row in rows:
         seen = Attention.from_json(row["attention"])
         assert "".join(seen.words) == row["caption"]
         assert row["attention"]["area"] == [0.1, 0.1, 0.9, 0.9]
         view = read_eval_view(Path(row["root"], row["path"]).read_bytes(), bundle.view)[0]
-        (weights_TR,) = advance(bundle, view[None], [bundle.vocabulary.encode(word.strip() for word in seen.words)])
+        (weights_TR,) = advance(
+            bundle, view[None].copy(), [bundle.vocabulary.encode(word.strip() for word in seen.words)]
+        )
         largest_T1 = weights_TR.max(axis=1, keepdims=True)
         scaled_TR = seen.weights_TR / seen.weights_TR.max(axis=1, keepdims=True)
         assert scaled_TR == pytest.approx(weights_TR / largest_T1, abs=1 / 255)

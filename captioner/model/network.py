@@ -209,7 +209,8 @@ class Attention(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.num_heads = math.gcd(width, MAX_HEADS)
-        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.query, self.value = (nn.Linear(width, width) for _ in range(2))
+        self.key = nn.Linear(width, width, bias=False)  # a bias of keys would change nothing
 
     def forward(self, inputs_MH: Tensor, images: Tensor, cells_M: Tensor, columns: int) -> Tensor:
         """What each token of packed captions sees (M, H)."""
@@ -222,7 +223,7 @@ class Attention(nn.Module):
         """What each caption sees (N, H) at one step, and the mean attention of its heads to the R positions (N, R).
 
         Keys and values of all positions would cost more than all steps of a caption. So the queries are multiplied by
-        the weights of the keys instead, and what they see by those of the values. (A bias of keys changes nothing.)
+        the weights of the keys instead, and what they see by those of the values.
         """
         per_head = (self.num_heads, -1)
         queries = self.query(inputs_NH).unflatten(1, per_head).transpose(0, 1)

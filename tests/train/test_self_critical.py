@@ -179,7 +179,6 @@ def reference_gradients(step: SelfCriticalStep, batch: CaptionBatch) -> dict[str
                 before = token
     loss = loss / (NUM_SAMPLES * len(batch.references))
     parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
-    parameters.pop("attention.key.bias", None)  # has no effect
     return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 
 

@@ -128,7 +128,7 @@ QUICK = ("resnet18", "small_cnn", "squeezenet1_1", "vgg11")
 def vector_of_map(name: str, network: Any, map_BFHW: Tensor) -> Tensor:
     """What the network's own pooling and the rest of its classifier make of its last feature map."""
     if name == "small_cnn":
-        return map_BFHW.amax(dim=(2, 3))
+        return map_BFHW[:, :, ::2, ::2].amax(dim=(2, 3))  # its last convolution has stride 2 for the vector
     if name == "maxvit_t":
         return network.classifier(map_BFHW)
     if name == "convnext_tiny":
@@ -169,9 +169,9 @@ def test_the_grid_goes_row_by_row() -> None:
     encoder = Encoder("small_cnn", trainable=False, grid=True)
     images_B3HW = torch.zeros(2, 3, 64, 64)
     images_B3HW[1, :, :8, -8:] = 5  # the corner at the upper right
-    assert encoder.grid_shape(64) == (4, 4)
+    assert encoder.grid_shape(64) == (8, 8)
     before_RF, after_RF = encoder(images_B3HW)
-    assert (after_RF - before_RF).norm(dim=1).argmax() == 3
+    assert (after_RF - before_RF).norm(dim=1).argmax() in (6, 7, 14, 15)
 
 
 def test_no_family_is_left_out() -> None:

@@ -152,7 +152,7 @@ def test_a_frozen_encoder_replays_to_the_same_features(grid: bool) -> None:
     images_B3HW = [torch.randn(2, 3, 32, 32) for _ in range(3)][-1]
     features = encoder.backbone(images_B3HW)
     assert torch.equal(found, features.flatten(2).transpose(1, 2) if grid else features.flatten(1))
-    assert found.shape == ((2, 4, encoder.num_features) if grid else (2, encoder.num_features))
+    assert found.shape == ((2, 16, encoder.num_features) if grid else (2, encoder.num_features))
 
 
 @pytest.mark.usefixtures("on_cuda")

@@ -40,7 +40,7 @@ VIEW = ViewSpec(size=32, crop=28)
 FOLDERS: dict[DecoderKind, str] = {"vector": "features-small_cnn", "attention": "features-small_cnn-grid"}
 ROWS: dict[DecoderKind, tuple[tuple[int, ...], torch.dtype]] = {
     "vector": ((256,), torch.float32),
-    "attention": ((4, 256), torch.float16),
+    "attention": ((16, 256), torch.float16),
 }
 
 
@@ -182,7 +182,7 @@ def test_their_size_is_printed_before_the_first_image_is_encoded(
 
     monkeypatch.setattr("train.run.encode.encode_split", encode_nothing)
     files = Setting(shards, decoder).prepare()
-    shape = {"vector": "256 in float32: 0.0 MB", "attention": "4 x 256 in float16: 0.0 MB"}[decoder]
+    shape = {"vector": "256 in float32: 0.0 MB", "attention": "16 x 256 in float16: 0.1 MB"}[decoder]
     assert printed == [f"encoding train: 15 images, features of {shape} in {shards / FOLDERS[decoder]}\n"]
     Setting(shards, decoder).prepare()
     assert "features of" not in capsys.readouterr().out

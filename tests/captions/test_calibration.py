@@ -372,6 +372,7 @@ def test_evaluation_calibrates_as_training_did(trained: Path, shards: str, tmp_p
     assert load_calibration(folder).decoding["beam_size"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["pictures", "references", "variety", "everything"])
 def test_a_poorer_calibration_does_not_replace_a_good_one(
     trained: Path, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str

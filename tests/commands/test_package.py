@@ -15,6 +15,7 @@ PACKAGES = ("captioner", "sharding", "train", "infer")
 BUILT_FROM = (*PACKAGES, "pyproject.toml", "README.md", "LICENSE")
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_every_file_of_every_package(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77", reason="the wheel is built without a network")
     no_cache = shutil.ignore_patterns("__pycache__")

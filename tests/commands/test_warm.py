@@ -44,6 +44,7 @@ assert os.WEXITSTATUS(os.waitpid(child, 0)[1]) == 5
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["tell.py", "a"], ["-m", "tell", "a"], ["-c", TELL, "a"], ["-P", "-u", "tell.py"]])
 @pytest.mark.parametrize("new_session", [False, True])
 def test_a_command_finds_itself_as_in_a_new_interpreter(words: list[str], new_session: bool, tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def test_these_files_make_decoders_print(capfd: pytest.CaptureFixture[str]) -> N
 # ---- the commands, with the file descriptor that a terminal would show --------------------------------------
 
 
+@pytest.mark.slow
 def test_captioning_prints_nothing_and_rows_say_what_decoders_said(folder: Path, model: Path, tmp_path: Path) -> None:
     output = tmp_path / "captions.jsonl"
     flags = [

@@ -132,6 +132,7 @@ def test_pictures_at_which_the_decoder_crashes_are_left_out_alone(
     check_views([file for file in files if file.path not in errors], views)
 
 
+@pytest.mark.slow
 def test_a_picture_at_which_the_decoder_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infer.reading._decode", crash.decoding_deadly_pictures)
     monkeypatch.setattr(reading, "MAX_SECONDS", 4.0)
@@ -145,6 +146,7 @@ def test_a_picture_at_which_the_decoder_hangs_is_given_up(tmp_path: Path, monkey
     check_views([file for file in files if file.path != "002.png"], views)
 
 
+@pytest.mark.slow
 def test_a_pause_of_everything_costs_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of Ctrl-Z or a frozen machine: nobody speaks, and nobody has looked."""
     monkeypatch.setattr(reading, "MAX_SECONDS", 1.0)

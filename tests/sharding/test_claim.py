@@ -87,6 +87,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- on disk ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_packer_is_refused_with_the_first_ones_name_and_the_file_is_removed(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "shards"
     with holding(str(folder), hold=2.0) as first:

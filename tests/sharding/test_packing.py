@@ -172,6 +172,7 @@ def test_a_folder_made_from_other_captions_is_refused(coco: Path, tmp_path: Path
         pack(coco, tmp_path / "shards")
 
 
+@pytest.mark.slow
 def test_tars_of_another_program_are_not_overwritten(coco: Path, tmp_path: Path) -> None:
     tars = tmp_path / "tars"
     tars.mkdir()

@@ -131,6 +131,7 @@ NAMES = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(members=st.lists(st.tuples(NAMES, st.binary(max_size=600)), max_size=12), form=st.sampled_from(["GNU", "PAX"]))
 @settings(deadline=None, max_examples=150, suppress_health_check=IN_PLACE)
 def test_the_index_has_what_webdataset_reads(tmp_path: Path, members: Members, form: str) -> None:

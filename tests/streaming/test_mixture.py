@@ -29,6 +29,7 @@ def mixture(sources: list[list[int]], weights: list[float], **options: object) -
 # ---- the period -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(weights=WEIGHTS)
 @settings(max_examples=60, deadline=None)
 def test_in_every_prefix_and_window_each_source_has_its_part(weights: list[float]) -> None:

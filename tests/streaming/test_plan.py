@@ -285,6 +285,7 @@ print(time.process_time(), int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/sel
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells the memory of a process")
 def test_a_hundred_million_samples_are_planned_and_sought_in_two_seconds_and_200_megabytes(tmp_path: Path) -> None:
     """Of CPU time, start of Python and imports included; without torch."""

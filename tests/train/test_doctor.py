@@ -83,6 +83,7 @@ def files(*folders: Path) -> list[Path]:
     return sorted(path for folder in folders for path in folder.rglob("*"))
 
 
+@pytest.mark.slow
 def test_it_measures_tells_and_leaves_nothing(
     tmp_path: Path, temporary: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +102,7 @@ def test_it_measures_tells_and_leaves_nothing(
         assert stage in printed
 
 
+@pytest.mark.slow
 def test_any_shards_and_any_transform(tmp_path: Path, temporary: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards = str(write_split(tmp_path / "texts", (40, 30)))
     own = replace(settings(shards), transform="doctor_functions:count_bytes")

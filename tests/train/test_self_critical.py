@@ -204,6 +204,7 @@ def test_micro_batches_and_fillers_change_nothing() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [3, 4, 5])
 def test_scores_of_samples_rise(seed: int) -> None:
     step = make_step(seed=seed)

@@ -55,6 +55,20 @@ class CountedCaption(NamedTuple):
     ngrams: Counter[Ngram]
 
 
+class NgramWeights(dict[Ngram, float]):
+    """The weights of n-grams in CIDEr: the log of the number of images over that of those with it in a reference.
+
+    What no reference has weighs as if one had it.
+    """
+
+    def __init__(self, frequency: Mapping[Ngram, int], num_images: int) -> None:
+        self._rarest = math.log(max(1, num_images))
+        super().__init__({ngram: self._rarest - math.log(count) for ngram, count in frequency.items()})
+
+    def __missing__(self, ngram: Ngram) -> float:
+        return self._rarest
+
+
 class ImageReferences(NamedTuple):
     """The R references of an image: tokens, how often each has an n-gram of any, and each one's `_norms`."""
 
@@ -62,12 +76,18 @@ class ImageReferences(NamedTuple):
     counts: dict[Ngram, tuple[int, ...]]
     norms: list[list[float]]
 
+    @classmethod
+    def of(cls, captions: Sequence["CountedCaption"], weights: NgramWeights) -> "ImageReferences":
+        """Those of an image's counted captions."""
+        tokens, norms = [own.tokens for own in captions], [_norms(own, weights) for own in captions]
+        return cls(tokens, _counts(captions), norms)
+
 
 class Comparison(NamedTuple):
-    """The candidate caption of one image, its n-grams' weights in CIDEr, and the references."""
+    """The candidate caption of one image, the weights of n-grams in CIDEr, and the references."""
 
     candidate: CountedCaption
-    weights: dict[Ngram, float]
+    weights: NgramWeights
     references: ImageReferences
 
 
@@ -110,18 +130,10 @@ class References(Generic[K]):
             if isinstance(texts, str):
                 raise TypeError(f"references of image {key!r} are one string; give a list of captions")
         captions = {key: list(map(_count_caption, texts)) for key, texts in references.items()}
-        counts = {key: _counts(own) for key, own in captions.items()}
-        frequency = Counter(chain.from_iterable(counts.values()))
-        self._rarest = math.log(len(references))  # the weight of what no reference has, as if one had it
-        self._weights = {ngram: self._rarest - math.log(count) for ngram, count in frequency.items()}
-        self._images = {
-            key: ImageReferences(
-                [caption.tokens for caption in own],
-                counts[key],
-                [_norms(caption, self._weights) for caption in own],
-            )
-            for key, own in captions.items()
-        }
+        ngrams_of_images = ({ngram for caption in own for ngram in caption.ngrams} for own in captions.values())
+        frequency = Counter(chain.from_iterable(ngrams_of_images))
+        self._weights = NgramWeights(frequency, len(references))
+        self._images = {key: ImageReferences.of(own, self._weights) for key, own in captions.items()}
 
     def scores(self, candidates: Mapping[K, str]) -> dict[str, float]:
         """The corpus' `bleu1` to `bleu4` and `rouge_l`, in 0..1, and `cider`, in 0..10.
@@ -162,10 +174,7 @@ class References(Generic[K]):
                 f"{len(only_one):,} images, such as {only_one[0]}, are not in both candidates and references"
             )
         captions = {key: _count_caption(candidates[key]) for key in self._images}
-        return {
-            key: Comparison(own, {n: self._weights.get(n, self._rarest) for n in own.ngrams}, self._images[key])
-            for key, own in captions.items()
-        }
+        return {key: Comparison(own, self._weights, self._images[key]) for key, own in captions.items()}
 
 
 def document_frequency(captions_of_images: Iterable[Sequence[Sequence[str]]]) -> Counter[Ngram]:
@@ -183,21 +192,12 @@ class CiderReward:
     """
 
     def __init__(self, frequency: Mapping[Ngram, int], num_images: int) -> None:
-        self._rarest = math.log(max(1, num_images))
-        self._weights = {ngram: self._rarest - math.log(count) for ngram, count in frequency.items()}
+        self._weights = NgramWeights(frequency, num_images)
 
     def __call__(self, candidates: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> list[float]:
         """The scores of several captions of one image against its references."""
-        own = list(map(_count_tokens, references))
-        ngrams = chain.from_iterable(caption.ngrams for caption in own)
-        weights = {ngram: self._weights.get(ngram, self._rarest) for ngram in ngrams}
-        image = ImageReferences(
-            [caption.tokens for caption in own], _counts(own), [_norms(caption, weights) for caption in own]
-        )
-        captions = list(map(_count_tokens, candidates))
-        for ngram in chain.from_iterable(caption.ngrams for caption in captions):
-            weights.setdefault(ngram, self._weights.get(ngram, self._rarest))
-        return [_cider(Comparison(caption, weights, image)) for caption in captions]
+        image = ImageReferences.of(list(map(_count_tokens, references)), self._weights)
+        return [_cider(Comparison(_count_tokens(tokens), self._weights, image)) for tokens in candidates]
 
 
 def corpus_scores(images: Collection[ImageScores]) -> dict[str, float]:

@@ -44,7 +44,7 @@ class ImageFile:
 
     `path` has `/` between its parts, and bytes that are not UTF-8 as `\\udcXX`; URLs stay percent-encoded. An image in
     a shard has the path `train-000000.tar/KEY.jpg`, and is `size` bytes at byte `start` of the tar. An entry with an
-    `error` stands for a folder that cannot be listed, or for a shard whose index cannot be read.
+    `error` is that of a folder that cannot be listed, or of a shard whose index cannot be read.
     """
 
     root: str
@@ -301,7 +301,7 @@ def _remaining(name: str, patterns: Iterable[Pattern]) -> Iterator[Pattern]:
 
 
 def _walk(root: _Root, *, excluded: Container[str] = ()) -> Iterator[ImageFile | None]:
-    """Yield the root's files. None stands for a link to a folder, an entry with an error for an unreadable folder."""
+    """Yield the root's files. None for a link to a folder, an entry with an error for an unreadable folder."""
     if root.name:
         yield ImageFile(root.folder, root.name)
         return

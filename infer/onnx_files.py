@@ -76,7 +76,7 @@ class EncoderPart(nn.Module):
 
 
 class DecoderPart(nn.Module):
-    """One step of N captions of as many images: tokens (N) and the encoder's outputs to logits and the next state."""
+    """One step of N captions of N images: tokens (N) and the encoder's outputs to logits and the next state."""
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__()

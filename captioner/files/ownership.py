@@ -66,7 +66,7 @@ class NotWritableError(UserError):
 
 @contextmanager
 def owned(location: str, *, doing: str) -> Iterator[None]:
-    """Own what the file or object at `location` stands for, until the block ends.
+    """Own what the file or object at `location` guards, until the block ends.
 
     `doing` says what the owner is doing, for the error in other processes. A process that lost its ownership because it
     was silent for a minute exits with code 75: two processes must not write the same files. Raises AlreadyOwnedError if

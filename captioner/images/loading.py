@@ -166,7 +166,7 @@ def to_stored_jpegs(
 ) -> "list[StoredJpeg | ImageError]":
     """The JPEG to store in a shard for each file, or the error why there is none.
 
-    An error in `contents` stands for an unreadable file, and is returned unchanged. `set_index(i)` is called before
+    An error in `contents` is a file's that could not be read, and is returned. `set_index(i)` is called before
     file i is processed, `note_damage(i)` if it was decoded although its decoder reported damage. An upright RGB JPEG of
     the wanted size is kept byte for byte if it can be decoded.
 

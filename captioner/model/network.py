@@ -50,6 +50,14 @@ class DecoderState:
     cells_N: Tensor
     columns: int
 
+    @classmethod
+    def after_images(
+        cls, lstm_of_images: tuple[Tensor, ...], images: Tensor, cells_N: Tensor, columns: int
+    ) -> "DecoderState":
+        """The state in which each caption has its image's LSTM state, each (B, H)."""
+        image_of_caption_N = cells_N // columns
+        return cls(tuple(tensor[image_of_caption_N] for tensor in lstm_of_images), images, cells_N, columns)
+
     def take(self, rows_N: Tensor, cells_N: Tensor) -> "DecoderState":
         """The state of the captions in these rows, which may repeat, in new cells."""
         return DecoderState(tuple(tensor[rows_N] for tensor in self.lstm), self.images, cells_N, self.columns)
@@ -136,8 +144,7 @@ class VectorModel(CaptionModel):
         lstm = _zero_state(self.lstm, len(images), like=images)
         if self._image_first:
             lstm = _step(self.lstm, images, lstm)
-        image_of_caption_N = cells_N // columns
-        return DecoderState(tuple(tensor[image_of_caption_N] for tensor in lstm), images, cells_N, columns)
+        return DecoderState.after_images(lstm, images, cells_N, columns)
 
     def advance(self, tokens_N: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState, Tensor | None]:
         """Without attention."""
@@ -186,8 +193,7 @@ class AttentionModel(CaptionModel):
         """The LSTM has seen the mean of the images' positions."""
         zeros = _zero_state(self.lstm, len(images), like=images)
         lstm = _step(self.lstm, self.summarise(images.mean(dim=1)), zeros)
-        image_of_caption_N = cells_N // columns
-        return DecoderState(tuple(tensor[image_of_caption_N] for tensor in lstm), images, cells_N, columns)
+        return DecoderState.after_images(lstm, images, cells_N, columns)
 
     def advance(self, tokens_N: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState, Tensor | None]:
         """With the mean attention of the heads."""

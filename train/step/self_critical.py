@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from captioner.metrics import CiderReward, Ngram, document_frequency
 from captioner.model.captions import PackedCaptions
@@ -28,7 +28,7 @@ from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import Split
 from captioner.vocabulary import END, SPECIAL_WORDS, Vocabulary, tokenize
 from train.data.batches import CaptionBatch, CaptionPipeline
-from train.step.step import TrainStep
+from train.step.step import CaptionLoss, TrainStep
 
 NUM_SAMPLES = 5
 COUNTED_AT_ONCE = 256  # images of a rank
@@ -143,10 +143,9 @@ def pack_samples(samples: list[list[int]], advantages_BS: np.ndarray, *, max_tok
     )
 
 
-def _turn_noise_off(loss_model: nn.Module) -> None:
-    """Eval mode, except for LSTMs, which cuDNN differentiates in training mode only."""
-    if loss_model.training or not any(module.training for module in loss_model.modules()):
+def _turn_noise_off(loss_model: CaptionLoss) -> None:
+    """Eval mode, except for the LSTM, which cuDNN differentiates in training mode only."""
+    lstm = loss_model.model.lstm
+    if loss_model.training or not lstm.training:
         loss_model.eval()
-        for module in loss_model.modules():
-            if isinstance(module, nn.LSTM):
-                module.train()
+        lstm.train()

@@ -91,7 +91,7 @@ class CaptionLoss(nn.Module):
 
     def features(self, inputs: Tensor) -> Tensor:
         """The encoder's features of uint8 views; cached features are returned as they are."""
-        return self.model.features(normalise(inputs, self.view)) if inputs.dim() == 4 else inputs.float()
+        return self.model.encoder(normalise(inputs, self.view)) if inputs.dim() == 4 else inputs.float()
 
     def forward(self, inputs: Tensor, captions: PackedCaptions) -> tuple[Tensor, Tensor]:
         """(objective, plain cross-entropy), each summed over the tokens, of uint8 views or cached features.

@@ -1,14 +1,14 @@
 "use strict";
 // Shows the rows of data.js, some at a time. ROWS has what the page shows of each row of captions.jsonl, in its order;
-// ROOTS has, for each number in a row's `root`, the folder as given, and how make_shards.py finds its pictures:
-// --images is `images`, and a picture's name in it is `prefix` with the row's `name`, or else `path`, behind.
+// ROOTS has, for each number in a row's `root`, the folder as given, and how make_shards.py finds its images:
+// --images is `images`, and an image's name in it is `prefix` with the row's `name`, or else `path`, behind.
 // Names and captions become text nodes and properties only, never HTML.
 
 const ROWS_PER_PAGE = 100;
 const STORED = `captioner ${location.pathname} `;
 
 const [controls, search, filter, sort, shown, grid, pages, previous, page, next, corrected, heading] =
-  ["controls", "search", "filter", "sort", "shown", "grid", "pages", "previous", "page", "next", "corrected", "pictures"]
+  ["controls", "search", "filter", "sort", "shown", "grid", "pages", "previous", "page", "next", "corrected", "images"]
     .map(id => document.getElementById(id));
 const corrections = new Map();  // from `id(row)` to text
 let isKept = true;  // whether this browser keeps corrections for the next visit
@@ -40,7 +40,7 @@ function rising(measure) {
   return (a, b) => rank(a) < rank(b) ? -1 : Number(rank(a) > rank(b));
 }
 
-/** What a picture's correction is kept under. */
+/** What an image's correction is kept under. */
 function id(row) {
   const {images, prefix} = ROOTS[row.root];
   return JSON.stringify([images, prefix + (row.name ?? row.path)]);
@@ -117,18 +117,18 @@ function card(row) {
 
 function frame(row) {
   const missing = row.error === undefined ? "No preview" : "No caption";
-  const picture = row.thumbnail
+  const image = row.thumbnail
     ? make("img", {loading: "lazy", decoding: "async", alt: row.alt || row.caption, src: `thumbnails/${row.thumbnail}`})
     : make("span", {className: "quiet"}, missing);
-  if (!row.link) return make("div", {className: "frame"}, picture);
+  if (!row.link) return make("div", {className: "frame"}, image);
   const ariaLabel = row.thumbnail ? null : `${missing} of ${place(row)}`;
-  return make("a", {className: "frame", href: row.link, ariaLabel}, picture);
+  return make("a", {className: "frame", href: row.link, ariaLabel}, image);
 }
 
 function captionParts(row) {
   const scores = `score ${row.score.toFixed(2)}`;
   return [
-    ...(row.in_shard ? [line("", row.caption)] : editor(row)),  // make_shards.py reads no picture out of a shard
+    ...(row.in_shard ? [line("", row.caption)] : editor(row)),  // make_shards.py reads no image out of a shard
     ...(row.attention ? words(row) : []),
     ...(row.captions ?? []).slice(1).map(other => line("quiet", `or: ${other}`)),
     line("quiet", row.alt ? `alt: ${row.alt}` : "no alt text"),
@@ -142,7 +142,7 @@ function captionParts(row) {
 
 const KEYS = {ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1, Home: -Infinity, End: Infinity};
 
-/** A toolbar of the caption's words, and the text of the current one, whose heat map lies over the picture. */
+/** A toolbar of the caption's words, and the text of the current one, whose heat map lies over the image. */
 function words(row) {
   const {words, texts} = row.attention;
   const text = line("quiet seen");
@@ -175,18 +175,18 @@ function words(row) {
   return [bar, text];
 }
 
-/** Draws the heat map of a word over the picture in a frame; for index -1 removes it. */
+/** Draws the heat map of a word over the image in a frame; for index -1 removes it. */
 function drawHeat(frame, {grid: [rows, columns], area: [left, top, right, bottom], weights}, index) {
   frame.querySelector("canvas")?.remove();
-  const picture = frame.querySelector("img");
-  if (index < 0 || !picture) return;
+  const image = frame.querySelector("img");
+  if (index < 0 || !image) return;
   const cells = rows * columns;
-  const image = new ImageData(columns, rows);
+  const map = new ImageData(columns, rows);
   [...atob(weights)].slice(index * cells, (index + 1) * cells)
-    .forEach((byte, cell) => image.data.set(heat(byte.charCodeAt(0)), 4 * cell));
+    .forEach((byte, cell) => map.data.set(heat(byte.charCodeAt(0)), 4 * cell));
   const small = make("canvas", {width: columns, height: rows});
-  small.getContext("2d").putImageData(image, 0, 0);
-  const [width, height] = [picture.naturalWidth, picture.naturalHeight];  // object-fit places both alike
+  small.getContext("2d").putImageData(map, 0, 0);
+  const [width, height] = [image.naturalWidth, image.naturalHeight];  // object-fit places both alike
   const canvas = make("canvas", {width, height});
   const context = canvas.getContext("2d");
   const seen = [left * width, top * height, (right - left) * width, (bottom - top) * height];

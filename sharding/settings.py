@@ -9,7 +9,7 @@ from captioner.flags import Count, Location, NotNegative, Pixels, Quality, Worke
 from captioner.images.loading import Resize
 
 Split = Literal["train", "val", "test"]
-Samples = Literal["captioned-pictures", "any"]
+Samples = Literal["captioned-images", "any"]
 Folder = Annotated[tyro.conf.Positional[Location], tyro.conf.arg(metavar="DIR")]
 
 
@@ -95,7 +95,7 @@ class IndexSettings:
     """Folder (or URL) that holds the tars and receives the other files."""
     split: Split
     """What the tars are for."""
-    samples: Samples = "captioned-pictures"
+    samples: Samples = "captioned-images"
     """What they hold: images with captions, as train/main.py reads them, or any fields, for captioner.streaming."""
     pattern: str | None = None
     """Which files, such as "cc3m-train-*.tar"; without it SPLIT*.tar where there are any, else *.tar."""

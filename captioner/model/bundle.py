@@ -24,6 +24,7 @@ from captioner.calibration import Calibration, Reliability, from_files, to_files
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.images.views import ViewSpec
+from captioner.model.encoders import timm_models
 from captioner.model.network import CaptionModel, ModelConfig, build_model
 from captioner.vocabulary import Vocabulary, read_vocabulary
 
@@ -83,6 +84,7 @@ def save_bundle(
     """Write a model folder, under a temporary name until it is complete."""
     weights = save_tensors({name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()})
     digest = hashlib.sha256(weights).hexdigest()
+    libraries = (*LIBRARIES, "timm") if model.config.encoder.startswith(timm_models.PREFIX) else LIBRARIES
     config = {
         "format_version": FORMAT_VERSION,
         "model": asdict(model.config),
@@ -90,7 +92,7 @@ def save_bundle(
         "decoding": asdict(decoding),
         "vocabulary_fingerprint": vocabulary.fingerprint,
         "weights_sha256": digest,
-        "libraries": {"captioner": __version__, **{library: version(library) for library in LIBRARIES}},
+        "libraries": {"captioner": __version__, **{library: version(library) for library in libraries}},
     }
     files = {
         "model.safetensors": weights,
@@ -135,13 +137,13 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], calibratio
     return f"""# An image captioning model
 
 Encoder `{model["encoder"]}`, LSTM decoder of width {model["hidden_size"]} over {model["vocabulary_size"]} words.
-Pictures are resized to {view["size"]} ({view["resize"]}) and cropped to {view["crop"]} pixels.
+Images are resized to {view["size"]} ({view["resize"]}) and cropped to {view["crop"]} pixels.
 
     from captioner import load_captioner
     print(load_captioner("THIS_FOLDER")(["photo.jpg"])[0].alt)
 
 Whole folders are captioned by `infer/main.py`.
-It describes pictures like those it was trained on, and errs, sometimes confidently: have a person read what matters.
+It describes images like those it was trained on, and errs, sometimes confidently: have a person read what matters.
 
 | metric on the validation split | value |
 |---|---|

@@ -92,7 +92,7 @@ def indexer(recipe: dict[str, Any], *, before: ShardIndex | None = None) -> Make
 
 
 def _read_sample(data: Buffer, key: str, members: Sequence[Field]) -> CaptionedImage:
-    image_member = _choose(members, IMAGE_SUFFIXES, what="picture")[0]
+    image_member = _choose(members, IMAGE_SUFFIXES, what="image")[0]
     captions_member, content = _read_captions(data, key, _choose(members, CAPTION_EXTENSIONS, what="caption"))
     image, _ = loading.decode_rgb(_read(data, image_member[1], limit=MAX_FILE_BYTES))
     pair = sorted([image_member, captions_member], key=lambda field: field[1].offset)

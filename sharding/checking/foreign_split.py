@@ -31,7 +31,7 @@ def index_split(
 ) -> Manifest:
     """Index the split's tars and write, last of all, its manifest. Raises UserError."""
     names, pattern = find_tars(folder, split, pattern, remedy=PATTERN)
-    captioned = samples == "captioned-pictures"
+    captioned = samples == "captioned-images"
     recipe = foreign_recipe(size) if captioned else {"samples": ANY}
     work = partial(index_captioned if captioned else index_any, recipe=recipe)
     shards: list[PackedShard] = []

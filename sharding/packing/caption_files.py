@@ -150,7 +150,7 @@ def _coco_images(content: Any, *, location: str) -> Iterator[SourceImage | Failu
         where, stored_id = f"annotations[{position}]", as_image_id(_first(entry, "image_id"))
         image_id = None if stored_id is None else ids.find(stored_id)
         if image_id is None:
-            yield _failure("bad row" if stored_id is None else "no picture", entry, where=where)
+            yield _failure("bad row" if stored_id is None else "no image", entry, where=where)
             continue
         caption = _caption(entry, image=names[image_id], where=where)
         if isinstance(caption, Failure):

@@ -157,7 +157,7 @@ def read_records(source: Source) -> tuple[list[Record], list[Failure]]:
     """The records of a split in the source's order, and a failure for all that cannot be packed.
 
     An image fails for "no caption", "unsafe name" or "duplicate id" (the first one counts); a caption for "empty
-    caption" or "no picture"; either for "bad row" or "bad encoding". An image whose captions all fail has none.
+    caption" or "no image"; either for "bad row" or "bad encoding". An image whose captions all fail has none.
     Captions lose the white space around them; names stay as they are. Raises UserError when the file is no caption
     file or holds nothing of the split.
     """

@@ -403,6 +403,7 @@ def test_a_poorer_calibration_does_not_replace_a_good_one(
     assert (tmp_path / "r.json").exists() == (lost != "pictures")  # the scores were asked for too
 
 
+@pytest.mark.slow
 def test_features_of_large_splits_are_those_of_pictures_at_equal_distances(
     trained: Path, shards: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

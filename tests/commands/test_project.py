@@ -1,6 +1,7 @@
 """Rules of the repository itself: what may be imported where, what modules may be called, that documents are true."""
 
 import ast
+import importlib
 import importlib.metadata
 import re
 import shlex
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import warm
+
+from captioner.cli import parse
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = ("sharding", "train", "infer")
@@ -87,6 +90,36 @@ def test_constraints_are_bare_names_and_versions() -> None:
 def shell_blocks(document: str) -> list[str]:
     text = (REPOSITORY / document).read_text(encoding="utf-8")
     return re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+DOCUMENTS = ("README.md", "docs/coco.md", "docs/scaling.md", "benchmarks/RESULTS.md")
+COMMAND = re.compile(r"\b(sharding|train|infer)/(\w+)\.py\b(.*)")
+
+
+def documented_commands() -> list[tuple[str, list[str]]]:
+    """The module and the arguments of each command of ours in a code block; those with "..." are left out."""
+    found = []
+    for document in DOCUMENTS:
+        for block in re.findall(
+            r"^```\w*\n(.*?)^```", (REPOSITORY / document).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+        ):
+            for line in block.replace("\\\n", " ").splitlines():
+                if (match := COMMAND.search(line)) and "..." not in line and not line.startswith("#"):
+                    package, script, rest = match.groups()
+                    found.append((f"{package}.{script}", shlex.split(re.split(r"[|>&]", rest)[0], comments=True)))
+    return found
+
+
+@pytest.mark.parametrize(("module", "arguments"), documented_commands())
+def test_documented_commands_have_the_flags_of_today(
+    module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed = []
+    monkeypatch.setattr(
+        "captioner.cli.run", lambda _, settings, **__: parsed.append(parse(settings, description="", args=arguments))
+    )
+    importlib.import_module(module).run()
+    assert parsed
 
 
 @pytest.mark.timeout(900)

@@ -168,6 +168,7 @@ def test_what_is_refused_after_the_folder_was_made_takes_it_away(monkeypatch: py
     shutil.rmtree("runs")
 
 
+@pytest.mark.slow
 def test_the_corrected_command_runs_where_the_refused_one_was_to(tmp_path: Path) -> None:
     settings = replace(GOOD, shards=("shards",), output=str(tmp_path / "run"))
     for wrong in (
@@ -249,6 +250,7 @@ def test_a_run_that_can_use_no_sample_makes_no_model(
     assert not Path("run/model").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """There is nothing to do, and that is what was asked for: exit code 0."""
     settings = replace(GOOD, shards=("shards",), output=str(tmp_path / "run"))
@@ -270,6 +272,7 @@ def train_unfinished(settings: TrainSettings) -> None:
             main(settings)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_the_same_data_wherever_they_lie(
     data: Path, tmp_path: Path, moved: Callable[[str], str]
 ) -> None:
@@ -308,6 +311,7 @@ def test_settings_that_cannot_be_compared_are_refused(tmp_path: Path, content: s
     assert str(tmp_path / "settings.json") in refusal(replace(GOOD, shards=("shards",), output=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_other_words_make_another_run(data: Path, tmp_path: Path, moved: Callable[[str], str]) -> None:
     """The same number of words, so that the checkpoint would load."""
     settings = replace(GOOD, shards=(moved("shards"),), output=str(tmp_path / "run"))
@@ -323,6 +327,7 @@ def test_other_words_make_another_run(data: Path, tmp_path: Path, moved: Callabl
 # ---- the report names the model that was trained ------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_settings_and_report_tell_the_model_that_was_trained(tmp_path: Path) -> None:
     run = tmp_path / "run"
     main(replace(INIT, shards=("shards",), output=str(run)))
@@ -344,6 +349,7 @@ def test_without_init_the_defaults_are_told() -> None:
 # ---- resumed --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_epoch_that_was_trained_before_a_kill_is_only_evaluated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

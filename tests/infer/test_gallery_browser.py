@@ -291,7 +291,7 @@ def test_ten_thousand_rows_open_and_are_searched_at_once(browser: Browser, tmp_p
     assert browser.texts("#grid .path")[0] == "00100.jpg"
     assert browser.texts("#shown") == ["101 to 200 of 10,000"]
     assert browser.texts("#page") == ["Page 2 of 100"]
-    assert browser.run("document.activeElement.id") == "pictures"
+    assert browser.run("document.activeElement.id") == "images"
     browser.write("#search", "NUMBER 999")
     assert browser.texts("#shown") == ["1 to 19 of 19 found (10,000 in all)"]
     assert browser.texts("#pages") == []
@@ -568,7 +568,7 @@ def test_assistive_technology_finds_names_roles_and_what_changes(browser: Browse
     }
     assert {
         ("heading", "My pictures"), ("search", ""), ("searchbox", "Search words and paths"), ("combobox", "Show"),
-        ("combobox", "Sort by"), ("list", "Pictures"), ("textbox", "Caption of a.jpg"), ("status", ""),
+        ("combobox", "Sort by"), ("list", "Images"), ("textbox", "Caption of a.jpg"), ("status", ""),
     } <= found  # fmt: skip
     unnamed = {role for role, name in found if role in ("textbox", "button", "link", "combobox", "image") and not name}
     assert unnamed == set()

@@ -122,7 +122,7 @@ def test_large_encoders_give_features_at_the_native_size(monkeypatch: pytest.Mon
 
 
 CROPS = {"vit_b_32": 224, "maxvit_t": 224, "alexnet": 128, "inception_v3": 160}
-QUICK = ("resnet18", "small_cnn", "squeezenet1_1", "vgg11")
+QUICK = ("resnet18", "small_cnn", "squeezenet1_1")
 
 
 def vector_of_map(name: str, network: Any, map_BFHW: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Encoders of timm: grids and vectors of its families, preprocessing, and weights from every source."""
 
 import importlib.util
+import json
 import math
 import socket
 import sys
@@ -318,6 +319,7 @@ def test_a_model_folder_is_read_without_network(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(socket.socket, "connect", refuse)
     images_B3HW = make_images(2, side=64)
     assert torch.equal(load_bundle(tmp_path).model.encode(images_B3HW), model.encode(images_B3HW))
+    assert json.loads((tmp_path / "config.json").read_text())["libraries"]["timm"] == timm.__version__
 
 
 # ---- real weights -------------------------------------------------------------------------------------------

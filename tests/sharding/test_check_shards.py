@@ -617,7 +617,7 @@ def test_any_tar_and_any_key_that_webdataset_reads_is_indexed(tmp_path: Path, fo
 
 BAD_SAMPLES = {
     "no caption": [("a.jpg", jpeg(1)), ("a.json", b'{"url": "x"}')],
-    "no picture": [("b.txt", b"a cat"), ("b.cls", b"3")],
+    "no image": [("b.txt", b"a cat"), ("b.cls", b"3")],
     "undecodable": [("c.jpg", b"no picture"), ("c.txt", b"a cat")],
     "truncated": [("d.jpg", jpeg(1)[:-300]), ("d.txt", b"a cat")],
     "bad encoding": [("e.jpg", jpeg(1)), ("e.txt", b"a \xff cat")],
@@ -695,7 +695,7 @@ def test_a_folder_without_one_usable_sample_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "some.tar", [("a.jpg", jpeg(0)), ("b.txt", b"a cat")])
     with pytest.raises(UserError, match=r"matches \*\.zip: give --pattern"):
         index_folder(tmp_path, pattern="*.zip")
-    with pytest.raises(UserError, match=r"1 no caption, 1 no picture.*KEY\.jpg"):
+    with pytest.raises(UserError, match=r"1 no caption, 1 no image.*KEY\.jpg"):
         index_folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["some.tar"]
 

@@ -105,6 +105,7 @@ def test_a_second_packer_is_refused_with_the_first_ones_name_and_the_file_is_rem
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_packers_claim_is_free_at_once_and_its_partial_files_are_removed(tmp_path: Path) -> None:
     with holding(str(tmp_path)) as first:
         os.kill(first.pid, signal.SIGKILL)

@@ -25,7 +25,7 @@ REASONS = {
     "bad encoding",
     "bad row",
     "unsafe name",
-    "no picture",
+    "no image",
 }
 UNSAFE_NAMES = [
     *("", "/etc/passwd", "~/a.jpg", "~root", "C:/a.jpg", "c:a.jpg", "a\\b.jpg", "..", "../a.jpg", "a/../b.jpg", "a/.."),
@@ -347,7 +347,7 @@ def test_annotations_that_belong_to_no_picture_are_named_one_by_one() -> None:
     annotations = [{"id": 10 + number, "image_id": image_id, "caption": "a"} for number, image_id in enumerate(ids)]
     records, failures = read({"images": images, "annotations": [*annotations, 3]}, ".json")
     assert captions_of(records) == {"1.jpg": ["a"]}
-    assert [failure.reason for failure in failures] == ["no picture"] * 2 + ["bad row"] * 6
+    assert [failure.reason for failure in failures] == ["no image"] * 2 + ["bad row"] * 6
     assert all(f"'id': {10 + number}" in failures[number - 1].message for number in range(1, 8))
     assert "annotations[8]" in failures[-1].message
 

@@ -338,7 +338,7 @@ def test_a_damaged_header_is_a_failure_of_indexing(tmp_path: Path, place: int, b
 def test_the_command_looks_after_samples_of_any_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tar(tmp_path / "train-0.tar", [(f"{n}.{name}", data) for n in range(4) for name, data in audio(n).items()])
     write_tar(tmp_path / "train-1.tar", [("x.txt", b"some words"), ("y.txt", b"[bold]others")])
-    with pytest.raises(UserError, match=r"6 no picture.*--samples any"):
+    with pytest.raises(UserError, match=r"6 no image.*--samples any"):
         command(IndexSettings(folder=str(tmp_path), split="train"))
     command(IndexSettings(folder=str(tmp_path), split="train", samples="any"))
     by_command = files(tmp_path)

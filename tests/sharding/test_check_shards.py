@@ -623,7 +623,7 @@ BAD_SAMPLES = {
     "bad encoding": [("e.jpg", jpeg(1)), ("e.txt", b"a \xff cat")],
     "duplicate key": [("good.jpg", jpeg(2)), ("good.txt", b"another")],
     "duplicate member": [("f.jpg", jpeg(1)), ("f.txt", b"a cat"), ("f.JPG", jpeg(1))],
-    "several pictures": [("g.left.jpg", jpeg(1)), ("g.right.jpg", jpeg(2)), ("g.txt", b"a cat")],
+    "several images": [("g.left.jpg", jpeg(1)), ("g.right.jpg", jpeg(2)), ("g.txt", b"a cat")],
     "not a file": [("h.jpg", "link")],
     "no key": [("README", b"hello")],
     "empty": [("i.jpg", b""), ("i.txt", b"a cat")],

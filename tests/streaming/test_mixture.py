@@ -246,9 +246,9 @@ def test_arguments_that_make_no_mixture_are_refused() -> None:
 
 
 def by_brute_force(order: ShardOrder, sizes: list[int], length: int) -> tuple[float, float]:
-    """Mean displacement against a full shuffle's, and the part of neighbours that come near; means of 20 epochs."""
+    """Mean displacement against a full shuffle's, and the part of neighbours that come near; means of 8 epochs."""
     starts, found = np.cumsum([0, *sizes]), []
-    for epoch in range(20):
+    for epoch in range(8):
         refs = order.refs(epoch, range(order.num_samples))
         stored = np.array([starts[shard] + place for _, shard, place in refs])
         displacement = 3 * np.abs(stored - np.arange(len(stored))).mean() / len(stored)
@@ -264,9 +264,9 @@ def by_brute_force(order: ShardOrder, sizes: list[int], length: int) -> tuple[fl
 def test_the_mixing_of_an_order_is_measured_as_by_brute_force(sizes: list[int], window: int, batch_size: int) -> None:
     order = ShardOrder(sizes, seed=1, batch_size=batch_size, shuffle_shards=window)
     displacement, near = by_brute_force(order, sizes, batch_size)
-    found = [measure_mixing(order, batch_size=batch_size, epoch=epoch) for epoch in range(20)]
-    assert np.mean([each.displacement for each in found]) == pytest.approx(displacement, rel=0.03)
-    assert np.mean([each.near for each in found]) == pytest.approx(near, rel=0.03, abs=4 * (near / 200_000) ** 0.5)
+    found = [measure_mixing(order, batch_size=batch_size, epoch=epoch) for epoch in range(8)]
+    assert np.mean([each.displacement for each in found]) == pytest.approx(displacement, rel=0.04)
+    assert np.mean([each.near for each in found]) == pytest.approx(near, rel=0.03, abs=4 * (near / 80_000) ** 0.5)
 
 
 def test_a_window_of_everything_measures_as_a_full_shuffle() -> None:

@@ -82,8 +82,9 @@ class TrainSettings:
     """Longer captions are cut to this (and counted); generated ones are never longer."""
 
     # ---- the optimizer --------------------------------------------------------------------------------------
-    epochs: Count = 18
-    """Passes over the training split; each image comes once an epoch with all its captions."""
+    epochs: CountOrZero = 18
+    """Passes over the training split; each image comes once an epoch with all its captions. With 0 and --init only
+    `self-critical-epochs` are trained."""
     patience_epochs: Count | None = None
     """Stop after this many epochs without a better CIDEr."""
     batch_size: Count = 32
@@ -163,6 +164,8 @@ def check_settings(settings: TrainSettings, *, world_size: int = 1) -> None:
             "--cache-features keeps the features of a frozen encoder, and --finetune-encoder-from-step trains it: "
             "leave out one of them"
         )
+    if not settings.epochs and not (settings.init and settings.self_critical_epochs):
+        raise UserError("--epochs 0 needs --init and --self-critical-epochs: give them, or at least 1 epoch")
     check_batch_size(settings.batch_size, world_size=world_size, accumulation_steps=settings.accumulation_steps)
 
 

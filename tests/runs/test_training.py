@@ -406,6 +406,20 @@ def test_a_trained_model_continues_with_new_words(shards: Path, undisturbed: Pat
     assert "--hidden-size is 64, but the model of --init has 24" in refused.output
 
 
+def test_a_trained_model_continues_with_self_critical_steps_alone(
+    shards: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    steps = ["--epochs", 0, "--self-critical-epochs", 1, "--batch-size", 8, "--workers", 0]
+    start = ["--shards", shards, "--output", tmp_path / "run", "--init", undisturbed / "model"]
+    done = run_training([*start, *steps], log=tmp_path / "log")
+    assert done.code == 0, done.output
+    assert "epoch 1: training reward" in done.output
+    before, after = (load_bundle(folder / "model").model.state_dict() for folder in (undisturbed, tmp_path / "run"))
+    changed = [name for name, tensor in before.items() if not torch.equal(after[name], tensor)]
+    assert "predict.weight" in changed
+    assert not any(name.startswith("encoder") for name in changed)
+
+
 # ---- as a user starts it ------------------------------------------------------------------------------------
 
 

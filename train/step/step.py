@@ -85,7 +85,7 @@ class CaptionLoss(nn.Module):
 
     def enter_step(self, step: int) -> None:
         """Prepare for step `step` (from 1): train the encoder after `thaw_step`, sample more input words."""
-        self.sampled_fraction = self.scheduled_sampling * step / self.total_steps
+        self.sampled_fraction = self.scheduled_sampling * step / max(1, self.total_steps)
         if self._trains_encoder:
             set_encoder_trainable(self.model, step > self.thaw_step)
 

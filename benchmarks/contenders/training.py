@@ -297,6 +297,7 @@ class Trainer:
             max_tokens=CAPTION_STEPS,
             seed=0,
             epoch_steps=1,
+            first_step=0,
         )
 
     def self_critical_step(self, batch: CaptionBatch) -> None:

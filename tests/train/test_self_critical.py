@@ -20,7 +20,7 @@ from captioner.vocabulary import END, PAD, START, UNK
 from train.data.batches import CaptionBatch
 from train.step.schedule import make_optimizer, make_schedule
 from train.step.self_critical import NUM_SAMPLES, SelfCriticalStep, pack_samples, with_end
-from train.step.step import CaptionLoss, distribute
+from train.step.step import CaptionLoss, TrainStep, distribute
 
 MAX_TOKENS = 6
 CAPTIONS = [
@@ -222,3 +222,14 @@ def test_dropout_is_off_and_batch_norm_keeps_its_statistics() -> None:
     assert not model.drop.training
     assert model.lstm.training
     assert torch.equal(step.loss_model.model.norm.state_dict()["running_mean"], statistics)
+
+
+def test_the_first_step_forgets_the_moments_of_cross_entropy() -> None:
+    """They are of other gradients: with them an update may be many times as large as the learning rate."""
+    step, batch = replace(make_step(), first_step=4), make_batch(range(3))
+    before = TrainStep(step.model, step.optimizer, step.schedule, step.accelerator)
+    for number in (1, 2, 3):
+        before([batch], number)
+    for number in (4, 5):
+        step([batch], number)
+    assert {float(state["step"]) for state in step.optimizer.state.values()} == {2}

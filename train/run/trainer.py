@@ -129,6 +129,7 @@ class Trainer:
                 max_tokens=settings.max_tokens,
                 seed=settings.seed,
                 epoch_steps=self._epoch_steps,
+                first_step=1 + settings.epochs * self._epoch_steps,
             )
         self._evaluator: Evaluator | None = None
         if val:

@@ -8,6 +8,7 @@ Shapes: B images, S samples of an image, T tokens of the longest sample.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
@@ -75,7 +76,7 @@ class SelfCriticalStep(TrainStep):
     """An optimizer step on captions drawn from the model; its record is (sum of scores, samples, gradient norm).
 
     The samples depend on (`seed`, epoch, position) and the weights: the same ones on any number of ranks, up to
-    rounding. Epochs have `epoch_steps` steps.
+    rounding. Epochs have `epoch_steps` steps; the first step of this kind is the run's `first_step`-th.
     """
 
     quantity: ClassVar[str] = "reward"
@@ -85,6 +86,13 @@ class SelfCriticalStep(TrainStep):
     max_tokens: int
     seed: int
     epoch_steps: int
+    first_step: int = 1
+
+    def __call__(self, micro_batches: Sequence[CaptionBatch], step: int = 1) -> Tensor:
+        """As `TrainStep`. The first step forgets Adam's moments: those of cross-entropy make far larger updates."""
+        if step == self.first_step:
+            self.optimizer.state.clear()
+        return super().__call__(micro_batches, step)
 
     def count(self, batch: CaptionBatch) -> int:
         """Samples drawn for the batch's images."""

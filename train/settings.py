@@ -102,13 +102,16 @@ class TrainSettings:
     self_critical_epochs: CountOrZero = 0
     """Further epochs, after `epochs`, in which captions that the model draws are made likelier the better they score:
     CIDEr-D against the training captions."""
-    self_critical_learning_rate: Positive = 5e-5
+    self_critical_learning_rate: Positive = 2e-5
     """Adam's learning rate at the beginning of these epochs, from which it falls to zero; the encoder's is lowered as
     much."""
     scheduled_sampling: FractionBelow1 = 0.0
     """Fraction of input words, rising from 0 to this over the run, that are replaced by the model's own predictions."""
     cache_features: bool = False
     """Encode each image once, keep the features beside the shards, and train from them: without crops and flips."""
+    mirrored_features: bool = False
+    """With --cache-features also encode the mirror image of each training image, and train from one of both, at random:
+    twice the disk, better captions where images are few."""
     compile_encoder: bool = False
     """Compile the encoder with torch.compile: minutes at the start, faster steps after."""
     seed: Seed = 0
@@ -164,6 +167,8 @@ def check_settings(settings: TrainSettings, *, world_size: int = 1) -> None:
             "--cache-features keeps the features of a frozen encoder, and --finetune-encoder-from-step trains it: "
             "leave out one of them"
         )
+    if settings.mirrored_features and not settings.cache_features:
+        raise UserError("--mirrored-features needs --cache-features: give both (without it images are flipped anyway)")
     if not settings.epochs and not (settings.init and settings.self_critical_epochs):
         raise UserError("--epochs 0 needs --init and --self-critical-epochs: give them, or at least 1 epoch")
     check_batch_size(settings.batch_size, world_size=world_size, accumulation_steps=settings.accumulation_steps)

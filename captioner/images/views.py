@@ -51,15 +51,17 @@ def seen_area(spec: ViewSpec, original_size: tuple[int, int]) -> tuple[float, fl
     return left, top, 1 - left, 1 - top
 
 
-def train_view(pixels_HW3: np.ndarray, *, crop: int, random_bits: int) -> tuple[np.ndarray, bool]:
-    """A random crop (P, P, 3), and whether to flip it: with probability 1/2, if no caption `mentions_sides`.
-
-    `random_bits` holds 64 random bits.
-    """
+def train_view(pixels_HW3: np.ndarray, *, crop: int, random_bits: int) -> np.ndarray:
+    """A random crop (P, P, 3); `random_bits` holds 64 random bits."""
     height, width = pixels_HW3.shape[:2]
     top = (random_bits & 0xFFFFFF) * (height - crop + 1) >> 24
     left = (random_bits >> 24 & 0xFFFFFF) * (width - crop + 1) >> 24
-    return pixels_HW3[top : top + crop, left : left + crop], bool(random_bits >> 63)
+    return pixels_HW3[top : top + crop, left : left + crop]
+
+
+def is_mirrored(captions: list[str], *, random_bits: int) -> bool:
+    """Whether to flip the view of an image with these captions: with probability 1/2, if none `mentions_sides`."""
+    return bool(random_bits >> 63) and not mentions_sides(captions)
 
 
 def mentions_sides(captions: list[str]) -> bool:

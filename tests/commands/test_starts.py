@@ -130,6 +130,7 @@ INIT = replace(
         (replace(GOOD, shards=("wordless",)), "wordless/vocabulary.json"),
         (replace(GOOD, shards=("shards", "shards/")), "the same shards are given twice (shards/train-000000"),
         (replace(GOOD, epochs=0, self_critical_epochs=1), "--epochs 0 needs --init and --self-critical-epochs"),
+        (replace(GOOD, mirrored_features=True), "--mirrored-features needs --cache-features"),
         (replace(INIT, epochs=0), "--epochs 0 needs --init and --self-critical-epochs"),
         (replace(GOOD, batch_size=5, accumulation_steps=2), "--batch-size 5 is the global batch"),
         (replace(GOOD, shards=("other",), patience_epochs=2), "--patience-epochs looks at the val split"),

@@ -22,7 +22,7 @@ from trainer import run_training
 
 from captioner.errors import UserError
 from captioner.files.locks import open_locked
-from captioner.images.views import ViewSpec
+from captioner.images.views import ViewSpec, mentions_sides
 from captioner.model.network import DecoderKind, ModelConfig, build_model
 from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import Split, read_split
@@ -97,13 +97,14 @@ class Setting:
             tolerate_bad_samples=tolerate,
         )
 
-    def prepare(self) -> FeatureFiles:
+    def prepare(self, *, mirrored: bool = False) -> FeatureFiles:
         found = prepare_features(
             [self.split],
             loss_model=self.loss_model,
             open_loader=self.open_loader,
             cache=self.cache,
             accelerator=self.accelerator,
+            mirrored=mirrored,
         )
         return found["train"]
 
@@ -159,8 +160,10 @@ def test_each_kind_of_features_has_a_folder_of_its_own(shards: Path, tmp_path: P
     split = read_split([str(shards)], "train", remedy="")
     facts: dict[str, Any] = {"fingerprint": "f", "cache": tmp_path}
     names = [
-        FeatureFiles.of(split, encoder=encoder, row_shape=shape, **facts).paths[0].parent.relative_to(shards)
-        for encoder in ("small_cnn", "timm/resnet18.a1_in1k")
+        FeatureFiles.of(split, encoder=encoder, row_shape=shape, mirrored=mirrored, **facts)
+        .paths[0]
+        .parent.relative_to(shards)
+        for encoder, mirrored in (("small_cnn", False), ("timm/resnet18.a1_in1k", False), ("small_cnn", True))
         for shape in ((256,), (4, 256))
     ]
     assert [str(name) for name in names] == [
@@ -168,7 +171,37 @@ def test_each_kind_of_features_has_a_folder_of_its_own(shards: Path, tmp_path: P
         "features-small_cnn-grid",
         "features-timm-resnet18.a1_in1k",
         "features-timm-resnet18.a1_in1k-grid",
+        "features-small_cnn-mirrored",
+        "features-small_cnn-grid-mirrored",
     ]
+
+
+def test_mirrored_ones_are_those_of_flipped_views(shards: Path, decoder: DecoderKind) -> None:
+    """In training a sample has one of both by chance, as its view would be flipped, or none that names a side."""
+    setting = Setting(shards, decoder)
+    files = {"features": setting.prepare(), "mirrored_features": setting.prepare(mirrored=True)}
+    views = {p: view for batch in setting.batches(None) for p, view in zip(batch.positions, batch.inputs, strict=True)}
+    with torch.no_grad():
+        wanted = {
+            (int(position), flipped): setting.loss_model.features(view.flip(1)[None] if flipped else view[None])[0]
+            for position, view in views.items()
+            for flipped in (False, True)
+        }
+    found = []
+    for workers in (0, 2):
+        loader = setting.open_loader(setting.split, training=True, seed=5, num_workers=workers, **files)
+        number_of = {f"train-{n:09}": n for n in views}
+        taken = {}
+        for epoch in range(6):
+            for (batch,) in loader:
+                for key, captions, row in zip(batch.keys, batch.references, batch.inputs.float(), strict=True):
+                    errors = [float((wanted[number_of[key], flipped] - row).abs().max()) for flipped in (False, True)]
+                    assert min(errors) < 1e-2 < max(errors)
+                    assert errors[0] < errors[1] or not mentions_sides(captions)
+                    taken[epoch, key] = errors[1] < errors[0]
+        found.append(taken)
+    assert found[0] == found[1]
+    assert 0.3 < np.mean(list(found[0].values())) < 0.7
 
 
 def test_their_size_is_printed_before_the_first_image_is_encoded(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -100,7 +100,8 @@ class CaptionPipeline:
     """The `decode`, `transform` and `collate` of a loader whose global batches have `batch_size` samples.
 
     Views are cropped at random and sometimes mirrored, by functions of (`seed`, epoch, position); without a seed the
-    centre is taken. With `features` these are read instead of images.
+    centre is taken. With `features` these are read instead of images; with `mirrored_features`, too, in training one of
+    both, as images would be mirrored.
 
     A rank's batch comes in `accumulation_steps` micro-batches: number m of A has the samples whose offset i in the
     global batch has i mod A = m, of all ranks together: the same ones on any number of ranks. A global batch of n < A
@@ -116,12 +117,15 @@ class CaptionPipeline:
     accumulation_steps: int = 1
     seed: int | None = None
     features: FeatureFiles | None = None
+    mirrored_features: FeatureFiles | None = None
     _batch: tuple[int, int] | None = field(init=False, default=None)  # epoch and step of what is in the buffer
     _last: int = field(init=False, default=-1)
     _buffer: Tensor | None = field(init=False, default=None)
     _rows: Any = field(init=False, default=None)  # the buffer as an array, whose rows cost less to take
     _filled: list[int] = field(init=False, default_factory=list)  # rows of each micro-batch
-    _open_features: dict[int, FeatureFile] = field(init=False, default_factory=dict)  # by shard
+    _open_features: dict[tuple[bool, int], FeatureFile] = field(
+        init=False, default_factory=dict
+    )  # by (mirrored, shard)
     _stderr: Any = field(init=False, default=None)
 
     @cached_property
@@ -162,12 +166,7 @@ class CaptionPipeline:
         if self.features is None:
             self._fill_view(row, sample, content["captions"])
         else:
-            shard = sample["__shard__"]
-            if shard not in self._open_features:
-                if len(self._open_features) == MAX_OPEN_FILES:
-                    self._open_features.pop(next(iter(self._open_features))).file.close()
-                self._open_features[shard] = self.features.open(shard)
-            self._open_features[shard].read_into(row, sample["__index_in_shard__"])
+            self._feature_file(sample, content["captions"]).read_into(row, sample["__index_in_shard__"])
         self._filled[micro_batch] += 1
         return FilledRow(micro_batch, position, sample["__key__"], content)
 
@@ -204,12 +203,28 @@ class CaptionPipeline:
         if self.seed is None:
             view_PP3[:] = views.eval_view(pixels_HW3, crop=self.crop)
             return
-        random_bits = random_integer(sample["__position__"], self.seed, sample["__epoch__"], SAMPLE_CHANCE)
-        cut_PP3, mirrored = views.train_view(pixels_HW3, crop=self.crop, random_bits=random_bits)
-        if mirrored and not views.mentions_sides(captions):  # NumPy would take many times as long
+        random_bits = self._random_bits(sample)
+        cut_PP3 = views.train_view(pixels_HW3, crop=self.crop, random_bits=random_bits)
+        if views.is_mirrored(captions, random_bits=random_bits):  # NumPy would take many times as long
             torch.from_numpy(view_PP3).copy_(torch.from_numpy(cut_PP3).flip(1))
         else:
             view_PP3[:] = cut_PP3
+
+    def _feature_file(self, sample: dict[str, Any], captions: list[str]) -> FeatureFile:
+        """The open file of the sample's features, or of those of its mirror image."""
+        mirrored, shard, files = False, sample["__shard__"], self.features
+        if self.mirrored_features is not None and self.seed is not None:
+            mirrored = views.is_mirrored(captions, random_bits=self._random_bits(sample))
+            files = self.mirrored_features if mirrored else files
+        if (mirrored, shard) not in self._open_features:
+            if len(self._open_features) == MAX_OPEN_FILES:
+                self._open_features.pop(next(iter(self._open_features))).file.close()
+            self._open_features[mirrored, shard] = cast(FeatureFiles, files).open(shard)
+        return self._open_features[mirrored, shard]
+
+    def _random_bits(self, sample: dict[str, Any]) -> int:
+        """64 random bits for a sample's view in an epoch."""
+        return random_integer(sample["__position__"], cast(int, self.seed), sample["__epoch__"], SAMPLE_CHANCE)
 
     def _decode(self, sample: dict[str, Any]) -> np.ndarray:
         """An image's pixels (height, width, 3), uint8; images that were stored in their own size are squashed here."""
@@ -278,6 +293,7 @@ def caption_loader(
     training: bool = False,
     seed: int = 0,
     features: FeatureFiles | None = None,
+    mirrored_features: FeatureFiles | None = None,
     **options: Any,
 ) -> StreamingLoader:
     """The loader of a split's samples; each of its batches is a list of `accumulation_steps` micro-batches.
@@ -295,6 +311,7 @@ def caption_loader(
         accumulation_steps=accumulation_steps,
         seed=seed if training else None,
         features=features,
+        mirrored_features=mirrored_features,
     )
     return StreamingLoader(
         split,

@@ -2,9 +2,9 @@
 
 Each shard has one file in its dataset folder (in the shard cache, named by the shard's sha256, for folders behind
 URLs): `features-ENCODER/train-000000.features` with pooled features in float32, or `features-ENCODER-grid/...` with
-grids in float16. It is a safetensors file of `features` (S, F) or (S, R, F), `crc32s` (S) of the rows, and `usable`
-(S), 0 where an image could not be read. Its metadata name the shard's sha256 and the fingerprint of encoder and view;
-files of others are refused.
+grids in float16; `-mirrored` ends the folder's name for those of mirror images. A file is a safetensors file of
+`features` (S, F) or (S, R, F), `crc32s` (S) of the rows, and `usable` (S), 0 where an image could not be read. Its
+metadata name the shard's sha256 and the fingerprint of encoder and view; files of others are refused.
 
 Shapes: S samples of a shard, F features of an image or of a position, R positions of a grid. A row is the features of
 one image, (F) or (R, F).
@@ -46,10 +46,18 @@ class FeatureFiles:
 
     @classmethod
     def of(
-        cls, split: Split, *, encoder: str, row_shape: tuple[int, ...], fingerprint: str, cache: Path
+        cls,
+        split: Split,
+        *,
+        encoder: str,
+        row_shape: tuple[int, ...],
+        fingerprint: str,
+        cache: Path,
+        mirrored: bool = False,
     ) -> "FeatureFiles":
         """The feature files of a split, whether they exist or not."""
-        name = f"features-{encoder.replace('/', '-')}{'-grid' if len(row_shape) == 2 else ''}"
+        kind = ("-grid" if len(row_shape) == 2 else "") + ("-mirrored" if mirrored else "")
+        name = f"features-{encoder.replace('/', '-')}{kind}"
         paths = tuple(
             cache / "features" / name / f"{entry.sha256}.features"  # one shard may have several addresses
             if storage.is_remote(folder)

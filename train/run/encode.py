@@ -22,9 +22,9 @@ from train.data.features import FeatureFiles
 from train.step.step import CaptionLoss, encode_split, hash_weights
 
 
-def encoder_fingerprint(encoder: nn.Module, view: ViewSpec, *, precision: str = "no") -> str:
+def encoder_fingerprint(encoder: nn.Module, view: ViewSpec, *, precision: str = "no", mirrored: bool = False) -> str:
     """Hex sha256 of the encoder's weights, its view of images, and Accelerate's mixed precision."""
-    return hash_weights(encoder, json.dumps([asdict(view), precision]).encode())
+    return hash_weights(encoder, json.dumps([asdict(view), precision, *(["mirrored"] if mirrored else [])]).encode())
 
 
 def row_shape(encoder: Encoder, *, crop: int) -> tuple[int, ...]:
@@ -39,8 +39,11 @@ def prepare_features(
     open_loader: Callable[..., StreamingLoader],
     cache: str,
     accelerator: Accelerator,
+    mirrored: bool = False,
 ) -> dict[str, FeatureFiles]:
     """The feature files of splits, by the splits' names; the ranks together make those that are missing.
+
+    With `mirrored` they are those of the mirror images.
 
     `open_loader` opens a loader of a split's samples with centre crops; features of folders behind URLs go to `cache`.
     Each file is written whole or not at all, so that a killed run continues. Raises UserError for files of another
@@ -50,7 +53,9 @@ def prepare_features(
         return {}
     encoder = loss_model.model.encoder
     with raising_on_all_ranks():  # all have looked before the first writes
-        fingerprint = encoder_fingerprint(encoder, loss_model.view, precision=accelerator.mixed_precision)
+        fingerprint = encoder_fingerprint(
+            encoder, loss_model.view, precision=accelerator.mixed_precision, mirrored=mirrored
+        )
         found = {
             split.name: FeatureFiles.of(
                 split,
@@ -58,6 +63,7 @@ def prepare_features(
                 row_shape=row_shape(encoder, crop=loss_model.view.crop),
                 fingerprint=fingerprint,
                 cache=Path(cache).expanduser(),
+                mirrored=mirrored,
             )
             for split in splits
         }
@@ -67,7 +73,7 @@ def prepare_features(
                 files.delete_partials()
     for name, numbers in missing.items():
         if numbers:
-            accelerator.print(f"encoding {name}: {found[name].describe(numbers)}")
+            accelerator.print(f"encoding {name}{', mirrored' if mirrored else ''}: {found[name].describe(numbers)}")
     for split in splits:
         files, numbers = found[split.name], missing[split.name]
         own = numbers[accelerator.process_index :: accelerator.num_processes]
@@ -75,9 +81,16 @@ def prepare_features(
         with barrier_for_slow_ranks():
             try:
                 if own:
-                    _encode_shards(
-                        files, split, own, loss_model=loss_model, open_loader=open_loader, accelerator=accelerator
+                    rows = encode_split(
+                        split.only(own),
+                        loss_model=loss_model,
+                        open_loader=open_loader,
+                        accelerator=accelerator,
+                        rank=0,
+                        world_size=1,
+                        mirrored=mirrored,
                     )
+                    _write_shards(files, split.only(own), own, rows, quiet=not accelerator.is_main_process)
             except OSError as error:
                 raise UserError(
                     f"cannot keep features beside the shards ({error}): fix this and rerun, or leave out "
@@ -89,24 +102,13 @@ def prepare_features(
     return found
 
 
-def _encode_shards(
-    files: FeatureFiles,
-    split: Split,
-    own: Sequence[int],
-    *,
-    loss_model: CaptionLoss,
-    open_loader: Callable[..., StreamingLoader],
-    accelerator: Accelerator,
+def _write_shards(
+    files: FeatureFiles, split: Split, numbers: Sequence[int], rows: Iterable[tuple[int, np.ndarray]], *, quiet: bool
 ) -> None:
-    """Make the files of `own` shards, in this process alone."""
-    own_split = split.only(own)
-    rows = encode_split(
-        own_split, loss_model=loss_model, open_loader=open_loader, accelerator=accelerator, rank=0, world_size=1
-    )
-    total, quiet = own_split.num_samples, not accelerator.is_main_process
-    with cli.progress_bar(f"encoding {split.name}", total=total, unit="images", quiet=quiet) as bar:
-        all_rows = _rows_of_all(rows, total, bar)
-        for number in own:
+    """Write the files of these shards, which are all of the split, from (position, row) of the usable samples."""
+    with cli.progress_bar(f"encoding {split.name}", total=split.num_samples, unit="images", quiet=quiet) as bar:
+        all_rows = _rows_of_all(rows, split.num_samples, bar)
+        for number in numbers:
             files.write(number, islice(all_rows, files.shards[number].samples))
 
 

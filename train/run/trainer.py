@@ -102,19 +102,22 @@ class Trainer:
             accumulation_steps=settings.accumulation_steps,
             **reading,
         )
-        features = prepare_features(
-            self._data.splits if settings.cache_features else [],
+        prepare = partial(
+            prepare_features,
             loss_model=self._loss_model,
             open_loader=open_loader,
             cache=settings.cache,
             accelerator=self._accelerator,
         )
+        features = prepare(self._data.splits if settings.cache_features else [])
+        mirrored_features = prepare([train] if settings.mirrored_features else [], mirrored=True)
         self._loader = open_loader(
             train,
             training=True,
             seed=settings.seed,
             shuffle_shards=settings.shuffle_shards,
             features=features.get("train"),
+            mirrored_features=mirrored_features.get("train"),
         )
         self._self_critical_step: SelfCriticalStep | None = None
         if settings.self_critical_epochs:

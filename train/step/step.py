@@ -123,9 +123,10 @@ def encode_split(
     open_loader: Callable[..., StreamingLoader],
     accelerator: Accelerator,
     world_size: int,
+    mirrored: bool = False,
     **options: Any,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The encoder's features of a split's images, float32, each after the image's position in the split.
+    """The encoder's features of a split's images (or their mirror images), float32, each after the image's position.
 
     `open_loader` opens a loader of a split on `world_size` ranks, with these options.
     """
@@ -135,7 +136,8 @@ def encode_split(
     ) as loader:
         for (batch,) in loader:
             with torch.no_grad(), accelerator.autocast():
-                features = loss_model.features(batch.to(accelerator.device).inputs)
+                inputs = batch.to(accelerator.device).inputs
+                features = loss_model.features(inputs.flip(2) if mirrored else inputs)
             yield from zip(batch.positions, features.float().cpu().numpy(), strict=False)  # without a filler's row
 
 

@@ -1,7 +1,7 @@
 """Bytes to upright RGB images, their resizing, and JPEG. Imports no torch until the first image is resized.
 
-simplejpeg (libjpeg-turbo) decodes JPEGs, without the GIL. Pillow reads all headers, and decodes what simplejpeg refuses:
-other formats, CMYK, unusual chroma subsampling, and damaged JPEGs, so that Pillow alone decides which files are errors.
+simplejpeg (libjpeg-turbo) decodes JPEGs and releases the GIL. Pillow decodes everything else: other formats, CMYK,
+unusual chroma subsampling, and damaged JPEGs, so Pillow alone decides which files are errors.
 """
 
 import io

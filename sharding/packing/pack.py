@@ -69,8 +69,9 @@ def pack_shard(
 
     A shard without samples is written only if the plan has a sha256. `report` is called with the progress several times
     a second, `set_index` with each image's position before it is decoded, and with NO_ITEM afterwards. Images at
-    `excluded` positions are counted as failures and not decoded. Raises UserError when the output cannot be written, when the tar's
-    sha256 is not the plan's (then nothing is written), or when images vanish or change while they are packed.
+    `excluded` positions are counted as failures and not decoded. Raises UserError when the output cannot be written,
+    when the tar's sha256 is not the plan's (then nothing is written), or when images vanish or change while they are
+    packed.
     """
     silence_pillow()
     stored: list[tuple[int, loading.StoredJpeg]] = []

@@ -31,7 +31,7 @@ from contenders import HEAVY, LARGE, LIGHT
 from measuring.figures import Bar, describe_run, finish, print_rows, print_run
 from measuring.photos import COCO, PHONE, find_or_draw, tile_photos
 
-PACKAGES = ("torch", "torchvision", "accelerate", "pillow", "pillow-simd", "numpy")
+PACKAGES = ("torch", "torchvision", "accelerate", "simplejpeg", "pillow", "pillow-simd", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)

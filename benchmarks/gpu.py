@@ -10,7 +10,7 @@ network:
 
     pip download --dest wheels --only-binary=:all: --implementation cp --python-version 3.12 \\
         --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \\
-        webdataset tyro nltk pycocotools tenacity filelock
+        webdataset tyro nltk pycocotools tenacity filelock simplejpeg
 
 A row passes if its figure reaches its bar. It fails if not, or if a command fails or takes too long, and shows the end
 of that command's output; other rows continue. Rows are printed as they end. On the CPU, speed has no bar.

@@ -66,7 +66,7 @@ from measuring.figures import (
 )
 from measuring.photos import QUALITY, SIZE, draw_photos, find_photos, write_captions
 
-PACKAGES = ("torch", "torchvision", "webdataset", "pillow", "pillow-simd", "nltk", "numpy")
+PACKAGES = ("torch", "torchvision", "webdataset", "simplejpeg", "pillow", "pillow-simd", "nltk", "numpy")
 PICTURE_BATCH, TEXT_BATCH = 128, 256
 WORKERS = (0, 2)  # of image loaders; text loaders have none
 PICTURE_SHARDS = 16  # divides evenly among webdataset's workers

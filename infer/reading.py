@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from captioner.images import decoder_output
+from captioner.images import decoder_output, silence_pillow
 from captioner.images.loading import ImageError
 from captioner.images.views import ViewSpec, read_eval_view
 from captioner.workers import WorkerPool, start_server
@@ -35,7 +35,7 @@ _Task = tuple[list[ImageFile], int]  # files, and the buffer for their views
 class DecodedImage:
     """A file's original (width, height), upright, and the hex sha256 of its bytes; or the error.
 
-    `complaint` is what the decoder printed about an image that is damaged but usable.
+    `complaint` is what the decoder said about an image that is damaged but usable.
     """
 
     file: ImageFile
@@ -113,7 +113,6 @@ def _as_array(memory: Any, shape: tuple[int, ...]) -> np.ndarray:
 # ---- in the workers ---------------------------------------------------------------------------------------
 
 
-@decoder_output.own_stderr()
 def _decode(
     task: _Task,
     memory: Any,
@@ -125,6 +124,7 @@ def _decode(
     report: object,
 ) -> tuple[int, list[DecodedImage]]:
     """The task's buffer, with the views of its usable images in its first rows, and all its images."""
+    silence_pillow()
     files, buffer = task
     views_BPP3 = _as_array(memory, shape)[buffer]
     images: list[DecodedImage] = []

@@ -16,8 +16,8 @@ from measuring.figures import Bar, at_least, at_most, describe_run, write_json
 if TYPE_CHECKING:
     from acceptance.rows import Row
 
-PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "tyro", "nltk", "pycocotools", "pillow", "numpy",
-            "safetensors", "onnxruntime")  # fmt: skip
+PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "tyro", "nltk", "pycocotools", "simplejpeg", "pillow",
+            "numpy", "safetensors", "onnxruntime")  # fmt: skip
 Result = Literal["pass", "FAIL", "skipped"]
 
 

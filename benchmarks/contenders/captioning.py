@@ -17,7 +17,6 @@ from torch.fx.experimental.optimization import fuse
 from torchvision import transforms
 
 from captioner.describe import Captioner
-from captioner.images.decoder_output import own_stderr
 from captioner.images.views import ViewSpec, normalise, read_eval_view
 from captioner.model.bundle import Bundle, DecodingDefaults
 from captioner.model.decoding import decode
@@ -255,8 +254,7 @@ def measure(job: Job, *, kind: str, rounds: int) -> tuple[list[dict[str, Any]], 
     else:
         contenders |= alone(job, cores=NUM_CORES)
     ours(replace(job, files=job.files[:2]), workers=1)(0)  # starts the fork server of the reading processes
-    with own_stderr():  # decodes JPEGs as the reading processes do
-        costs = take_turns(contenders, rounds=rounds)
+    costs = take_turns(contenders, rounds=rounds)
     rows = [
         {
             "pictures": kind,

@@ -8,10 +8,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import simplejpeg
 from PIL import Image
 
 from captioner.errors import UserError
@@ -126,29 +127,16 @@ def convert_with_pillow(data: bytes) -> bytes:
 
 
 def convert_natively(data: bytes) -> bytes:
-    """torchvision's decoder (Pillow's if a reduced scale is enough) and torch's resize; Pillow's encoder."""
-    import numpy as np
+    """simplejpeg's decoder and torch's resize; Pillow's encoder."""
     import torch
-    from torchvision.io import ImageReadMode
 
-    image = Image.open(io.BytesIO(data))
-    full_size = image.size
-    draft(image)
-    if image.size == full_size:
-        content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        pixels_3HW = torch.ops.image.decode_jpeg(content, ImageReadMode.RGB.value, False)
-    else:
-        pixels_3HW = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    return loading.encode_jpeg(to_picture(resize_natively(pixels_3HW)), quality=QUALITY)
+    small_3PP = resize_natively(torch.from_numpy(decode_reduced(data)).permute(2, 0, 1))
+    return loading.encode_jpeg(to_picture(small_3PP), quality=QUALITY)
 
 
 def convert_with_simplejpeg(data: bytes) -> bytes:
-    """Decode and encode with libjpeg-turbo's own interface; resize with torch, or with Pillow if torch cannot."""
-    import numpy as np
-    import simplejpeg  # type: ignore
-
-    side = math.ceil(loading.DRAFT_SCALE * SIZE)
-    pixels_HW3 = simplejpeg.decode_jpeg(data, "RGB", min_width=side, min_height=side, min_factor=1)
+    """simplejpeg's decoder and encoder; resize with torch, or with Pillow if torch cannot."""
+    pixels_HW3 = decode_reduced(data)
     if loading.backend() == "native":
         import torch
 
@@ -158,17 +146,18 @@ def convert_with_simplejpeg(data: bytes) -> bytes:
     return simplejpeg.encode_jpeg(small, quality=QUALITY, colorspace="RGB", colorsubsampling="444")
 
 
+def decode_reduced(data: bytes) -> np.ndarray:
+    """The pixels (H, W, 3), decoded at the reduced scale that ours allows."""
+    side = math.ceil(loading.DRAFT_SCALE * SIZE)
+    return simplejpeg.decode_jpeg(data, "RGB", min_width=side, min_height=side)
+
+
 def open_drafted(data: bytes) -> Image.Image:
     """The image, to be decoded at the reduced scale that ours allows."""
     image = Image.open(io.BytesIO(data))
-    draft(image)
-    return image
-
-
-def draft(image: Image.Image) -> None:
-    """Let a JPEG be decoded at a reduced scale that is still large enough for the wanted quality."""
     side = math.ceil(loading.DRAFT_SCALE * SIZE)
     image.draft("RGB", (side, side))
+    return image
 
 
 def resize_natively(pixels_3HW: Any) -> Any:
@@ -186,11 +175,12 @@ def to_picture(pixels_3HW: Any) -> Image.Image:
 
 def ceilings() -> dict[str, Callable[[bytes], bytes]]:
     """The installed converters, by name."""
-    found: dict[str, Callable[[bytes], bytes]] = {f"ceiling: {PILLOW}": convert_with_pillow}
+    found: dict[str, Callable[[bytes], bytes]] = {
+        f"ceiling: {PILLOW}": convert_with_pillow,
+        "ceiling: simplejpeg": convert_with_simplejpeg,
+    }
     if loading._has_native_lanczos():
-        found["ceiling: native (torchvision, torch)"] = convert_natively
-    if find_spec("simplejpeg"):
-        found["ceiling: simplejpeg"] = convert_with_simplejpeg
+        found["ceiling: native (simplejpeg, torch)"] = convert_natively
     return found
 
 

@@ -7,7 +7,6 @@ ids of the stored tokens and pack them; a batch is uint8. They yield the images 
 import json
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
@@ -78,8 +77,7 @@ def collate(samples: Sequence[tuple[Any, list[list[int]]]]) -> tuple[Any, Any]:
 
 
 def ours(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[Any]:
-    """Iterate as train/main.py does; torchvision's decoder, which is faster, runs in this process too."""
-    from captioner.images.decoder_output import own_stderr
+    """Iterate as train/main.py does."""
     from captioner.streaming.dataset import read_split
     from train.data.batches import caption_loader
 
@@ -95,9 +93,8 @@ def ours(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[Any]
         prefetch_batches=BATCHES_AHEAD,
     )
     loader.set_epoch(epoch)
-    with nullcontext() if workers else own_stderr():
-        for parts in loader:
-            yield parts[0].inputs
+    for parts in loader:
+        yield parts[0].inputs
 
 
 def earlier(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[Any]:
@@ -253,14 +250,12 @@ def write_loose(folder: Path) -> None:
 def decode(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[None]:
     """Our decoder on stored JPEGs in memory; `batch` images per iteration."""
     from captioner.images import loading
-    from captioner.images.decoder_output import own_stderr
 
     pictures = cycle([picture for picture, _ in islice(read_samples(folder), IN_MEMORY)])
-    with own_stderr():
-        while True:
-            for picture in islice(pictures, batch):
-                loading.decode_stored(picture)
-            yield None
+    while True:
+        for picture in islice(pictures, batch):
+            loading.decode_stored(picture)
+        yield None
 
 
 PICTURE_LOADERS = {
@@ -279,5 +274,5 @@ PICTURE_LOADERS = {
     BOOK: Contender(
         package="pillow", modules=("nltk.tokenize", "torchvision.transforms"), open_epoch=book, write=write_loose
     ),
-    DECODE: Contender(package="torchvision", modules=("captioner.images.loading",), open_epoch=decode),
+    DECODE: Contender(package="simplejpeg", modules=("captioner.images.loading",), open_epoch=decode),
 }

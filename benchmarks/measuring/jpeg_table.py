@@ -25,8 +25,7 @@ def measure(originals: Sequence[Path], *, rounds: int) -> list[dict[str, Any]]:
     for setting in settings:
         contenders["encode", *setting] = over(pictures, lambda picture, setting=setting: encode(picture, *setting))
         contenders["Pillow", *setting] = over(stored[setting], decode)
-        if loading._has_native_lanczos():
-            contenders["torchvision", *setting] = over(stored[setting], decode_natively)
+        contenders["simplejpeg", *setting] = over(stored[setting], loading.decode_stored)
     costs = take_turns({" ".join(map(str, name)): turn for name, turn in contenders.items()}, rounds=rounds)
 
     def cpu_ms(task: str, setting: tuple[int, str]) -> float | None:
@@ -44,8 +43,8 @@ def measure(originals: Sequence[Path], *, rounds: int) -> list[dict[str, Any]]:
                 "encode_ms": cpu_ms("encode", setting),
                 "decode_ms_Pillow": cpu_ms("Pillow", setting),
                 "a_CPU_second_Pillow": per_second(cpu_ms("Pillow", setting)),
-                "decode_ms_torchvision": cpu_ms("torchvision", setting),
-                "a_CPU_second_torchvision": per_second(cpu_ms("torchvision", setting)),
+                "decode_ms_simplejpeg": cpu_ms("simplejpeg", setting),
+                "a_CPU_second_simplejpeg": per_second(cpu_ms("simplejpeg", setting)),
                 "mean_difference": float(np.mean(differences)),
                 "worst_picture": float(np.max(differences)),
             }
@@ -70,16 +69,6 @@ def decode(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data))
     image.load()
     return image
-
-
-def decode_natively(data: bytes) -> object:
-    """The pixels in a JPEG, decoded by torchvision."""
-    import torch
-    from torchvision.io import ImageReadMode
-
-    return torch.ops.image.decode_jpeg(
-        torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB.value, False
-    )
 
 
 def pixels(picture: Image.Image) -> np.ndarray:

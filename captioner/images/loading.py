@@ -1,18 +1,20 @@
-"""Bytes to upright RGB images, their resizing, and JPEG. Imports no torch until the first image is resized."""
+"""Bytes to upright RGB images, their resizing, and JPEG. Imports no torch until the first image is resized.
+
+simplejpeg (libjpeg-turbo) decodes JPEGs and releases the GIL. Pillow decodes everything else: other formats, CMYK,
+unusual chroma subsampling, and damaged JPEGs, so Pillow alone decides which files are errors.
+"""
 
 import io
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import PIL
+import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from captioner.images import decoder_output
@@ -47,13 +49,11 @@ UPRIGHT_BY_ORIENTATION = {
 }
 SWAPS_SIDES = frozenset(UPRIGHT_BY_ORIENTATION[orientation] for orientation in (5, 6, 7, 8))
 HAS_SIMD = ".post" in PIL.__version__  # how pillow-simd numbers its versions
-PLAIN_JPEG_MODES = ("RGB", "L")
 JPEG_START = b"\xff\xd8\xff"
 HEIC_START = re.compile(rb".{4}ftyp(?:.{4}){0,12}?(?:hei[cmsx]|hev[cmsx])", re.DOTALL)  # a HEIC brand in the header
 NEVER_DECODED = ("EPS", "WMF", "IPTC")  # drawn by Ghostscript, drawn by Windows, and a wrapper around any other format
 LARGE_PIXELS = 1 << 20
-HUGE_PIXELS = 1 << 26  # above this Pillow resizes: torch needs three more copies of the pixels
-RGB_MODE = 3  # torchvision.io.ImageReadMode.RGB
+HUGE_PIXELS = 1 << 26  # above this Pillow decodes and resizes: torch needs three more copies of the pixels
 DRAFT_SCALE = 2.75  # how much larger a JPEG of reduced scale is than the wanted size: 45 dB PSNR on 110 photos
 
 
@@ -92,10 +92,10 @@ class ImageError(Exception):
 
 @lru_cache(maxsize=1)
 def backend() -> Backend:
-    """The fastest installed library that decodes and resizes.
+    """The fastest installed library that resizes.
 
     `pillow-simd` if it is installed instead of Pillow (its pixels are Pillow's), `native` if torch can resize uint8 by
-    LANCZOS (within 50 dB of Pillow's pixels), else `pillow`. Formats other than JPEG are always decoded by Pillow.
+    LANCZOS (within 50 dB of Pillow's pixels), else `pillow`.
     """
     if HAS_SIMD:
         return "pillow-simd"
@@ -123,21 +123,43 @@ def decode_rgb(data: bytes, *, at_least: int | None = None) -> Resized:
     reduced scale, with both sides at least that many pixels. Raises ImageError.
     """
     with _image_errors(data):
-        image, _ = _open(data)
-        turn = _upright_turn(image)
-        original_size = image.size
+        opened = _open(data)
+        turn = _upright_turn(opened.image)
+        original_size = opened.image.size
         if at_least is not None:
-            image.draft("RGB", (at_least, at_least))
-        return _upright(_to_rgb(image), original_size, turn=turn)
+            opened.image.draft("RGB", (at_least, at_least))
+        return _upright(_decode(opened, original_size), original_size, turn=turn)
 
 
-def decode_stored(data: bytes | bytearray) -> np.ndarray:
+def decode_stored(data: bytes | bytearray, *, out_HW3: np.ndarray | None = None) -> np.ndarray:
     """The pixels (height, width, 3), uint8, of an image from a shard, which is upright and RGB. Raises ImageError.
 
-    libjpeg-turbo decodes it: through torchvision's operator if that is installed, else through Pillow.
+    They share the memory of `out_HW3`, which is contiguous, if that has the size of a JPEG; else they are new.
     """
-    pixels_3HW = _decode_jpeg(data) if data.startswith(JPEG_START) else None
-    return np.array(decode_rgb(bytes(data))[0]) if pixels_3HW is None else pixels_3HW.permute(1, 2, 0).numpy()
+    pixels_HW3 = _decode_jpeg(data, out_HW3=out_HW3) if data.startswith(JPEG_START) else None
+    return np.array(decode_rgb(bytes(data)).image) if pixels_HW3 is None else pixels_HW3
+
+
+def _decode_jpeg(
+    data: bytes | bytearray, *, reduced_to: tuple[int, int] = (0, 0), out_HW3: np.ndarray | None = None
+) -> np.ndarray | None:
+    """RGB pixels (H, W, 3) of a JPEG; None if Pillow must decode it, or report its error.
+
+    Decoded at the scale of 1/2, 1/4 or 1/8 that gives the (width, height) `reduced_to`, if any; into `out_HW3` if that
+    has the image's size. The decoder's message about damage is collected.
+    """
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    except (KeyError, ValueError):  # unusual chroma subsampling, or a damaged header
+        return None
+    if colours in ("CMYK", "YCCK") or int(height) * int(width) > MAX_PIXELS:
+        return None
+    buffer = out_HW3 if out_HW3 is not None and out_HW3.shape == (height, width, 3) else None
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB", min_width=reduced_to[0], min_height=reduced_to[1], buffer=buffer)
+    except (MemoryError, ValueError) as error:
+        decoder_output.keep(str(error))
+        return None
 
 
 def load_resized(source: bytes | Image.Image, *, size: int, resize: Resize) -> Resized:
@@ -329,6 +351,20 @@ def _reason_for(error: Exception) -> Reason:
     return "truncated" if short or isinstance(error, EOFError) else "undecodable"
 
 
+def _decode(opened: Opened, full_size: tuple[int, int]) -> Image.Image:
+    """The RGB image, at the scale that `draft` has set; `full_size` was its size before."""
+    pixels_HW3 = _jpeg_pixels(opened, full_size)
+    return _to_rgb(opened.image) if pixels_HW3 is None else Image.fromarray(pixels_HW3)
+
+
+def _jpeg_pixels(opened: Opened, full_size: tuple[int, int]) -> np.ndarray | None:
+    """The same as `_decode`, as an array (H, W, 3); None if Pillow must decode the image."""
+    size = opened.image.size
+    if not opened.data.startswith(JPEG_START) or size[0] * size[1] > HUGE_PIXELS:
+        return None
+    return _decode_jpeg(opened.data, reduced_to=(0, 0) if size == full_size else size)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode == "RGB" and not image.has_transparency_data:
@@ -399,49 +435,15 @@ def _scale(opened: Opened, wanted: tuple[int, int]) -> Image.Image:
     # At a reduced scale the image may end inside the last row and column of pixels: the box says where.
     box = draft[1] if draft else (0, 0, *full_size)
     if wanted == full_size or backend() != "native" or image.width * image.height > HUGE_PIXELS:
-        rgb = _to_rgb(image)
+        rgb = _decode(opened, full_size)
         return rgb if wanted == full_size else rgb.resize(wanted, Image.Resampling.LANCZOS, box=box)
-    is_plain = image.format in ("JPEG", "MPO") and image.mode in PLAIN_JPEG_MODES and image.size == full_size
-    pixels_3HW = _decode_jpeg(opened.data) if is_plain and opened.data else None
-    if pixels_3HW is None:
-        import torch
+    import torch
 
-        pixels_3HW = torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
-    bands = _resize_native(pixels_3HW, wanted, covered=box[2:]).numpy()
+    pixels_HW3 = _jpeg_pixels(opened, full_size)
+    if pixels_HW3 is None:
+        pixels_HW3 = np.array(_to_rgb(image))
+    bands = _resize_native(torch.from_numpy(pixels_HW3).permute(2, 0, 1), wanted, covered=box[2:]).numpy()
     return Image.merge("RGB", [Image.frombuffer("L", wanted, band, "raw", "L", 0, 1) for band in bands])
-
-
-def _decode_jpeg(data: bytes | bytearray) -> "Tensor | None":
-    """RGB pixels (3, H, W) of a plain JPEG, without Pillow's copies; None if Pillow must decode it or report its error.
-
-    torchvision's decoder prints to stderr, which only some processes own.
-    """
-    decode = _jpeg_decoder() if decoder_output.owns_stderr() else None
-    if decode is None:
-        return None
-    import torch
-
-    content = torch.frombuffer(data, dtype=torch.uint8)
-    try:
-        return decoder_output.without_stderr(decode, content, RGB_MODE, False)
-    except RuntimeError:
-        return None
-
-
-@lru_cache(maxsize=1)
-def _jpeg_decoder() -> "Callable[[Tensor, int, bool], Tensor] | None":
-    """torchvision's JPEG decoder, without the rest of torchvision, which takes seconds to import; None without it."""
-    import torch
-
-    package = find_spec("torchvision")
-    folders = package.submodule_search_locations if package else None
-    for library in sorted(Path(folders[0]).glob("image*.so")) if folders else []:
-        with suppress(OSError, AttributeError):
-            torch.ops.load_library(str(library))
-            with warnings.catch_warnings(action="ignore"):  # torch warns, once, that the memory is read-only
-                torch.frombuffer(JPEG_START, dtype=torch.uint8)
-            return torch.ops.image.decode_jpeg.default
-    return None
 
 
 def _resize_native(pixels_3HW: "Tensor", wanted: tuple[int, int], *, covered: tuple[float, float]) -> "Tensor":

@@ -12,8 +12,7 @@ from typing import get_args
 
 from captioner.errors import UserError
 from captioner.files import storage
-from captioner.images import loading
-from captioner.images.decoder_output import own_stderr
+from captioner.images import loading, silence_pillow
 from captioner.samples import CaptionContent, build_index, words_of
 from captioner.shards.format import Failure, FormatError, Member, ShardEntry, ShardIndex, TarBuilder, manifest_location
 from captioner.shards.writing import write, writing
@@ -58,7 +57,6 @@ class ShardProgress:
 Report = Callable[[ShardProgress], None]
 
 
-@own_stderr()
 def pack_shard(
     plan: ShardPlan,
     folder: str,
@@ -71,10 +69,11 @@ def pack_shard(
 
     A shard without samples is written only if the plan has a sha256. `report` is called with the progress several times
     a second, `set_index` with each image's position before it is decoded, and with NO_ITEM afterwards. Images at
-    `excluded` positions are counted as failures and not decoded. Meanwhile no other thread of the process may decode
-    images, or print to stderr except through Python. Raises UserError when the output cannot be written, when the tar's
-    sha256 is not the plan's (then nothing is written), or when images vanish or change while they are packed.
+    `excluded` positions are counted as failures and not decoded. Raises UserError when the output cannot be written,
+    when the tar's sha256 is not the plan's (then nothing is written), or when images vanish or change while they are
+    packed.
     """
+    silence_pillow()
     stored: list[tuple[int, loading.StoredJpeg]] = []
     failures: list[Failure] = []
     damaged: list[int] = []

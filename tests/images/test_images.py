@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from odd_pictures import (
     EPS,
@@ -28,7 +28,7 @@ from odd_pictures import (
 )
 from PIL import EpsImagePlugin, ExifTags, Image
 
-from captioner.images import loading, views
+from captioner.images import decoder_output, loading, views
 from captioner.images.loading import ImageError
 
 WIDTH, HEIGHT = 48, 32
@@ -479,29 +479,107 @@ def test_a_huge_picture_is_resized_by_pillow_which_needs_less_memory(monkeypatch
     assert (np.asarray(resized) == np.asarray(plain_lanczos(data, (64, 64)))).all()
 
 
-def test_the_same_files_are_refused_whatever_resizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A JPEG cut at any place, or with any bit turned over, is a picture for both or an error of one name for both."""
-    if loading.backend() != "native":
-        pytest.skip("this torch has no LANCZOS for bytes")
+# ---- JPEGs: simplejpeg, and Pillow for what it refuses ---------------------------------------------------------
+
+
+def by_pillow_alone(monkeypatch: pytest.MonkeyPatch, data: bytes, **options: Any) -> np.ndarray:
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "_decode_jpeg", lambda *_, **__: None)
+        return decoded(data, **options)
+
+
+@given(
+    size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    at_least=st.sampled_from([None, 1, 3, 10, 30]),
+    mode=st.sampled_from(["RGB", "L", "CMYK"]),
+    options=st.fixed_dictionaries({"subsampling": st.sampled_from([0, 1, 2]), "progressive": st.booleans()}),
+)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_pixels_are_those_of_pillow_at_every_scale(
+    monkeypatch: pytest.MonkeyPatch,
+    size: tuple[int, int],
+    at_least: int | None,
+    mode: str,
+    options: dict[str, Any],
+) -> None:
+    assume(at_least is None or max(size) >= 8)  # below, several scales give the same size
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)).convert(mode)
+    data = file_of(image, "JPEG", **options)
+    found = decoded(data, at_least=at_least)
+    assert (found == by_pillow_alone(monkeypatch, data, at_least=at_least)).all()
+    if at_least is None:
+        assert (loading.decode_stored(bytearray(data)) == found).all()
+
+
+def test_pillow_decodes_no_plain_jpeg(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_to_rgb", lambda _: pytest.fail("Pillow decoded it"))
+    for image in (photo_like(96, 64), photo_like(96, 64).convert("L")):
+        data = file_of(image, "JPEG", exif=with_orientation(6))
+        loading.decode_stored(data)
+        loading.decode_rgb(data, at_least=8)
+        loading.load_resized(data, size=96, resize="keep-ratio")
+        loading.load_resized(data, size=8, resize="squash")
+
+
+def test_the_same_files_are_refused_whatever_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A JPEG cut anywhere, or with any bit flipped, gives the same pixels, or an error with the same reason."""
     good = file_of(photo_like(96, 64), "JPEG", quality=90)
     flipped = [bytearray(good) for _ in range(120)]
     for number, damaged in enumerate(flipped):
         damaged[len(good) * number // len(flipped)] ^= 1 << number % 8
     cut = [good[: len(good) * number // 60] for number in range(1, 60)] + [good[:-1], good[:-2], good[:-3]]
-    verdicts = {}
-    for backend in ("native", "pillow"):
-        monkeypatch.setattr(loading, "backend", lambda backend=backend: backend)
-        verdicts[backend] = [_verdict(bytes(data)) for data in (good, *cut, *flipped)]
-    assert verdicts["native"] == verdicts["pillow"]
-    assert len(set(verdicts["pillow"])) >= 3
+    files = [bytes(data) for data in (good, *cut, *flipped)]
+    found = [_verdict(data) for data in files]
+    monkeypatch.setattr(loading, "_decode_jpeg", lambda *_, **__: None)
+    assert found == [_verdict(data) for data in files]
+    assert {"truncated", "undecodable"} <= set(found)
 
 
-def _verdict(data: bytes) -> str:
+def _verdict(data: bytes) -> str | bytes:
     try:
-        loading.load_resized(data, size=32, resize="squash")
+        return loading.decode_rgb(data).image.tobytes()
     except ImageError as error:
         return error.reason
-    return "fine"
+
+
+def test_only_damage_is_a_complaint() -> None:
+    """Chroma subsampling that simplejpeg refuses is no damage. 0x42: four samples of brightness in a row, two rows."""
+    good = file_of(photo_like(96, 64), "JPEG", quality=90)
+    factors = good.index(b"\xff\xc0") + 11
+    with decoder_output.collect() as complaints:
+        loading.decode_rgb(good)
+        loading.decode_rgb(good[:factors] + b"\x42" + good[factors + 1 :])
+        assert not complaints
+        loading.decode_rgb(good[:-2] + bytes(range(1, 80)) + good[-2:])
+        assert "extraneous bytes" in complaints[0]
+
+
+def test_a_stored_jpeg_is_decoded_into_the_callers_array_if_that_has_its_size() -> None:
+    data = file_of(photo_like(40, 30), "JPEG")
+    rows = np.zeros((3, 30, 40, 3), np.uint8)
+    wanted = loading.decode_stored(data)
+    found = loading.decode_stored(data, out_HW3=rows[1])
+    assert np.shares_memory(found, rows[1])
+    assert (rows[1] == wanted).all()
+    assert not rows[::2].any()
+    for other in (np.zeros((40, 30, 3), np.uint8), np.zeros((31, 40, 3), np.uint8)):
+        assert (loading.decode_stored(data, out_HW3=other) == wanted).all()
+        assert not other.any()
+
+
+@pytest.mark.parametrize(
+    ("height", "limit", "reason"), [(30, 40 * 30 - 1, "too large"), (0xFFFF, loading.MAX_PIXELS, "truncated")]
+)
+def test_a_stored_jpeg_gets_no_more_memory_than_any_other(
+    monkeypatch: pytest.MonkeyPatch, height: int, limit: int, reason: str
+) -> None:
+    data = bytearray(file_of(photo_like(40, 30), "JPEG")[:-99])
+    start = data.index(b"\xff\xc0") + 5
+    data[start : start + 2] = height.to_bytes(2)
+    monkeypatch.setattr(loading, "MAX_PIXELS", limit)
+    with pytest.raises(ImageError) as caught:
+        loading.decode_stored(data)
+    assert caught.value.reason == reason
 
 
 def test_no_damage_in_a_png_goes_unseen(backend: str) -> None:

@@ -290,6 +290,31 @@ def test_evaluation_takes_the_middle_in_the_manifests_order(shared_dataset: Data
         assert abs(view.numpy() - wanted).mean() < 2
 
 
+def test_images_of_the_crops_size_are_decoded_into_the_batch(
+    shared_dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, shared = loading.decode_stored, []
+
+    def spy(data: bytes, *, out_HW3: np.ndarray) -> np.ndarray:
+        pixels_HW3 = decode(data, out_HW3=out_HW3)
+        shared.append(np.shares_memory(pixels_HW3, out_HW3))
+        return pixels_HW3
+
+    monkeypatch.setattr(loading, "decode_stored", spy)
+    stored = shared_dataset.read(crop=SIZE, training=False)
+    wanted = dict(zip(keys_of(stored), torch.cat([batch.inputs for batch in stored]), strict=True))
+    for number, view in enumerate(wanted.values()):
+        assert abs(view.float().numpy() - np.asarray(brightening(number))).mean() < 2
+    num_mirrored = 0
+    for batch in shared_dataset.read(crop=SIZE):
+        for key, view in zip(batch.keys, batch.inputs, strict=True):
+            is_mirrored = not torch.equal(view, wanted[key])
+            assert not is_mirrored or torch.equal(view, wanted[key].flip(1))
+            num_mirrored += is_mirrored
+    assert 0 < num_mirrored < NUM_SAMPLES
+    assert shared == [True] * 2 * NUM_SAMPLES
+
+
 def test_a_crop_beyond_the_stored_pictures_is_refused(shared_dataset: Dataset) -> None:
     with pytest.raises(UserError, match="40x40: give a smaller --crop"):
         shared_dataset.read(crop=41)
@@ -487,7 +512,7 @@ def test_batches_before_the_damage_are_still_whole(dataset: Dataset) -> None:
 def test_a_stored_file_that_is_no_picture_is_named(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its checksum is right: it was packed by someone else."""
 
-    def refuse(_: bytes) -> None:
+    def refuse(_: bytes, **__: object) -> None:
         raise loading.ImageError("undecodable", "no known image format")
 
     monkeypatch.setattr(loading, "decode_stored", refuse)

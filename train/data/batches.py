@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from captioner.errors import UserError
-from captioner.images import loading, views
-from captioner.images.decoder_output import own_stderr
+from captioner.images import loading, silence_pillow, views
 from captioner.model.captions import PackedCaptions
 from captioner.samples import CaptionFields, is_caption_field, read_content
 from captioner.shards.format import RESTORE
@@ -123,10 +122,7 @@ class CaptionPipeline:
     _buffer: Tensor | None = field(init=False, default=None)
     _rows: Any = field(init=False, default=None)  # the buffer as an array, whose rows cost less to take
     _filled: list[int] = field(init=False, default_factory=list)  # rows of each micro-batch
-    _open_features: dict[tuple[bool, int], FeatureFile] = field(
-        init=False, default_factory=dict
-    )  # by (mirrored, shard)
-    _stderr: Any = field(init=False, default=None)
+    _open_features: dict[tuple[bool, int], FeatureFile] = field(init=False, default_factory=dict)  # (mirrored, shard)
 
     @cached_property
     def stored_sizes(self) -> list[int | None]:
@@ -178,17 +174,12 @@ class CaptionPipeline:
             self._buffer = batch_buffer((self.micro_batch_rows * self.accumulation_steps, *shape), dtype)
             self._rows, self._filled = self._buffer.numpy(), [0] * self.accumulation_steps
             self._batch = epoch, step
-            self._silence_decoders()
+            if get_worker_info() is not None:
+                silence_pillow()
         self._last = position
         if self.accumulation_steps == 1:
             return 0
         return offset % min(self.accumulation_steps, self.split.num_samples - step * self.batch_size)
-
-    def _silence_decoders(self) -> None:
-        """In a worker, in which one thread decodes, drop what decoders print."""
-        if self._stderr is None and get_worker_info() is not None:
-            self._stderr = own_stderr()
-            self._stderr.__enter__()
 
     def _row_format(self) -> tuple[tuple[int, ...], torch.dtype]:
         if self.features is None:
@@ -196,18 +187,19 @@ class CaptionPipeline:
         return self.features.row_shape, getattr(torch, self.features.dtype.name)
 
     def _fill_view(self, view_PP3: np.ndarray, sample: dict[str, Any], captions: list[str]) -> None:
-        pixels_HW3 = self._decode(sample)
+        pixels_HW3 = self._decode(sample, out_HW3=view_PP3)
         height, width, _ = pixels_HW3.shape
         if min(height, width) < self.crop:
             raise UserError(f"the shards hold images of {width}x{height}: give a smaller --crop")
         if self.seed is None:
-            view_PP3[:] = views.eval_view(pixels_HW3, crop=self.crop)
-            return
-        random_bits = self._random_bits(sample)
-        cut_PP3 = views.train_view(pixels_HW3, crop=self.crop, random_bits=random_bits)
-        if views.is_mirrored(captions, random_bits=random_bits):  # NumPy would take many times as long
-            torch.from_numpy(view_PP3).copy_(torch.from_numpy(cut_PP3).flip(1))
+            cut_PP3, mirrored = views.eval_view(pixels_HW3, crop=self.crop), False
         else:
+            random_bits = self._random_bits(sample)
+            cut_PP3 = views.train_view(pixels_HW3, crop=self.crop, random_bits=random_bits)
+            mirrored = views.is_mirrored(captions, random_bits=random_bits)
+        if mirrored:  # NumPy would take many times as long
+            torch.from_numpy(view_PP3).copy_(torch.from_numpy(cut_PP3).flip(1))
+        elif not np.may_share_memory(view_PP3, cut_PP3):
             view_PP3[:] = cut_PP3
 
     def _feature_file(self, sample: dict[str, Any], captions: list[str]) -> FeatureFile:
@@ -226,13 +218,16 @@ class CaptionPipeline:
         """64 random bits for a sample's view in an epoch."""
         return random_integer(sample["__position__"], cast(int, self.seed), sample["__epoch__"], SAMPLE_CHANCE)
 
-    def _decode(self, sample: dict[str, Any]) -> np.ndarray:
-        """An image's pixels (height, width, 3), uint8; images that were stored in their own size are squashed here."""
+    def _decode(self, sample: dict[str, Any], *, out_HW3: np.ndarray) -> np.ndarray:
+        """An image's pixels (height, width, 3), uint8; images that were stored in their own size are squashed here.
+
+        They are decoded into `out_HW3` if that has the size of the stored image.
+        """
         image = sample["__image__"]
         squash_to = self.stored_sizes[sample["__shard__"]]
         try:
             if squash_to is None:
-                return loading.decode_stored(image)
+                return loading.decode_stored(image, out_HW3=out_HW3)
             return np.array(loading.load_resized(image, size=squash_to, resize="squash")[0])
         except loading.ImageError as error:
             message = f"sample {sample['__key__']} in {sample['__url__']} is not an image ({error}): {RESTORE}"

@@ -17,7 +17,6 @@ from torch.utils.data import default_collate
 from captioner import cli
 from captioner.errors import UserError
 from captioner.files import storage
-from captioner.images.decoder_output import own_stderr
 from captioner.shards.format import ShardEntry
 from captioner.streaming import StreamingLoader
 from captioner.streaming.cache import ShardCache
@@ -139,8 +138,7 @@ def measure_loader(
 
     bar.advance(note="stage by stage")
     stages: dict[str, Any] = {name: TimedStage(function) for name, function in functions.items()}
-    with own_stderr():  # as in the loader's workers: else another decoder would be measured
-        alone_seconds, _, num_samples = run_loader(open_loader(**stages), skip=0, seconds=seconds / 2)
+    alone_seconds, _, num_samples = run_loader(open_loader(**stages), skip=0, seconds=seconds / 2)
     spent = {name: stage.seconds for name, stage in stages.items()}
     spent = {"read": alone_seconds - sum(spent.values()), **spent}
 

@@ -42,7 +42,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscop
 test: check ## all checks, then all tests, in two processes
 	$(PYTEST)
 
-test-quick: $(TESTS_READY) ## tests without a server, a whole run or a kill: 2.5 minutes on 2 CPU cores
+test-quick: $(TESTS_READY) ## tests without a server, a whole run or a kill: 2 minutes on 2 CPU cores
 	$(PYTEST) -m "not slow and not external" --timeout 60
 
 check: $(TESTS_READY) ## format, lint, types, import contracts

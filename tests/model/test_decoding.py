@@ -276,7 +276,7 @@ def test_each_further_caption_pays_for_what_earlier_ones_say(form: Form, beam_si
                 assert_same(caption, naive_greedy(model, image_E, max_tokens=6, earlier=captions[:number]))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     form=st.sampled_from(FORMS),
     seed=st.integers(0, 10**6),

@@ -203,7 +203,7 @@ def test_a_closed_image_is_an_error(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"beam_size": 1}, {}, {"captions_per_image": 3}, {"length_penalty": 0.5}])
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4))
 def test_company_changes_nothing(model: Path, options: dict, sizes: list[int]) -> None:
     captioner = load_captioner(model, **options)

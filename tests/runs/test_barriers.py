@@ -56,7 +56,7 @@ def test_whatever_one_rank_does_alone_in_training_may_take_long(shards: str, tmp
     torch.save(Encoder("small_cnn", trainable=False).backbone.state_dict(), weights)
     slow = [
         "train.step.starting_model:load_encoder_weights:0",  # a download
-        "train.run.encode:_encode_shards:1",
+        "train.run.encode:_write_shards:1",
         "accelerate:Accelerator.save_state:1",
         "captioner.metrics:References.image_scores:0",
         "train.run.folder:save_bundle:0",

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from captioner.model.encoders import (
 from captioner.model.network import ModelConfig, build_model
 from captioner.vocabulary import Vocabulary
 
-timm = pytest.importorskip("timm", reason="these encoders need pip install -e '.[timm]'")
+if importlib.util.find_spec("timm") is None:  # importing it takes seconds, also where no test of this file runs
+    pytest.skip("these encoders need pip install -e '.[timm]'", allow_module_level=True)
 
 COCO = Path(__file__).parents[3] / "shared/data/coco/images"
 TINY = "timm/resnet10t"
@@ -188,6 +190,8 @@ def test_without_timm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 def full_state(name: str = TINY) -> dict[str, Tensor]:
     """The state dict of timm's whole classifier."""
     torch.manual_seed(5)
+    import timm
+
     return timm.create_model(name.removeprefix("timm/")).state_dict()
 
 
@@ -319,7 +323,7 @@ def test_a_model_folder_is_read_without_network(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(socket.socket, "connect", refuse)
     images_B3HW = make_images(2, side=64)
     assert torch.equal(load_bundle(tmp_path).model.encode(images_B3HW), model.encode(images_B3HW))
-    assert json.loads((tmp_path / "config.json").read_text())["libraries"]["timm"] == timm.__version__
+    assert json.loads((tmp_path / "config.json").read_text())["libraries"]["timm"] == version("timm")
 
 
 # ---- real weights -------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from train.step.step import CaptionLoss, encode_split, hash_weights
 
 
 def encoder_fingerprint(encoder: nn.Module, view: ViewSpec, *, precision: str = "no", mirrored: bool = False) -> str:
-    """Hex sha256 of the encoder's weights, its view of images, and Accelerate's mixed precision."""
+    """Hex sha256 of the encoder's weights, its view of images (mirrored or not), and Accelerate's mixed precision."""
     return hash_weights(encoder, json.dumps([asdict(view), precision, *(["mirrored"] if mirrored else [])]).encode())
 
 
@@ -43,11 +43,9 @@ def prepare_features(
 ) -> dict[str, FeatureFiles]:
     """The feature files of splits, by the splits' names; the ranks together make those that are missing.
 
-    With `mirrored` they are those of the mirror images.
-
-    `open_loader` opens a loader of a split's samples with centre crops; features of folders behind URLs go to `cache`.
-    Each file is written whole or not at all, so that a killed run continues. Raises UserError for files of another
-    encoder, view or shard, and where they cannot be written.
+    With `mirrored` they are those of the mirror images. `open_loader` opens a loader of a split's samples with centre
+    crops; features of folders behind URLs go to `cache`. Each file is written whole or not at all, so that a killed run
+    continues. Raises UserError for files of another encoder, view or shard, and where they cannot be written.
     """
     if not splits:
         return {}
@@ -81,8 +79,9 @@ def prepare_features(
         with barrier_for_slow_ranks():
             try:
                 if own:
+                    own_split = split.only(own)
                     rows = encode_split(
-                        split.only(own),
+                        own_split,
                         loss_model=loss_model,
                         open_loader=open_loader,
                         accelerator=accelerator,
@@ -90,7 +89,7 @@ def prepare_features(
                         world_size=1,
                         mirrored=mirrored,
                     )
-                    _write_shards(files, split.only(own), own, rows, quiet=not accelerator.is_main_process)
+                    _write_shards(files, own_split, own, rows, quiet=not accelerator.is_main_process)
             except OSError as error:
                 raise UserError(
                     f"cannot keep features beside the shards ({error}): fix this and rerun, or leave out "
@@ -105,7 +104,7 @@ def prepare_features(
 def _write_shards(
     files: FeatureFiles, split: Split, numbers: Sequence[int], rows: Iterable[tuple[int, np.ndarray]], *, quiet: bool
 ) -> None:
-    """Write the files of these shards, which are all of the split, from (position, row) of the usable samples."""
+    """Write the feature files of a split whose shards have these numbers, from (position, row) of usable samples."""
     with cli.progress_bar(f"encoding {split.name}", total=split.num_samples, unit="images", quiet=quiet) as bar:
         all_rows = _rows_of_all(rows, split.num_samples, bar)
         for number in numbers:

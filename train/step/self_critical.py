@@ -89,7 +89,7 @@ class SelfCriticalStep(TrainStep):
     first_step: int = 1
 
     def __call__(self, micro_batches: Sequence[CaptionBatch], step: int = 1) -> Tensor:
-        """As `TrainStep`. The first step forgets Adam's moments: those of cross-entropy make far larger updates."""
+        """As `TrainStep`. The first step forgets Adam's moments: those of cross-entropy belong to other gradients."""
         if step == self.first_step:
             self.optimizer.state.clear()
         return super().__call__(micro_batches, step)

@@ -5,9 +5,8 @@
     python benchmarks/packing.py --images photos --memory --quality-table --json packing.json
 
 Contenders take turns: in each round all pack the same slice of the images, and each round starts with the next one.
-Figures are medians over the rounds, ratios are medians of the rounds' ratios. All make 256 x 256 JPEGs of quality 95
-without chroma subsampling, except img2dataset, whose encoder subsamples. Measure on an idle machine. Peers have their
-own environment: make bench-peers.
+Figures are medians over the rounds, ratios are medians of the rounds' ratios. All make 256 x 256 JPEGs of quality 90
+with 4:2:0 chroma subsampling. Measure on an idle machine. Peers have their own environment: make bench-peers.
 
 Exit codes: 0 measured, whether or not the bars hold; 2 an error that you can fix, in one line.
 """

@@ -196,7 +196,9 @@ def pack_tiny(folder: Path, *, num_shards: int) -> Path:
     drawn = [folder / "drawn" / f"{seed}.jpg" for seed in range(32)]
     for seed, path in enumerate(drawn):
         draw_photo(seed, (256, 256)).save(path, quality=25)
-    sample_bytes = estimate_sample_bytes(Recipe(size=256, resize="squash", quality=95, shard_megabytes=1), ())
+    sample_bytes = estimate_sample_bytes(
+        Recipe(size=256, resize="squash", quality=ShardSettings.quality, shard_megabytes=1), ()
+    )
     write_data(drawn, folder, count=num_shards * (1_000_000 // sample_bytes) - 12)
     make_shards.main(
         ShardSettings(

@@ -1,6 +1,7 @@
 """Captioned images in shards: the content of the captions' member, and the shard's index. Imports no torch."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -8,10 +9,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from captioner.shards.format import Member, ShardIndex
-from captioner.vocabulary import count_words, tokenize
+from captioner.shards.format import INDEX, Member, ShardIndex
+from captioner.vocabulary import Vocabulary, count_words, tokenize
 
 MAX_LENGTH = 65_535  # a longer caption's length, in tokens, is written as this
+SIDE_WORDS = re.compile(r"\b(left|right)")  # also "upper-left", "right-hand", "leftmost"
 CAPTION_EXTENSIONS = ("json", "txt", "caption", "captions", "text")  # of the fields that hold captions
 
 Content = TypeVar("Content")
@@ -97,11 +99,20 @@ def is_caption_field(field: str) -> bool:
     return field.rpartition(".")[2] in CAPTION_EXTENSIONS
 
 
-class CaptionFields:
-    """The set of all fields that hold captions, for a ShardReader that needs no images."""
+def is_image_field(field: str) -> bool:
+    """Whether this field of a sample is the image: neither the captions nor where the sample is."""
+    return field[:2] != "__" and not is_caption_field(field)
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionedFields:
+    """The set of fields to read of captioned images: images, captions, both or none; always the shard's index."""
+
+    images: bool
+    captions: bool
 
     def __contains__(self, field: object) -> bool:
-        return isinstance(field, str) and is_caption_field(field)
+        return field == INDEX or (self.captions if is_caption_field(str(field)) else self.images)
 
 
 def split_pair(sample: Mapping[str, Content]) -> tuple[Content, Content]:
@@ -119,19 +130,50 @@ def build_index(
 ) -> ShardIndex:
     """The index of captioned images in order: keys, members (image and captions) and the tokens of the captions.
 
-    The lengths of sample s's captions, in tokens, are `caption_lengths[first_caption[s]:first_caption[s + 1]]`; `words`
-    is JSON that counts the shard's tokens.
+    The lengths of sample s's captions, in tokens, are `caption_lengths[first_caption[s]:first_caption[s + 1]]`. `words`
+    is JSON that counts the shard's different tokens; `tokens` holds all captions' tokens, as numbers of these.
     """
-    num_captions = [len(captions) for captions in tokens]
-    lengths = [min(len(caption), MAX_LENGTH) for captions in tokens for caption in captions]
-    words = count_words(caption for captions in tokens for caption in captions)
-    words_json = json.dumps(words, sort_keys=True, separators=(",", ":"))
+    captions = [caption[:MAX_LENGTH] for captions in tokens for caption in captions]
+    words = dict(sorted(count_words(caption for captions in tokens for caption in captions).items()))
+    number_of = {word: number for number, word in enumerate(words)}
+    numbers = [number_of[token] for caption in captions for token in caption]
     optional = {
-        "first_caption": np.cumsum([0, *num_captions], dtype=np.int64),
-        "caption_lengths": np.array(lengths, dtype=np.uint16),
-        "words": np.frombuffer(words_json.encode(), dtype=np.uint8),
+        "first_caption": np.cumsum([0, *map(len, tokens)], dtype=np.int64),
+        "caption_lengths": np.array([len(caption) for caption in captions], dtype=np.uint16),
+        "words": np.frombuffer(json.dumps(words, separators=(",", ":")).encode(), dtype=np.uint8),
+        "tokens": np.array(numbers, dtype=np.uint16 if len(words) <= 1 << 16 else np.uint32),
     }
     return ShardIndex.of(list(zip(keys, members, strict=True)), facts, optional)
+
+
+class CaptionTokens:
+    """The captions of a shard as ids of a vocabulary, from the shard's index."""
+
+    def __init__(self, optional: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> None:
+        words = list(json.loads(optional["words"].tobytes()))
+        self._ids = np.array(vocabulary.encode(words), dtype=np.int64)
+        self._tokens = optional["tokens"]
+        self._lengths = optional["caption_lengths"].tolist()
+        self._first_caption = optional["first_caption"].tolist()
+        first_token = np.concatenate(([0], np.cumsum(optional["caption_lengths"], dtype=np.int64)))
+        self._first_token = first_token[optional["first_caption"]].tolist()
+        is_side = np.array([mentions_side(word) for word in words], dtype=bool)
+        num_sides = np.concatenate(([0], np.cumsum(is_side[self._tokens])))[self._first_token]
+        self._mentions_sides = (np.diff(num_sides) > 0).tolist()
+
+    def of(self, sample: int) -> tuple[np.ndarray, list[int]]:
+        """The ids of all captions of the shard's sample, and the length of each caption."""
+        tokens = self._tokens[self._first_token[sample] : self._first_token[sample + 1]]
+        return self._ids[tokens], self._lengths[self._first_caption[sample] : self._first_caption[sample + 1]]
+
+    def mentions_sides(self, sample: int) -> bool:
+        """Whether a caption would become wrong if its image were mirrored."""
+        return self._mentions_sides[sample]
+
+
+def mentions_side(word: str) -> bool:
+    """Whether a token says left or right."""
+    return SIDE_WORDS.search(word) is not None
 
 
 def image_spans(index: ShardIndex) -> tuple[np.ndarray, np.ndarray]:

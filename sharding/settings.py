@@ -31,7 +31,7 @@ class ShardSettings:
     resize: Resize = "squash"
     """How an image is resized to that size: squash (ignores the aspect ratio), center-crop (the middle square),
     keep-ratio (the shorter side becomes --size), none (stored as it is; training squashes when reading)."""
-    quality: Quality = 95
+    quality: Quality = 90
     """JPEG quality of stored images; a JPEG that has the wanted size already is stored untouched."""
     shard_megabytes: Count = 64
     """Approximate size of a shard."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-SIZE, QUALITY = 256, 95
+SIZE, QUALITY = 256, 90
 
 
 def main(folder: str, *paths: str) -> None:
@@ -21,7 +21,7 @@ def main(folder: str, *paths: str) -> None:
     for path in paths:
         with open(path, "rb") as file, Image.open(file) as image:  # noqa: PTH123 - as the book has it
             small = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-            small.save(Path(folder, Path(path).name), "JPEG", quality=QUALITY, subsampling=0)
+            small.save(Path(folder, Path(path).name), "JPEG", quality=QUALITY, subsampling="4:2:0")
     cost = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
     print(json.dumps(cost))
 

@@ -90,7 +90,7 @@ def pack_with_shard_writer(part: Photos, folder: Path) -> None:
             buffer = io.BytesIO()
             with path.open("rb") as file, Image.open(file) as image:
                 small = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-                small.save(buffer, "JPEG", quality=QUALITY, subsampling=0)
+                small.save(buffer, "JPEG", quality=QUALITY, subsampling=loading.SUBSAMPLING)
             content = {"file_name": path.name, "captions": make_captions(number)}
             writer.write({"__key__": f"{number:09d}", "jpg": buffer.getvalue(), "json": content})
 
@@ -143,7 +143,7 @@ def convert_with_simplejpeg(data: bytes) -> bytes:
         small = resize_natively(torch.from_numpy(pixels_HW3).permute(2, 0, 1)).permute(1, 2, 0).contiguous().numpy()
     else:
         small = np.asarray(Image.fromarray(pixels_HW3).resize((SIZE, SIZE), Image.Resampling.LANCZOS))
-    return simplejpeg.encode_jpeg(small, quality=QUALITY, colorspace="RGB", colorsubsampling="444")
+    return simplejpeg.encode_jpeg(small, quality=QUALITY, colorspace="RGB", colorsubsampling="420")
 
 
 def decode_reduced(data: bytes) -> np.ndarray:

@@ -11,9 +11,14 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from contenders.loader import BATCHES_AHEAD, Contender, loader_options, read_members
 
 OURS, EARLIER, BOOK, DECODE = "ours", "1b46dbb", "the book's loader", "decode as ours"
+EARLIER_QUALITY = {"quality": 95, "subsampling": "4:4:4"}
+EARLIER_SAMPLE_BYTES = 42_600
+PEERS = ("webdataset", "litdata", "mosaicml-streaming")
 CROP, MAX_TOKENS = 224, 20
 SHUFFLE_BUFFER = 1000  # samples in the shuffle buffer of a webdataset worker
 IN_MEMORY = 2560  # images that the loop decodes repeatedly
@@ -89,6 +94,7 @@ def ours(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[Any]
         crop=CROP,
         max_tokens=MAX_TOKENS,
         training=True,
+        references=False,
         num_workers=workers,
         prefetch_batches=BATCHES_AHEAD,
     )
@@ -252,9 +258,10 @@ def decode(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[No
     from captioner.images import loading
 
     pictures = cycle([picture for picture, _ in islice(read_samples(folder), IN_MEMORY)])
+    buffer = np.empty(1 << 20, dtype=np.uint8)  # new memory for each image would take longer
     while True:
         for picture in islice(pictures, batch):
-            loading.decode_stored(picture)
+            loading.decode_stored(picture, buffer=buffer)
         yield None
 
 

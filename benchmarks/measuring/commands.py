@@ -15,7 +15,7 @@ from measuring.figures import Cost
 from measuring.photos import repeat_photos, store_photos
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SAMPLE_BYTES = 42_600  # of a stored image and its captions; sets the number of shards
+SAMPLE_BYTES = 25_400  # of a stored image and its captions; sets the number of shards
 
 
 def run_timed(command: Sequence[str | Path], scratch: Path, items: int) -> Cost:
@@ -61,14 +61,14 @@ def code_environment(code: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
-def shard_megabytes(num_pictures: int, *, shards: int) -> int:
+def shard_megabytes(num_pictures: int, *, shards: int, sample_bytes: int = SAMPLE_BYTES) -> int:
     """The --shard-megabytes that gives about this number of shards; 64, the default, for 6,000 images in 4."""
-    return math.ceil(num_pictures * SAMPLE_BYTES / shards / 1e6)
+    return math.ceil(num_pictures * sample_bytes / shards / 1e6)
 
 
-def stored_photos(originals: Sequence[Path], folder: Path, *, count: int) -> list[Path]:
-    """`count` JPEGs as packing stores them, in `folder`/repeated: packing keeps their bytes."""
-    return repeat_photos(folder / "repeated", store_photos(originals[:count], folder / "small"), count=count)
+def stored_photos(originals: Sequence[Path], folder: Path, *, count: int, **options: Any) -> list[Path]:
+    """`count` JPEGs of `store_photos`, in `folder`/repeated: packing keeps their bytes."""
+    return repeat_photos(folder / "repeated", store_photos(originals[:count], folder / "small", **options), count=count)
 
 
 # ---- peers and servers ------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from captioner.errors import UserError
 from captioner.images import loading
 
 COCO, PHONE = "COCO", "12 megapixels"
-SIZE, QUALITY = 256, 95  # of stored images
+SIZE, QUALITY = 256, 90  # of stored images
 SUFFIXES = (".jpg", ".jpeg")
 COCO_SIZES = ((640, 480), (640, 427), (480, 640), (640, 426), (500, 375), (427, 640), (640, 360), (612, 612))
 PHONE_SIZE = (4032, 3024)
@@ -73,13 +73,15 @@ def draw_photo(seed: int, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def store_photos(originals: Sequence[Path], folder: Path) -> list[Path]:
-    """Write the originals as packing stores them: SIZE x SIZE, quality QUALITY."""
+def store_photos(
+    originals: Sequence[Path], folder: Path, *, quality: int = QUALITY, subsampling: str = loading.SUBSAMPLING
+) -> list[Path]:
+    """Write the originals as JPEGs of SIZE x SIZE pixels, by default as packing stores them."""
     folder.mkdir(parents=True)
     paths = [folder / f"{number:06d}.jpg" for number in range(len(originals))]
     for original, path in zip(originals, paths, strict=True):
         picture = Image.open(original).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-        path.write_bytes(loading.encode_jpeg(picture, quality=QUALITY))
+        picture.save(path, "JPEG", quality=quality, subsampling=subsampling)
     return paths
 
 

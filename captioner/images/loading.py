@@ -54,6 +54,7 @@ HEIC_START = re.compile(rb".{4}ftyp(?:.{4}){0,12}?(?:hei[cmsx]|hev[cmsx])", re.D
 NEVER_DECODED = ("EPS", "WMF", "IPTC")  # drawn by Ghostscript, drawn by Windows, and a wrapper around any other format
 LARGE_PIXELS = 1 << 20
 HUGE_PIXELS = 1 << 26  # above this Pillow decodes and resizes: torch needs three more copies of the pixels
+SUBSAMPLING = "4:2:0"  # of stored JPEGs
 DRAFT_SCALE = 2.75  # how much larger a JPEG of reduced scale is than the wanted size: 45 dB PSNR on 110 photos
 
 
@@ -131,22 +132,30 @@ def decode_rgb(data: bytes, *, at_least: int | None = None) -> Resized:
         return _upright(_decode(opened, original_size), original_size, turn=turn)
 
 
-def decode_stored(data: bytes | bytearray, *, out_HW3: np.ndarray | None = None) -> np.ndarray:
+def decode_stored(
+    data: bytes | bytearray, *, channels: Literal["RGB", "BGR"] = "RGB", buffer: np.ndarray | None = None
+) -> np.ndarray:
     """The pixels (height, width, 3), uint8, of an image from a shard, which is upright and RGB. Raises ImageError.
 
-    They share the memory of `out_HW3`, which is contiguous, if that has the size of a JPEG; else they are new.
+    They are contiguous, and lie in `buffer` if it is large enough for a JPEG's pixels; else they are new.
     """
-    pixels_HW3 = _decode_jpeg(data, out_HW3=out_HW3) if data.startswith(JPEG_START) else None
-    return np.array(decode_rgb(bytes(data)).image) if pixels_HW3 is None else pixels_HW3
+    is_jpeg = data.startswith(JPEG_START)
+    if is_jpeg and buffer is not None:
+        try:
+            return simplejpeg.decode_jpeg(data, channels, buffer=buffer)
+        except (KeyError, MemoryError, ValueError):  # damaged, no plain JPEG, or too large for the buffer
+            pass
+    pixels_HW3 = _decode_jpeg(data) if is_jpeg else None
+    if pixels_HW3 is None:
+        pixels_HW3 = np.array(decode_rgb(bytes(data)).image)
+    return pixels_HW3 if channels == "RGB" else np.ascontiguousarray(pixels_HW3[:, :, ::-1])
 
 
-def _decode_jpeg(
-    data: bytes | bytearray, *, reduced_to: tuple[int, int] = (0, 0), out_HW3: np.ndarray | None = None
-) -> np.ndarray | None:
+def _decode_jpeg(data: bytes | bytearray, *, reduced_to: tuple[int, int] = (0, 0)) -> np.ndarray | None:
     """RGB pixels (H, W, 3) of a JPEG; None if Pillow must decode it, or report its error.
 
-    Decoded at the scale of 1/2, 1/4 or 1/8 that gives the (width, height) `reduced_to`, if any; into `out_HW3` if that
-    has the image's size. The decoder's message about damage is collected.
+    Decoded at the scale of 1/2, 1/4 or 1/8 that gives the (width, height) `reduced_to`, if any. The decoder's message
+    about damage is collected.
     """
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
@@ -154,9 +163,8 @@ def _decode_jpeg(
         return None
     if colours in ("CMYK", "YCCK") or int(height) * int(width) > MAX_PIXELS:
         return None
-    buffer = out_HW3 if out_HW3 is not None and out_HW3.shape == (height, width, 3) else None
     try:
-        return simplejpeg.decode_jpeg(data, "RGB", min_width=reduced_to[0], min_height=reduced_to[1], buffer=buffer)
+        return simplejpeg.decode_jpeg(data, "RGB", min_width=reduced_to[0], min_height=reduced_to[1])
     except (MemoryError, ValueError) as error:
         decoder_output.keep(str(error))
         return None
@@ -241,9 +249,9 @@ def _resize_or_store(opened: Opened, *, size: int, resize: Resize, quality: int)
 
 
 def encode_jpeg(image: Image.Image, *, quality: int) -> bytes:
-    """Baseline JPEG bytes of an RGB image, without chroma subsampling, whose decoded pixels depend on the decoder."""
+    """Baseline JPEG bytes of an RGB image, with 4:2:0 chroma subsampling."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, subsampling=0, comment=b"")  # else Pillow copies the source's comment
+    image.save(buffer, "JPEG", quality=quality, subsampling=SUBSAMPLING, comment=b"")  # else Pillow copies a comment
     return buffer.getvalue()
 
 

@@ -38,7 +38,7 @@ class PackedCaptions:
     @classmethod
     def pack(
         cls,
-        tokens: Sequence[int],
+        tokens: Sequence[int] | np.ndarray,
         lengths: Sequence[int],
         num_captions: Sequence[int],
         *,

@@ -7,7 +7,6 @@ all shards of a split (`train.manifest.json`), which is written last.
 
 import json
 import tarfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,14 +15,16 @@ import numpy as np
 import safetensors
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
+from zlib_ng.zlib_ng import crc32
 
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.shards.content import content_sha256
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 BLOCK_BYTES = 512
 TAR_NAME_BYTES = 100
+INDEX = "__index__"  # of a sample that is read: the optional arrays of its shard's index
 MAX_FIELDS = 1 << 16  # of a shard: they are numbered in uint16
 TAR_HEADER = (  # without name and size; the checksum is computed with blanks in its own field
     bytes(100) + b"0000644\0" + 2 * b"0000000\0" + bytes(12) + b"00000000000\0" + 8 * b" " + b"0" + bytes(100)
@@ -88,7 +89,7 @@ class TarBuilder:
         self._chunks += (_tar_header(name.encode(), len(content)), content, padding)
         offset = self._size + BLOCK_BYTES
         self._size = offset + len(content) + len(padding)
-        return Member(offset, len(content), zlib.crc32(content))
+        return Member(offset, len(content), crc32(content))
 
     def to_bytes(self) -> bytes:
         """The whole file: members, two empty blocks, and padding to tar's record size."""

@@ -8,7 +8,6 @@ import hashlib
 import multiprocessing
 import os
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -16,6 +15,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any
+
+from zlib_ng.zlib_ng import crc32
 
 from captioner.errors import UserError
 from captioner.files import storage
@@ -194,7 +195,7 @@ def _groups(data: Buffer, failures: list[Failure], *, name: str) -> Iterator[tup
 
 def checked(data: Buffer, member: TarMember) -> Member:
     """A member of an index: offset, size and checksum."""
-    return Member(member.offset, member.size, zlib.crc32(data[member.offset : member.offset + member.size]))
+    return Member(member.offset, member.size, crc32(data[member.offset : member.offset + member.size]))
 
 
 # ---- the tars of a split ----------------------------------------------------------------------------------

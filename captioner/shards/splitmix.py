@@ -24,21 +24,6 @@ def _mix(bits: np.ndarray) -> np.ndarray:
     return bits ^ (bits >> np.uint64(31))
 
 
-def random_integer(counter: int, *key: int) -> int:
-    """`random_bits` of one counter, without NumPy, whose overhead would take most of the time."""
-    state = 0
-    for part in key:
-        state = _mix_integer(state + part * GOLDEN + GOLDEN)
-    return _mix_integer(state + counter * GOLDEN)
-
-
-def _mix_integer(bits: int) -> int:
-    bits &= MASK
-    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 & MASK
-    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB & MASK
-    return bits ^ (bits >> 31)
-
-
 def random_order(length: int, *key: int) -> np.ndarray:
     """A permutation of the numbers below `length`, a function of the key."""
     return np.argsort(random_bits(np.arange(length), *key), kind="stable")

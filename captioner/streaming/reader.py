@@ -1,11 +1,13 @@
 """Reads single samples from shards and checks their checksums. Imports no torch."""
 
 import os
-import zlib
 from collections import OrderedDict
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from captioner.errors import StreamingError, UserError
 from captioner.files import storage
@@ -50,6 +52,7 @@ class OpenShard:
     offsets_M: memoryview
     sizes_M: memoryview
     crc32s_M: memoryview
+    optional: dict[str, np.ndarray]
 
     @classmethod
     def of(cls, index: ShardIndex, file: int, *, wanted: Container[str] | None) -> "OpenShard":
@@ -64,6 +67,7 @@ class OpenShard:
             index.offsets_M.data,
             index.sizes_M.data,
             index.crc32s_M.data,
+            index.optional,
         )
 
     def key(self, index: int) -> str:
@@ -109,6 +113,10 @@ class ShardReader:
         if found is None:
             found = self._locations[shard] = tar_location(*self._shards[shard])
         return found
+
+    def index_of(self, shard: int) -> dict[str, np.ndarray]:
+        """The arrays in the index of the shard that was read last which only some kinds of samples have."""
+        return self._open[shard].optional
 
     def read(self, shard: int, index: int) -> tuple[str, dict[str, bytes]]:
         """A sample's key, and the content of its fields in the tar's order.
@@ -160,7 +168,7 @@ def _read_fields(shard: OpenShard, index: int) -> dict[str, bytes]:
     member, end = shard.first_member[index], shard.first_member[index + 1]
     if end - member == 1 and (field := shard.fields[shard.member_fields_M[member]]) is not None:
         content = os.pread(shard.file, shard.sizes_M[member], shard.offsets_M[member])
-        if zlib.crc32(content) != shard.crc32s_M[member]:
+        if crc32(content) != shard.crc32s_M[member]:
             raise _ChecksumError(field)
         return {field: content}
     sample = {}
@@ -174,7 +182,7 @@ def _read_fields(shard: OpenShard, index: int) -> dict[str, bytes]:
                 data_start, data_end = start, stop if member + 1 == end else _end_of_run(shard, member, end)
                 data = os.pread(shard.file, data_end - start, start)
             content = data[start - data_start : stop - data_start]
-            if zlib.crc32(content) != shard.crc32s_M[member]:
+            if crc32(content) != shard.crc32s_M[member]:
                 raise _ChecksumError(field)
             sample[field] = content
         member += 1

@@ -30,6 +30,7 @@ from webdataset.autodecode import Decoder, DecodingError, gzfilter, imagehandler
 
 from captioner.errors import StreamingError, TransformError, UserError
 from captioner.files import storage
+from captioner.shards.format import INDEX
 from captioner.shards.splitmix import random_bits
 from captioner.streaming.buffers import WorkerBuffers
 from captioner.streaming.cache import Prefetcher, ShardCache
@@ -199,15 +200,18 @@ class BatchMaker(Dataset[Made | Failed]):
     def _read(self, item: Item, positions: range, skipped: list[Skip]) -> tuple[list[Sample], list[Any]]:
         """The samples of a batch as they are stored, and as `parse` returns them; bad ones are added to `skipped`."""
         reader, epoch = self._reader_for(item), item.epoch
+        with_index = self.fields is not None and INDEX in self.fields
         samples: list[Sample] = []
         parsed: list[Any] = []
         for position, (_, shard, index) in zip(positions, self._look_up(item), strict=True):
             try:
                 key, content = reader.read(shard, index)
-                sample = {
+                sample: Sample = {
                     "__key__": key, "__url__": reader.location(shard), "__epoch__": epoch, "__position__": position,
                     "__shard__": shard, "__index_in_shard__": index, **content,
                 }  # fmt: skip
+                if with_index:
+                    sample[INDEX] = reader.index_of(shard)
                 parsed.append(sample if self.parse is None else decoded_by(self.parse, sample))
             except SampleError as error:
                 skipped.append(self._skip(position, error))

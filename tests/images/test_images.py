@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
@@ -554,17 +554,35 @@ def test_only_damage_is_a_complaint() -> None:
         assert "extraneous bytes" in complaints[0]
 
 
-def test_a_stored_jpeg_is_decoded_into_the_callers_array_if_that_has_its_size() -> None:
-    data = file_of(photo_like(40, 30), "JPEG")
+@pytest.mark.parametrize("channels", ["RGB", "BGR"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_stored_image_is_decoded_into_the_buffer_if_it_is_a_jpeg_that_fits(
+    kind: str, channels: Literal["RGB", "BGR"]
+) -> None:
+    data = file_of(photo_like(40, 30), kind)
     rows = np.zeros((3, 30, 40, 3), np.uint8)
-    wanted = loading.decode_stored(data)
-    found = loading.decode_stored(data, out_HW3=rows[1])
-    assert np.shares_memory(found, rows[1])
-    assert (rows[1] == wanted).all()
+    wanted = loading.decode_stored(data)[:, :, :: 1 if channels == "RGB" else -1]
+    for buffer in (rows[1], np.zeros(40 * 31 * 3, np.uint8), np.zeros(40 * 30 * 3 - 1, np.uint8)):
+        found = loading.decode_stored(data, channels=channels, buffer=buffer)
+        assert found.flags.c_contiguous
+        assert (found == wanted).all()
+        assert np.shares_memory(found, buffer) == (kind == "JPEG" and buffer.size >= found.size)
     assert not rows[::2].any()
-    for other in (np.zeros((40, 30, 3), np.uint8), np.zeros((31, 40, 3), np.uint8)):
-        assert (loading.decode_stored(data, out_HW3=other) == wanted).all()
-        assert not other.any()
+
+
+def test_a_damaged_stored_jpeg_is_the_same_with_a_buffer() -> None:
+    good = file_of(photo_like(40, 30), "JPEG", quality=90)
+    files = [good[: len(good) * number // 40] for number in range(1, 40)]
+    files += [good[:place] + bytes([good[place] ^ 8]) + good[place + 1 :] for place in range(0, len(good), 29)]
+    buffer = np.zeros(40 * 30 * 3, np.uint8)
+
+    def verdict(data: bytes, **options: Any) -> str | bytes:
+        try:
+            return loading.decode_stored(data, **options).tobytes()
+        except ImageError as error:
+            return error.reason
+
+    assert [verdict(data, buffer=buffer) for data in files] == [verdict(data) for data in files]
 
 
 @pytest.mark.parametrize(

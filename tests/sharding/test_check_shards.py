@@ -44,7 +44,7 @@ IN_PLACE = [HealthCheck.function_scoped_fixture]
 
 
 def pack(data: Path, output: Path, **changed: Any) -> None:
-    plain: dict[str, Any] = {"size": 680, "shard_megabytes": 1, "threshold": 1, "workers": 1}
+    plain: dict[str, Any] = {"size": 680, "quality": 100, "shard_megabytes": 1, "threshold": 1, "workers": 1}
     paths: dict[str, Any] = {"images": str(data), "captions": str(data / "annotations"), "output": str(output)}
     make_shards.main(ShardSettings(**(paths | plain | changed)))
 

@@ -55,7 +55,14 @@ def two_nodes(started_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 def pack(coco: Path, output: Path | str, **changed: Any) -> None:
     """Shards of 3 pictures each."""
     paths: dict[str, Any] = {"images": str(coco), "captions": str(coco / "annotations"), "output": str(output)}
-    plain: dict[str, Any] = {"size": 680, "shard_megabytes": 1, "threshold": 1, "workers": None, "engine": "ray"}
+    plain: dict[str, Any] = {
+        "size": 680,
+        "quality": 100,
+        "shard_megabytes": 1,
+        "threshold": 1,
+        "workers": None,
+        "engine": "ray",
+    }
     make_shards.main(ShardSettings(**(paths | plain | changed)))
 
 

@@ -34,7 +34,7 @@ def coco(tmp_path: Path) -> Path:
 
 def flags(coco: Path, output: Path | str, **changed: Any) -> ShardSettings:
     """Settings for one process and shards of 3 pictures each, as far as not `changed`."""
-    plain: dict[str, Any] = {"size": 680, "shard_megabytes": 1, "threshold": 1, "workers": 1}
+    plain: dict[str, Any] = {"size": 680, "quality": 100, "shard_megabytes": 1, "threshold": 1, "workers": 1}
     paths: dict[str, Any] = {"images": str(coco), "captions": str(coco / "annotations"), "output": str(output)}
     return ShardSettings(**(paths | plain | changed))
 
@@ -151,7 +151,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(coco: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
-    [({"quality": 80}, "quality was 95, is 80"), ({"size": 700}, "size was 680, is 700")],
+    [({"quality": 80}, "quality was 100, is 80"), ({"size": 700}, "size was 680, is 700")],
 )
 def test_a_folder_made_with_other_settings_is_refused_and_left_alone(
     coco: Path, tmp_path: Path, changed: dict[str, int], said: str
@@ -511,6 +511,6 @@ def test_the_output_can_be_a_url(coco: Path, tmp_path: Path, monkeypatch: pytest
     }
     assert remote == files(tmp_path / "shards")
     pack(coco, "memory://packing/shards", size=64)
-    with pytest.raises(UserError, match="quality was 95, is 80"):
+    with pytest.raises(UserError, match="quality was 100, is 80"):
         pack(coco, "memory://packing/shards", size=64, quality=80)
     filesystem.rm("/packing", recursive=True)

@@ -58,6 +58,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             captions=str(data / "annotations"),
             output=str(output),
             size=766,
+            quality=100,
             shard_megabytes=1,
             threshold=1,
             workers=1,
@@ -257,7 +258,7 @@ def test_an_index_of_another_format_is_refused_in_one_line(monkeypatch: pytest.M
     monkeypatch.setattr("captioner.shards.format.FORMAT_VERSION", 99)
     data = small_index().to_bytes()
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r"t\.index has format 99, this version reads 4: .*make_shards"):
+    with pytest.raises(UserError, match=r"t\.index has format 99, this version reads 5: .*make_shards"):
         ShardIndex.from_bytes(data, origin="t.index")
 
 
@@ -266,7 +267,7 @@ def test_an_index_of_a_format_before_is_refused_in_one_line(version: int, checks
     """Format 2 had its checksum among the facts; format 3 had two members for each sample."""
     facts = checksum + json.dumps({"format_version": version, "bytes": 1})
     data = save_file({"keys": np.zeros((0, 1), np.uint8)}, metadata={"facts": facts})
-    said = rf"t\.index has format {version}, this version reads 4: .*make_shards.* or index .*check_shards\.py index"
+    said = rf"t\.index has format {version}, this version reads 5: .*make_shards.* or index .*check_shards\.py index"
     with pytest.raises(UserError, match=said):
         ShardIndex.from_bytes(data, origin="t.index")
 
@@ -352,7 +353,7 @@ def test_a_manifest_survives_its_file_and_sums_its_shards(tmp_path: Path) -> Non
         ("not JSON", "cannot read .*val.manifest.json"),
         ("{}", "is not a manifest"),
         ("[]", "is not a manifest"),
-        (make_manifest().to_json().replace('"format_version": 4', '"format_version": 3'), "has format 3"),
+        (make_manifest().to_json().replace('"format_version": 5', '"format_version": 3'), "has format 3"),
         (make_manifest().to_json().replace('"source"', '"sauce"'), "is not a manifest"),
     ],
 )
@@ -369,4 +370,4 @@ def test_stored_pictures_are_the_originals_squashed(packed: Path) -> None:
     for sample in webdataset.WebDataset(str(packed / "train-000000.tar"), shardshuffle=False):
         original = data / json.loads(sample["json"])["file_name"]
         expected, _ = loading.load_resized(original.read_bytes(), size=766, resize="squash")
-        assert sample["jpg"] == loading.encode_jpeg(expected, quality=95)
+        assert sample["jpg"] == loading.encode_jpeg(expected, quality=100)

@@ -50,7 +50,7 @@ def undisturbed(coco: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 def flags(coco: Path, output: Path, **changed: Any) -> ShardSettings:
     """Settings for one process and shards of 3 pictures each, as far as not `changed`."""
-    plain: dict[str, Any] = {"size": 680, "shard_megabytes": 1, "threshold": 1, "workers": 1}
+    plain: dict[str, Any] = {"size": 680, "quality": 100, "shard_megabytes": 1, "threshold": 1, "workers": 1}
     paths: dict[str, Any] = {"images": str(coco), "captions": str(coco / "annotations"), "output": str(output)}
     return ShardSettings(**(paths | plain | changed))
 
@@ -148,7 +148,20 @@ def test_a_command_with_two_workers_ended_from_outside(
     output = tmp_path / "shards"
     (tmp_path / "sitecustomize.py").write_text(PAUSE_AFTER_EACH_SHARD)  # which each worker loads
     line = [sys.executable, "-m", "sharding.make_shards", "--images", coco, "--captions", coco / "annotations"]
-    line += ["--output", output, "--size", 680, "--shard-megabytes", 1, "--threshold", 1, "--workers", 2]
+    line += [
+        "--output",
+        output,
+        "--size",
+        680,
+        "--quality",
+        100,
+        "--shard-megabytes",
+        1,
+        "--threshold",
+        1,
+        "--workers",
+        2,
+    ]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in a shell's background ignore it
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     process = subprocess.Popen(

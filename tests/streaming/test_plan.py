@@ -21,7 +21,7 @@ from tiny import write_coco, write_shards
 from captioner.errors import StreamingError, UserError
 from captioner.shards import splitmix
 from captioner.shards.format import Manifest, ShardEntry
-from captioner.shards.splitmix import random_bits, random_integer, random_order
+from captioner.shards.splitmix import random_bits, random_order
 from captioner.streaming.order import EpochOrder, num_steps, rank_positions
 from sharding import make_shards
 from sharding.settings import ShardSettings
@@ -227,11 +227,6 @@ def test_random_numbers_are_the_published_ones_and_will_stay() -> None:
     assert [hex(bits) for bits in splitmix._mix(state).tolist()] == [
         "0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4", "0x6c45d188009454f"]  # fmt: skip
     assert random_order(10, 1, 2, 3).tolist() == [5, 7, 3, 1, 2, 4, 6, 9, 8, 0]
-
-
-@given(counter=st.integers(0, 2**62), key=st.lists(st.integers(0, 2**62), max_size=4))
-def test_one_counter_has_the_same_random_bits_without_numpy(counter: int, key: list[int]) -> None:
-    assert random_integer(counter, *key) == int(random_bits(np.array([counter]), *key)[0])
 
 
 def test_random_bits_are_spread_evenly_and_differ_by_key() -> None:

@@ -93,7 +93,7 @@ def test_it_measures_tells_and_leaves_nothing(
     assert files(tmp_path) == sorted([*before, tmp_path / "out", tmp_path / "out/doctor.json"])
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "out/doctor.json").read_text())
-    assert list(found["stage_us"]) == ["read", "decode", "transform", "collate"]
+    assert list(found["stage_us"]) == ["read", "transform", "collate"]
     assert all(us > 0 for us in found["stage_us"].values())
     assert min(found["handoff_us"], found["alone_rate"], found["workers_rate"]) > 0
     assert found["download_mbs"] is None

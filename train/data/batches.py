@@ -3,10 +3,10 @@
 Shapes: B samples, P sides of a view in pixels, F features of an image or of a position, R positions of a grid.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -17,9 +17,9 @@ from torch.utils.data import get_worker_info
 from captioner.errors import UserError
 from captioner.images import loading, silence_pillow, views
 from captioner.model.captions import PackedCaptions
-from captioner.samples import CaptionFields, is_caption_field, read_content
-from captioner.shards.format import RESTORE
-from captioner.shards.splitmix import random_integer
+from captioner.samples import CaptionedFields, CaptionTokens, is_caption_field, is_image_field, read_content
+from captioner.shards.format import INDEX, RESTORE
+from captioner.shards.splitmix import random_bits
 from captioner.streaming import SampleError, StreamingLoader, batch_buffer
 from captioner.streaming.dataset import Split
 from captioner.streaming.order import SAMPLE_CHANCE
@@ -41,8 +41,8 @@ class CaptionBatch:
 
     Features are pooled, float32 (B, F), or grids, float16 (B, R, F). All captions of the samples come with them. A rank
     without samples of a micro-batch gets a filler: one row of zeros and an empty caption, with `num_samples` 0, so that
-    it joins the step with zero loss. `positions` are those in the epoch, `references` the raw captions, and `num_cut`
-    counts the captions that were cut.
+    it joins the step with zero loss. `positions` are those in the epoch, `num_cut` counts the captions that were cut.
+    `image_ids` and the raw captions, `references`, are empty unless the loader reads them.
     """
 
     inputs: Tensor
@@ -86,11 +86,13 @@ def _not_random(function: Function) -> Function:
 
 
 class FilledRow(NamedTuple):
-    """A sample whose view, or features, is in the buffer: its micro-batch, position, key and captions."""
+    """A sample whose view, or features, is in the buffer: its micro-batch, position, key and captions as ids."""
 
     micro_batch: int
     position: int
     key: str
+    tokens: np.ndarray
+    lengths: list[int]
     content: dict[str, Any]
 
 
@@ -121,50 +123,68 @@ class CaptionPipeline:
     _last: int = field(init=False, default=-1)
     _buffer: Tensor | None = field(init=False, default=None)
     _rows: Any = field(init=False, default=None)  # the buffer as an array, whose rows cost less to take
+    _random_bits: list[int] = field(init=False, default_factory=list)  # of the samples of the global batch
+    _pixels: np.ndarray = field(init=False, default_factory=lambda: np.empty(0, dtype=np.uint8))  # of a stored image
     _filled: list[int] = field(init=False, default_factory=list)  # rows of each micro-batch
     _open_features: dict[tuple[bool, int], FeatureFile] = field(init=False, default_factory=dict)  # (mirrored, shard)
+    _captions: OrderedDict[int, CaptionTokens] = field(init=False, default_factory=OrderedDict)  # of a shard
 
     @cached_property
-    def stored_sizes(self) -> list[int | None]:
-        """For each shard the size to squash its images to when they are read; None where packing has done so."""
-        return [
-            manifest.settings["size"] if manifest.settings.get("resize") == "none" else None
-            for manifest in self.split.manifests
-            for _ in manifest.shards
-        ]
+    def recipes(self) -> list[dict[str, Any]]:
+        """How each shard was packed."""
+        return [manifest.settings for manifest in self.split.manifests for _ in manifest.shards]
 
     @property
     def micro_batch_rows(self) -> int:
         """Rows of a micro-batch, at most."""
         return self.batch_size // self.world_size // self.accumulation_steps
 
+    def stages(self, *, references: bool) -> dict[str, Any]:
+        """The StreamingLoader's options that make it read batches, with the captions themselves if `references`."""
+        return {
+            "fields": CaptionedFields(images=self.features is None, captions=references),
+            "decode": self.parse if references else None,
+            "transform": self.transform,
+            "collate": self.collate,
+        }
+
     # ---- a sample -----------------------------------------------------------------------------------------
 
     @staticmethod
     def parse(sample: dict[str, Any]) -> dict[str, Any]:
-        """The sample with its `__image__` and its captions' `__content__`. Raises SampleError."""
-        fields = {name: content for name, content in sample.items() if name[:2] != "__"}  # an image, unless not read
-        captions = next((fields.pop(name) for name in list(fields) if is_caption_field(name)), b"")
+        """The sample with its captions' `__content__`. Raises SampleError."""
+        captions = next((content for name, content in sample.items() if is_caption_field(name)), b"")
         try:
             sample["__content__"] = read_content(captions, key=sample["__key__"])
         except ValueError as error:
             message = f"sample {sample['__key__']} in {sample['__url__']} has no captions ({error}): {RESTORE}"
             raise SampleError("no captions", message) from error
-        sample["__image__"] = next(iter(fields.values()), b"")
         return sample
 
     @_not_random
     def transform(self, sample: dict[str, Any], _rng: object = None) -> FilledRow:
-        """Write a parsed sample's view, or features, into the batch's buffer. Raises SampleError and UserError."""
-        content, position = sample["__content__"], sample["__position__"]
+        """Write a sample's view, or features, into the batch's buffer. Raises SampleError and UserError."""
+        position, index = sample["__position__"], sample["__index_in_shard__"]
+        captions = self._captions_of(sample)
         micro_batch = self._micro_batch_of(sample["__epoch__"], position)
         row = self._rows[micro_batch * self.micro_batch_rows + self._filled[micro_batch]]
+        bits = self._random_bits[position % self.batch_size] if self._random_bits else None
+        mirrored = bits is not None and bool(bits >> 63) and not captions.mentions_sides(index)
         if self.features is None:
-            self._fill_view(row, sample, content["captions"])
+            self._fill_view(row, sample, random_bits=bits, mirrored=mirrored)
         else:
-            self._feature_file(sample, content["captions"]).read_into(row, sample["__index_in_shard__"])
+            self._feature_file(sample, mirrored=mirrored).read_into(row, index)
         self._filled[micro_batch] += 1
-        return FilledRow(micro_batch, position, sample["__key__"], content)
+        return FilledRow(micro_batch, position, sample["__key__"], *captions.of(index), sample.get("__content__", {}))
+
+    def _captions_of(self, sample: dict[str, Any]) -> CaptionTokens:
+        """The captions of the sample's shard."""
+        found = self._captions.get(sample["__shard__"])
+        if found is None:
+            if len(self._captions) == MAX_OPEN_FILES:
+                self._captions.popitem(last=False)
+            found = self._captions[sample["__shard__"]] = CaptionTokens(sample[INDEX], self.vocabulary)
+        return found
 
     def _micro_batch_of(self, epoch: int, position: int) -> int:
         """The micro-batch of a sample; the first sample of a batch takes a new buffer."""
@@ -174,6 +194,9 @@ class CaptionPipeline:
             self._buffer = batch_buffer((self.micro_batch_rows * self.accumulation_steps, *shape), dtype)
             self._rows, self._filled = self._buffer.numpy(), [0] * self.accumulation_steps
             self._batch = epoch, step
+            if self.seed is not None:
+                positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+                self._random_bits = random_bits(positions, self.seed, epoch, SAMPLE_CHANCE).tolist()
             if get_worker_info() is not None:
                 silence_pillow()
         self._last = position
@@ -186,49 +209,50 @@ class CaptionPipeline:
             return (self.crop, self.crop, 3), torch.uint8
         return self.features.row_shape, getattr(torch, self.features.dtype.name)
 
-    def _fill_view(self, view_PP3: np.ndarray, sample: dict[str, Any], captions: list[str]) -> None:
-        pixels_HW3 = self._decode(sample, out_HW3=view_PP3)
+    def _fill_view(
+        self, view_PP3: np.ndarray, sample: dict[str, Any], *, random_bits: int | None, mirrored: bool
+    ) -> None:
+        pixels_HW3 = self._decode(sample, view_PP3, mirrored=mirrored)
         height, width, _ = pixels_HW3.shape
         if min(height, width) < self.crop:
             raise UserError(f"the shards hold images of {width}x{height}: give a smaller --crop")
-        if self.seed is None:
-            cut_PP3, mirrored = views.eval_view(pixels_HW3, crop=self.crop), False
+        if random_bits is None:
+            cut_PP3 = views.eval_view(pixels_HW3, crop=self.crop)
         else:
-            random_bits = self._random_bits(sample)
             cut_PP3 = views.train_view(pixels_HW3, crop=self.crop, random_bits=random_bits)
-            mirrored = views.is_mirrored(captions, random_bits=random_bits)
-        if mirrored:  # NumPy would take many times as long
-            torch.from_numpy(view_PP3).copy_(torch.from_numpy(cut_PP3).flip(1))
+        if mirrored:
+            views.copy_reversed(cut_PP3, view_PP3)
         elif not np.may_share_memory(view_PP3, cut_PP3):
             view_PP3[:] = cut_PP3
 
-    def _feature_file(self, sample: dict[str, Any], captions: list[str]) -> FeatureFile:
-        """The open file of the sample's features, or of those of its mirror image."""
-        mirrored, shard, files = False, sample["__shard__"], self.features
-        if self.mirrored_features is not None and self.seed is not None:
-            mirrored = views.is_mirrored(captions, random_bits=self._random_bits(sample))
-            files = self.mirrored_features if mirrored else files
+    def _feature_file(self, sample: dict[str, Any], *, mirrored: bool) -> FeatureFile:
+        """The open file of the sample's features, or of those of its mirror image if there are any."""
+        mirrored, shard = mirrored and self.mirrored_features is not None, sample["__shard__"]
+        files = self.mirrored_features if mirrored else self.features
         if (mirrored, shard) not in self._open_features:
             if len(self._open_features) == MAX_OPEN_FILES:
                 self._open_features.pop(next(iter(self._open_features))).file.close()
             self._open_features[mirrored, shard] = cast(FeatureFiles, files).open(shard)
         return self._open_features[mirrored, shard]
 
-    def _random_bits(self, sample: dict[str, Any]) -> int:
-        """64 random bits for a sample's view in an epoch."""
-        return random_integer(sample["__position__"], cast(int, self.seed), sample["__epoch__"], SAMPLE_CHANCE)
+    def _decode(self, sample: dict[str, Any], view_PP3: np.ndarray, *, mirrored: bool) -> np.ndarray:
+        """An image's pixels (height, width, 3), uint8, in BGR if they are to be mirrored.
 
-    def _decode(self, sample: dict[str, Any], *, out_HW3: np.ndarray) -> np.ndarray:
-        """An image's pixels (height, width, 3), uint8; images that were stored in their own size are squashed here.
-
-        They are decoded into `out_HW3` if that has the size of the stored image.
+        They are decoded into the view itself if they need no further copy. Images that were stored in their own size
+        are squashed here.
         """
-        image = sample["__image__"]
-        squash_to = self.stored_sizes[sample["__shard__"]]
+        image = next((content for name, content in sample.items() if is_image_field(name)), b"")
+        recipe = self.recipes[sample["__shard__"]]
+        size = recipe["size"]
         try:
-            if squash_to is None:
-                return loading.decode_stored(image, out_HW3=out_HW3)
-            return np.array(loading.load_resized(image, size=squash_to, resize="squash")[0])
+            if recipe.get("resize") == "none":
+                pixels_HW3 = np.array(loading.load_resized(image, size=size, resize="squash")[0])
+                return np.ascontiguousarray(pixels_HW3[:, :, ::-1]) if mirrored else pixels_HW3
+            if size == self.crop and not mirrored:
+                return loading.decode_stored(image, buffer=view_PP3)
+            if self._pixels.size < 2 * 3 * size**2:  # enough for a side twice as long as the other
+                self._pixels = np.empty(2 * 3 * size**2, dtype=np.uint8)
+            return loading.decode_stored(image, channels="BGR" if mirrored else "RGB", buffer=self._pixels)
         except loading.ImageError as error:
             message = f"sample {sample['__key__']} in {sample['__url__']} is not an image ({error}): {RESTORE}"
             raise SampleError("undecodable", message) from error
@@ -252,16 +276,16 @@ class CaptionPipeline:
         else:
             shape, dtype = self._row_format()
             inputs = torch.zeros((1, *shape), dtype=dtype)
-        captions = [caption for row in rows for caption in row.content["tokens"]] or [[]]
-        num_captions = [len(row.content["tokens"]) for row in rows] or [1]
-        tokens, lengths = self.vocabulary.encode(chain.from_iterable(captions)), list(map(len, captions))
+        lengths = [length for row in rows for length in row.lengths] or [0]
+        num_captions = [len(row.lengths) for row in rows] or [1]
+        tokens_M = np.concatenate([np.empty(0, dtype=np.int64), *(row.tokens for row in rows)])
         return CaptionBatch(
             inputs=inputs,
-            captions=PackedCaptions.pack(tokens, lengths, num_captions, max_tokens=self.max_tokens),
+            captions=PackedCaptions.pack(tokens_M, lengths, num_captions, max_tokens=self.max_tokens),
             positions=[row.position for row in rows],
             keys=[row.key for row in rows],
-            image_ids=[row.content["image_id"] for row in rows],
-            references=[row.content["captions"] for row in rows],
+            image_ids=[row.content["image_id"] for row in rows if row.content],
+            references=[row.content["captions"] for row in rows if row.content],
             num_cut=sum(length > self.max_tokens for length in lengths),
         )
 
@@ -286,6 +310,7 @@ def caption_loader(
     world_size: int = 1,
     accumulation_steps: int = 1,
     training: bool = False,
+    references: bool = True,
     seed: int = 0,
     features: FeatureFiles | None = None,
     mirrored_features: FeatureFiles | None = None,
@@ -293,7 +318,8 @@ def caption_loader(
 ) -> StreamingLoader:
     """The loader of a split's samples; each of its batches is a list of `accumulation_steps` micro-batches.
 
-    For training samples are shuffled, and their views cropped at random; else they come in the split's order. `options`
+    For training samples are shuffled, and their views cropped at random; else they come in the split's order. Without
+    `references` batches have ids of tokens only, from the shards' indexes: no raw captions and no image ids. `options`
     are those of StreamingLoader. See `CaptionPipeline`.
     """
     pipeline = CaptionPipeline(
@@ -314,10 +340,7 @@ def caption_loader(
         batch_size=batch_size,
         seed=seed,
         shuffle=training,
-        fields=None if features is None else CaptionFields(),
-        decode=pipeline.parse,
-        transform=pipeline.transform,
-        collate=pipeline.collate,
+        **pipeline.stages(references=references),
         rank=rank,
         world_size=world_size,
         **options,

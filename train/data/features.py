@@ -13,7 +13,6 @@ one image, (F) or (R, F).
 import json
 import math
 import os
-import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from filelock import lock_descriptor
 from safetensors import SafetensorError, safe_open
+from zlib_ng.zlib_ng import crc32
 
 from captioner.errors import UserError
 from captioner.files import storage
@@ -109,7 +109,7 @@ class FeatureFiles:
             file.write(self._header(number))
             for index, features in enumerate(rows):
                 row = unusable if features is None else self._stored(features, where=f"sample {index} of {entry.name}")
-                usable_S[index], crc32s_S[index] = features is not None, zlib.crc32(row.data)
+                usable_S[index], crc32s_S[index] = features is not None, crc32(row.data)
                 file.write(row.data)
             file.write(crc32s_S.tobytes() + usable_S.tobytes())
 
@@ -188,7 +188,7 @@ class FeatureFile:
             num_bytes = os.preadv(self.file.fileno(), [row.data], self.start + index * row.nbytes)
         except OSError as error:
             raise UserError(f"cannot read {self.path} ({error.strerror}): fix this and run again") from error
-        if num_bytes != row.nbytes or zlib.crc32(row.data) != self.crc32s[index]:
+        if num_bytes != row.nbytes or crc32(row.data) != self.crc32s[index]:
             message = (
                 f"{self.path} is damaged at sample {index} (checksum differs): delete it to encode its images again"
             )

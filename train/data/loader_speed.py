@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -70,7 +70,7 @@ class LoaderSpeed:
 
 
 def caption_functions(split: Split, *, crop: int, max_tokens: int, batch_size: int) -> dict[str, Any]:
-    """The loader's functions of training."""
+    """The loader's functions and fields of training."""
     pipeline = CaptionPipeline(
         split=split,
         vocabulary=read_merged_vocabulary(split.folders),
@@ -79,7 +79,7 @@ def caption_functions(split: Split, *, crop: int, max_tokens: int, batch_size: i
         batch_size=batch_size,
         seed=0,
     )
-    return {"decode": pipeline.parse, "transform": pipeline.transform, "collate": pipeline.collate}
+    return pipeline.stages(references=False)
 
 
 def user_functions(transform: str, collate: str | None) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class TimedStage:
 
 def measure_loader(
     split: Split,
-    functions: Mapping[str, Any],
+    options: dict[str, Any],
     *,
     batch_size: int,
     workers: int,
@@ -121,9 +121,9 @@ def measure_loader(
     cache: str,
     bar: cli.Bar,
 ) -> LoaderSpeed:
-    """Measure a loader with these functions, stage by stage in this process for half of `seconds`, then with workers.
+    """Measure a loader with these functions and fields, stage by stage in this process, then with workers.
 
-    Shards behind URLs are in `cache`, a folder.
+    That takes half of `seconds`, then `seconds`. Shards behind URLs are in `cache`, a folder.
     """
     open_loader = partial(
         StreamingLoader,
@@ -137,13 +137,13 @@ def measure_loader(
     )
 
     bar.advance(note="stage by stage")
-    stages: dict[str, Any] = {name: TimedStage(function) for name, function in functions.items()}
-    alone_seconds, _, num_samples = run_loader(open_loader(**stages), skip=0, seconds=seconds / 2)
+    stages: dict[str, Any] = {name: TimedStage(function) for name, function in options.items() if callable(function)}
+    alone_seconds, _, num_samples = run_loader(open_loader(**options | stages), skip=0, seconds=seconds / 2)
     spent = {name: stage.seconds for name, stage in stages.items()}
     spent = {"read": alone_seconds - sum(spent.values()), **spent}
 
     bar.advance(note="with workers")
-    loader = open_loader(num_workers=workers, **functions)
+    loader = open_loader(num_workers=workers, **options)
     workers_seconds, own_seconds, num_received = run_loader(loader, skip=4 * workers, seconds=seconds)
     return LoaderSpeed(
         stage_us={name: 1e6 * spent[name] / num_samples for name in spent},

@@ -114,6 +114,7 @@ class Trainer:
         self._loader = open_loader(
             train,
             training=True,
+            references=settings.self_critical_epochs > 0,
             seed=settings.seed,
             shuffle_shards=settings.shuffle_shards,
             features=features.get("train"),

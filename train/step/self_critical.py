@@ -23,7 +23,7 @@ from torch import Tensor
 from captioner.metrics import CiderReward, Ngram, document_frequency
 from captioner.model.captions import PackedCaptions
 from captioner.model.decoding import sample
-from captioner.samples import CaptionFields
+from captioner.samples import CaptionedFields
 from captioner.shards.splitmix import random_bits
 from captioner.streaming import StreamingLoader
 from captioner.streaming.dataset import Split
@@ -48,7 +48,7 @@ def make_reward(split: Split, accelerator: Accelerator, **options: Any) -> Cider
             split=split.name,
             batch_size=COUNTED_AT_ONCE * accelerator.num_processes,
             shuffle=False,
-            fields=CaptionFields(),
+            fields=CaptionedFields(images=False, captions=True),
             decode=CaptionPipeline.parse,
             transform=_references,
             collate=list,

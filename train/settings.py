@@ -102,7 +102,7 @@ class TrainSettings:
     self_critical_epochs: CountOrZero = 0
     """Further epochs, after `epochs`, in which captions that the model draws are made likelier the better they score:
     CIDEr-D against the training captions."""
-    self_critical_learning_rate: Positive = 2e-5
+    self_critical_learning_rate: Positive = 5e-6
     """Adam's learning rate at the beginning of these epochs, from which it falls to zero; the encoder's is lowered as
     much."""
     scheduled_sampling: FractionBelow1 = 0.0

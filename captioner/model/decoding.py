@@ -174,11 +174,11 @@ def greedy(
 
 
 @torch.no_grad()
-def sample(model: CaptionModel, images: Tensor, uniform_BST: Tensor) -> list[list[int]]:
+def sample(model: CaptionModel, images: Tensor, uniform_BST: Tensor, *, temperature: float = 1) -> list[list[int]]:
     """Captions drawn from the model, S of each image, one after the other, at most T tokens long.
 
     Each is the token ids, with `<end>` unless the caption was cut. The numbers in [0, 1) choose the tokens: equal ones
-    give equal captions, in any batch.
+    give equal captions, in any batch. Logits are divided by `temperature`: below 1, likely tokens become likelier.
     """
     num_images, num_samples, max_tokens = uniform_BST.shape
     cells_N = torch.arange(num_images * num_samples, device=images.device)
@@ -188,7 +188,7 @@ def sample(model: CaptionModel, images: Tensor, uniform_BST: Tensor) -> list[lis
     for step in range(max_tokens):
         logits_NV, state, _ = model.advance(tokens_N, state)
         logits_NV[:, [*FORBIDDEN, END] if step == 0 else FORBIDDEN] = -torch.inf
-        cumulated_NV = logits_NV.softmax(dim=1, dtype=torch.float32).cumsum(dim=1)
+        cumulated_NV = logits_NV.div_(temperature).softmax(dim=1, dtype=torch.float32).cumsum(dim=1)
         chosen_N1 = uniform_NT[rows_N, step, None] * cumulated_NV[:, -1:]
         tokens_N = torch.searchsorted(cumulated_NV, chosen_N1, right=True)[:, 0].clamp(max=logits_NV.shape[1] - 1)
         steps.append((rows_N, tokens_N))

@@ -76,7 +76,7 @@ def test_streaming_quickly_measured_gives_rows_and_bars(tmp_path: Path) -> None:
     assert {row["sources"] for row in seeks} == {1, 4}
     assert {row["num_samples"] for row in seeks} == {10**8}
     bars = {bar["name"]: bar["value"] for bar in content["bars"]}
-    assert len(bars) == len(content["bars"]) == 9
+    assert len(bars) == len(content["bars"]) == 12
     for bar in content["bars"]:
         assert set(bar) == {"name", "value", "bar", "holds"}
         assert (bar["value"] is None) == (bar["holds"] is None)

@@ -151,20 +151,21 @@ class CaptionTokens:
 
     def __init__(self, optional: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> None:
         words = list(json.loads(optional["words"].tobytes()))
-        self._ids = np.array(vocabulary.encode(words), dtype=np.int64)
-        self._tokens = optional["tokens"]
+        tokens = optional["tokens"]
+        self._ids = np.array(vocabulary.encode(words), dtype=np.int32)[tokens]
         self._lengths = optional["caption_lengths"].tolist()
         self._first_caption = optional["first_caption"].tolist()
         first_token = np.concatenate(([0], np.cumsum(optional["caption_lengths"], dtype=np.int64)))
         self._first_token = first_token[optional["first_caption"]].tolist()
         is_side = np.array([mentions_side(word) for word in words], dtype=bool)
-        num_sides = np.concatenate(([0], np.cumsum(is_side[self._tokens])))[self._first_token]
+        num_sides = np.concatenate(([0], np.cumsum(is_side[tokens])))[self._first_token]
         self._mentions_sides = (np.diff(num_sides) > 0).tolist()
 
     def of(self, sample: int) -> tuple[np.ndarray, list[int]]:
         """The ids of all captions of the shard's sample, and the length of each caption."""
-        tokens = self._tokens[self._first_token[sample] : self._first_token[sample + 1]]
-        return self._ids[tokens], self._lengths[self._first_caption[sample] : self._first_caption[sample + 1]]
+        tokens = slice(self._first_token[sample], self._first_token[sample + 1])
+        captions = slice(self._first_caption[sample], self._first_caption[sample + 1])
+        return self._ids[tokens], self._lengths[captions]
 
     def mentions_sides(self, sample: int) -> bool:
         """Whether a caption would become wrong if its image were mirrored."""

@@ -60,12 +60,13 @@ def train_view(pixels_HW3: np.ndarray, *, crop: int, random_bits: int) -> np.nda
 def copy_reversed(source_PP3: np.ndarray, out_PP3: np.ndarray) -> None:
     """Write the bytes of each row in reverse order: the mirror image in RGB of a view in BGR.
 
-    Mirroring RGB pixels takes longer, because they have three bytes.
+    NumPy reverses words of 8 bytes, and the bytes in each, as fast as it copies; pixels of 3 bytes take far longer.
     """
-    import torch
-
-    source, out = (torch.from_numpy(view).view(len(view), -1) for view in (source_PP3, out_PP3))
-    out.copy_(source.flip(1))
+    size = 8 if out_PP3[0].nbytes % 8 == 0 else 1
+    words, reversed_words = (
+        view.reshape(len(view), -1).view(f"{order}u{size}") for view, order in ((source_PP3, ">"), (out_PP3, "<"))
+    )
+    reversed_words[:, ::-1] = words
 
 
 def read_eval_view(source: bytes | Image.Image, spec: ViewSpec) -> tuple[np.ndarray, tuple[int, int]]:

@@ -297,6 +297,15 @@ def test_the_index_holds_the_ids_of_all_captions(samples: list[list[list[str]]])
         assert tokens.tolist() == [token for caption in captions for token in vocabulary.encode(caption)]
 
 
+@pytest.mark.parametrize("crop", [30, 32])
+def test_reversed_rows_of_bgr_are_the_mirror_image_in_rgb(crop: int) -> None:
+    pixels_HW3 = np.random.default_rng(crop).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    found = np.zeros((2, crop, crop, 3), dtype=np.uint8)
+    views.copy_reversed(pixels_HW3[3 : 3 + crop, 7 : 7 + crop], found[1])
+    assert (found[1] == pixels_HW3[3 : 3 + crop, 7 : 7 + crop, ::-1][:, ::-1]).all()
+    assert not found[0].any()
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_crops_do_not_depend_on_workers_or_ranks(shared_dataset: Dataset, workers: int) -> None:
     wanted = rows_by_key(shared_dataset.read())

@@ -241,7 +241,7 @@ class CaptionPipeline:
         They are decoded into the view itself if they need no further copy. Images that were stored in their own size
         are squashed here.
         """
-        image = next((content for name, content in sample.items() if is_image_field(name)), b"")
+        image = next((sample[name] for name in reversed(sample) if is_image_field(name)), b"")
         recipe = self.recipes[sample["__shard__"]]
         size = recipe["size"]
         try:

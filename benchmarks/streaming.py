@@ -66,7 +66,7 @@ from measuring.figures import (
     take_turns,
     times_as_fast,
 )
-from measuring.photos import QUALITY, SIZE, draw_photos, find_photos, write_captions
+from measuring.photos import SIZE, draw_photos, find_photos, write_captions
 
 PACKAGES = ("torch", "torchvision", "webdataset", "simplejpeg", "pillow", "pillow-simd", "nltk", "numpy")
 PICTURE_BATCH, TEXT_BATCH = 128, 256
@@ -92,6 +92,8 @@ class StreamingSettings:
     """Turns of each contender: 5, with --quick 1."""
     batches: Count | None = None
     """Timed batches of images in a turn: 24, with --quick 4."""
+    old_bytes: bool = False
+    """Store everybody's images as commit 1b46dbb did, at quality 95 with 4:4:4, instead of as packing does now."""
     peers: File | None = None
     """The Python that has litdata and mosaicml-streaming: .venv-peers/bin/python, as make bench-peers makes it."""
     quick: bool = False
@@ -138,7 +140,7 @@ def main(settings: StreamingSettings) -> None:
     rows = make_rows(costs)
     print_rows(f"medians of {rounds} rounds; ratios: ours as many times as fast", rows)
     print_rows("to the first batch after a seek", seeks)
-    bars = [bar for part in settings.parts for bar in BARS[part](costs, seeks)]
+    bars = [] if settings.old_bytes else [bar for part in settings.parts for bar in BARS[part](costs, seeks)]
     finish(bars, json=settings.json, run=run, rows=[*rows, *seeks])
 
 
@@ -156,7 +158,7 @@ def write_samples(
         turns.append(Turns(part="pictures", folder=scratch, batch=PICTURE_BATCH, warm_up=warm_up, batches=batches))
         num_samples = PICTURE_BATCH * (warm_up + batches + left_over)
         originals = originals or draw_photos(scratch / "drawn", count=24)
-        pack_pictures(originals, scratch, num_samples=num_samples, earlier=earlier)
+        pack_pictures(originals, scratch, num_samples=num_samples, earlier=earlier, old_bytes=settings.old_bytes)
         words["pictures"] = describe_pictures(settings.images, originals, scratch, num_samples)
     if "text" in settings.parts or "seek" in settings.parts:
         text.write_shards(scratch)
@@ -169,10 +171,12 @@ def write_samples(
     return turns, words
 
 
-def pack_pictures(originals: Sequence[Path], scratch: Path, *, num_samples: int, earlier: Path | None) -> None:
-    """Pack `num_samples` images with each version of the code, in its default quality."""
+def pack_pictures(
+    originals: Sequence[Path], scratch: Path, *, num_samples: int, earlier: Path | None, old_bytes: bool
+) -> None:
+    """Pack `num_samples` images with each version of the code, in its default quality unless `old_bytes`."""
     for code, shards, quality, sample_bytes in (
-        (REPOSITORY, pictures.SHARDS, {}, SAMPLE_BYTES),
+        (REPOSITORY, pictures.SHARDS, pictures.EARLIER_QUALITY if old_bytes else {}, SAMPLE_BYTES),
         (earlier, pictures.EARLIER_SHARDS, pictures.EARLIER_QUALITY, pictures.EARLIER_SAMPLE_BYTES),
     ):
         if code:
@@ -190,7 +194,7 @@ def describe_pictures(folder: Path | None, originals: Sequence[Path], scratch: P
     shards = list((scratch / pictures.SHARDS).glob("*.tar"))
     kilobytes = sum(shard.stat().st_size for shard in shards) / num_samples / 1000
     return (
-        f"{len(originals)} pictures {source}, stored as JPEG {SIZE} x {SIZE} of quality {QUALITY}, repeated to "
+        f"{len(originals)} pictures {source}, stored as JPEG {SIZE} x {SIZE}, repeated to "
         f"{num_samples:,}; {kilobytes:.0f} kB each with five captions; {len(shards)} shards"
     )
 

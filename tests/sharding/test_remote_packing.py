@@ -29,7 +29,14 @@ NAMES = [
     *("plain.jpg", "a b.jpg", 'it\'s "q".jpg', "50%.jpg", "%20.jpg", "a#b?c=d&e;f.jpg", "кот é 猫.jpg"),
     *("sub folder/x+y~[z]{*}.jpg", "cut short.jpg"),
 ]
-PLAIN: dict[str, Any] = {"split": "train", "size": 680, "shard_megabytes": 1, "threshold": 1, "workers": 1}
+PLAIN: dict[str, Any] = {
+    "split": "train",
+    "size": 680,
+    "quality": 100,
+    "shard_megabytes": 1,
+    "threshold": 1,
+    "workers": 1,
+}
 
 
 @pytest.fixture(scope="module")

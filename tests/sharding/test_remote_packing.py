@@ -140,7 +140,7 @@ def test_a_pack_from_s3_to_s3_is_the_one_on_disk(bucket: Bucket, s3: str, expect
         assert {path.partition("?")[0].rpartition("/")[2] for path in written} == {
             *("train.packing", "vocabulary.json", "train.failures.jsonl", "train.manifest.json")
         }
-        with pytest.raises(UserError, match="quality was 95, is 80"):
+        with pytest.raises(UserError, match="quality was 100, is 80"):
             pack(source, output, quality=80)
     assert bucket.read_all("shards") == packed
 

@@ -131,7 +131,8 @@ def build_index(
     """The index of captioned images in order: keys, members (image and captions) and the tokens of the captions.
 
     The lengths of sample s's captions, in tokens, are `caption_lengths[first_caption[s]:first_caption[s + 1]]`. `words`
-    is JSON that counts the shard's different tokens; `tokens` holds all captions' tokens, as numbers of these.
+    is JSON that counts the shard's different tokens, in sorted order; `tokens` holds the captions' tokens one after the
+    other, each as its index in `words`.
     """
     captions = [caption[:MAX_LENGTH] for captions in tokens for caption in captions]
     words = dict(sorted(count_words(caption for captions in tokens for caption in captions).items()))
@@ -156,7 +157,7 @@ class CaptionTokens:
         self._first_caption = optional["first_caption"].data  # single numbers are read faster from memory views
         first_token = np.concatenate(([0], np.cumsum(self._lengths, dtype=np.int64)))[optional["first_caption"]]
         self._first_token = first_token.data
-        is_side = np.array([mentions_side(word) for word in words], dtype=bool)
+        is_side = np.array([SIDE_WORDS.search(word) is not None for word in words], dtype=bool)
         num_sides = np.concatenate(([0], np.cumsum(is_side[self._tokens])))[first_token]
         self._mentions_sides = (np.diff(num_sides) > 0).data
 
@@ -169,11 +170,6 @@ class CaptionTokens:
     def mentions_sides(self, sample: int) -> bool:
         """Whether a caption would become wrong if its image were mirrored."""
         return bool(self._mentions_sides[sample])
-
-
-def mentions_side(word: str) -> bool:
-    """Whether a token says left or right."""
-    return SIDE_WORDS.search(word) is not None
 
 
 def image_spans(index: ShardIndex) -> tuple[np.ndarray, np.ndarray]:

@@ -148,7 +148,12 @@ def decode_stored(
     pixels_HW3 = _decode_jpeg(data) if is_jpeg else None
     if pixels_HW3 is None:
         pixels_HW3 = np.array(decode_rgb(bytes(data)).image)
-    return pixels_HW3 if channels == "RGB" else np.ascontiguousarray(pixels_HW3[:, :, ::-1])
+    return pixels_HW3 if channels == "RGB" else swap_channels(pixels_HW3)
+
+
+def swap_channels(pixels_HW3: np.ndarray) -> np.ndarray:
+    """A contiguous copy of RGB pixels in BGR."""
+    return np.ascontiguousarray(pixels_HW3[:, :, ::-1])
 
 
 def _decode_jpeg(data: bytes | bytearray, *, reduced_to: tuple[int, int] = (0, 0)) -> np.ndarray | None:

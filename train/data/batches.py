@@ -3,7 +3,6 @@
 Shapes: B samples, P sides of a view in pixels, F features of an image or of a position, R positions of a grid.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -127,7 +126,7 @@ class CaptionPipeline:
     _pixels: np.ndarray = field(init=False, default_factory=lambda: np.empty(0, dtype=np.uint8))  # of a stored image
     _filled: list[int] = field(init=False, default_factory=list)  # rows of each micro-batch
     _open_features: dict[tuple[bool, int], FeatureFile] = field(init=False, default_factory=dict)  # (mirrored, shard)
-    _captions: OrderedDict[int, CaptionTokens] = field(init=False, default_factory=OrderedDict)  # of a shard
+    _captions: dict[int, CaptionTokens] = field(init=False, default_factory=dict)  # of a shard
 
     @cached_property
     def recipes(self) -> list[dict[str, Any]]:
@@ -179,12 +178,12 @@ class CaptionPipeline:
 
     def _captions_of(self, sample: dict[str, Any]) -> CaptionTokens:
         """The captions of the sample's shard."""
-        found = self._captions.get(sample["__shard__"])
-        if found is None:
+        shard = sample["__shard__"]
+        if shard not in self._captions:
             if len(self._captions) == MAX_OPEN_FILES:
-                self._captions.popitem(last=False)
-            found = self._captions[sample["__shard__"]] = CaptionTokens(sample[INDEX], self.vocabulary)
-        return found
+                self._captions.pop(next(iter(self._captions)))
+            self._captions[shard] = CaptionTokens(sample[INDEX], self.vocabulary)
+        return self._captions[shard]
 
     def _micro_batch_of(self, epoch: int, position: int) -> int:
         """The micro-batch of a sample; the first sample of a batch takes a new buffer."""
@@ -247,7 +246,7 @@ class CaptionPipeline:
         try:
             if recipe.get("resize") == "none":
                 pixels_HW3 = np.array(loading.load_resized(image, size=size, resize="squash")[0])
-                return np.ascontiguousarray(pixels_HW3[:, :, ::-1]) if mirrored else pixels_HW3
+                return loading.swap_channels(pixels_HW3) if mirrored else pixels_HW3
             if size == self.crop and not mirrored:
                 return loading.decode_stored(image, buffer=view_PP3)
             if self._pixels.size < 2 * 3 * size**2:  # enough for a side twice as long as the other

@@ -12,9 +12,9 @@ steady iteration is timed.
 pictures  training data: JPEGs of 256 x 256 pixels with five captions each, shuffled, cropped at random, in batches of
           128. Each contender reads its own format if it has one. Code and format of commit 1b46dbb come from this
           repository's history, and its images have the quality that it packed, 95 with 4:4:4; without the history
-          that contender is left out. All but the book's loader decode natively and
-          yield uint8 images with all their captions; the book's yields floats and one caption a sample. One byte of
-          each page of a batch is read, so that its memory is really written.
+          that contender is left out. Peers decode with torchvision, as their users do; litdata also has a turn with
+          our decoder. All but the book's loader yield uint8 images with all their captions; the book's yields floats
+          and one caption a sample. One byte of each page of a batch is read, so that its memory is really written.
 text      samples of 200 bytes, shuffled, raw bytes in lists of 256, one process: little but the loader's own work.
 seek      from reading the manifest to the first batch, inside an epoch of 10^8 samples: 10,000 links to one shard.
 
@@ -75,7 +75,7 @@ PICTURE_SHARDS = 16  # divides evenly among webdataset's workers
 LEFT_OVER = 24  # batches of an epoch that stay unread, so that shuffle buffers and queues are full to the end
 SEEK_SHARDS = 10_000
 SEEKS = (0.123, 0.5, 0.987)  # fractions of an epoch
-PEERS = ("litdata", "mosaicml-streaming")
+PEERS = ("litdata", pictures.WITH_OUR_DECODER, "mosaicml-streaming")
 Part = Literal["pictures", "text", "seek"]
 PARTS: tuple[Part, ...] = ("pictures", "text", "seek")
 

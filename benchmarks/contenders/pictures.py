@@ -69,7 +69,8 @@ class View:
         from torchvision.io import ImageReadMode, decode_jpeg
 
         content = torch.frombuffer(bytearray(picture), dtype=torch.uint8)
-        return decode_jpeg(content, mode=ImageReadMode.RGB).permute(1, 2, 0)
+        pixels_3HW: Any = decode_jpeg(content, mode=ImageReadMode.RGB)
+        return pixels_3HW.permute(1, 2, 0)
 
 
 class OurDecoderView(View):

@@ -29,12 +29,10 @@ import os
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +43,7 @@ from contenders import pictures, text
 from measuring.commands import (
     REPOSITORY,
     SAMPLE_BYTES,
+    check_out,
     code_environment,
     find_peers,
     pack_samples,
@@ -120,7 +119,7 @@ def main(settings: StreamingSettings) -> None:
     rounds = settings.rounds or (1 if settings.quick else 5)
     with tempfile.TemporaryDirectory(prefix="streaming-") as temporary, ExitStack() as stack:
         scratch = Path(temporary)
-        earlier = check_out_earlier(scratch / "earlier") if "pictures" in settings.parts else None
+        earlier = check_out(pictures.EARLIER, scratch / "earlier") if "pictures" in settings.parts else None
         servers = start_servers(scratch, settings.parts, peers=peers, earlier=earlier)
         for server in servers:
             stack.callback(server.close)
@@ -197,21 +196,6 @@ def describe_pictures(folder: Path | None, originals: Sequence[Path], scratch: P
         f"{len(originals)} pictures {source}, stored as JPEG {SIZE} x {SIZE}, repeated to "
         f"{num_samples:,}; {kilobytes:.0f} kB each with five captions; {len(shards)} shards"
     )
-
-
-def check_out_earlier(folder: Path) -> Path | None:
-    """The code of the earlier commit from this repository's history; prints why and returns None if it is missing."""
-    try:
-        archive = subprocess.run(
-            ["git", "-C", REPOSITORY, "archive", pictures.EARLIER], capture_output=True, check=True
-        ).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", b"").decode(errors="replace").strip() or str(error)
-        cli.console.print(f"commit {pictures.EARLIER} is not in this repository's history and is left out ({reason})")
-        return None
-    with tarfile.open(fileobj=BytesIO(archive)) as tar:
-        tar.extractall(folder, filter="data")
-    return folder
 
 
 # ---- servers of contenders -------------------------------------------------------------------------------

@@ -18,11 +18,11 @@ import regex
 
 from captioner.errors import UserError
 from captioner.files import storage
-from infer.listing import locate
+from infer.listing import ImageFile, locate
 from infer.photo_metadata import PhotoMetadata, read_metadata
 from infer.results import Row
 
-MISSING = "\0"  # stands for an empty field between literals; no command line can hold one
+MISSING = "\0"  # stands for an empty field between literals, which hold none
 _SEPARATORS = r"[\s,;:/|·•–—-]*"
 _GAP = rf"{_SEPARATORS}{MISSING}[\s,;:/|·•–—{MISSING}-]*"
 _EMPTY_BRACKETS = re.compile(rf"\({_GAP}\)|\[{_GAP}\]")
@@ -72,10 +72,11 @@ class _Image:
     @cached_property
     def _file(self) -> PurePosixPath:
         """The absolute path; of a URL host and path, not percent-encoded."""
+        location = ImageFile(self._root, self._path).location
         if storage.is_remote(self._root):
-            address = storage.join(self._root, self._path).partition("://")[2]
+            address = location.partition("://")[2]
             return PurePosixPath(unquote(address) if self._root.startswith(storage.WEB) else address)
-        return PurePosixPath(os.path.abspath(storage.join(self._root, self._path)))  # noqa: PTH100 - keeps links
+        return PurePosixPath(os.path.abspath(location))  # noqa: PTH100 - keeps links
 
 
 class Template:
@@ -88,7 +89,7 @@ class Template:
 
     def __init__(self, template: str, *, prefix: str = "", suffix: str = "", max_length: int | None = None) -> None:
         for flag, value in (("--template", template), ("--prefix", prefix), ("--suffix", suffix)):
-            if _SURROGATE.search(value):
+            if _SURROGATE.search(value) or "\0" in value:
                 raise UserError(f"{flag} {value!r} is not valid UTF-8: write it in UTF-8")
         self._parts = _parse(template)
         self._prefix, self._suffix = prefix, suffix

@@ -141,8 +141,8 @@ def answer_lines(row: Row, *, text: Callable[[Row], str] | None = None) -> Itera
         yield "  no alt text: the confidence is below --abstain-below"
     elif row["alt"].strip(".").lower() != row["caption"].strip(".").lower():
         yield f"  alt: {row['alt']}"
-    if text is not None:
-        yield f"  text: {text(row)}"
+    if text is not None and (content := text(row)):
+        yield f"  text: {content}"
     if row["confidence"] is not None:
         yield f"  confidence: {row['confidence']:.2f}"
     if row["review"]:

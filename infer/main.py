@@ -1,6 +1,8 @@
 """Caption every image in folders, one JSONL row for every file.
 
+    python infer/main.py --model runs/coco/model --images dog.jpg                            # the answer is printed
     python infer/main.py --model runs/coco/model --images photos --output captions.jsonl --gallery gallery
+    python infer/main.py --model runs/coco/model --images photos --output - | jq .alt        # rows in a pipe
     accelerate launch --config_file accelerate_config.yaml infer/main.py --images photos     # on all GPUs
 
 A file that is no usable image gets a row with the error. A stopped job resumes when it is started again with the same
@@ -94,7 +96,7 @@ def report(summary: Summary, listing: Listing, *, rate: float, outputs: Outputs)
     elif outputs.printed is not None:
         cli.print_table("standard output", header, [row])
     else:
-        cli.console.print("no file was written: --output captions.jsonl keeps such rows")
+        cli.console.print("the rows are not kept: --output captions.jsonl keeps them")
     for line in listing.lines_of_left_out():
         cli.console.print(line, markup=False)
 

@@ -16,10 +16,11 @@ from PIL import ExifTags, Image, IptcImagePlugin
 from PIL.ImageFile import ImageFile as PillowFile
 
 from captioner.files import storage
-from captioner.images.loading import NEVER_DECODED
+from captioner.images.loading import HEIC_START, NEVER_DECODED
 from infer.listing import ImageFile
 
 HEADER_BYTES = 1 << 18  # of a file on a server
+PATIENCE_SECONDS = 10.0
 CITY, COUNTRY = (2, 90), (2, 101)  # datasets of IPTC
 _DATE_AND_TIME = re.compile(r"\d{4}:\d\d:\d\d \d\d:\d\d")
 
@@ -52,7 +53,7 @@ def read_metadata(file: ImageFile) -> PhotoMetadata:
 def _open(file: ImageFile) -> BinaryIO:
     """The file, or of a remote one its first bytes. Raises OSError."""
     if storage.is_remote(file.root):
-        return io.BytesIO(storage.read_bytes(file.location, end=HEADER_BYTES))
+        return io.BytesIO(storage.read_bytes(file.location, end=HEADER_BYTES, patience_seconds=PATIENCE_SECONDS))
     if not stat.S_ISREG(os.stat(file.location).st_mode):  # noqa: PTH116 - a Path changes names
         raise OSError("no regular file")
     return open(file.location, "rb")  # noqa: PTH123
@@ -60,9 +61,9 @@ def _open(file: ImageFile) -> BinaryIO:
 
 def _open_image(stream: BinaryIO) -> PillowFile:
     """The image, of which only the header is read. Raises almost any exception."""
-    start = stream.read(12)
+    start = stream.read(64)
     stream.seek(0)
-    if start[4:8] == b"ftyp" and start[8:12] not in (b"avif", b"avis"):
+    if HEIC_START.match(start):
         import pillow_heif
 
         return pillow_heif.HeifImageFile(stream)

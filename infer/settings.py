@@ -38,7 +38,7 @@ class CaptionSettings:
     """Model folder that train/main.py wrote, or its URL."""
     output: File = DEFAULT_OUTPUT
     """JSONL file for one row per file; files that have a row already are not captioned again. - is the standard output.
-    Without it up to ten files that --images names one by one are answered on the terminal only."""
+    Without it the captions of up to ten files that --images names one by one are printed only."""
     retry_errors: bool = False
     """Retry files whose row is an error."""
     gallery: File | None = None

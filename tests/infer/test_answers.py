@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     (tmp_path / "photos").mkdir()
-    for number, name in enumerate(("a.png", "dog.jpg", "same.png")):
+    for number, name in enumerate(("a.jpg", "dog.jpg", "same.jpg")):
         picture(number % 2).save(tmp_path / "photos" / name)
     return tmp_path / "photos"
 
@@ -65,15 +65,15 @@ def test_one_image_is_answered_and_leaves_no_file(model: Path, photos: Path, tmp
         name, said, *rest = done.stdout.splitlines()
         assert name == "dog.jpg"
         assert said.startswith("  ")
-        assert rest[-1].startswith("no file was written: --output")
+        assert rest[-1].startswith("the rows are not kept: --output")
         assert (f"  text: photo: {said.strip()}" in rest) == ("--prefix" in more)
     (photos / "bad.jpg").write_text("no image")
-    done = caption("--model", model, "--images", "photos/bad.jpg", "photos/a.png", folder=tmp_path)
+    done = caption("--model", model, "--images", "photos/bad.jpg", "photos/a.jpg", folder=tmp_path)
     assert done.returncode == 3
     assert done.stdout.splitlines()[:3] == [
         "bad.jpg",
         next(line for line in done.stdout.splitlines() if line.startswith("  no caption: undecodable: ")),
-        "a.png",
+        "a.jpg",
     ]
     assert files_of(tmp_path) == sorted([*before, "photos/bad.jpg"])
 
@@ -88,7 +88,7 @@ def test_a_folder_keeps_its_rows_and_an_answer_is_of_the_named_file(model: Path,
     done = caption("--model", model, "--images", photos / "dog.jpg", "--output", "captions.jsonl", folder=tmp_path)
     name, said = done.stdout.splitlines()[:2]
     assert (name, said.strip()) == ("dog.jpg", rows[1]["caption"])
-    assert "same.png" not in done.stdout
+    assert "same.jpg" not in done.stdout
     assert "captions.jsonl" in done.stdout
 
 
@@ -204,7 +204,7 @@ def test_rows_on_the_standard_output_are_those_of_a_file(model: Path, photos: Pa
 @pytest.mark.slow
 def test_a_reader_that_ends_early_ends_the_job_quietly(model: Path, photos: Path, tmp_path: Path) -> None:
     for number in range(300):
-        shutil.copy(photos / "a.png", photos / f"{number}.png")
+        shutil.copy(photos / "a.jpg", photos / f"{number}.jpg")
     command = [sys.executable, REPOSITORY / "infer/main.py", "--model", model, "--images", photos, "--output", "-"]
     process = warm.Popen(
         [*map(str, command), "--workers", "1", "--batch-size", "1"],

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 
 from captioner.cli import console
-from captioner.errors import UserError
+from captioner.errors import EXIT_PREEMPTED, UserError
 from captioner.images.loading import ImageError, decode_rgb
 from infer.listing import ImageFile, locate
 from infer.peers import find_peers
@@ -74,6 +75,12 @@ def _take_standard_output() -> FileIO:
     taken = FileIO(os.dup(1), "w")
     os.dup2(2, 1)
     return taken
+
+
+def leave_without_rows(_number: int, _frame: FrameType | None) -> None:
+    """Handle SIGTERM in a job whose rows are not kept."""
+    print("stopped by SIGTERM: the rows were not kept, so the same command begins from the start", file=sys.stderr)
+    raise SystemExit(EXIT_PREEMPTED)
 
 
 class RowPrinter(RowWriter):

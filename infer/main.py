@@ -12,13 +12,23 @@ another error to fix, printed in one line; 75: stopped by SIGTERM, or because an
 it again.
 """
 
+import signal
 import time
 from contextlib import ExitStack, closing
 from dataclasses import replace
 
 from captioner import cli
 from captioner.errors import NoAttentionError, NotCalibratedError
-from infer.answers import MAX_ANSWERS, Outputs, noting, open_outputs, open_page, open_writer, print_answers
+from infer.answers import (
+    MAX_ANSWERS,
+    Outputs,
+    leave_without_rows,
+    noting,
+    open_outputs,
+    open_page,
+    open_writer,
+    print_answers,
+)
 from infer.gallery import write_gallery
 from infer.listing import ImageFile, Listing
 from infer.peers import find_peers
@@ -69,6 +79,8 @@ def caption(outputs: Outputs) -> None:
             base = choices[WORKING_FOLDER] or ""
             with closing(RowIndex(settings.output, base=base, retry_errors=settings.retry_errors)) as index:
                 job.enter_context(peers)  # after the last refusal
+                if not outputs.is_kept:
+                    signal.signal(signal.SIGTERM, leave_without_rows)
                 write_settings(settings.output, choices)
                 started = time.monotonic()
                 counts = caption_files(files, index, writer, captioner, settings=settings, peers=peers)

@@ -201,24 +201,33 @@ def test_rows_on_the_standard_output_are_those_of_a_file(model: Path, photos: Pa
     assert files_of(tmp_path) == before
 
 
-@pytest.mark.slow
-def test_a_reader_that_ends_early_ends_the_job_quietly(model: Path, photos: Path, tmp_path: Path) -> None:
+def start_printing(model: Path, photos: Path, folder: Path) -> Any:
+    """The command with --output -, and many images to caption one by one."""
     for number in range(300):
         shutil.copy(photos / "a.jpg", photos / f"{number}.jpg")
     command = [sys.executable, REPOSITORY / "infer/main.py", "--model", model, "--images", photos, "--output", "-"]
-    process = warm.Popen(
-        [*map(str, command), "--workers", "1", "--batch-size", "1"],
-        nested=True,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stdout
-    assert process.stderr
+    arguments = [*map(str, command), "--workers", "1", "--batch-size", "1"]
+    return warm.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.slow
+def test_a_reader_that_ends_early_ends_the_job_quietly(model: Path, photos: Path, tmp_path: Path) -> None:
+    process = start_printing(model, photos, tmp_path)
     assert json.loads(process.stdout.readline())["path"]
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 0
+
+
+@pytest.mark.slow
+def test_a_stopped_job_says_that_its_rows_are_gone(model: Path, photos: Path, tmp_path: Path) -> None:
+    process = start_printing(model, photos, tmp_path)
+    assert json.loads(process.stdout.readline())["path"]
+    process.terminate()
+    rows, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert b"the rows were not kept" in errors
+    assert rows.count(b"\n") < 302
 
 
 def test_several_processes_have_no_one_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,9 @@ import csv
 import io
 import json
 import os
+import re
+import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -135,6 +138,26 @@ def test_a_table_comes_back_from_any_spreadsheet(tmp_path: Path, separator: str,
         writer.writeheader()
         writer.writerows(cells)
     assert packed(tmp_path / "saved.csv") == {"./-a.jpg": ("a cat",), "b.jpg": ('a "dog"; brown,\tnot a cat',)}
+
+
+@pytest.mark.external
+@pytest.mark.skipif(shutil.which("ssconvert") is None, reason="needs Gnumeric's ssconvert")
+@pytest.mark.parametrize("excel", [None, "comma"])
+def test_a_real_spreadsheet_reads_the_table_and_packing_reads_what_it_saves(tmp_path: Path, excel: Any) -> None:
+    rows = [
+        captioned("=1+1.jpg", review="=2+3"),
+        captioned("été.jpg", caption='a "cat"; black, small'),
+        failed("c.jpg"),
+    ]
+    write_csv(write_rows(tmp_path, rows), tmp_path / "t.csv", excel=excel)
+    for options, source, target in (
+        ([], "t.csv", "t.xlsx"),
+        (["-O", "separator=; format=preserve"], "t.xlsx", "saved.txt"),
+    ):
+        subprocess.run(["ssconvert", *options, source, target], cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / "saved.txt").rename(tmp_path / "saved.csv")
+    assert re.search(r";'?=2\+3;", (tmp_path / "saved.csv").read_text())  # not 5
+    assert packed(tmp_path / "saved.csv") == {"./=1+1.jpg": ("a cat",), "été.jpg": ('a "cat"; black, small',)}
 
 
 def test_a_full_disk_leaves_the_earlier_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 import os
 import re
+import shutil
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +225,20 @@ def test_exif_of_heic_is_read(tmp_path: Path) -> None:
     heif = pytest.importorskip("pillow_heif", reason="needs pillow-heif")
     heif.from_pillow(picture(1)).save(tmp_path / "a.heic", exif=exif().tobytes())
     assert metadata_of(tmp_path / "a.heic").date == "2024-05-17"
+
+
+@pytest.mark.external
+@pytest.mark.skipif(shutil.which("exiftool") is None, reason="needs exiftool")
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_what_exiftool_writes_is_read(tmp_path: Path, suffix: str) -> None:
+    file = save(tmp_path / f"a{suffix}")
+    taken = ["-EXIF:DateTimeOriginal=2024:05:17 14:03:22", "-EXIF:Make=Canon", "-EXIF:Model=Canon EOS R5"]
+    position = ["-GPSLatitude=41.9", "-GPSLatitudeRef=S", "-GPSLongitude=12.5", "-GPSLongitudeRef=W"]
+    city = ["-XMP-photoshop:City=São Paulo & <co>", "-XMP-photoshop:Country=Brasil"]
+    expected = PhotoMetadata(date="2024-05-17", time="14:03", camera="Canon EOS R5", place="41.9000° S, 12.5000° W")
+    for flags, place in (([*taken, *position], expected.place), (city, "São Paulo & <co>, Brasil")):
+        subprocess.run(["exiftool", "-q", "-overwrite_original", *flags, str(file)], check=True)
+        assert metadata_of(file) == replace(expected, place=place)
 
 
 def test_an_embedded_city_comes_before_the_position(tmp_path: Path) -> None:

@@ -129,12 +129,12 @@ def print_answers(
         index = wanted.get((real_root(row["root"], base), row["path"]))
         if index is not None:
             rows[index] = row
-    protocol = find_protocol(os.environ)
+    protocol, encoding = find_protocol(os.environ), sys.stdout.encoding or "utf-8"
     for _, row in sorted(rows.items()):
         if protocol is not None and "error" not in row:
             _draw(row, protocol)
         for line in answer_lines(row, text=text):
-            console.print(line, markup=False)
+            console.print(line.encode(encoding, "replace").decode(encoding), markup=False)
 
 
 def answer_lines(row: Row, *, text: Callable[[Row], str] | None = None) -> Iterator[str]:

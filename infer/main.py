@@ -137,7 +137,9 @@ def write_tables(settings: CaptionSettings) -> None:
         text = find_template(settings).text if has_own_text(settings) else None
         num_shown = write_csv(settings.output, settings.csv, text=text, excel=settings.csv_excel)
         if num_shown:
-            cli.console.print(f"{settings.csv}: {num_shown:,} names are not UTF-8, and shown with \ufffd", markup=False)
+            cli.console.print(
+                f"{settings.csv}: {num_shown:,} names are not UTF-8: some characters are replaced", markup=False
+            )
     if settings.coco_results is not None:
         for reason, count in write_coco_results(settings.output, settings.coco_results).items():
             cli.console.print(f"{settings.coco_results}: without {count:,} {reason}", markup=False)

@@ -118,6 +118,16 @@ def test_an_answer_says_what_the_row_says(row: Row, expected: list[str]) -> None
     assert list(answer_lines(row)) == expected
 
 
+@pytest.mark.slow
+def test_a_name_that_the_terminal_has_no_letters_for_is_answered(model: Path, photos: Path, tmp_path: Path) -> None:
+    (photos / "dog.jpg").rename(photos / "犬.jpg")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, REPOSITORY / "infer/main.py", "--model", model, "--images", photos / "犬.jpg"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "?.jpg"
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [

@@ -42,7 +42,7 @@ from infer.results import (
     write_settings,
 )
 from infer.row_index import RowIndex, Summary, merge
-from infer.settings import CaptionSettings, check_files, check_flags, find_template, has_own_text, open_listing
+from infer.settings import CaptionSettings, check_files, check_flags, find_text, open_listing
 from infer.sidecars import write_sidecars
 from infer.tables import write_coco_results, write_csv
 
@@ -91,8 +91,7 @@ def caption(outputs: Outputs) -> None:
             peers.dismiss()
             cli.print_damaged(num_damaged)
             if outputs.printed is None and peers.world_size == 1 and len(noted) <= MAX_ANSWERS:
-                text = find_template(settings).text if has_own_text(settings) else None
-                print_answers(settings.output, noted, base=base, text=text)
+                print_answers(settings.output, noted, base=base, text=find_text(settings))
             report(summary, listing, rate=num_new / seconds, outputs=outputs)
             if summary.failures.total() + write_extras(settings):
                 raise SystemExit(EXIT_SOME_FAILED)
@@ -117,8 +116,8 @@ def write_extras(settings: CaptionSettings) -> int:
     """Write the sidecars and the gallery, if wanted. Returns the number of sidecars that could not be written."""
     num_failed = 0
     if settings.sidecar is not None:
-        text = find_template(settings).text
-        sidecars = write_sidecars(read_rows(settings.output), suffix=settings.sidecar, text=text)
+        rows = read_rows(settings.output)
+        sidecars = write_sidecars(rows, suffix=settings.sidecar, text=find_text(settings))
         num_failed = sidecars.num_failed
         for line in sidecars.lines():
             cli.console.print(line, markup=False)
@@ -134,8 +133,8 @@ def write_extras(settings: CaptionSettings) -> int:
 def write_tables(settings: CaptionSettings) -> None:
     """Write the CSV and the COCO results, if wanted, and print what they do not hold."""
     if settings.csv is not None:
-        text = find_template(settings).text if has_own_text(settings) else None
-        num_shown = write_csv(settings.output, settings.csv, text=text, excel=settings.csv_excel)
+        text, excel = find_text(settings), settings.csv_excel
+        num_shown = write_csv(settings.output, settings.csv, text=text, excel=excel)
         if num_shown:
             cli.console.print(
                 f"{settings.csv}: {num_shown:,} names are not UTF-8: some characters are replaced", markup=False

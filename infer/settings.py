@@ -1,7 +1,7 @@
 """The captioning command's flags, and the files that they name. Imports no torch."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -14,7 +14,7 @@ from captioner.flags import AnyNumber, Count, File, Fraction, Location, Workers
 from infer.gallery import check_folder
 from infer.listing import ImageFile, Listing
 from infer.peers import Peers
-from infer.results import own_files
+from infer.results import Row, own_files
 from infer.sidecars import check_suffix
 from infer.tables import CSV_SUFFIXES, Excel, check_table
 from infer.templates import Template
@@ -90,7 +90,7 @@ def check_flags(settings: CaptionSettings) -> None:
         check_suffix(settings.sidecar)
     if settings.gallery is not None:
         check_folder(settings.gallery, images=settings.images)
-    find_template(settings)
+    find_text(settings)
     if settings.csv is not None:
         check_table(settings.csv, "--csv", CSV_SUFFIXES)
     elif settings.csv_excel is not None:
@@ -102,15 +102,13 @@ def check_flags(settings: CaptionSettings) -> None:
             raise UserError(f"{table} is the file of the rows already: give the table another name")
 
 
-def find_template(settings: CaptionSettings, *, default: str = "{caption}") -> Template:
-    """The template of texts; `default` without --template. Raises UserError if it cannot be used."""
-    template = default if settings.template is None else settings.template
-    return Template(template, prefix=settings.prefix, suffix=settings.suffix, max_length=settings.max_length)
-
-
-def has_own_text(settings: CaptionSettings) -> bool:
-    """Whether a flag changes the text from the caption."""
-    return settings.template is not None or bool(settings.prefix or settings.suffix or settings.max_length)
+def find_text(settings: CaptionSettings) -> Callable[[Row], str] | None:
+    """What makes the text for a row; None if no flag asks for another text than the caption. Raises UserError."""
+    template = settings.template
+    if template is None and not (settings.prefix or settings.suffix or settings.max_length):
+        return None
+    template = "{caption}" if template is None else template
+    return Template(template, prefix=settings.prefix, suffix=settings.suffix, max_length=settings.max_length).text
 
 
 def open_listing(settings: CaptionSettings, peers: Peers) -> Listing:

@@ -45,8 +45,8 @@ class Sidecars:
             yield f"sidecars: {count:,} {outcome}{shown}"
 
 
-def write_sidecars(rows: Iterable[Row], *, suffix: str, text: Callable[[Row], str] = itemgetter("caption")) -> Sidecars:
-    """Write `photo.txt` with the `text` for it beside each captioned `photo.jpg`; failures have no sidecar.
+def write_sidecars(rows: Iterable[Row], *, suffix: str, text: Callable[[Row], str] | None = None) -> Sidecars:
+    """Write `photo.txt` with the `text` (by default the caption) beside each captioned `photo.jpg`, none for failures.
 
     A file or link that has the name is kept. Of images with the same name but for its suffix, which would have the
     same sidecar, the first one gets it. A sidecar is whole or absent.
@@ -56,7 +56,7 @@ def write_sidecars(rows: Iterable[Row], *, suffix: str, text: Callable[[Row], st
         if "error" in row:
             continue
         try:
-            outcome = _write_sidecar(row, suffix, text, seen)
+            outcome = _write_sidecar(row, suffix, text or itemgetter("caption"), seen)
         except FileExistsError:
             outcome = "kept"
         except NotADirectoryError:  # the tar that holds the image

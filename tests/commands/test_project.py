@@ -92,7 +92,14 @@ def shell_blocks(document: str) -> list[str]:
     return re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-DOCUMENTS = ("README.md", "docs/coco.md", "docs/performance.md", "docs/scaling.md", "benchmarks/RESULTS.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/captions-your-way.md",
+    "docs/coco.md",
+    "docs/performance.md",
+    "docs/scaling.md",
+    "benchmarks/RESULTS.md",
+)
 COMMAND = re.compile(r"\b(sharding|train|infer)/(\w+)\.py\b(.*)")
 
 

@@ -6,6 +6,7 @@ PEERS ?= .venv-peers
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTS_READY := $(VENV)/.tests-ready
+DOCS_READY := $(VENV)/.docs-ready
 
 # pillow-simd replaces Pillow, with the same pixels: never both. It has no wheel and is compiled for AVX2. pip would
 # install Pillow over it again with every package.
@@ -13,7 +14,7 @@ PILLOW_SIMD := pillow-simd==12.1.1.post0
 KEEP_SIMD := [ ! -d $(VENV)/simd ] || { $(BIN)/python -m pip uninstall --quiet --yes pillow pillow-simd && \
 	$(BIN)/python -m pip install --quiet --no-deps --no-index --find-links $(VENV)/simd pillow-simd; }
 
-.PHONY: help setup demo test test-quick check format clean simd no-simd bench-peers
+.PHONY: help setup demo test test-quick check format docs clean simd no-simd bench-peers
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +31,11 @@ $(READY): pyproject.toml constraints.txt
 
 $(TESTS_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(KEEP_SIMD)
+	@touch $@
+
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@$(KEEP_SIMD)
 	@touch $@
 
@@ -55,12 +61,20 @@ format: $(TESTS_READY) ## rewrite the code in the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(DOCS_READY) ## build the documents into build/site; a dead link or anchor is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open build/site/index.html"
+
 simd: $(READY) ## replace Pillow by pillow-simd: resizes several times faster (a minute; needs a compiler)
 	@$(BIN)/python simd.py $(PILLOW_SIMD) --into $(VENV)/simd --lose "$(LOSE)"
 	@$(KEEP_SIMD)
 	@$(BIN)/python -c 'import PIL; print("PIL is now pillow-simd", PIL.__version__, "(make no-simd: back to Pillow)")'
 
-no-simd: $(READY) ## replace pillow-simd by the pinned Pillow again
+no-docs: $(DOCS_READY) ## build the documents into build/site; a dead link or anchor is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open build/site/index.html"
+
+simd: $(READY) ## replace pillow-simd by the pinned Pillow again
 	rm -rf $(VENV)/simd
 	$(BIN)/python -m pip uninstall --quiet --yes pillow-simd pillow
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt pillow

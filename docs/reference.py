@@ -1,13 +1,19 @@
-"""Write docs/streaming/reference.md from the docstrings of captioner.streaming.
+"""The reference from the code: docs/streaming/reference.md, which this writes, and pages that only the site has.
 
 python docs/reference.py
 """
 
+import contextlib
+import importlib
 import inspect
+import io
+import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = REPOSITORY / "docs" / "streaming" / "reference.md"
@@ -28,6 +34,73 @@ def reference() -> str:
     return "\n".join([HEAD, *map(_section, documented)])
 
 
+def python_api() -> str:
+    """The text of the page on captioning, metrics and errors from Python."""
+    from captioner import describe, errors, load_captioner, metrics
+    from captioner.attention import Attention
+    from captioner.images.loading import ImageError
+
+    documented = [load_captioner, describe.Captioner, describe.Description, Attention, metrics.References]
+    raised = [errors.UserError, errors.NotCalibratedError, errors.NoAttentionError, ImageError]
+    streaming = "Streaming has [a page of its own](../streaming/reference.md).\n"
+    return "\n".join(["# Python\n", streaming, *map(_section, [*documented, *raised])])
+
+
+# ---- commands ---------------------------------------------------------------------------------------------
+
+
+def commands() -> list[str]:
+    """The scripts of all commands, such as `train/main.py`."""
+    scripts = [path for stage in ("sharding", "train", "infer") for path in sorted((REPOSITORY / stage).glob("*.py"))]
+    return [f"{path.parent.name}/{path.name}" for path in scripts if "    cli.run(" in path.read_text(encoding="utf-8")]
+
+
+def command(script: str) -> str:
+    """The text of a command's page: what its module says, and the flags that `--help` prints, each under a heading."""
+    with mock.patch("captioner.cli.run") as run:
+        importlib.import_module(script.removesuffix(".py").replace("/", ".")).run()
+    settings = run.call_args.args[1]
+    parts = [f"# {script}\n\n{_module_text(run.call_args.kwargs['description'])}\n"]
+    subcommands = re.search(r"{([a-z,]+)}$", _help(settings).split("\n", 1)[0])
+    if not subcommands:
+        return "\n".join([*parts, *_flags(_help(settings), heading="##")])
+    for name in subcommands[1].split(","):
+        text = _help(settings, name)
+        parts += [f"## {name}\n\n{text.split(chr(10))[2]}\n", *_flags(text, heading="###")]
+    return "\n".join(parts)
+
+
+def _help(settings: type, *words: str) -> str:
+    """What `--help` prints on a very wide terminal."""
+    from captioner import cli
+
+    wide = mock.patch.dict(os.environ, COLUMNS="2000", NO_COLOR="1")
+    with wide, contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+        cli.parse(settings, description="", args=[*words, "--help"])
+    return printed.getvalue().strip()
+
+
+def _flags(help_text: str, *, heading: str) -> Iterator[str]:
+    """A section for each flag: it is indented by two blanks, and its help more, or follows after two blanks."""
+    entries = re.findall(r"^  (?=\S)(.*\n(?: {3,}\S.*\n?)*)", help_text, flags=re.MULTILINE)
+    for entry in entries:
+        flag, *text = re.split(r"\s{2,}", entry.strip())
+        if not flag.startswith("-h"):
+            yield f"{heading} {flag.split()[0].rstrip(',')}\n\n`{flag}`\n\n{_escaped(' '.join(text))}\n"
+
+
+def _module_text(docstring: str) -> str:
+    """A module's docstring in Markdown."""
+    return re.sub(r"((?:^    .*\n|^\n(?=    ))+)", r"\n\1\n", docstring.replace("\\\\", "\\"), flags=re.MULTILINE)
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([*_<\[|])", r"\\\1", text)
+
+
+# ---- docstrings -------------------------------------------------------------------------------------------
+
+
 def _section(value: Any) -> str:
     """The section of a class with its public members, or of a function."""
     parts = [_entry(f"## {value.__name__}", value.__name__, value)]
@@ -38,7 +111,7 @@ def _section(value: Any) -> str:
 
 def _is_public(name: str, member: Any) -> bool:
     documented = inspect.isfunction(member) or isinstance(member, property | classmethod)
-    return documented and (not name.startswith("_") or name in ("__iter__", "__len__"))
+    return documented and (not name.startswith("_") or name in ("__call__", "__iter__", "__len__"))
 
 
 def _member(name: str, member: Any) -> str:

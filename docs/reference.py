@@ -66,7 +66,7 @@ def command(script: str) -> str:
         return "\n".join([*parts, *_flags(_help(settings), heading="##")])
     for name in subcommands[1].split(","):
         text = _help(settings, name)
-        parts += [f"## {name}\n\n{text.split(chr(10))[2]}\n", *_flags(text, heading="###")]
+        parts += [f"## {name}\n\n{text.splitlines()[2]}\n", *_flags(text, heading="###")]
     return "\n".join(parts)
 
 
@@ -82,7 +82,7 @@ def _help(settings: type, *words: str) -> str:
 
 def _flags(help_text: str, *, heading: str) -> Iterator[str]:
     """A section for each flag: it is indented by two blanks, and its help more, or follows after two blanks."""
-    entries = re.findall(r"^  (?=\S)(.*\n(?: {3,}\S.*\n?)*)", help_text, flags=re.MULTILINE)
+    entries = re.findall(r"^  (?=\S)(.*(?:\n {3,}\S.*)*)", help_text, flags=re.MULTILINE)
     for entry in entries:
         flag, *text = re.split(r"\s{2,}", entry.strip())
         if not flag.startswith("-h"):
@@ -91,11 +91,14 @@ def _flags(help_text: str, *, heading: str) -> Iterator[str]:
 
 def _module_text(docstring: str) -> str:
     """A module's docstring in Markdown."""
-    return re.sub(r"((?:^    .*\n|^\n(?=    ))+)", r"\n\1\n", docstring.replace("\\\\", "\\"), flags=re.MULTILINE)
+    return re.sub(r"((?:^    .*\n|^\n(?=    ))+)", r"\n\1\n", docstring, flags=re.MULTILINE)
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([*_<\[|])", r"\\\1", text)
+    """Plain text in Markdown; what is between backquotes stays."""
+    parts = text.split("`")
+    parts[::2] = [re.sub(r"([*_<\[])", r"\\\1", part) for part in parts[::2]]
+    return "`".join(parts)
 
 
 # ---- docstrings -------------------------------------------------------------------------------------------

@@ -95,6 +95,10 @@ def shell_blocks(document: str) -> list[str]:
 DOCUMENTS = (
     "README.md",
     "docs/captions-your-way.md",
+    "docs/tutorials/first-model.md",
+    "docs/tutorials/your-own-pictures.md",
+    "docs/explanation/order.md",
+    "docs/explanation/metrics.md",
     "docs/coco.md",
     "docs/performance.md",
     "docs/scaling.md",

@@ -21,7 +21,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "docs")]
 
 import reference  # noqa: E402 - of this folder
 
-log = logging.getLogger("mkdocs.hooks.build")
+log = logging.getLogger("mkdocs.hooks.site")
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)")
 LOADED = re.compile(  # by the browser, from another host
     r"""<(?!a\b)\w+\b[^>]*?\b(?:src|srcset|href|data|poster)=["']?(?:https?:)?//[^>]*>"""

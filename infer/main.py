@@ -92,7 +92,8 @@ def write_extras(settings: CaptionSettings) -> int:
         for line in sidecars.lines():
             cli.console.print(line, markup=False)
     if settings.gallery is not None:
-        page = write_gallery(read_rows(settings.output), settings.gallery, title="Captions", model=settings.model)
+        rows, files = read_rows(settings.output), settings.corrections
+        page = write_gallery(rows, settings.gallery, title="Captions", model=settings.model, corrections=files)
         cli.console.print(f"look at {page}", markup=False)
     return num_failed
 

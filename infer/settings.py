@@ -10,7 +10,7 @@ import tyro
 
 from captioner.errors import UserError
 from captioner.flags import AnyNumber, Count, File, Fraction, Location, Workers
-from infer.gallery import check_folder
+from infer.gallery import check_corrections, check_folder
 from infer.listing import ImageFile, Listing
 from infer.peers import Peers
 from infer.results import own_files
@@ -36,7 +36,9 @@ class CaptionSettings:
     retry_errors: bool = False
     """Retry files whose row is an error."""
     gallery: File | None = None
-    """Folder for a page (index.html) that shows all images and captions."""
+    """Folder for a page (index.html) that shows all images and captions. What persons wrote in it is kept."""
+    corrections: File | None = None
+    """File that was downloaded from a gallery: its captions are shown in the new one as a person's."""
     attention: bool = False
     """For each word of the caption, where in the image the model looked: in the key attention, and in the gallery."""
     sidecar: str | None = None
@@ -67,6 +69,9 @@ def check_flags(settings: CaptionSettings) -> None:
         check_suffix(settings.sidecar)
     if settings.gallery is not None:
         check_folder(settings.gallery, images=settings.images)
+        check_corrections(settings.gallery, settings.corrections)
+    elif settings.corrections is not None:
+        raise UserError("--corrections is for the page of --gallery: give that too")
 
 
 def open_listing(settings: CaptionSettings, peers: Peers) -> Listing:

@@ -113,9 +113,6 @@ def _serve_captions(app: FastAPI, service: Service, limit: QueueLimit) -> None:
     @app.post("/caption", openapi_extra=UPLOAD)
     async def caption(request: Request) -> Json:
         """A row for each file of the request, in its order: a caption, or an error."""
-        if limit.num_waiting >= limit.max_queue:
-            async for _ in request.stream():  # thrown away: few clients read an answer before they have sent all
-                pass
         with limit.hold(1):
             async with read_files(request, max_files=limit.max_queue) as files:
                 with limit.hold(len(files) - 1):

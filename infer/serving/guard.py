@@ -17,9 +17,6 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 
 STALL_SECONDS = 30.0  # without a byte of an unfinished body
-LINGER_SECONDS = (
-    5.0  # in which the rest of a refused body is thrown away: few clients read an answer before they sent all
-)
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -90,13 +87,14 @@ def limit_body(receive: Receive, headers: Headers, *, max_bytes: int) -> Receive
     It raises HTTPException: 413 for more than `max_bytes`, 408 for a client that stalls.
     """
     num_bytes, has_more = 0, True
+    too_large = HTTPException(413, f"the request has more than {max_bytes:,} bytes: send fewer or smaller files")
 
     async def receive_limited() -> Message:
         nonlocal num_bytes, has_more
         if not has_more:  # the client is waiting now
             return await receive()
-        if num_bytes == 0 and int(headers.get("content-length", 0)) > max_bytes:
-            await refuse()
+        if int(headers.get("content-length", 0)) > max_bytes:
+            raise too_large
         try:
             async with asyncio.timeout(STALL_SECONDS):
                 message = await receive()
@@ -105,15 +103,7 @@ def limit_body(receive: Receive, headers: Headers, *, max_bytes: int) -> Receive
         num_bytes += len(message.get("body", b""))
         has_more = message.get("more_body", False)
         if num_bytes > max_bytes:
-            await refuse()
+            raise too_large  # uvicorn discards the rest: few clients read an answer before they have sent everything
         return message
-
-    async def refuse() -> None:
-        if "expect" not in headers:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LINGER_SECONDS):
-                    while (await receive()).get("more_body", False):
-                        pass
-        raise HTTPException(413, f"the request has more than {max_bytes:,} bytes: send fewer or smaller files")
 
     return receive_limited

@@ -20,6 +20,7 @@ const onDisk = new Map();  // those that corrections.jsonl has
 const rowsById = new Map();
 const refreshers = new Map();  // from `id(row)` of the shown cards to a function that shows the row's correction
 const steps = [];  // for undo: {key, before}, the latest last
+let isUsed = false;  // whether a correction was made or taken back since the page was opened
 let isServed = false;  // whether infer/serve.py saves corrections
 let saving = 0;  // the timer that saves next, or 0
 let isAnswered = true;  // whether the last request to save was
@@ -142,14 +143,16 @@ function frame(row) {
 function captionParts(row) {
   const scores = `score ${row.score.toFixed(2)}`;
   const alt = line("quiet", row.alt ? `alt: ${row.alt}` : "no alt text");
+  const {caption, decorative} = row.in_shard ? readOnly(row) : editor(row, alt);
   return [
-    ...(row.in_shard ? [line("", row.caption)] : editor(row, alt)),  // make_shards.py reads no image out of a shard
+    ...caption,
     ...(row.attention ? words(row) : []),
     ...(row.captions ?? []).slice(1).map(other => line("quiet", `or: ${other}`)),
     alt,
     ...(row.review === undefined ? [] : [line("alert", row.review)]),
     line("quiet score", row.confidence === undefined ? scores : `confidence ${row.confidence.toFixed(2)}, ${scores}`),
     ...(row.duplicate_of === undefined ? [] : [line("quiet", `same bytes as ${row.duplicate_of}`)]),
+    ...decorative,
   ];
 }
 
@@ -268,7 +271,12 @@ function editor(row, alt) {
     (box.checked ? box : field).focus();
   });
   refreshAll();
-  return [field, original, make("label", {className: "check"}, box, " Decorative")];
+  return {caption: [field, original], decorative: [make("label", {className: "check"}, box, " Decorative")]};
+}
+
+/** The caption of an image in a shard, out of which make_shards.py reads none. */
+function readOnly(row) {
+  return {caption: [line("", row.caption)], decorative: []};
 }
 
 /** Changes a row's correction; null is none. With `goesOn` undo takes it back together with the step before. */
@@ -283,6 +291,7 @@ function setCorrection(key, text) {
   if (text === null) corrections.delete(key);
   else corrections.set(key, text);
   changed.add(JSON.parse(key)[0]);
+  isUsed = true;
   keep(key);
   if (isServed) saveIn(MILLISECONDS_UNTIL_SAVED);
   countCorrections();
@@ -301,7 +310,7 @@ function countCorrections() {
   const parts = [`${number(corrections.size - numDecorative)} corrected`];
   if (numDecorative) parts.push(`${number(numDecorative)} decorative`);
   corrected.value = parts.join(", ");
-  corrected.parentElement.hidden = corrections.size === 0 && steps.length === 0;
+  corrected.parentElement.hidden = corrections.size === 0 && !isUsed;
   undo.hidden = steps.length === 0;
   saved.value = whereSaved();
 }

@@ -115,14 +115,14 @@ def test_ten_thousand_rows_open_and_are_searched_at_once(browser: Browser, tmp_p
     ("kind", "expected"),
     [
         ("all", "fbcdae"), ("review", "fbd"), ("uncertain", "fb"), ("unlike", "fd"), ("duplicate", "c"), ("error", "e"),
-        ("corrected", ""),
+        ("corrected", ""), ("decorative", ""),
     ],
 )  # fmt: skip
 def test_the_filter_shows_the_rows_of_a_kind(browser: Browser, tmp_path: Path, kind: str, expected: str) -> None:
     show(browser, mixed_rows("photos"), tmp_path)
     browser.choose("#filter", kind)
     assert paths(browser) == expected
-    if kind != "corrected":
+    if kind not in ("corrected", "decorative"):
         label = browser.run(f"document.querySelector('#filter option[value={kind}]').textContent")
         assert label.endswith(f" ({len(expected)})")
 
@@ -321,20 +321,117 @@ def test_a_picture_inside_a_shard_cannot_be_corrected(
     assert browser.texts("#grid figcaption p")[0] == "a dog"
 
 
-def test_corrections_outlive_a_reload_and_can_be_undone(browser: Browser, tmp_path: Path) -> None:
+def test_corrections_outlive_a_reload_and_can_be_reset(browser: Browser, tmp_path: Path) -> None:
     show(browser, mixed_rows("photos"), tmp_path)
     browser.write("#grid textarea", "a kitten")
+    assert browser.texts("#saved") == ["kept in this browser"]
     show(browser, mixed_rows("photos"), tmp_path)
     assert browser.texts("#grid textarea")[0] == "a kitten"
     assert browser.texts("#grid figcaption .quiet")[0].startswith("was: a Cat")
     browser.click("#grid button")
     assert browser.texts("#grid textarea")[0] == "a Cat"
-    assert browser.texts("#corrections") == []
+    assert browser.texts("#corrected") == ["0 corrected"]
     browser.write("#grid textarea", "")
     browser.press("Tab")
     assert browser.texts("#grid textarea")[0] == "a Cat"
     show(browser, mixed_rows("photos"), tmp_path)
     assert browser.texts("#corrections") == []
+
+
+BOX = "#grid li:nth-child(2) input"
+
+
+def test_decorative_images_need_no_caption_and_outlive_a_reload(browser: Browser, tmp_path: Path) -> None:
+    show(browser, mixed_rows("photos"), tmp_path)
+    browser.run(f"document.querySelector('{BOX}').focus()")
+    browser.press("Space")
+    for _ in range(2):
+        assert browser.run(f"document.querySelector('{BOX}').checked")
+        assert browser.run("document.querySelectorAll('#grid textarea')[1].disabled")
+        assert browser.texts("#corrected") == ["0 corrected, 1 decorative"]
+        assert "empty alt text" in browser.texts("#grid li:nth-child(2) figcaption p")
+        show(browser, mixed_rows("photos"), tmp_path)
+    browser.click("#corrections button")
+    sha256 = success("photos", "b.jpg")["sha256"]
+    wanted = {"path": "b.jpg", "decorative": True, "images": "photos", "sha256": sha256}
+    assert json.loads(browser.downloaded()) == wanted
+    browser.choose("#filter", "decorative")
+    assert paths(browser) == "b"
+    browser.click("#grid input")
+    assert browser.texts("#grid textarea:enabled") == ["a dog"]
+
+
+def test_many_steps_are_undone_one_after_the_other(browser: Browser, tmp_path: Path) -> None:
+    """A step is a word, a deletion, a box or a reset, wherever it was."""
+    show(browser, mixed_rows("photos"), tmp_path)
+    state = "JSON.stringify([[...document.querySelectorAll('#grid textarea')].map(f => f.value), \
+[...document.querySelectorAll('#grid input')].map(f => f.checked)])"
+    assert not browser.texts("#undo")
+    seen = [browser.run(state)]
+    browser.run("document.querySelector('#grid textarea').focus()")
+    browser.run("document.activeElement.setSelectionRange(99, 99)")
+    for word in (" asleep", " here"):
+        browser.call("Input.insertText", text=word)
+        seen.append(browser.run(state))
+    for letter in "by":
+        browser.call("Input.insertText", text=letter)
+    seen[-1] = browser.run(state)
+    browser.write("#grid li:nth-child(3) textarea", "a wolf")
+    seen.append(browser.run(state))
+    browser.click(BOX)
+    seen.append(browser.run(state))
+    browser.click("#grid li:nth-child(3) button")
+    seen.append(browser.run(state))
+    assert len(set(seen)) == len(seen) == 6
+    for wanted in reversed(seen[2:-1]):
+        browser.press("z", modifiers=CONTROL)
+        assert browser.run(state) == wanted
+    assert browser.texts("#saved") == ["Undone: c.jpg"]
+    for wanted in reversed(seen[:2]):
+        browser.click("#undo")
+        assert browser.run(state) == wanted
+    assert browser.run("document.activeElement.ariaLabel") == "Caption of f.jpg"
+    assert browser.texts("#corrected") == ["0 corrected"]
+    browser.press("z", modifiers=CONTROL)
+    assert browser.run(state) == seen[0]
+
+
+def test_a_step_on_another_page_is_undone_and_named(browser: Browser, tmp_path: Path) -> None:
+    show(browser, [success("photos", f"{n:03}.jpg", score=-1.0) for n in range(150)], tmp_path)
+    browser.write("#grid textarea", "a kitten")
+    browser.click("#next")
+    browser.click("#undo")
+    assert browser.texts("#saved") == ["Undone: 000.jpg"]
+    browser.click("#previous")
+    assert browser.texts("#grid textarea")[0] == "a picture of 000.jpg"
+
+
+def test_the_search_field_keeps_its_own_undo(browser: Browser, tmp_path: Path) -> None:
+    show(browser, mixed_rows("photos"), tmp_path)
+    browser.write("#grid textarea", "a kitten")
+    browser.write("#search", "kitten")
+    browser.press("z", modifiers=CONTROL)
+    assert browser.texts("#grid textarea")[0] == "a kitten"
+
+
+def test_what_a_person_wrote_is_theirs_after_captioning_again(browser: Browser, tmp_path: Path) -> None:
+    show(browser, mixed_rows("photos"), tmp_path)
+    browser.write("#grid textarea", "a kitten")
+    browser.click(BOX)
+    browser.click("#corrections button")
+    (tmp_path / "downloaded.jsonl").write_bytes(browser.downloaded())
+    browser.run("localStorage.clear()")  # another browser
+    better = [row | {"caption": "a better caption", "model": "better"} if "caption" in row else row
+              for row in mixed_rows("photos")]  # fmt: skip
+    corrections = tmp_path / "downloaded.jsonl"
+    folder = tmp_path / "gallery"
+    browser.open(write_gallery(better, folder, title="t", model="better", corrections=corrections))
+    assert browser.texts("#grid textarea")[:3] == ["a kitten", "a better caption", "a better caption"]
+    assert browser.texts("#grid figcaption .quiet")[0].startswith("was: a better caption")
+    assert browser.run(f"document.querySelector('{BOX}').checked")
+    browser.click("#grid button")
+    browser.open(folder / "index.html")
+    assert browser.texts("#grid textarea")[0] == "a better caption"  # as this browser has it, whatever data.js says
 
 
 @pytest.mark.parametrize("is_kept", [False, True])
@@ -356,20 +453,21 @@ def test_all_is_reached_and_used_by_keyboard(browser: Browser, tmp_path: Path) -
     show(browser, mixed_rows(tmp_path), tmp_path)
     focused = "document.activeElement.ariaLabel || document.activeElement.id || document.activeElement.className"
     reached = []
-    for _ in range(7):
+    for _ in range(8):
         browser.press("Tab")
         reached.append(browser.run(focused))
         assert browser.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     assert reached[:4] == ["skip", "search", "filter", "sort"]
-    assert reached[4:] == ["No preview of f.jpg", "Caption of f.jpg", "Caption of b.jpg"]
+    assert reached[4:] == ["No preview of f.jpg", "Caption of f.jpg", "Decorative: f.jpg", "Caption of b.jpg"]
     browser.call("Input.insertText", text=" here")
     browser.press("Enter")
     assert browser.run(focused) == "Caption of c.jpg"
     assert browser.texts("#grid textarea")[1] == "a dog here"
-    for _ in range(3):  # over two more captions
+    for _ in range(6):  # over a box, and two more captions with theirs
         browser.press("Tab")
     browser.press("Enter")
-    assert json.loads(browser.downloaded()) == {"path": "b.jpg", "captions": ["a dog here"]}
+    line = json.loads(browser.downloaded())
+    assert (line["path"], line["captions"]) == ("b.jpg", ["a dog here"])
 
 
 def test_assistive_technology_finds_names_roles_and_what_changes(browser: Browser, tmp_path: Path) -> None:
@@ -381,8 +479,13 @@ def test_assistive_technology_finds_names_roles_and_what_changes(browser: Browse
     assert {
         ("heading", "My pictures"), ("search", ""), ("searchbox", "Search words and paths"), ("combobox", "Show"),
         ("combobox", "Sort by"), ("list", "Images"), ("textbox", "Caption of a.jpg"), ("status", ""),
+        ("checkbox", "Decorative: a.jpg"),
     } <= found  # fmt: skip
-    unnamed = {role for role, name in found if role in ("textbox", "button", "link", "combobox", "image") and not name}
+    unnamed = {
+        role
+        for role, name in found
+        if role in ("textbox", "button", "link", "combobox", "checkbox", "image") and not name
+    }
     assert unnamed == set()
 
 
@@ -392,6 +495,7 @@ def test_every_text_has_the_contrast_of_wcag_aa(browser: Browser, tmp_path: Path
     show(browser, [*mixed_rows("photos"), looking_row(tmp_path / "photos", "a.png", WORDS)], tmp_path)
     browser.run("document.querySelector('.words button').focus()")
     browser.write("#grid textarea", "a kitten")
+    browser.click(BOX)
     contrasts = browser.run(CONTRASTS)
     tags = {name.partition(".")[0] for name, _ in contrasts}
     assert tags >= {"H1", "P", "TEXTAREA", "BUTTON", "INPUT", "LABEL", "DD"}

@@ -128,7 +128,7 @@ class Browser:
         if key in ("Enter", "Space"):
             more["text"] = {"Enter": "\r", "Space": " "}[key]
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, **more)
+            self.call("Input.dispatchKeyEvent", type=kind, key=" " if key == "Space" else key, code=key, **more)
 
     def point(self, selector: str) -> None:
         """Move the mouse to the middle of an element."""

@@ -16,12 +16,12 @@ import crash
 import httpx
 import pytest
 import warm
+from caption_server import REPOSITORY, Served, run_server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from odd_pictures import broken_files, whole_files
 from PIL import Image
 from rows import success
-from serving import REPOSITORY, Served, run_server
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from tiny import picture
@@ -310,8 +310,11 @@ def test_a_client_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
     async def receive() -> Any:
         await asyncio.sleep(3600)
 
+    async def receive_limited() -> None:
+        await guard.limit_body(receive, Headers({}), max_bytes=1)()
+
     with pytest.raises(HTTPException) as caught:
-        asyncio.run(guard.limit_body(receive, Headers({}), max_bytes=1)())
+        asyncio.run(receive_limited())
     assert caught.value.status_code == 408
 
 

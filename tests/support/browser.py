@@ -149,6 +149,11 @@ class Browser:
         self.run(f"{field}.value = {json.dumps(value)}; {field}.dispatchEvent(new Event('input', {{bubbles: true}}))")
         assert self.run(f"{field}.value") == value
 
+    def choose_files(self, selector: str, *files: Path) -> None:
+        """Choose files in a file field, as its dialog does."""
+        field = self.call("Runtime.evaluate", expression=f"document.querySelector({json.dumps(selector)})")["result"]
+        self.call("DOM.setFileInputFiles", files=list(map(str, files)), objectId=field["objectId"])
+
     def click(self, selector: str) -> None:
         self.run(f"document.querySelector({json.dumps(selector)}).click()")
 

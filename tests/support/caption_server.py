@@ -45,7 +45,8 @@ def run_server(*flags: object, port: int = 0) -> Iterator[Served]:
     environment = os.environ | {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true"}
     with warm.Popen(command, env=environment, text=True, stdout=-1) as process:
         try:
-            printed = process.stdout.readline() if process.stdout else ""
+            assert process.stdout
+            printed = process.stdout.readline()
             found = re.search(r"http://\S+:\d+", printed)
             assert found, f"the server ended: {printed}"
             threading.Thread(target=process.stdout.read, daemon=True).start()  # or a full pipe would stop it

@@ -3,8 +3,12 @@
 import asyncio
 import io
 import json
+import re
+import shlex
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -416,6 +420,40 @@ def test_what_persons_change_at_the_same_time_is_all_kept(server: Served, client
     assert "line 1 of" in answer.json()["message"]
     assert (gallery / "corrections.jsonl").read_text() == "a person's notes\n"
     (gallery / "corrections.jsonl").unlink()
+
+
+# ---- the page in docs/ ----------------------------------------------------------------------------------------
+
+
+def blocks(language: str) -> str:
+    text = (REPOSITORY / "docs" / "server.md").read_text(encoding="utf-8")
+    return "".join(re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with what a reader of docs/server.md has."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("dog.jpg", "cat.jpg")):
+        picture(seed).save(name)
+
+
+@pytest.mark.usefixtures("reader")
+def test_the_lines_for_curl_run(server: Served) -> None:
+    if not (curl := shutil.which("curl")):
+        pytest.skip("needs curl on the PATH")
+    lines = [line for line in blocks("sh").splitlines() if line.startswith("curl ")]
+    assert len(lines) == 3
+    for line in lines:
+        _, *words = shlex.split(line.replace("http://127.0.0.1:8000", server.url))
+        answer = json.loads(subprocess.run([curl, "-s", *words], check=True, capture_output=True).stdout)
+        assert "status" in answer or [row["caption"] for row in answer]
+
+
+@pytest.mark.usefixtures("reader")
+def test_the_python_of_the_page_runs(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(blocks("python").replace("http://127.0.0.1:8000", server.url), {})
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["dog.jpg", "cat.jpg"]
 
 
 # ---- start and end --------------------------------------------------------------------------------------------

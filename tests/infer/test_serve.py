@@ -32,6 +32,7 @@ from tiny import picture
 from tiny_model import write_model
 
 from infer.gallery import write_gallery
+from infer.serve import listen
 from infer.serving import guard
 
 pytestmark = pytest.mark.slow
@@ -473,6 +474,14 @@ def test_requests_that_have_arrived_are_answered_after_sigterm(model: Path) -> N
         assert first["caption"]
         assert second["error"] == "timed out"
         assert served.process.wait(60) == 0
+
+
+def test_answers_are_sent_at_once() -> None:
+    """Head and body of an answer are two packets: the second would wait for the acknowledgement of the first."""
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def refused(*flags: object, hidden: str = "") -> str:

@@ -100,7 +100,6 @@ def write_gallery(
     that an earlier gallery left. Relative roots are taken from the current folder. Raises OSError, and UserError for a
     line that is no correction.
     """
-    written = _read_corrections(folder, corrections)
     roots: dict[str, int] = {}
     images: dict[str, ImageFile] = {}
     entries = []
@@ -113,6 +112,7 @@ def write_gallery(
         _write(folder / name, Path(__file__).with_name(name).read_bytes())
     thumbnails = _make_thumbnails(images, folder / THUMBNAILS)
     named_roots = name_roots(list(roots))
+    written = _read_corrections(folder, corrections)  # now: a server may have written it while thumbnails were made
     _add_corrections(entries, written, roots=named_roots)
     if written:
         _write(folder / CORRECTIONS, written.to_jsonl())

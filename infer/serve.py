@@ -74,17 +74,19 @@ def main(settings: ServeSettings) -> None:
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # what is wrong with a body, its client is told
     listener = listen(settings.host, settings.port)
     prepare()  # while this process loads torch and the model
+    import torch
+
     from infer.captioning import load_captioner
     from infer.serving.app import make_app
     from infer.serving.service import Service
 
     captioner = load_captioner(CaptionSettings(model=settings.model))
+    torch.set_num_threads(count_processors())  # one batch at a time is captioned
     on_cpu = captioner.bundle.device.type == "cpu"
     service = Service(
         captioner,
         batch_size=settings.batch_size or (CPU_BATCH_SIZE if on_cpu else GPU_BATCH_SIZE),
         num_workers=count_processors(),
-        num_threads=count_processors() if on_cpu else 1,
         max_pixels=settings.max_pixels,
     )
     with service:

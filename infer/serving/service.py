@@ -1,13 +1,13 @@
-"""Captions uploaded images, as batch captioning does: worker processes decode, threads caption what waits together.
+"""Captions uploaded images: worker processes decode them as batch captioning does, a thread captions all that wait.
 
 An image that crashes or hangs its decoder costs itself alone. See `captioner.workers`.
 """
 
 import queue
-import threading
-from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
+from threading import Thread
 from typing import BinaryIO
 
 import numpy as np
@@ -35,39 +35,40 @@ _Decoded = tuple[_Job, DecodedImage, np.ndarray]  # with the view (P, P, 3), uin
 class Service:
     """Captions images from any thread until it is closed, as a `with` statement does.
 
-    Each of `num_workers` processes decodes one image at a time. Each of `num_threads` threads captions all images that
-    wait, up to `batch_size`.
+    Each of `num_workers` processes decodes one image at a time. A thread captions all decoded images that wait, up to
+    `batch_size`; how many processors it uses is torch's setting.
     """
 
-    def __init__(
-        self, captioner: Captioner, *, batch_size: int, num_workers: int, num_threads: int, max_pixels: int
-    ) -> None:
+    def __init__(self, captioner: Captioner, *, batch_size: int, num_workers: int, max_pixels: int) -> None:
         self.captioner = captioner
         self._batch_size = batch_size
         self._max_pixels = max_pixels
         self._uploads: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._decoded: queue.SimpleQueue[_Decoded | None] = queue.SimpleQueue()
-        self._decoders = _start(self._decode_uploads, num_workers)
-        self._describers = _start(self._caption_decoded, num_threads)
+        self._decoders = [Thread(target=self._decode_uploads, daemon=True) for _ in range(num_workers)]
+        self._captioning = Thread(target=self._caption_decoded, daemon=True)
+        for thread in (*self._decoders, self._captioning):
+            thread.start()
 
     def __enter__(self) -> "Service":
         return self
 
     def __exit__(self, *error: object) -> None:
-        for waiting, threads in ((self._uploads, self._decoders), (self._decoded, self._describers)):
-            for _ in threads:
-                waiting.put(None)
-            for thread in threads:
-                thread.join()
+        for _ in self._decoders:
+            self._uploads.put(None)
+        for thread in self._decoders:
+            thread.join()
+        self._decoded.put(None)
+        self._captioning.join()
 
     def submit(self, name: str, file: BinaryIO) -> Future[Row]:
-        """The row of an uploaded file, with a caption or an error. The file stays open until the row is there."""
+        """The row of an uploaded file, with a caption or an error. The file must stay open until the row is there."""
         row: Future[Row] = Future()
         self._uploads.put(_Job(name, file, row))
         return row
 
     def _decode_uploads(self) -> None:
-        """Decode uploads until a None; the pool is replaced after an error of its own."""
+        """Decode uploads until a None, in a process that is replaced when it dies."""
         view = self.captioner.bundle.view
         while True:
             pool = WorkerPool(
@@ -95,18 +96,14 @@ class Service:
         return True
 
     def _caption_decoded(self) -> None:
-        """Caption decoded images until a None, each time all that wait, up to the batch size."""
+        """Caption decoded images until a None, which comes after the last one."""
         while first := self._decoded.get():
             batch = [first]
-            while len(batch) < self._batch_size:
-                try:
-                    following = self._decoded.get_nowait()
-                except queue.Empty:
-                    break
-                if following is None:
+            with suppress(queue.Empty):
+                while len(batch) < self._batch_size and (following := self._decoded.get_nowait()):
+                    batch.append(following)
+                if len(batch) < self._batch_size:  # it was the None
                     self._decoded.put(None)
-                    break
-                batch.append(following)
             self._caption(batch)
 
     def _caption(self, batch: list[_Decoded]) -> None:
@@ -119,10 +116,3 @@ class Service:
             return
         for (job, image, _), description in zip(batch, descriptions, strict=True):
             job.row.set_result(success_row(image, description, model=bundle.name, view=bundle.view))
-
-
-def _start(work: Callable[[], None], count: int) -> list[threading.Thread]:
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    return threads

@@ -21,7 +21,7 @@ from captioner.model.bundle import load_bundle
 from infer.serving import service
 from infer.serving.service import Service
 
-OPTIONS: dict[str, Any] = {"num_workers": 2, "num_threads": 1, "max_pixels": 10_000}
+OPTIONS: dict[str, Any] = {"num_workers": 2, "max_pixels": 10_000}
 
 
 class Gated(Captioner):

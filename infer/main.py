@@ -123,7 +123,8 @@ def write_extras(settings: CaptionSettings) -> int:
             cli.console.print(line, markup=False)
     write_tables(settings)
     if settings.gallery is not None:
-        page = write_gallery(read_rows(settings.output), settings.gallery, title="Captions", model=settings.model)
+        rows, files = read_rows(settings.output), settings.corrections
+        page = write_gallery(rows, settings.gallery, title="Captions", model=settings.model, corrections=files)
         cli.console.print(f"look at {page}", markup=False)
         if settings.open:
             open_page(page)

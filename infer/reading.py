@@ -131,7 +131,7 @@ def _decode(
     row = 0
     for index, file in enumerate(files):
         if index in excluded:
-            image = DecodedImage(file, error=_blame(excluded[index]))
+            image = DecodedImage(file, error=blame(excluded[index], max_seconds=MAX_SECONDS))
         else:
             set_index(index)
             image = decode_image(file, view, out_PP3=views_BPP3[row])
@@ -151,9 +151,9 @@ def decode_image(file: ImageFile, view: ViewSpec, *, out_PP3: np.ndarray) -> Dec
     return DecodedImage(file, size, hashlib.sha256(data).hexdigest(), complaint="; ".join(complaints))
 
 
-def _blame(exit_code: int | None) -> ImageError:
-    """The error of an image whose workers ended with this exit code (None: they timed out)."""
+def blame(exit_code: int | None, *, max_seconds: float) -> ImageError:
+    """The error of an image whose workers ended with this exit code (None: after `max_seconds`)."""
     if exit_code is None:
-        return ImageError("timed out", f"not decoded within {MAX_SECONDS:.0f} s")
+        return ImageError("timed out", f"not decoded within {max_seconds:.0f} s")
     how = f"signal {signal.Signals(-exit_code).name}" if exit_code < 0 else f"exit code {exit_code}"
     return ImageError("crashed the decoder", f"its process ended with {how}")

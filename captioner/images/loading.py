@@ -116,6 +116,12 @@ def _has_native_lanczos() -> bool:
 # ---- decoding ---------------------------------------------------------------------------------------------
 
 
+def read_size(data: bytes) -> tuple[int, int]:
+    """The stored (width, height) of the image in `data`, from its header. Raises ImageError."""
+    with _image_errors(data):
+        return _open(data).image.size
+
+
 def decode_rgb(data: bytes, *, at_least: int | None = None) -> Resized:
     """The upright RGB image in `data`, and the upright (width, height) of the original.
 

@@ -4,8 +4,9 @@
     python infer/export.py --model runs/coco/model --output runs/coco/onnx
 
 The new folder holds encoder.onnx (uint8 images to the decoder's first state), decoder.onnx (one step: the last words
-and the state to the next words' logits and the next state), vocabulary.json, and a README.md with the decoding loop in
-numpy. Both take any batch size. Both are compared with PyTorch, in float32, before the folder appears.
+and the state to the next words' logits and the next state), config.json, vocabulary.json, the calibration if there is
+one, and a README.md with the decoding loop in numpy. Both take any batch size. Both are compared with PyTorch, in
+float32, before the folder appears. infer/main.py --model ONNX_FOLDER captions with it and imports no torch.
 """
 
 import os
@@ -23,7 +24,7 @@ class ExportSettings:
     model: Location
     """Model folder that train/main.py wrote, or its URL."""
     output: File
-    """Folder to create, for encoder.onnx, decoder.onnx, vocabulary.json and README.md."""
+    """Folder to create, for encoder.onnx, decoder.onnx, config.json, vocabulary.json and README.md."""
 
 
 def main(settings: ExportSettings) -> None:

@@ -15,7 +15,8 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 
 from captioner import cli
-from captioner.errors import NoAttentionError, NotCalibratedError
+from captioner.errors import DeviceMemoryError, NoAttentionError, NotCalibratedError
+from captioner.model.onnx import is_onnx_folder
 from infer.gallery import write_gallery
 from infer.listing import Listing
 from infer.peers import find_peers
@@ -35,6 +36,7 @@ from infer.sidecars import write_sidecars
 
 EXIT_SOME_FAILED = 3
 REMEDIES: cli.Remedies = {
+    DeviceMemoryError: "give a smaller --batch-size, --captions-per-image or --beam-size",
     NotCalibratedError: "leave out --abstain-below, decode as it was trained to, or measure confidence with "
     "train/evaluate.py --calibrate",
     NoAttentionError: "leave out --attention, or train a model with train/main.py --decoder attention",
@@ -46,7 +48,7 @@ def main(settings: CaptionSettings) -> None:
     check_flags(settings)
     settings = replace(settings, output=resolve_output(settings.output))
     peers = find_peers(settings.output)
-    prepare()  # while this process loads torch and the model
+    prepare(with_torch=not is_onnx_folder(settings.model))  # while this process loads the model
     from infer.captioning import caption_files, load_captioner, row_settings
 
     captioner = load_captioner(settings)

@@ -30,7 +30,7 @@ class CaptionSettings:
     shards: tuple[Location, ...] = ()
     """Dataset folders that sharding/make_shards.py wrote, whose images are captioned."""
     model: Location = "runs/coco/model"
-    """Model folder that train/main.py wrote, or its URL."""
+    """Model folder that train/main.py wrote, ONNX folder that infer/export.py wrote (without torch), or its URL."""
     output: File = Path("captions.jsonl")
     """JSONL file for one row per file; files that have a row already are not captioned again."""
     retry_errors: bool = False

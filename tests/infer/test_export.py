@@ -88,7 +88,7 @@ def test_the_folder_says_what_the_model_would(exported: tuple[Bundle, Path], tmp
 def test_the_folder_is_whole(exported: tuple[Bundle, Path]) -> None:
     _, folder = exported
     names = {path.name for path in folder.iterdir()} - {"caption.py"}
-    assert names == {"encoder.onnx", "decoder.onnx", "vocabulary.json", "README.md"}
+    assert names == {"encoder.onnx", "decoder.onnx", "config.json", "vocabulary.json", "README.md"}
     assert [path.name for path in folder.parent.iterdir()] == ["onnx"]
     assert json.loads((folder / "vocabulary.json").read_text())["words"] == list(VOCABULARY.words)
 

@@ -6,8 +6,9 @@ Files with the same bytes are captioned once. Only unfinished batches are held i
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -112,33 +113,46 @@ def caption_files(
     *,
     settings: CaptionSettings,
     peers: Peers,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[int, int]:
-    """Write a row to this process's part for each file that has none.
+    """Write a row to this process's part for each file that has none, until it `should_stop`.
 
     Returns the number of rows, and of images that were decoded although they are damaged.
     """
-    on_cpu = captioner.bundle.is_on_cpu
-    num_processors = max(1, count_processors() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    num_threads = num_processors if on_cpu else 1
     captioning = Captioning(captioner, index, writer)
     num_failed = num_rows = 0
     process = f" (process 1 of {peers.world_size})" if peers.world_size > 1 else ""
     with cli.progress_bar(f"captioning{process}", total=None, unit="images", quiet=not peers.is_main) as bar:
-        reader = Reader(
-            without_rows(Ahead(files, on_end=bar.set_total), index, bar),
-            captioner.bundle.view,
-            batch_size=settings.batch_size or (CPU_BATCH_SIZE if on_cpu else GPU_BATCH_SIZE),
-            num_workers=settings.workers or num_processors,
-            num_held=num_threads + 1,
-            with_torch=captioner.bundle.uses_torch,
-        )
-        with reader:
-            for rows in captioning.rows(reader, num_threads=num_threads):
+        missing = without_rows(Ahead(files, on_end=bar.set_total), index, bar)
+        reader, num_threads = start_reader(missing, captioner, settings)
+        with reader, closing(captioning.rows(reader, num_threads=num_threads)) as found:
+            for rows in found:
                 peers.check()
                 num_rows += len(rows)
                 num_failed += sum("error" in row for row in rows)
                 bar.advance(len(rows), note=f"{num_failed:,} failed")
+                if should_stop():
+                    break
     return num_rows, reader.num_damaged
+
+
+def start_reader(
+    files: Iterator[ImageFile], captioner: Captioner, settings: CaptionSettings, *, max_workers: int | None = None
+) -> tuple[Reader, int]:
+    """A reader of the files' batches, and the number of threads that caption them."""
+    on_cpu = captioner.bundle.is_on_cpu
+    num_processors = max(1, count_processors() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    num_threads = num_processors if on_cpu else 1
+    num_workers = settings.workers or num_processors
+    reader = Reader(
+        files,
+        captioner.bundle.view,
+        batch_size=settings.batch_size or (CPU_BATCH_SIZE if on_cpu else GPU_BATCH_SIZE),
+        num_workers=min(num_workers, max_workers or num_workers),
+        num_held=num_threads + 1,
+        with_torch=captioner.bundle.uses_torch,
+    )
+    return reader, num_threads
 
 
 def without_rows(files: Iterable[ImageFile], index: RowIndex, bar: cli.Bar) -> Iterator[ImageFile]:
@@ -162,7 +176,7 @@ class Captioning:
         self._num_waiting = 0  # files read since the decoder was last started, duplicates and failures included
         self._described_at = time.monotonic()
 
-    def rows(self, reader: Reader, *, num_threads: int) -> Iterator[list[Row]]:
+    def rows(self, reader: Reader, *, num_threads: int) -> Generator[list[Row], None, None]:
         """Caption all batches with `num_threads` threads; yields rows once they are written.
 
         The reader must allow `num_threads + 1` batches to be held. Raises UserError if the device runs out of memory.

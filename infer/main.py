@@ -2,12 +2,13 @@
 
     python infer/main.py --model runs/coco/model --images photos --output captions.jsonl --gallery gallery
     accelerate launch --config_file accelerate_config.yaml infer/main.py --images photos     # on all GPUs
+    python infer/main.py --model runs/coco/model --images photos --watch                     # and go on as files arrive
 
 A file that is no usable image gets a row with the error. A stopped job resumes when it is started again with the same
 --output, on any number of processes. Exit code 0: every file has a caption; 3: some have none, or a sidecar could not
 be written, counted by reason in what is printed (accelerate launch turns 3 into 1); 2: there was no file to caption, or
 another error to fix, printed in one line; 75: stopped by SIGTERM, or because another process of the job was lost: start
-it again.
+it again. With --watch SIGTERM and Ctrl-C are its end, with exit code 0; all rows are merged.
 """
 
 import time
@@ -17,6 +18,7 @@ from dataclasses import replace
 from captioner import cli
 from captioner.errors import DeviceMemoryError, NoAttentionError, NotCalibratedError
 from captioner.model.onnx import is_onnx_folder
+from infer.captioning import caption_files, load_captioner, row_settings
 from infer.gallery import write_gallery
 from infer.listing import Listing
 from infer.peers import find_peers
@@ -33,6 +35,7 @@ from infer.results import (
 from infer.row_index import RowIndex, Summary, merge
 from infer.settings import CaptionSettings, check_files, check_flags, open_listing
 from infer.sidecars import write_sidecars
+from infer.watching import Stop, check_watch, settled, watch
 
 EXIT_SOME_FAILED = 3
 REMEDIES: cli.Remedies = {
@@ -46,15 +49,16 @@ REMEDIES: cli.Remedies = {
 def main(settings: CaptionSettings) -> None:
     """Caption the files without a row, merge the rows, and write sidecars and gallery."""
     check_flags(settings)
+    if settings.watch:
+        check_watch(settings)
     settings = replace(settings, output=resolve_output(settings.output))
     peers = find_peers(settings.output)
     prepare(with_torch=not is_onnx_folder(settings.model))  # while this process loads the model
-    from infer.captioning import caption_files, load_captioner, row_settings
-
     captioner = load_captioner(settings)
     listing = open_listing(settings, peers)
-    files = check_files(listing, settings)
+    files = settled(listing) if settings.watch else check_files(listing, settings)
     choices = row_settings(captioner, settings)
+    stop = Stop()
     with ExitStack() as job:
         with closing(RowWriter(part_path(settings.output, peers.rank))) as writer:  # locks the part
             choices = check_settings(settings.output, choices)
@@ -63,7 +67,17 @@ def main(settings: CaptionSettings) -> None:
                 job.enter_context(peers)  # after the last refusal
                 write_settings(settings.output, choices)
                 started = time.monotonic()
-                counts = caption_files(files, index, writer, captioner, settings=settings, peers=peers)
+                if settings.watch:
+                    job.enter_context(stop)
+                counts = caption_files(
+                    files,
+                    index,
+                    writer,
+                    captioner,
+                    settings=settings,
+                    peers=peers,
+                    should_stop=lambda: stop.is_requested,
+                )
                 seconds = time.monotonic() - started
         num_new, num_damaged = peers.finish(*counts)
         if peers.is_main:
@@ -71,7 +85,10 @@ def main(settings: CaptionSettings) -> None:
             peers.dismiss()
             cli.print_damaged(num_damaged)
             report(summary, listing, rate=num_new / seconds, settings=settings)
-            if summary.failures.total() + write_extras(settings):
+            num_failed = summary.failures.total() + write_extras(settings)
+            if settings.watch:
+                watch(captioner, settings, stop, base=base, on_merge=lambda: write_extras(settings))
+            elif num_failed:
                 raise SystemExit(EXIT_SOME_FAILED)
 
 

@@ -35,6 +35,8 @@ class CaptionSettings:
     """JSONL file for one row per file; files that have a row already are not captioned again."""
     retry_errors: bool = False
     """Retry files whose row is an error."""
+    watch: bool = False
+    """Then go on: caption files that arrive in the folders or are replaced, until SIGTERM or Ctrl-C."""
     gallery: File | None = None
     """Folder for a page (index.html) that shows all images and captions."""
     attention: bool = False

@@ -126,6 +126,7 @@ def test_attention_is_pytorchs_or_refused(folders: tuple[Path, Path]) -> None:
         with pytest.raises(NoAttentionError):
             load_captioner(onnx, with_attention=True)
         return
+    options: dict[str, Any]
     for options in ({"beam_size": 1}, {}, {"captions_per_image": 2}):
         wanted = load_captioner(model, with_attention=True, **options).describe_views(make_views(6))
         assert wanted[0].attention is not None

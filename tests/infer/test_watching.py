@@ -177,6 +177,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start_watching(folder: Path, model: Path, *more: object) -> Running:
     hurry: Any = Hurry()
     flags = ["--model", model, "--images", folder / "photos", "--output", folder / "c.jsonl", "--workers", 1, "--watch"]
+    (folder / "log").touch()
     return start("infer/main.py", [*flags, *more], log=folder / "log", stop=hurry)
 
 

@@ -17,6 +17,7 @@ from captioner.model.bundle import Bundle
 from captioner.model.network import DecoderState, pooled
 from captioner.model.onnx import CONFIG, DECODER, ENCODER, make_config
 from captioner.vocabulary import END, GLUED_TOKENS, PAD, START, UNK
+from infer.int8 import quantize
 
 Inputs = dict[str, Tensor]
 
@@ -29,39 +30,44 @@ PILLOW_RESIZES = {
 }
 
 
-def export(bundle: Bundle, folder: Path) -> list[tuple[str, float, str]]:
+def export(bundle: Bundle, folder: Path, *, photos_BPP3: np.ndarray | None = None) -> list[tuple[str, float, str]]:
     """Write `folder`, which appears only when it is complete and its files agree with PyTorch.
 
-    Returns each ONNX file's name, megabytes and largest difference on random input. Raises UserError if that is more
-    than rounding explains.
+    With views of photos the files are int8: see `infer.int8`. Returns each ONNX file's name, megabytes and largest
+    difference on random input, before that. Raises UserError if that is more than rounding explains.
     """
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        rows = _write_parts(bundle, partial)
+        rows = _write_parts(bundle, partial, photos_BPP3)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return rows
 
 
-def _write_parts(bundle: Bundle, folder: Path) -> list[tuple[str, float, str]]:
+def _write_parts(bundle: Bundle, folder: Path, photos_BPP3: np.ndarray | None) -> list[tuple[str, float, str]]:
+    name = bundle.name
     rows = [
         _export_part(EncoderPart(bundle), folder / ENCODER, batches=(1, 3)),
         _export_part(DecoderPart(bundle), folder / DECODER, batches=(1, 3, 64)),
     ]
+    if photos_BPP3 is not None:
+        quantize(folder, photos_BPP3)
+        rows = [(file, _megabytes(folder / file), difference) for file, _, difference in rows]
+        name = f"{bundle.name}-int8"
     config = make_config(
         view=bundle.view,
         decoding=bundle.decoding,
         vocabulary=bundle.vocabulary,
-        name=bundle.name,
+        name=name,
         grid=bundle.grid,
-        files={name: (folder / name).read_bytes() for name in (ENCODER, DECODER)},
+        files={file: (folder / file).read_bytes() for file in (ENCODER, DECODER)},
     )
     (folder / CONFIG).write_text(config, encoding="utf-8")
     if bundle.calibration is not None:
-        content, arrays = to_files(bundle.calibration, model=bundle.name)
+        content, arrays = to_files(bundle.calibration, model=name)
         (folder / CALIBRATION).write_bytes(content)
         (folder / CALIBRATION_ARRAYS).write_bytes(arrays)
     (folder / "vocabulary.json").write_text(bundle.vocabulary.to_json(), encoding="utf-8")
@@ -125,8 +131,11 @@ def _export_part(part: EncoderPart | DecoderPart, path: Path, *, batches: tuple[
             f"{path.name} differs from PyTorch by {difference:.1e}, so nothing was exported: "
             "install other versions of torch, onnx, onnxscript and onnxruntime"
         )
-    num_bytes = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))  # two files above 2 GB
-    return path.name, num_bytes / 1e6, f"{difference:.1e}"
+    return path.name, _megabytes(path), f"{difference:.1e}"
+
+
+def _megabytes(path: Path) -> float:
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) / 1e6  # two files above 2 GB
 
 
 def _write(part: EncoderPart | DecoderPart, path: Path, *, inputs: Inputs) -> None:

@@ -92,7 +92,10 @@ def shell_blocks(document: str) -> list[str]:
     return re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-DOCUMENTS = ("README.md", "docs/coco.md", "docs/performance.md", "docs/scaling.md", "benchmarks/RESULTS.md")
+DOCUMENTS = (
+    "README.md", "docs/coco.md", "docs/performance.md", "docs/scaling.md", "docs/small-machines.md", "docs/watch.md",
+    "benchmarks/RESULTS.md",
+)  # fmt: skip
 COMMAND = re.compile(r"\b(sharding|train|infer)/(\w+)\.py\b(.*)")
 
 

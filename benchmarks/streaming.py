@@ -12,9 +12,9 @@ steady iteration is timed.
 pictures  training data: JPEGs of 256 x 256 pixels with five captions each, shuffled, cropped at random, in batches of
           128. Each contender reads its own format if it has one. Code and format of commit 1b46dbb come from this
           repository's history, and its images have the quality that it packed, 95 with 4:4:4; without the history
-          that contender is left out. All but the book's loader decode natively and
-          yield uint8 images with all their captions; the book's yields floats and one caption a sample. One byte of
-          each page of a batch is read, so that its memory is really written.
+          that contender is left out. Peers decode with torchvision, as their users do; litdata also has a turn with
+          our decoder. All but the book's loader yield uint8 images with all their captions; the book's yields floats
+          and one caption a sample. One byte of each page of a batch is read, so that its memory is really written.
 text      samples of 200 bytes, shuffled, raw bytes in lists of 256, one process: little but the loader's own work.
 seek      from reading the manifest to the first batch, inside an epoch of 10^8 samples: 10,000 links to one shard.
 
@@ -29,12 +29,10 @@ import os
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +43,7 @@ from contenders import pictures, text
 from measuring.commands import (
     REPOSITORY,
     SAMPLE_BYTES,
+    check_out,
     code_environment,
     find_peers,
     pack_samples,
@@ -75,7 +74,7 @@ PICTURE_SHARDS = 16  # divides evenly among webdataset's workers
 LEFT_OVER = 24  # batches of an epoch that stay unread, so that shuffle buffers and queues are full to the end
 SEEK_SHARDS = 10_000
 SEEKS = (0.123, 0.5, 0.987)  # fractions of an epoch
-PEERS = ("litdata", "mosaicml-streaming")
+PEERS = ("litdata", pictures.WITH_OUR_DECODER, "mosaicml-streaming")
 Part = Literal["pictures", "text", "seek"]
 PARTS: tuple[Part, ...] = ("pictures", "text", "seek")
 
@@ -120,7 +119,7 @@ def main(settings: StreamingSettings) -> None:
     rounds = settings.rounds or (1 if settings.quick else 5)
     with tempfile.TemporaryDirectory(prefix="streaming-") as temporary, ExitStack() as stack:
         scratch = Path(temporary)
-        earlier = check_out_earlier(scratch / "earlier") if "pictures" in settings.parts else None
+        earlier = check_out(pictures.EARLIER, scratch / "earlier") if "pictures" in settings.parts else None
         servers = start_servers(scratch, settings.parts, peers=peers, earlier=earlier)
         for server in servers:
             stack.callback(server.close)
@@ -197,21 +196,6 @@ def describe_pictures(folder: Path | None, originals: Sequence[Path], scratch: P
         f"{len(originals)} pictures {source}, stored as JPEG {SIZE} x {SIZE}, repeated to "
         f"{num_samples:,}; {kilobytes:.0f} kB each with five captions; {len(shards)} shards"
     )
-
-
-def check_out_earlier(folder: Path) -> Path | None:
-    """The code of the earlier commit from this repository's history; prints why and returns None if it is missing."""
-    try:
-        archive = subprocess.run(
-            ["git", "-C", REPOSITORY, "archive", pictures.EARLIER], capture_output=True, check=True
-        ).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", b"").decode(errors="replace").strip() or str(error)
-        cli.console.print(f"commit {pictures.EARLIER} is not in this repository's history and is left out ({reason})")
-        return None
-    with tarfile.open(fileobj=BytesIO(archive)) as tar:
-        tar.extractall(folder, filter="data")
-    return folder
 
 
 # ---- servers of contenders -------------------------------------------------------------------------------

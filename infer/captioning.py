@@ -3,6 +3,7 @@
 Files with the same bytes are captioned once. Only unfinished batches are held in memory.
 """
 
+import math
 import os
 import time
 from collections import deque
@@ -174,7 +175,7 @@ class Captioning:
         self._duplicates: dict[str, list[DecodedImage]] = {}  # by sha256, of the images that are being captioned
         self._encoded: list[tuple[list[DecodedImage], Encoded]] = []  # images that wait for the decoder
         self._num_waiting = 0  # files read since the decoder was last started, duplicates and failures included
-        self._described_at = time.monotonic()
+        self._described_at = -math.inf  # the first batch does not wait for others
 
     def rows(self, reader: Reader, *, num_threads: int) -> Generator[list[Row], None, None]:
         """Caption all batches with `num_threads` threads; yields rows once they are written.

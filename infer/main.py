@@ -1,6 +1,8 @@
 """Caption every image in folders, one JSONL row for every file.
 
+    python infer/main.py --model runs/coco/model --images dog.jpg                            # the answer is printed
     python infer/main.py --model runs/coco/model --images photos --output captions.jsonl --gallery gallery
+    python infer/main.py --model runs/coco/model --images photos --output - | jq .alt        # rows in a pipe
     accelerate launch --config_file accelerate_config.yaml infer/main.py --images photos     # on all GPUs
     python infer/main.py --model runs/coco/model --images photos --watch                     # and go on as files arrive
 
@@ -11,6 +13,7 @@ another error to fix, printed in one line; 75: stopped by SIGTERM, or because an
 it again. With --watch SIGTERM and Ctrl-C are its end, with exit code 0; all rows are merged.
 """
 
+import signal
 import time
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -18,14 +21,23 @@ from dataclasses import replace
 from captioner import cli
 from captioner.errors import DeviceMemoryError, NoAttentionError, NotCalibratedError
 from captioner.model.onnx import is_onnx_folder
+from infer.answers import (
+    MAX_ANSWERS,
+    Outputs,
+    leave_without_rows,
+    noting,
+    open_outputs,
+    open_page,
+    open_writer,
+    print_answers,
+)
 from infer.captioning import caption_files, load_captioner, row_settings
 from infer.gallery import write_gallery
-from infer.listing import Listing
+from infer.listing import ImageFile, Listing
 from infer.peers import find_peers
 from infer.reading import prepare
 from infer.results import (
     WORKING_FOLDER,
-    RowWriter,
     check_settings,
     part_path,
     read_rows,
@@ -33,8 +45,9 @@ from infer.results import (
     write_settings,
 )
 from infer.row_index import RowIndex, Summary, merge
-from infer.settings import CaptionSettings, check_files, check_flags, open_listing
+from infer.settings import CaptionSettings, check_files, check_flags, find_text, open_listing
 from infer.sidecars import write_sidecars
+from infer.tables import write_coco_results, write_csv
 from infer.watching import Stop, check_watch, settled, watch
 
 EXIT_SOME_FAILED = 3
@@ -47,24 +60,33 @@ REMEDIES: cli.Remedies = {
 
 
 def main(settings: CaptionSettings) -> None:
-    """Caption the files without a row, merge the rows, and write sidecars and gallery."""
-    check_flags(settings)
-    if settings.watch:
-        check_watch(settings)
-    settings = replace(settings, output=resolve_output(settings.output))
+    """Caption the files, with the rows in a file, on the standard output or only in the answers."""
+    with open_outputs(settings) as outputs:
+        check_flags(outputs.settings)
+        if outputs.settings.watch:
+            check_watch(outputs.settings, is_kept=outputs.is_kept)
+        caption(outputs)
+
+
+def caption(outputs: Outputs) -> None:
+    """Caption the files without a row, merge the rows, and write sidecars, tables and gallery."""
+    settings = replace(outputs.settings, output=resolve_output(outputs.settings.output))
     peers = find_peers(settings.output)
     prepare(with_torch=not is_onnx_folder(settings.model))  # while this process loads the model
     captioner = load_captioner(settings)
     listing = open_listing(settings, peers)
-    files = settled(listing) if settings.watch else check_files(listing, settings)
+    noted: list[ImageFile] = []
+    files = settled(listing) if settings.watch else noting(check_files(listing, settings), noted)
     choices = row_settings(captioner, settings)
     stop = Stop()
     with ExitStack() as job:
-        with closing(RowWriter(part_path(settings.output, peers.rank))) as writer:  # locks the part
+        with closing(open_writer(part_path(settings.output, peers.rank), outputs.printed)) as writer:  # locks the part
             choices = check_settings(settings.output, choices)
             base = choices[WORKING_FOLDER] or ""
             with closing(RowIndex(settings.output, base=base, retry_errors=settings.retry_errors)) as index:
                 job.enter_context(peers)  # after the last refusal
+                if not outputs.is_kept:
+                    signal.signal(signal.SIGTERM, leave_without_rows)
                 write_settings(settings.output, choices)
                 started = time.monotonic()
                 if settings.watch:
@@ -84,20 +106,29 @@ def main(settings: CaptionSettings) -> None:
             summary = merge(settings.output, base=base)
             peers.dismiss()
             cli.print_damaged(num_damaged)
-            report(summary, listing, rate=num_new / seconds, settings=settings)
+            if outputs.printed is None and peers.world_size == 1 and len(noted) <= MAX_ANSWERS and not settings.watch:
+                print_answers(settings.output, noted, base=base, text=find_text(settings))
+            report(summary, listing, rate=num_new / seconds, outputs=outputs)
             num_failed = summary.failures.total() + write_extras(settings)
             if settings.watch:
-                watch(captioner, settings, stop, base=base, on_merge=lambda: write_extras(settings))
+                watch(
+                    captioner, settings, stop, base=base, on_merge=lambda: write_extras(replace(settings, open=False))
+                )
             elif num_failed:
                 raise SystemExit(EXIT_SOME_FAILED)
 
 
-def report(summary: Summary, listing: Listing, *, rate: float, settings: CaptionSettings) -> None:
-    """Print the numbers of rows and failures, the rate, and what was left out on purpose."""
+def report(summary: Summary, listing: Listing, *, rate: float, outputs: Outputs) -> None:
+    """Print the numbers of rows and failures and the rate, unless answers say all, and what was left out on purpose."""
     failures = ", ".join(f"{count:,} {reason}" for reason, count in sorted(summary.failures.items())) or "none"
     header = ("rows", "duplicates", "to review", "files/s now", "failures")
     row = (summary.num_rows, summary.num_duplicates, summary.num_review, rate, failures)
-    cli.print_table(str(settings.output), header, [row])
+    if outputs.is_kept:
+        cli.print_table(str(outputs.settings.output), header, [row])
+    elif outputs.printed is not None:
+        cli.print_table("standard output", header, [row])
+    else:
+        cli.console.print("the rows are not kept: --output captions.jsonl keeps them")
     for line in listing.lines_of_left_out():
         cli.console.print(line, markup=False)
 
@@ -106,14 +137,32 @@ def write_extras(settings: CaptionSettings) -> int:
     """Write the sidecars and the gallery, if wanted. Returns the number of sidecars that could not be written."""
     num_failed = 0
     if settings.sidecar is not None:
-        sidecars = write_sidecars(read_rows(settings.output), suffix=settings.sidecar)
+        rows = read_rows(settings.output)
+        sidecars = write_sidecars(rows, suffix=settings.sidecar, text=find_text(settings))
         num_failed = sidecars.num_failed
         for line in sidecars.lines():
             cli.console.print(line, markup=False)
+    write_tables(settings)
     if settings.gallery is not None:
         page = write_gallery(read_rows(settings.output), settings.gallery, title="Captions", model=settings.model)
         cli.console.print(f"look at {page}", markup=False)
+        if settings.open:
+            open_page(page)
     return num_failed
+
+
+def write_tables(settings: CaptionSettings) -> None:
+    """Write the CSV and the COCO results, if wanted, and print what they do not hold."""
+    if settings.csv is not None:
+        text, excel = find_text(settings), settings.csv_excel
+        num_shown = write_csv(settings.output, settings.csv, text=text, excel=excel)
+        if num_shown:
+            cli.console.print(
+                f"{settings.csv}: {num_shown:,} names are not UTF-8: some characters are replaced", markup=False
+            )
+    if settings.coco_results is not None:
+        for reason, count in write_coco_results(settings.output, settings.coco_results).items():
+            cli.console.print(f"{settings.coco_results}: without {count:,} {reason}", markup=False)
 
 
 def run() -> None:

@@ -169,10 +169,8 @@ class RowWriter:
     def write(self, rows: Iterable[Row]) -> list[bytes]:
         """Append the rows without buffering; returns their lines."""
         lines = [to_line(row).encode() for row in rows]
-        left = memoryview(b"".join(lines))
         with writing(self.path):
-            while left:  # when the disk is nearly full, a write may be partial before the next one fails
-                left = left[self._file.write(left) :]
+            write_all(self._file, b"".join(lines))
         return lines
 
     def close(self) -> None:
@@ -182,6 +180,13 @@ class RowWriter:
         if not self._file.tell():
             self.path.unlink(missing_ok=True)
         self._file.close()
+
+
+def write_all(file: io.FileIO, data: bytes) -> None:
+    """Write all of `data`. Raises OSError."""
+    left = memoryview(data)
+    while left:  # when the disk is nearly full, a write may be partial before the next one fails
+        left = left[file.write(left) :]
 
 
 @contextmanager

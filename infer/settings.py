@@ -1,6 +1,7 @@
 """The captioning command's flags, and the files that they name. Imports no torch."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -13,9 +14,13 @@ from captioner.flags import AnyNumber, Count, File, Fraction, Location, Workers
 from infer.gallery import check_folder
 from infer.listing import ImageFile, Listing
 from infer.peers import Peers
-from infer.results import own_files
+from infer.results import Row, own_files
 from infer.sidecars import check_suffix
+from infer.tables import CSV_SUFFIXES, Excel, check_table
+from infer.templates import Template
 
+DEFAULT_OUTPUT = Path("captions.jsonl")
+STANDARD_OUTPUT = Path("-")
 Several = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 
@@ -31,18 +36,36 @@ class CaptionSettings:
     """Dataset folders that sharding/make_shards.py wrote, whose images are captioned."""
     model: Location = "runs/coco/model"
     """Model folder that train/main.py wrote, ONNX folder that infer/export.py wrote (without torch), or its URL."""
-    output: File = Path("captions.jsonl")
-    """JSONL file for one row per file; files that have a row already are not captioned again."""
+    output: File = DEFAULT_OUTPUT
+    """JSONL file for one row per file; files that have a row already are not captioned again. - is the standard output.
+    Without it the captions of up to ten files that --images names one by one are printed only."""
     retry_errors: bool = False
     """Retry files whose row is an error."""
     watch: bool = False
     """Then go on: caption files that arrive in the folders or are replaced, until SIGTERM or Ctrl-C."""
     gallery: File | None = None
     """Folder for a page (index.html) that shows all images and captions."""
+    open: bool = False
+    """Open that page in the browser; without --gallery it is beside the output."""
     attention: bool = False
     """For each word of the caption, where in the image the model looked: in the key attention, and in the gallery."""
     sidecar: str | None = None
     """Suffix, such as .txt, of files with the caption beside the images; existing files are never overwritten."""
+    csv: File | None = None
+    """Table (.csv, or .tsv with tabs) of all rows, with the columns image and caption that make_shards.py reads."""
+    csv_excel: Excel | None = None
+    """Write the table for Excel: with a byte order mark, and separated as the region of the computer wants it."""
+    coco_results: File | None = None
+    """COCO results file (.json) of the captions, as train/evaluate.py --results reads it."""
+
+    template: str | None = None
+    """Text for sidecars and tables, such as "{alt} {folder}, {date}"; an unknown field is refused with all names."""
+    prefix: str = ""
+    """Put before each text, as it is: with a space if you want one."""
+    suffix: str = ""
+    """Put behind each text."""
+    max_length: Count | None = None
+    """Characters of a text, prefix and suffix included; it is cut behind a whole word."""
 
     beam_size: Count | None = None
     """Beam size; 1 is greedy. The default is the model folder's."""
@@ -69,16 +92,36 @@ def check_flags(settings: CaptionSettings) -> None:
         check_suffix(settings.sidecar)
     if settings.gallery is not None:
         check_folder(settings.gallery, images=settings.images)
+    find_text(settings)
+    if settings.csv is not None:
+        check_table(settings.csv, "--csv", CSV_SUFFIXES)
+    elif settings.csv_excel is not None:
+        raise UserError("--csv-excel is about a table: give --csv too")
+    if settings.coco_results is not None:
+        check_table(settings.coco_results, "--coco-results", [".json"])
+    for table in (settings.csv, settings.coco_results):
+        if table is not None and os.path.realpath(table) == os.path.realpath(settings.output):
+            raise UserError(f"{table} is the file of the rows already: give the table another name")
+
+
+def find_text(settings: CaptionSettings) -> Callable[[Row], str] | None:
+    """What makes the text for a row; None if no flag asks for another text than the caption. Raises UserError."""
+    template = settings.template
+    if template is None and not (settings.prefix or settings.suffix or settings.max_length):
+        return None
+    template = "{caption}" if template is None else template
+    return Template(template, prefix=settings.prefix, suffix=settings.suffix, max_length=settings.max_length).text
 
 
 def open_listing(settings: CaptionSettings, peers: Peers) -> Listing:
     """The listing of this process's files, without those that this command writes."""
     excluded = own_files(settings.output, num_processes=peers.world_size)
+    excluded += [path for path in (settings.gallery, settings.csv, settings.coco_results) if path]
     return Listing(
         settings.images,
         lists=settings.list,
         shards=settings.shards,
-        excluded=[*excluded, settings.gallery] if settings.gallery else excluded,
+        excluded=excluded,
         skip_suffix=settings.sidecar,
         rank=peers.rank,
         world_size=peers.world_size,

@@ -2,8 +2,9 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 from PIL import Image
@@ -14,6 +15,7 @@ from infer.results import Row
 from infer.row_index import LocationSet
 
 SHARED = "left out, since another image of the same name has it"
+EMPTY = "left out, since all fields of the template are empty"
 UNREMARKABLE = frozenset(("written", "kept", "abstained", "not local"))
 SHOWN_NAMES = 5  # of each other outcome
 
@@ -43,8 +45,8 @@ class Sidecars:
             yield f"sidecars: {count:,} {outcome}{shown}"
 
 
-def write_sidecars(rows: Iterable[Row], *, suffix: str) -> Sidecars:
-    """Write `photo.txt` with the caption beside each captioned `photo.jpg`; failures have no sidecar.
+def write_sidecars(rows: Iterable[Row], *, suffix: str, text: Callable[[Row], str] | None = None) -> Sidecars:
+    """Write `photo.txt` with the `text` (by default the caption) beside each captioned `photo.jpg`, none for failures.
 
     A file or link that has the name is kept. Of images with the same name but for its suffix, which would have the
     same sidecar, the first one gets it. A sidecar is whole or absent.
@@ -54,7 +56,7 @@ def write_sidecars(rows: Iterable[Row], *, suffix: str) -> Sidecars:
         if "error" in row:
             continue
         try:
-            outcome = _write_sidecar(row, suffix, seen)
+            outcome = _write_sidecar(row, suffix, text or itemgetter("caption"), seen)
         except FileExistsError:
             outcome = "kept"
         except NotADirectoryError:  # the tar that holds the image
@@ -69,7 +71,7 @@ def write_sidecars(rows: Iterable[Row], *, suffix: str) -> Sidecars:
     return sidecars
 
 
-def _write_sidecar(row: Row, suffix: str, seen: LocationSet) -> str:
+def _write_sidecar(row: Row, suffix: str, text: Callable[[Row], str], seen: LocationSet) -> str:
     """Write a row's sidecar; returns the outcome. `seen` has earlier rows' images and sidecars. Raises OSError."""
     if not row["alt"]:
         return "abstained"
@@ -81,5 +83,8 @@ def _write_sidecar(row: Row, suffix: str, seen: LocationSet) -> str:
         return "kept"
     if not seen.add(str(target)):
         return SHARED
-    storage.write_new(str(target), row["caption"] + "\n")
+    content = text(row)
+    if not content:
+        return EMPTY
+    storage.write_new(str(target), content + "\n")
     return "written"

@@ -63,8 +63,10 @@ class Stop:
 # ---- which files ------------------------------------------------------------------------------------------
 
 
-def check_watch(settings: CaptionSettings) -> None:
-    """Raise UserError for sources that cannot be watched, and for several processes."""
+def check_watch(settings: CaptionSettings, *, is_kept: bool = True) -> None:
+    """Raise UserError for sources that cannot be watched, rows that are not kept in a file, and several processes."""
+    if not is_kept:
+        raise UserError("--watch keeps its rows in a file: give --output the name of a JSONL file")
     if settings.list or settings.shards or any(map(storage.is_remote, settings.images)):
         raise UserError("--watch looks at folders and globs of this machine: give --images only, and no URL")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

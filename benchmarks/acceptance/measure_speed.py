@@ -59,11 +59,12 @@ def measure(folder: Path, options: Mapping[str, Any]) -> dict[str, float]:
         trainer.step(batch)
         trainer.step(features)
     readings: list[list[dict[str, Any]]] = []
+    pinned_blocks: list[int] = []  # after each epoch
     times = options["times"]
     contenders = {
         "encoder": lambda _number: time_all(lambda: repeat(trainer.encode, batch, times=times)),
         "decoder": lambda _number: time_all(lambda: repeat(trainer.step, features, times=times)),
-        "loop": lambda number: run_loop(trainer, number, readings),
+        "loop": lambda number: run_loop(trainer, number, readings, pinned_blocks),
     }
     costs = take_turns(contenders, rounds=options["rounds"])
     wall_ms = {name: [cost.wall_ms for cost in turns if cost] for name, turns in costs.items()}
@@ -77,6 +78,7 @@ def measure(folder: Path, options: Mapping[str, Any]) -> dict[str, float]:
         "ratio": statistics.median(ratios),
         "waiting_share": statistics.fmean(row["train/waiting_share"] for row in rows),
         "peak_gigabytes": max(row.get("train/gpu_gigabytes", 0.0) for row in rows),
+        "new_pinned_blocks": pinned_blocks[-1] - pinned_blocks[0],
     }
 
 
@@ -96,9 +98,10 @@ def repeat(action: Any, batch: CaptionBatch, *, times: int) -> int:
     return times * num_captions_of(batch)
 
 
-def run_loop(trainer: Trainer, number: int, readings: list[list[dict[str, Any]]]) -> Cost:
-    """Run an epoch of the training command's loop and return the cost of its steady log intervals, appended to
-    `readings`.
+def run_loop(trainer: Trainer, number: int, readings: list[list[dict[str, Any]]], pinned_blocks: list[int]) -> Cost:
+    """Run an epoch of the training command's loop and return the cost of its steady log intervals.
+
+    Appends these to `readings`, and to `pinned_blocks` the blocks of pinned memory that torch has made so far.
     """
     gc.collect()
     with tempfile.TemporaryDirectory() as folder, closing(trainer.epoch(number, None)) as loader:
@@ -110,6 +113,7 @@ def run_loop(trainer: Trainer, number: int, readings: list[list[dict[str, Any]]]
         tracker.close()
         rows = settled(read_rows(Path(folder) / HISTORY))
     readings.append(rows)
+    pinned_blocks.append(torch.cuda.host_memory_stats().get("num_host_alloc", 0))  # none without CUDA
     seconds = [LOG_STEPS * trainer.batch / row["train/images_per_second"] for row in rows]
     return Cost(items=LOG_STEPS * trainer.batch * CAPTIONS_A_PICTURE * len(rows), wall_seconds=sum(seconds))
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from captioner.errors import UserError
 from captioner.images import loading
-from measuring.commands import packing_command, run_timed, shard_megabytes
+from measuring.commands import REPOSITORY, packing_command, run_timed, shard_megabytes
 from measuring.figures import Contender, Cost, time_here
 from measuring.photos import QUALITY, SIZE, make_captions, write_captions
 from sharding.packing.engine import run_local
@@ -235,8 +235,8 @@ def steady_cost(seen: Sequence[tuple[float, ShardProgress]], lengths: dict[str, 
 # ---- whole jobs -------------------------------------------------------------------------------------------
 
 
-def our_job(paths: Photos, scratch: Path, *, workers: int) -> Contender:
-    """`python sharding/make_shards.py` with a caption file."""
+def our_job(paths: Photos, scratch: Path, *, workers: int, code: Path = REPOSITORY) -> Contender:
+    """`python sharding/make_shards.py` of the checkout `code` with a caption file."""
     captions = write_captions(paths, scratch / "job.jsonl")
 
     def turn(number: int) -> Cost:
@@ -245,14 +245,40 @@ def our_job(paths: Photos, scratch: Path, *, workers: int) -> Contender:
                 paths[0].parent,
                 captions,
                 folder,
+                code=code,
                 workers=workers,
+                quality=QUALITY,
                 shard_megabytes=shard_megabytes(len(paths), shards=2 * workers),
             )
-            cost = run_timed(command, scratch, len(paths))
+            cost = run_timed(command, scratch, len(paths), code=code)
             num_packed = json.loads((Path(folder) / "train.manifest.json").read_text())["totals"]["samples"]
             return check_complete(cost, num_packed)
 
     return turn
+
+
+def without_start_up(few: Contender, many: Contender) -> Contender:
+    """The cost of a job's images beyond those of a smaller job."""
+
+    def turn(number: int) -> Cost | None:
+        small, large = few(number), many(number)
+        if not (small and large and small.cpu_seconds and large.cpu_seconds):
+            return None
+        return Cost(
+            items=large.items - small.items,
+            wall_seconds=large.wall_seconds - small.wall_seconds,
+            cpu_seconds=large.cpu_seconds - small.cpu_seconds,
+        )
+
+    return turn
+
+
+def encode_as_today(earlier: Path) -> None:
+    """Let the code of commit EARLIER subsample chroma as packing does now; it took the quality as a flag."""
+    file = earlier / "captioner/images.py"
+    text = file.read_text()
+    assert text.count("subsampling=0") == 1
+    file.write_text(text.replace("subsampling=0", f'subsampling="{loading.SUBSAMPLING}"'))
 
 
 def peers_job(paths: Photos, scratch: Path, peers: Path, *, workers: int, **changed: bool | None) -> Contender:

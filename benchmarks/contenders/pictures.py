@@ -7,6 +7,7 @@ ids of the stored tokens and pack them; a batch is uint8. They yield the images 
 import json
 import random
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ OURS, EARLIER, BOOK, DECODE = "ours", "1b46dbb", "the book's loader", "decode as
 EARLIER_QUALITY = {"quality": 95, "subsampling": "4:4:4"}
 EARLIER_SAMPLE_BYTES = 42_600
 PEERS = ("webdataset", "litdata", "mosaicml-streaming")
+WITH_OUR_DECODER = "litdata with our decoder"
 CROP, MAX_TOKENS = 224, 20
 SHUFFLE_BUFFER = 1000  # samples in the shuffle buffer of a webdataset worker
 IN_MEMORY = 2560  # images that the loop decodes repeatedly
@@ -53,16 +55,35 @@ class View:
         self.vocabulary = find_vocabulary(folder / SHARDS)
 
     def __call__(self, picture: bytes, text: bytes) -> tuple[Any, list[list[int]]]:
+        pixels_HW3 = self.decode(picture)
+        top, left = (random.randint(0, side - CROP) for side in pixels_HW3.shape[:2])
+        view_PP3 = pixels_HW3[top : top + CROP, left : left + CROP]
+        if random.random() < 0.5:
+            view_PP3 = view_PP3.flip(1)
+        return view_PP3, [self.vocabulary.encode(caption) for caption in json.loads(text)["tokens"]]
+
+    @staticmethod
+    def decode(picture: bytes) -> Any:
+        """Pixels (height, width, 3), uint8, by torchvision's native decoder."""
         import torch
         from torchvision.io import ImageReadMode, decode_jpeg
 
         content = torch.frombuffer(bytearray(picture), dtype=torch.uint8)
         pixels_3HW: Any = decode_jpeg(content, mode=ImageReadMode.RGB)
-        top, left = (random.randint(0, side - CROP) for side in pixels_3HW.shape[1:])
-        view_3PP = pixels_3HW[:, top : top + CROP, left : left + CROP]
-        if random.random() < 0.5:
-            view_3PP = view_3PP.flip(2)
-        return view_3PP.permute(1, 2, 0), [self.vocabulary.encode(caption) for caption in json.loads(text)["tokens"]]
+        return pixels_3HW.permute(1, 2, 0)
+
+
+class OurDecoderView(View):
+    """The same with our decoder, which is simplejpeg's."""
+
+    @staticmethod
+    def decode(picture: bytes) -> Any:
+        """Pixels (height, width, 3), uint8."""
+        import torch
+
+        from captioner.images.loading import decode_stored
+
+        return torch.from_numpy(decode_stored(bytes(picture)))
 
 
 def collate(samples: Sequence[tuple[Any, list[list[int]]]]) -> tuple[Any, Any]:
@@ -134,11 +155,11 @@ def plain_webdataset(folder: Path, *, batch: int, workers: int, epoch: int) -> I
         yield views_BPP3
 
 
-def litdata(folder: Path, *, batch: int, workers: int, epoch: int) -> Iterator[Any]:
+def litdata(folder: Path, *, batch: int, workers: int, epoch: int, view_type: type[View] = View) -> Iterator[Any]:
     """Chunks of the JPEGs' bytes, written by litdata's `optimize`."""
     from litdata import StreamingDataLoader, StreamingDataset  # type: ignore
 
-    view = View(folder)
+    view = view_type(folder)
 
     class Samples(StreamingDataset):
         def __getitem__(self, index: Any) -> Any:
@@ -271,6 +292,11 @@ PICTURE_LOADERS = {
     "webdataset": Contender(package="webdataset", modules=("captioner.model.captions",), open_epoch=plain_webdataset),
     "litdata": Contender(
         package="litdata", modules=("litdata", "captioner.model.captions"), open_epoch=litdata, write=write_litdata
+    ),
+    WITH_OUR_DECODER: Contender(
+        package="litdata",
+        modules=("litdata", "captioner.model.captions", "captioner.images.loading"),
+        open_epoch=partial(litdata, view_type=OurDecoderView),
     ),
     "mosaicml-streaming": Contender(
         package="mosaicml-streaming",

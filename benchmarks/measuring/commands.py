@@ -5,10 +5,13 @@ import math
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from captioner import cli
 from captioner.errors import UserError
 from captioner.images import loading
 from measuring.figures import Cost
@@ -18,14 +21,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLE_BYTES = 25_400  # of a stored image and its captions; sets the number of shards
 
 
-def run_timed(command: Sequence[str | Path], scratch: Path, items: int) -> Cost:
-    """The cost of a command and all its processes. Raises UserError if it fails."""
+def run_timed(command: Sequence[str | Path], scratch: Path, items: int, *, code: Path = REPOSITORY) -> Cost:
+    """The cost of a command of the checkout `code`, and of all its processes. Raises UserError if it fails."""
     result, log = scratch / "timed.json", scratch / "timed.log"
     quiet = {"NO_ALBUMENTATIONS_UPDATE": "1"}  # img2dataset's library would look for its newest version online
     with log.open("w") as output:
         done = subprocess.run(
             [sys.executable, Path(__file__).with_name("timed.py"), result, *command],
-            env=os.environ | quiet,
+            env=code_environment(code) | quiet,
             stdout=output,
             stderr=subprocess.STDOUT,
             check=False,
@@ -69,6 +72,19 @@ def shard_megabytes(num_pictures: int, *, shards: int, sample_bytes: int = SAMPL
 def stored_photos(originals: Sequence[Path], folder: Path, *, count: int, **options: Any) -> list[Path]:
     """`count` JPEGs of `store_photos`, in `folder`/repeated: packing keeps their bytes."""
     return repeat_photos(folder / "repeated", store_photos(originals[:count], folder / "small", **options), count=count)
+
+
+def check_out(commit: str, folder: Path) -> Path | None:
+    """The code of a commit in this repository's history, in `folder`; prints why and returns None if it is missing."""
+    try:
+        archive = subprocess.run(["git", "-C", REPOSITORY, "archive", commit], capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", b"").decode(errors="replace").strip() or str(error)
+        cli.console.print(f"commit {commit} is not in this repository's history and is left out ({reason})")
+        return None
+    with tarfile.open(fileobj=BytesIO(archive)) as tar:
+        tar.extractall(folder, filter="data")
+    return folder
 
 
 # ---- peers and servers ------------------------------------------------------------------------------------

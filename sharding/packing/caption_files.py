@@ -21,6 +21,7 @@ from captioner.samples import ImageId, ImageIds, as_image_id
 from captioner.shards.format import Failure
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+DELIMITERS_OF_SPREADSHEETS = (",", ";", "\t")  # by region and program, whatever the file's suffix
 SUFFIXES = (".json", ".csv", ".tsv", ".jsonl")
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
@@ -231,10 +232,17 @@ def _merge(rows: Iterable[SourceImage | Failure]) -> Iterator[SourceImage | Fail
 
 
 def _table_rows(data: bytes, *, delimiter: str, location: str) -> Iterator[SourceImage | Failure]:
-    rows = _split_table(data.decode("utf-8-sig", "surrogateescape"), delimiter)  # bad bytes become surrogates
-    columns = [cell.strip() for cell in next(rows, (1, []))[1]]
-    if columns.count("image") != 1 or columns.count("caption") != 1:
-        found = ", ".join(map(reprlib.repr, columns[:20])) or "none"
+    """The rows of a table. Its columns may also be separated as spreadsheets do where the comma is the decimal sign."""
+    text = data.decode("utf-8-sig", "surrogateescape")  # bad bytes become surrogates
+    headers: list[list[str]] = []
+    for each in (delimiter, *DELIMITERS_OF_SPREADSHEETS):
+        rows = _split_table(text, each)
+        columns = [cell.strip() for cell in next(rows, (1, []))[1]]
+        headers.append(columns)
+        if columns.count("image") == columns.count("caption") == 1:
+            break
+    else:
+        found = ", ".join(map(reprlib.repr, headers[0][:20])) or "none"
         raise UserError(
             f"the first line of {location} names the columns {found}: give it the columns 'image' and 'caption', "
             f"each once, with {delimiter!r} between them, in UTF-8"

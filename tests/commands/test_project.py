@@ -93,9 +93,15 @@ def shell_blocks(document: str) -> list[str]:
 
 
 DOCUMENTS = (
-    "README.md", "docs/coco.md", "docs/performance.md", "docs/scaling.md", "docs/small-machines.md", "docs/watch.md",
+    "README.md",
+    "docs/captions-your-way.md",
+    "docs/coco.md",
+    "docs/performance.md",
+    "docs/scaling.md",
+    "docs/small-machines.md",
+    "docs/watch.md",
     "benchmarks/RESULTS.md",
-)  # fmt: skip
+)
 COMMAND = re.compile(r"\b(sharding|train|infer)/(\w+)\.py\b(.*)")
 
 

@@ -15,7 +15,7 @@ from rows import captioned, failed
 
 from captioner.errors import UserError
 from infer.results import Row
-from infer.sidecars import SHARED, SHOWN_NAMES, Sidecars, check_suffix, write_sidecars
+from infer.sidecars import EMPTY, SHARED, SHOWN_NAMES, Sidecars, check_suffix, write_sidecars
 
 
 def rows_of(folder: Path, *paths: str, caption: str = "a cat") -> list[Row]:
@@ -31,6 +31,15 @@ def test_a_sidecar_has_the_caption_and_the_name_of_its_picture(tmp_path: Path) -
     sidecars = write_sidecars(rows_of(tmp_path, "a/b.c.jpeg", "plain"), suffix=".txt")
     assert sidecars.counts == Counter(written=2)
     assert contents(tmp_path) == {"a/b.c.txt": "a cat\n", "plain.txt": "a cat\n"}
+
+
+def test_a_sidecar_has_the_text_that_is_made_for_it_and_none_without_text(tmp_path: Path) -> None:
+    texts = {"a.jpg": "A cat. 2024", "b.jpg": ""}
+    rows = rows_of(tmp_path, *texts)
+    sidecars = write_sidecars(rows, suffix=".txt", text=lambda row: texts[row["path"]])
+    assert sidecars.counts == {"written": 1, EMPTY: 1}
+    assert sidecars.names == {EMPTY: [f"{tmp_path}/b.jpg"]}
+    assert contents(tmp_path) == {"a.txt": "A cat. 2024\n"}
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_a_trainable_encoder_learns_and_its_statistics_move() -> None:
 def test_each_image_is_encoded_once_however_many_captions_it_has() -> None:
     model = make_model()
     shapes: list[torch.Size] = []
-    model.encoder.backbone.register_forward_hook(lambda _module, inputs, _output: shapes.append(inputs[0].shape))
+    model.encoder.register_forward_hook(lambda _module, inputs, _output: shapes.append(inputs[0].shape))
     packed = pack([[[4, 5], [6], [7], [8], [9, 4]]] * 3, max_tokens=9)
     logits_MV = logits(model, make_images(3), packed)
     assert shapes == [(3, 3, 32, 32)]

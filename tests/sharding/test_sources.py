@@ -444,10 +444,10 @@ GOOD_IMAGES = [{"id": 1, "file_name": "1.jpg"}]
         (".jsonl", "image,caption\n1.jpg,a cat\n"),
         (".csv", ""),
         (".csv", "1.jpg,a cat\n"),
-        (".csv", "image;caption\n1.jpg;a cat\n"),
+        (".csv", "image|caption\n1.jpg|a cat\n"),
         (".csv", "image,caption,caption\n1.jpg,a cat,a cat\n"),
         (".csv", '"image,caption\n'),
-        (".tsv", "image,caption\n1.jpg,a cat\n"),
+        (".tsv", "image|caption\n1.jpg|a cat\n"),
         (".tsv", "image\tcaption\n".encode("utf-16")),
     ],
 )

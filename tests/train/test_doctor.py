@@ -18,6 +18,7 @@ from train.doctor import DoctorSettings, main
 MADE = LoaderSpeed(
     stage_us={"read": 40.0, "transform": 340.0, "collate": 20.0},
     handoff_us=10.0,
+    pinning_us=20.0,
     alone_rate=2500.0,
     workers=2,
     workers_rate=4800.0,
@@ -58,7 +59,7 @@ def test_more_workers_than_cores_do_not_count_as_one_core_each() -> None:
 
 def test_the_table_has_a_row_for_each_stage() -> None:
     rows = MADE.rows()
-    assert [row[0] for row in rows] == ["read", "transform", "collate", "hand-off"]
+    assert [row[0] for row in rows] == ["read", "transform", "collate", "hand-off", "pinning, for a GPU"]
     assert sum(float(str(row[2])) for row in rows) == pytest.approx(100)
     assert rows[1][3] == 2941
 
@@ -95,7 +96,7 @@ def test_it_measures_tells_and_leaves_nothing(
     found = json.loads((tmp_path / "out/doctor.json").read_text())
     assert list(found["stage_us"]) == ["read", "transform", "collate"]
     assert all(us > 0 for us in found["stage_us"].values())
-    assert min(found["handoff_us"], found["alone_rate"], found["workers_rate"]) > 0
+    assert min(found["handoff_us"], found["pinning_us"], found["alone_rate"], found["workers_rate"]) > 0
     assert found["download_mbs"] is None
     assert found["verdict"] in printed
     for stage in (*found["stage_us"], "hand-off"):

@@ -1,6 +1,7 @@
 """How fast a loader's stages are, and how many workers a training process needs."""
 
 import math
+import statistics
 import sys
 import time
 from collections import deque
@@ -12,6 +13,7 @@ from itertools import chain, islice, repeat
 from pkgutil import resolve_name
 from typing import Any
 
+import torch
 from torch.utils.data import default_collate
 
 from captioner import cli
@@ -19,12 +21,14 @@ from captioner.errors import UserError
 from captioner.files import storage
 from captioner.shards.format import ShardEntry
 from captioner.streaming import StreamingLoader
+from captioner.streaming.buffers import map_leaves, pinned
 from captioner.streaming.cache import ShardCache
 from captioner.streaming.dataset import Split
 from captioner.workers import count_processors
 from train.data.batches import CaptionPipeline
 from train.data.folders import read_merged_vocabulary
 
+PINNED_COPIES = 9
 MAX_SHARDS, MAX_BYTES = 8, 300_000_000  # that are read; one shard always
 WALL, CPU = time.perf_counter, time.thread_time
 
@@ -33,12 +37,13 @@ WALL, CPU = time.perf_counter, time.thread_time
 class LoaderSpeed:
     """`_us` are microseconds a sample, rates are samples/s.
 
-    `stage_us` are a worker's stages, `handoff_us` the training process's own time; `alone_rate` is that of a loader
-    without workers.
+    `stage_us` are a worker's stages, `handoff_us` the training process's own time, `pinning_us` the time of the thread
+    that copies batches to pinned memory; `alone_rate` is that of a loader without workers.
     """
 
     stage_us: dict[str, float]
     handoff_us: float
+    pinning_us: float
     alone_rate: float
     workers: int
     workers_rate: float
@@ -53,7 +58,7 @@ class LoaderSpeed:
 
     def rows(self) -> list[tuple[object, ...]]:
         """For each stage its µs a sample, its per cent of the sum, and the samples/s of a core that does only that."""
-        all_us = self.stage_us | {"hand-off": self.handoff_us}
+        all_us = self.stage_us | {"hand-off": self.handoff_us, "pinning, for a GPU": self.pinning_us}
         return [(stage, us, 100 * us / sum(all_us.values()), round(1e6 / us)) for stage, us in all_us.items()]
 
     def verdict(self, *, wanted: float) -> str:
@@ -145,14 +150,31 @@ def measure_loader(
     bar.advance(note="with workers")
     loader = open_loader(num_workers=workers, **options)
     workers_seconds, own_seconds, num_received = run_loader(loader, skip=4 * workers, seconds=seconds)
+    batch = next(iter(open_loader(**options)))
     return LoaderSpeed(
         stage_us={name: 1e6 * spent[name] / num_samples for name in spent},
         handoff_us=1e6 * own_seconds / num_received,
+        pinning_us=1e6 * time_pinning(batch) / batch_size,
         alone_rate=num_samples / alone_seconds,
         workers=workers,
         workers_rate=num_received / workers_seconds,
         cores=count_processors(),
     )
+
+
+def time_pinning(batch: Any) -> float:
+    """The seconds that a copy of the batch to pinned memory takes; without a GPU, a copy of its tensors."""
+    can_pin, seconds = torch.accelerator.is_available(), []
+    for _ in range(PINNED_COPIES):
+        started = WALL()
+        copied = pinned(batch) if can_pin else map_leaves(batch, _copy)
+        seconds.append(WALL() - started)
+        del copied
+    return statistics.median(seconds)
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def fetch_some_shards(split: Split, cache: str, *, seconds: float) -> tuple[Split, float | None]:

@@ -24,14 +24,27 @@ def read_results(location: str) -> dict[ImageId, str]:
     return dict(rows)
 
 
-def read_references(location: str) -> dict[ImageId, list[str]]:
-    """The captions of each image that has any, by the id in its `images`. Raises UserError for another layout."""
+def with_ids(
+    captions: Mapping[ImageId, str], ids_by_name: Mapping[str, ImageId], *, results: str
+) -> dict[ImageId, str]:
+    """The captions of a results file, in which ids may be file names. Raises UserError for an image with two."""
+    rows = [(ids_by_name.get(str(image_id), image_id), caption) for image_id, caption in captions.items()]
+    _check_once((image_id for image_id, _ in rows), where=results, remedy="give one caption for each image")
+    return dict(rows)
+
+
+def read_references(location: str) -> tuple[dict[ImageId, list[str]], dict[str, ImageId]]:
+    """The captions of each image that has any, by the id in its `images`; and the ids of `images` by file name.
+
+    Raises UserError for another layout.
+    """
     content = storage.read_json(location, remedy=REFERENCES_FORM)
     if not isinstance(content, dict) or "annotations" not in content:
         raise UserError(f"{location} has no annotations: {REFERENCES_FORM}")
-    images = content.get("images")
-    listed = [as_image_id(image.get("id")) for image in images if isinstance(image, dict)] if images else []
-    ids = ImageIds([image_id for image_id in listed if image_id is not None])
+    images = [image for image in content.get("images") or () if isinstance(image, dict)]
+    named = [(image.get("file_name"), as_image_id(image.get("id"))) for image in images]
+    listed = [image_id for _, image_id in named if image_id is not None]
+    ids = ImageIds(listed)
     references: dict[ImageId, list[str]] = {}
     for image_id, caption in _rows(content["annotations"], location, remedy=REFERENCES_FORM):
         own_id = ids.find(image_id)
@@ -42,7 +55,7 @@ def read_references(location: str) -> dict[ImageId, list[str]]:
             f"{location} has captions of image {twice[0]} and of image '{twice[0]}', and no `images` that tell whether "
             "they are two: write all ids as numbers, or all as text"
         )
-    return references
+    return references, {name: image_id for name, image_id in named if isinstance(name, str) and image_id is not None}
 
 
 def by_reference_id(

@@ -10,7 +10,7 @@ from captioner.fluency import fluency
 from captioner.metrics import ImageScores, References, corpus_scores, sum_counts
 from captioner.samples import ImageId
 from train.evaluation.bootstrap import RESAMPLES, Interval, bounds, intervals, paired_intervals, with_intervals
-from train.evaluation.coco_results import by_compared_id, by_reference_id, read_references, read_results
+from train.evaluation.coco_results import by_compared_id, by_reference_id, read_references, read_results, with_ids
 from train.evaluation.java_metrics import java_scores
 from train.evaluation.settings import EvaluateSettings
 
@@ -23,14 +23,15 @@ def score_results(settings: EvaluateSettings) -> None:
     Raises UserError for files that cannot be scored.
     """
     results, references = str(settings.results), str(settings.references)
-    found, all_captions = read_results(results), read_references(references)
+    found, (all_captions, ids_by_name) = read_results(results), read_references(references)
+    found = with_ids(found, ids_by_name, results=results)
     captions = by_reference_id(found, all_captions, results=results, location=references)
     num_left = len(all_captions) - len(captions)
     if num_left:
         cli.console.print(f"{num_left:,} of {len(all_captions):,} images in {references} have no result: not scored")
     facts = {"num_images": len(captions), "num_without_result": num_left, "results": results, "references": references}
     own_references = {image_id: texts for image_id, texts in all_captions.items() if image_id in captions}
-    report_scores(settings, captions, own_references, facts)
+    report_scores(settings, captions, own_references, facts, ids_by_name=ids_by_name)
 
 
 def caption_metrics(images: Mapping[Any, ImageScores], captions: Mapping[Any, str]) -> dict[str, float]:
@@ -44,8 +45,12 @@ def report_scores(
     references: Mapping[ImageId, Sequence[str]],
     facts: Mapping[str, Any],
     losses: Mapping[str, float] | None = None,
+    *,
+    ids_by_name: Mapping[str, ImageId] | None = None,
 ) -> None:
     """Print losses and metrics, and write them with the `facts` of what was scored. Raises UserError.
+
+    `ids_by_name` has the images' ids by file name, which another results file may have as ids.
 
     The JSON has `metrics` by name, `bleu_counts` and the facts; with --against also `against`: the other file's
     `results` and `metrics`, and of each of the `differences` its `value`, `low`, `high` and `excludes_zero`.
@@ -58,7 +63,8 @@ def report_scores(
     content: dict[str, Any] = {"metrics": metrics, "bleu_counts": counts._asdict(), **facts}
     if settings.against is not None:
         against = str(settings.against)
-        others = by_compared_id(read_results(against), captions, against=against, results=facts["results"])
+        others = with_ids(read_results(against), ids_by_name or {}, results=against)
+        others = by_compared_id(others, captions, against=against, results=facts["results"])
         content["against"] = {"results": against, **_compare(images, corpus.image_scores(others), others)}
     _print(content)
     if settings.json is not None:

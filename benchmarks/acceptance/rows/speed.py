@@ -77,7 +77,8 @@ def loop_speed(job: Job, *, batch: int, precision: str) -> Outcome:
 def waiting(job: Job, *, batch: int, precision: str) -> Outcome:
     """The share of the loop's time spent waiting for a batch."""
     found = measured(job, batch=batch, precision=precision)
-    return Outcome(figure=found["waiting_share"], bar=1.0 if job.small else MOST_WAITING, at_most=True)
+    note = f"{found['new_pinned_blocks']} blocks of pinned memory made after the first epoch"
+    return Outcome(figure=found["waiting_share"], bar=1.0 if job.small else MOST_WAITING, at_most=True, note=note)
 
 
 def whole_command(job: Job) -> Outcome:

@@ -5,12 +5,15 @@ Shapes: B images, F features, R positions of the last feature map, row by row. A
 """
 
 import math
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from captioner.model.encoders import timm_models, torchvision_models
+from captioner.model.encoders.folding import fold_batch_norms
 from captioner.model.encoders.meta import run_on_meta
 from captioner.model.encoders.preprocessing import FixedCropError, Preprocessing, SmallImagesError
 from captioner.model.graphs import GraphCache, can_replay
@@ -21,7 +24,8 @@ class Encoder(nn.Module):
 
     `name` is a classification model of torchvision, `small_cnn`, or `timm/` and a model of timm. The grid is the last
     feature map, or a ViT's patch tokens. Unless the encoder is trainable, it stays in eval mode after `train()` and
-    computes no gradient, and on CUDA it runs as a graph (`graphs.py`) unless it is compiled.
+    computes no gradient. Then it runs with its batch norms folded into its convolutions (`folding.py`), and as a graph
+    on CUDA (`graphs.py`), unless it is compiled. Other weights come by `load_state_dict`; changes in place go unseen.
 
     Raises UserError for an unknown name, and for a model that gives no grid.
     """
@@ -34,6 +38,8 @@ class Encoder(nn.Module):
         self.num_features = self._count_features(crop=preprocessing(name).crop)
         self.backbone.requires_grad_(trainable)
         self._graphs = None if trainable else GraphCache()
+        self._folded: list[nn.Module] = []  # a list, so that its weights are not this module's
+        self.register_load_state_dict_post_hook(_forget_folded)
         self.to(memory_format=torch.channels_last)
         self.train(self.training)
 
@@ -47,9 +53,10 @@ class Encoder(nn.Module):
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Pooled features (B, F), or the grid (B, R, F)."""
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
+            network = self._fold(crop=images_B3HW.shape[2]) if self._is_plain() else self.backbone
             if self._graphs is not None and can_replay(images_B3HW) and self._is_plain():
-                return self._features(self._graphs(self.backbone, images_B3HW))
-            return self._features(self.backbone(images_B3HW))
+                return self._features(self._graphs(network, images_B3HW))
+            return self._features(network(images_B3HW))
 
     def grid_shape(self, crop: int) -> tuple[int, int]:
         """Rows and columns of the grid of a crop of `crop` pixels, computed without running the network."""
@@ -80,8 +87,24 @@ class Encoder(nn.Module):
         return self._features(output).shape[-1]
 
     def _is_plain(self) -> bool:
-        """Whether the backbone is frozen, in eval mode and not compiled by `backbone.compile()`."""
-        return not self.trainable and not self.backbone.training and self.backbone._compiled_call_impl is None
+        """Whether the backbone is frozen, in eval mode and not compiled."""
+        is_compiled = self.backbone._compiled_call_impl is not None or torch.compiler.is_compiling()
+        return not (self.trainable or self.backbone.training or is_compiled)
+
+    def _fold(self, *, crop: int) -> nn.Module:
+        """The backbone with folded batch norms, made by the first call."""
+        if not self._folded:
+            self._folded.append(fold_batch_norms(self.backbone, crop=crop))
+        return self._folded[0]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Encoder":
+        """Move or cast the weights, as `nn.Module.to` does."""
+        self._folded.clear()
+        return super()._apply(fn, recurse)
+
+
+def _forget_folded(encoder: Encoder, _keys: object) -> None:
+    encoder._folded.clear()
 
 
 def preprocessing(name: str) -> Preprocessing:

@@ -1,0 +1,251 @@
+"""Tables of rows: what spreadsheets and packing read, what no name can break, COCO results that evaluation reads."""
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rows import captioned, failed
+
+from captioner.errors import UserError
+from captioner.files import storage
+from infer.results import Row, to_line
+from infer.tables import COLUMNS, check_table, coco_id, write_coco_results, write_csv
+from infer.templates import Template
+from sharding.packing.sources import Source, read_records
+from train.evaluate import main as evaluate
+from train.evaluation.settings import EvaluateSettings
+
+FORMULAS = ("=cmd|' /C calc'!A0", "+1", "-rf", "@SUM(A1)", "\t=1", "\r=1")
+
+
+def write_rows(folder: Path, rows: Iterable[Row]) -> Path:
+    output = folder / "rows.jsonl"
+    output.write_text("".join(map(to_line, rows)))
+    return output
+
+
+def table_of(folder: Path, rows: Iterable[Row], **options: Any) -> list[dict[str, str]]:
+    """The table's rows, as a CSV reader gives them."""
+    write_csv(write_rows(folder, rows), folder / "t.csv", **options)
+    return list(csv.DictReader(io.StringIO((folder / "t.csv").read_bytes().decode(), newline="")))
+
+
+def packed(table: Path) -> dict[str, tuple[str, ...]]:
+    """The captions of each image in a table, as make_shards.py reads them."""
+    records, _ = read_records(Source(split="train", captions=str(table), images="photos"))
+    return {record.file_name: record.captions for record in records}
+
+
+# ---- CSV --------------------------------------------------------------------------------------------------
+
+
+def test_a_table_has_all_rows_and_the_text_of_a_template(tmp_path: Path) -> None:
+    rows = [captioned("a.jpg", confidence=0.25, caption='a "cat", black'), failed("b.jpg")]
+    first, second = table_of(tmp_path, rows, text=Template("{alt} {name}").text)
+    assert first | {"width": "640", "height": "480"} == first
+    assert (first["image"], first["caption"], first["text"]) == ("a.jpg", 'a "cat", black', "A cat. a.jpg")
+    assert (first["confidence"], first["score"], first["duplicate_of"]) == ("0.25", "-0.5", "")
+    assert (second["caption"], second["text"], second["error"]) == ("", "", "truncated")
+    assert (tmp_path / "t.csv").read_bytes().count(b"\r\n") == 3
+    assert list(table_of(tmp_path, rows)[0]) == ["image", "caption", *COLUMNS]
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\\:~/"), min_size=1).filter(
+    lambda name: name.strip(".") != ""
+)
+
+
+@settings(deadline=None)  # files are flushed to disk
+@given(
+    st.dictionaries(NAMES, st.text(st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"]) | st.just(" "))),
+    st.sampled_from([None, "comma", "semicolon"]),
+    st.sampled_from([".csv", ".tsv"]),
+)
+def test_packing_reads_the_captions_that_were_written(
+    tmp_path_factory: pytest.TempPathFactory, captions: dict[str, str], excel: Any, suffix: str
+) -> None:
+    """But for a caption that begins like a formula, which has an apostrophe before it."""
+    folder = tmp_path_factory.mktemp("tables")
+    table = folder / f"t{suffix}"
+    output = write_rows(folder, [captioned(name, caption=caption) for name, caption in captions.items()])
+    assert write_csv(output, table, excel=excel) == 0
+    expected = {}
+    for name, caption in captions.items():
+        text = " ".join(caption.split())
+        if text:
+            shown = f"'{text}" if text[0] in "=+-@" else text
+            expected[f"./{name}" if name[0] in "=+-@" else name] = (shown,)
+    assert packed(table) == expected
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_nothing_in_a_table_is_a_formula(tmp_path: Path, name: str) -> None:
+    """Of names, captions, texts and messages; numbers stay numbers, and packing finds the file."""
+    row = captioned(f"{name}.jpg", caption=name, root=name, alt=name, review=name, duplicate_of=name)
+    (cells,) = table_of(tmp_path, [row], text=Template("{caption}").text)
+    assert [cell for cell in cells.values() if cell[:1] in ("=", "+", "-", "@", "\t", "\r")] == ["-0.5"]
+    assert os.path.normpath(cells["image"]) == f"{name}.jpg"
+
+
+def test_names_that_are_not_utf8_are_shown_and_counted(tmp_path: Path) -> None:
+    output = write_rows(tmp_path, [captioned(os.fsdecode(b"a\xff.jpg")), captioned("b.jpg")])
+    assert write_csv(output, tmp_path / "t.csv") == 1
+    assert packed(tmp_path / "t.csv") == {"a\N{REPLACEMENT CHARACTER}.jpg": ("a cat",), "b.jpg": ("a cat",)}
+
+
+def test_image_names_start_from_the_folder_that_all_roots_have_in_common(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        captioned("a.jpg", root="photos/x"),
+        captioned("b.jpg", root="photos/y/z"),
+        captioned("c.jpg", root="s3://b"),
+    ]
+    assert [row["image"] for row in table_of(tmp_path, rows)] == ["x/a.jpg", "y/z/b.jpg", "c.jpg"]
+
+
+def test_excel_has_a_mark_its_separator_and_its_decimal_sign(tmp_path: Path) -> None:
+    output = write_rows(tmp_path, [captioned("a.jpg", confidence=0.25, caption="a; b, c")])
+    write_csv(output, tmp_path / "t.csv", excel="semicolon")
+    header, line = (tmp_path / "t.csv").read_bytes().decode("utf-8").splitlines()
+    assert header.startswith("\ufeffimage;caption;alt;confidence")
+    assert line.startswith('a.jpg;"a; b, c";A cat.;0,25;-0,5;')
+    write_csv(output, tmp_path / "t.csv", excel="comma")
+    assert (tmp_path / "t.csv").read_bytes().startswith(b"\xef\xbb\xbfimage,caption,alt")
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_table_comes_back_from_any_spreadsheet(tmp_path: Path, separator: str, encoding: str) -> None:
+    """Corrected, with every cell in quotes, and columns moved, as spreadsheets save it."""
+    rows = [captioned("-a.jpg"), captioned("b.jpg"), failed("c.jpg")]
+    cells = table_of(tmp_path, rows)
+    cells[1]["caption"] = 'a "dog"; brown,\tnot a cat'
+    with (tmp_path / "saved.csv").open("w", newline="", encoding=encoding) as file:
+        writer = csv.DictWriter(file, [*reversed(cells[0])], delimiter=separator, quoting=csv.QUOTE_ALL)
+        writer.writeheader()
+        writer.writerows(cells)
+    assert packed(tmp_path / "saved.csv") == {"./-a.jpg": ("a cat",), "b.jpg": ('a "dog"; brown,\tnot a cat',)}
+
+
+@pytest.mark.external
+@pytest.mark.skipif(shutil.which("ssconvert") is None, reason="needs Gnumeric's ssconvert")
+@pytest.mark.parametrize("excel", [None, "comma"])
+def test_a_real_spreadsheet_reads_the_table_and_packing_reads_what_it_saves(tmp_path: Path, excel: Any) -> None:
+    rows = [
+        captioned("=1+1.jpg", review="=2+3"),
+        captioned("été.jpg", caption='a "cat"; black, small'),
+        failed("c.jpg"),
+    ]
+    write_csv(write_rows(tmp_path, rows), tmp_path / "t.csv", excel=excel)
+    for options, source, target in (
+        ([], "t.csv", "t.xlsx"),
+        (["-O", "separator=; format=preserve"], "t.xlsx", "saved.txt"),
+    ):
+        subprocess.run(["ssconvert", *options, source, target], cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / "saved.txt").rename(tmp_path / "saved.csv")
+    assert re.search(r";'?=2\+3;", (tmp_path / "saved.csv").read_text())  # not 5
+    assert packed(tmp_path / "saved.csv") == {"./=1+1.jpg": ("a cat",), "été.jpg": ('a "cat"; black, small',)}
+
+
+def test_a_full_disk_leaves_the_earlier_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: object) -> Any:
+        raise OSError(28, os.strerror(28))
+
+    (tmp_path / "t.csv").write_text("earlier")
+    output = write_rows(tmp_path, [captioned("a.jpg")])
+    monkeypatch.setattr("captioner.files.storage.os.fsync", fill)
+    for write in (write_csv, write_coco_results):
+        with pytest.raises(UserError, match=r"t\.csv.*make room"):
+            write(output, tmp_path / "t.csv")
+    assert (tmp_path / "t.csv").read_text() == "earlier"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "t.csv"]
+
+
+def test_tables_that_cannot_be_written_are_refused_before(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.csv").mkdir()
+    for name in ("a.txt", "a", "file/a.csv", "folder.csv"):
+        with pytest.raises(UserError, match="--csv"):
+            check_table(tmp_path / name, "--csv", [".csv", ".tsv"])
+    check_table(tmp_path / "new" / "folder" / "a.CSV", "--csv", [".csv", ".tsv"])
+
+
+# ---- COCO results -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("COCO_val2014_000000391895.jpg", 391895),
+        ("val2017/000000391895.jpg", 391895),
+        ("1000268201_693b08cb0e.jpg", "1000268201_693b08cb0e.jpg"),
+        ("17.jpg", "17.jpg"),
+        ("a/b.jpg", "a/b.jpg"),
+    ],
+)
+def test_ids_are_cocos_numbers_or_paths(path: str, expected: int | str) -> None:
+    assert coco_id(path) == expected
+
+
+def test_images_without_caption_and_with_an_id_again_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [
+        captioned("a/000000000007.jpg", caption="first"),
+        captioned("b/COCO_val2014_000000000007.jpg", caption="second"),
+        captioned("c.jpg", alt="", caption="unsure"),
+        failed("d.jpg"),
+    ]
+    left_out = write_coco_results(write_rows(tmp_path, rows), tmp_path / "r.json")
+    assert left_out == Counter({"images that have the id of an earlier one": 1, "files that have no caption": 1})
+    assert json.loads((tmp_path / "r.json").read_text()) == [
+        {"image_id": 7, "caption": "first"},
+        {"image_id": "c.jpg", "caption": "unsure"},
+    ]
+
+
+@pytest.mark.parametrize("rows", [[], [failed("a.jpg")]])
+def test_results_of_nothing_are_json(tmp_path: Path, rows: list[Row]) -> None:
+    write_coco_results(write_rows(tmp_path, rows), tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text()) == []
+
+
+@pytest.mark.parametrize("names", [["000000000011.jpg", "000000000012.jpg"], ["sea/x.jpg", "y.jpg"]])
+def test_evaluation_scores_what_was_written(tmp_path: Path, names: list[str]) -> None:
+    """By COCO's number, or by the file names of the references; beside another file of results too."""
+    captions = {11: "a man rides a wave", 12: "two dogs on a sofa"}
+    pairs = list(zip(names, captions.items(), strict=True))
+    references = {
+        "images": [{"id": image_id, "file_name": name} for name, (image_id, _) in pairs],
+        "annotations": [{"image_id": image_id, "id": image_id, "caption": text} for image_id, text in captions.items()],
+    }
+    storage.write_atomic(str(tmp_path / "references.json"), json.dumps(references))
+    write_coco_results(
+        write_rows(tmp_path, [captioned(name, caption=text) for name, (_, text) in pairs]), tmp_path / "r.json"
+    )
+    own, scores = tmp_path / "r.json", tmp_path / "scores.json"
+    evaluate(EvaluateSettings(results=own, references=tmp_path / "references.json", against=own, json=scores))
+    found = json.loads(scores.read_text())
+    assert found["num_images"] == 2
+    assert found["metrics"]["bleu4"] == pytest.approx(1.0)
+
+
+def test_an_image_with_two_ids_is_refused(tmp_path: Path) -> None:
+    images = [{"id": 1, "file_name": "a.jpg"}]
+    references = {"images": images, "annotations": [{"image_id": 1, "id": 1, "caption": "a cat"}]}
+    (tmp_path / "references.json").write_text(json.dumps(references))
+    results = [{"image_id": 1, "caption": "a cat"}, {"image_id": "a.jpg", "caption": "a dog"}]
+    (tmp_path / "r.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match="image 1 2 times"):
+        evaluate(EvaluateSettings(results=tmp_path / "r.json", references=tmp_path / "references.json"))

@@ -63,18 +63,14 @@ format: $(TESTS_READY) ## rewrite the code in the house format
 
 docs: $(DOCS_READY) ## build the documents into build/site; a dead link or anchor is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
-	@echo "open build/site/index.html"
+	@echo "open build/site/index.html; to search it: $(PYTHON) -m http.server --directory build/site"
 
-simd: $(READY) ## replace Pillow by pillow-simd: resizes several times faster (a minute; needs a compiler)
+simd: $(READY) ## replace Pillow by pillow-simd (a minute; needs a compiler; for JPEGs no faster, see docs/performance.md)
 	@$(BIN)/python simd.py $(PILLOW_SIMD) --into $(VENV)/simd --lose "$(LOSE)"
 	@$(KEEP_SIMD)
 	@$(BIN)/python -c 'import PIL; print("PIL is now pillow-simd", PIL.__version__, "(make no-simd: back to Pillow)")'
 
-no-docs: $(DOCS_READY) ## build the documents into build/site; a dead link or anchor is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
-	@echo "open build/site/index.html"
-
-simd: $(READY) ## replace pillow-simd by the pinned Pillow again
+no-simd: $(READY) ## replace pillow-simd by the pinned Pillow again
 	rm -rf $(VENV)/simd
 	$(BIN)/python -m pip uninstall --quiet --yes pillow-simd pillow
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt pillow

@@ -11,7 +11,7 @@ import tyro
 
 from captioner.errors import UserError
 from captioner.flags import AnyNumber, Count, File, Fraction, Location, Workers
-from infer.gallery import check_folder
+from infer.gallery import check_corrections, check_folder
 from infer.listing import ImageFile, Listing
 from infer.peers import Peers
 from infer.results import Row, own_files
@@ -35,16 +35,20 @@ class CaptionSettings:
     shards: tuple[Location, ...] = ()
     """Dataset folders that sharding/make_shards.py wrote, whose images are captioned."""
     model: Location = "runs/coco/model"
-    """Model folder that train/main.py wrote, or its URL."""
+    """Model folder that train/main.py wrote, ONNX folder that infer/export.py wrote (without torch), or its URL."""
     output: File = DEFAULT_OUTPUT
     """JSONL file for one row per file; files that have a row already are not captioned again. - is the standard output.
     Without it the captions of up to ten files that --images names one by one are printed only."""
     retry_errors: bool = False
     """Retry files whose row is an error."""
+    watch: bool = False
+    """Then go on: caption files that arrive in the folders or are replaced, until SIGTERM or Ctrl-C."""
     gallery: File | None = None
-    """Folder for a page (index.html) that shows all images and captions."""
+    """Folder for a page (index.html) that shows all images and captions. What persons wrote in it is kept."""
     open: bool = False
     """Open that page in the browser; without --gallery it is beside the output."""
+    corrections: File | None = None
+    """File that was downloaded from a gallery: its captions are shown in the new one as a person's."""
     attention: bool = False
     """For each word of the caption, where in the image the model looked: in the key attention, and in the gallery."""
     sidecar: str | None = None
@@ -90,6 +94,9 @@ def check_flags(settings: CaptionSettings) -> None:
         check_suffix(settings.sidecar)
     if settings.gallery is not None:
         check_folder(settings.gallery, images=settings.images)
+        check_corrections(settings.gallery, settings.corrections)
+    elif settings.corrections is not None:
+        raise UserError("--corrections is for the page of --gallery: give that too")
     find_text(settings)
     if settings.csv is not None:
         check_table(settings.csv, "--csv", CSV_SUFFIXES)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,10 @@ from typing import get_args, get_type_hints
 import diagrams
 import pytest
 import reference
+from safetensors.numpy import load as load_arrays
+
+from captioner.shards.format import Manifest, ShardEntry, ShardIndex
+from infer.results import Row
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -93,3 +98,12 @@ def flags(settings: type) -> set[str]:
 def test_diagrams_are_those_of_their_source(name: str) -> None:
     drawn = (diagrams.FOLDER / name).read_text(encoding="utf-8")
     assert drawn == diagrams.diagrams()[name], "run python docs/diagrams.py"
+
+
+def test_the_page_on_formats_names_every_key() -> None:
+    named = set(
+        re.findall(r"`([\w.]+)`", (REPOSITORY / "docs" / "reference" / "formats.md").read_text(encoding="utf-8"))
+    )
+    manifest = {field.name for kind in (Manifest, ShardEntry) for field in dataclasses.fields(kind)}
+    arrays = load_arrays(ShardIndex.of([], {}).to_bytes())
+    assert {*Row.__annotations__, *manifest, *arrays} <= named

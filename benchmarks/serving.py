@@ -121,7 +121,7 @@ def main(settings: ServingSettings) -> None:
         files = write_different(scratch / "files", originals, count=count)
         run = describe_run(
             PACKAGES,
-            model=f"{captioner.bundle.model.config.encoder}, {captioner.bundle.model.config.decoder}, beam {beam_size}",
+            model=f"{captioner.bundle.name}, beam {beam_size}",
             pictures=f"{len(originals)} {f'from {settings.images}' if settings.images else 'DRAWN'}, repeated",
         )
         print_run("serving", run)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from captioner.model.decoding import GeneratedCaption
+    from captioner.model.generated import GeneratedCaption
     from captioner.vocabulary import Vocabulary
 
 REGIONS = (

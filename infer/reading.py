@@ -57,22 +57,29 @@ class Batch:
     buffer: int
 
 
-def prepare() -> ForkServerContext:
+def prepare(*, with_torch: bool = True) -> ForkServerContext:
     """Start the server process of the workers, unless it runs; it imports the decoding code in the background."""
-    return start_server("infer.reading")
+    return start_server("infer.reading", with_torch=with_torch)
 
 
 class Reader(Iterator[Batch]):
     """Iterates over the batches as they are decoded, in no fixed order. Close it with a `with` statement.
 
     The consumer may hold `num_held` batches before it releases one. `num_damaged` counts the usable images about which
-    their decoder complained. Raises UserError when workers die and no image is to blame.
+    their decoder complained. Without torch Pillow resizes. Raises UserError when workers die and no image is to blame.
     """
 
     def __init__(
-        self, files: Iterator[ImageFile], view: ViewSpec, *, batch_size: int, num_workers: int, num_held: int
+        self,
+        files: Iterator[ImageFile],
+        view: ViewSpec,
+        *,
+        batch_size: int,
+        num_workers: int,
+        num_held: int,
+        with_torch: bool = True,
     ) -> None:
-        context = prepare()
+        context = prepare(with_torch=with_torch)
         num_buffers = num_held + 2 * num_workers  # for each worker one in work and one that waits for the consumer
         shape = (num_buffers, batch_size, view.crop, view.crop, 3)
         memory = context.RawArray(ctypes.c_uint8, int(np.prod(shape)))
@@ -80,7 +87,15 @@ class Reader(Iterator[Batch]):
         self._free = deque(range(num_buffers))
         self.num_damaged = 0
         self._pool = WorkerPool(
-            context, _decode, memory, shape, view, size=num_workers, max_deaths=MAX_DEATHS, max_seconds=MAX_SECONDS
+            context,
+            _decode,
+            memory,
+            shape,
+            view,
+            with_torch,
+            size=num_workers,
+            max_deaths=MAX_DEATHS,
+            max_seconds=MAX_SECONDS,
         )
         self._results = self._pool.run(self._tasks(files, batch_size))
 
@@ -118,6 +133,7 @@ def _decode(
     memory: Any,
     shape: tuple[int, ...],
     view: ViewSpec,
+    with_torch: bool,
     *,
     excluded: dict[int, int | None],
     set_index: Callable[[int], None],
@@ -134,18 +150,18 @@ def _decode(
             image = DecodedImage(file, error=blame(excluded[index], max_seconds=MAX_SECONDS))
         else:
             set_index(index)
-            image = decode_image(file, view, out_PP3=views_BPP3[row])
+            image = decode_image(file, view, out_PP3=views_BPP3[row], with_torch=with_torch)
         row += image.error is None
         images.append(image)
     return buffer, images
 
 
-def decode_image(file: ImageFile, view: ViewSpec, *, out_PP3: np.ndarray) -> DecodedImage:
+def decode_image(file: ImageFile, view: ViewSpec, *, out_PP3: np.ndarray, with_torch: bool = True) -> DecodedImage:
     """Write a file's view to `out_PP3`, unless the result has an error."""
     try:
         data = file.read(max_bytes=MAX_FILE_BYTES)
         with decoder_output.collect() as complaints:
-            out_PP3[:], size = read_eval_view(data, view)
+            out_PP3[:], size = read_eval_view(data, view, with_torch=with_torch)
     except ImageError as error:
         return DecodedImage(file, error=error)
     return DecodedImage(file, size, hashlib.sha256(data).hexdigest(), complaint="; ".join(complaints))

@@ -22,6 +22,7 @@ from typing import Annotated
 from captioner import cli
 from captioner.errors import UserError
 from captioner.flags import Count, File, Location, int_flag
+from captioner.model.onnx import is_onnx_folder
 from captioner.workers import count_processors
 from infer.gallery import is_gallery
 from infer.reading import prepare
@@ -39,7 +40,7 @@ class ServeSettings:
     """The model, the address, and the limits."""
 
     model: Location = "runs/coco/model"
-    """Model folder that train/main.py wrote, or its URL."""
+    """Model folder that train/main.py wrote, or ONNX folder that infer/export.py wrote, or its URL."""
     gallery: File | None = None
     """Folder that infer/main.py --gallery wrote: it is served at /gallery/, and corrections are saved in it."""
     host: str = "127.0.0.1"
@@ -73,16 +74,17 @@ def main(settings: ServeSettings) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when it has ended
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # what is wrong with a body, its client is told
     listener = listen(settings.host, settings.port)
-    prepare()  # while this process loads torch and the model
-    import torch
-
+    prepare(with_torch=not is_onnx_folder(settings.model))  # while this process loads the model
     from infer.captioning import load_captioner
     from infer.serving.app import make_app
     from infer.serving.service import Service
 
     captioner = load_captioner(CaptionSettings(model=settings.model))
-    torch.set_num_threads(count_processors())  # one batch at a time is captioned
-    on_cpu = captioner.bundle.device.type == "cpu"
+    if captioner.bundle.uses_torch:
+        import torch
+
+        torch.set_num_threads(count_processors())  # one batch at a time is captioned
+    on_cpu = captioner.bundle.is_on_cpu
     service = Service(
         captioner,
         batch_size=settings.batch_size or (CPU_BATCH_SIZE if on_cpu else GPU_BATCH_SIZE),

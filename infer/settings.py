@@ -35,12 +35,14 @@ class CaptionSettings:
     shards: tuple[Location, ...] = ()
     """Dataset folders that sharding/make_shards.py wrote, whose images are captioned."""
     model: Location = "runs/coco/model"
-    """Model folder that train/main.py wrote, or its URL."""
+    """Model folder that train/main.py wrote, ONNX folder that infer/export.py wrote (without torch), or its URL."""
     output: File = DEFAULT_OUTPUT
     """JSONL file for one row per file; files that have a row already are not captioned again. - is the standard output.
     Without it the captions of up to ten files that --images names one by one are printed only."""
     retry_errors: bool = False
     """Retry files whose row is an error."""
+    watch: bool = False
+    """Then go on: caption files that arrive in the folders or are replaced, until SIGTERM or Ctrl-C."""
     gallery: File | None = None
     """Folder for a page (index.html) that shows all images and captions. What persons wrote in it is kept."""
     open: bool = False

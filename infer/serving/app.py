@@ -132,7 +132,7 @@ def _serve_captions(app: FastAPI, service: Service, limit: QueueLimit) -> None:
         health = {
             "status": "ok",
             "model": bundle.name,
-            "device": str(bundle.device),
+            "device": str(getattr(bundle, "device", "cpu")),  # an ONNX folder has none
             "seconds": round(time.monotonic() - started),
             "waiting": limit.num_waiting,
             "max_queue": limit.max_queue,

@@ -33,6 +33,7 @@ class Upload(ImageFile):
 def decode_upload(
     upload: Upload,
     view: ViewSpec,
+    with_torch: bool,
     max_seconds: float,
     *,
     excluded: dict[int, int | None],
@@ -46,5 +47,5 @@ def decode_upload(
         image = DecodedImage(upload, error=blame(excluded[0], max_seconds=max_seconds))
     else:
         set_index(0)
-        image = decode_image(upload, view, out_PP3=view_PP3)
+        image = decode_image(upload, view, out_PP3=view_PP3, with_torch=with_torch)
     return replace(image, file=ImageFile(upload.root, upload.path)), view_PP3

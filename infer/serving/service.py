@@ -69,10 +69,17 @@ class Service:
 
     def _decode_uploads(self) -> None:
         """Decode uploads until a None, in a process that is replaced when it dies."""
-        view = self.captioner.bundle.view
+        bundle = self.captioner.bundle
         while True:
             pool = WorkerPool(
-                prepare(), decode_upload, view, MAX_SECONDS, size=1, max_deaths=MAX_DEATHS, max_seconds=MAX_SECONDS
+                prepare(with_torch=bundle.uses_torch),
+                decode_upload,
+                bundle.view,
+                bundle.uses_torch,
+                MAX_SECONDS,
+                size=1,
+                max_deaths=MAX_DEATHS,
+                max_seconds=MAX_SECONDS,
             )
             with pool:
                 for job in iter(self._uploads.get, None):

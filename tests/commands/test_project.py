@@ -103,6 +103,8 @@ DOCUMENTS = (
     "docs/performance.md",
     "docs/scaling.md",
     "docs/server.md",
+    "docs/small-machines.md",
+    "docs/watch.md",
     "benchmarks/RESULTS.md",
 )
 COMMAND = re.compile(r"\b(sharding|train|infer)/(\w+)\.py\b(.*)")

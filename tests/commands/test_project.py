@@ -147,6 +147,24 @@ def test_links_and_images_lead_to_files(document: str) -> None:
     assert [link for link in links if not (REPOSITORY / document).parent.joinpath(link).exists()] == []
 
 
+def message_templates() -> str:
+    """All strings of the code, one a line, with "…" for each value in them."""
+    found = []
+    for path in (path for folder in (*STAGES, "captioner") for path in (REPOSITORY / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            values = node.values if isinstance(node, ast.JoinedStr) else [node]
+            found.append("".join(str(value.value) if isinstance(value, ast.Constant) else "…" for value in values))
+    return "\n".join(found)
+
+
+def test_the_messages_in_troubleshooting_are_those_of_the_code() -> None:
+    quoted = re.findall(r"\*\*`([^`]*…[^`]*)`", read("docs/troubleshooting.md"))
+    assert len(quoted) > 20
+    templates = message_templates()
+    parts = [part for message in quoted for part in message.split("…") if part.strip(" ()/")]
+    assert [part for part in parts if part.strip() not in templates] == []
+
+
 SMALL = {  # what makes a command quick on drawn scenes
     "sharding/make_shards.py": "--size 40",
     "train/main.py": "--epochs 1 --batch-size 16",

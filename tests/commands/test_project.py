@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import warm
+from PIL import Image
 
 from captioner.cli import parse
 
@@ -206,3 +207,8 @@ def test_shell_blocks_of_the_readme_run(tmp_path: Path) -> None:
     assert (tmp_path / "runs/mine/model/config.json").exists()
     assert len((tmp_path / "alt.csv").read_text().splitlines()) == 17
     assert len(list((tmp_path / "photos").glob("*.txt"))) == 16
+
+    (tmp_path / "from_python.py").write_text(code_blocks("docs/captioning.md", "python")[0])
+    shutil.copy(tmp_path / "photos/dog.jpg", tmp_path / "photo.jpg")
+    Image.open(tmp_path / "photo.jpg").save(tmp_path / "other.png")
+    run("python from_python.py")

@@ -25,7 +25,7 @@ from infer.peers import Peers
 from infer.reading import Batch, DecodedImage, Reader
 from infer.results import FORMAT_VERSION, WORKING_FOLDER, Row, RowWriter, duplicate_row
 from infer.row_index import RowIndex
-from infer.settings import CaptionSettings
+from infer.settings import CaptionSettings, sidecar_suffixes
 
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 8, 128
 DECIMALS = 4  # of scores
@@ -90,16 +90,17 @@ def caption_files(
     *,
     settings: CaptionSettings,
     peers: Peers,
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     """Write a row to this process's part for each file that has none.
 
-    Returns the number of rows, and of images that were decoded although they are damaged.
+    Returns the number of rows, of images that were decoded although they are damaged, and of those that were left out
+    because they have a description.
     """
     on_cpu = captioner.bundle.device.type == "cpu"
     num_processors = max(1, count_processors() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     num_threads = num_processors if on_cpu else 1
     captioning = Captioning(captioner, index, writer)
-    num_failed = num_rows = 0
+    num_failed = num_rows = num_skipped = 0
     process = f" (process 1 of {peers.world_size})" if peers.world_size > 1 else ""
     with cli.progress_bar(f"captioning{process}", total=None, unit="images", quiet=not peers.is_main) as bar:
         reader = Reader(
@@ -108,14 +109,17 @@ def caption_files(
             batch_size=settings.batch_size or (CPU_BATCH_SIZE if on_cpu else GPU_BATCH_SIZE),
             num_workers=settings.workers or num_processors,
             num_held=num_threads + 1,
+            missing_in=sidecar_suffixes(settings) if settings.missing_only else None,
         )
         with reader:
             for rows in captioning.rows(reader, num_threads=num_threads):
                 peers.check()
                 num_rows += len(rows)
                 num_failed += sum("error" in row for row in rows)
+                bar.skip(reader.num_described - num_skipped)
+                num_skipped = reader.num_described
                 bar.advance(len(rows), note=f"{num_failed:,} failed")
-    return num_rows, reader.num_damaged
+    return num_rows, reader.num_damaged, reader.num_described
 
 
 def without_rows(files: Iterable[ImageFile], index: RowIndex, bar: cli.Bar) -> Iterator[ImageFile]:

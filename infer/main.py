@@ -4,20 +4,22 @@
     accelerate launch --config_file accelerate_config.yaml infer/main.py --images photos     # on all GPUs
 
 A file that is no usable image gets a row with the error. A stopped job resumes when it is started again with the same
---output, on any number of processes. Exit code 0: every file has a caption; 3: some have none, or a sidecar could not
-be written, counted by reason in what is printed (accelerate launch turns 3 into 1); 2: there was no file to caption, or
-another error to fix, printed in one line; 75: stopped by SIGTERM, or because another process of the job was lost: start
-it again.
+--output, on any number of processes. Exit code 0: every file has a caption; 3: some have none, or a caption could not
+be written into a sidecar or an image, counted by reason in what is printed (accelerate launch turns 3 into 1); 2: there
+was no file to caption, or another error to fix, printed in one line; 75: stopped by SIGTERM, or because another process
+of the job was lost: start it again.
 """
 
 import time
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from itertools import chain
 
 from captioner import cli
 from captioner.errors import NoAttentionError, NotCalibratedError
 from infer.gallery import write_gallery
 from infer.listing import Listing
+from infer.metadata.exiftool import embed_all, remove_leftovers
 from infer.peers import find_peers
 from infer.reading import prepare
 from infer.results import (
@@ -46,6 +48,12 @@ def main(settings: CaptionSettings) -> None:
     check_flags(settings)
     settings = replace(settings, output=resolve_output(settings.output))
     peers = find_peers(settings.output)
+    if settings.dry_run:
+        from infer.dry_run import dry_run
+
+        if peers.is_main:
+            dry_run(settings, num_processes=peers.world_size)
+        return
     prepare()  # while this process loads torch and the model
     from infer.captioning import caption_files, load_captioner, row_settings
 
@@ -59,21 +67,23 @@ def main(settings: CaptionSettings) -> None:
             base = choices[WORKING_FOLDER] or ""
             with closing(RowIndex(settings.output, base=base, retry_errors=settings.retry_errors)) as index:
                 job.enter_context(peers)  # after the last refusal
+                if peers.is_main:
+                    remove_leftovers(settings.output)
                 write_settings(settings.output, choices)
                 started = time.monotonic()
                 counts = caption_files(files, index, writer, captioner, settings=settings, peers=peers)
                 seconds = time.monotonic() - started
-        num_new, num_damaged = peers.finish(*counts)
+        num_new, num_damaged, num_described = peers.finish(*counts)
         if peers.is_main:
             summary = merge(settings.output, base=base)
             peers.dismiss()
             cli.print_damaged(num_damaged)
-            report(summary, listing, rate=num_new / seconds, settings=settings)
+            report(summary, listing, rate=num_new / seconds, num_described=num_described, settings=settings)
             if summary.failures.total() + write_extras(settings):
                 raise SystemExit(EXIT_SOME_FAILED)
 
 
-def report(summary: Summary, listing: Listing, *, rate: float, settings: CaptionSettings) -> None:
+def report(summary: Summary, listing: Listing, *, rate: float, num_described: int, settings: CaptionSettings) -> None:
     """Print the numbers of rows and failures, the rate, and what was left out on purpose."""
     failures = ", ".join(f"{count:,} {reason}" for reason, count in sorted(summary.failures.items())) or "none"
     header = ("rows", "duplicates", "to review", "files/s now", "failures")
@@ -81,20 +91,24 @@ def report(summary: Summary, listing: Listing, *, rate: float, settings: Caption
     cli.print_table(str(settings.output), header, [row])
     for line in listing.lines_of_left_out():
         cli.console.print(line, markup=False)
+    if num_described:
+        cli.console.print(f"{num_described:,} have a description already, so they have no row")
 
 
 def write_extras(settings: CaptionSettings) -> int:
-    """Write the sidecars and the gallery, if wanted. Returns the number of sidecars that could not be written."""
-    num_failed = 0
+    """Write sidecars, metadata and the gallery, if wanted. Returns the number of captions that could not be written."""
+    written = []
     if settings.sidecar is not None:
-        sidecars = write_sidecars(read_rows(settings.output), suffix=settings.sidecar)
-        num_failed = sidecars.num_failed
-        for line in sidecars.lines():
-            cli.console.print(line, markup=False)
+        rows = read_rows(settings.output)
+        written.append(write_sidecars(rows, suffix=settings.sidecar, existing=settings.existing))
+    if settings.embed:
+        written.append(embed_all(read_rows(settings.output), settings.output, existing=settings.existing))
+    for line in chain.from_iterable(outcomes.lines() for outcomes in written):
+        cli.console.print(line, markup=False)
     if settings.gallery is not None:
         page = write_gallery(read_rows(settings.output), settings.gallery, title="Captions", model=settings.model)
         cli.console.print(f"look at {page}", markup=False)
-    return num_failed
+    return sum(outcomes.num_failed for outcomes in written)
 
 
 def run() -> None:

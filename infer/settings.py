@@ -12,6 +12,9 @@ from captioner.errors import UserError
 from captioner.flags import AnyNumber, Count, File, Fraction, Location, Workers
 from infer.gallery import check_folder
 from infer.listing import ImageFile, Listing
+from infer.metadata.described import XMP
+from infer.metadata.exiftool import check_exiftool
+from infer.metadata.xmp import Existing
 from infer.peers import Peers
 from infer.results import own_files
 from infer.sidecars import check_suffix
@@ -40,7 +43,15 @@ class CaptionSettings:
     attention: bool = False
     """For each word of the caption, where in the image the model looked: in the key attention, and in the gallery."""
     sidecar: str | None = None
-    """Suffix, such as .txt, of files with the caption beside the images; existing files are never overwritten."""
+    """Suffix of files with the caption beside the images: .xmp for photo programs, or .txt (or another) for text."""
+    embed: bool = False
+    """Write the captions into the images' own XMP metadata, through exiftool; pixels and dates stay."""
+    existing: Existing = "keep"
+    """What happens to a person's text in a sidecar or an image: keep it, write after or before it, or overwrite it."""
+    missing_only: bool = False
+    """Caption no file that has a description, in a sidecar (.txt, .xmp, and that of --sidecar) or its own metadata."""
+    dry_run: bool = False
+    """Caption and write nothing: count what would be captioned, and measure how long that would take."""
 
     beam_size: Count | None = None
     """Beam size; 1 is greedy. The default is the model folder's."""
@@ -60,13 +71,23 @@ class CaptionSettings:
 
 
 def check_flags(settings: CaptionSettings) -> None:
-    """Raise UserError if nothing is to be captioned, or for an invalid sidecar or gallery."""
+    """Raise UserError if nothing is to be captioned, for an invalid sidecar or gallery, or without exiftool."""
     if not (settings.images or settings.list or settings.shards):
         raise UserError("nothing to caption: give --images with a folder, a file, a glob or a URL")
     if settings.sidecar is not None:
         check_suffix(settings.sidecar)
+    if settings.embed:
+        check_exiftool()
+    if settings.existing != "keep" and not (settings.sidecar or settings.embed):
+        raise UserError("--existing is about sidecars and images: give --sidecar or --embed too")
     if settings.gallery is not None:
         check_folder(settings.gallery, images=settings.images)
+
+
+def sidecar_suffixes(settings: CaptionSettings) -> tuple[str, ...]:
+    """The suffixes of the sidecars that this command writes or looks at."""
+    own = () if settings.sidecar is None else (settings.sidecar,)
+    return tuple(dict.fromkeys((*own, *((".txt", XMP) if settings.missing_only or settings.dry_run else ()))))
 
 
 def open_listing(settings: CaptionSettings, peers: Peers) -> Listing:
@@ -77,7 +98,7 @@ def open_listing(settings: CaptionSettings, peers: Peers) -> Listing:
         lists=settings.list,
         shards=settings.shards,
         excluded=[*excluded, settings.gallery] if settings.gallery else excluded,
-        skip_suffix=settings.sidecar,
+        skip_suffixes=sidecar_suffixes(settings),
         rank=peers.rank,
         world_size=peers.world_size,
     )

@@ -14,8 +14,9 @@ import pytest
 from rows import captioned, failed
 
 from captioner.errors import UserError
+from infer.metadata.outcomes import SHOWN_NAMES, Outcomes
 from infer.results import Row
-from infer.sidecars import SHARED, SHOWN_NAMES, Sidecars, check_suffix, write_sidecars
+from infer.sidecars import SHARED, check_suffix, write_sidecars
 
 
 def rows_of(folder: Path, *paths: str, caption: str = "a cat") -> list[Row]:
@@ -46,7 +47,7 @@ def test_a_file_that_is_there_is_kept(tmp_path: Path) -> None:
     (tmp_path / "b.txt").mkdir()
     os.mkfifo(tmp_path / "d.txt")
     sidecars = write_sidecars(rows_of(tmp_path, "a.jpg", "b.jpg", "c.jpg", "d.jpg"), suffix=".txt")
-    assert sidecars == Sidecars(counts=Counter(kept=3, written=1))
+    assert sidecars == Outcomes(counts=Counter(kept=3, written=1))
     assert contents(tmp_path) == {"a.txt": "mine", "c.txt": "a cat\n"}
 
 

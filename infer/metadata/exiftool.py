@@ -11,6 +11,7 @@ import secrets
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,7 @@ from pathlib import Path
 from captioner.errors import UserError
 from infer.metadata import xmp
 from infer.metadata.described import Metadata, local_path, read_metadata
-from infer.metadata.outcomes import UNREADABLE_XMP, Outcomes, Text, keep_owner, partial_beside
+from infer.metadata.outcomes import UNREADABLE_XMP, Outcomes, Text, check_writable, keep_owner, partial_beside
 from infer.results import PARTIAL_SUFFIX, Row, embedding_folder, open_part
 from infer.row_index import LocationSet
 
@@ -106,9 +107,11 @@ def _working_folder(output: Path) -> Iterator[Path]:
 
 def _embed(image: Path, text: str, model: str, tool: "ExifTool", *, existing: xmp.Existing) -> str:
     """Write the text into an image; returns the outcome. Raises OSError, XmpError and ExifToolError."""
-    with image.open("rb") as file:
-        status = os.fstat(file.fileno())
-        found = read_metadata(file)
+    status = image.stat()
+    found = None
+    if stat.S_ISREG(status.st_mode):
+        with image.open("rb") as file:
+            found = read_metadata(file)
     if found is None:
         return "left alone, since their format is not one of " + ", ".join(WRITTEN_FORMATS)
     if found.packet and EXTENDED_XMP in found.packet:
@@ -117,8 +120,7 @@ def _embed(image: Path, text: str, model: str, tool: "ExifTool", *, existing: xm
     packet = xmp.extend(found.packet, text, model=model, date=today, existing=existing, elsewhere=found.description)
     if packet is None:
         return "kept"
-    if not os.access(image, os.W_OK):
-        raise PermissionError(None, "the image is read-only")
+    check_writable(image)
     partial = partial_beside(image)
     try:
         tool.write(image, packet, partial)

@@ -1,5 +1,6 @@
 """Counts of what happened to the images' descriptions, and who keeps the attributes of a file that is replaced."""
 
+import errno
 import os
 import stat
 from collections import Counter
@@ -58,10 +59,17 @@ def partial_beside(path: Path) -> Path:
 
 def replace_content(path: Path, content: bytes, status: os.stat_result) -> None:
     """Replace a file atomically; the new one has the owner and the permissions in `status`. Raises OSError."""
+    check_writable(path)
     partial = partial_beside(path)
     with storage.replacing(path, partial=partial) as file:
         file.write(content)
         keep_owner(partial, status)
+
+
+def check_writable(path: Path) -> None:
+    """Raise PermissionError for a file that this user may not change: a rename would replace it all the same."""
+    if not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def keep_owner(path: Path, status: os.stat_result) -> None:

@@ -207,8 +207,8 @@ class _Packet:
         self._path.append(name)
         depth = len(self._path) - self._level
         if not self._level:
-            if name == f"{RDF} RDF" and self._rdf is None:
-                self._level = len(self._path)
+            if name == f"{RDF} RDF" and not self._rdf:
+                self._level, self._rdf = len(self._path), (start, self._end_of_tag(start))
         elif depth == 1 and name == f"{RDF} Description":
             self._read_attributes(start, attributes)
         elif depth == 2 and name in _WANTED and self._path[self._level] == f"{RDF} Description":
@@ -252,18 +252,24 @@ class _Packet:
             found, values, self._open, self._values = self._open, self._values, None, []
             found.value = next((value for value in values if value.lang == "x-default"), next(iter(values), None))
             found.text = found.value.text if found.value else "".join(self._texts).strip()
-            if end > found.start:  # no empty-element tag
+            if not self._is_empty_element(found.end):
                 found.end = self._end_of_tag(end)
             self._texts = []
             self._keep(found)
-        elif self._level and depth == 0:
-            self._rdf, self._level = (end, self._end_of_tag(end)), 0
+        elif self._rdf and self._level and depth == 0:
+            self._level = 0
+            if not self._is_empty_element(self._rdf[1]):
+                self._rdf = (end, self._end_of_tag(end))
         self._path.pop()
 
     def _keep(self, found: Property) -> None:
         """Keep the property, the first one with a text if there are several."""
         if not self.text(found.name):
             self._properties[found.name] = found
+
+    def _is_empty_element(self, end_of_tag: int) -> bool:
+        """Whether a start tag that ends here is that of an empty element, which has no end tag."""
+        return self._source[end_of_tag - 2 : end_of_tag] == b"/>"
 
     def _end_of_tag(self, start: int) -> int:
         tag = _TAG.match(self._source, start)

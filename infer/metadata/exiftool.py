@@ -10,14 +10,15 @@ import os
 import secrets
 import select
 import shutil
-import signal
 import stat
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import date
+from functools import partial
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 from captioner.errors import UserError
 from infer.metadata import xmp
@@ -31,8 +32,9 @@ MAX_SECONDS = 120.0  # for one image
 EXTENDED_XMP = b"HasExtendedXMP"
 TOO_MUCH_XMP = "left alone, since their XMP is split into several parts"
 
-# At the end of its input, as when this process is killed, exiftool would wait for more: `cat` ends, and it is stopped.
-COMMAND = "{ cat; printf '%s\\n' -stay_open False; } | exec exiftool -stay_open True -@ - 2>&1"
+COMMAND = ("exiftool", "-stay_open", "True", "-@", "-")
+FEED = "cat; printf '%s\\n' -stay_open False"  # or, if this process was killed, exiftool would wait for more forever
+WRITTEN = "1 image files created"
 REQUEST = "-XMP<=packet\n-o\npartial\nsource\n-execute{}\n"
 
 
@@ -96,9 +98,9 @@ def _working_folder(output: Path) -> Iterator[Path]:
     folder = embedding_folder(output)
     folder.mkdir(parents=True, exist_ok=True)
     with open_part(folder / "lock"):
-        partial = Path(os.path.realpath(folder / "partial"))
-        if partial.name.endswith(PARTIAL_SUFFIX):
-            partial.unlink(missing_ok=True)
+        leftover = Path(os.path.realpath(folder / "partial"))
+        if leftover.name.endswith(PARTIAL_SUFFIX):
+            leftover.unlink(missing_ok=True)
         try:
             yield folder
         finally:
@@ -121,41 +123,43 @@ def _embed(image: Path, text: str, model: str, tool: "ExifTool", *, existing: xm
     if packet is None:
         return "kept"
     check_writable(image)
-    partial = partial_beside(image)
+    new = partial_beside(image)
     try:
-        tool.write(image, packet, partial)
-        _check(partial, packet, found)
-        _replace(image, partial, status)
+        tool.write(image, packet, new)
+        _check(new, packet, found)
+        _replace(image, new, status)
     finally:
-        partial.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
     return "written"
 
 
-def _check(partial: Path, packet: bytes, before: Metadata) -> None:
+def _check(new: Path, packet: bytes, before: Metadata) -> None:
     """Raise ExifToolError if the new file is no image of the same kind and size with this packet's texts."""
-    with partial.open("rb") as file:
+    with new.open("rb") as file:
         after = read_metadata(file)
-    if (
-        after is None
-        or (after.format, after.size) != (before.format, before.size)
-        or xmp.read_texts(after.packet or b"") != xmp.read_texts(packet)
-    ):
-        raise ExifToolError("exiftool wrote another image")
+    with suppress(xmp.XmpError):
+        if (
+            after is not None
+            and (after.format, after.size) == (before.format, before.size)
+            and xmp.read_texts(after.packet or b"") == xmp.read_texts(packet)
+        ):
+            return
+    raise ExifToolError("exiftool wrote another image")
 
 
-def _replace(image: Path, partial: Path, before: os.stat_result) -> None:
+def _replace(image: Path, new: Path, before: os.stat_result) -> None:
     """Replace the image by the new file, with the same owner, permissions and dates. Raises OSError.
 
     Raises ExifToolError if the image is not the one that it was `before`.
     """
-    with partial.open("rb+") as file:
+    with new.open("rb+") as file:
         os.fsync(file.fileno())
     status = image.stat()
     if (status.st_ino, status.st_size, status.st_mtime_ns) != (before.st_ino, before.st_size, before.st_mtime_ns):
         raise ExifToolError("another program has changed the image")
-    keep_owner(partial, status)
-    shutil.copystat(image, partial)  # last: it also copies the modification time
-    partial.replace(image)
+    keep_owner(new, status)
+    shutil.copystat(image, new)  # last: it also copies the modification time
+    new.replace(image)
 
 
 class ExifTool:
@@ -163,7 +167,7 @@ class ExifTool:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
+        self._processes: list[subprocess.Popen[bytes]] = []  # what passes requests on, and exiftool
 
     def __enter__(self) -> "ExifTool":
         return self
@@ -171,32 +175,33 @@ class ExifTool:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def write(self, image: Path, packet: bytes, partial: Path) -> None:
-        """Write a copy of `image` with this XMP packet to `partial`. Raises ExifToolError and OSError."""
-        for name, target in (("source", image), ("partial", partial)):
+    def write(self, image: Path, packet: bytes, new: Path) -> None:
+        """Write a copy of `image` with this XMP packet to `new`. Raises ExifToolError and OSError."""
+        for name, target in (("source", image), ("partial", new)):
             link = self._folder / name
             link.unlink(missing_ok=True)
             link.symlink_to(target)
         (self._folder / "packet").write_bytes(packet)
         said = self._ask()
-        if not partial.exists():
+        if WRITTEN not in said:
             raise ExifToolError(_first_line(said))
 
     def _ask(self) -> str:
         """Send the request; returns what exiftool says. Raises ExifToolError if it ends, or takes too long."""
-        process = self._process = self._process or self._start()
-        assert process.stdin is not None
-        assert process.stdout is not None
+        self._processes = self._processes or self._start()
+        requests, answers = self._processes[0].stdin, self._processes[1].stdout
+        assert requests is not None
+        assert answers is not None
         number = secrets.randbelow(1 << 31)
         ready = f"{{ready{number}}}\n".encode()
         said, limit = b"", time.monotonic() + MAX_SECONDS
         try:
-            process.stdin.write(REQUEST.format(number).encode())
-            process.stdin.flush()
+            requests.write(REQUEST.format(number).encode())
+            requests.flush()
             while not said.endswith(ready):
-                if not select.select([process.stdout], [], [], max(0.0, limit - time.monotonic()))[0]:
+                if not select.select([answers], [], [], max(0.0, limit - time.monotonic()))[0]:
                     raise ExifToolError(f"exiftool took more than {MAX_SECONDS:.0f} s")
-                chunk = os.read(process.stdout.fileno(), 1 << 16)
+                chunk = os.read(answers.fileno(), 1 << 16)
                 if not chunk:
                     raise ExifToolError("exiftool ended")
                 said += chunk
@@ -205,22 +210,25 @@ class ExifTool:
             raise ExifToolError(str(error)) from error
         return said.removesuffix(ready).decode(errors="replace")
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            ["/bin/sh", "-c", COMMAND],
-            cwd=self._folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # so that Ctrl-C does not reach it, and that it can be killed with its shell
-        )
+    def _start(self) -> list[subprocess.Popen[bytes]]:
+        start = partial(subprocess.Popen, stdout=PIPE, start_new_session=True)  # Ctrl-C is for this process alone
+        feed = start(["/bin/sh", "-c", FEED], stdin=PIPE)
+        tool = start(COMMAND, stdin=feed.stdout, stderr=STDOUT, cwd=self._folder)
+        assert feed.stdout is not None
+        feed.stdout.close()
+        return [feed, tool]
 
     def _stop(self) -> None:
-        """Kill the process, which writes nothing now that matters."""
-        process, self._process = self._process, None
-        if process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        """Kill the processes: what they still write is not used."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            for stream in (process.stdin, process.stdout):
+                with suppress(BrokenPipeError):
+                    if stream is not None:
+                        stream.close()
+            process.wait()
+        self._processes = []
 
 
 def _first_line(said: str) -> str:

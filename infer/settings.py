@@ -85,9 +85,17 @@ def check_flags(settings: CaptionSettings) -> None:
 
 
 def sidecar_suffixes(settings: CaptionSettings) -> tuple[str, ...]:
-    """The suffixes of the sidecars that this command writes or looks at."""
+    """The suffixes of the sidecars in which a description counts."""
     own = () if settings.sidecar is None else (settings.sidecar,)
-    return tuple(dict.fromkeys((*own, *((".txt", XMP) if settings.missing_only or settings.dry_run else ()))))
+    return tuple(dict.fromkeys((*own, ".txt", XMP)))
+
+
+def skipped_suffixes(settings: CaptionSettings) -> tuple[str, ...]:
+    """The suffixes of files that are not captioned, because the command writes such sidecars, or looks into them."""
+    if settings.missing_only:
+        return sidecar_suffixes(settings)
+    own = () if settings.sidecar is None else (settings.sidecar,)
+    return tuple(dict.fromkeys((*own, XMP))) if own or settings.embed else ()
 
 
 def open_listing(settings: CaptionSettings, peers: Peers) -> Listing:
@@ -98,7 +106,7 @@ def open_listing(settings: CaptionSettings, peers: Peers) -> Listing:
         lists=settings.list,
         shards=settings.shards,
         excluded=[*excluded, settings.gallery] if settings.gallery else excluded,
-        skip_suffixes=sidecar_suffixes(settings),
+        skip_suffixes=skipped_suffixes(settings),
         rank=peers.rank,
         world_size=peers.world_size,
     )

@@ -64,9 +64,9 @@ def write_image(path: Path, **options: Any) -> Path:
     return path
 
 
-def embed(folder: Path, *names: str, alt: str = "A cat.", **options: Any) -> Outcomes:
+def embed(folder: Path, *names: str, alt: str = "A cat.", existing: xmp.Existing = "keep") -> Outcomes:
     rows = [captioned(name, root=str(folder), alt=alt) for name in names]
-    return embed_all(iter(rows), folder.parent / "captions.jsonl", **{"existing": "keep"} | options)
+    return embed_all(iter(rows), folder.parent / "captions.jsonl", existing=existing)
 
 
 def pixels(path: Path) -> str:

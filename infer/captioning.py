@@ -25,7 +25,7 @@ from infer.peers import Peers
 from infer.reading import Batch, DecodedImage, Reader
 from infer.results import FORMAT_VERSION, WORKING_FOLDER, Row, RowWriter, duplicate_row
 from infer.row_index import RowIndex
-from infer.settings import CaptionSettings
+from infer.settings import CaptionSettings, sidecar_suffixes
 
 if TYPE_CHECKING:
     import torch
@@ -115,13 +115,14 @@ def caption_files(
     settings: CaptionSettings,
     peers: Peers,
     should_stop: Callable[[], bool] = lambda: False,
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     """Write a row to this process's part for each file that has none, until it `should_stop`.
 
-    Returns the number of rows, and of images that were decoded although they are damaged.
+    Returns the number of rows, of images that were decoded although they are damaged, and of those that were left out
+    because they have a description.
     """
     captioning = Captioning(captioner, index, writer)
-    num_failed = num_rows = 0
+    num_failed = num_rows = num_skipped = 0
     process = f" (process 1 of {peers.world_size})" if peers.world_size > 1 else ""
     with cli.progress_bar(f"captioning{process}", total=None, unit="images", quiet=not peers.is_main) as bar:
         missing = without_rows(Ahead(files, on_end=bar.set_total), index, bar)
@@ -131,10 +132,12 @@ def caption_files(
                 peers.check()
                 num_rows += len(rows)
                 num_failed += sum("error" in row for row in rows)
+                bar.skip(reader.num_described - num_skipped)
+                num_skipped = reader.num_described
                 bar.advance(len(rows), note=f"{num_failed:,} failed")
                 if should_stop():
                     break
-    return num_rows, reader.num_damaged
+    return num_rows, reader.num_damaged, reader.num_described
 
 
 def start_reader(
@@ -152,6 +155,7 @@ def start_reader(
         num_workers=min(num_workers, max_workers or num_workers),
         num_held=num_threads + 1,
         with_torch=captioner.bundle.uses_torch,
+        missing_in=sidecar_suffixes(settings) if settings.missing_only else None,
     )
     return reader, num_threads
 

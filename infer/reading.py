@@ -12,6 +12,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from multiprocessing.context import ForkServerContext
 from typing import Any
@@ -23,6 +24,7 @@ from captioner.images.loading import ImageError
 from captioner.images.views import ViewSpec, read_eval_view
 from captioner.workers import WorkerPool, start_server
 from infer.listing import ImageFile
+from infer.metadata.described import find_sidecar, is_described
 
 MAX_FILE_BYTES = 1 << 28
 MAX_SECONDS = 120.0  # for one image; storage gives up on a stalled server earlier
@@ -35,7 +37,8 @@ _Task = tuple[list[ImageFile], int]  # files, and the buffer for their views
 class DecodedImage:
     """A file's original (width, height), upright, and the hex sha256 of its bytes; or the error.
 
-    `complaint` is what the decoder said about an image that is damaged but usable.
+    `complaint` is what the decoder said about an image that is damaged but usable. One that `is_described` has a
+    description already, and is not decoded.
     """
 
     file: ImageFile
@@ -43,6 +46,7 @@ class DecodedImage:
     sha256: str = ""
     complaint: str = ""
     error: ImageError | None = None
+    is_described: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,9 @@ class Reader(Iterator[Batch]):
     """Iterates over the batches as they are decoded, in no fixed order. Close it with a `with` statement.
 
     The consumer may hold `num_held` batches before it releases one. `num_damaged` counts the usable images about which
-    their decoder complained. Without torch Pillow resizes. Raises UserError when workers die and no image is to blame.
+    their decoder complained. Without torch Pillow resizes. With `missing_in`, suffixes of sidecars, images are left out
+    that have a description in one of these or in their own metadata; `num_described` counts them. Raises UserError when
+    workers die and no image is to blame.
     """
 
     def __init__(
@@ -78,6 +84,7 @@ class Reader(Iterator[Batch]):
         num_workers: int,
         num_held: int,
         with_torch: bool = True,
+        missing_in: tuple[str, ...] | None = None,
     ) -> None:
         context = prepare(with_torch=with_torch)
         num_buffers = num_held + 2 * num_workers  # for each worker one in work and one that waits for the consumer
@@ -85,14 +92,13 @@ class Reader(Iterator[Batch]):
         memory = context.RawArray(ctypes.c_uint8, int(np.prod(shape)))
         self._buffers = _as_array(memory, shape)
         self._free = deque(range(num_buffers))
-        self.num_damaged = 0
+        self.num_damaged = self.num_described = 0
         self._pool = WorkerPool(
             context,
-            _decode,
+            partial(_decode, with_torch=with_torch, missing_in=missing_in),
             memory,
             shape,
             view,
-            with_torch,
             size=num_workers,
             max_deaths=MAX_DEATHS,
             max_seconds=MAX_SECONDS,
@@ -108,6 +114,8 @@ class Reader(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         buffer, images = next(self._results)
+        self.num_described += sum(image.is_described for image in images)
+        images = [image for image in images if not image.is_described]
         self.num_damaged += sum(bool(image.complaint) for image in images)
         num_views = sum(image.error is None for image in images)
         return Batch(images, self._buffers[buffer, :num_views], buffer)
@@ -133,8 +141,9 @@ def _decode(
     memory: Any,
     shape: tuple[int, ...],
     view: ViewSpec,
-    with_torch: bool,
     *,
+    with_torch: bool,
+    missing_in: tuple[str, ...] | None,
     excluded: dict[int, int | None],
     set_index: Callable[[int], None],
     report: object,
@@ -150,16 +159,27 @@ def _decode(
             image = DecodedImage(file, error=blame(excluded[index], max_seconds=MAX_SECONDS))
         else:
             set_index(index)
-            image = decode_image(file, view, out_PP3=views_BPP3[row], with_torch=with_torch)
-        row += image.error is None
+            image = decode_image(file, view, out_PP3=views_BPP3[row], with_torch=with_torch, missing_in=missing_in)
+        row += image.error is None and not image.is_described
         images.append(image)
     return buffer, images
 
 
-def decode_image(file: ImageFile, view: ViewSpec, *, out_PP3: np.ndarray, with_torch: bool = True) -> DecodedImage:
-    """Write a file's view to `out_PP3`, unless the result has an error."""
+def decode_image(
+    file: ImageFile,
+    view: ViewSpec,
+    *,
+    out_PP3: np.ndarray,
+    with_torch: bool = True,
+    missing_in: tuple[str, ...] | None = None,
+) -> DecodedImage:
+    """Write a file's view to `out_PP3`, unless the result has an error, or the image has a description already."""
     try:
+        if missing_in is not None and find_sidecar(file, suffixes=missing_in):
+            return DecodedImage(file, is_described=True)
         data = file.read(max_bytes=MAX_FILE_BYTES)
+        if missing_in is not None and is_described(data):
+            return DecodedImage(file, is_described=True)
         with decoder_output.collect() as complaints:
             out_PP3[:], size = read_eval_view(data, view, with_torch=with_torch)
     except ImageError as error:

@@ -69,6 +69,10 @@ def check_watch(settings: CaptionSettings, *, is_kept: bool = True) -> None:
         raise UserError("--watch keeps its rows in a file: give --output the name of a JSONL file")
     if settings.list or settings.shards or any(map(storage.is_remote, settings.images)):
         raise UserError("--watch looks at folders and globs of this machine: give --images only, and no URL")
+    if settings.embed or settings.dry_run:
+        raise UserError(
+            "--watch neither embeds nor tries: run the same command with --embed or --dry-run, without --watch"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--watch works in one process: start it without accelerate launch")
 

@@ -55,7 +55,7 @@ format: $(TESTS_READY) ## rewrite the code in the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-simd: $(READY) ## replace Pillow by pillow-simd: resizes several times faster (a minute; needs a compiler)
+simd: $(READY) ## replace Pillow by pillow-simd (a minute; needs a compiler; for JPEGs no faster, see docs/performance.md)
 	@$(BIN)/python simd.py $(PILLOW_SIMD) --into $(VENV)/simd --lose "$(LOSE)"
 	@$(KEEP_SIMD)
 	@$(BIN)/python -c 'import PIL; print("PIL is now pillow-simd", PIL.__version__, "(make no-simd: back to Pillow)")'

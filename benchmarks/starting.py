@@ -4,10 +4,10 @@
     python benchmarks/starting.py --quick                                # a minute, drawn images
 
 Each turn is a whole command: `accelerate launch train/main.py` (SqueezeNet, batches of 32, packed shards and weights on
-disk) until its first batch is handed to the training step, `python infer/main.py` until its first row is written, and
-programs that import torch and accelerate and end, started in the same two ways. Peers' loaders are imported and opened
-on the same images, until their first batch. Contenders take turns; figures are medians of the rounds, by the clock.
-All files are in the page cache.
+disk) until its first batch is handed to the training step, `python infer/main.py` until its first row is written (with
+a model folder, and with an ONNX folder, for which it imports no torch), and programs that import torch and accelerate
+and end, started in the same two ways. Peers' loaders are imported and opened on the same images, until their first
+batch. Contenders take turns; figures are medians of the rounds, by the clock. All files are in the page cache.
 
 Exit codes: 0 measured, whether or not the bars hold; 2 an error that you can fix, in one line.
 """
@@ -35,7 +35,8 @@ from measuring.photos import find_or_draw, write_captions
 
 BATCH = 32
 LAUNCHED_IMPORTS, LAUNCHED = "accelerate launch, imports alone", "accelerate launch train/main.py"
-IMPORTS, CAPTION = "python, imports alone", "python infer/main.py"
+IMPORTS = "python, imports alone"
+CAPTION, CAPTION_ONNX = "python infer/main.py", "python infer/main.py, ONNX folder"
 PACKAGES = ("torch", "torchvision", "accelerate", "simplejpeg", "webdataset")
 SCRIPT = Path(__file__).with_name("contenders") / "starting.py"
 
@@ -81,7 +82,7 @@ def main(settings: StartingSettings) -> None:
     print_rows("part by part", rows)
     bars = [
         at_most(f"{name} / {alone}", (medians[name] or 0) / (medians[alone] or 1), 1.5)
-        for name, alone in ((LAUNCHED, LAUNCHED_IMPORTS), (CAPTION, IMPORTS))
+        for name, alone in ((LAUNCHED, LAUNCHED_IMPORTS), (CAPTION, IMPORTS), (CAPTION_ONNX, IMPORTS))
     ]
     finish(bars, json=settings.json, run=run, rows=rows)
 
@@ -91,8 +92,9 @@ def prepare(settings: StartingSettings, scratch: Path) -> None:
     import torch
     from torchvision.models import get_model
 
-    from captioner.model.bundle import save_bundle
+    from captioner.model.bundle import load_bundle, save_bundle
     from contenders.captioning import make_captioner
+    from infer.onnx_files import export
 
     count = 256 if settings.quick else 2048
     originals = find_or_draw(settings.images, scratch)
@@ -106,6 +108,7 @@ def prepare(settings: StartingSettings, scratch: Path) -> None:
     torch.save(get_model(LIGHT, weights=None).state_dict(), scratch / "weights.pth")
     parts = {name: getattr(bundle, name) for name in ("model", "view", "vocabulary", "decoding")}
     save_bundle(scratch / "model", **parts, metrics={})
+    export(load_bundle(scratch / "model"), scratch / "onnx")
 
 
 def make_contenders(scratch: Path, *, peers: Path | None) -> dict[str, Callable[[], dict[str, float]]]:
@@ -121,12 +124,13 @@ def make_contenders(scratch: Path, *, peers: Path | None) -> dict[str, Callable[
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     train = ["--shards", scratch / pictures.SHARDS, "--encoder", LIGHT, "--weights", scratch / "weights.pth"]
     train += ["--batch-size", str(BATCH)]
-    caption = ["--model", scratch / "model", "--images", scratch / "photos/repeated"]
+    caption = [sys.executable, SCRIPT, "caption", "--images", scratch / "photos/repeated", "--model"]
     contenders = {
         LAUNCHED_IMPORTS: partial(start, [*launch, SCRIPT, "imports"], scratch),
         LAUNCHED: partial(start, [*launch, SCRIPT, "train", *train], scratch, output="run"),
         IMPORTS: partial(start, [sys.executable, SCRIPT, "imports"], scratch),
-        CAPTION: partial(start, [sys.executable, SCRIPT, "caption", *caption], scratch, output="captions.jsonl"),
+        CAPTION: partial(start, [*caption, scratch / "model"], scratch, output="captions.jsonl"),
+        CAPTION_ONNX: partial(start, [*caption, scratch / "onnx"], scratch, output="captions.jsonl"),
     }
     for name in (pictures.OURS, *pictures.PEERS):
         python = peers if name in ("litdata", "mosaicml-streaming") else Path(sys.executable)

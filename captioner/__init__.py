@@ -26,15 +26,22 @@ def load_captioner(
     precision: "Precision" = "float32",
     with_attention: bool = False,
 ) -> "Captioner":
-    """The model in a model folder or behind its URL, ready to caption; the options are those of `Captioner`.
+    """The model in a model folder or an ONNX folder, or behind its URL, ready to caption.
 
-    Imports torch only when it is called. Raises UserError for a folder that cannot be used.
+    The options are those of `Captioner`; an ONNX folder's model is always on the CPU. Imports torch only when it is
+    called, and the model needs it. Raises UserError for a folder that cannot be used.
     """
     from captioner.describe import Captioner
-    from captioner.model.bundle import load_bundle
+    from captioner.model.onnx import is_onnx_folder, load_onnx
 
+    if is_onnx_folder(str(folder)):
+        bundle = load_onnx(str(folder))
+    else:
+        from captioner.model.bundle import load_bundle
+
+        bundle = load_bundle(folder, device=device)
     return Captioner(
-        load_bundle(folder, device=device),
+        bundle,
         beam_size=beam_size,
         length_penalty=length_penalty,
         captions_per_image=captions_per_image,

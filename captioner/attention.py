@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
-    from captioner.model.decoding import GeneratedCaption
+    from captioner.model.generated import GeneratedCaption
     from captioner.vocabulary import Vocabulary
 
 REGIONS = (

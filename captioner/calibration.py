@@ -1,6 +1,7 @@
 """Confidence of captions, and detection of out-of-distribution images: fitted on a validation split.
 
-The model folder holds it as `calibration.json` and `calibration.safetensors`.
+The model folder holds it as `calibration.json` and `calibration.safetensors`. Only fitting it, and reading it for a
+device, imports torch.
 
 Confidence is the probability that a caption is good, as a function of its score: isotonic regression. An image is out
 of distribution if its features are improbable under a Gaussian that was fitted to validation images: probabilistic PCA
@@ -14,19 +15,23 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
-import torch
+from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
-from safetensors.torch import load as load_tensors
-from torch import Tensor
-from torch.nn.functional import normalize
 
+from captioner.errors import UserError
+from captioner.files import storage
 from captioner.shards.content import content_sha256
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 FORMAT_VERSION = 1
+CALIBRATION, CALIBRATION_ARRAYS = "calibration.json", "calibration.safetensors"
 MIN_IMAGES = 100
 NUM_FOLDS = 5
 NUM_BINS = 10
@@ -70,21 +75,22 @@ class ConfidenceCurve:
 class FeatureSpace:
     """A Gaussian of validation images' features: K directions with a variance each, one variance for all others.
 
-    Images at more than the `threshold`, a squared distance, are out of distribution.
+    Images at more than the `threshold`, a squared distance, are out of distribution. All five are tensors on one
+    device, or all are NumPy arrays.
     """
 
-    mean_F: Tensor
-    directions_KF: Tensor
-    variances_K: Tensor
-    rest_variance: Tensor
-    threshold: Tensor
+    mean_F: Any
+    directions_KF: Any
+    variances_K: Any
+    rest_variance: Any
+    threshold: Any
 
-    def distances(self, features_BF: Tensor) -> Tensor:
-        """Squared Mahalanobis distances (B) of features from the mean; the features are on the space's device."""
+    def distances(self, features_BF: Any) -> Any:
+        """Squared Mahalanobis distances (B) of features from the mean; the features are what the space's fields are."""
         from_mean_BF = _unit(features_BF) - self.mean_F
         along_BK = from_mean_BF @ self.directions_KF.T
-        outside_B = (from_mean_BF.square().sum(dim=1) - along_BK.square().sum(dim=1)).clamp_min(0)
-        return (along_BK.square() / self.variances_K).sum(dim=1) + outside_B / self.rest_variance
+        outside_B = ((from_mean_BF**2).sum(axis=1) - (along_BK**2).sum(axis=1)).clip(min=0)
+        return (along_BK**2 / self.variances_K).sum(axis=1) + outside_B / self.rest_variance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,8 +128,11 @@ class Calibration:
         """The probability, 0 to 1, that each caption with these scores is good; None without a curve."""
         return None if self.curve is None else self.curve(scores).tolist()
 
-    def is_out_of_distribution(self, features_BF: Tensor) -> list[bool] | None:
-        """Whether each of B images, given by its features on the space's device, is; None if there is no space."""
+    def is_out_of_distribution(self, features_BF: Any) -> list[bool] | None:
+        """Whether each of B images, given by its float32 features, is; None if there is no space.
+
+        Features are on the space's device, or a NumPy array if the calibration was read for no device.
+        """
         if self.space is None:
             return None
         return (self.space.distances(features_BF) > self.space.threshold).tolist()
@@ -202,13 +211,16 @@ def measure_reliability(confidences_N: np.ndarray, good_N: np.ndarray) -> Reliab
 # ---- out-of-distribution images -----------------------------------------------------------------------------
 
 
-def fit_space(features_BF: Tensor) -> FeatureSpace | None:
+def fit_space(features_BF: "Tensor") -> FeatureSpace | None:
     """The Gaussian of validation images' features; None for fewer than MIN_IMAGES images.
 
     Its threshold is a quantile of the distances of each half of the images from a fit to the other half.
     """
+    import torch
+
     if len(features_BF) < MIN_IMAGES:
         return None
+    features_BF = features_BF.float()
     num_directions = min(MAX_DIRECTIONS, len(features_BF) // IMAGES_PER_DIRECTION, features_BF.shape[1] - 1)
     even, odd = features_BF[::2], features_BF[1::2]
     pairs = ((even, odd), (odd, even))
@@ -218,8 +230,10 @@ def fit_space(features_BF: Tensor) -> FeatureSpace | None:
     return space
 
 
-def _fit(features_BF: Tensor, *, num_directions: int) -> FeatureSpace:
+def _fit(features_BF: "Tensor", *, num_directions: int) -> FeatureSpace:
     """Probabilistic PCA with `num_directions` directions, and the threshold 0."""
+    import torch
+
     unit_BF = _unit(features_BF)
     mean_F = unit_BF.mean(dim=0)
     with torch.random.fork_rng(devices=[]):
@@ -237,10 +251,11 @@ def _fit(features_BF: Tensor, *, num_directions: int) -> FeatureSpace:
     )
 
 
-def _unit(features_BF: Tensor) -> Tensor:
+def _unit(features_BF: Any) -> Any:
     """The square roots of the features, with their signs, scaled to length 1 (B, F)."""
-    features_BF = features_BF.float()
-    return normalize(features_BF.sign() * features_BF.abs().sqrt(), dim=1)
+    roots_BF = (2 * (features_BF > 0) - 1) * abs(features_BF) ** 0.5
+    lengths_B1 = (roots_BF**2).sum(axis=1)[:, None] ** 0.5
+    return roots_BF / lengths_B1.clip(min=1e-12)
 
 
 # ---- files ----------------------------------------------------------------------------------------------------
@@ -267,11 +282,31 @@ def _content(calibration: Calibration) -> dict[str, Any]:
 
 def _arrays(calibration: Calibration) -> dict[str, np.ndarray]:
     names = () if calibration.space is None else FeatureSpace.__slots__
-    return {name: getattr(calibration.space, name).cpu().numpy() for name in names}
+    values = {name: getattr(calibration.space, name) for name in names}
+    return {name: value if isinstance(value, np.ndarray) else value.cpu().numpy() for name, value in values.items()}
 
 
-def from_files(text: bytes, arrays: bytes, *, model: str, device: torch.device | str = "cpu") -> Calibration:
-    """The calibration in the contents of both files, for features on `device`.
+def read_calibration(
+    folder: str, *, model: str, device: "torch.device | str | None", remedy: str
+) -> Calibration | None:
+    """The calibration in a model folder, a path or a URL, of the weights called `model`; None if there is none.
+
+    For features on `device`, or in NumPy arrays if it is None. Raises UserError, ending with `remedy`, if it does not
+    fit.
+    """
+    location = storage.join(folder, CALIBRATION)
+    if not storage.exists(location):
+        return None
+    names = (CALIBRATION, CALIBRATION_ARRAYS)
+    files = [storage.read_required(storage.join(folder, name), remedy=remedy) for name in names]
+    try:
+        return from_files(*files, model=model, device=device)
+    except ValueError as error:
+        raise UserError(f"{location} does not fit this model folder ({error}): {remedy}") from error
+
+
+def from_files(text: bytes, arrays: bytes, *, model: str, device: "torch.device | str | None" = "cpu") -> Calibration:
+    """The calibration in the contents of both files, for features on `device`, or in NumPy arrays if it is None.
 
     Raises ValueError if they are damaged, or belong to another model.
     """
@@ -280,12 +315,18 @@ def from_files(text: bytes, arrays: bytes, *, model: str, device: torch.device |
         for name, wanted in _identity(arrays, model=model).items():
             if content[name] != wanted:
                 raise ValueError(f"its {name} is {content[name]}, not {wanted}")
-        tensors, curve, reliability = load_tensors(arrays), content["curve"], content["reliability"]
+        fields, curve, reliability = load_arrays(arrays), content["curve"], content["reliability"]
         return Calibration(
             decoding=dict(content["decoding"]),
             curve=curve and ConfidenceCurve(scores=tuple(curve["scores"]), chances=tuple(curve["chances"])),
             reliability=reliability and Reliability(**reliability),
-            space=FeatureSpace(**{name: tensor.to(device) for name, tensor in tensors.items()}) if tensors else None,
+            space=FeatureSpace(**(fields if device is None else _on_device(fields, device))) if fields else None,
         )
     except (KeyError, IndexError, TypeError, safetensors.SafetensorError) as error:
         raise ValueError(repr(error)) from error
+
+
+def _on_device(arrays: dict[str, np.ndarray], device: "torch.device | str") -> "dict[str, Tensor]":
+    import torch
+
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}

@@ -1,4 +1,4 @@
-"""Images to descriptions: caption, alt text, scores, confidence.
+"""Images to descriptions: caption, alt text, scores, confidence. Imports no torch.
 
 Shapes: B images, P sides of a view in pixels.
 """
@@ -10,27 +10,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from captioner.alt_text import alt_text
 from captioner.attention import Attention
 from captioner.errors import NoAttentionError, NotCalibratedError, UserError
 from captioner.files import storage
 from captioner.images.loading import ImageError
-from captioner.images.views import normalise, read_eval_view
-from captioner.model.bundle import Bundle
-from captioner.model.decoding import GeneratedCaption, diverse
-from captioner.model.network import pooled
+from captioner.images.views import read_eval_view
+from captioner.model.generated import GeneratedCaption
+
+if TYPE_CHECKING:
+    from captioner.model.bundle import Bundle
+    from captioner.model.onnx import OnnxBundle
 
 Precision = Literal["float32", "bfloat16"]
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 LOW_CONFIDENCE, OUT_OF_DISTRIBUTION = "low confidence", "unlike training data"
-CPU_BATCH_SIZE = 4  # of the encoder: activations of more do not fit a core's cache
 BATCH_SIZE = 128
 
 
@@ -56,14 +55,14 @@ class Description:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """B encoded images, and whether each is out of distribution."""
+    """B encoded images, as the bundle's `encode` returns them, and whether each is out of distribution."""
 
-    images: Tensor
+    images: Any
     out_of_distribution: list[bool]
 
 
 class Captioner:
-    """Describes images with a model folder's model. May be called by several threads at once.
+    """Describes images with the model of a model folder or an ONNX folder. May be called by several threads at once.
 
     `beam_size` and `length_penalty` default to the model folder's. A caption of lower confidence than `abstain_below`
     has no `alt`. Raises UserError for invalid numbers, NotCalibratedError for `abstain_below` without confidence, and
@@ -72,7 +71,7 @@ class Captioner:
 
     def __init__(
         self,
-        bundle: Bundle,
+        bundle: "Bundle | OnnxBundle",
         *,
         beam_size: int | None = None,
         length_penalty: float | None = None,
@@ -97,9 +96,9 @@ class Captioner:
         )
         if abstain_below is not None and not self.has_confidence:
             raise NotCalibratedError(self.decoding)
-        if with_attention and bundle.model.config.decoder != "attention":
+        self._grid = bundle.grid if with_attention else None
+        if with_attention and self._grid is None:
             raise NoAttentionError
-        self._grid = bundle.model.encoder.grid_shape(bundle.view.crop) if with_attention else None
 
     def __call__(self, images: Iterable[ImageSource]) -> list[Description]:
         """Describe images: paths, URLs, files' bytes, Pillow images, or arrays (H, W, 3) of uint8.
@@ -109,7 +108,8 @@ class Captioner:
         """
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
             raise TypeError("give a list of images, even of one")
-        views = (read_eval_view(_read(image), self.bundle.view)[0] for image in images)
+        bundle = self.bundle
+        views = (read_eval_view(_read(image), bundle.view, with_torch=bundle.uses_torch)[0] for image in images)
         found: list[Description] = []
         while group := list(islice(views, BATCH_SIZE)):
             found += self.describe_views(np.stack(group))
@@ -119,25 +119,18 @@ class Captioner:
         """Describe evaluation views (B, P, P, 3), uint8."""
         return self.describe([self.encode(views_BPP3)])
 
-    @torch.inference_mode()
     def encode(self, views_BPP3: np.ndarray) -> Encoded:
         """Encode at least one evaluation view (B, P, P, 3), uint8."""
-        bundle, calibration = self.bundle, self.bundle.calibration
-        views = torch.from_numpy(views_BPP3)
-        parts = views.split(CPU_BATCH_SIZE if bundle.device.type == "cpu" else len(views))
-        with torch.autocast(bundle.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            parts = [bundle.model.encoder(normalise(part.to(bundle.device), bundle.view)) for part in parts]
-        features = torch.cat(parts).float()
-        flags = calibration.is_out_of_distribution(pooled(features)) if calibration else None
-        return Encoded(bundle.model.encode(features), flags or [False] * len(views))
+        images, features_BF = self.bundle.encode(views_BPP3, precision=self.precision)
+        calibration = self.bundle.calibration
+        flags = calibration.is_out_of_distribution(features_BF) if calibration else None
+        return Encoded(images, flags or [False] * len(views_BPP3))
 
-    @torch.inference_mode()
     def describe(self, encoded: Sequence[Encoded]) -> list[Description]:
         """Describe encoded images, in order."""
         calibration = self.bundle.calibration if self.has_confidence else None
-        captions_of_images = diverse(
-            self.bundle.model,
-            torch.cat([part.images for part in encoded]),
+        captions_of_images = self.bundle.search(
+            [part.images for part in encoded],
             num_captions=self.captions_per_image,
             with_attention=self._grid is not None,
             **asdict(self.decoding),

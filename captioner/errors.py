@@ -31,6 +31,13 @@ class NoAttentionError(UserError):
         return "the model's decoder has no attention to show: it reads one vector of an image"
 
 
+class DeviceMemoryError(UserError):
+    """A model's device has too little memory for so large a batch."""
+
+    def __str__(self) -> str:
+        return "the device has too little memory"
+
+
 class StreamingError(UserError):
     """An argument, a state or data that captioner.streaming cannot work with."""
 

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -27,13 +28,13 @@ POLL_SECONDS = 1.0
 MAX_SECONDS_TO_EXIT = 5.0  # a killed process that waits for a lost disk exits even later
 
 
-def start_server(module: str) -> ForkServerContext:
+def start_server(module: str, *, with_torch: bool = True) -> ForkServerContext:
     """The context of the server process from which workers are forked; starts it if necessary.
 
-    It imports `module` in the background.
+    It imports `module` in the background, and torch if its workers resize with it.
     """
     context = multiprocessing.get_context("forkserver")
-    native = [] if loading.HAS_SIMD else ["torch"]
+    native = ["torch"] if with_torch and not loading.HAS_SIMD else []
     context.set_forkserver_preload([module, *native])
     forkserver.ensure_running()
     return context
@@ -165,7 +166,8 @@ class _Worker:
 def _serve(pipe: Connection, index: Any, work: Callable[..., Any], *arguments: Any) -> None:
     """Receive tasks from the pipe, do them, and send the results, until the pool closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the main process ends its workers
-    use_one_thread()
+    if "torch" in sys.modules:  # of the server
+        use_one_thread()
     set_index = partial(setattr, index, "value")
 
     def send(message: Any, *, is_result: bool = False) -> None:

@@ -7,46 +7,46 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict
-from typing import Any, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from captioner import cli
 from captioner.describe import Captioner, Description, Encoded
 from captioner.errors import UserError
 from captioner.files.storage import is_remote
 from captioner.images.views import ViewSpec, seen_area
-from captioner.model.bundle import load_bundle
+from captioner.model.onnx import is_onnx_folder, load_onnx
 from captioner.workers import count_processors
 from infer.listing import Ahead, ImageFile
 from infer.peers import Peers
 from infer.reading import Batch, DecodedImage, Reader
 from infer.results import FORMAT_VERSION, WORKING_FOLDER, Row, RowWriter, duplicate_row
 from infer.row_index import RowIndex
-from infer.settings import CaptionSettings
+from infer.settings import CaptionSettings, sidecar_suffixes
+
+if TYPE_CHECKING:
+    import torch
+
+    from captioner.model.bundle import Bundle
+    from captioner.model.onnx import OnnxBundle
 
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 8, 128
 DECIMALS = 4  # of scores
 DESCRIBED_AT_ONCE = 256  # images: for each word the decoder reads all its weights, however many captions there are
 MAX_SECONDS_UNTIL_DESCRIBED = 10.0  # limits how long the progress bar stands still, and what a kill costs
 
-Result = TypeVar("Result")
 Encoding = tuple[Batch, list[DecodedImage], Encoded]  # a batch, its images whose bytes are new, and their embeddings
 Described = list[tuple[DecodedImage, Description]]
 
 
 def load_captioner(settings: CaptionSettings) -> Captioner:
-    """The model on this process's device."""
-    device = find_device()
-    torch.set_num_threads(1)  # whole batches are captioned in parallel instead
-    bfloat16 = settings.precision == "bfloat16" or (
-        settings.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    )
+    """The model on this process's device, or on the CPU through onnxruntime. Raises UserError."""
+    bundle, bfloat16 = load_onnx_model(settings) if is_onnx_folder(settings.model) else load_torch_model(settings)
     return Captioner(
-        load_bundle(settings.model, device=device),
+        bundle,
         beam_size=settings.beam_size,
         length_penalty=settings.length_penalty,
         captions_per_image=settings.captions_per_image,
@@ -56,8 +56,31 @@ def load_captioner(settings: CaptionSettings) -> Captioner:
     )
 
 
-def find_device() -> torch.device:
+def load_onnx_model(settings: CaptionSettings) -> "tuple[OnnxBundle, bool]":
+    """The model of an ONNX folder, and whether it is for bfloat16, which it never is. Imports no torch."""
+    if settings.precision == "bfloat16":
+        raise UserError("an ONNX folder has float32 only: leave out --precision, or give a model folder")
+    return load_onnx(settings.model), False
+
+
+def load_torch_model(settings: CaptionSettings) -> "tuple[Bundle, bool]":
+    """The model of a model folder, and whether its encoder is for bfloat16."""
+    import torch
+
+    from captioner.model.bundle import load_bundle
+
+    device = find_device()
+    torch.set_num_threads(1)  # whole batches are captioned in parallel instead
+    bfloat16 = settings.precision == "bfloat16" or (
+        settings.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    )
+    return load_bundle(settings.model, device=device), bfloat16
+
+
+def find_device() -> "torch.device":
     """The accelerator with the index LOCAL_RANK, made current, or the CPU."""
+    import torch
+
     kind = torch.accelerator.current_accelerator(check_available=True)
     if kind is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         return torch.device("cpu")
@@ -91,32 +114,50 @@ def caption_files(
     *,
     settings: CaptionSettings,
     peers: Peers,
-) -> tuple[int, int]:
-    """Write a row to this process's part for each file that has none.
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[int, int, int]:
+    """Write a row to this process's part for each file that has none, until it `should_stop`.
 
-    Returns the number of rows, and of images that were decoded although they are damaged.
+    Returns the number of rows, of images that were decoded although they are damaged, and of those that were left out
+    because they have a description.
     """
-    on_cpu = captioner.bundle.device.type == "cpu"
-    num_processors = max(1, count_processors() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    num_threads = num_processors if on_cpu else 1
     captioning = Captioning(captioner, index, writer)
-    num_failed = num_rows = 0
+    num_failed = num_rows = num_skipped = 0
     process = f" (process 1 of {peers.world_size})" if peers.world_size > 1 else ""
     with cli.progress_bar(f"captioning{process}", total=None, unit="images", quiet=not peers.is_main) as bar:
-        reader = Reader(
-            without_rows(Ahead(files, on_end=bar.set_total), index, bar),
-            captioner.bundle.view,
-            batch_size=settings.batch_size or (CPU_BATCH_SIZE if on_cpu else GPU_BATCH_SIZE),
-            num_workers=settings.workers or num_processors,
-            num_held=num_threads + 1,
-        )
-        with reader:
-            for rows in captioning.rows(reader, num_threads=num_threads):
+        missing = without_rows(Ahead(files, on_end=bar.set_total), index, bar)
+        reader, num_threads = start_reader(missing, captioner, settings)
+        with reader, closing(captioning.rows(reader, num_threads=num_threads)) as found:
+            for rows in found:
                 peers.check()
                 num_rows += len(rows)
                 num_failed += sum("error" in row for row in rows)
+                bar.skip(reader.num_described - num_skipped)
+                num_skipped = reader.num_described
                 bar.advance(len(rows), note=f"{num_failed:,} failed")
-    return num_rows, reader.num_damaged
+                if should_stop():
+                    break
+    return num_rows, reader.num_damaged, reader.num_described
+
+
+def start_reader(
+    files: Iterator[ImageFile], captioner: Captioner, settings: CaptionSettings, *, max_workers: int | None = None
+) -> tuple[Reader, int]:
+    """A reader of the files' batches, and the number of threads that caption them."""
+    on_cpu = captioner.bundle.is_on_cpu
+    num_processors = max(1, count_processors() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    num_threads = num_processors if on_cpu else 1
+    num_workers = settings.workers or num_processors
+    reader = Reader(
+        files,
+        captioner.bundle.view,
+        batch_size=settings.batch_size or (CPU_BATCH_SIZE if on_cpu else GPU_BATCH_SIZE),
+        num_workers=min(num_workers, max_workers or num_workers),
+        num_held=num_threads + 1,
+        with_torch=captioner.bundle.uses_torch,
+        missing_in=sidecar_suffixes(settings) if settings.missing_only else None,
+    )
+    return reader, num_threads
 
 
 def without_rows(files: Iterable[ImageFile], index: RowIndex, bar: cli.Bar) -> Iterator[ImageFile]:
@@ -140,7 +181,7 @@ class Captioning:
         self._num_waiting = 0  # files read since the decoder was last started, duplicates and failures included
         self._described_at = -math.inf  # the first batch does not wait for others
 
-    def rows(self, reader: Reader, *, num_threads: int) -> Iterator[list[Row]]:
+    def rows(self, reader: Reader, *, num_threads: int) -> Generator[list[Row], None, None]:
         """Caption all batches with `num_threads` threads; yields rows once they are written.
 
         The reader must allow `num_threads + 1` batches to be held. Raises UserError if the device runs out of memory.
@@ -198,7 +239,7 @@ class Captioning:
 
     def _collect(self, encoding: Future[Encoding], reader: Reader) -> None:
         """Keep the encoded images for the decoder, and release their batch."""
-        batch, new, encoded = _result(encoding)
+        batch, new, encoded = encoding.result()
         self._encoded.append((new, encoded))
         reader.release(batch)
 
@@ -210,7 +251,7 @@ class Captioning:
     def _finish(self, describing: Future[Described]) -> list[Row]:
         """Write and return the rows of described images and of their duplicates."""
         rows = []
-        for image, description in _result(describing):
+        for image, description in describing.result():
             bundle = self._captioner.bundle
             row = success_row(image, description, model=bundle.name, view=bundle.view)
             rows.append(row)
@@ -224,16 +265,6 @@ class Captioning:
             if row.get("duplicate_of", "") is None:  # failures have no such key
                 self._index.add(row, line)
         return rows
-
-
-def _result(future: Future[Result]) -> Result:
-    """The result of a future. Raises UserError if the device ran out of memory."""
-    try:
-        return future.result()
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            "the device has too little memory: give a smaller --batch-size, --captions-per-image or --beam-size"
-        ) from error
 
 
 def _usable(batch: Batch) -> list[DecodedImage]:

@@ -2,15 +2,28 @@
 // Shows the rows of data.js, some at a time. ROWS has what the page shows of each row of captions.jsonl, in its order;
 // ROOTS has, for each number in a row's `root`, the folder as given, and how make_shards.py finds its images:
 // --images is `images`, and an image's name in it is `prefix` with the row's `name`, or else `path`, behind.
+// A row's `correction` is what a person wrote before the page was made; "" means decorative. infer/serve.py has newer ones.
 // Names and captions become text nodes and properties only, never HTML.
 
 const ROWS_PER_PAGE = 100;
-const STORED = `captioner ${location.pathname} `;
+const STORED = `captioner corrections ${location.pathname} `;
+const SAVED_AT = "corrections";  // beside this page, if infer/serve.py serves it
+const MILLISECONDS_UNTIL_SAVED = 300;
+const MILLISECONDS_UNTIL_RETRY = 5000;
+const DECORATIVE = "";
 
-const [controls, search, filter, sort, shown, grid, pages, previous, page, next, corrected, heading] =
-  ["controls", "search", "filter", "sort", "shown", "grid", "pages", "previous", "page", "next", "corrected", "images"]
+const [controls, search, filter, sort, shown, grid, pages, previous, page, next, corrected, saved, undo, heading] =
+  ["controls", "search", "filter", "sort", "shown", "grid", "pages", "previous", "page", "next", "corrected", "saved", "undo", "images"]
     .map(id => document.getElementById(id));
-const corrections = new Map();  // from `id(row)` to text
+const corrections = new Map();  // from `id(row)` to a person's text, or DECORATIVE
+const onDisk = new Map();  // those that corrections.jsonl has
+const rowsById = new Map();
+const refreshers = new Map();  // from `id(row)` of the shown cards to a function that shows the row's correction
+const steps = [];  // for undo: {key, before}, the latest last
+let isUsed = false;  // whether a correction was made or taken back since the page was opened
+let isServed = false;  // whether infer/serve.py saves corrections
+let saving = 0;  // the timer that saves next, or 0
+let isAnswered = true;  // whether the last request to save was
 let isKept = true;  // whether this browser keeps corrections for the next visit
 const changed = new Set();  // `--images` folders with corrections since their last download
 let pageIndex = 0;
@@ -22,7 +35,8 @@ const FILTERS = {
   unlike: row => (row.review ?? "").includes("unlike training data"),
   duplicate: row => row.duplicate_of !== undefined,
   error: row => row.error !== undefined,
-  corrected: row => corrections.has(id(row)),
+  corrected: row => Boolean(corrections.get(id(row))),
+  decorative: row => corrections.get(id(row)) === DECORATIVE,
 };
 const confidence = row => row.confidence ?? Math.exp(row.score);
 const score = row => row.score;
@@ -51,7 +65,7 @@ function place(row) {
 }
 
 function caption(row) {
-  return corrections.get(id(row)) ?? row.caption;
+  return corrections.get(id(row)) || row.caption;
 }
 
 // ---- what is shown ------------------------------------------------------------------------------------------------
@@ -72,6 +86,7 @@ function show() {
   const numPages = Math.max(1, Math.ceil(rows.length / ROWS_PER_PAGE));
   pageIndex = Math.min(pageIndex, numPages - 1);
   const first = pageIndex * ROWS_PER_PAGE;
+  refreshers.clear();
   const cards = rows.slice(first, first + ROWS_PER_PAGE).map(card);
   grid.replaceChildren(...cards);
   pages.hidden = numPages === 1;
@@ -118,23 +133,26 @@ function card(row) {
 function frame(row) {
   const missing = row.error === undefined ? "No preview" : "No caption";
   const image = row.thumbnail
-    ? make("img", {loading: "lazy", decoding: "async", alt: row.alt || row.caption, src: `thumbnails/${row.thumbnail}`})
+    ? make("img", {loading: "lazy", decoding: "async", alt: corrections.get(id(row)) || row.alt || row.caption, src: `thumbnails/${row.thumbnail}`})
     : make("span", {className: "quiet"}, missing);
-  if (!row.link) return make("div", {className: "frame"}, image);
+  if (!row.link || isServed) return make("div", {className: "frame"}, image);
   const ariaLabel = row.thumbnail ? null : `${missing} of ${place(row)}`;
   return make("a", {className: "frame", href: row.link, ariaLabel}, image);
 }
 
 function captionParts(row) {
   const scores = `score ${row.score.toFixed(2)}`;
+  const alt = line("quiet", row.alt ? `alt: ${row.alt}` : "no alt text");
+  const {caption, decorative} = row.in_shard ? readOnly(row) : editor(row, alt);
   return [
-    ...(row.in_shard ? [line("", row.caption)] : editor(row)),  // make_shards.py reads no image out of a shard
+    ...caption,
     ...(row.attention ? words(row) : []),
     ...(row.captions ?? []).slice(1).map(other => line("quiet", `or: ${other}`)),
-    line("quiet", row.alt ? `alt: ${row.alt}` : "no alt text"),
+    alt,
     ...(row.review === undefined ? [] : [line("alert", row.review)]),
     line("quiet score", row.confidence === undefined ? scores : `confidence ${row.confidence.toFixed(2)}, ${scores}`),
     ...(row.duplicate_of === undefined ? [] : [line("quiet", `same bytes as ${row.duplicate_of}`)]),
+    ...decorative,
   ];
 }
 
@@ -204,60 +222,182 @@ function heat(weight) {
 
 // ---- corrections --------------------------------------------------------------------------------------------------
 
-function editor(row) {
-  const field = make("textarea", {rows: 2, dir: "auto", value: caption(row), ariaLabel: `Caption of ${place(row)}`});
-  const undo = make("button", {type: "button", ariaLabel: `Undo the correction of ${place(row)}`}, "Undo");
-  const original = line("quiet", `was: ${row.caption}`, undo);
-  original.hidden = !corrections.has(id(row));
-  field.addEventListener("input", () => {
-    correct(row, field.value.trim().replace(/\s+/g, " "));
-    original.hidden = !corrections.has(id(row));
+/** The field with the caption, what the model said, and the box for decorative images. `alt` is the line with the alt text. */
+function editor(row, alt) {
+  const key = id(row);
+  const field = make("textarea", {rows: 2, dir: "auto", ariaLabel: `Caption of ${place(row)}`});
+  const reset = make("button", {type: "button", ariaLabel: `Reset the caption of ${place(row)} to the model's`}, "Reset");
+  const original = line("quiet", `was: ${row.caption}`, reset);
+  const box = make("input", {type: "checkbox", ariaLabel: `Decorative: ${place(row)}`});
+  const refresh = () => {
+    const text = corrections.get(key);
+    box.checked = text === DECORATIVE;
+    field.disabled = box.checked;
+    original.hidden = !text;
+    const own = text ?? row.alt;
+    alt.textContent = own ? `alt: ${own}` : box.checked ? "empty alt text" : "no alt text";
+  };
+  const refreshAll = () => {
+    refresh();
+    field.value = caption(row);
+  };
+  let kind = "";  // of the last input: what is typed goes on as one step, up to a space
+  field.addEventListener("input", event => {
+    const text = field.value.trim().replace(/\s+/g, " ");
+    const goesOn = event.inputType === kind && !/\s/.test(event.data ?? "") && steps.at(-1)?.key === key;
+    kind = event.inputType;
+    correct(key, text === "" || text === row.caption ? null : text, {goesOn});
+    refresh();
   });
+  field.addEventListener("blur", () => { kind = ""; });
   field.addEventListener("change", () => { field.value = caption(row); });  // an emptied one has the model's again
   field.addEventListener("keydown", event => {
     if (event.key !== "Enter" || event.isComposing) return;
     event.preventDefault();
-    const fields = [...grid.querySelectorAll("textarea")];
+    const fields = [...grid.querySelectorAll("textarea:enabled")];
     fields[fields.indexOf(field) + 1]?.focus();
   });
-  undo.addEventListener("click", () => {
-    correct(row, "");
-    original.hidden = true;
-    field.value = row.caption;
+  box.addEventListener("change", () => {
+    correct(key, box.checked ? DECORATIVE : null);
+    refreshAll();
+  });
+  reset.addEventListener("click", () => {
+    correct(key, null);
+    refreshAll();
     field.focus();
   });
-  return [field, original];
+  refreshers.set(key, () => {
+    refreshAll();
+    (box.checked ? box : field).focus();
+  });
+  refreshAll();
+  return {caption: [field, original], decorative: [make("label", {className: "check"}, box, " Decorative")]};
 }
 
-function correct(row, text) {
-  const isCorrection = text !== "" && text !== row.caption;
-  if (isCorrection) corrections.set(id(row), text);
-  else corrections.delete(id(row));
-  changed.add(JSON.parse(id(row))[0]);
-  try {
-    if (isCorrection) localStorage.setItem(STORED + id(row), text);
-    else localStorage.removeItem(STORED + id(row));
-  } catch {
-    isKept = false;  // full, or forbidden for pages on disk
-  }
+/** The caption of an image in a shard, out of which make_shards.py reads none. */
+function readOnly(row) {
+  return {caption: [line("", row.caption)], decorative: []};
+}
+
+/** Changes a row's correction; null is none. With `goesOn` undo takes it back together with the step before. */
+function correct(key, text, {goesOn = false} = {}) {
+  const before = corrections.get(key) ?? null;
+  if (text === before) return;
+  if (!goesOn) steps.push({key, before});
+  setCorrection(key, text);
+}
+
+function setCorrection(key, text) {
+  if (text === null) corrections.delete(key);
+  else corrections.set(key, text);
+  changed.add(JSON.parse(key)[0]);
+  isUsed = true;
+  keep(key);
+  if (isServed) saveIn(MILLISECONDS_UNTIL_SAVED);
   countCorrections();
 }
 
-function loadCorrections() {
+function undoStep() {
+  const step = steps.pop();
+  if (!step) return;
+  setCorrection(step.key, step.before);
+  refreshers.get(step.key)?.();
+  saved.value = `Undone: ${place(rowsById.get(step.key))}`;
+}
+
+function countCorrections() {
+  const numDecorative = [...corrections.values()].filter(text => text === DECORATIVE).length;
+  const parts = [`${number(corrections.size - numDecorative)} corrected`];
+  if (numDecorative) parts.push(`${number(numDecorative)} decorative`);
+  corrected.value = parts.join(", ");
+  corrected.parentElement.hidden = corrections.size === 0 && !isUsed;
+  undo.hidden = steps.length === 0;
+  saved.value = whereSaved();
+}
+
+function whereSaved() {
+  const where = isKept ? "kept in this browser" : "not kept: download them before you leave";
+  if (!isServed) return where;
+  if (!unsaved().length) return "saved in corrections.jsonl";
+  return isAnswered ? "saving" : `not saved, as the server does not answer: ${where}`;
+}
+
+// ---- where corrections are kept -----------------------------------------------------------------------------------
+
+/** Whether corrections.jsonl has what is on the page. */
+function isSaved(key) {
+  return (corrections.get(key) ?? null) === (onDisk.get(key) ?? null);
+}
+
+function unsaved() {
+  return [...new Set([...corrections.keys(), ...onDisk.keys()])].filter(key => rowsById.has(key) && !isSaved(key));
+}
+
+/** Keeps in this browser what corrections.jsonl does not have. */
+function keep(key) {
   try {
-    for (const row of ROWS) {
-      const text = localStorage.getItem(STORED + id(row));
-      if (text !== null) corrections.set(id(row), text);
+    if (isSaved(key)) localStorage.removeItem(STORED + key);
+    else localStorage.setItem(STORED + key, JSON.stringify(corrections.get(key) ?? null));
+  } catch {
+    isKept = false;  // full, or forbidden for pages on disk
+  }
+}
+
+function loadKept() {
+  for (const [key, text] of onDisk) if (rowsById.has(key)) corrections.set(key, text);
+  try {
+    for (const key of rowsById.keys()) {
+      const kept = localStorage.getItem(STORED + key);
+      if (kept === null) continue;
+      const text = JSON.parse(kept);
+      if (text === null) corrections.delete(key);
+      else corrections.set(key, text);
+      keep(key);
     }
   } catch {
     isKept = false;
   }
-  countCorrections();
 }
 
-function countCorrections() {
-  corrected.value = `${number(corrections.size)} corrected`;
-  corrected.parentElement.hidden = corrections.size === 0;
+/** A line of corrections.jsonl; for none, the one that takes it back. */
+function toLine(key) {
+  const [images, path] = JSON.parse(key);
+  const text = corrections.get(key);
+  const said = text === undefined ? {} : text === DECORATIVE ? {decorative: true} : {captions: [text]};
+  return {path, ...said, images, sha256: rowsById.get(key).sha256};
+}
+
+/** Takes the corrections from infer/serve.py, if that serves this page; else it is on disk, or on a server of files. */
+async function loadServed() {
+  const answer = await fetch(SAVED_AT).catch(() => null);
+  if (!answer?.ok) return;
+  isServed = true;
+  onDisk.clear();
+  for (const line of await answer.json()) {
+    onDisk.set(JSON.stringify([line.images, line.path]), line.decorative ? DECORATIVE : line.captions[0]);
+  }
+}
+
+function saveIn(milliseconds) {
+  saving ||= setTimeout(save, milliseconds);
+}
+
+async function save() {
+  const sent = new Map(unsaved().map(key => [key, corrections.get(key)]));
+  const body = JSON.stringify([...sent.keys()].map(toLine));
+  const headers = {"Content-Type": "application/json"};
+  const answer = await fetch(SAVED_AT, {method: "PUT", body, headers}).catch(() => null);
+  isAnswered = Boolean(answer?.ok);
+  if (isAnswered) {
+    for (const [key, text] of sent) {
+      if (text === undefined) onDisk.delete(key);
+      else onDisk.set(key, text);
+      keep(key);
+    }
+  }
+  saving = 0;
+  if (unsaved().length) saveIn(isAnswered ? MILLISECONDS_UNTIL_SAVED : MILLISECONDS_UNTIL_RETRY);
+  saved.value = whereSaved();
 }
 
 function addDownloadButtons() {
@@ -265,26 +405,26 @@ function addDownloadButtons() {
   for (const images of folders) {
     const button = make("button", {type: "button"}, "Download corrections.jsonl");
     button.addEventListener("click", () => download(images));
-    corrected.parentElement.append(button, line("quiet", `for make_shards.py --images ${images}`));
+    undo.before(button, line("quiet", `for make_shards.py --images ${images}`));
   }
 }
 
 function download(wanted) {
-  const lines = [...corrections]
-    .map(([id, text]) => [...JSON.parse(id), text])
-    .filter(([images]) => images === wanted)
-    .map(([, path, text]) => JSON.stringify({path, captions: [text]}) + "\n");
-  make("a", {href: URL.createObjectURL(new Blob(lines)), download: "corrections.jsonl"}).click();
+  const lines = [...corrections.keys()].map(toLine).filter(({images}) => images === wanted);
+  const content = new Blob(lines.map(line => JSON.stringify(line) + "\n"));
+  make("a", {href: URL.createObjectURL(content), download: "corrections.jsonl"}).click();
   changed.delete(wanted);
 }
 
 // ---- start --------------------------------------------------------------------------------------------------------
 
 function start() {
-  loadCorrections();
+  loadKept();
+  if (isServed && unsaved().length) saveIn(MILLISECONDS_UNTIL_SAVED);
+  countCorrections();
   addDownloadButtons();
   for (const option of filter.options) {
-    if (option.value !== "corrected") option.append(` (${number(ROWS.filter(FILTERS[option.value]).length)})`);
+    if (!["corrected", "decorative"].includes(option.value)) option.append(` (${number(ROWS.filter(FILTERS[option.value]).length)})`);
   }
   for (const control of [search, filter, sort]) {
     control.addEventListener("input", () => { pageIndex = 0; show(); });
@@ -292,6 +432,13 @@ function start() {
   controls.addEventListener("submit", event => event.preventDefault());
   previous.addEventListener("click", () => turn(-1));
   next.addEventListener("click", () => turn(1));
+  undo.addEventListener("click", undoStep);
+  addEventListener("keydown", event => {
+    const isUndo = (event.ctrlKey || event.metaKey) && !event.shiftKey && !event.altKey && event.key.toLowerCase() === "z";
+    if (!isUndo || event.target === search) return;
+    event.preventDefault();  // the browser's own would undo what was typed into any field
+    undoStep();
+  });
   addEventListener("beforeunload", event => {
     if (!isKept && changed.size && corrections.size) event.preventDefault();
   });
@@ -299,5 +446,14 @@ function start() {
   show();
 }
 
+function startWithRows() {
+  for (const row of ROWS) {
+    rowsById.set(id(row), row);
+    if (row.correction !== undefined) onDisk.set(id(row), row.correction);
+  }
+  if (location.protocol === "file:") start();
+  else loadServed().then(start);
+}
+
 if (typeof ROWS === "undefined") shown.value = "There is no data.js beside this page: copy the whole folder.";
-else start();
+else startWithRows();

@@ -4,6 +4,7 @@ folder/index.html                  what to open: no server, no network
 folder/gallery.css, gallery.js     its looks, and what it does
 folder/data.js                     what it shows of each row
 folder/thumbnails/HASH.jpg         small upright copies of the images
+folder/corrections.jsonl           what persons wrote, once they did: see infer/corrections.py
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -30,6 +31,7 @@ from captioner.files.storage import WEB, is_remote
 from captioner.images.loading import ImageError, decode_rgb
 from captioner.pages import load_template
 from captioner.workers import count_processors
+from infer.corrections import Corrections, read_lines
 from infer.listing import ImageFile, locate
 from infer.reading import MAX_FILE_BYTES
 from infer.results import Row
@@ -38,12 +40,16 @@ INDEX = "index.html"
 DATA = "data.js"
 STATIC = ("gallery.css", "gallery.js")
 THUMBNAILS = "thumbnails"
+CORRECTIONS = "corrections.jsonl"
 THUMBNAIL_SIDE_PIXELS = 320
 THUMBNAIL_QUALITY = 82
 MAX_THREADS = 2  # of this process, in which large images take much memory
 SHOWN_KEYS = frozenset(
-    ("path", "caption", "captions", "alt", "score", "confidence", "review", "duplicate_of", "error", "message")
-)
+    (
+        "path", "caption", "captions", "alt", "score", "confidence", "review", "duplicate_of", "sha256", "error",
+        "message",
+    )
+)  # fmt: skip
 
 _THUMBNAIL_NAME = re.compile(r"[0-9a-f]{32}\.jpg(\.[0-9a-f]{32}\.partial)?")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -56,15 +62,43 @@ def check_folder(folder: Path, *, images: Sequence[str]) -> None:
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise UserError(f"--gallery {folder} cannot be written, as {above} is no folder that can: give another folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / STATIC[0]).is_file():
+    if folder.is_dir() and not is_gallery(folder) and any(path.name != CORRECTIONS for path in folder.iterdir()):
         raise UserError(f"--gallery {folder} holds files that are no gallery: give a new or an empty folder")
 
 
-def write_gallery(rows: Iterable[Row], folder: Path, *, title: str, model: str) -> Path:
+def check_corrections(folder: Path, file: Path | None) -> None:
+    """Raise UserError if there is no such file, or a line of it, or of the folder's corrections, is none."""
+    if file is not None and not file.is_file():
+        raise UserError(f"there is no file {file}: give --corrections the file that a gallery's button downloaded")
+    _read_corrections(folder, file)
+
+
+def _read_corrections(folder: Path, file: Path | None) -> Corrections:
+    """The folder's corrections, and those in the file."""
+    return Corrections(chain.from_iterable(map(read_lines, [folder / CORRECTIONS, *([file] if file else [])])))
+
+
+def is_gallery(folder: Path) -> bool:
+    """Whether `write_gallery` wrote, or began to write, this folder."""
+    return (folder / STATIC[0]).is_file()
+
+
+def is_thumbnail(name: str) -> bool:
+    """Whether a file of this name in the thumbnails' folder is one."""
+    return _THUMBNAIL_NAME.fullmatch(name) is not None
+
+
+def write_gallery(
+    rows: Iterable[Row], folder: Path, *, title: str, model: str, corrections: Path | None = None
+) -> Path:
     """Write the page and thumbnails of `rows` (one for every file) into `folder`; return its index.html.
 
+    What persons wrote of these images, in the folder's corrections.jsonl and in the file `corrections`, which counts
+    more, is shown as theirs, and kept in the folder's file.
+
     Images with the same bytes share a thumbnail. index.html is written last; only then are the thumbnails removed
-    that an earlier gallery left. Relative roots are taken from the current folder. Raises OSError.
+    that an earlier gallery left. Relative roots are taken from the current folder. Raises OSError, and UserError for a
+    line that is no correction.
     """
     roots: dict[str, int] = {}
     images: dict[str, ImageFile] = {}
@@ -77,7 +111,12 @@ def write_gallery(rows: Iterable[Row], folder: Path, *, title: str, model: str) 
     for name in STATIC:  # first, since they tell later runs whose folder it is
         _write(folder / name, Path(__file__).with_name(name).read_bytes())
     thumbnails = _make_thumbnails(images, folder / THUMBNAILS)
-    _write(folder / DATA, _data(entries, roots=list(roots), thumbnails=thumbnails))
+    named_roots = name_roots(list(roots))
+    written = _read_corrections(folder, corrections)  # now: a server may have written it while thumbnails were made
+    _add_corrections(entries, written, roots=named_roots)
+    if written:
+        _write(folder / CORRECTIONS, written.to_jsonl())
+    _write(folder / DATA, _data(entries, roots=named_roots, thumbnails=thumbnails))
     page = _page(entries, roots=list(roots), title=title, model=model)
     _write(folder / INDEX, _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", page))
     _remove_stale(folder / THUMBNAILS, keep=set(thumbnails.values()))
@@ -107,12 +146,27 @@ def _link(file: ImageFile, folder: Path) -> str | None:
     return quote(os.fsencode(os.path.relpath(file.location, folder)))
 
 
-def _data(entries: Sequence[dict[str, Any]], *, roots: Sequence[str], thumbnails: Mapping[str, str | None]) -> str:
+def _add_corrections(
+    entries: Sequence[dict[str, Any]], written: Corrections, *, roots: Sequence[dict[str, str]]
+) -> None:
+    """Add what a person wrote to the entries of images that can be corrected."""
+    for entry in entries:
+        if "error" not in entry and "in_shard" not in entry:
+            root = roots[entry["root"]]
+            path = root["prefix"] + entry.get("name", entry["path"])
+            caption = written.find(images=root["images"], path=path, sha256=entry["sha256"])
+            if caption is not None:
+                entry["correction"] = caption
+
+
+def _data(
+    entries: Sequence[dict[str, Any]], *, roots: Sequence[dict[str, str]], thumbnails: Mapping[str, str | None]
+) -> str:
     """The script that holds the entries, one a line, in pure ASCII: no name ends it, or a string in it."""
     lines = (
         json.dumps({**entry, "thumbnail": thumbnails.get(entry["thumbnail"])}, allow_nan=False) for entry in entries
     )
-    return "const ROWS = [\n" + ",\n".join(lines) + "\n];\nconst ROOTS = " + json.dumps(name_roots(roots)) + ";\n"
+    return "const ROWS = [\n" + ",\n".join(lines) + "\n];\nconst ROOTS = " + json.dumps(roots) + ";\n"
 
 
 def name_roots(roots: Sequence[str]) -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from io import FileIO
+from io import BytesIO, FileIO
 from itertools import chain
 from pathlib import Path
 from tempfile import mkstemp
@@ -27,6 +27,7 @@ from captioner.files import storage
 from captioner.images.loading import ImageError
 from captioner.samples import image_spans
 from captioner.shards.format import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
+from infer.results import PARTIAL_SUFFIX
 from infer.row_index import LocationSet, hash_location, real_root
 
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
@@ -71,16 +72,30 @@ class ImageFile:
                 tar = _join(self.root, f"{self.path.partition('.tar/')[0]}.tar")
                 return storage.read_range(tar, start=self.start, end=self.start + self.size)[: self.size]
             if not storage.is_remote(self.root):
-                status = os.stat(self.location)  # noqa: PTH116 - a Path takes longer, and changes names
-                if not stat.S_ISREG(status.st_mode):
-                    raise ImageError("special file", "it is a folder, pipe, socket or device, no regular file")
-                _check_size(status.st_size, max_bytes)
+                _check_regular(self.location, max_bytes)
                 return storage.read_bytes(self.location)
             data = storage.read_bytes(self.location, end=max_bytes + 1)
             _check_size(len(data), max_bytes)
             return data
         except (OSError, ValueError) as error:
             raise _image_error(error) from error
+
+    def open(self, *, max_bytes: int) -> BinaryIO:
+        """The file, open for reading: what is on disk is read only as far as needed. Raises ImageError as `read`."""
+        if self.error is not None or self.size is not None or storage.is_remote(self.root):
+            return BytesIO(self.read(max_bytes=max_bytes))
+        try:
+            _check_regular(self.location, max_bytes)
+            return Path(self.location).open("rb")
+        except (OSError, ValueError) as error:
+            raise _image_error(error) from error
+
+
+def _check_regular(location: str, max_bytes: int) -> None:
+    status = os.stat(location)  # noqa: PTH116 - a Path takes longer, and changes names
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError("special file", "it is a folder, pipe, socket or device, no regular file")
+    _check_size(status.st_size, max_bytes)
 
 
 def _check_size(num_bytes: int, max_bytes: int) -> None:
@@ -112,8 +127,8 @@ class Listing(Iterator[ImageFile]):
     `images` are files, globs, and folders with everything below them, on disk or behind URLs. A glob's `**` matches any
     number of folders, its `*` also names that begin with a dot; a matching folder counts with everything below it.
     `lists` are text files with one path or URL per line; `-` is standard input. `shards` are dataset folders.
-    `excluded` files and folders are left out, and names with `skip_suffix`. Links to files are files; links to folders
-    are counted but not followed, because they may form loops.
+    `excluded` files and folders are left out, and names with one of `skip_suffixes`. Links to files are files; links to
+    folders are counted but not followed, because they may form loops.
 
     A file that several sources name belongs to the first one. To compare names only roots are resolved: with `..` in a
     list, or links below a root, a file has several names. A hash of root and path, as given, decides which process
@@ -130,14 +145,14 @@ class Listing(Iterator[ImageFile]):
         lists: Sequence[str] = (),
         shards: Sequence[str] = (),
         excluded: Sequence[Path] = (),
-        skip_suffix: str | None = None,
+        skip_suffixes: Sequence[str] = (),
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         if "" in (*images, *lists, *shards):
             raise UserError("an empty name in --images, --list or --shards: the current folder is .")
         self._excluded = {os.path.realpath(path) for path in excluded}
-        self._skip_suffix = skip_suffix
+        self._skip_suffixes = tuple(skip_suffixes)
         self._real_root = lru_cache(maxsize=1024)(real_root)
         self._rank, self._world_size = rank, world_size
         self.num_found = 0
@@ -169,8 +184,11 @@ class Listing(Iterator[ImageFile]):
 
     def _is_wanted(self, file: ImageFile) -> bool:
         location = _join(self._real_root(file.root), file.path)
-        if self._skip_suffix is not None and file.path.endswith(self._skip_suffix):
-            self.left_out[f"{self._skip_suffix} files are no images"] += 1
+        for suffix in self._skip_suffixes:
+            if file.path.endswith(suffix):
+                self.left_out[f"{suffix} files are no images"] += 1
+                return False
+        if file.path.endswith(PARTIAL_SUFFIX):  # what a killed job was writing
             return False
         if location in self._excluded:
             return False

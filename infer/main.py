@@ -4,21 +4,24 @@
     python infer/main.py --model runs/coco/model --images photos --output captions.jsonl --gallery gallery
     python infer/main.py --model runs/coco/model --images photos --output - | jq .alt        # rows in a pipe
     accelerate launch --config_file accelerate_config.yaml infer/main.py --images photos     # on all GPUs
+    python infer/main.py --model runs/coco/model --images photos --watch                     # and go on as files arrive
 
 A file that is no usable image gets a row with the error. A stopped job resumes when it is started again with the same
---output, on any number of processes. Exit code 0: every file has a caption; 3: some have none, or a sidecar could not
-be written, counted by reason in what is printed (accelerate launch turns 3 into 1); 2: there was no file to caption, or
-another error to fix, printed in one line; 75: stopped by SIGTERM, or because another process of the job was lost: start
-it again.
+--output, on any number of processes. Exit code 0: every file has a caption; 3: some have none, or a caption could not
+be written into a sidecar or an image, counted by reason in what is printed (accelerate launch turns 3 into 1); 2: there
+was no file to caption, or another error to fix, printed in one line; 75: stopped by SIGTERM, or because another process
+of the job was lost: start it again. With --watch SIGTERM and Ctrl-C are its end, with exit code 0; all rows are merged.
 """
 
 import signal
 import time
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from itertools import chain
 
 from captioner import cli
-from captioner.errors import NoAttentionError, NotCalibratedError
+from captioner.errors import DeviceMemoryError, NoAttentionError, NotCalibratedError
+from captioner.model.onnx import is_onnx_folder
 from infer.answers import (
     MAX_ANSWERS,
     Outputs,
@@ -29,8 +32,10 @@ from infer.answers import (
     open_writer,
     print_answers,
 )
+from infer.captioning import caption_files, load_captioner, row_settings
 from infer.gallery import write_gallery
 from infer.listing import ImageFile, Listing
+from infer.metadata.exiftool import embed_all, remove_leftovers
 from infer.peers import find_peers
 from infer.reading import prepare
 from infer.results import (
@@ -45,9 +50,11 @@ from infer.row_index import RowIndex, Summary, merge
 from infer.settings import CaptionSettings, check_files, check_flags, find_text, open_listing
 from infer.sidecars import write_sidecars
 from infer.tables import write_coco_results, write_csv
+from infer.watching import Stop, check_watch, settled, watch
 
 EXIT_SOME_FAILED = 3
 REMEDIES: cli.Remedies = {
+    DeviceMemoryError: "give a smaller --batch-size, --captions-per-image or --beam-size",
     NotCalibratedError: "leave out --abstain-below, decode as it was trained to, or measure confidence with "
     "train/evaluate.py --calibrate",
     NoAttentionError: "leave out --attention, or train a model with train/main.py --decoder attention",
@@ -58,21 +65,31 @@ def main(settings: CaptionSettings) -> None:
     """Caption the files, with the rows in a file, on the standard output or only in the answers."""
     with open_outputs(settings) as outputs:
         check_flags(outputs.settings)
-        caption(outputs)
+        if outputs.settings.watch:
+            check_watch(outputs.settings, is_kept=outputs.is_kept)
+        (look if settings.dry_run else caption)(outputs)
+
+
+def look(outputs: Outputs) -> None:
+    """Print what captioning would do."""
+    from infer.dry_run import dry_run
+
+    peers = find_peers(outputs.settings.output)
+    if peers.is_main:
+        dry_run(outputs.settings, num_processes=peers.world_size)
 
 
 def caption(outputs: Outputs) -> None:
     """Caption the files without a row, merge the rows, and write sidecars, tables and gallery."""
     settings = replace(outputs.settings, output=resolve_output(outputs.settings.output))
     peers = find_peers(settings.output)
-    prepare()  # while this process loads torch and the model
-    from infer.captioning import caption_files, load_captioner, row_settings
-
+    prepare(with_torch=not is_onnx_folder(settings.model))  # while this process loads the model
     captioner = load_captioner(settings)
     listing = open_listing(settings, peers)
     noted: list[ImageFile] = []
-    files = noting(check_files(listing, settings), noted)
+    files = settled(listing) if settings.watch else noting(check_files(listing, settings), noted)
     choices = row_settings(captioner, settings)
+    stop = Stop()
     with ExitStack() as job:
         with closing(open_writer(part_path(settings.output, peers.rank), outputs.printed)) as writer:  # locks the part
             choices = check_settings(settings.output, choices)
@@ -81,23 +98,40 @@ def caption(outputs: Outputs) -> None:
                 job.enter_context(peers)  # after the last refusal
                 if not outputs.is_kept:
                     signal.signal(signal.SIGTERM, leave_without_rows)
+                if peers.is_main:
+                    remove_leftovers(settings.output)
                 write_settings(settings.output, choices)
                 started = time.monotonic()
-                counts = caption_files(files, index, writer, captioner, settings=settings, peers=peers)
+                if settings.watch:
+                    job.enter_context(stop)
+                counts = caption_files(
+                    files,
+                    index,
+                    writer,
+                    captioner,
+                    settings=settings,
+                    peers=peers,
+                    should_stop=lambda: stop.is_requested,
+                )
                 seconds = time.monotonic() - started
-        num_new, num_damaged = peers.finish(*counts)
+        num_new, num_damaged, num_described = peers.finish(*counts)
         if peers.is_main:
             summary = merge(settings.output, base=base)
             peers.dismiss()
             cli.print_damaged(num_damaged)
-            if outputs.printed is None and peers.world_size == 1 and len(noted) <= MAX_ANSWERS:
+            if outputs.printed is None and peers.world_size == 1 and len(noted) <= MAX_ANSWERS and not settings.watch:
                 print_answers(settings.output, noted, base=base, text=find_text(settings))
-            report(summary, listing, rate=num_new / seconds, outputs=outputs)
-            if summary.failures.total() + write_extras(settings):
+            report(summary, listing, rate=num_new / seconds, num_described=num_described, outputs=outputs)
+            num_failed = summary.failures.total() + write_extras(settings)
+            if settings.watch:
+                watch(
+                    captioner, settings, stop, base=base, on_merge=lambda: write_extras(replace(settings, open=False))
+                )
+            elif num_failed:
                 raise SystemExit(EXIT_SOME_FAILED)
 
 
-def report(summary: Summary, listing: Listing, *, rate: float, outputs: Outputs) -> None:
+def report(summary: Summary, listing: Listing, *, rate: float, num_described: int, outputs: Outputs) -> None:
     """Print the numbers of rows and failures and the rate, unless answers say all, and what was left out on purpose."""
     failures = ", ".join(f"{count:,} {reason}" for reason, count in sorted(summary.failures.items())) or "none"
     header = ("rows", "duplicates", "to review", "files/s now", "failures")
@@ -110,24 +144,29 @@ def report(summary: Summary, listing: Listing, *, rate: float, outputs: Outputs)
         cli.console.print("the rows are not kept: --output captions.jsonl keeps them")
     for line in listing.lines_of_left_out():
         cli.console.print(line, markup=False)
+    if num_described:
+        cli.console.print(f"{num_described:,} have a description already, so they have no row")
 
 
 def write_extras(settings: CaptionSettings) -> int:
-    """Write the sidecars and the gallery, if wanted. Returns the number of sidecars that could not be written."""
-    num_failed = 0
+    """Write sidecars, metadata and the gallery, if wanted. Returns the number of captions that could not be written."""
+    written, text = [], find_text(settings)
     if settings.sidecar is not None:
         rows = read_rows(settings.output)
-        sidecars = write_sidecars(rows, suffix=settings.sidecar, text=find_text(settings))
-        num_failed = sidecars.num_failed
-        for line in sidecars.lines():
-            cli.console.print(line, markup=False)
+        written.append(write_sidecars(rows, suffix=settings.sidecar, existing=settings.existing, text=text))
+    if settings.embed:
+        rows = read_rows(settings.output)
+        written.append(embed_all(rows, settings.output, existing=settings.existing, text=text))
+    for line in chain.from_iterable(outcomes.lines() for outcomes in written):
+        cli.console.print(line, markup=False)
     write_tables(settings)
     if settings.gallery is not None:
-        page = write_gallery(read_rows(settings.output), settings.gallery, title="Captions", model=settings.model)
+        rows, files = read_rows(settings.output), settings.corrections
+        page = write_gallery(rows, settings.gallery, title="Captions", model=settings.model, corrections=files)
         cli.console.print(f"look at {page}", markup=False)
         if settings.open:
             open_page(page)
-    return num_failed
+    return sum(outcomes.num_failed for outcomes in written)
 
 
 def write_tables(settings: CaptionSettings) -> None:

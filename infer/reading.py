@@ -12,6 +12,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from multiprocessing.context import ForkServerContext
 from typing import Any
@@ -23,6 +24,7 @@ from captioner.images.loading import ImageError
 from captioner.images.views import ViewSpec, read_eval_view
 from captioner.workers import WorkerPool, start_server
 from infer.listing import ImageFile
+from infer.metadata.described import find_sidecar, is_described
 
 MAX_FILE_BYTES = 1 << 28
 MAX_SECONDS = 120.0  # for one image; storage gives up on a stalled server earlier
@@ -35,7 +37,8 @@ _Task = tuple[list[ImageFile], int]  # files, and the buffer for their views
 class DecodedImage:
     """A file's original (width, height), upright, and the hex sha256 of its bytes; or the error.
 
-    `complaint` is what the decoder said about an image that is damaged but usable.
+    `complaint` is what the decoder said about an image that is damaged but usable. One that `is_described` has a
+    description already, and is not decoded.
     """
 
     file: ImageFile
@@ -43,6 +46,7 @@ class DecodedImage:
     sha256: str = ""
     complaint: str = ""
     error: ImageError | None = None
+    is_described: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,30 +61,47 @@ class Batch:
     buffer: int
 
 
-def prepare() -> ForkServerContext:
+def prepare(*, with_torch: bool = True) -> ForkServerContext:
     """Start the server process of the workers, unless it runs; it imports the decoding code in the background."""
-    return start_server("infer.reading")
+    return start_server("infer.reading", with_torch=with_torch)
 
 
 class Reader(Iterator[Batch]):
     """Iterates over the batches as they are decoded, in no fixed order. Close it with a `with` statement.
 
     The consumer may hold `num_held` batches before it releases one. `num_damaged` counts the usable images about which
-    their decoder complained. Raises UserError when workers die and no image is to blame.
+    their decoder complained. Without torch Pillow resizes. With `missing_in`, suffixes of sidecars, images are left out
+    that have a description in one of these or in their own metadata; `num_described` counts them. Raises UserError when
+    workers die and no image is to blame.
     """
 
     def __init__(
-        self, files: Iterator[ImageFile], view: ViewSpec, *, batch_size: int, num_workers: int, num_held: int
+        self,
+        files: Iterator[ImageFile],
+        view: ViewSpec,
+        *,
+        batch_size: int,
+        num_workers: int,
+        num_held: int,
+        with_torch: bool = True,
+        missing_in: tuple[str, ...] | None = None,
     ) -> None:
-        context = prepare()
+        context = prepare(with_torch=with_torch)
         num_buffers = num_held + 2 * num_workers  # for each worker one in work and one that waits for the consumer
         shape = (num_buffers, batch_size, view.crop, view.crop, 3)
         memory = context.RawArray(ctypes.c_uint8, int(np.prod(shape)))
         self._buffers = _as_array(memory, shape)
         self._free = deque(range(num_buffers))
-        self.num_damaged = 0
+        self.num_damaged = self.num_described = 0
         self._pool = WorkerPool(
-            context, _decode, memory, shape, view, size=num_workers, max_deaths=MAX_DEATHS, max_seconds=MAX_SECONDS
+            context,
+            partial(_decode, with_torch=with_torch, missing_in=missing_in),
+            memory,
+            shape,
+            view,
+            size=num_workers,
+            max_deaths=MAX_DEATHS,
+            max_seconds=MAX_SECONDS,
         )
         self._results = self._pool.run(self._tasks(files, batch_size))
 
@@ -93,6 +114,8 @@ class Reader(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         buffer, images = next(self._results)
+        self.num_described += sum(image.is_described for image in images)
+        images = [image for image in images if not image.is_described]
         self.num_damaged += sum(bool(image.complaint) for image in images)
         num_views = sum(image.error is None for image in images)
         return Batch(images, self._buffers[buffer, :num_views], buffer)
@@ -119,6 +142,8 @@ def _decode(
     shape: tuple[int, ...],
     view: ViewSpec,
     *,
+    with_torch: bool,
+    missing_in: tuple[str, ...] | None,
     excluded: dict[int, int | None],
     set_index: Callable[[int], None],
     report: object,
@@ -131,29 +156,40 @@ def _decode(
     row = 0
     for index, file in enumerate(files):
         if index in excluded:
-            image = DecodedImage(file, error=_blame(excluded[index]))
+            image = DecodedImage(file, error=blame(excluded[index], max_seconds=MAX_SECONDS))
         else:
             set_index(index)
-            image = decode_image(file, view, out_PP3=views_BPP3[row])
-        row += image.error is None
+            image = decode_image(file, view, out_PP3=views_BPP3[row], with_torch=with_torch, missing_in=missing_in)
+        row += image.error is None and not image.is_described
         images.append(image)
     return buffer, images
 
 
-def decode_image(file: ImageFile, view: ViewSpec, *, out_PP3: np.ndarray) -> DecodedImage:
-    """Write a file's view to `out_PP3`, unless the result has an error."""
+def decode_image(
+    file: ImageFile,
+    view: ViewSpec,
+    *,
+    out_PP3: np.ndarray,
+    with_torch: bool = True,
+    missing_in: tuple[str, ...] | None = None,
+) -> DecodedImage:
+    """Write a file's view to `out_PP3`, unless the result has an error, or the image has a description already."""
     try:
+        if missing_in is not None and find_sidecar(file, suffixes=missing_in):
+            return DecodedImage(file, is_described=True)
         data = file.read(max_bytes=MAX_FILE_BYTES)
+        if missing_in is not None and is_described(data):
+            return DecodedImage(file, is_described=True)
         with decoder_output.collect() as complaints:
-            out_PP3[:], size = read_eval_view(data, view)
+            out_PP3[:], size = read_eval_view(data, view, with_torch=with_torch)
     except ImageError as error:
         return DecodedImage(file, error=error)
     return DecodedImage(file, size, hashlib.sha256(data).hexdigest(), complaint="; ".join(complaints))
 
 
-def _blame(exit_code: int | None) -> ImageError:
-    """The error of an image whose workers ended with this exit code (None: they timed out)."""
+def blame(exit_code: int | None, *, max_seconds: float) -> ImageError:
+    """The error of an image whose workers ended with this exit code (None: after `max_seconds`)."""
     if exit_code is None:
-        return ImageError("timed out", f"not decoded within {MAX_SECONDS:.0f} s")
+        return ImageError("timed out", f"not decoded within {max_seconds:.0f} s")
     how = f"signal {signal.Signals(-exit_code).name}" if exit_code < 0 else f"exit code {exit_code}"
     return ImageError("crashed the decoder", f"its process ended with {how}")

@@ -20,6 +20,7 @@ from captioner.files import locks, storage
 
 FORMAT_VERSION = 2
 WORKING_FOLDER = "working_folder"  # the base of relative roots
+PARTIAL_SUFFIX = ".captioner-partial"  # of images and sidecars that are being written
 
 
 class Row(TypedDict):
@@ -106,6 +107,11 @@ def merging_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.partial")
 
 
+def embedding_folder(output: Path) -> Path:
+    """The folder from which descriptions are written into images."""
+    return output.with_name(f"{output.name}.embedding")
+
+
 def process_path(output: Path, rank: int) -> Path:
     """The heartbeat file of process `rank`, in a job of several processes."""
     return output.with_name(f"{output.name}.process-{rank}")
@@ -119,7 +125,8 @@ def find_process_files(output: Path) -> list[Path]:
 def own_files(output: Path, *, num_processes: int) -> list[Path]:
     """All files that a run of `num_processes` writes, and those that an earlier run left; not all exist."""
     own = [path(output, rank) for path in (part_path, process_path) for rank in range(num_processes)]
-    return [output, settings_path(output), merging_path(output), *find_parts(output), *find_process_files(output), *own]
+    fixed = [output, settings_path(output), merging_path(output), embedding_folder(output)]
+    return [*fixed, *find_parts(output), *find_process_files(output), *own]
 
 
 def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

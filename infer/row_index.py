@@ -63,6 +63,23 @@ class LocationSet:
             return self._database.execute(insert, (hash_location(location),)).rowcount == 1
 
 
+class StampTable:
+    """For each location, stored as a hash, a file's size in bytes and time of modification in ns."""
+
+    def __init__(self) -> None:
+        self._database = _open_database("CREATE TABLE stamps (hash BLOB PRIMARY KEY, size, time) WITHOUT ROWID")
+
+    def get(self, location: str) -> tuple[int, int] | None:
+        """The size and time of a location; None if none was set."""
+        query = "SELECT size, time FROM stamps WHERE hash = ?"
+        return self._database.execute(query, (hash_location(location),)).fetchone()
+
+    def set(self, location: str, stamp: tuple[int, int]) -> None:
+        """Set a location's size and time. Raises UserError if the temporary file cannot grow."""
+        with _database_errors():
+            self._database.execute("INSERT OR REPLACE INTO stamps VALUES (?, ?, ?)", (hash_location(location), *stamp))
+
+
 # ---- rows -------------------------------------------------------------------------------------------------
 
 TABLE = "CREATE TABLE rows (name BLOB, root BLOB, path BLOB, sha256 BLOB, line BLOB)"

@@ -11,8 +11,11 @@ import tyro
 
 from captioner.errors import UserError
 from captioner.flags import AnyNumber, Count, File, Fraction, Location, Workers
-from infer.gallery import check_folder
+from infer.gallery import check_corrections, check_folder
 from infer.listing import ImageFile, Listing
+from infer.metadata.described import XMP
+from infer.metadata.exiftool import check_exiftool
+from infer.metadata.xmp import Existing
 from infer.peers import Peers
 from infer.results import Row, own_files
 from infer.sidecars import check_suffix
@@ -35,20 +38,32 @@ class CaptionSettings:
     shards: tuple[Location, ...] = ()
     """Dataset folders that sharding/make_shards.py wrote, whose images are captioned."""
     model: Location = "runs/coco/model"
-    """Model folder that train/main.py wrote, or its URL."""
+    """Model folder that train/main.py wrote, ONNX folder that infer/export.py wrote (without torch), or its URL."""
     output: File = DEFAULT_OUTPUT
     """JSONL file for one row per file; files that have a row already are not captioned again. - is the standard output.
     Without it the captions of up to ten files that --images names one by one are printed only."""
     retry_errors: bool = False
     """Retry files whose row is an error."""
+    watch: bool = False
+    """Then go on: caption files that arrive in the folders or are replaced, until SIGTERM or Ctrl-C."""
     gallery: File | None = None
-    """Folder for a page (index.html) that shows all images and captions."""
+    """Folder for a page (index.html) that shows all images and captions. What persons wrote in it is kept."""
     open: bool = False
     """Open that page in the browser; without --gallery it is beside the output."""
+    corrections: File | None = None
+    """File that was downloaded from a gallery: its captions are shown in the new one as a person's."""
     attention: bool = False
     """For each word of the caption, where in the image the model looked: in the key attention, and in the gallery."""
     sidecar: str | None = None
-    """Suffix, such as .txt, of files with the caption beside the images; existing files are never overwritten."""
+    """Suffix of files with the caption beside the images: .xmp for photo programs, or .txt (or another) for text."""
+    embed: bool = False
+    """Write the captions into the images' own XMP metadata, through exiftool; pixels and dates stay."""
+    existing: Existing = "keep"
+    """What happens to a person's text in a sidecar or an image: keep it, write after or before it, or overwrite it."""
+    missing_only: bool = False
+    """Caption no file that has a description, in a sidecar (.txt, .xmp, and that of --sidecar) or its own metadata."""
+    dry_run: bool = False
+    """Caption and write nothing: count what would be captioned, and measure how long that would take."""
     csv: File | None = None
     """Table (.csv, or .tsv with tabs) of all rows, with the columns image and caption that make_shards.py reads."""
     csv_excel: Excel | None = None
@@ -57,7 +72,7 @@ class CaptionSettings:
     """COCO results file (.json) of the captions, as train/evaluate.py --results reads it."""
 
     template: str | None = None
-    """Text for sidecars and tables, such as "{alt} {folder}, {date}"; an unknown field is refused with all names."""
+    """Text for sidecars, images and tables, such as "{alt} {folder}, {date}"; unknown fields are refused."""
     prefix: str = ""
     """Put before each text, as it is: with a space if you want one."""
     suffix: str = ""
@@ -83,14 +98,25 @@ class CaptionSettings:
 
 
 def check_flags(settings: CaptionSettings) -> None:
-    """Raise UserError if nothing is to be captioned, or for an invalid sidecar or gallery."""
+    """Raise UserError if nothing is to be captioned, for an invalid sidecar or gallery, or without exiftool."""
     if not (settings.images or settings.list or settings.shards):
         raise UserError("nothing to caption: give --images with a folder, a file, a glob or a URL")
     if settings.sidecar is not None:
         check_suffix(settings.sidecar)
+    if settings.embed:
+        check_exiftool()
+    if settings.existing != "keep" and not (settings.sidecar or settings.embed):
+        raise UserError("--existing is about sidecars and images: give --sidecar or --embed too")
     if settings.gallery is not None:
         check_folder(settings.gallery, images=settings.images)
+        check_corrections(settings.gallery, settings.corrections)
+    elif settings.corrections is not None:
+        raise UserError("--corrections is for the page of --gallery: give that too")
     find_text(settings)
+    _check_tables(settings)
+
+
+def _check_tables(settings: CaptionSettings) -> None:
     if settings.csv is not None:
         check_table(settings.csv, "--csv", CSV_SUFFIXES)
     elif settings.csv_excel is not None:
@@ -111,6 +137,20 @@ def find_text(settings: CaptionSettings) -> Callable[[Row], str] | None:
     return Template(template, prefix=settings.prefix, suffix=settings.suffix, max_length=settings.max_length).text
 
 
+def sidecar_suffixes(settings: CaptionSettings) -> tuple[str, ...]:
+    """The suffixes of the sidecars in which a description counts."""
+    own = () if settings.sidecar is None else (settings.sidecar,)
+    return tuple(dict.fromkeys((*own, ".txt", XMP)))
+
+
+def skipped_suffixes(settings: CaptionSettings) -> tuple[str, ...]:
+    """The suffixes of files that are not captioned, because the command writes such sidecars, or looks into them."""
+    if settings.missing_only:
+        return sidecar_suffixes(settings)
+    own = () if settings.sidecar is None else (settings.sidecar,)
+    return tuple(dict.fromkeys((*own, XMP))) if own or settings.embed else ()
+
+
 def open_listing(settings: CaptionSettings, peers: Peers) -> Listing:
     """The listing of this process's files, without those that this command writes."""
     excluded = own_files(settings.output, num_processes=peers.world_size)
@@ -120,7 +160,7 @@ def open_listing(settings: CaptionSettings, peers: Peers) -> Listing:
         lists=settings.list,
         shards=settings.shards,
         excluded=excluded,
-        skip_suffix=settings.sidecar,
+        skip_suffixes=skipped_suffixes(settings),
         rank=peers.rank,
         world_size=peers.world_size,
     )

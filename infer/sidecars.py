@@ -1,90 +1,116 @@
-"""A text file beside each captioned image, a format that training tools read."""
+"""A file beside each captioned image: its caption as text, which training tools read, or XMP, which photo programs do.
+
+A person's words stay, unless `existing` says otherwise. A sidecar is whole or absent; links, pipes and folders that
+have its name are kept.
+"""
 
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+import stat
+from collections.abc import Iterable
+from datetime import date
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from captioner.errors import UserError
 from captioner.files import storage
+from infer.metadata import xmp
+from infer.metadata.described import XMP, text_sidecar, xmp_sidecars
+from infer.metadata.outcomes import Outcomes, Text, replace_content, write_texts
 from infer.results import Row
 from infer.row_index import LocationSet
 
 SHARED = "left out, since another image of the same name has it"
-EMPTY = "left out, since all fields of the template are empty"
-UNREMARKABLE = frozenset(("written", "kept", "abstained", "not local"))
-SHOWN_NAMES = 5  # of each other outcome
+NO_TEXT = "left alone, since they are no UTF-8 text"
 
 
 def check_suffix(suffix: str) -> None:
     """Raise UserError for a suffix that makes no file name beside the image's."""
     if not suffix.startswith(".") or suffix == "." or "/" in suffix or suffix.lower() in Image.registered_extensions():
-        raise UserError(f"{suffix!r} is no suffix of sidecar files: give one such as .txt")
+        raise UserError(f"{suffix!r} is no suffix of sidecar files: give one such as .txt or .xmp")
 
 
-@dataclass(kw_only=True)
-class Sidecars:
-    """Counts of sidecars by outcome; `num_failed` could not be written.
+def write_sidecars(
+    rows: Iterable[Row], *, suffix: str, existing: xmp.Existing = "keep", text: Text | None = None
+) -> Outcomes:
+    """Write `photo.txt`, or the XMP sidecar, of each captioned `photo.jpg`; failures have no sidecar.
 
-    `names` has the first images of each outcome that the user should know about.
+    `text` gives what is written: by default the caption in text files, the sentence `alt` in XMP. Nothing is written
+    where the model abstained. Of images with the same name but for its suffix, which would have the same text file, the
+    first one gets it.
     """
-
-    counts: Counter[str] = field(default_factory=Counter)
-    names: dict[str, list[str]] = field(default_factory=dict)
-    num_failed: int = 0
-
-    def lines(self) -> Iterator[str]:
-        """A line for each outcome."""
-        for outcome, count in self.counts.most_common():
-            names = self.names.get(outcome, [])
-            shown = f": {', '.join(map(repr, names))}{', ...' if count > len(names) else ''}" if names else ""
-            yield f"sidecars: {count:,} {outcome}{shown}"
+    options: dict[str, Any] = {"used": LocationSet(), "existing": existing}
+    if suffix == XMP:
+        return write_texts(rows, partial(_write_xmp, **options), text=text or itemgetter("alt"))
+    return write_texts(rows, partial(_write_text, suffix=suffix, **options), text=text or itemgetter("caption"))
 
 
-def write_sidecars(rows: Iterable[Row], *, suffix: str, text: Callable[[Row], str] | None = None) -> Sidecars:
-    """Write `photo.txt` with the `text` (by default the caption) beside each captioned `photo.jpg`, none for failures.
-
-    A file or link that has the name is kept. Of images with the same name but for its suffix, which would have the
-    same sidecar, the first one gets it. A sidecar is whole or absent.
-    """
-    sidecars, seen = Sidecars(), LocationSet()
-    for row in rows:
-        if "error" in row:
-            continue
-        try:
-            outcome = _write_sidecar(row, suffix, text or itemgetter("caption"), seen)
-        except FileExistsError:
-            outcome = "kept"
-        except NotADirectoryError:  # the tar that holds the image
-            outcome = "not local"
-        except OSError as error:
-            outcome = f"could not be written ({error.strerror or error})"
-            sidecars.num_failed += 1
-        sidecars.counts[outcome] += 1
-        if outcome not in UNREMARKABLE:
-            names = sidecars.names.setdefault(outcome, [])
-            names += [storage.join(row["root"], row["path"])][: SHOWN_NAMES - len(names)]
-    return sidecars
+def _regular_status(path: Path) -> os.stat_result:
+    """The status of an existing file. Raises FileExistsError for a link, a pipe or a folder, FileNotFoundError."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise FileExistsError
+    return status
 
 
-def _write_sidecar(row: Row, suffix: str, text: Callable[[Row], str], seen: LocationSet) -> str:
-    """Write a row's sidecar; returns the outcome. `seen` has earlier rows' images and sidecars. Raises OSError."""
-    if not row["alt"]:
-        return "abstained"
-    if storage.is_remote(row["root"]):
-        return "not local"
-    image = Path(os.path.abspath(Path(row["root"], row["path"])))  # noqa: PTH100 - a link is a name of its own
-    target = image.with_suffix(suffix)
-    if not seen.add(str(image)):  # by another root
-        return "kept"
-    if not seen.add(str(target)):
+# ---- text -------------------------------------------------------------------------------------------------
+
+
+def _write_text(
+    image: Path, wanted: str, _model: str, *, suffix: str, used: LocationSet, existing: xmp.Existing
+) -> str:
+    """Write a text file; returns the outcome. `used` has earlier rows' sidecars. Raises OSError."""
+    target = text_sidecar(image, suffix)
+    if not used.add(str(target)):
         return SHARED
-    content = text(row)
-    if not content:
-        return EMPTY
-    storage.write_new(str(target), content + "\n")
+    try:
+        storage.write_new(str(target), wanted + "\n")
+    except FileExistsError:
+        if existing == "keep":
+            raise
+        return _change_text(target, wanted, existing)
+    return "written"
+
+
+def _change_text(path: Path, wanted: str, existing: xmp.Existing) -> str:
+    """Change an existing text file; returns the outcome. One that has the line already stays. Raises OSError."""
+    status = _regular_status(path)
+    content = path.read_bytes()
+    try:
+        before = content.decode("utf-8-sig").strip("\r\n")
+    except UnicodeDecodeError:
+        return NO_TEXT
+    if before == wanted or (existing != "overwrite" and wanted in before.splitlines()):
+        return "kept"
+    after = xmp.combine(before, wanted, earlier="", existing=existing)
+    mark = "\ufeff" if content.startswith(b"\xef\xbb\xbf") else ""
+    replace_content(path, f"{mark}{after}\n".encode(), status)
+    return "written"
+
+
+# ---- XMP --------------------------------------------------------------------------------------------------
+
+
+def _write_xmp(image: Path, wanted: str, model: str, *, used: LocationSet, existing: xmp.Existing) -> str:
+    """Write or extend an XMP sidecar; returns the outcome. Raises OSError and XmpError.
+
+    `a.jpg.xmp` if it is there, else `a.xmp` if it is there and no earlier image has used it, else a new `a.jpg.xmp`.
+    """
+    target, shared = xmp_sidecars(image)
+    if not os.path.lexists(target) and os.path.lexists(shared) and used.add(str(shared)):
+        target = shared
+    extend = partial(xmp.extend, text=wanted, model=model, date=date.today().isoformat(), existing=existing)
+    try:
+        status = _regular_status(target)
+    except FileNotFoundError:
+        storage.write_new(str(target), extend(None) or b"")
+        return "written"
+    with target.open("rb") as file:
+        content = extend(file.read(xmp.MAX_BYTES + 1))
+    if content is None:
+        return "kept"
+    replace_content(target, content, status)
     return "written"

@@ -7,6 +7,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from browser import Browser, run_chromium
 from servers import Bucket, run_nginx, run_s3, use_s3
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,3 +48,21 @@ def nginx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]
     root = tmp_path_factory.mktemp("web")
     with run_nginx(root, root.parent / f"{root.name}-nginx") as address:
         yield address, root
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A browser with one tab."""
+    with run_chromium(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(chromium: Browser) -> Iterator[Browser]:
+    """The browser without any trace of earlier tests; what a page complains of fails the test."""
+    chromium.problems.clear()
+    yield chromium
+    chromium.call("Emulation.setEmulatedMedia", features=[])
+    chromium.call("Emulation.clearDeviceMetricsOverride")
+    chromium.run("localStorage.clear()")
+    assert chromium.problems == []

@@ -65,8 +65,13 @@ class Job:
     scratch: Path
 
     @property
+    def bundle(self) -> Bundle:
+        assert isinstance(self.captioner.bundle, Bundle)
+        return self.captioner.bundle
+
+    @property
     def device(self) -> torch.device:
-        return self.captioner.bundle.device
+        return self.bundle.device
 
 
 def start() -> torch.device:
@@ -106,9 +111,8 @@ def ours(job: Job, *, workers: int, beam_size: int = 1) -> Contender:
     """The captioning command's work on the folder, with `workers` reading processes."""
 
     def turn(_round: int) -> Cost:
-        bundle = job.captioner.bundle
-        decoding = replace(bundle.decoding, beam_size=beam_size)
-        captioner = Captioner(replace(bundle, decoding=decoding), precision=job.captioner.precision)
+        decoding = replace(job.bundle.decoding, beam_size=beam_size)
+        captioner = Captioner(replace(job.bundle, decoding=decoding), precision=job.captioner.precision)
         with tempfile.TemporaryDirectory(dir=job.scratch) as folder:
             settings = CaptionSettings(
                 images=(str(job.files[0].parent),), output=Path(folder, "captions.jsonl"), workers=workers
@@ -180,7 +184,7 @@ def alone(job: Job, *, cores: int) -> dict[str, Contender]:
     add(READ, lambda: [read_eval_view(data, view) for data in contents], items=len(contents))
     for name, encode, count in encoders(job, images_B3PP):
         add(f"{ENCODER} {name}", encode, items=count)
-    model, options = job.captioner.bundle.model, asdict(job.captioner.decoding)
+    model, options = job.bundle.model, asdict(job.captioner.decoding)
     with torch.inference_mode():
         like = model.encode(model.encoder(images_B3PP[:1]))
     images = torch.randn((DECODER_BATCH, *like.shape[1:]), device=job.device)
@@ -202,7 +206,7 @@ def on_cores(action: Callable[[], object], *, items: int, cores: int) -> Contend
 
 def encoders(job: Job, images_B3PP: Tensor) -> list[tuple[str, Callable[[], object], int]]:
     """Encoders in several forms and batch sizes: name, action, and number of images."""
-    encoder, bfloat16 = job.captioner.bundle.model.encoder, job.captioner.precision == "bfloat16"
+    encoder, bfloat16 = job.bundle.model.encoder, job.captioner.precision == "bfloat16"
     sizes = GPU_BATCHES if job.device.type == "cuda" else CPU_BATCHES
     forms = [("folded", encoder, size) for size in sizes] + [("plain", encoder.backbone, size) for size in sizes]
     return [

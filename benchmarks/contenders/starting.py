@@ -38,8 +38,20 @@ def before(owner: Any, name: str, action: Callable[[], None]) -> None:
     setattr(owner, name, called)
 
 
+def imports() -> None:
+    """Nothing but the imports that no training can do without."""
+    import accelerate  # noqa: F401
+    import torch  # noqa: F401
+
+    end("torch and accelerate")
+
+
 def train(*flags: str) -> None:
     """The training command until its first batch is handed to the training step."""
+    import accelerate  # noqa: F401
+    import torch  # noqa: F401
+
+    stamp("torch and accelerate")
     from train import main
     from train.run.trainer import Trainer
     from train.step.step import TrainStep
@@ -53,11 +65,11 @@ def train(*flags: str) -> None:
 
 def caption(*flags: str) -> None:
     """The captioning command until its first row is written."""
-    from infer import captioning, main
+    from infer import main
     from infer.results import RowWriter
 
-    stamp("other imports")
-    before(captioning, "caption_files", lambda: stamp("model, listing"))
+    stamp("imports")
+    before(main, "caption_files", lambda: stamp("torch, unless ONNX, and model"))
     before(RowWriter, "write", lambda: end("workers and first row"))
     sys.argv = ["infer/main.py", *flags]
     main.run()
@@ -82,13 +94,4 @@ def loader(name: str, folder: str, batch: str, paths: str, action: str = "time")
 
 if __name__ == "__main__":
     kind, *arguments = sys.argv[1:]
-    if kind == "loader":
-        loader(*arguments)
-    else:
-        import accelerate  # noqa: F401
-        import torch  # noqa: F401
-
-        stamp("torch and accelerate")
-        if kind == "imports":
-            end("torch and accelerate")
-        {"train": train, "caption": caption}[kind](*arguments)
+    {"imports": imports, "train": train, "caption": caption, "loader": loader}[kind](*arguments)

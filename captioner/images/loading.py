@@ -116,6 +116,12 @@ def _has_native_lanczos() -> bool:
 # ---- decoding ---------------------------------------------------------------------------------------------
 
 
+def read_size(data: bytes) -> tuple[int, int]:
+    """The stored (width, height) of the image in `data`, from its header. Raises ImageError."""
+    with _image_errors(data):
+        return _open(data).image.size
+
+
 def decode_rgb(data: bytes, *, at_least: int | None = None) -> Resized:
     """The upright RGB image in `data`, and the upright (width, height) of the original.
 
@@ -175,19 +181,20 @@ def _decode_jpeg(data: bytes | bytearray, *, reduced_to: tuple[int, int] = (0, 0
         return None
 
 
-def load_resized(source: bytes | Image.Image, *, size: int, resize: Resize) -> Resized:
+def load_resized(source: bytes | Image.Image, *, size: int, resize: Resize, with_torch: bool = True) -> Resized:
     """The resized upright RGB image in a file's bytes, or of a Pillow image, which is not changed. Raises ImageError.
 
     `squash` gives `size` x `size` pixels whatever the aspect ratio; `keep-ratio` makes the shorter side `size`;
     `center-crop` then keeps the middle square; `none` keeps the size. Resizing is antialiased LANCZOS; a JPEG is
-    decoded at a reduced scale only if that is still far larger than the wanted size (DRAFT_SCALE).
+    decoded at a reduced scale only if that is still far larger than the wanted size (DRAFT_SCALE). Without torch Pillow
+    resizes, whatever `backend` says.
     """
     with _image_errors(source if isinstance(source, bytes) else b""):
         if isinstance(source, bytes):
-            return _load_resized(_open(source), size=size, resize=resize)
+            return _load_resized(_open(source), size=size, resize=resize, with_torch=with_torch)
         source.load()  # or it could be decoded at a reduced scale, which would change the caller's image
         _check_size(source)
-        return _load_resized(Opened(source, b""), size=size, resize=resize)
+        return _load_resized(Opened(source, b""), size=size, resize=resize, with_torch=with_torch)
 
 
 def to_stored_jpegs(
@@ -427,27 +434,28 @@ def _final_size(original: tuple[int, int], size: int, resize: Resize) -> tuple[i
     return (size, size) if resize == "center-crop" else _scaled_size(original, size, resize)
 
 
-def _load_resized(opened: Opened, *, size: int, resize: Resize) -> Resized:
+def _load_resized(opened: Opened, *, size: int, resize: Resize, with_torch: bool = True) -> Resized:
     turn = _upright_turn(opened.image)
     original_size = opened.image.size
     wanted = _scaled_size(original_size, size, resize)
     if wanted[0] * wanted[1] > MAX_PIXELS:
         raise ImageError("too large", f"{original_size[0]}x{original_size[1]} pixels become {wanted[0]}x{wanted[1]}")
-    image, upright_size = _upright(_scale(opened, wanted), original_size, turn=turn)
+    image, upright_size = _upright(_scale(opened, wanted, with_torch=with_torch), original_size, turn=turn)
     if resize == "center-crop":
         left, top = ((side - size) // 2 for side in image.size)
         image = image.crop((left, top, left + size, top + size))
     return Resized(image, upright_size)
 
 
-def _scale(opened: Opened, wanted: tuple[int, int]) -> Image.Image:
+def _scale(opened: Opened, wanted: tuple[int, int], *, with_torch: bool) -> Image.Image:
     """The RGB image scaled to `wanted` (width, height), in the orientation in which it is stored."""
     image = opened.image
     full_size = image.size
     draft = image.draft("RGB", (math.ceil(DRAFT_SCALE * wanted[0]), math.ceil(DRAFT_SCALE * wanted[1])))
     # At a reduced scale the image may end inside the last row and column of pixels: the box says where.
     box = draft[1] if draft else (0, 0, *full_size)
-    if wanted == full_size or backend() != "native" or image.width * image.height > HUGE_PIXELS:
+    with_pillow = image.width * image.height > HUGE_PIXELS or not with_torch or backend() != "native"
+    if wanted == full_size or with_pillow:
         rgb = _decode(opened, full_size)
         return rgb if wanted == full_size else rgb.resize(wanted, Image.Resampling.LANCZOS, box=box)
     import torch

@@ -69,12 +69,14 @@ def copy_reversed(source_PP3: np.ndarray, out_PP3: np.ndarray) -> None:
     reversed_words[:, ::-1] = words
 
 
-def read_eval_view(source: bytes | Image.Image, spec: ViewSpec) -> tuple[np.ndarray, tuple[int, int]]:
+def read_eval_view(
+    source: bytes | Image.Image, spec: ViewSpec, *, with_torch: bool = True
+) -> tuple[np.ndarray, tuple[int, int]]:
     """The evaluation view (P, P, 3), uint8, of a file's bytes or an image, and the original (width, height).
 
-    Raises ImageError.
+    Pillow resizes it if it may not be resized `with_torch`. Raises ImageError.
     """
-    image, original_size = loading.load_resized(source, size=spec.size, resize=spec.resize)
+    image, original_size = loading.load_resized(source, size=spec.size, resize=spec.resize, with_torch=with_torch)
     return eval_view(np.asarray(image), crop=spec.crop), original_size
 
 

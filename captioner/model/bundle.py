@@ -7,48 +7,38 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from captioner import __version__
-from captioner.calibration import Calibration, Reliability, from_files, to_files
-from captioner.errors import UserError
+from captioner.calibration import CALIBRATION, CALIBRATION_ARRAYS, Calibration, Reliability, read_calibration, to_files
+from captioner.errors import DeviceMemoryError, UserError
 from captioner.files import storage
-from captioner.images.views import ViewSpec
+from captioner.images.views import ViewSpec, normalise
+from captioner.model.decoding import diverse
 from captioner.model.encoders import timm_models
-from captioner.model.network import CaptionModel, ModelConfig, build_model
+from captioner.model.generated import DecodingDefaults, GeneratedCaption
+from captioner.model.network import CaptionModel, ModelConfig, build_model, pooled
 from captioner.vocabulary import Vocabulary, read_vocabulary
 
 FORMAT_VERSION = 1
 LIBRARIES = ("torch", "torchvision", "nltk")
 COPY_AGAIN = "copy the whole model folder again, or train it again with train/main.py"
 CALIBRATE_AGAIN = "copy the whole model folder again, or delete calibration.json and calibrate with train/evaluate.py"
-CALIBRATION, CALIBRATION_ARRAYS = "calibration.json", "calibration.safetensors"
-MAX_LENGTH_PENALTY = 10.0
 NAME_LETTERS = 12  # of the weights' sha256
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecodingDefaults:
-    """How captions are generated unless the user says otherwise. Raises UserError for impossible values."""
-
-    beam_size: int = 3
-    max_tokens: int = 20
-    length_penalty: float = 1.0
-    no_repeat_trigram: bool = True
-
-    def __post_init__(self) -> None:
-        if min(self.beam_size, self.max_tokens) < 1 or not abs(self.length_penalty) <= MAX_LENGTH_PENALTY:
-            raise UserError(f"no captions with {self}: give at least 1 beam and 1 token, and a length penalty around 1")
+CPU_BATCH_SIZE = 4  # of the encoder: activations of more do not fit a core's cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +54,47 @@ class Bundle:
     decoding: DecodingDefaults
     name: str
     calibration: Calibration | None = None
+    uses_torch: bool = True
 
     @property
     def device(self) -> torch.device:
         """The model's device."""
         return next(self.model.parameters()).device
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether the model's device is the CPU."""
+        return self.device.type == "cpu"
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """The rows and columns of the encoder's feature map; None for a decoder without attention."""
+        return self.model.encoder.grid_shape(self.view.crop) if self.model.config.decoder == "attention" else None
+
+    @torch.inference_mode()
+    def encode(self, views_BPP3: np.ndarray, *, precision: str) -> tuple[Tensor, Tensor]:
+        """What the decoder reads of B evaluation views, uint8, and their pooled features (B, F), in float32."""
+        with _memory_errors():
+            views = torch.from_numpy(views_BPP3)
+            parts = views.split(CPU_BATCH_SIZE if self.is_on_cpu else len(views))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                parts = [self.model.encoder(normalise(part.to(self.device), self.view)) for part in parts]
+            features = torch.cat(parts).float()
+            return self.model.encode(features), pooled(features)
+
+    @torch.inference_mode()
+    def search(self, encoded: Sequence[Tensor], **options: Any) -> list[list[GeneratedCaption]]:
+        """The captions of each encoded image, in order; `options` are those of `captioner.model.decoding.diverse`."""
+        with _memory_errors():
+            return diverse(self.model, torch.cat(list(encoded)), **options)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError from error
 
 
 def save_bundle(
@@ -183,18 +209,6 @@ def load_bundle(folder: str | Path, *, device: torch.device | str = "cpu") -> Bu
         raise UserError(f"{config_file} is not as it was written ({error!r}): {COPY_AGAIN}") from error
 
 
-def _read_calibration(folder: str, *, model: str, device: torch.device | str) -> Calibration | None:
-    location = storage.join(folder, CALIBRATION)
-    if not storage.exists(location):
-        return None
-    names = (CALIBRATION, CALIBRATION_ARRAYS)
-    files = [storage.read_required(storage.join(folder, name), remedy=CALIBRATE_AGAIN) for name in names]
-    try:
-        return from_files(*files, model=model, device=device)
-    except ValueError as error:
-        raise UserError(f"{location} does not fit this model folder ({error}): {CALIBRATE_AGAIN}") from error
-
-
 def _assemble(folder: str, config: dict[str, Any], device: torch.device | str) -> Bundle:
     origin = storage.join(folder, "vocabulary.json")
     vocabulary = read_vocabulary(origin, remedy=COPY_AGAIN)
@@ -224,5 +238,5 @@ def _assemble(folder: str, config: dict[str, Any], device: torch.device | str) -
         vocabulary=vocabulary,
         decoding=decoding,
         name=name,
-        calibration=_read_calibration(folder, model=name, device=device),
+        calibration=read_calibration(folder, model=name, device=device, remedy=CALIBRATE_AGAIN),
     )

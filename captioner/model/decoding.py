@@ -9,38 +9,13 @@ produce `<pad>`, `<start>` or `<unk>`, and never an empty caption.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from captioner.model.generated import COPY_PENALTY, DIVERSITY, FORBIDDEN, GeneratedCaption
 from captioner.model.network import CaptionModel
-from captioner.vocabulary import END, PAD, SPECIAL_WORDS, START, UNK
-
-FORBIDDEN = [PAD, START, UNK]
-DIVERSITY = 0.5
-"""Penalty of a token, in log-probability, for each earlier caption of the image that has it at the same step."""
-COPY_PENALTY = 1e4
-"""Penalty for ending as a copy of an earlier caption: more than that of any word."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GeneratedCaption:
-    """Token ids without `<end>`, and each step's log-probability, that of `<end>` included.
-
-    A caption cut at `max_tokens` has no `<end>`: one log-probability for each token. `attention` (T, R) is how much
-    each step looked at each position of the image, row by row; None unless it was asked for.
-    """
-
-    tokens: list[int]
-    token_scores: list[float]
-    attention: np.ndarray | None = None
-
-    @property
-    def score(self) -> float:
-        """Mean log-probability (natural) of a step."""
-        return sum(self.token_scores) / len(self.token_scores)
+from captioner.vocabulary import END, PAD, SPECIAL_WORDS, START
 
 
 @torch.no_grad()

@@ -36,12 +36,15 @@ LIGHT_MODULES = (
     "captioner.streaming.reader",
     "train.data.folders",
     "infer.export",
+    "infer.corrections",
     "infer.listing",
     "infer.main",
     "infer.reading",
     "infer.gallery",
     "infer.results",
     "infer.row_index",
+    "infer.serve",
+    "infer.serving.decoding",
     "infer.settings",
     "infer.sidecars",
 )
@@ -96,8 +99,12 @@ DOCUMENTS = (
     "README.md",
     "docs/captions-your-way.md",
     "docs/coco.md",
+    "docs/gallery.md",
     "docs/performance.md",
     "docs/scaling.md",
+    "docs/server.md",
+    "docs/small-machines.md",
+    "docs/watch.md",
     "benchmarks/RESULTS.md",
 )
 COMMAND = re.compile(r"\b(sharding|train|infer)/(\w+)\.py\b(.*)")

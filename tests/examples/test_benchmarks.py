@@ -10,6 +10,7 @@ import pytest
 import torch
 import warm
 from tiny import picture
+from tiny_model import write_model
 
 import scaling
 import streaming
@@ -53,6 +54,19 @@ def test_packing_quickly_measured_gives_rows_and_bars(tmp_path: Path) -> None:
         assert (bar["value"] is None) == (bar["holds"] is None)
     assert bars[0]["value"] > 0
     assert bars[0]["name"] in " ".join(done.stdout.split())
+
+
+def test_serving_quickly_measured_gives_rows_and_bars(tmp_path: Path) -> None:
+    file = tmp_path / "serving.json"
+    model = write_model(tmp_path / "model")
+    done = benchmark("serving", "--quick", "--model", model, "--pictures", "16", "--json", file)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(file.read_text())
+    rows = {row["contender"]: row for row in content["rows"]}
+    assert list(rows) == ["batch captioning", "server, 1 client", "server, 8 clients", "server, 64 clients"]
+    assert all(row["images_a_second"] > 0 for row in rows.values())
+    assert all(row["p95_ms"] >= row["median_ms"] > 0 for name, row in rows.items() if name.startswith("server"))
+    assert [bar["value"] > 0 for bar in content["bars"]] == [True, True]
 
 
 def test_streaming_quickly_measured_gives_rows_and_bars(tmp_path: Path) -> None:

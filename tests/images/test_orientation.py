@@ -244,7 +244,7 @@ class Looking(Captioner):
     """A captioner that keeps what its model would see."""
 
     def __init__(self) -> None:
-        self.bundle: Any = type("Bundle", (), {"view": VIEW})
+        self.bundle: Any = type("Bundle", (), {"view": VIEW, "uses_torch": True})
         self.seen: list[np.ndarray] = []
 
     def describe_views(self, views_BPP3: np.ndarray) -> list[Description]:

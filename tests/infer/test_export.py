@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 from tiny import picture
 from tiny_model import FORMS, VIEW, VOCABULARY, Form, caption_views, make_model, make_views, set_statistics
 
+from captioner import load_captioner
+from captioner.calibration import Calibration, ConfidenceCurve
 from captioner.describe import Captioner
 from captioner.errors import UserError
 from captioner.images.views import ViewSpec, normalise, read_eval_view
@@ -88,7 +90,7 @@ def test_the_folder_says_what_the_model_would(exported: tuple[Bundle, Path], tmp
 def test_the_folder_is_whole(exported: tuple[Bundle, Path]) -> None:
     _, folder = exported
     names = {path.name for path in folder.iterdir()} - {"caption.py"}
-    assert names == {"encoder.onnx", "decoder.onnx", "vocabulary.json", "README.md"}
+    assert names == {"encoder.onnx", "decoder.onnx", "config.json", "vocabulary.json", "README.md"}
     assert [path.name for path in folder.parent.iterdir()] == ["onnx"]
     assert json.loads((folder / "vocabulary.json").read_text())["words"] == list(VOCABULARY.words)
 
@@ -168,3 +170,46 @@ def test_captions_of_real_pictures_are_pytorchs(tmp_path: Path, monkeypatch: pyt
     assert len(wanted) == 110
     assert len(set(map(tuple, wanted))) > 80
     assert readme_function(save_readme_code(tmp_path / "onnx"), "greedy", monkeypatch)(views) == wanted
+
+
+def test_int8_is_smaller_and_says_nearly_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its rows name another model, and its confidence is the model folder's."""
+    (tmp_path / "photos").mkdir()
+    for number in range(24):
+        picture(number).save(tmp_path / "photos" / f"{number}.png")
+    (tmp_path / "photos" / "text.jpg").write_text("no picture")
+    calibration = Calibration(decoding=asdict(DECODING), curve=ConfidenceCurve(scores=(-2.0, 0.0), chances=(0.0, 1.0)))
+    bundle = replace(tiny_bundle("attention"), calibration=calibration, name="123456789abc")
+    save_bundle(
+        tmp_path / "model",
+        model=bundle.model,
+        view=VIEW,
+        vocabulary=VOCABULARY,
+        decoding=DECODING,
+        metrics={},
+        calibration=calibration,
+    )
+    few = export.ExportSettings(model=str(tmp_path / "model"), output=tmp_path / "onnx", int8=tmp_path / "model")
+    with pytest.raises(UserError, match="has 0 usable photos"):
+        export.main(few)
+    assert not (tmp_path / "onnx").exists()
+    export.main(replace(few, int8=tmp_path / "photos"))
+    (num_same,) = map(int, re.findall(r"int8: (\d+) of 24 photos", capsys.readouterr().out))
+    assert num_same >= 12
+    views = make_views(24)
+    whole, int8 = load_captioner(tmp_path / "model"), load_captioner(tmp_path / "onnx")
+    assert int8.bundle.name == f"{whole.bundle.name}-int8"
+    scores = [[one.score for one in captioner.describe_views(views)] for captioner in (whole, int8)]
+    assert scores[0] != scores[1]
+    assert float(np.median(np.abs(np.subtract(scores[0], scores[1])))) < 0.1
+    assert all(one.confidence is not None for one in int8.describe_views(views))
+    operators = {
+        node.op_type for name in ("encoder", "decoder") for node in load_graph(tmp_path / "onnx" / f"{name}.onnx")
+    }
+    assert {"QuantizeLinear", "MatMulInteger"} <= operators
+
+
+def load_graph(path: Path) -> list[Any]:
+    import onnx
+
+    return list(onnx.load(path).graph.node)

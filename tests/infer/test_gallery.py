@@ -80,11 +80,12 @@ def test_an_odd_name_is_listed_and_linked(tmp_path: Path, name: str) -> None:
 
 def test_the_data_tell_all_that_the_page_shows_and_no_more(tmp_path: Path) -> None:
     more = {"confidence": 0.25, "review": "low confidence", "duplicate_of": "x/y.jpg", "captions": ["one", "two"]}
+    sha256 = success(tmp_path, "a.jpg")["sha256"]
     made = gallery([success(tmp_path, "a.jpg", **more), failure(tmp_path, "b.jpg")], tmp_path)
     common = {"root": 0, "link": None, "thumbnail": None}
     success_row = {"path": "a.jpg", "caption": "a picture of a.jpg", "alt": "A picture.", "score": math.log(0.5)}
     assert made.rows == [
-        common | success_row | more,
+        common | success_row | more | {"sha256": sha256},
         common | {"path": "b.jpg", "error": "truncated", "message": "it is cut off"},
     ]
 
@@ -117,7 +118,7 @@ def test_the_summary_counts_captions_and_failures_by_error(tmp_path: Path) -> No
 def test_sorting_by_confidence_is_offered_where_there_is_one(tmp_path: Path) -> None:
     def options(**more: Any) -> list[str]:
         page = gallery([success(tmp_path, "a.jpg", **more)], tmp_path).page
-        return [option["value"] for option in page.attributes("option")][7:]
+        return [option["value"] for option in page.attributes("option")][8:]
 
     assert options() == ["score", "score-falling", "path"]
     assert options(confidence=0.0) == ["confidence", "confidence-falling", *options()]

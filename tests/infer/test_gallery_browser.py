@@ -1,19 +1,13 @@
 """The gallery in a real headless Chromium, opened from disk and used by keyboard and mouse."""
 
-import asyncio
-import itertools
 import json
 import os
-import shutil
-import subprocess
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
 import pytest
+from browser import CONTRASTS, CONTROL, Browser
 from PIL import Image
 from rows import failure, success
 
@@ -21,11 +15,6 @@ from captioner.attention import Attention
 from infer.gallery import write_gallery
 from infer.listing import ImageFile
 from sharding.packing.caption_files import SourceImage, parse_images
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
-PATIENCE_SECONDS = 60
-KEY_CODES = {"Tab": 9, "Enter": 13, "Escape": 27, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowRight": 39}
 
 HOSTILE = [
     '"><script>alert(1)</script>.jpg',
@@ -36,183 +25,6 @@ HOSTILE = [
     "a%22 onload=alert(4)#?.jpg",
     "__proto__",
 ]
-
-# The contrast ratio of WCAG 2 of every text that is seen, with the ground that is really behind it.
-CONTRASTS = """
-(() => {
-  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-  const rgba = colour => {
-    canvas.clearRect(0, 0, 1, 1);
-    canvas.fillStyle = colour;
-    canvas.fillRect(0, 0, 1, 1);
-    return [...canvas.getImageData(0, 0, 1, 1).data];
-  };
-  const ground = element => {
-    for (let at = element; at; at = at.parentElement) {
-      const colour = rgba(getComputedStyle(at).backgroundColor);
-      if (colour[3] === 255) return colour;
-      if (colour[3] !== 0) throw new Error("half transparent: " + at.className);
-    }
-  };
-  const light = colour => colour.slice(0, 3)
-    .map(value => value / 255)
-    .map(value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, value, index) => sum + value * [0.2126, 0.7152, 0.0722][index], 0);
-  const hasText = element => element.matches("textarea, select, input, button") ||
-    [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim());
-  return [...document.body.querySelectorAll("*")]
-    .filter(element => !element.matches("script, noscript, option") && element.checkVisibility() && hasText(element))
-    .map(element => {
-      const [low, high] = [light(rgba(getComputedStyle(element).color)), light(ground(element))].sort((a, b) => a - b);
-      return [element.tagName + "." + element.className, (high + 0.05) / (low + 0.05)];
-    });
-})()
-"""
-
-
-class Browser:
-    """One tab of a Chromium, driven over its DevTools socket; `problems` are what the page logged or raised."""
-
-    def __init__(self, *, port: int, downloads: Path) -> None:
-        self.downloads = downloads
-        self.problems: list[str] = []
-        self._numbers = itertools.count(1)
-        self._loop = asyncio.new_event_loop()
-        self._loop.run_until_complete(self._connect(port))
-        for domain in ("Page", "Runtime", "Log"):
-            self.call(f"{domain}.enable")
-        self.call("Emulation.setFocusEmulationEnabled", enabled=True)  # or focus() may raise no event
-        self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(downloads))
-
-    async def _connect(self, port: int) -> None:
-        self._session = aiohttp.ClientSession()
-        async with self._session.get(f"http://127.0.0.1:{port}/json/list") as answer:
-            (tab,) = [target for target in await answer.json() if target["type"] == "page"]
-        self._socket = await self._session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0)
-
-    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Give the browser a command and return its answer; events that come before it are noted."""
-        return self._loop.run_until_complete(asyncio.wait_for(self._call(method, parameters), PATIENCE_SECONDS))
-
-    async def _call(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
-        number = next(self._numbers)
-        await self._socket.send_json({"id": number, "method": method, "params": parameters})
-        while True:
-            message = await self._socket.receive_json()
-            if message.get("id") == number:
-                assert "error" not in message, message
-                return message["result"]
-            self._note(message)
-
-    def _note(self, event: dict[str, Any]) -> None:
-        if event.get("method") in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
-            self.problems.append(json.dumps(event["params"]))
-        if event.get("method") == "Page.javascriptDialogOpening":
-            self.problems.append(f"dialog: {event['params']['message']}")
-
-    def run(self, script: str) -> Any:
-        """The value of an expression on the page."""
-        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
-        return answer["result"].get("value")
-
-    def open(self, index: Path) -> None:
-        """Open a page from disk and wait until its scripts have run."""
-        self.run("window.isOld = true")
-        self.call("Page.navigate", url=index.as_uri())
-        self.wait(lambda: self.run("!window.isOld && document.readyState === 'complete'"))
-
-    def wait(self, condition: Callable[[], object]) -> None:
-        """Wait until the condition holds."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def press(self, key: str) -> None:
-        """Press and release a key."""
-        more: dict[str, Any] = {"windowsVirtualKeyCode": KEY_CODES[key]}
-        if key == "Enter":
-            more["text"] = "\r"
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, **more)
-
-    def point(self, selector: str) -> None:
-        """Move the mouse to the middle of an element."""
-        self.run(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
-        box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
-        x, y = self.run(f"(box => [box.x + box.width / 2, box.y + box.height / 2])({box})")
-        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-
-    def write(self, selector: str, text: str) -> None:
-        """Replace what stands in a field by typed text."""
-        self.run(f"document.querySelector({json.dumps(selector)}).select()")
-        self.run(f"document.querySelector({json.dumps(selector)}).focus()")
-        self.call("Input.insertText", text=text) if text else self.run("document.execCommand('delete')")
-
-    def choose(self, selector: str, value: str) -> None:
-        """Choose an option of a list, as a person does."""
-        field = f"document.querySelector({json.dumps(selector)})"
-        self.run(f"{field}.value = {json.dumps(value)}; {field}.dispatchEvent(new Event('input', {{bubbles: true}}))")
-        assert self.run(f"{field}.value") == value
-
-    def click(self, selector: str) -> None:
-        self.run(f"document.querySelector({json.dumps(selector)}).click()")
-
-    def texts(self, selector: str) -> list[str]:
-        """What the elements say, hidden ones left out."""
-        script = "elements => elements.filter(e => e.checkVisibility()).map(e => e.value || e.textContent)"
-        return self.run(f"({script})([...document.querySelectorAll({json.dumps(selector)})])")
-
-    def downloaded(self) -> bytes:
-        """The content of the one file that was downloaded, which is removed."""
-        self.wait(lambda: [path.suffix for path in self.downloads.glob("*")] == [".jsonl"])  # and no part of it
-        (file,) = self.downloads.iterdir()
-        content = file.read_bytes()
-        file.unlink()
-        return content
-
-    def close(self) -> None:
-        self._loop.run_until_complete(self._socket.close())
-        self._loop.run_until_complete(self._session.close())
-        self._loop.close()
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("needs chromium on the PATH")
-    home = tmp_path_factory.mktemp("chromium")
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={home}", "--remote-debugging-port=0", "about:blank"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        browser = Browser(port=_read_port(home / "DevToolsActivePort", process), downloads=home / "downloads")
-        yield browser
-        browser.close()
-    finally:
-        process.terminate()
-        process.wait(PATIENCE_SECONDS)
-
-
-def _read_port(file: Path, process: subprocess.Popen) -> int:
-    """The port that the browser listens on, as soon as it wrote it down."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not file.exists() or "\n" not in file.read_text():
-        assert process.poll() is None, "the browser ended"
-        assert time.monotonic() < deadline, "the browser does not listen"
-        time.sleep(0.05)
-    return int(file.read_text().split()[0])
-
-
-@pytest.fixture
-def browser(chromium: Browser) -> Iterator[Browser]:
-    """The browser without any trace of earlier tests; what a page complains of fails the test."""
-    chromium.problems.clear()
-    yield chromium
-    chromium.call("Emulation.setEmulatedMedia", features=[])
-    chromium.call("Emulation.clearDeviceMetricsOverride")
-    chromium.run("localStorage.clear()")
-    assert chromium.problems == []
 
 
 def show(browser: Browser, rows: list[Any], folder: Path) -> None:
@@ -303,14 +115,14 @@ def test_ten_thousand_rows_open_and_are_searched_at_once(browser: Browser, tmp_p
     ("kind", "expected"),
     [
         ("all", "fbcdae"), ("review", "fbd"), ("uncertain", "fb"), ("unlike", "fd"), ("duplicate", "c"), ("error", "e"),
-        ("corrected", ""),
+        ("corrected", ""), ("decorative", ""),
     ],
 )  # fmt: skip
 def test_the_filter_shows_the_rows_of_a_kind(browser: Browser, tmp_path: Path, kind: str, expected: str) -> None:
     show(browser, mixed_rows("photos"), tmp_path)
     browser.choose("#filter", kind)
     assert paths(browser) == expected
-    if kind != "corrected":
+    if kind not in ("corrected", "decorative"):
         label = browser.run(f"document.querySelector('#filter option[value={kind}]').textContent")
         assert label.endswith(f" ({len(expected)})")
 
@@ -509,20 +321,117 @@ def test_a_picture_inside_a_shard_cannot_be_corrected(
     assert browser.texts("#grid figcaption p")[0] == "a dog"
 
 
-def test_corrections_outlive_a_reload_and_can_be_undone(browser: Browser, tmp_path: Path) -> None:
+def test_corrections_outlive_a_reload_and_can_be_reset(browser: Browser, tmp_path: Path) -> None:
     show(browser, mixed_rows("photos"), tmp_path)
     browser.write("#grid textarea", "a kitten")
+    assert browser.texts("#saved") == ["kept in this browser"]
     show(browser, mixed_rows("photos"), tmp_path)
     assert browser.texts("#grid textarea")[0] == "a kitten"
     assert browser.texts("#grid figcaption .quiet")[0].startswith("was: a Cat")
     browser.click("#grid button")
     assert browser.texts("#grid textarea")[0] == "a Cat"
-    assert browser.texts("#corrections") == []
+    assert browser.texts("#corrected") == ["0 corrected"]
     browser.write("#grid textarea", "")
     browser.press("Tab")
     assert browser.texts("#grid textarea")[0] == "a Cat"
     show(browser, mixed_rows("photos"), tmp_path)
     assert browser.texts("#corrections") == []
+
+
+BOX = "#grid li:nth-child(2) input"
+
+
+def test_decorative_images_need_no_caption_and_outlive_a_reload(browser: Browser, tmp_path: Path) -> None:
+    show(browser, mixed_rows("photos"), tmp_path)
+    browser.run(f"document.querySelector('{BOX}').focus()")
+    browser.press("Space")
+    for _ in range(2):
+        assert browser.run(f"document.querySelector('{BOX}').checked")
+        assert browser.run("document.querySelectorAll('#grid textarea')[1].disabled")
+        assert browser.texts("#corrected") == ["0 corrected, 1 decorative"]
+        assert "empty alt text" in browser.texts("#grid li:nth-child(2) figcaption p")
+        show(browser, mixed_rows("photos"), tmp_path)
+    browser.click("#corrections button")
+    sha256 = success("photos", "b.jpg")["sha256"]
+    wanted = {"path": "b.jpg", "decorative": True, "images": "photos", "sha256": sha256}
+    assert json.loads(browser.downloaded()) == wanted
+    browser.choose("#filter", "decorative")
+    assert paths(browser) == "b"
+    browser.click("#grid input")
+    assert browser.texts("#grid textarea:enabled") == ["a dog"]
+
+
+def test_many_steps_are_undone_one_after_the_other(browser: Browser, tmp_path: Path) -> None:
+    """A step is a word, a deletion, a box or a reset, wherever it was."""
+    show(browser, mixed_rows("photos"), tmp_path)
+    state = "JSON.stringify([[...document.querySelectorAll('#grid textarea')].map(f => f.value), \
+[...document.querySelectorAll('#grid input')].map(f => f.checked)])"
+    assert not browser.texts("#undo")
+    seen = [browser.run(state)]
+    browser.run("document.querySelector('#grid textarea').focus()")
+    browser.run("document.activeElement.setSelectionRange(99, 99)")
+    for word in (" asleep", " here"):
+        browser.call("Input.insertText", text=word)
+        seen.append(browser.run(state))
+    for letter in "by":
+        browser.call("Input.insertText", text=letter)
+    seen[-1] = browser.run(state)
+    browser.write("#grid li:nth-child(3) textarea", "a wolf")
+    seen.append(browser.run(state))
+    browser.click(BOX)
+    seen.append(browser.run(state))
+    browser.click("#grid li:nth-child(3) button")
+    seen.append(browser.run(state))
+    assert len(set(seen)) == len(seen) == 6
+    for wanted in reversed(seen[2:-1]):
+        browser.press("z", modifiers=CONTROL)
+        assert browser.run(state) == wanted
+    assert browser.texts("#saved") == ["Undone: c.jpg"]
+    for wanted in reversed(seen[:2]):
+        browser.click("#undo")
+        assert browser.run(state) == wanted
+    assert browser.run("document.activeElement.ariaLabel") == "Caption of f.jpg"
+    assert browser.texts("#corrected") == ["0 corrected"]
+    browser.press("z", modifiers=CONTROL)
+    assert browser.run(state) == seen[0]
+
+
+def test_a_step_on_another_page_is_undone_and_named(browser: Browser, tmp_path: Path) -> None:
+    show(browser, [success("photos", f"{n:03}.jpg", score=-1.0) for n in range(150)], tmp_path)
+    browser.write("#grid textarea", "a kitten")
+    browser.click("#next")
+    browser.click("#undo")
+    assert browser.texts("#saved") == ["Undone: 000.jpg"]
+    browser.click("#previous")
+    assert browser.texts("#grid textarea")[0] == "a picture of 000.jpg"
+
+
+def test_the_search_field_keeps_its_own_undo(browser: Browser, tmp_path: Path) -> None:
+    show(browser, mixed_rows("photos"), tmp_path)
+    browser.write("#grid textarea", "a kitten")
+    browser.write("#search", "kitten")
+    browser.press("z", modifiers=CONTROL)
+    assert browser.texts("#grid textarea")[0] == "a kitten"
+
+
+def test_what_a_person_wrote_is_theirs_after_captioning_again(browser: Browser, tmp_path: Path) -> None:
+    show(browser, mixed_rows("photos"), tmp_path)
+    browser.write("#grid textarea", "a kitten")
+    browser.click(BOX)
+    browser.click("#corrections button")
+    (tmp_path / "downloaded.jsonl").write_bytes(browser.downloaded())
+    browser.run("localStorage.clear()")  # another browser
+    better = [row | {"caption": "a better caption", "model": "better"} if "caption" in row else row
+              for row in mixed_rows("photos")]  # fmt: skip
+    corrections = tmp_path / "downloaded.jsonl"
+    folder = tmp_path / "gallery"
+    browser.open(write_gallery(better, folder, title="t", model="better", corrections=corrections))
+    assert browser.texts("#grid textarea")[:3] == ["a kitten", "a better caption", "a better caption"]
+    assert browser.texts("#grid figcaption .quiet")[0].startswith("was: a better caption")
+    assert browser.run(f"document.querySelector('{BOX}').checked")
+    browser.click("#grid button")
+    browser.open(folder / "index.html")
+    assert browser.texts("#grid textarea")[0] == "a better caption"  # as this browser has it, whatever data.js says
 
 
 @pytest.mark.parametrize("is_kept", [False, True])
@@ -544,20 +453,21 @@ def test_all_is_reached_and_used_by_keyboard(browser: Browser, tmp_path: Path) -
     show(browser, mixed_rows(tmp_path), tmp_path)
     focused = "document.activeElement.ariaLabel || document.activeElement.id || document.activeElement.className"
     reached = []
-    for _ in range(7):
+    for _ in range(8):
         browser.press("Tab")
         reached.append(browser.run(focused))
         assert browser.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     assert reached[:4] == ["skip", "search", "filter", "sort"]
-    assert reached[4:] == ["No preview of f.jpg", "Caption of f.jpg", "Caption of b.jpg"]
+    assert reached[4:] == ["No preview of f.jpg", "Caption of f.jpg", "Decorative: f.jpg", "Caption of b.jpg"]
     browser.call("Input.insertText", text=" here")
     browser.press("Enter")
     assert browser.run(focused) == "Caption of c.jpg"
     assert browser.texts("#grid textarea")[1] == "a dog here"
-    for _ in range(3):  # over two more captions
+    for _ in range(6):  # over a box, and two more captions with theirs
         browser.press("Tab")
     browser.press("Enter")
-    assert json.loads(browser.downloaded()) == {"path": "b.jpg", "captions": ["a dog here"]}
+    line = json.loads(browser.downloaded())
+    assert (line["path"], line["captions"]) == ("b.jpg", ["a dog here"])
 
 
 def test_assistive_technology_finds_names_roles_and_what_changes(browser: Browser, tmp_path: Path) -> None:
@@ -569,8 +479,13 @@ def test_assistive_technology_finds_names_roles_and_what_changes(browser: Browse
     assert {
         ("heading", "My pictures"), ("search", ""), ("searchbox", "Search words and paths"), ("combobox", "Show"),
         ("combobox", "Sort by"), ("list", "Images"), ("textbox", "Caption of a.jpg"), ("status", ""),
+        ("checkbox", "Decorative: a.jpg"),
     } <= found  # fmt: skip
-    unnamed = {role for role, name in found if role in ("textbox", "button", "link", "combobox", "image") and not name}
+    unnamed = {
+        role
+        for role, name in found
+        if role in ("textbox", "button", "link", "combobox", "checkbox", "image") and not name
+    }
     assert unnamed == set()
 
 
@@ -580,6 +495,7 @@ def test_every_text_has_the_contrast_of_wcag_aa(browser: Browser, tmp_path: Path
     show(browser, [*mixed_rows("photos"), looking_row(tmp_path / "photos", "a.png", WORDS)], tmp_path)
     browser.run("document.querySelector('.words button').focus()")
     browser.write("#grid textarea", "a kitten")
+    browser.click(BOX)
     contrasts = browser.run(CONTRASTS)
     tags = {name.partition(".")[0] for name, _ in contrasts}
     assert tags >= {"H1", "P", "TEXTAREA", "BUTTON", "INPUT", "LABEL", "DD"}

@@ -139,8 +139,8 @@ def test_our_own_output_is_left_out_however_it_is_named(tmp_path: Path, monkeypa
 
 def test_endings_that_are_left_out_are_counted(tmp_path: Path) -> None:
     make(tmp_path, "a.jpg", "a.txt", "b/c.txt", "txt")
-    assert paths(tmp_path, skip_suffix=".txt") == ["a.jpg", "txt"]
-    assert counted(Listing([str(tmp_path)], skip_suffix=".txt", world_size=3)).left_out == {
+    assert paths(tmp_path, skip_suffixes=[".txt"]) == ["a.jpg", "txt"]
+    assert counted(Listing([str(tmp_path)], skip_suffixes=[".txt"], world_size=3)).left_out == {
         ".txt files are no images": 2
     }
 

@@ -4,6 +4,10 @@ import errno
 import multiprocessing
 import os
 import random
+import shutil
+import signal
+import stat
+import subprocess
 import time
 from collections import Counter
 from itertools import count
@@ -14,8 +18,12 @@ import pytest
 from rows import captioned, failed
 
 from captioner.errors import UserError
+from infer.listing import Listing
+from infer.metadata import xmp
+from infer.metadata.outcomes import EMPTY, SHOWN_NAMES, UNREADABLE_XMP, Outcomes
+from infer.metadata.xmp import read_texts
 from infer.results import Row
-from infer.sidecars import EMPTY, SHARED, SHOWN_NAMES, Sidecars, check_suffix, write_sidecars
+from infer.sidecars import NO_TEXT, SHARED, check_suffix, write_sidecars
 
 
 def rows_of(folder: Path, *paths: str, caption: str = "a cat") -> list[Row]:
@@ -55,7 +63,7 @@ def test_a_file_that_is_there_is_kept(tmp_path: Path) -> None:
     (tmp_path / "b.txt").mkdir()
     os.mkfifo(tmp_path / "d.txt")
     sidecars = write_sidecars(rows_of(tmp_path, "a.jpg", "b.jpg", "c.jpg", "d.jpg"), suffix=".txt")
-    assert sidecars == Sidecars(counts=Counter(kept=3, written=1))
+    assert sidecars == Outcomes(counts=Counter(kept=3, written=1))
     assert contents(tmp_path) == {"a.txt": "mine", "c.txt": "a cat\n"}
 
 
@@ -186,3 +194,160 @@ def test_a_killed_process_leaves_no_half_sidecar(tmp_path: Path) -> None:
             path.unlink()
             num_sidecars += 1
     assert num_sidecars > 5
+
+
+# ---- what is there ----------------------------------------------------------------------------------------
+
+WITH_POLICY = {"keep": "mine\n", "append": "mine\na cat\n", "prepend": "a cat\nmine\n", "overwrite": "a cat\n"}
+
+
+@pytest.mark.parametrize("existing", WITH_POLICY)
+def test_a_persons_text_file_becomes_what_was_asked_for_and_stays_so(tmp_path: Path, existing: Any) -> None:
+    sidecar = tmp_path / "a.txt"
+    sidecar.write_text("mine\n")
+    sidecar.chmod(0o640)
+    for outcome in ("kept" if existing == "keep" else "written", "kept"):
+        assert write_sidecars(rows_of(tmp_path, "a.jpg"), suffix=".txt", existing=existing).counts == {outcome: 1}
+        assert contents(tmp_path) == {"a.txt": WITH_POLICY[existing]}
+        assert stat.S_IMODE(sidecar.stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".xmp"])
+def test_only_regular_files_are_changed(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "there").write_text("mine")
+    (tmp_path / f"a.jpg{suffix}").symlink_to("there")
+    (tmp_path / f"b.jpg{suffix}").mkdir()
+    os.mkfifo(tmp_path / f"c.jpg{suffix}")
+    rows = rows_of(tmp_path, *(f"{name}.jpg{'.jpg' if suffix == '.txt' else ''}" for name in "abc"))
+    assert write_sidecars(rows, suffix=suffix, existing="overwrite").counts == {"kept": 3}
+    assert contents(tmp_path) == {f"a.jpg{suffix}": "mine", "there": "mine"}
+
+
+def test_a_text_file_that_is_no_utf8_is_left_alone(tmp_path: Path) -> None:
+    content = "größer".encode("utf-16")
+    (tmp_path / "a.txt").write_bytes(content)
+    outcomes = write_sidecars(rows_of(tmp_path, "a.jpg"), suffix=".txt", existing="append")
+    assert outcomes.names == {NO_TEXT: [f"{tmp_path}/a.jpg"]}
+    assert (tmp_path / "a.txt").read_bytes() == content
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_sidecar_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("mine\n")
+    (tmp_path / "a.txt").chmod(0o400)
+    assert write_sidecars(rows_of(tmp_path, "a.jpg"), suffix=".txt", existing="overwrite").num_failed == 1
+
+
+def test_what_is_written_is_a_function_of_the_row(tmp_path: Path) -> None:
+    def shout(row: Row) -> str:
+        return row["alt"].upper() if row["path"] == "a.jpg" else ""
+
+    for suffix in (".txt", ".xmp"):
+        outcomes = write_sidecars(rows_of(tmp_path, "a.jpg", "b.jpg"), suffix=suffix, text=shout)
+        assert outcomes.counts == {"written": 1, "abstained": 1}
+    assert (tmp_path / "a.txt").read_text() == "A CAT.\n"
+    assert texts(tmp_path / "a.jpg.xmp") == ["A CAT."] * 2
+
+
+# ---- XMP --------------------------------------------------------------------------------------------------
+
+
+def texts(path: Path) -> list[str]:
+    return read_texts(path.read_bytes())
+
+
+def empty_packet() -> bytes:
+    return xmp.EMPTY.replace(b"</rdf:RDF>", b"<!-- of darktable --></rdf:RDF>")
+
+
+def write_xmp(folder: Path, *paths: str, **options: Any) -> dict[str, int]:
+    return dict(write_sidecars(rows_of(folder, *paths), suffix=".xmp", **options).counts)
+
+
+def test_a_new_xmp_sidecar_is_named_after_the_whole_name_of_its_image(tmp_path: Path) -> None:
+    assert write_xmp(tmp_path, "a.jpg", "a.png", os.fsdecode(b"-\xff\n.jpg")) == {"written": 3}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"a.jpg.xmp", "a.png.xmp", os.fsdecode(b"-\xff\n.jpg.xmp")}
+    assert all(texts(path) == ["A cat."] * 2 for path in tmp_path.iterdir())
+    assert write_xmp(tmp_path, "a.jpg", "a.png") == {"kept": 2}
+
+
+@pytest.mark.parametrize(
+    ("there", "extended"),
+    [
+        (["a.jpg.xmp"], {"a.jpg.xmp", "a.png.xmp"}),
+        (["a.xmp"], {"a.xmp", "a.png.xmp"}),
+        (["a.jpg.xmp", "a.xmp"], {"a.jpg.xmp", "a.xmp"}),
+        (["a.jpg.xmp", "a.png.xmp", "a.xmp"], {"a.jpg.xmp", "a.png.xmp"}),
+    ],
+)
+def test_the_xmp_sidecar_that_is_there_is_extended(tmp_path: Path, there: list[str], extended: set[str]) -> None:
+    """By either name; one without the image's suffix belongs to the first image, so that each image has one."""
+    for name in there:
+        (tmp_path / name).write_bytes(empty_packet())
+    for outcome in ("written", "kept"):
+        assert write_xmp(tmp_path, "a.jpg", "a.png") == {outcome: 2}
+        assert {path.name for path in tmp_path.iterdir() if texts(path)} == extended
+    assert all(b"<!-- of darktable -->" in (tmp_path / name).read_bytes() for name in there)
+
+
+def test_a_better_model_replaces_what_this_program_wrote_and_no_more(tmp_path: Path) -> None:
+    write_xmp(tmp_path, "a.jpg", "b.jpg")
+    mine = (tmp_path / "b.jpg.xmp").read_bytes().replace(b"A cat.</rdf:li>", b"My cat.</rdf:li>")
+    (tmp_path / "b.jpg.xmp").write_bytes(mine)
+    better = [captioned(name, root=str(tmp_path), alt="A small cat.", model="better") for name in ("a.jpg", "b.jpg")]
+    assert write_sidecars(better, suffix=".xmp").counts == {"written": 1, "kept": 1}
+    assert texts(tmp_path / "a.jpg.xmp") == ["A small cat."] * 2
+    assert b"better</captioner:Model>" in (tmp_path / "a.jpg.xmp").read_bytes()
+    assert (tmp_path / "b.jpg.xmp").read_bytes() == mine
+
+
+def test_a_sidecar_that_is_no_xmp_is_left_alone_and_named(tmp_path: Path) -> None:
+    broken = {"a.jpg.xmp": b"<x:xmpmeta", "b.xmp": b"", "c.jpg.xmp": b"<!DOCTYPE x>" + xmp.EMPTY}
+    for name, content in broken.items():
+        (tmp_path / name).write_bytes(content)
+    outcomes = write_sidecars(rows_of(tmp_path, "a.jpg", "b.jpg", "c.jpg"), suffix=".xmp", existing="overwrite")
+    assert outcomes.counts == {UNREADABLE_XMP: 3}
+    assert next(outcomes.lines()).endswith(f"'{tmp_path}/a.jpg', '{tmp_path}/b.jpg', '{tmp_path}/c.jpg'")
+    assert outcomes.num_failed == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == broken
+
+
+@pytest.mark.external
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (("exiv2", "-K", "Xmp.dc.description", "-Pt"), 'lang="x-default" A cat.'),
+        (("exiv2", "-K", "Xmp.iptc.AltTextAccessibility", "-Pt"), 'lang="x-default" A cat.'),
+        (("exiftool", "-s3", "-XMP-dc:Description"), "A cat."),
+        (("exiftool", "-s3", "-XMP-iptcCore:AltTextAccessibility"), "A cat."),
+    ],
+)
+def test_other_programs_read_the_sidecar(tmp_path: Path, command: tuple[str, ...], expected: str) -> None:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    write_xmp(tmp_path, "a.jpg")
+    done = subprocess.run([*command, tmp_path / "a.jpg.xmp"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected
+
+
+def test_a_killed_process_leaves_old_or_new_sidecars(tmp_path: Path) -> None:
+    """Killed while the new content is written, just before its rename."""
+
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def job() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "replace", die)
+            write_xmp(tmp_path, "a.jpg")
+
+    (tmp_path / "a.jpg.xmp").write_bytes(empty_packet())
+    process = multiprocessing.get_context("fork").Process(target=job)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / "a.jpg.xmp").read_bytes() == empty_packet()
+    leftover = {path.name for path in tmp_path.iterdir()} - {"a.jpg.xmp"}
+    assert len(leftover) == 1
+    assert list(Listing([str(tmp_path)], skip_suffixes=[".xmp"])) == []

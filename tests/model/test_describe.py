@@ -278,8 +278,9 @@ def test_attention_is_that_of_the_caption_s_own_steps(tmp_path: Path, beam_size:
     options = {"beam_size": beam_size, "captions_per_image": num_captions}
     captioner = load_captioner(folder, with_attention=True, **options)
     found = captioner.describe_views(views)
-    decoded = caption_views(captioner.bundle, views, beam_size=beam_size)
-    stepped = advance(captioner.bundle, views, [caption.tokens for caption in decoded])
+    bundle = load_bundle(folder)
+    decoded = caption_views(bundle, views, beam_size=beam_size)
+    stepped = advance(bundle, views, [caption.tokens for caption in decoded])
     for one, weights_TR in zip(found, stepped, strict=True):
         assert one.attention is not None
         assert "".join(one.attention.words) == one.caption

@@ -7,6 +7,7 @@ from typing import Any
 
 from captioner.images import loading
 from infer import reading
+from infer.serving import decoding
 from sharding import make_shards
 from sharding.packing import engine
 from sharding.settings import ShardSettings
@@ -15,6 +16,7 @@ DEADLY = b"this kills"
 ENDLESS = b"this hangs"
 
 pack, decode, open_picture = engine._pack, reading._decode, loading._open
+decode_upload = decoding.decode_upload
 
 
 def pack_with_signal(settings: ShardSettings, file: str, moment: str, number: int) -> None:
@@ -54,6 +56,12 @@ def decoding_deadly_pictures(*arguments: Any, **options: Any) -> Any:
     """Decode with a decoder that dies or hangs of certain pictures."""
     loading._open = die_or_open
     return decode(*arguments, **options)
+
+
+def decoding_deadly_uploads(*arguments: Any, **options: Any) -> Any:
+    """Decode an upload with a decoder that dies or hangs of certain pictures."""
+    loading._open = die_or_open
+    return decode_upload(*arguments, **options)
 
 
 def die_or_open(data: bytes) -> Any:

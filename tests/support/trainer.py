@@ -174,7 +174,7 @@ def _rank(
     torch.set_num_threads(1)
     torch.set_num_threads = lambda _threads: None  # type: ignore[assignment]  # tests share the machine
     for module in (reading, engine):  # workers are forked from this process, which has loaded torch
-        module.start_server = lambda _module: multiprocessing.get_context("fork")  # type: ignore[assignment]
+        module.start_server = lambda _module, **_: multiprocessing.get_context("fork")  # type: ignore[assignment]
     captioning.DESCRIBED_AT_ONCE = 4  # type: ignore[assignment]  # rows come now and then, of few pictures too
     agreement.VISIBLE_SECONDS = 1.0  # type: ignore[assignment]  # one disk needs none
     sys.stdout = os.fdopen(1, "w", buffering=1)

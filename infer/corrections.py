@@ -1,0 +1,138 @@
+"""What persons wrote of images: the lines of corrections.jsonl, which the gallery makes and make_shards.py reads.
+
+`{"path": "a.jpg", "captions": ["a red tram"], "images": "photos", "sha256": "..."}` is a caption, and
+`{"path": "b.jpg", "decorative": true, ...}` an image that needs none: its alt text is empty, and it is not trained on.
+`path` is the image's name in the folder `images`, as for make_shards.py; `sha256` is that of the file's bytes.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from captioner.errors import UserError
+from captioner.files import storage
+
+DECORATIVE = ""  # instead of a caption
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Correction:
+    """A person's caption of an image, or DECORATIVE. None takes back what the file had of it."""
+
+    path: str
+    caption: str | None
+    images: str | None = None
+    sha256: str | None = None
+
+    @property
+    def key(self) -> tuple[str | None, str]:
+        """The image's folder, None if it is not known, and its name in that folder."""
+        if self.images is None or storage.is_remote(self.images):
+            return self.images, self.path
+        return os.path.abspath(self.images), self.path  # noqa: PTH100 (`..` must go)
+
+
+def parse_line(line: object) -> Correction:
+    """The correction in a parsed line. Raises ValueError."""
+    if not isinstance(line, dict):
+        raise ValueError("it is no object")
+    if "model" in line:
+        raise ValueError("it is a row of captions.jsonl, which a model wrote")
+    path, images, sha256 = line.get("path"), line.get("images"), line.get("sha256")
+    captions, decorative = line.get("captions", line.get("caption")), line.get("decorative")
+    caption = captions[0] if isinstance(captions, list) and captions else captions
+    if not isinstance(path, str) or not all(isinstance(value, str | None) for value in (images, sha256, caption)):
+        raise ValueError("it needs a path, and captions or decorative")
+    if decorative is True and not caption:
+        caption = DECORATIVE
+    elif caption is not None and not caption.strip():
+        raise ValueError("its caption is empty: an image without need of one is decorative")
+    return Correction(path=path, caption=caption, images=images, sha256=sha256)
+
+
+def to_line(correction: Correction) -> dict[str, Any]:
+    """What `parse_line` parses."""
+    said = {"decorative": True} if correction.caption == DECORATIVE else {"captions": [correction.caption]}
+    known = {"images": correction.images, "sha256": correction.sha256}
+    return {"path": correction.path, **said, **{name: value for name, value in known.items() if value is not None}}
+
+
+def read_lines(file: Path) -> Iterator[Correction]:
+    """The corrections in a file, none if there is no file. Raises UserError for a line that is none, and OSError."""
+    for number, text in enumerate(file.read_bytes().splitlines() if file.exists() else (), start=1):
+        try:
+            if text.strip():
+                correction = parse_line(json.loads(text))
+                if correction.caption is None:
+                    raise ValueError("it has neither captions nor decorative")
+                yield correction
+        except ValueError as error:
+            raise UserError(f"line {number} of {file} is no correction ({error}): repair or remove it") from error
+
+
+class Corrections:
+    """Corrections, of which a later one replaces an earlier one of the same image."""
+
+    def __init__(self, corrections: Iterable[Correction] = ()) -> None:
+        self._by_key: dict[tuple[str | None, str], Correction] = {}
+        self._by_sha256: dict[str, Correction] = {}
+        for correction in corrections:
+            self.add(correction)
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def add(self, correction: Correction) -> None:
+        """Add a correction, or take one back."""
+        self._by_key.pop(correction.key, None)
+        if correction.caption is not None:
+            self._by_key[correction.key] = correction
+            if correction.sha256 is not None:
+                self._by_sha256[correction.sha256] = correction
+
+    def find(self, *, images: str, path: str, sha256: str) -> str | None:
+        """What a person wrote of an image: by its name if its bytes are the same, by its bytes, or by its name alone.
+
+        The correction found gets this name and these bytes from now on.
+        """
+        now = Correction(path=path, caption=None, images=images, sha256=sha256)
+        named = self._by_key.get(now.key) or self._by_key.get((None, path))
+        found = named if named and named.sha256 == sha256 else self._by_sha256.get(sha256, named)
+        if found is None:
+            return None
+        if named is not None:
+            self._by_key.pop(named.key, None)
+        self.add(replace(now, caption=found.caption))
+        return found.caption
+
+    def to_jsonl(self) -> str:
+        """The content of their file."""
+        return "".join(f"{json.dumps(line)}\n" for line in self.lines())
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of their file."""
+        return [to_line(correction) for correction in self._by_key.values()]
+
+
+class CorrectionFile:
+    """A file of corrections that several threads, and persons with an editor, may change."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._lock = threading.Lock()
+
+    def read(self) -> Corrections:
+        """The corrections as they are now. Raises UserError for a line that is none, and OSError."""
+        return Corrections(read_lines(self._file))
+
+    def change(self, changes: Iterable[Correction]) -> None:
+        """Write the file with more corrections, or without those that are taken back. Raises as `read` does."""
+        with self._lock:
+            corrections = self.read()
+            for correction in changes:
+                corrections.add(correction)
+            storage.write_atomic(str(self._file), corrections.to_jsonl())

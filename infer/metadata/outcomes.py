@@ -1,0 +1,124 @@
+"""Writes each image's text, counts the outcomes, and replaces files so that they keep owner and permissions."""
+
+import errno
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import uuid4
+
+from captioner.files import storage
+from infer.metadata.described import local_path
+from infer.metadata.xmp import XmpError
+from infer.results import PARTIAL_SUFFIX, Row
+from infer.row_index import LocationSet
+
+UNREMARKABLE = frozenset(("written", "kept", "abstained", "not local"))
+EMPTY = "left out, since all fields of the template are empty"
+UNREADABLE_XMP = "left alone, since their XMP cannot be read"
+SHOWN_NAMES = 5  # of each other outcome
+
+Text = Callable[[Row], str]  # what is written for a row
+
+
+@dataclass(kw_only=True)
+class Outcomes:
+    """Counts of sidecars, or of embedded descriptions, by outcome; `num_failed` could not be written.
+
+    `names` has the first images of each outcome that the user should know about.
+    """
+
+    what: str = "sidecars"
+    counts: Counter[str] = field(default_factory=Counter)
+    names: dict[str, list[str]] = field(default_factory=dict)
+    num_failed: int = 0
+
+    def add(self, outcome: str, row: Row) -> None:
+        """Count the outcome of a row's image."""
+        self.counts[outcome] += 1
+        if outcome not in UNREMARKABLE:
+            names = self.names.setdefault(outcome, [])
+            names += [storage.join(row["root"], row["path"])][: SHOWN_NAMES - len(names)]
+
+    def add_failure(self, reason: object, row: Row) -> None:
+        """Count an image whose description could not be written."""
+        self.num_failed += 1
+        self.add(f"could not be written ({reason})", row)
+
+    def lines(self) -> Iterator[str]:
+        """A line for each outcome."""
+        for outcome, count in self.counts.most_common():
+            names = self.names.get(outcome, [])
+            shown = f": {', '.join(map(repr, names))}{', ...' if count > len(names) else ''}" if names else ""
+            yield f"{self.what}: {count:,} {outcome}{shown}"
+
+
+def write_texts(
+    rows: Iterable[Row],
+    write: Callable[[Path, str, str], str],
+    *,
+    text: Text,
+    what: str = "sidecars",
+    follow_links: bool = False,
+) -> Outcomes:
+    """Call `write` with each captioned image of this machine, its text and its model; returns counts by outcome.
+
+    `write` returns the outcome, or raises OSError or XmpError. An image that several rows name, or with `follow_links`
+    several links, gets the first one's text.
+    """
+    outcomes, seen = Outcomes(what=what), LocationSet()
+    for row in rows:
+        if "error" in row:
+            continue
+        try:
+            image = local_path(row["root"], row["path"])
+            wanted = row["alt"] and text(row)
+            if image is not None and follow_links:
+                image = Path(os.path.realpath(image))
+            if not wanted:
+                outcome = EMPTY if row["alt"] else "abstained"
+            elif image is None:
+                outcome = "not local"
+            else:
+                outcome = write(image, wanted, row["model"]) if seen.add(str(image)) else "kept"
+        except FileExistsError:
+            outcome = "kept"
+        except NotADirectoryError:  # the tar that holds the image
+            outcome = "not local"
+        except XmpError:
+            outcome = UNREADABLE_XMP
+        except OSError as error:
+            outcomes.add_failure(error.strerror or error, row)
+            continue
+        outcomes.add(outcome, row)
+    return outcomes
+
+
+def partial_beside(path: Path) -> Path:
+    """A new temporary name in the folder of `path`, which listings of images leave out."""
+    return path.with_name(f".{uuid4().hex}{PARTIAL_SUFFIX}")
+
+
+def replace_content(path: Path, content: bytes, status: os.stat_result) -> None:
+    """Replace a file atomically; the new one has the owner and the permissions in `status`. Raises OSError."""
+    check_writable(path)
+    partial = partial_beside(path)
+    with storage.replacing(path, partial=partial) as file:
+        file.write(content)
+        keep_owner(partial, status)
+
+
+def check_writable(path: Path) -> None:
+    """Raise PermissionError for a file that this user may not change: a rename would replace it all the same."""
+    if not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def keep_owner(path: Path, status: os.stat_result) -> None:
+    """Give a file the owner, as far as this user may, and the permissions in `status`. Raises OSError."""
+    with suppress(PermissionError):
+        os.chown(path, status.st_uid, status.st_gid)
+    path.chmod(stat.S_IMODE(status.st_mode))

@@ -73,7 +73,8 @@ def bars(
     """
     labels, limits = labels or {}, limits or {}
     texts = {
-        name: labels.get(name, "not measured" if value is None else number(value)) for name, value in values.items()
+        name: labels.get(name, "not measured" if value is None else short_number(value))
+        for name, value in values.items()
     }
     lines = [line for name in values for line in _wrap(name, width=48)]
     left = MARGIN + LETTER * max(map(len, lines), default=0) + 8
@@ -175,7 +176,7 @@ def round_up(value: float) -> float:
     return next(factor * power for factor in (1, 2, 5, 10, 20) if factor * power >= value)
 
 
-def number(value: float) -> str:
+def short_number(value: float) -> str:
     """A number with three digits that matter, or all before the point."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 

@@ -5,12 +5,14 @@ import importlib
 import importlib.metadata
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import warm
+from PIL import Image
 
 from captioner.cli import parse
 
@@ -90,23 +92,18 @@ def test_constraints_are_bare_names_and_versions() -> None:
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+", line) for line in lines)
 
 
-def shell_blocks(document: str) -> list[str]:
-    text = (REPOSITORY / document).read_text(encoding="utf-8")
-    return re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+def read(document: str) -> str:
+    return (REPOSITORY / document).read_text(encoding="utf-8")
 
 
-DOCUMENTS = (
-    "README.md",
-    "docs/captions-your-way.md",
-    "docs/coco.md",
-    "docs/gallery.md",
-    "docs/performance.md",
-    "docs/scaling.md",
-    "docs/server.md",
-    "docs/small-machines.md",
-    "docs/watch.md",
-    "benchmarks/RESULTS.md",
-)
+def code_blocks(document: str, language: str = r"\w*") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", read(document), flags=re.MULTILINE | re.DOTALL)
+
+
+ROOT_DOCUMENTS = [path.name for path in REPOSITORY.glob("*.md")]
+PAGES = [str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").rglob("*.md")]
+LINKED = [*ROOT_DOCUMENTS, *PAGES, "benchmarks/RESULTS.md", "tests/README.md"]
+DOCUMENTS = sorted({"README.md", "benchmarks/RESULTS.md", *(page for page in PAGES if "/decisions/" not in page)})
 COMMAND = re.compile(r"\b(sharding|train|infer)/(\w+)\.py\b(.*)")
 
 
@@ -114,9 +111,7 @@ def documented_commands() -> list[tuple[str, list[str]]]:
     """The module and the arguments of each command of ours in a code block; those with "..." are left out."""
     found = []
     for document in DOCUMENTS:
-        for block in re.findall(
-            r"^```\w*\n(.*?)^```", (REPOSITORY / document).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
-        ):
+        for block in code_blocks(document):
             for line in block.replace("\\\n", " ").splitlines():
                 if (match := COMMAND.search(line)) and "..." not in line and not line.startswith("#"):
                     package, script, rest = match.groups()
@@ -136,20 +131,84 @@ def test_documented_commands_have_the_flags_of_today(
     assert parsed
 
 
+def test_the_readme_is_short_and_names_tests_that_exist() -> None:
+    readme = read("README.md")
+    assert len(readme.split()) <= 1000
+    _, promises = readme.split("| promise | test |\n|---|---|\n")
+    rows = promises.split("\n\n")[0].splitlines()
+    assert len(rows) > 5
+    tests = [re.search(r"\((tests/\S+/test_\w+\.py)\) \|$", row) for row in rows]
+    assert all(test and (REPOSITORY / test[1]).is_file() for test in tests)
+
+
+@pytest.mark.parametrize("document", LINKED)
+def test_links_and_images_lead_to_files(document: str) -> None:
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", read(document), flags=re.MULTILINE | re.DOTALL)
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match("https?:|#", link)]
+    assert [link for link in links if not (REPOSITORY / document).parent.joinpath(link).exists()] == []
+
+
+def message_templates() -> str:
+    """All strings of the code, one a line, with "…" for each value in them."""
+    found = []
+    for path in (path for folder in (*STAGES, "captioner") for path in (REPOSITORY / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            values = node.values if isinstance(node, ast.JoinedStr) else [node]
+            found.append("".join(str(value.value) if isinstance(value, ast.Constant) else "…" for value in values))
+    return "\n".join(found)
+
+
+def test_the_messages_in_troubleshooting_are_those_of_the_code() -> None:
+    quoted = re.findall(r"\*\*`([^`]*…[^`]*)`", read("docs/troubleshooting.md"))
+    assert len(quoted) > 20
+    templates = message_templates()
+    parts = [part for message in quoted for part in message.split("…") if part.strip(" ()/")]
+    assert [part for part in parts if part.strip() not in templates] == []
+
+
+SMALL = {  # what makes a command quick on drawn scenes
+    "sharding/make_shards.py": "--size 40",
+    "train/main.py": "--epochs 1 --batch-size 16",
+    "train/main.py, no --init": "--encoder small_cnn --weights none --finetune-encoder-from-step 0 --crop 36",
+}
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_shell_blocks_of_the_readme_run(tmp_path: Path) -> None:
-    """Line by line, in a folder of its own, that looks like the repository."""
+    """Line by line, in a folder that looks like the repository, with drawn scenes as COCO and as one's own photos."""
     for path in REPOSITORY.iterdir():
         if path.name not in ("data", "runs", ".venv", ".git"):
             (tmp_path / path.name).symlink_to(path)
-    blocks = shell_blocks("README.md")
-    assert blocks
-    for line in "".join(blocks).splitlines():
+
+    def run(line: str) -> None:
         program, *words = shlex.split(line)
         command = [Path(sys.executable).with_name(program), *words]
         done = warm.run(command, nested=True, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    rows = (tmp_path / "runs/small/captions.jsonl").read_text().splitlines()
+
+    run("python examples/scenes.py --output data/coco --train 48 --val 16")
+    (tmp_path / "photos").mkdir()
+    for number, scene in enumerate(sorted((tmp_path / "data/coco/val2026").glob("*.jpg"))):
+        shutil.copy(scene, tmp_path / "photos" / (f"{number}.jpg" if number else "dog.jpg"))
+    captions = [f"{photo.name},a drawing number {photo.stem}" for photo in (tmp_path / "photos").iterdir()]
+    (tmp_path / "train.csv").write_text("\n".join(["image,caption", *captions]))
+
+    lines = "".join(code_blocks("README.md", "sh")).splitlines()
+    assert len(lines) >= 5
+    for line in lines:
+        command = shlex.join(shlex.split(line, comments=True))
+        script = shlex.split(line)[1]
+        is_new = script == "train/main.py" and "--init" not in line
+        run(" ".join([command, SMALL.get(script, ""), SMALL["train/main.py, no --init"] if is_new else ""]))
+    rows = (tmp_path / "captions.jsonl").read_text().splitlines()
     assert len(rows) == 16
-    assert (tmp_path / "runs/small/gallery/index.html").stat().st_size > 1000
+    assert (tmp_path / "gallery/index.html").stat().st_size > 1000
+    assert (tmp_path / "runs/mine/model/config.json").exists()
+    assert len((tmp_path / "alt.csv").read_text().splitlines()) == 17
+    assert len(list((tmp_path / "photos").glob("*.txt"))) == 16
+
+    (tmp_path / "from_python.py").write_text(code_blocks("docs/captioning.md", "python")[0])
+    shutil.copy(tmp_path / "photos/dog.jpg", tmp_path / "photo.jpg")
+    Image.open(tmp_path / "photo.jpg").save(tmp_path / "other.png")
+    run("python from_python.py")

@@ -30,6 +30,7 @@ from infer.results import (
     RowWriter,
     check_settings,
     duplicate_row,
+    embedding_folder,
     find_parts,
     merging_path,
     own_files,
@@ -375,7 +376,8 @@ def test_own_files_are_those_of_this_run_and_of_earlier_ones(tmp_path: Path) -> 
     append(output, 7, [captioned("a.jpg")])
     process_path(output, 7).touch()
     of_ranks = {path(output, rank) for path in (part_path, process_path) for rank in (0, 1, 7)}
-    assert set(own_files(output, num_processes=2)) == {output, settings_path(output), merging_path(output)} | of_ranks
+    fixed = {output, settings_path(output), merging_path(output), embedding_folder(output)}
+    assert set(own_files(output, num_processes=2)) == fixed | of_ranks
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--wheels", type=Path, help="folder with wheels of missing packages")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="rows to run (default: all)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"end after this time (default: {MINUTES})")
-    parser.add_argument("--json", type=Path, help="write run, rows and bars to this file")
+    parser.add_argument("--json", type=Path, help="write run, rows and bars to this file, and a plot beside it (.svg)")
     settings = parser.parse_args()
     if not 0 < settings.minutes < 10_000:
         refuse(f"--minutes {settings.minutes}: give a number above 0")

@@ -99,7 +99,7 @@ class PackingSettings:
     quality_table: bool = False
     """Also measure bytes, time and accuracy of each JPEG quality."""
     json: File | None = None
-    """Write run, rows and bars to this file."""
+    """Write run, rows and bars to this file, and a plot of the bars beside it (.svg)."""
 
 
 def main(settings: PackingSettings) -> None:

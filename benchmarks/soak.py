@@ -57,7 +57,7 @@ class SoakSettings:
     quick: bool = False
     """A tenth of the samples, and a server that restarts every few seconds."""
     json: File | None = None
-    """Write run, rows and bars to this file."""
+    """Write run, rows and bars to this file, and a plot of the bars beside it (.svg)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ class StartingSettings:
     quick: bool = False
     """Few images, one round."""
     json: File | None = None
-    """Write run, rows and bars to this file."""
+    """Write run, rows and bars to this file, and a plot of the bars beside it (.svg)."""
 
 
 def main(settings: StartingSettings) -> None:

@@ -99,7 +99,7 @@ class TrainingSettings:
     quick: bool = False
     """Everything small, only to see that it runs."""
     json: File | None = None
-    """Write run, rows and bars to this file."""
+    """Write run, rows and bars to this file, and a plot of the bars beside it (.svg)."""
 
 
 def main(settings: TrainingSettings) -> None:

@@ -60,7 +60,7 @@ class WireSettings:
     quick: bool = False
     """A few images, and training from nginx only, to see that it runs."""
     json: File | None = None
-    """Write run, rows and bars to this file."""
+    """Write run, rows and bars to this file, and a plot of the bars beside it (.svg)."""
 
 
 @dataclass(frozen=True)

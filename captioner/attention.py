@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 if TYPE_CHECKING:
     from captioner.model.generated import GeneratedCaption
@@ -54,6 +55,17 @@ class Attention:
         scaled_TR = np.frombuffer(base64.b64decode(content["weights"]), np.uint8).reshape(-1, rows * columns)
         weights_TR = scaled_TR / scaled_TR.sum(axis=1, keepdims=True)
         return cls(words=tuple(content["words"]), grid=(rows, columns), weights_TR=weights_TR)
+
+    def heat_maps(self) -> list[Image.Image]:
+        """An RGBA image for each word, a pixel for each position: clear orange where it looked most, dark elsewhere."""
+        scaled_TR = self.weights_TR / self.weights_TR.max(axis=1, keepdims=True)
+        colours = np.stack((255 * scaled_TR, 140 * scaled_TR, 0 * scaled_TR, 190 - 127 * scaled_TR), axis=-1)
+        return [Image.fromarray(each.reshape(*self.grid, 4)) for each in colours.round().astype(np.uint8)]
+
+    def over(self, view_PP3: np.ndarray) -> list[Image.Image]:
+        """For each word the view (P, P, 3), uint8, that the model was given, under the word's heat map."""
+        view = Image.fromarray(np.ascontiguousarray(view_PP3)).convert("RGBA")
+        return [Image.alpha_composite(view, each.resize(view.size)).convert("RGB") for each in self.heat_maps()]
 
     def texts(self) -> list[str]:
         """For each word the ninth of the view (thirds of its sides) at which it looked most, and how much."""

@@ -17,6 +17,7 @@ from captioner import cli
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.flags import Count, File, Location, Pixels, Positive, Workers
+from captioner.plots import bars
 from captioner.streaming.cache import CacheFolderError
 from train.data.folders import read_filled_split
 from train.data.loader_speed import caption_functions, fetch_some_shards, measure_loader, user_functions
@@ -49,7 +50,7 @@ class DoctorSettings:
     seconds: Positive = 10.0
     """For the loader with workers; all other measurements together take about as long again."""
     json: File | None = None
-    """Write the numbers and the verdict there too."""
+    """Write the numbers and the verdict there too, and a plot of the stages beside it (.svg)."""
 
 
 def main(settings: DoctorSettings) -> None:
@@ -82,8 +83,12 @@ def main(settings: DoctorSettings) -> None:
             "wanted": settings.samples_per_second,
             "verdict": verdict,
         }
+        stages = {str(stage): float(str(us)) for stage, us, *_ in speed.rows()}
+        plot = bars("Microseconds a sample, stage by stage", stages, note=verdict)
         try:
             storage.write_atomic(str(settings.json), json.dumps(content, indent=1, allow_nan=False))
+            if settings.json.suffix != ".svg":
+                storage.write_atomic(str(settings.json.with_suffix(".svg")), plot.svg)
         except OSError as error:
             raise UserError(f"cannot write {settings.json} ({error.strerror}): give another --json") from error
 

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -15,6 +16,8 @@ from typing import Any
 
 from captioner import cli
 from captioner.files import storage
+from captioner.plots import Plot, short_number
+from captioner.plots import bars as draw_bars
 from captioner.workers import count_processors
 
 
@@ -165,10 +168,27 @@ def finish(
 
 
 def write_json(path: Path, *, run: Mapping[str, str], rows: Sequence[Mapping[str, Any]], bars: Sequence[Bar]) -> None:
-    """Write `{"run": {...}, "rows": [...], "bars": [{"name", "value", "bar", "holds"}]}`. Raises UserError."""
+    """Write `{"run": {...}, "rows": [...], "bars": [{"name", "value", "bar", "holds"}]}`, and the bars' plot beside it.
+
+    Raises UserError.
+    """
     content = {"run": dict(run), "rows": [dict(row) for row in rows], "bars": [asdict(bar) for bar in bars]}
     try:
         storage.write_atomic(str(path), json.dumps(content, indent=1) + "\n")
+        if bars and path.suffix != ".svg":
+            storage.write_atomic(str(path.with_suffix(".svg")), plot(bars, run, title=path.stem).svg)
     except OSError as error:
         remedy = "name a file in a folder that can be written"
         raise cli.UserError(f"cannot write --json {path} ({error.strerror}): {remedy}") from error
+
+
+def plot(bars: Sequence[Bar], run: Mapping[str, str], *, title: str) -> Plot:
+    """Each value as a multiple of its bar, which is the mark, labelled with the value; as it is where the bar is 0."""
+    known = {bar.name: bar for bar in bars if bar.value is not None and math.isfinite(bar.value)}
+    return draw_bars(
+        f"{title}: measured, in multiples of the bar",
+        {bar.name: bar.value / (bar.bar or 1.0) if bar.value and bar.name in known else None for bar in bars},
+        labels={name: f"{short_number(bar.value or 0.0)} ({bar.bar:g})" for name, bar in known.items()},
+        limits={bar.name: float(bar.bar != 0) for bar in bars},
+        note="; ".join(run[name] for name in ("machine", "date", "mode") if name in run),
+    )

@@ -1,5 +1,6 @@
 """Benchmarks run, and write the form that the design promises; what they measure is no matter of tests."""
 
+import html
 import json
 import subprocess
 import sys
@@ -211,6 +212,8 @@ def test_scaling_quickly_measured_gives_rows_and_bars(tmp_path: Path) -> None:
     assert plans[-1]["opens"] == 256
     assert all(bar["value"] > 0 for bar in content["bars"])
     assert len(content["bars"]) == 3
+    plot = html.unescape((tmp_path / "scaling.svg").read_text())
+    assert all(bar["name"].partition(":")[0][:40] in plot for bar in content["bars"])
 
 
 def test_the_first_limit_on_paper_is_the_one_that_is_exceeded_most() -> None:

@@ -1,5 +1,6 @@
 """The demo's scenes and their judge: what the drawn data promises, and that the judge cannot be fooled."""
 
+import json
 import os
 import random
 import shlex
@@ -12,6 +13,7 @@ import warm
 
 import demo
 from awkward import ODD_NAME, write_folder
+from captioner.errors import UserError
 from captioner.images.loading import ImageError, decode_rgb
 from scenes import (
     COLOURS,
@@ -132,3 +134,33 @@ def test_the_demos_launcher_has_nothing_to_warn_of(tmp_path: Path) -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     done = warm.run(command, nested=True, env=clean, capture_output=True, text=True, check=True, timeout=120)
     assert (done.stdout, done.stderr) == ("hello\n", "")
+
+
+def test_a_stage_shows_its_command_and_only_of_a_failure_what_it_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(demo, "LOG", tmp_path / "demo.log")
+    finished, polls = tmp_path / "result", []
+    fine = f"python -c \"open('{finished}', 'w'); print('noise')\""
+    assert demo.run_stage(fine, finished=finished, watch=lambda: polls.append(1))[1] is False
+    assert demo.run_stage(fine, finished=finished)[1] is True
+    shown = capfd.readouterr()
+    assert (shown.out.count("print('noise')"), shown.err) == (2, "")
+    assert "noise\n" not in shown.out
+    assert polls
+    with pytest.raises(UserError, match="exit code 3"):
+        demo.run_stage("python -c \"print('the reason'); exit(3)\"", finished=finished)
+    assert "the reason\n" in capfd.readouterr().err
+    demo.run_stage('python -c "exit(3)"', finished=finished, fine=(0, 3))
+
+
+def test_each_epoch_is_printed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(demo, "RUN", tmp_path)
+    printer = demo.EpochPrinter()
+    printer()
+    for epoch in (1, 2):
+        with (tmp_path / "history.jsonl").open("a") as file:
+            print(json.dumps({"step": epoch, "epoch": epoch, "validation/cider": epoch / 10}), file=file)
+        printer()
+        printer()
+    assert capsys.readouterr().out.split("\n") == ["  epoch 1: CIDEr 0.10", "  epoch 2: CIDEr 0.20", ""]

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from captioner.attention import Attention
-from train.run.report import MAX_CURVE_POINTS, round_up, thin, value_ticks, write_report
+from captioner.plots import MAX_POINTS, round_up, thin, value_ticks
+from train.run.report import write_report
 
 SVG = "{http://www.w3.org/2000/svg}"
 FINITE = st.floats(-1e9, 1e9).filter(lambda value: value == 0 or abs(value) > 1e-9)
@@ -157,7 +158,7 @@ def test_a_high_first_loss_does_not_press_the_curve_to_the_ground(tmp_path: Path
 def test_thousands_of_rows_make_a_small_page(tmp_path: Path) -> None:
     history = [training_row(step, loss=2 + math.sin(step)) for step in range(20_000)]
     page = report(tmp_path, history=history)
-    assert len(lines(page.charts()["Loss"])[0]) <= MAX_CURVE_POINTS + 1
+    assert len(lines(page.charts()["Loss"])[0]) <= MAX_POINTS + 1
     assert len(page.source) < 50_000
 
 
@@ -255,11 +256,11 @@ def test_every_table_and_drawing_says_what_it_is(tmp_path: Path) -> None:
     assert len(page.attributes("caption")) == len(page.attributes("table")) == 2
 
 
-@given(st.integers(0, 5 * MAX_CURVE_POINTS))
+@given(st.integers(0, 5 * MAX_POINTS))
 def test_thinning_keeps_the_order_and_both_ends(num_points: int) -> None:
     points = [(step, 0.5) for step in range(num_points)]
     thinned = thin(points)
-    assert len(thinned) <= MAX_CURVE_POINTS + 1
+    assert len(thinned) <= MAX_POINTS + 1
     assert thinned == sorted(thinned)
     if points:
         assert (thinned[0], thinned[-1]) == (points[0], points[-1])

@@ -91,9 +91,12 @@ def test_it_measures_tells_and_leaves_nothing(
     shards = [write_shards(tmp_path / "a", (9, 0, 14)), write_shards(tmp_path / "b", (11,), first=50)]
     before = files(tmp_path)
     main(settings(*shards, json=tmp_path / "out/doctor.json"))
-    assert files(tmp_path) == sorted([*before, tmp_path / "out", tmp_path / "out/doctor.json"])
+    assert files(tmp_path) == sorted(
+        [*before, tmp_path / "out", tmp_path / "out/doctor.json", tmp_path / "out/doctor.svg"]
+    )
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "out/doctor.json").read_text())
+    assert all(stage in (tmp_path / "out/doctor.svg").read_text() for stage in found["stage_us"])
     assert list(found["stage_us"]) == ["read", "transform", "collate"]
     assert all(us > 0 for us in found["stage_us"].values())
     assert min(found["handoff_us"], found["pinning_us"], found["alone_rate"], found["workers_rate"]) > 0

@@ -9,19 +9,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from captioner.attention import Attention
 from captioner.files.storage import read_json, write_atomic
 from captioner.pages import load_template
+from captioner.plots import NUM_TICKS, round_up, thin, value_ticks
 from train.evaluation.bootstrap import with_intervals
 from train.run.tracking import HISTORY, SAMPLE_IMAGES, SAMPLES, read_rows
 
-MAX_CURVE_POINTS = 500
 SMALL_SIDE_PIXELS = 96  # of the images below the heat maps
 SMALL_QUALITY = 75
-NUM_TICKS = 5
 WARMUP_FRACTION = 0.02  # of the steps, left out of the y axis' range: the first losses are several times the others
 WIDTH, HEIGHT = 398.0, 216.0  # of a chart's plot area, in the template's drawing
 CHARTS = (
@@ -39,7 +37,6 @@ METRIC_NAMES = {f"bleu{n}": f"BLEU-{n}" for n in range(1, 5)} | {
 
 HistoryRow = Mapping[str, Any]
 Ticks = list[tuple[float, str]]
-Points = list[tuple[int, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,15 +169,8 @@ def _sample(file: Path, captions: list[tuple[str, str]], seen: Mapping[str, Any]
 
 def _words(attention: Attention) -> list[tuple[str, str, str]]:
     """Each word, where it looked in words, and its heat map."""
-    scaled_TR = attention.weights_TR / attention.weights_TR.max(axis=1, keepdims=True)
-    heat_maps = (_heat_map(weights_R.reshape(attention.grid)) for weights_R in scaled_TR)
+    heat_maps = (_encode(each, "png", optimize=True) for each in attention.heat_maps())
     return list(zip(map(str.strip, attention.words), attention.texts(), heat_maps, strict=True))
-
-
-def _heat_map(weights: np.ndarray) -> str:
-    """A PNG of weights from 0 (dark) to 1 (a clear orange), a pixel each, as a data URI; the gallery looks alike."""
-    pixels = np.stack((255 * weights, 140 * weights, 0 * weights, 190 - 127 * weights), axis=-1)
-    return _encode(Image.fromarray(pixels.round().astype(np.uint8)), "png", optimize=True)
 
 
 def _small(jpeg: bytes) -> str:
@@ -240,24 +230,3 @@ def _chart(title: str, history: Sequence[HistoryRow], columns: Mapping[str, str]
         notes=notes,
         summary="; ".join([title, *ends]),
     )
-
-
-def thin(points: Points) -> Points:
-    """The first of the points, and every k-th up to the last, about MAX_CURVE_POINTS; a single one twice: a dot."""
-    stride = max(1, -(-len(points) // MAX_CURVE_POINTS))
-    return points[:1] + points[::-stride][::-1]
-
-
-def value_ticks(values: Sequence[float]) -> list[float]:
-    """Round numbers at equal distances, around all values and zero."""
-    low, high = min(0.0, *values, 0.0), max(0.0, *values, 0.0)
-    tick = round_up((high - low) / NUM_TICKS) or 1.0
-    return [number * tick for number in range(math.floor(low / tick), max(1, math.ceil(high / tick)) + 1)]
-
-
-def round_up(number: float) -> float:
-    """The smallest of 1, 2 and 5 times a power of ten that is not below `number`; 0 for 0."""
-    if not number:
-        return 0.0
-    power = 10.0 ** math.floor(math.log10(number))
-    return next(factor * power for factor in (1, 2, 5, 10, 20) if factor * power >= number)

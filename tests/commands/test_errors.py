@@ -5,7 +5,14 @@ import pickle
 import pytest
 
 from captioner.cli import Remedies, with_remedy
-from captioner.errors import NoAttentionError, NotCalibratedError, StreamingError, TooManyBadSamplesError, UserError
+from captioner.errors import (
+    DeviceMemoryError,
+    NoAttentionError,
+    NotCalibratedError,
+    StreamingError,
+    TooManyBadSamplesError,
+    UserError,
+)
 from captioner.files.ownership import AlreadyOwnedError, NotWritableError
 from captioner.model.encoders import FixedCropError, SmallImagesError, WeightsError
 from captioner.streaming.cache import CacheFolderError, CacheTooSmallError
@@ -19,6 +26,7 @@ ERRORS = (
     AlreadyOwnedError("run/owner.json", "is training in this folder", 7, "node3"),
     CacheFolderError("cache", "No space left on device"),
     CacheTooSmallError("cache", 10**9, "s3://shards/train-000000.tar", 2 * 10**9),
+    DeviceMemoryError(),
     FixedCropError("vit_b_32", 192, 224),
     NoAttentionError(),
     NotWritableError("run", "Permission denied"),

@@ -43,11 +43,11 @@ class SmallSettings:
     """Folder of photos; without it, images in COCO's sizes are drawn."""
     encoders: tuple[str, ...] = ENCODERS
     """Encoders of the random models."""
-    models: tuple[Path, ...] = ()
+    models: tuple[File, ...] = ()
     """Model folders to measure instead."""
     pictures: Count = 128
     """Files of a run."""
-    cores: tuple[int, ...] = (1, 2)
+    cores: tuple[Count, ...] = (1, 2)
     """Numbers of cores."""
     json: File | None = None
     """Write run and rows to this file."""

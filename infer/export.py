@@ -12,7 +12,6 @@ float32, before the folder appears. infer/main.py --model ONNX_FOLDER captions w
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from captioner import cli
 from captioner.errors import UserError
@@ -27,7 +26,7 @@ class ExportSettings:
     """Model folder that train/main.py wrote, or its URL."""
     output: File
     """Folder to create, for encoder.onnx, decoder.onnx, config.json, vocabulary.json and README.md."""
-    int8: Path | None = None
+    int8: File | None = None
     """Folder of 20 or more photos like those to caption, to turn weights and the encoder's activations into int8."""
 
 

@@ -72,8 +72,9 @@ def read_regular(path: Path, *, max_bytes: int) -> bytes | None:
 def find_sidecar(file: File, *, suffixes: Iterable[str]) -> str:
     """The suffix of the sidecar in which a local image has a description; "" without one."""
     image = local_path(file.root, file.path) if file.size is None else None
-    for suffix in suffixes if image is not None else ():
-        assert image is not None
+    for suffix in suffixes:
+        if image is None or file.path.endswith(suffix):  # the file is a sidecar itself
+            continue
         if suffix == XMP:
             if any(has_text(read_regular(path, max_bytes=xmp.MAX_BYTES + 1)) for path in xmp_sidecars(image)):
                 return XMP

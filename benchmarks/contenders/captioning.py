@@ -130,7 +130,7 @@ def caption_folder(job: Job, captioner: Captioner, settings: CaptionSettings) ->
     listing = open_listing(settings, alone)
     own = (entry for entry in listing if getattr(entry, "path", None) in names)
     with closing(RowIndex(settings.output)) as index, closing(RowWriter(part_path(settings.output, 0))) as writer:
-        num_rows, _ = caption_files(own, index, writer, captioner, settings=settings, peers=alone)  # type: ignore[arg-type]
+        num_rows, *_ = caption_files(own, index, writer, captioner, settings=settings, peers=alone)  # type: ignore[arg-type]
     summary = merge(settings.output)
     assert num_rows == summary.num_rows == len(job.files), "files were lost"
     assert not summary.failures

@@ -73,7 +73,8 @@ def test_everything_known_is_kept(form: Form, num_new: int) -> None:
         assert torch.equal(kept, before[name]), name
     packed = pack([[[4, 5, 6], [7]], [[8, 9]]], max_tokens=9)
     logits_MV = logits(extended.model, make_images(2), packed)
-    torch.testing.assert_close(logits_MV[:, : len(KNOWN)], logits(bundle.model, make_images(2), packed))
+    wanted_MV = logits(bundle.model, make_images(2), packed)  # of a frozen encoder, with folded batch norms
+    torch.testing.assert_close(logits_MV[:, : len(KNOWN)], wanted_MV, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("trainable", [False, True])

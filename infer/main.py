@@ -50,7 +50,7 @@ from infer.row_index import RowIndex, Summary, merge
 from infer.settings import CaptionSettings, check_files, check_flags, find_text, open_listing
 from infer.sidecars import write_sidecars
 from infer.tables import write_coco_results, write_csv
-from infer.watching import Stop, check_watch, settled, watch
+from infer.watching import Stop, check_watch, not_growing, watch
 
 EXIT_SOME_FAILED = 3
 REMEDIES: cli.Remedies = {
@@ -87,7 +87,7 @@ def caption(outputs: Outputs) -> None:
     captioner = load_captioner(settings)
     listing = open_listing(settings, peers)
     noted: list[ImageFile] = []
-    files = settled(listing) if settings.watch else noting(check_files(listing, settings), noted)
+    files = not_growing(listing) if settings.watch else noting(check_files(listing, settings), noted)
     choices = row_settings(captioner, settings)
     stop = Stop()
     with ExitStack() as job:

@@ -72,7 +72,7 @@ def main(settings: ServeSettings) -> None:
             f"--gallery {settings.gallery} holds no gallery: give a folder that infer/main.py --gallery wrote"
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when it has ended
-    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # what is wrong with a body, its client is told
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # the client gets the reason
     listener = listen(settings.host, settings.port)
     prepare(with_torch=not is_onnx_folder(settings.model))  # while this process loads the model
     from infer.captioning import load_captioner

@@ -83,7 +83,7 @@ def is_unfinished(path: str) -> bool:
     return name.startswith(".") or name.lower().endswith(UNFINISHED_SUFFIXES)
 
 
-def settled(files: Iterable[ImageFile]) -> Iterator[ImageFile]:
+def not_growing(files: Iterable[ImageFile]) -> Iterator[ImageFile]:
     """The files that cannot be growing: modified more than RECENT_SECONDS ago. Others are left to the watch."""
     for file in files:
         stamp = _stamp(file)

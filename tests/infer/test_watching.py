@@ -25,7 +25,7 @@ from infer.listing import ImageFile
 from infer.results import to_line
 from infer.row_index import RowIndex
 from infer.settings import CaptionSettings
-from infer.watching import STILL_SECONDS, Arrivals, check_watch, is_unfinished, settled
+from infer.watching import STILL_SECONDS, Arrivals, check_watch, is_unfinished, not_growing
 
 OLD = time.time() - 3600
 
@@ -136,7 +136,7 @@ def test_the_first_pass_leaves_young_files_to_the_watch(tmp_path: Path) -> None:
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time.time() - age, time.time() - age))
     names = [*sorted(os.listdir(tmp_path)), "absent.png"]  # noqa: PTH208
-    assert [file.path for file in settled(ImageFile(str(tmp_path), name) for name in names)] == [
+    assert [file.path for file in not_growing(ImageFile(str(tmp_path), name) for name in names)] == [
         "old.png",
         "absent.png",
     ]

@@ -26,20 +26,19 @@ from pathlib import Path
 from typing import Any
 
 from captioner import cli
-from captioner.flags import Count, File
+from captioner.flags import Count
 from contenders import LARGE, LIGHT, LITE
 from measuring.figures import Bar, describe_run, finish, print_rows, print_run
 from measuring.photos import COCO, PHONE, find_or_draw, tile_photos
+from measuring.settings import ImageBenchmarkSettings
 
 PACKAGES = ("torch", "torchvision", "accelerate", "simplejpeg", "pillow", "pillow-simd", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptioningSettings:
+class CaptioningSettings(ImageBenchmarkSettings):
     """What is measured, on which images, and how often."""
 
-    images: File | None = None
-    """Folder of photos such as COCO's; without it, images in COCO's sizes are drawn that compress like photos."""
     encoders: tuple[str, ...] = (LIGHT, LITE)
     """Encoders on the CPU; on a GPU resnet152 is measured as well."""
     pictures: Count | None = None
@@ -48,10 +47,6 @@ class CaptioningSettings:
     """12-megapixel files of a turn: 320, with --quick 8."""
     rounds: Count | None = None
     """Turns of each contender: 3, with --quick 1."""
-    quick: bool = False
-    """Everything small, only to see that it runs."""
-    json: File | None = None
-    """Write run, rows and bars to this file, and a plot of the bars beside it (.svg)."""
 
 
 def main(settings: CaptioningSettings) -> None:

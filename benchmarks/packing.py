@@ -69,6 +69,7 @@ from measuring.figures import (
     times_as_fast,
 )
 from measuring.photos import SIZE, find_or_draw, repeat_photos, tile_photos
+from measuring.settings import ImageBenchmarkSettings
 from sharding.packing.pack import ShardProgress, pack_shard
 from sharding.packing.planning import ShardPlan
 
@@ -79,11 +80,9 @@ ONE_WORKER, TWO_WORKERS = "ours through the engine, 1 worker", "ours through the
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackingSettings:
+class PackingSettings(ImageBenchmarkSettings):
     """What is measured, on which images, and how often."""
 
-    images: File | None = None
-    """Folder of photos such as COCO's; without it, images in COCO's sizes are drawn that compress like photos."""
     rounds: Count | None = None
     """Turns of each contender: 5, with --quick 2. Whole jobs have at most 3, with --quick 1."""
     pictures: Count | None = None
@@ -92,14 +91,10 @@ class PackingSettings:
     """Processes of the whole jobs, ours and img2dataset's."""
     peers: File | None = None
     """The Python that has img2dataset: .venv-peers/bin/python, as make bench-peers makes it."""
-    quick: bool = False
-    """Everything small, only to see that it runs."""
     memory: bool = False
     """Also measure a worker's memory over 20,000 images (minutes)."""
     quality_table: bool = False
     """Also measure bytes, time and accuracy of each JPEG quality."""
-    json: File | None = None
-    """Write run, rows and bars to this file, and a plot of the bars beside it (.svg)."""
 
 
 def main(settings: PackingSettings) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 
 from captioner import cli
 from captioner.errors import UserError
-from captioner.flags import Count, File, Location
+from captioner.flags import Count, Location
 from captioning import write_different
 from measuring.figures import (
     Cost,
@@ -41,6 +41,7 @@ from measuring.figures import (
     times_as_fast,
 )
 from measuring.photos import find_or_draw
+from measuring.settings import ImageBenchmarkSettings
 
 PACKAGES = ("torch", "fastapi", "uvicorn", "simplejpeg", "pillow", "pillow-simd")
 NUM_CLIENTS = (1, 8, 64)
@@ -50,21 +51,15 @@ SERVE = Path(__file__).resolve().parents[1] / "infer" / "serve.py"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServingSettings:
+class ServingSettings(ImageBenchmarkSettings):
     """The model, the images, and how often."""
 
     model: Location = "runs/coco/model"
     """Model folder that train/main.py wrote."""
-    images: File | None = None
-    """Folder of photos such as COCO's; without it, images in COCO's sizes are drawn that compress like photos."""
     pictures: Count | None = None
     """Images of a turn, a quarter of it with one client: 1,000, with --quick 64."""
     rounds: Count | None = None
     """Turns of each contender: 3, with --quick 1."""
-    quick: bool = False
-    """Everything small, only to see that it runs."""
-    json: File | None = None
-    """Write run, rows and bars to this file, and a plot of the bars beside it (.svg)."""
 
 
 @dataclass

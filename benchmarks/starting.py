@@ -32,6 +32,7 @@ from contenders import LIGHT, pictures
 from measuring.commands import REPOSITORY, code_environment, find_peers, pack_samples, shard_megabytes, stored_photos
 from measuring.figures import at_most, describe_run, finish, median, print_rows, print_run
 from measuring.photos import find_or_draw, write_captions
+from measuring.settings import ImageBenchmarkSettings
 
 BATCH = 32
 LAUNCHED_IMPORTS, LAUNCHED = "accelerate launch, imports alone", "accelerate launch train/main.py"
@@ -42,19 +43,13 @@ SCRIPT = Path(__file__).with_name("contenders") / "starting.py"
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartingSettings:
+class StartingSettings(ImageBenchmarkSettings):
     """What is measured, on which images, and how often."""
 
-    images: File | None = None
-    """Folder of photos such as COCO's; without it, images in COCO's sizes are drawn."""
     rounds: Count | None = None
     """Turns of each contender: 5, with --quick 1."""
     peers: File | None = None
     """The Python that has litdata and mosaicml-streaming: .venv-peers/bin/python, as make bench-peers makes it."""
-    quick: bool = False
-    """Few images, one round."""
-    json: File | None = None
-    """Write run, rows and bars to this file, and a plot of the bars beside it (.svg)."""
 
 
 def main(settings: StartingSettings) -> None:

@@ -66,6 +66,7 @@ from measuring.figures import (
     times_as_fast,
 )
 from measuring.photos import SIZE, draw_photos, find_photos, write_captions
+from measuring.settings import ImageBenchmarkSettings
 
 PACKAGES = ("torch", "torchvision", "webdataset", "simplejpeg", "pillow", "pillow-simd", "nltk", "numpy")
 PICTURE_BATCH, TEXT_BATCH = 128, 256
@@ -80,13 +81,11 @@ PARTS: tuple[Part, ...] = ("pictures", "text", "seek")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamingSettings:
+class StreamingSettings(ImageBenchmarkSettings):
     """What is measured, on which images, and how often."""
 
     parts: tuple[Part, ...] = PARTS
     """What to measure."""
-    images: File | None = None
-    """Folder of photos such as COCO's; without it, images in COCO's sizes are drawn that compress like photos."""
     rounds: Count | None = None
     """Turns of each contender: 5, with --quick 1."""
     batches: Count | None = None
@@ -95,10 +94,6 @@ class StreamingSettings:
     """Store everybody's images as commit 1b46dbb did, at quality 95 with 4:4:4, instead of as packing does now."""
     peers: File | None = None
     """The Python that has litdata and mosaicml-streaming: .venv-peers/bin/python, as make bench-peers makes it."""
-    quick: bool = False
-    """Everything small, only to see that it runs."""
-    json: File | None = None
-    """Write run, rows and bars to this file, and a plot of the bars beside it (.svg)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

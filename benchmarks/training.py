@@ -65,6 +65,7 @@ from measuring.figures import (
     times_as_fast,
 )
 from measuring.photos import find_or_draw
+from measuring.settings import ImageBenchmarkSettings
 
 PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "pillow", "pillow-simd", "nltk", "numpy")
 BATCH, GPU_BATCHES = 128, (128, 512)
@@ -77,11 +78,9 @@ Costs = Mapping[str, Sequence[Cost | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
+class TrainingSettings(ImageBenchmarkSettings):
     """What is measured, on which samples, and how often."""
 
-    images: File | None = None
-    """Folder of photos such as COCO's; without it, images in COCO's sizes are drawn that compress like photos."""
     captions: File | None = None
     """Real captions in COCO's JSON (or .json.gz), assigned to the images in turn; without it, random words."""
     parts: Literal["all", "cpu", "gpu"] = "all"
@@ -96,10 +95,6 @@ class TrainingSettings:
     """Loader workers for the GPU figures: one a processor, unless given."""
     threads: Workers = 1
     """Threads of torch in the training process."""
-    quick: bool = False
-    """Everything small, only to see that it runs."""
-    json: File | None = None
-    """Write run, rows and bars to this file, and a plot of the bars beside it (.svg)."""
 
 
 def main(settings: TrainingSettings) -> None:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from captioner import cli
-from captioner.describe import Captioner, Description, Encoded
+from captioner.describe import Captioner, Description, Encoded, Precision
 from captioner.errors import UserError
 from captioner.files.storage import is_remote
 from captioner.images.views import ViewSpec, seen_area
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     import torch
 
     from captioner.model.bundle import Bundle
-    from captioner.model.onnx import OnnxBundle
 
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 8, 128
 DECIMALS = 4  # of scores
@@ -43,38 +42,40 @@ Described = list[tuple[DecodedImage, Description]]
 
 
 def load_captioner(settings: CaptionSettings) -> Captioner:
-    """The model on this process's device, or on the CPU through onnxruntime. Raises UserError."""
-    bundle, bfloat16 = load_onnx_model(settings) if is_onnx_folder(settings.model) else load_torch_model(settings)
+    """The model on this process's device, or on the CPU through onnxruntime, without torch. Raises UserError."""
+    precision: Precision = "float32"
+    if not is_onnx_folder(settings.model):
+        bundle = _load_torch_model(settings.model)
+        precision = _best_precision(bundle.device) if settings.precision == "auto" else settings.precision
+    elif settings.precision == "bfloat16":
+        raise UserError("an ONNX folder has float32 only: leave out --precision, or give a model folder")
+    else:
+        bundle = load_onnx(settings.model)
     return Captioner(
         bundle,
         beam_size=settings.beam_size,
         length_penalty=settings.length_penalty,
         captions_per_image=settings.captions_per_image,
         abstain_below=settings.abstain_below,
-        precision="bfloat16" if bfloat16 else "float32",
+        precision=precision,
         with_attention=settings.attention,
     )
 
 
-def load_onnx_model(settings: CaptionSettings) -> "tuple[OnnxBundle, bool]":
-    """The model of an ONNX folder, and whether it is for bfloat16, which it never is. Imports no torch."""
-    if settings.precision == "bfloat16":
-        raise UserError("an ONNX folder has float32 only: leave out --precision, or give a model folder")
-    return load_onnx(settings.model), False
-
-
-def load_torch_model(settings: CaptionSettings) -> "tuple[Bundle, bool]":
-    """The model of a model folder, and whether its encoder is for bfloat16."""
+def _load_torch_model(folder: str) -> "Bundle":
     import torch
 
     from captioner.model.bundle import load_bundle
 
-    device = find_device()
     torch.set_num_threads(1)  # whole batches are captioned in parallel instead
-    bfloat16 = settings.precision == "bfloat16" or (
-        settings.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    )
-    return load_bundle(settings.model, device=device), bfloat16
+    return load_bundle(folder, device=find_device())
+
+
+def _best_precision(device: "torch.device") -> Precision:
+    """bfloat16 on GPUs that have it."""
+    import torch
+
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
 
 def find_device() -> "torch.device":

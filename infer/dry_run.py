@@ -20,7 +20,7 @@ from captioner.model.onnx import is_onnx_folder
 from captioner.workers import WorkerPool, count_processors
 from infer.captioning import caption_files, load_captioner, row_settings, without_rows
 from infer.listing import Ahead, ImageFile, Listing
-from infer.metadata.described import Metadata, find_sidecar, has_text, read_metadata
+from infer.metadata.described import Metadata, find_sidecar, read_metadata
 from infer.peers import Peers
 from infer.reading import MAX_DEATHS, MAX_FILE_BYTES, MAX_SECONDS, blame, prepare
 from infer.results import WORKING_FOLDER, Row, RowWriter, check_settings, to_line
@@ -186,7 +186,7 @@ def look_at(file: ImageFile, *, suffixes: tuple[str, ...]) -> Finding:
         return f"in a {suffix} sidecar" if suffix else "", error.reason
     if suffix:
         return f"in a {suffix} sidecar", ""
-    return EMBEDDED if found is not None and (found.description or has_text(found.packet)) else "", ""
+    return EMBEDDED if found is not None and found.has_description else "", ""
 
 
 def _looks_whole(found: Metadata, file: BinaryIO) -> bool:

@@ -241,7 +241,7 @@ function editor(row, alt) {
     refresh();
     field.value = caption(row);
   };
-  let kind = "";  // of the last input: what is typed goes on as one step, up to a space
+  let kind = "";  // of the last input: what is typed is one step, up to a space
   field.addEventListener("input", event => {
     const text = field.value.trim().replace(/\s+/g, " ");
     const goesOn = event.inputType === kind && !/\s/.test(event.data ?? "") && steps.at(-1)?.key === key;

@@ -34,7 +34,7 @@ from captioner.workers import count_processors
 from infer.corrections import Corrections, read_lines
 from infer.listing import ImageFile, locate
 from infer.reading import MAX_FILE_BYTES
-from infer.results import Row
+from infer.results import Row, as_utf8
 
 INDEX = "index.html"
 DATA = "data.js"
@@ -52,7 +52,6 @@ SHOWN_KEYS = frozenset(
 )  # fmt: skip
 
 _THUMBNAIL_NAME = re.compile(r"[0-9a-f]{32}\.jpg(\.[0-9a-f]{32}\.partial)?")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_folder(folder: Path, *, images: Sequence[str]) -> None:
@@ -118,7 +117,7 @@ def write_gallery(
         _write(folder / CORRECTIONS, written.to_jsonl())
     _write(folder / DATA, _data(entries, roots=named_roots, thumbnails=thumbnails))
     page = _page(entries, roots=list(roots), title=title, model=model)
-    _write(folder / INDEX, _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", page))
+    _write(folder / INDEX, as_utf8(page))
     _remove_stale(folder / THUMBNAILS, keep=set(thumbnails.values()))
     return folder / INDEX
 

@@ -27,7 +27,7 @@ from captioner.files import storage
 from captioner.images.loading import ImageError
 from captioner.samples import image_spans
 from captioner.shards.format import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
-from infer.results import PARTIAL_SUFFIX
+from infer.results import PARTIAL_SUFFIX, write_all
 from infer.row_index import LocationSet, hash_location, real_root
 
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
@@ -239,8 +239,7 @@ class Ahead(Iterator[ImageFile]):
 def _append(file: FileIO, data: bytes) -> None:
     """Write all of `data`. Raises UserError."""
     try:
-        while data:  # a nearly full disk may write only some of it
-            data = data[file.write(data) :]
+        write_all(file, data)
     except OSError as error:
         raise UserError(
             f"the temporary file of the listing cannot grow ({error.strerror}): set TMPDIR to a folder with room"

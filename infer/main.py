@@ -15,6 +15,7 @@ of the job was lost: start it again. With --watch SIGTERM and Ctrl-C are its end
 
 import signal
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import chain
@@ -40,6 +41,7 @@ from infer.peers import find_peers
 from infer.reading import prepare
 from infer.results import (
     WORKING_FOLDER,
+    Row,
     check_settings,
     part_path,
     read_rows,
@@ -159,7 +161,7 @@ def write_extras(settings: CaptionSettings) -> int:
         written.append(embed_all(rows, settings.output, existing=settings.existing, text=text))
     for line in chain.from_iterable(outcomes.lines() for outcomes in written):
         cli.console.print(line, markup=False)
-    write_tables(settings)
+    write_tables(settings, text)
     if settings.gallery is not None:
         rows, files = read_rows(settings.output), settings.corrections
         page = write_gallery(rows, settings.gallery, title="Captions", model=settings.model, corrections=files)
@@ -169,11 +171,10 @@ def write_extras(settings: CaptionSettings) -> int:
     return sum(outcomes.num_failed for outcomes in written)
 
 
-def write_tables(settings: CaptionSettings) -> None:
+def write_tables(settings: CaptionSettings, text: Callable[[Row], str] | None) -> None:
     """Write the CSV and the COCO results, if wanted, and print what they do not hold."""
     if settings.csv is not None:
-        text, excel = find_text(settings), settings.csv_excel
-        num_shown = write_csv(settings.output, settings.csv, text=text, excel=excel)
+        num_shown = write_csv(settings.output, settings.csv, text=text, excel=settings.csv_excel)
         if num_shown:
             cli.console.print(
                 f"{settings.csv}: {num_shown:,} names are not UTF-8: some characters are replaced", markup=False

@@ -3,9 +3,8 @@
 import html
 import io
 import math
-import os
 import re
-import stat
+import sys
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from PIL import ExifTags, Image, IptcImagePlugin
 from PIL.ImageFile import ImageFile as PillowFile
 
 from captioner.files import storage
-from captioner.images.loading import HEIC_START, NEVER_DECODED
+from captioner.images.loading import NEVER_DECODED
 from infer.listing import ImageFile
+from infer.metadata.described import open_header
 
 HEADER_BYTES = 1 << 18  # of a file on a server
 PATIENCE_SECONDS = 10.0
@@ -44,33 +44,17 @@ def read_metadata(file: ImageFile) -> PhotoMetadata:
     if file.size is not None:  # packing keeps no metadata
         return PhotoMetadata()
     try:
-        with closing(_open(file)) as stream, _open_image(stream) as image:
-            return _read(image)
+        with closing(_open(file)) as stream, open_header(stream) as image:
+            return PhotoMetadata() if image.format in NEVER_DECODED else _read(image)
     except Exception:  # damaged metadata raises almost any type
         return PhotoMetadata()
 
 
 def _open(file: ImageFile) -> BinaryIO:
-    """The file, or of a remote one its first bytes. Raises OSError."""
+    """The file, or of a remote one its first bytes. Raises OSError and ImageError."""
     if storage.is_remote(file.root):
         return io.BytesIO(storage.read_bytes(file.location, end=HEADER_BYTES, patience_seconds=PATIENCE_SECONDS))
-    if not stat.S_ISREG(os.stat(file.location).st_mode):  # noqa: PTH116 - a Path changes names
-        raise OSError("no regular file")
-    return open(file.location, "rb")  # noqa: PTH123
-
-
-def _open_image(stream: BinaryIO) -> PillowFile:
-    """The image, of which only the header is read. Raises almost any exception."""
-    start = stream.read(64)
-    stream.seek(0)
-    if HEIC_START.match(start):
-        import pillow_heif
-
-        return pillow_heif.HeifImageFile(stream)
-    image = Image.open(stream)
-    if image.format in NEVER_DECODED:
-        raise ValueError(image.format)
-    return image
+    return file.open(max_bytes=sys.maxsize)
 
 
 def _read(image: PillowFile) -> PhotoMetadata:

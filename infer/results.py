@@ -9,6 +9,7 @@ import io
 import json
 import mmap
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from captioner.files import locks, storage
 
 FORMAT_VERSION = 2
 WORKING_FOLDER = "working_folder"  # the base of relative roots
+NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python writes such bytes of names
 PARTIAL_SUFFIX = ".captioner-partial"  # of images and sidecars that are being written
 
 
@@ -57,6 +59,11 @@ class Row(TypedDict):
     sha256: NotRequired[str]
     error: NotRequired[str]
     message: NotRequired[str]
+
+
+def as_utf8(text: str) -> str:
+    """The text with the replacement character for each byte of a name that is not UTF-8."""
+    return NOT_UTF8.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def to_line(row: Row) -> str:

@@ -17,7 +17,7 @@ from typing import BinaryIO, Literal
 from captioner.errors import UserError
 from captioner.files import storage
 from infer.gallery import name_roots
-from infer.results import Row, read_rows, writing
+from infer.results import NOT_UTF8, Row, as_utf8, read_rows, writing
 from infer.row_index import LocationSet
 from infer.templates import clean
 
@@ -27,7 +27,6 @@ COLUMNS = ("alt", "confidence", "score", "review", "duplicate_of", "width", "hei
 
 _FORMULA = re.compile(r"[=+\-@\t\r]")
 _COCO_NAME = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})")  # of 2014, of 2017
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_table(path: Path, flag: str, suffixes: Iterable[str]) -> None:
@@ -71,7 +70,7 @@ def write_csv(
         writer.writerow(["image", "caption", *(["text"] if text else []), *COLUMNS])
         for row in read_rows(output):
             name = prefixes[row["root"]] + row["path"]
-            num_shown += _SURROGATE.search(name) is not None
+            num_shown += NOT_UTF8.search(name) is not None
             cells = [row.get("caption"), *([text(row)] if text else []), *map(row.get, COLUMNS)]
             shown = (_cell(cell, decimal="," if separator == ";" else ".") for cell in cells)
             writer.writerow([_name_cell(name), *shown])
@@ -93,7 +92,7 @@ def _cell(value: object, *, decimal: str) -> str:
 
 def _name_cell(name: str) -> str:
     """The name, unchanged where it is valid: white space belongs to it."""
-    shown = _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", name)
+    shown = as_utf8(name)
     return f"./{shown}" if _FORMULA.match(shown) else shown
 
 

@@ -20,7 +20,7 @@ from captioner.errors import UserError
 from captioner.files import storage
 from infer.listing import ImageFile, locate
 from infer.photo_metadata import PhotoMetadata, read_metadata
-from infer.results import Row
+from infer.results import NOT_UTF8, Row, as_utf8
 
 MISSING = "\0"  # stands for an empty field between literals, which hold none
 _SEPARATORS = r"[\s,;:/|·•–—-]*"
@@ -30,7 +30,6 @@ _BEFORE_CLOSING = re.compile(rf"{_GAP}(?=[)\].!?])")
 _AFTER_OPENING = re.compile(rf"(?<=[(\[]){_GAP}")
 _BETWEEN = re.compile(_GAP)
 _UNPRINTABLE = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029]+")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _SENTENCE_ENDS = re.compile(r"([.!?])[.!?]+")
 
 
@@ -39,7 +38,7 @@ def clean(text: str) -> str:
 
     White space and control characters become a space, bytes that are not UTF-8 the replacement character.
     """
-    return _UNPRINTABLE.sub(" ", _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)).strip()
+    return _UNPRINTABLE.sub(" ", as_utf8(text)).strip()
 
 
 ROW_FIELDS = ("alt", "caption", "confidence", "review", "model", "width", "height", "root", "path")
@@ -89,7 +88,7 @@ class Template:
 
     def __init__(self, template: str, *, prefix: str = "", suffix: str = "", max_length: int | None = None) -> None:
         for flag, value in (("--template", template), ("--prefix", prefix), ("--suffix", suffix)):
-            if _SURROGATE.search(value) or "\0" in value:
+            if NOT_UTF8.search(value) or "\0" in value:
                 raise UserError(f"{flag} {value!r} is not valid UTF-8: write it in UTF-8")
         self._parts = _parse(template)
         self._prefix, self._suffix = prefix, suffix

@@ -42,6 +42,11 @@ class Metadata:
     packet: bytes | None
     description: str
 
+    @property
+    def has_description(self) -> bool:
+        """Whether there is a description in any of them."""
+        return bool(self.description) or has_text(self.packet)
+
 
 # ---- sidecars ---------------------------------------------------------------------------------------------
 
@@ -96,14 +101,14 @@ def has_text(packet: bytes | None) -> bool:
 def is_described(source: OpenImage) -> bool:
     """Whether an image, the bytes of its file or the open file, has a description in its own metadata."""
     found = read_metadata(source)
-    return found is not None and (bool(found.description) or has_text(found.packet))
+    return found is not None and found.has_description
 
 
 def read_metadata(source: OpenImage) -> Metadata | None:
     """The metadata of an image; None if its header cannot be read, or its format is none of those that we read."""
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with _open(file) as image:
+        with open_header(file, formats=READ_FORMATS) as image:
             kind = "JPEG" if image.format == "MPO" else str(image.format)
             if kind == "PNG":
                 file.seek(0)
@@ -116,14 +121,15 @@ def read_metadata(source: OpenImage) -> Metadata | None:
         return None
 
 
-def _open(file: BinaryIO) -> ImageFile.ImageFile:
+def open_header(file: BinaryIO, *, formats: tuple[str, ...] | None = None) -> ImageFile.ImageFile:
+    """The image, of which only the header is read: HEIC, or one of Pillow's formats. Raises almost any exception."""
     start = file.read(64)
     file.seek(0)
     if HEIC_START.match(start):
         import pillow_heif
 
         return pillow_heif.HeifImageFile(file)
-    return Image.open(file, formats=READ_FORMATS)
+    return Image.open(file, formats=formats)
 
 
 def _first(readers: Iterable[Callable[[], Any]]) -> str:

@@ -17,7 +17,6 @@ import warm
 from PIL import Image
 from rows import captioned, failed
 from tiny import picture
-from tiny_model import write_model
 
 from captioner.errors import UserError
 from infer.answers import OPENED_GALLERY, answer_lines, open_outputs
@@ -27,11 +26,6 @@ from infer.terminal import CHUNK_BYTES, draw, find_protocol
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = "docs/captions-your-way.md"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "model")
 
 
 @pytest.fixture

@@ -38,11 +38,6 @@ NUMBERS = ("score", "confidence")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "model")
-
-
-@pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures in folders, some with the same bytes, and files that are none."""
     folder = tmp_path_factory.mktemp("photos")

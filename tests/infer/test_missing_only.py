@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from tiny import picture
-from tiny_model import write_model
 from trainer import Done, start
 
 from infer.metadata import xmp
@@ -18,11 +17,6 @@ PACKET = xmp.extend(None, "Mine", model="m", date="2026-11-28") or b""
 DESCRIBED = ("002.png", "003.png", "sub/004.png", "sub/005.jpg")
 BROKEN = ("empty.jpg", "sub/text.jpg")
 ALL_PLAIN = [f"{'sub/' if number % 2 == 0 else ''}{number:03d}.png" for number in range(10, 40)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "model")
 
 
 @pytest.fixture

@@ -29,7 +29,6 @@ from rows import success
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from tiny import picture
-from tiny_model import write_model
 
 from infer.gallery import write_gallery
 from infer.serve import listen
@@ -40,11 +39,6 @@ pytestmark = pytest.mark.slow
 MAX_BYTES, MAX_PIXELS, MAX_QUEUE = 2_000_000, 2_000_000, 200
 SCORES = ("score", "confidence", "token_scores")
 BOUNDARY = b"frontier"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "model")
 
 
 @pytest.fixture(scope="module")

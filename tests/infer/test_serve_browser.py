@@ -11,7 +11,6 @@ from caption_server import Served, run_server
 from rows import success
 from servers import free_port
 from tiny import picture
-from tiny_model import write_model
 
 from infer.gallery import write_gallery
 
@@ -19,11 +18,6 @@ pytestmark = pytest.mark.slow
 
 MAX_BYTES = 100_000
 HOSTILE = "<img src=x onerror=alert(1)>.png"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "model")
 
 
 @pytest.fixture(scope="module")

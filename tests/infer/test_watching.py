@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import picture
-from tiny_model import write_model
 from trainer import Running, start
 
 from captioner.errors import UserError
@@ -167,11 +166,6 @@ class Hurry:
 
     def install(self) -> None:
         watching.STILL_SECONDS, watching.MIN_POLL_SECONDS, watching.SLEEP_SECONDS = 0.3, 0.05, 0.01
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "model")
 
 
 def start_watching(folder: Path, model: Path, *more: object) -> Running:

@@ -128,6 +128,9 @@ def test_a_trainable_encoder_keeps_its_norms() -> None:
     encoder.eval()
     encoder(torch.randn(2, 3, CROP, CROP))
     assert not encoder._folded
+    encoder.trainable = False  # as before --finetune-encoder-from-step
+    encoder(torch.randn(2, 3, CROP, CROP))
+    assert not encoder._folded
 
 
 def test_copies_and_pickles_compute_the_same() -> None:

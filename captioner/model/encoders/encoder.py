@@ -53,9 +53,10 @@ class Encoder(nn.Module):
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Pooled features (B, F), or the grid (B, R, F)."""
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
-            network = self._fold(crop=images_B3HW.shape[2]) if self._is_plain() else self.backbone
-            if self._graphs is not None and can_replay(images_B3HW) and self._is_plain():
-                return self._features(self._graphs(network, images_B3HW))
+            graphs = self._graphs if self._is_plain() else None  # None too if it was made to be trained, now or later
+            network = self.backbone if graphs is None else self._fold(crop=images_B3HW.shape[2])
+            if graphs is not None and can_replay(images_B3HW):
+                return self._features(graphs(network, images_B3HW))
             return self._features(network(images_B3HW))
 
     def grid_shape(self, crop: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@ SHELL := /bin/sh
 PYTHON ?= python3
 VENV ?= .venv
 PEERS ?= .venv-peers
+LOWEST ?= .venv-lowest
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTS_READY := $(VENV)/.tests-ready
@@ -14,7 +15,7 @@ PILLOW_SIMD := pillow-simd==12.1.1.post0
 KEEP_SIMD := [ ! -d $(VENV)/simd ] || { $(BIN)/python -m pip uninstall --quiet --yes pillow pillow-simd && \
 	$(BIN)/python -m pip install --quiet --no-deps --no-index --find-links $(VENV)/simd pillow-simd; }
 
-.PHONY: help setup demo test test-quick check format docs clean simd no-simd bench-peers
+.PHONY: help setup demo test test-quick test-lowest check format docs clean simd no-simd bench-peers
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,13 +44,21 @@ demo: $(READY) ## pack, train, evaluate and caption drawn scenes: about 5 minute
 	$(BIN)/python examples/demo.py
 
 # Two processes; the tests of a file run in one of them, so they share its fixtures.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
+PYTEST_OPTIONS := --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
+PYTEST := $(BIN)/python -m pytest $(PYTEST_OPTIONS)
+QUICK := -m "not slow and not external"
 
 test: check ## all checks, then all tests, in two processes
 	$(PYTEST)
 
 test-quick: $(TESTS_READY) ## tests without a server, a whole run or a kill: 2 minutes on 2 CPU cores
-	$(PYTEST) -m "not slow and not external" --timeout 60
+	$(PYTEST) $(QUICK) --timeout 60
+
+test-lowest: ## the quick tests with the lowest versions that pyproject.toml allows, in .venv-lowest
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable '.[dev]'
+	$(LOWEST)/bin/python -m pytest $(PYTEST_OPTIONS) $(QUICK)
 
 check: $(TESTS_READY) ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .
@@ -91,4 +100,4 @@ $(PEERS)/.ready: benchmarks/peers.txt benchmarks/peers-streaming.txt
 	@touch $@
 
 clean: ## delete the environments and the demo's results
-	rm -rf $(VENV) $(PEERS) runs/demo data/demo
+	rm -rf $(VENV) $(PEERS) $(LOWEST) runs/demo data/demo

@@ -1,12 +1,11 @@
 """When, where and with which camera a photo was taken, from its EXIF, XMP and IPTC. No pixel is decoded."""
 
-import html
 import io
 import math
 import re
 import sys
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, BinaryIO
@@ -18,6 +17,7 @@ from captioner.files import storage
 from captioner.images.loading import NEVER_DECODED
 from infer.listing import ImageFile
 from infer.metadata.described import open_header
+from infer.metadata.xmp import XmpError, read_place
 
 HEADER_BYTES = 1 << 18  # of a file on a server
 PATIENCE_SECONDS = 10.0
@@ -91,18 +91,13 @@ def _camera(maker: str, model: str) -> str:
 def _city(image: PillowFile) -> str:
     """City and country, from XMP or else from IPTC."""
     xmp = image.info.get("xmp") or b""
-    text = xmp if isinstance(xmp, str) else xmp.decode(errors="replace")
-    names = [_xmp_value(text, "photoshop:City"), _xmp_value(text, "photoshop:Country")]
-    if not any(names):
+    names: list[str] = []
+    with suppress(XmpError):
+        names = read_place(xmp.encode() if isinstance(xmp, str) else xmp)
+    if not names:
         iptc: Mapping[Any, Any] = IptcImagePlugin.getiptcinfo(image) or {}
         names = [_text(iptc.get(dataset)) for dataset in (CITY, COUNTRY)]
-    return ", ".join(filter(None, names))
-
-
-def _xmp_value(xmp: str, name: str) -> str:
-    """The text of a simple property, which is an attribute or an element."""
-    found = re.search(rf"""{name}(?:\s*=\s*(?:"([^"]*)"|'([^']*)')|\s*>([^<]*)</{name})""", xmp)
-    return _text(html.unescape(next(filter(None, found.groups()), ""))) if found else ""
+    return ", ".join(filter(None, map(_text, names)))
 
 
 def _position(gps: Mapping[int, Any]) -> str:

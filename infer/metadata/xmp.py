@@ -11,7 +11,7 @@ is a person's.
 
 import codecs
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 from xml.parsers import expat
@@ -23,10 +23,12 @@ MAX_BYTES = 1 << 24  # of a packet; the largest ones are of darktable, with draw
 RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 DC = "http://purl.org/dc/elements/1.1/"
 IPTC = "http://iptc.org/std/Iptc4xmpCore/1.0/xmlns/"
+PHOTOSHOP = "http://ns.adobe.com/photoshop/1.0/"
 OWN = "urn:captioner:xmp:1#"
 DESCRIPTION, ALT_TEXT = f"{DC} description", f"{IPTC} AltTextAccessibility"
 OWN_TEXT, OWN_MODEL, OWN_DATE = f"{OWN} Text", f"{OWN} Model", f"{OWN} Date"
 FIELDS = (DESCRIPTION, ALT_TEXT)
+PLACE = (f"{PHOTOSHOP} City", f"{PHOTOSHOP} Country")
 PREFIXES = {DC: "dc", IPTC: "Iptc4xmpCore", OWN: "captioner"}
 
 EMPTY = f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
@@ -37,7 +39,7 @@ EMPTY = f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <?xpacket end="w"?>
 """.encode()
 
-_WANTED = frozenset((*FIELDS, OWN_TEXT, OWN_MODEL, OWN_DATE))
+_WANTED = frozenset((*FIELDS, *PLACE, OWN_TEXT, OWN_MODEL, OWN_DATE))
 _LANG = "http://www.w3.org/XML/1998/namespace lang"
 _TAG = re.compile(rb"""<(?:[^"'>]|"[^"]*"|'[^']*')*>""")
 _TAG_NAME = re.compile(rb"<[^\s/>]+")
@@ -81,8 +83,17 @@ class Property:
 
 def read_texts(packet: bytes) -> list[str]:
     """The description and the alternative text of a packet, those that exist. Raises XmpError."""
+    return _read(packet, FIELDS)
+
+
+def read_place(packet: bytes) -> list[str]:
+    """The city and the country of a packet, those that exist. Raises XmpError."""
+    return _read(packet, PLACE)
+
+
+def _read(packet: bytes, names: Iterable[str]) -> list[str]:
     found = _parse(_to_utf8(packet)[0])
-    return [text for name in FIELDS if (text := found.text(name))]
+    return [text for name in names if (text := found.text(name))]
 
 
 def extend(

@@ -22,7 +22,9 @@ from infer.listing import ImageFile
 from infer.photo_metadata import PhotoMetadata, read_metadata
 from infer.templates import FIELDS, Template, clean, shorten
 
-CITY = '<x photoshop:City="Málaga &amp; Co"><photoshop:Country>Spain</photoshop:Country></x>'
+CITY = """<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description xmlns:ps="http://ns.adobe.com/photoshop/1.0/" ps:City="Málaga &amp; Co"><ps:Country>Spain</ps:Country>
+</rdf:Description></rdf:RDF></x:xmpmeta>"""
 EXIF_IFD, GPS_IFD = 0x8769, 0x8825
 
 

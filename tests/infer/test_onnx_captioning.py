@@ -9,9 +9,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from caption_server import run_server
 from tiny import picture
 from tiny_model import DECODING, FORMS, VIEW, VOCABULARY, Form, make_model, make_views, write_model
 
@@ -186,6 +188,23 @@ def test_rows_of_either_kind_continue_each_other(
     rows = caption(onnx, tmp_path / "c.jsonl", tmp_path / "photos", watched)
     assert [row["path"] for row in rows] == ["1.png", "2.png"]
     assert len({row["model"] for row in rows}) == 1
+
+
+@pytest.mark.parametrize("folders", ["attention"], indirect=True)
+def test_a_server_gives_the_rows_of_batch_captioning(
+    folders: tuple[Path, Path], tmp_path: Path, watched: dict[str, str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(6):
+        picture(number).save(tmp_path / "photos" / f"{number}.png")
+    wanted = caption(folders[1], tmp_path / "c.jsonl", tmp_path / "photos", watched)
+    files = [("image", (row["path"], (tmp_path / "photos" / row["path"]).read_bytes())) for row in wanted]
+    with run_server("--model", folders[1]) as served:
+        found = httpx.post(f"{served.url}/caption", files=files, timeout=60).raise_for_status().json()
+    for row, other in zip(found, wanted, strict=True):
+        for name in ("score", "token_scores", "confidence"):
+            assert row.pop(name) == pytest.approx(other.pop(name), abs=TOLERANCE)
+        assert row == other | {"root": ""}
 
 
 # ---- refused ----------------------------------------------------------------------------------------------

@@ -306,10 +306,12 @@ def test_reversed_rows_of_bgr_are_the_mirror_image_in_rgb(crop: int) -> None:
     assert not found[0].any()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_crops_do_not_depend_on_workers_or_ranks(shared_dataset: Dataset, workers: int) -> None:
+@pytest.mark.parametrize(
+    ("workers", "start_method"), [(1, "fork"), (2, "fork"), pytest.param(1, "spawn", marks=pytest.mark.slow)]
+)
+def test_crops_do_not_depend_on_workers_or_ranks(shared_dataset: Dataset, workers: int, start_method: str) -> None:
     wanted = rows_by_key(shared_dataset.read())
-    assert rows_by_key(shared_dataset.read(workers=workers)) == wanted
+    assert rows_by_key(shared_dataset.read(workers=workers, start_method=start_method)) == wanted
     split = [shared_dataset.read(rank=rank, world_size=3) for rank in range(3)]
     assert rows_by_key([batch for batches in split for batch in batches]) == wanted
     next_epoch = rows_by_key(shared_dataset.read(epoch=1))

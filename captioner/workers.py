@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from pathlib import Path, PurePosixPath
@@ -36,7 +36,12 @@ def start_server(module: str, *, with_torch: bool = True) -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     native = ["torch"] if with_torch and not loading.HAS_SIMD else []
     context.set_forkserver_preload([module, *native])
-    forkserver.ensure_running()
+    resource_tracker.ensure_running()  # as the server would, which unblocks SIGINT after it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited: Ctrl-C is for this process alone
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 

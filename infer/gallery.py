@@ -69,10 +69,10 @@ def check_corrections(folder: Path, file: Path | None) -> None:
     """Raise UserError if there is no such file, or a line of it, or of the folder's corrections, is none."""
     if file is not None and not file.is_file():
         raise UserError(f"there is no file {file}: give --corrections the file that a gallery's button downloaded")
-    _read_corrections(folder, file)
+    read_corrections(folder, file)
 
 
-def _read_corrections(folder: Path, file: Path | None) -> Corrections:
+def read_corrections(folder: Path, file: Path | None) -> Corrections:
     """The folder's corrections, and those in the file."""
     return Corrections(chain.from_iterable(map(read_lines, [folder / CORRECTIONS, *([file] if file else [])])))
 
@@ -111,7 +111,7 @@ def write_gallery(
         _write(folder / name, Path(__file__).with_name(name).read_bytes())
     thumbnails = _make_thumbnails(images, folder / THUMBNAILS)
     named_roots = name_roots(list(roots))
-    written = _read_corrections(folder, corrections)  # now: a server may have written it while thumbnails were made
+    written = read_corrections(folder, corrections)  # now: a server may have written it while thumbnails were made
     _add_corrections(entries, written, roots=named_roots)
     if written:
         _write(folder / CORRECTIONS, written.to_jsonl())
@@ -151,11 +151,15 @@ def _add_corrections(
     """Add what a person wrote to the entries of images that can be corrected."""
     for entry in entries:
         if "error" not in entry and "in_shard" not in entry:
-            root = roots[entry["root"]]
-            path = root["prefix"] + entry.get("name", entry["path"])
-            caption = written.find(images=root["images"], path=path, sha256=entry["sha256"])
+            caption = find_correction(entry, written, root=roots[entry["root"]])
             if caption is not None:
                 entry["correction"] = caption
+
+
+def find_correction(row: Mapping[str, Any], written: Corrections, *, root: Mapping[str, str]) -> str | None:
+    """What a person wrote of the image of a row that is no failure; `root` is its root, as `name_roots` names it."""
+    name = unquote(row["path"]) if root["root"].startswith(WEB) else row["path"]
+    return written.find(images=root["images"], path=root["prefix"] + name, sha256=row["sha256"])
 
 
 def _data(

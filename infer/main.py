@@ -34,7 +34,7 @@ from infer.answers import (
     print_answers,
 )
 from infer.captioning import caption_files, load_captioner, row_settings
-from infer.gallery import write_gallery
+from infer.gallery import read_corrections, write_gallery
 from infer.listing import ImageFile, Listing
 from infer.metadata.exiftool import embed_all, remove_leftovers
 from infer.peers import find_peers
@@ -174,7 +174,8 @@ def write_extras(settings: CaptionSettings) -> int:
 def write_tables(settings: CaptionSettings, text: Callable[[Row], str] | None) -> None:
     """Write the CSV and the COCO results, if wanted, and print what they do not hold."""
     if settings.csv is not None:
-        num_shown = write_csv(settings.output, settings.csv, text=text, excel=settings.csv_excel)
+        written = read_corrections(settings.gallery, settings.corrections) if settings.gallery else None
+        num_shown = write_csv(settings.output, settings.csv, text=text, excel=settings.csv_excel, corrections=written)
         if num_shown:
             cli.console.print(
                 f"{settings.csv}: {num_shown:,} names are not UTF-8: some characters are replaced", markup=False

@@ -9,21 +9,34 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from captioner.errors import UserError
 from captioner.files import storage
-from infer.gallery import name_roots
+from infer.corrections import DECORATIVE, Corrections
+from infer.gallery import find_correction, name_roots
 from infer.results import NOT_UTF8, Row, as_utf8, read_rows, writing
 from infer.row_index import LocationSet
 from infer.templates import clean
 
 Excel = Literal["comma", "semicolon"]
 CSV_SUFFIXES = {".csv": ",", ".tsv": "\t"}
-COLUMNS = ("alt", "confidence", "score", "review", "duplicate_of", "width", "height", "error", "message", "root")
+COLUMNS = (
+    "alt",
+    "confidence",
+    "score",
+    "review",
+    "correction",
+    "duplicate_of",
+    "width",
+    "height",
+    "error",
+    "message",
+    "root",
+)
 
 _FORMULA = re.compile(r"[=+\-@\t\r]")
 _COCO_NAME = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})")  # of 2014, of 2017
@@ -50,26 +63,35 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_csv(
-    output: Path, table: Path, *, text: Callable[[Row], str] | None = None, excel: Excel | None = None
+    output: Path,
+    table: Path,
+    *,
+    text: Callable[[Row], str] | None = None,
+    excel: Excel | None = None,
+    corrections: Corrections | None = None,
 ) -> int:
     """Write the rows of `output` as a table; returns the number of names that are not UTF-8, so shown with U+FFFD.
 
     `image` and `caption` are the columns that sharding/make_shards.py reads; a failure has an empty caption. `image`
-    starts from the folder that all local roots have in common. The column `text` exists if `text` makes it. Lines end
-    and cells are quoted as RFC 4180 says; a name with the suffix .tsv has tabs. With `excel` there is a byte order
-    mark, and this separator; beside semicolons numbers have a decimal comma. Text that a spreadsheet would take for a
-    formula has an apostrophe before it, in `image` instead ./, so that it is a name of the same file. Raises UserError
-    if the disk is full, and OSError.
+    starts from the folder that all local roots have in common. The column `text` exists if `text` makes it. What a
+    person wrote replaces the model's caption and alt text, and the column `correction` says "text" or "decorative".
+    Lines end and cells are quoted as RFC 4180 says; a name with the suffix .tsv has tabs. With `excel` there is a byte
+    order mark, and this separator; beside semicolons numbers have a decimal comma. Text that a spreadsheet would take
+    for a formula has an apostrophe before it, in `image` instead ./, so that it is a name of the same file. Raises
+    UserError if the disk is full, and OSError.
     """
-    prefixes = _prefixes(dict.fromkeys(row["root"] for row in read_rows(output)))
+    named_roots = name_roots([*dict.fromkeys(row["root"] for row in read_rows(output))])
+    roots = {root["root"]: root for root in named_roots}
     separator = {"comma": ",", "semicolon": ";"}[excel] if excel else CSV_SUFFIXES[table.suffix.lower()]
     num_shown = 0
     with _replacing(table) as file:
         lines = io.TextIOWrapper(file, "utf-8-sig" if excel else "utf-8", errors="strict", newline="")
         writer = csv.writer(lines, delimiter=separator)
         writer.writerow(["image", "caption", *(["text"] if text else []), *COLUMNS])
-        for row in read_rows(output):
-            name = prefixes[row["root"]] + row["path"]
+        for model_row in read_rows(output):
+            root = roots[model_row["root"]]
+            row = _corrected(model_row, corrections, root=root) if corrections else model_row
+            name = root["prefix"] + row["path"]
             num_shown += NOT_UTF8.search(name) is not None
             cells = [row.get("caption"), *([text(row)] if text else []), *map(row.get, COLUMNS)]
             shown = (_cell(cell, decimal="," if separator == ";" else ".") for cell in cells)
@@ -78,9 +100,13 @@ def write_csv(
     return num_shown
 
 
-def _prefixes(roots: Iterable[str]) -> dict[str, str]:
-    """For each root what is put before its paths."""
-    return {root["root"]: root["prefix"] for root in name_roots([*roots])}
+def _corrected(row: Row, corrections: Corrections, *, root: Mapping[str, str]) -> Any:
+    """The row with what a person wrote, if anything, and then without what is said about the model's caption."""
+    found = None if "error" in row else find_correction(row, corrections, root=root)
+    if found is None:
+        return row
+    kind = "decorative" if found == DECORATIVE else "text"
+    return row | {"caption": found, "alt": found, "correction": kind, "confidence": None, "score": None, "review": None}
 
 
 def _cell(value: object, *, decimal: str) -> str:

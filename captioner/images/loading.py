@@ -288,6 +288,9 @@ def _image_error(error: Exception, data: bytes, complaints: Sequence[str]) -> Im
     if isinstance(error, Image.DecompressionBombError):
         return ImageError("too large", str(error))
     if isinstance(error, UnidentifiedImageError):
+        if data[:256].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):  # HTML, SVG, XML
+            kind = "an SVG drawing" if b"<svg" in data[:1024] else "text, such as a web page"
+            return ImageError("undecodable", f"it is {kind}, not pixels")
         reason = (
             "its header is damaged, or its format unknown or left out when this Pillow was built (see `make no-simd`)"
         )

@@ -198,6 +198,8 @@ def load_bundle(folder: str | Path, *, device: torch.device | str = "cpu") -> Bu
     Raises UserError if files are damaged or do not belong together.
     """
     folder = str(folder)
+    if Path(folder).is_file():
+        raise UserError(f"{folder} is a file: give the model folder that holds it")
     config_file = storage.join(folder, "config.json")
     config = storage.read_json(config_file, remedy=f"give a folder that train/main.py wrote; or {COPY_AGAIN}")
     found = config.get("format_version") if isinstance(config, dict) else None

@@ -74,3 +74,37 @@ def test_a_process_bound_to_one_processor_counts_one() -> None:
     code = "from captioner.workers import count_processors; print(count_processors())"
     line = ["taskset", "-c", str(OWN), sys.executable, "-c", code]
     assert subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "1\n"
+
+
+INTERRUPTED_START = """
+import multiprocessing.forkserver as forkserver, os, signal, sys, time
+from pathlib import Path
+from captioner.workers import start_server
+
+if __name__ == "__main__":
+    start_server("slow_module", with_torch=False)
+    while not Path("importing").exists():
+        time.sleep(0.01)
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_ctrl_c_while_the_workers_server_imports_is_the_main_process_s_alone(tmp_path: Path) -> None:
+    """The terminal sends it to both; a server that dies of it would print a traceback."""
+    (tmp_path / "slow_module.py").write_text(
+        "import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(1)\npathlib.Path('imported').touch()\n"
+    )
+    (tmp_path / "main.py").write_text(INTERRUPTED_START)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run(
+        [sys.executable, "main.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stderr.count("Traceback") == 1, done.stderr  # the main process's own
+    assert (tmp_path / "imported").exists()

@@ -143,6 +143,20 @@ def test_a_heic_photo_without_its_reader_says_what_to_install(monkeypatch: pytes
     assert caught.value.reason == "undecodable"
 
 
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"<html>404</html>", "text"),
+        (b"\xef\xbb\xbf\n<!doctype html><title>t</title>", "text"),
+        (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
+        (b'<?xml version="1.0"?>\n<svg/>', "SVG"),
+    ],
+)
+def test_a_page_and_a_drawing_of_a_website_are_said_to_be_these(data: bytes, kind: str) -> None:
+    with pytest.raises(ImageError, match=f"undecodable: it is .*{kind}.*, not pixels"):
+        loading.decode_rgb(data)
+
+
 def test_the_first_bytes_of_an_unknown_format_are_shown() -> None:
     with pytest.raises(ImageError, match=r"undecodable: Pillow .* starts with .*JXL "):
         loading.decode_rgb(b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(40))

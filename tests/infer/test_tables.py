@@ -19,7 +19,10 @@ from rows import captioned, failed
 
 from captioner.errors import UserError
 from captioner.files import storage
+from infer.corrections import DECORATIVE, Correction, Corrections
+from infer.main import write_tables
 from infer.results import Row, to_line
+from infer.settings import CaptionSettings
 from infer.tables import COLUMNS, check_table, coco_id, write_coco_results, write_csv
 from infer.templates import Template
 from sharding.packing.sources import Source, read_records
@@ -59,6 +62,48 @@ def test_a_table_has_all_rows_and_the_text_of_a_template(tmp_path: Path) -> None
     assert (second["caption"], second["text"], second["error"]) == ("", "", "truncated")
     assert (tmp_path / "t.csv").read_bytes().count(b"\r\n") == 3
     assert list(table_of(tmp_path, rows)[0]) == ["image", "caption", *COLUMNS]
+
+
+def test_a_table_has_what_a_person_wrote_instead_of_what_the_model_says(tmp_path: Path) -> None:
+    """Text or decorative, found by name or by bytes, from the folder that all roots have in common."""
+    rows = [
+        captioned("a.jpg", root="site/img", confidence=0.25, review="unlike training data"),
+        captioned("b.gif", root="site/img", confidence=0.25),
+        captioned("c.jpg", root="site/shop", content="moved", confidence=0.25),
+        captioned("d.jpg", root="site/shop", confidence=0.25),
+        failed("e.jpg", root="site/shop"),
+    ]
+    common = str(Path("site").absolute())
+    written = Corrections(
+        [
+            Correction(path="img/a.jpg", caption="Our logo", images=common),
+            Correction(path="img/b.gif", caption=DECORATIVE, images=common),
+            Correction(path="old.jpg", caption="Our shop", images="elsewhere", sha256=rows[2].get("sha256")),
+            Correction(path="shop/e.jpg", caption="unseen", images=common),
+        ]
+    )
+    table = table_of(tmp_path, rows, corrections=written, text=Template("{alt}").text)
+    keys = ("image", "caption", "alt", "text", "correction", "confidence", "review")
+    assert [tuple(row[key] for key in keys) for row in table] == [
+        ("img/a.jpg", "Our logo", "Our logo", "Our logo", "text", "", ""),
+        ("img/b.gif", "", "", "", "decorative", "", ""),
+        ("shop/c.jpg", "Our shop", "Our shop", "Our shop", "text", "", ""),
+        ("shop/d.jpg", "a cat", "A cat.", "A cat.", "", "0.25", ""),
+        ("shop/e.jpg", "", "", "", "", "", ""),
+    ]
+
+
+def test_the_command_takes_corrections_from_the_gallery_and_the_downloaded_file(tmp_path: Path) -> None:
+    output = write_rows(tmp_path, [captioned("a.jpg"), captioned("b.jpg")])
+    gallery, downloaded, table = tmp_path / "gallery", tmp_path / "corrections.jsonl", tmp_path / "t.csv"
+    gallery.mkdir()
+    (gallery / "corrections.jsonl").write_text('{"path": "a.jpg", "captions": ["kept"], "images": "photos"}\n')
+    downloaded.write_text('{"path": "b.jpg", "decorative": true, "images": "photos"}\n')
+    write_tables(
+        CaptionSettings(images=("photos",), output=output, csv=table, gallery=gallery, corrections=downloaded), None
+    )
+    rows = csv.DictReader(io.StringIO(table.read_text(), newline=""))
+    assert [(row["alt"], row["correction"]) for row in rows] == [("kept", "text"), ("", "decorative")]
 
 
 NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\\:~/"), min_size=1).filter(

@@ -73,6 +73,10 @@ def refusal(folder: Path | str) -> str:
     return message
 
 
+def test_a_file_of_the_model_folder_is_refused_with_the_folder_to_give(folder: Path) -> None:
+    assert "is a file: give the model folder" in refusal(folder / "model.safetensors")
+
+
 def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())

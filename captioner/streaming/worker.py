@@ -260,7 +260,8 @@ class BatchMaker(Dataset[Made | Failed]):
             raise
         except Exception as error:
             where = {name: sample[f"__{name}__"] for name in ("key", "url", "epoch", "position")}
-            raise TransformError("transform", error_line(error), where) from error
+            remedy = "; if the sample cannot be used, raise SampleError instead" if self.tolerant else ""
+            raise TransformError("transform", error_line(error) + remedy, where) from error
 
     def _collate_all(self, samples: list[Any], item: Item, positions: range) -> Any:
         """What `collate` returns. Raises TransformError."""

@@ -276,9 +276,10 @@ class BatchMaker(Dataset[Made | Failed]):
             raise TransformError("collate", error_line(error), where) from error
 
     def _skip(self, position: int, error: SampleError) -> Skip:
-        """The record of a bad sample; raises its error if none is tolerated."""
+        """The record of a bad sample; raises SampleError if none is tolerated."""
         if not self.tolerant:
-            raise error
+            remedy = "or skip up to N such samples with tolerate_bad_samples=N"
+            raise SampleError(error.reason, f"{error.message}; {remedy}") from error
         return Skip(position, error.reason, error.message)
 
     # ---- its shards ---------------------------------------------------------------------------------------

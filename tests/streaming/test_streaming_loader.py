@@ -548,9 +548,12 @@ def test_samples_that_cannot_be_used_are_left_out_and_counted(
     assert [skip.reason for skip in loader.ledger.skipped] == [reason] * 2
     assert f"skipped 2 (2 {reason})" in str(loader.ledger)
     loader.close()
-    for tolerated, error in ((1, TooManyBadSamplesError), (0, SampleError)):
+    for tolerated, error, said in (
+        (1, TooManyBadSamplesError, "and 1 are"),
+        (0, SampleError, "tolerate_bad_samples=N"),
+    ):
         loader = make_loader(folder, **function, num_workers=workers, tolerate_bad_samples=tolerated)
-        with pytest.raises(error):
+        with pytest.raises(error, match=said):
             list(loader)
         loader.close()
 
@@ -680,7 +683,9 @@ def test_new_weights_are_asked_for_by_name_and_change_only_what_comes_after(sour
     batches = iter(loader)
     before = [texts(next(batches)) for _ in range(4)]
     state = loader.state_dict()
-    with pytest.raises(StreamingError, match=r"are 1:2:1, the loader's are 1:1:2: give .* allow_new_weights=True"):
+    with pytest.raises(
+        StreamingError, match=r"are \[1, 2, 1\], the loader's are \[1, 1, 2\]: give .* allow_new_weights=True"
+    ):
         make_loader(sources, weights=[1, 1, 2]).load_state_dict(state)
     other = make_loader(sources, weights=[1, 1, 2], allow_new_weights=True)
     other.load_state_dict(state)

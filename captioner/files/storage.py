@@ -290,6 +290,8 @@ def read_required(location: str, *, remedy: str) -> bytes:
         return read_bytes(location)
     except FileNotFoundError as error:
         raise UserError(f"there is no {location}: {remedy}") from error
+    except StorageError:  # it says what to do
+        raise
     except OSError as error:
         raise UserError(f"cannot read {location} ({error}): {remedy}") from error
 

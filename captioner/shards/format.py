@@ -37,10 +37,11 @@ PACK_FIRST = (
     "with sharding/check_shards.py index"
 )
 PACK_AGAIN = (
-    "pack the split again with sharding/make_shards.py, or index another program's tars again with "
+    "pack the split again with sharding/make_shards.py, or index another program's tars again with index_shards or "
     "sharding/check_shards.py index"
 )
 RESTORE = f"restore the file or {PACK_AGAIN}"
+NOT_A_FOLDER = "{} is a file: give the folder that it is in"
 
 
 def sample_key(split: str, position: int) -> str:

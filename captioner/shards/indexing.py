@@ -5,6 +5,7 @@ the name, in lower case, is the field. The tars are not changed, and members tha
 """
 
 import hashlib
+import logging
 import multiprocessing
 import os
 import re
@@ -14,6 +15,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from zlib_ng.zlib_ng import crc32
@@ -22,6 +24,7 @@ from captioner.errors import UserError
 from captioner.files import storage
 from captioner.shards.content import content_sha256
 from captioner.shards.format import (
+    NOT_A_FOLDER,
     SPLITS,
     Failure,
     FormatError,
@@ -35,6 +38,8 @@ from captioner.shards.format import (
 )
 from captioner.shards.tar_walk import Buffer, DamagedTarError, TarMember, open_tar, walk
 from captioner.shards.writing import claim, count_reasons, write, write_manifest, writing
+
+log = logging.getLogger(__name__)
 
 BACKEND = "foreign"
 ANY, CHOSEN = "any", "chosen"  # `samples` in the manifest's settings: all, or those for which `keep` was true
@@ -62,8 +67,9 @@ def index_shards(
 
     Writes an index next to each tar and at the end `SPLIT.manifest.json`; returns the manifest. The default pattern is
     `SPLIT*.tar` if there are such files, else `*.tar`. `keep(key, content by field)` says which samples to keep; the
-    others are counted in the manifest. With more than one worker, processes index the tars: `keep` must then be a
-    function at the top of a module, and a script must call this under `if __name__ == "__main__"`. Raises UserError.
+    others are counted in the manifest. What cannot be used is counted too, listed in `SPLIT.failures.jsonl` and logged
+    as a warning. With more than one worker, processes index the tars: `keep` must then be a function at the top of a
+    module, and a script must call this under `if __name__ == "__main__"`. Raises UserError.
     """
     if split not in SPLITS:
         raise UserError(f"there is no split {split!r}: give one of {', '.join(SPLITS)}")
@@ -82,7 +88,7 @@ def index_shards(
                 entries.append(ShardEntry.of(name, index))
                 failures += index.failures
                 num_not_kept += index.num_not_kept
-        return write_manifest(
+        manifest = write_manifest(
             folder,
             split,
             entries,
@@ -91,6 +97,10 @@ def index_shards(
             settings=recipe | {"backend": BACKEND},
             source={"split": split, "pattern": pattern},
         )
+    if failures:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in count_reasons(failures, num_not_kept=0).items())
+        log.warning("not used: %s; %s lists them", reasons, storage.join(folder, f"{split}.failures.jsonl"))
+    return manifest
 
 
 def _keep(keep: Callable[[str, dict[str, bytes]], bool], data: Buffer, sample: TarSample) -> bool:
@@ -226,7 +236,7 @@ def list_names(folder: str, pattern: str, *, missing: str = "there is no folder 
     try:
         return storage.find_files(folder, pattern)
     except FileNotFoundError as error:
-        raise UserError(missing.format(folder)) from error
+        raise UserError((NOT_A_FOLDER if Path(folder).is_file() else missing).format(folder)) from error
     except (OSError, ValueError, NotImplementedError) as error:
         raise UserError(f"cannot list {folder} ({error}): give a folder or URL whose files can be listed") from error
 

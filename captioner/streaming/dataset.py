@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
-from captioner.errors import StreamingError
-from captioner.shards.format import Manifest, ShardEntry, read_manifest
+from captioner.errors import StreamingError, UserError
+from captioner.files import storage
+from captioner.shards.format import NOT_A_FOLDER, Manifest, ShardEntry, read_manifest
 
-NOT_THERE = "index_shards writes it for existing tars"
+NOT_THERE = "index its tars with index_shards"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ def read_split(folders: Sequence[str], name: str, *, remedy: str = NOT_THERE) ->
     """
     if not folders:
         raise StreamingError("there is no dataset folder: give at least one")
+    for folder in folders:
+        if not storage.is_remote(folder) and Path(folder).is_file():
+            raise UserError(NOT_A_FOLDER.format(folder))
+        if not storage.is_remote(folder) and not Path(folder).exists():
+            raise UserError(f"there is no folder {folder}: check the path, or {remedy}")
     split = Split(name, tuple(folders), tuple(read_manifest(folder, name, remedy=remedy) for folder in folders))
     counts = Counter(entry.sha256 for _, entry in split.shards if entry.samples)
     twice = [f"{folder}/{entry.name}" for folder, entry in split.shards if counts[entry.sha256] > 1]

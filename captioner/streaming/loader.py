@@ -316,8 +316,8 @@ class StreamingLoader:
         if parts != list(self.order.parts):
             if not self._allow_new_weights:
                 raise StreamingError(
-                    f"the state's weights are {parts}, the loader's are {list(self.order.parts)}, of {sum(parts)} in "
-                    "all: give the former, or allow_new_weights=True to use the latter from here on"
+                    f"the state's weights are {parts}, the loader's are {list(self.order.parts)}: give the former, or "
+                    "allow_new_weights=True to use the latter from here on"
                 )
             earlier = self._make_order(parts)
             assert isinstance(earlier, MixtureOrder)

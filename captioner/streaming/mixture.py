@@ -6,8 +6,9 @@ than one. A source's samples come in its own order, one pass after the other, al
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
-from math import gcd, isfinite
+from fractions import Fraction
+from functools import lru_cache, partial
+from math import gcd, isclose, isfinite, lcm
 from typing import NamedTuple
 
 import numpy as np
@@ -126,17 +127,21 @@ class MixtureOrder:
 
 
 def round_weights(weights: Sequence[float]) -> tuple[int, ...]:
-    """Weights as whole numbers of at least 1 without a common divisor, rounded by largest remainders.
+    """Weights as whole numbers of at least 1 without a common divisor.
 
-    Their sum is the length of the period. Raises StreamingError for weights that are not positive numbers, and for one
-    that is too small compared with the others.
+    Their sum is the length of the period. If the shares are fractions with a common denominator of at most PERIOD, the
+    numbers are exact: 70 and 30, or 0.7 and 0.3, are 7 and 3. Others are rounded by largest remainders. Raises
+    StreamingError for weights that are not positive numbers, and for one that is too small compared with the others.
     """
     if not all(isfinite(weight) and weight > 0 for weight in weights):
         raise StreamingError(f"the weights are {list(weights)}: give numbers above 0")
     whole = sum(weights)
-    exact = [weight / whole * PERIOD for weight in weights]
-    if whole == sum(map(int, weights)) <= PERIOD:  # small whole numbers stay exactly what they are
-        exact = list(weights)
+    shares = [weight / whole for weight in weights]
+    fractions = [Fraction(share).limit_denominator(PERIOD) for share in shares]
+    period = lcm(*(fraction.denominator for fraction in fractions))
+    if period > PERIOD or not all(map(partial(isclose, rel_tol=1e-12), fractions, shares)):
+        period = PERIOD
+    exact = [share * period for share in shares]
     parts = [max(1, int(part)) for part in exact]
     left = round(sum(exact)) - sum(parts)
     if left < 0:

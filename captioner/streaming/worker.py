@@ -260,7 +260,8 @@ class BatchMaker(Dataset[Made | Failed]):
             raise
         except Exception as error:
             where = {name: sample[f"__{name}__"] for name in ("key", "url", "epoch", "position")}
-            raise TransformError("transform", error_line(error), where) from error
+            remedy = "; if the sample cannot be used, raise SampleError instead" if self.tolerant else ""
+            raise TransformError("transform", error_line(error) + remedy, where) from error
 
     def _collate_all(self, samples: list[Any], item: Item, positions: range) -> Any:
         """What `collate` returns. Raises TransformError."""
@@ -275,9 +276,10 @@ class BatchMaker(Dataset[Made | Failed]):
             raise TransformError("collate", error_line(error), where) from error
 
     def _skip(self, position: int, error: SampleError) -> Skip:
-        """The record of a bad sample; raises its error if none is tolerated."""
+        """The record of a bad sample; raises SampleError if none is tolerated."""
         if not self.tolerant:
-            raise error
+            remedy = "or skip up to N such samples with tolerate_bad_samples=N"
+            raise SampleError(error.reason, f"{error.message}; {remedy}") from error
         return Skip(position, error.reason, error.message)
 
     # ---- its shards ---------------------------------------------------------------------------------------

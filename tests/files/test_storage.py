@@ -75,6 +75,17 @@ def test_an_unknown_protocol_is_refused_in_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_url_that_cannot_be_opened_has_one_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lack(*_: object, **_options: object) -> None:
+        raise ImportError("No module named 'aiohttp'")
+
+    monkeypatch.setattr(storage, "url_to_fs", lack)
+    with pytest.raises(StorageError) as caught:
+        storage.read_json("http://host/a.json", remedy="make it")
+    assert str(caught.value).endswith(": s3:// and http:// need pip install -e '.[s3]'")
+    assert "make it" not in str(caught.value)
+
+
 # ---- on disk ----------------------------------------------------------------------------------------------
 
 

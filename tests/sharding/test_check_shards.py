@@ -630,13 +630,16 @@ BAD_SAMPLES = {
 }
 
 
-def test_what_cannot_be_used_is_counted_by_reason_and_left_out(tmp_path: Path) -> None:
+def test_what_cannot_be_used_is_counted_by_reason_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     good = [("good.jpg", jpeg(0)), ("good.txt", b"a dog"), ("__meta__/x.txt", b"")]
     write_tar(tmp_path / "some.tar", [*good, *(member for bad in BAD_SAMPLES.values() for member in bad)])
     write_tar(tmp_path / "twice.tar", good)
     manifest = index_folder(tmp_path)
     assert manifest.num_samples == 2  # the same key in two tars is two samples
     assert manifest.failures == dict.fromkeys(BAD_SAMPLES, 1)
+    assert f"listed in {tmp_path}/train.failures.jsonl" in "".join(capsys.readouterr().out.splitlines())
     lines = (tmp_path / "train.failures.jsonl").read_text().splitlines()
     assert len(lines) == len(BAD_SAMPLES)
     assert {"name": "good", "reason": "duplicate key", "message": "some.tar holds it twice"} in map(json.loads, lines)

@@ -246,6 +246,7 @@ def test_errors_are_one_line_and_name_no_flag(tmp_path: Path, monkeypatch: pytes
     refused(r"no file in .* matches \*\.tar: give a pattern")
     refused(r"there is no folder .*nowhere", source=tmp_path / "nowhere")
     write_texts(tmp_path, num_tars=1)
+    refused(r"train-0\.tar is a file: give the folder that it is in", source=tmp_path / "train-0.tar")
     refused(r"no sample in 1 tars .* can be used \(5 not kept\)", keep=lambda *_: False)
     refused(r"matches \*\.zip", pattern="*.zip")
     (tmp_path / "other.tar").write_bytes(gzip.compress(b"x"))
@@ -259,6 +260,16 @@ def test_errors_are_one_line_and_name_no_flag(tmp_path: Path, monkeypatch: pytes
     assert not list(tmp_path.glob("*.index"))
     index_shards(str(tmp_path), split="train", pattern="train*.tar")
     refused(r"train-0\.tar belongs to split train already: give a pattern", split="val", pattern="*-0.tar")
+
+
+def test_what_cannot_be_used_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_texts(tmp_path)
+    index_shards(tmp_path, split="train", keep=is_even)
+    assert not caplog.messages
+    cut = tmp_path / "train-1.tar"
+    cut.write_bytes(cut.read_bytes()[:2000])
+    index_shards(tmp_path, split="train")
+    assert caplog.messages == [f"not used: 1 damaged tar; {tmp_path}/train.failures.jsonl lists them"]
 
 
 def test_indexing_that_stops_leaves_no_manifest(tmp_path: Path) -> None:

@@ -63,10 +63,12 @@ def test_the_bound_is_tijdemans_in_exact_numbers(parts: tuple[int, ...]) -> None
     assert worst <= 1 - Fraction(1, 2 * len(parts) - 2)
 
 
-def test_weights_are_rounded_to_parts_and_small_whole_ones_are_kept() -> None:
+def test_weights_are_rounded_to_parts_and_simple_shares_are_kept() -> None:
     assert round_weights([1, 3]) == (1, 3)
     assert round_weights([2, 6]) == (1, 3)
     assert round_weights([0.25, 0.75]) == (1, 3)
+    assert round_weights([0.7, 0.3]) == round_weights([70, 30]) == (7, 3)
+    assert round_weights([1 / 3, 2 / 3]) == (1, 2)
     assert round_weights([5]) == (1,)
     parts = round_weights([1 / 3, 1 / 3, 1 / 3 + 1e-9])
     assert max(parts) - min(parts) <= 1

@@ -410,8 +410,13 @@ def test_arguments_that_do_not_fit_are_refused(folder: Path, options: dict[str, 
 
 
 def test_a_missing_split_says_what_makes_one(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="index_shards"):
+    with pytest.raises(UserError, match=r"there is no .*manifest\.json: index its tars with index_shards"):
         make_loader(tmp_path)
+    with pytest.raises(UserError, match=r"there is no folder .*nowhere: check the path, or index"):
+        make_loader(tmp_path / "nowhere")
+    (tmp_path / "a.tar").touch()
+    with pytest.raises(UserError, match=r"a\.tar is a file: give the folder that it is in"):
+        make_loader(tmp_path / "a.tar")
 
 
 def test_accelerate_returns_the_loader_as_it_is_and_stores_its_state(folder: Path, tmp_path: Path) -> None:
@@ -494,7 +499,10 @@ def test_an_exception_in_transform_is_raised_with_the_sample(
 ) -> None:
     transform = partial(fail_at, text="2-3", error=error)
     loader = make_loader(folder, transform=transform, num_workers=workers, tolerate_bad_samples=9)
-    message = rf"transform failed at key .*00003, url .*train-000002.tar, .*position \d+: {error.__name__}: it broke"
+    message = (
+        rf"transform failed at key .*00003, url .*train-000002.tar, .*position \d+: {error.__name__}: it broke; "
+        "if the sample cannot be used, raise SampleError instead"
+    )
     with pytest.raises(TransformError, match=message):
         list(loader)
     loader.close()
@@ -540,9 +548,12 @@ def test_samples_that_cannot_be_used_are_left_out_and_counted(
     assert [skip.reason for skip in loader.ledger.skipped] == [reason] * 2
     assert f"skipped 2 (2 {reason})" in str(loader.ledger)
     loader.close()
-    for tolerated, error in ((1, TooManyBadSamplesError), (0, SampleError)):
+    for tolerated, error, said in (
+        (1, TooManyBadSamplesError, "and 1 are"),
+        (0, SampleError, "tolerate_bad_samples=N"),
+    ):
         loader = make_loader(folder, **function, num_workers=workers, tolerate_bad_samples=tolerated)
-        with pytest.raises(error):
+        with pytest.raises(error, match=said):
             list(loader)
         loader.close()
 
@@ -672,7 +683,9 @@ def test_new_weights_are_asked_for_by_name_and_change_only_what_comes_after(sour
     batches = iter(loader)
     before = [texts(next(batches)) for _ in range(4)]
     state = loader.state_dict()
-    with pytest.raises(StreamingError, match="allow_new_weights"):
+    with pytest.raises(
+        StreamingError, match=r"are \[1, 2, 1\], the loader's are \[1, 1, 2\]: give .* allow_new_weights=True"
+    ):
         make_loader(sources, weights=[1, 1, 2]).load_state_dict(state)
     other = make_loader(sources, weights=[1, 1, 2], allow_new_weights=True)
     other.load_state_dict(state)

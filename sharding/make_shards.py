@@ -19,14 +19,13 @@ import sys
 from collections.abc import Sequence
 
 from captioner import cli
-from captioner.files import storage
 from captioner.files.ownership import AlreadyOwnedError, NotWritableError
 from captioner.vocabulary import read_vocabulary
 from sharding.packing.engine import prepare
 from sharding.packing.pack_split import PackedSplit, make_recipe, pack_split
 from sharding.packing.planning import plan_split
 from sharding.packing.sources import find_sources
-from sharding.packing.tables import show_packed, show_plan
+from sharding.packing.tables import failure_files, show_packed, show_plan
 from sharding.settings import ShardSettings
 
 EXIT_TOO_MANY_FAILURES = 3
@@ -60,7 +59,7 @@ def leave_if_too_many_failed(packed: Sequence[PackedSplit], settings: ShardSetti
     if limit is not None and num_failures > (limit * total if limit < 1 else limit):
         print(
             f"error: {num_failures:,} of {total:,} could not be packed, more than --max-failures {limit:g}: see "
-            f"{storage.join(settings.output, 'SPLIT.failures.jsonl')}",
+            f"{failure_files(packed, settings.output)}",
             file=sys.stderr,
         )
         sys.exit(EXIT_TOO_MANY_FAILURES)

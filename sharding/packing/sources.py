@@ -23,7 +23,7 @@ from sharding.packing.caption_files import (
     parse_json,
 )
 
-DOWNLOAD_FIRST = "python sharding/download_coco.py downloads COCO; name other data with --images and --captions"
+CHECK_PATHS = "check --images and --captions (for COCO run python sharding/download_coco.py first)"
 
 _UNSAFE = re.compile(r"^\Z|^[/~]|^[A-Za-z]:|\\|(?<![^/])\.\.(?![^/])|://|::|[\x00-\x1f\x7f-\x9f]")
 
@@ -55,9 +55,9 @@ class Source:
 def find_sources(*, images: str, captions: str, split: str | None) -> list[Source]:
     """The splits to pack, training first. Raises UserError when there is none or it is not clear which is meant."""
     if not _attempt(storage.exists, captions):
-        raise UserError(f"there is no caption file or folder {captions}: {DOWNLOAD_FIRST}")
+        raise UserError(f"there is no caption file or folder {captions}: {CHECK_PATHS}")
     if not images.startswith(storage.WEB) and not _attempt(storage.exists, images):  # web servers seldom list folders
-        raise UserError(f"there is no image folder {images}: {DOWNLOAD_FIRST}")
+        raise UserError(f"there is no image folder {images}: {CHECK_PATHS}")
     found = _find_in_folder(captions) if _is_folder(captions) else _find_in_file(captions, split=split)
     if split is not None and split not in found:
         raise UserError(f"{captions} holds no captions of split {split} (it has: {', '.join(found)})")
@@ -75,10 +75,10 @@ def _attempt(action: Callable[[str], Answer], location: str) -> Answer:
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise UserError(f"there is no {location}: {DOWNLOAD_FIRST}") from error
+        raise UserError(f"there is no {location}: {CHECK_PATHS}") from error
     except Exception as error:  # fsspec's file systems raise their libraries' own errors
         problem = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot read {location} ({problem}): {DOWNLOAD_FIRST}") from error
+        raise UserError(f"cannot read {location} ({problem}): {CHECK_PATHS}") from error
 
 
 def _is_folder(location: str) -> bool:
@@ -120,7 +120,7 @@ def _find_in_folder(folder: str) -> dict[str, str]:
     if not found:
         raise UserError(
             f"{folder} holds no captions_train*, captions_val* or captions_test* that ends in {', '.join(SUFFIXES)}: "
-            f"{DOWNLOAD_FIRST}"
+            f"{CHECK_PATHS}"
         )
     return found
 

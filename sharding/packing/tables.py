@@ -44,8 +44,14 @@ def show_packed(packed: Sequence[PackedSplit], folder: str) -> None:
     header = ("split", "samples", "captions", "shards", "MB", "reused", "failures", "backend", "seconds", "images/s")
     cli.print_damaged(sum(shard.num_damaged for split in packed for shard in split.shards))
     cli.print_table(folder, header, [_row(split) for split in packed])
-    if lists := [f"{split.manifest.split}.failures.jsonl" for split in packed if split.manifest.failures]:
-        cli.console.print(f"what could not be used is listed in {storage.join(folder, ' and '.join(lists))}")
+    if files := failure_files(packed, folder):
+        cli.console.print(f"what could not be used is listed in {files}")
+
+
+def failure_files(packed: Sequence[PackedSplit], folder: str) -> str:
+    """The paths of the splits' non-empty failure lists, separated by commas."""
+    failed = [split.manifest.split for split in packed if split.manifest.failures]
+    return ", ".join(storage.join(folder, f"{split}.failures.jsonl") for split in failed)
 
 
 def _row(packed: PackedSplit) -> tuple[object, ...]:

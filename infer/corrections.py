@@ -8,13 +8,16 @@
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from captioner.errors import UserError
 from captioner.files import storage
+from captioner.files.storage import WEB, is_remote
+from infer.results import Row, read_rows
 
 DECORATIVE = ""  # instead of a caption
 
@@ -136,3 +139,47 @@ class CorrectionFile:
             for correction in changes:
                 corrections.add(correction)
             storage.write_atomic(str(self._file), corrections.to_jsonl())
+
+
+# ---- rows -------------------------------------------------------------------------------------------------
+
+
+def name_roots(roots: Sequence[str]) -> list[dict[str, str]]:
+    """For each root the --images for make_shards.py, and what stands before its paths in that folder.
+
+    One file of corrections is for one folder: that which all local roots lie in. A URL is a folder of its own.
+    """
+    local = {root: os.path.abspath(root) for root in roots if not is_remote(root)}  # noqa: PTH100 (`..` must go)
+    common = os.path.commonpath(local.values()) if len(local) > 1 else None
+    named = []
+    for root in roots:
+        if common is None or root not in local:
+            named.append({"root": root, "images": root, "prefix": ""})
+        else:
+            below = os.path.relpath(local[root], common)
+            named.append({"root": root, "images": common, "prefix": "" if below == "." else f"{below}/"})
+    return named
+
+
+def roots_of(output: Path) -> dict[str, dict[str, str]]:
+    """The named roots of the rows in a file, by root."""
+    roots = dict.fromkeys(row["root"] for row in read_rows(output))
+    return {root["root"]: root for root in name_roots(list(roots))}
+
+
+def find_correction(row: Mapping[str, Any], written: Corrections, *, root: Mapping[str, str]) -> str | None:
+    """What a person wrote of the image of a row that is no failure; `root` is its root, as `name_roots` names it."""
+    name = unquote(row["path"]) if root["root"].startswith(WEB) else row["path"]
+    return written.find(images=root["images"], path=root["prefix"] + name, sha256=row["sha256"])
+
+
+def correct_row(row: Row, written: Corrections, *, roots: Mapping[str, Mapping[str, str]]) -> Row:
+    """The row with what a person wrote as `caption` and `alt`, which are "" for DECORATIVE; itself if nobody did.
+
+    Nothing is said about the model's caption then, and `correction` is "text" or "decorative".
+    """
+    found = None if "error" in row else find_correction(row, written, root=roots[row["root"]])
+    if found is None:
+        return row
+    said: Any = {"caption": found, "alt": found, "correction": "decorative" if found == DECORATIVE else "text"}
+    return row | said | {"confidence": None, "score": None, "review": None}

@@ -31,7 +31,7 @@ from captioner.files.storage import WEB, is_remote
 from captioner.images.loading import ImageError, decode_rgb
 from captioner.pages import load_template
 from captioner.workers import count_processors
-from infer.corrections import Corrections, read_lines
+from infer.corrections import Corrections, find_correction, name_roots, read_lines
 from infer.listing import ImageFile, locate
 from infer.reading import MAX_FILE_BYTES
 from infer.results import Row, as_utf8
@@ -156,12 +156,6 @@ def _add_corrections(
                 entry["correction"] = caption
 
 
-def find_correction(row: Mapping[str, Any], written: Corrections, *, root: Mapping[str, str]) -> str | None:
-    """What a person wrote of the image of a row that is no failure; `root` is its root, as `name_roots` names it."""
-    name = unquote(row["path"]) if root["root"].startswith(WEB) else row["path"]
-    return written.find(images=root["images"], path=root["prefix"] + name, sha256=row["sha256"])
-
-
 def _data(
     entries: Sequence[dict[str, Any]], *, roots: Sequence[dict[str, str]], thumbnails: Mapping[str, str | None]
 ) -> str:
@@ -170,23 +164,6 @@ def _data(
         json.dumps({**entry, "thumbnail": thumbnails.get(entry["thumbnail"])}, allow_nan=False) for entry in entries
     )
     return "const ROWS = [\n" + ",\n".join(lines) + "\n];\nconst ROOTS = " + json.dumps(roots) + ";\n"
-
-
-def name_roots(roots: Sequence[str]) -> list[dict[str, str]]:
-    """For each root the --images for make_shards.py, and what stands before its paths in that folder.
-
-    One file of corrections is for one folder: that which all local roots lie in. A URL is a folder of its own.
-    """
-    local = {root: os.path.abspath(root) for root in roots if not is_remote(root)}  # noqa: PTH100 (`..` must go)
-    common = os.path.commonpath(local.values()) if len(local) > 1 else None
-    named = []
-    for root in roots:
-        if common is None or root not in local:
-            named.append({"root": root, "images": root, "prefix": ""})
-        else:
-            below = os.path.relpath(local[root], common)
-            named.append({"root": root, "images": common, "prefix": "" if below == "." else f"{below}/"})
-    return named
 
 
 def _page(entries: Sequence[dict[str, Any]], *, roots: Sequence[str], title: str, model: str) -> str:

@@ -15,10 +15,11 @@ of the job was lost: start it again. With --watch SIGTERM and Ctrl-C are its end
 
 import signal
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from itertools import chain
+from typing import Any
 
 from captioner import cli
 from captioner.errors import DeviceMemoryError, NoAttentionError, NotCalibratedError
@@ -34,14 +35,15 @@ from infer.answers import (
     print_answers,
 )
 from infer.captioning import caption_files, load_captioner, row_settings
+from infer.corrections import correct_row, roots_of
 from infer.gallery import read_corrections, write_gallery
 from infer.listing import ImageFile, Listing
 from infer.metadata.exiftool import embed_all, remove_leftovers
+from infer.metadata.outcomes import Correct, Text
 from infer.peers import find_peers
 from infer.reading import prepare
 from infer.results import (
     WORKING_FOLDER,
-    Row,
     check_settings,
     part_path,
     read_rows,
@@ -153,15 +155,16 @@ def report(summary: Summary, listing: Listing, *, rate: float, num_described: in
 def write_extras(settings: CaptionSettings) -> int:
     """Write sidecars, metadata and the gallery, if wanted. Returns the number of captions that could not be written."""
     written, text = [], find_text(settings)
+    said = read_corrections(settings.gallery, settings.corrections) if settings.gallery else None
+    correct = partial(correct_row, written=said, roots=roots_of(settings.output)) if said else None
+    options: dict[str, Any] = {"existing": settings.existing, "text": text, "correct": correct}
     if settings.sidecar is not None:
-        rows = read_rows(settings.output)
-        written.append(write_sidecars(rows, suffix=settings.sidecar, existing=settings.existing, text=text))
+        written.append(write_sidecars(read_rows(settings.output), suffix=settings.sidecar, **options))
     if settings.embed:
-        rows = read_rows(settings.output)
-        written.append(embed_all(rows, settings.output, existing=settings.existing, text=text))
+        written.append(embed_all(read_rows(settings.output), settings.output, **options))
     for line in chain.from_iterable(outcomes.lines() for outcomes in written):
         cli.console.print(line, markup=False)
-    write_tables(settings, text)
+    write_tables(settings, text, correct)
     if settings.gallery is not None:
         rows, files = read_rows(settings.output), settings.corrections
         page = write_gallery(rows, settings.gallery, title="Captions", model=settings.model, corrections=files)
@@ -171,11 +174,10 @@ def write_extras(settings: CaptionSettings) -> int:
     return sum(outcomes.num_failed for outcomes in written)
 
 
-def write_tables(settings: CaptionSettings, text: Callable[[Row], str] | None) -> None:
+def write_tables(settings: CaptionSettings, text: Text | None, correct: Correct | None) -> None:
     """Write the CSV and the COCO results, if wanted, and print what they do not hold."""
     if settings.csv is not None:
-        written = read_corrections(settings.gallery, settings.corrections) if settings.gallery else None
-        num_shown = write_csv(settings.output, settings.csv, text=text, excel=settings.csv_excel, corrections=written)
+        num_shown = write_csv(settings.output, settings.csv, text=text, excel=settings.csv_excel, correct=correct)
         if num_shown:
             cli.console.print(
                 f"{settings.csv}: {num_shown:,} names are not UTF-8: some characters are replaced", markup=False

@@ -19,7 +19,7 @@ from captioner.errors import UserError
 from captioner.files import storage
 from infer.metadata import xmp
 from infer.metadata.described import XMP, text_sidecar, xmp_sidecars
-from infer.metadata.outcomes import Outcomes, Text, replace_content, write_texts
+from infer.metadata.outcomes import DECORATIVE, Correct, Outcomes, Text, Words, replace_content, write_texts
 from infer.results import Row
 from infer.row_index import LocationSet
 
@@ -34,18 +34,22 @@ def check_suffix(suffix: str) -> None:
 
 
 def write_sidecars(
-    rows: Iterable[Row], *, suffix: str, existing: xmp.Existing = "keep", text: Text | None = None
+    rows: Iterable[Row],
+    *,
+    suffix: str,
+    existing: xmp.Existing = "keep",
+    text: Text | None = None,
+    correct: Correct | None = None,
 ) -> Outcomes:
     """Write `photo.txt`, or the XMP sidecar, of each captioned `photo.jpg`; failures have no sidecar.
 
     `text` gives what is written: by default the caption in text files, the sentence `alt` in XMP. Nothing is written
-    where the model abstained. Of images with the same name but for its suffix, which would have the same text file, the
-    first one gets it.
+    where the model abstained. `correct` gives a row a person's words; they replace what the model's row had written. Of
+    images with the same name but for its suffix, which would have the same text file, the first one gets it.
     """
     options: dict[str, Any] = {"used": LocationSet(), "existing": existing}
-    if suffix == XMP:
-        return write_texts(rows, partial(_write_xmp, **options), text=text or itemgetter("alt"))
-    return write_texts(rows, partial(_write_text, suffix=suffix, **options), text=text or itemgetter("caption"))
+    write = partial(_write_xmp, **options) if suffix == XMP else partial(_write_text, suffix=suffix, **options)
+    return write_texts(rows, write, text=text or itemgetter("alt" if suffix == XMP else "caption"), correct=correct)
 
 
 def _regular_status(path: Path) -> os.stat_result:
@@ -59,23 +63,20 @@ def _regular_status(path: Path) -> os.stat_result:
 # ---- text -------------------------------------------------------------------------------------------------
 
 
-def _write_text(
-    image: Path, wanted: str, _model: str, *, suffix: str, used: LocationSet, existing: xmp.Existing
-) -> str:
+def _write_text(image: Path, words: Words, *, suffix: str, used: LocationSet, existing: xmp.Existing) -> str:
     """Write a text file; returns the outcome. `used` has earlier rows' sidecars. Raises OSError."""
     target = text_sidecar(image, suffix)
     if not used.add(str(target)):
         return SHARED
-    try:
-        storage.write_new(str(target), wanted + "\n")
-    except FileExistsError:
-        if existing == "keep":
-            raise
-        return _change_text(target, wanted, existing)
+    if os.path.lexists(target):
+        return "kept" if existing == "keep" and not words.replaced else _change_text(target, words, existing)
+    if not words.text:
+        return DECORATIVE
+    storage.write_new(str(target), words.text + "\n")
     return "written"
 
 
-def _change_text(path: Path, wanted: str, existing: xmp.Existing) -> str:
+def _change_text(path: Path, words: Words, existing: xmp.Existing) -> str:
     """Change an existing text file; returns the outcome. One that has the line already stays. Raises OSError."""
     status = _regular_status(path)
     content = path.read_bytes()
@@ -83,9 +84,11 @@ def _change_text(path: Path, wanted: str, existing: xmp.Existing) -> str:
         before = content.decode("utf-8-sig").strip("\r\n")
     except UnicodeDecodeError:
         return NO_TEXT
-    if before == wanted or (existing != "overwrite" and wanted in before.splitlines()):
+    after = before
+    if existing == "overwrite" or words.text not in before.splitlines():
+        after = xmp.combine(before, words.text, earlier=words.replaced, existing=existing)
+    if after == before:
         return "kept"
-    after = xmp.combine(before, wanted, earlier="", existing=existing)
     mark = "\ufeff" if content.startswith(b"\xef\xbb\xbf") else ""
     replace_content(path, f"{mark}{after}\n".encode(), status)
     return "written"
@@ -94,7 +97,7 @@ def _change_text(path: Path, wanted: str, existing: xmp.Existing) -> str:
 # ---- XMP --------------------------------------------------------------------------------------------------
 
 
-def _write_xmp(image: Path, wanted: str, model: str, *, used: LocationSet, existing: xmp.Existing) -> str:
+def _write_xmp(image: Path, words: Words, *, used: LocationSet, existing: xmp.Existing) -> str:
     """Write or extend an XMP sidecar; returns the outcome. Raises OSError and XmpError.
 
     `a.jpg.xmp` if it is there, else `a.xmp` if it is there and no earlier image has used it, else a new `a.jpg.xmp`.
@@ -102,10 +105,13 @@ def _write_xmp(image: Path, wanted: str, model: str, *, used: LocationSet, exist
     target, shared = xmp_sidecars(image)
     if not os.path.lexists(target) and os.path.lexists(shared) and used.add(str(shared)):
         target = shared
-    extend = partial(xmp.extend, text=wanted, model=model, date=date.today().isoformat(), existing=existing)
+    today = date.today().isoformat()
+    extend = partial(xmp.extend, text=words.text, model=words.model, date=today, existing=existing)
     try:
         status = _regular_status(target)
     except FileNotFoundError:
+        if not words.text:
+            return DECORATIVE
         storage.write_new(str(target), extend(None) or b"")
         return "written"
     with target.open("rb") as file:

@@ -9,15 +9,14 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 from captioner.errors import UserError
 from captioner.files import storage
-from infer.corrections import DECORATIVE, Corrections
-from infer.gallery import find_correction, name_roots
+from infer.corrections import roots_of
 from infer.results import NOT_UTF8, Row, as_utf8, read_rows, writing
 from infer.row_index import LocationSet
 from infer.templates import clean
@@ -68,20 +67,19 @@ def write_csv(
     *,
     text: Callable[[Row], str] | None = None,
     excel: Excel | None = None,
-    corrections: Corrections | None = None,
+    correct: Callable[[Row], Row] | None = None,
 ) -> int:
     """Write the rows of `output` as a table; returns the number of names that are not UTF-8, so shown with U+FFFD.
 
     `image` and `caption` are the columns that sharding/make_shards.py reads; a failure has an empty caption. `image`
-    starts from the folder that all local roots have in common. The column `text` exists if `text` makes it. What a
-    person wrote replaces the model's caption and alt text, and the column `correction` says "text" or "decorative".
+    starts from the folder that all local roots have in common. The column `text` exists if `text` makes it. `correct`
+    gives a row a person's words; the column `correction` says "text" or "decorative".
     Lines end and cells are quoted as RFC 4180 says; a name with the suffix .tsv has tabs. With `excel` there is a byte
     order mark, and this separator; beside semicolons numbers have a decimal comma. Text that a spreadsheet would take
     for a formula has an apostrophe before it, in `image` instead ./, so that it is a name of the same file. Raises
     UserError if the disk is full, and OSError.
     """
-    named_roots = name_roots([*dict.fromkeys(row["root"] for row in read_rows(output))])
-    roots = {root["root"]: root for root in named_roots}
+    roots = roots_of(output)
     separator = {"comma": ",", "semicolon": ";"}[excel] if excel else CSV_SUFFIXES[table.suffix.lower()]
     num_shown = 0
     with _replacing(table) as file:
@@ -89,24 +87,14 @@ def write_csv(
         writer = csv.writer(lines, delimiter=separator)
         writer.writerow(["image", "caption", *(["text"] if text else []), *COLUMNS])
         for model_row in read_rows(output):
-            root = roots[model_row["root"]]
-            row = _corrected(model_row, corrections, root=root) if corrections else model_row
-            name = root["prefix"] + row["path"]
+            row = correct(model_row) if correct else model_row
+            name = roots[row["root"]]["prefix"] + row["path"]
             num_shown += NOT_UTF8.search(name) is not None
             cells = [row.get("caption"), *([text(row)] if text else []), *map(row.get, COLUMNS)]
             shown = (_cell(cell, decimal="," if separator == ";" else ".") for cell in cells)
             writer.writerow([_name_cell(name), *shown])
         lines.detach()
     return num_shown
-
-
-def _corrected(row: Row, corrections: Corrections, *, root: Mapping[str, str]) -> Any:
-    """The row with what a person wrote, if anything, and then without what is said about the model's caption."""
-    found = None if "error" in row else find_correction(row, corrections, root=root)
-    if found is None:
-        return row
-    kind = "decorative" if found == DECORATIVE else "text"
-    return row | {"caption": found, "alt": found, "correction": kind, "confidence": None, "score": None, "review": None}
 
 
 def _cell(value: object, *, decimal: str) -> str:

@@ -24,7 +24,16 @@ from subprocess import PIPE, STDOUT
 from captioner.errors import UserError
 from infer.metadata import xmp
 from infer.metadata.described import Metadata, read_metadata
-from infer.metadata.outcomes import Outcomes, Text, check_writable, keep_owner, partial_beside, write_texts
+from infer.metadata.outcomes import (
+    Correct,
+    Outcomes,
+    Text,
+    Words,
+    check_writable,
+    keep_owner,
+    partial_beside,
+    write_texts,
+)
 from infer.results import PARTIAL_SUFFIX, Row, embedding_folder, open_part
 
 WRITTEN_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "HEIF", "AVIF")
@@ -50,14 +59,22 @@ def check_exiftool() -> None:
         )
 
 
-def embed_all(rows: Iterable[Row], output: Path, *, existing: xmp.Existing, text: Text | None = None) -> Outcomes:
+def embed_all(
+    rows: Iterable[Row],
+    output: Path,
+    *,
+    existing: xmp.Existing,
+    text: Text | None = None,
+    correct: Correct | None = None,
+) -> Outcomes:
     """Write the description of each row's image into its XMP; returns the counts by outcome.
 
     `output` is the file of the rows, beside which the working folder is. Raises UserError if another run has that.
     """
     with _working_folder(output) as folder, ExifTool(folder) as tool:
         write = partial(_embed, tool=tool, existing=existing)
-        return write_texts(rows, write, text=text or itemgetter("alt"), what="embedded", follow_links=True)
+        text = text or itemgetter("alt")
+        return write_texts(rows, write, text=text, correct=correct, what="embedded", follow_links=True)
 
 
 def remove_leftovers(output: Path) -> None:
@@ -82,7 +99,7 @@ def _working_folder(output: Path) -> Iterator[Path]:
             shutil.rmtree(folder)
 
 
-def _embed(image: Path, text: str, model: str, *, tool: "ExifTool", existing: xmp.Existing) -> str:
+def _embed(image: Path, words: Words, *, tool: "ExifTool", existing: xmp.Existing) -> str:
     """Write the text into an image; returns the outcome. Raises OSError, XmpError and ExifToolError."""
     status = image.stat()
     found = None
@@ -94,7 +111,8 @@ def _embed(image: Path, text: str, model: str, *, tool: "ExifTool", existing: xm
     if found.packet and EXTENDED_XMP in found.packet:
         return TOO_MUCH_XMP
     today = date.today().isoformat()
-    packet = xmp.extend(found.packet, text, model=model, date=today, existing=existing, elsewhere=found.description)
+    options = {"model": words.model, "date": today, "elsewhere": found.description}
+    packet = xmp.extend(found.packet, words.text, existing=existing, **options)
     if packet is None:
         return "kept"
     check_writable(image)

@@ -12,16 +12,30 @@ from uuid import uuid4
 
 from captioner.files import storage
 from infer.metadata.described import local_path
-from infer.metadata.xmp import XmpError
+from infer.metadata.xmp import PERSON, XmpError
 from infer.results import PARTIAL_SUFFIX, Row
 from infer.row_index import LocationSet
 
-UNREMARKABLE = frozenset(("written", "kept", "abstained", "not local"))
+DECORATIVE = "left out, since they are decorative"
+UNREMARKABLE = frozenset(("written", "kept", "abstained", "not local", DECORATIVE))
 EMPTY = "left out, since all fields of the template are empty"
 UNREADABLE_XMP = "left alone, since their XMP cannot be read"
 SHOWN_NAMES = 5  # of each other outcome
 
 Text = Callable[[Row], str]  # what is written for a row
+Correct = Callable[[Row], Row]  # the row with a person's words, or the same row
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Words:
+    """What is written of an image, "" if it is decorative, and by which model.
+
+    `model` is PERSON for a person's words; `replaced` is then the model's text.
+    """
+
+    text: str
+    model: str
+    replaced: str = ""
 
 
 @dataclass(kw_only=True)
@@ -58,13 +72,14 @@ class Outcomes:
 
 def write_texts(
     rows: Iterable[Row],
-    write: Callable[[Path, str, str], str],
+    write: Callable[[Path, Words], str],
     *,
     text: Text,
+    correct: Correct | None = None,
     what: str = "sidecars",
     follow_links: bool = False,
 ) -> Outcomes:
-    """Call `write` with each captioned image of this machine, its text and its model; returns counts by outcome.
+    """Call `write` with each captioned image of this machine and its words; returns counts by outcome.
 
     `write` returns the outcome, or raises OSError or XmpError. An image that several rows name, or with `follow_links`
     several links, gets the first one's text.
@@ -75,15 +90,15 @@ def write_texts(
             continue
         try:
             image = local_path(row["root"], row["path"])
-            wanted = row["alt"] and text(row)
+            words = _words(row, correct(row) if correct else row, text)
             if image is not None and follow_links:
                 image = Path(os.path.realpath(image))
-            if not wanted:
+            if not words.text and not words.replaced:
                 outcome = EMPTY if row["alt"] else "abstained"
             elif image is None:
                 outcome = "not local"
             else:
-                outcome = write(image, wanted, row["model"]) if seen.add(str(image)) else "kept"
+                outcome = write(image, words) if seen.add(str(image)) else "kept"
         except FileExistsError:
             outcome = "kept"
         except NotADirectoryError:  # the tar that holds the image
@@ -95,6 +110,14 @@ def write_texts(
             continue
         outcomes.add(outcome, row)
     return outcomes
+
+
+def _words(row: Row, said: Row, text: Text) -> Words:
+    """The words of a row; `said` is the row with a person's words, or the same row."""
+    wanted, model_text = (found["alt"] and text(found) for found in (said, row))
+    return (
+        Words(text=wanted, model=row["model"]) if said is row else Words(text=wanted, model=PERSON, replaced=model_text)
+    )
 
 
 def partial_beside(path: Path) -> Path:

@@ -6,7 +6,7 @@ replaced. So all other fields, namespaces, prefixes, comments and the encoding s
 A caption goes into two fields: `dc:description`, and `Iptc4xmpCore:AltTextAccessibility`, the text for people who do
 not see the image. A third one, of our own namespace, says which text this program wrote (`captioner:Text`), with which
 model, and on which day. A field whose text is still that one is ours, and a newer caption replaces it. Any other text
-is a person's.
+is a person's, and so is one that this program wrote for a person, who corrected the model's.
 """
 
 import codecs
@@ -19,6 +19,7 @@ from xml.sax.saxutils import escape
 
 Existing = Literal["keep", "append", "prepend", "overwrite"]  # what happens to a person's text
 
+PERSON = "a person"  # in place of a model's id
 MAX_BYTES = 1 << 24  # of a packet; the largest ones are of darktable, with drawn masks
 RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 DC = "http://purl.org/dc/elements/1.1/"
@@ -102,13 +103,17 @@ def extend(
     """The packet with `text` as the description and the alternative text; None if nothing is to change.
 
     Without a packet it is a new one. A person's text is kept, or `text` becomes a line after it, before it, or replaces
-    it. `elsewhere` is the description that the image has outside of XMP; it counts if the packet has none. Raises
-    XmpError.
+    it. With PERSON as the model `text` is a person's, which a later model's never replaces unless `existing` is
+    "overwrite"; "" empties what a model wrote. `elsewhere` is the description that the image has outside of XMP; it
+    counts if the packet has none. Raises XmpError.
     """
     source, encoding, padding = _to_utf8(EMPTY if packet is None else packet)
     found = _parse(source)
     text = _NOT_XML.sub("\ufffd", text).strip()
-    earlier = found.text(OWN_TEXT)
+    is_corrected = found.text(OWN_MODEL) == PERSON and model != PERSON
+    if is_corrected and existing == "keep":
+        return None
+    earlier = "" if is_corrected else found.text(OWN_TEXT)
     changed = {}
     for name in FIELDS:
         before = found.text(name) or (elsewhere if name == DESCRIPTION and elsewhere != earlier else "")
@@ -132,10 +137,10 @@ def combine(before: str, text: str, *, earlier: str, existing: Existing) -> str:
     if before in ("", earlier) or existing == "overwrite":
         return text
     if earlier and before.endswith(f"\n{earlier}"):
-        return before.removesuffix(earlier) + text
+        return (before.removesuffix(earlier) + text).strip("\n")
     if earlier and before.startswith(f"{earlier}\n"):
-        return text + before.removeprefix(earlier)
-    if existing == "keep" or earlier == text:  # a person has changed what this program wrote
+        return (text + before.removeprefix(earlier)).strip("\n")
+    if existing == "keep" or text in ("", earlier):  # a person has changed what this program wrote
         return before
     return f"{before}\n{text}" if existing == "append" else f"{text}\n{before}"
 

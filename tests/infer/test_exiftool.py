@@ -64,9 +64,9 @@ def write_image(path: Path, **options: Any) -> Path:
     return path
 
 
-def embed(folder: Path, *names: str, alt: str = "A cat.", existing: xmp.Existing = "keep") -> Outcomes:
+def embed(folder: Path, *names: str, alt: str = "A cat.", existing: xmp.Existing = "keep", **more: Any) -> Outcomes:
     rows = [captioned(name, root=str(folder), alt=alt) for name in names]
-    return embed_all(iter(rows), folder.parent / "captions.jsonl", existing=existing)
+    return embed_all(iter(rows), folder.parent / "captions.jsonl", existing=existing, **more)
 
 
 def pixels(path: Path) -> str:
@@ -107,6 +107,14 @@ def test_only_the_description_changes(kind: str, photos: Path) -> None:
     content = path.read_bytes()
     assert embed(photos, path.name).counts == {"kept": 1}
     assert path.read_bytes() == content
+
+
+def test_a_persons_correction_replaces_the_models_text_and_stays(photos: Path) -> None:
+    said = {write_image(photos / name).name: text for name, text in (("a.jpg", "Our ship"), ("b.jpg", ""))}
+    embed(photos, *said)
+    assert embed(photos, *said, correct=lambda row: row | {"alt": said[row["path"]]}).counts == {"written": 2}
+    assert embed(photos, *said, alt="A dog.").counts == {"kept": 2}
+    assert [texts(photos / name) for name in said] == [["Our ship"] * 2, []]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,7 +18,8 @@ from rows import failure, success
 from tiny import write_shards
 
 from captioner.errors import UserError
-from infer.gallery import THUMBNAIL_SIDE_PIXELS, check_folder, name_roots, write_gallery
+from infer.corrections import name_roots
+from infer.gallery import THUMBNAIL_SIDE_PIXELS, check_folder, write_gallery
 from infer.listing import locate
 
 ODD_NAMES = [

@@ -20,7 +20,7 @@ from rows import captioned, failed
 from captioner.errors import UserError
 from infer.listing import Listing
 from infer.metadata import xmp
-from infer.metadata.outcomes import EMPTY, SHOWN_NAMES, UNREADABLE_XMP, Outcomes
+from infer.metadata.outcomes import DECORATIVE, EMPTY, SHOWN_NAMES, UNREADABLE_XMP, Outcomes
 from infer.metadata.xmp import read_texts
 from infer.results import Row
 from infer.sidecars import NO_TEXT, SHARED, check_suffix, write_sidecars
@@ -351,3 +351,42 @@ def test_a_killed_process_leaves_old_or_new_sidecars(tmp_path: Path) -> None:
     leftover = {path.name for path in tmp_path.iterdir()} - {"a.jpg.xmp"}
     assert len(leftover) == 1
     assert list(Listing([str(tmp_path)], skip_suffixes=[".xmp"])) == []
+
+
+# ---- corrections ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".xmp"])
+def test_a_persons_words_replace_the_models_and_no_others(tmp_path: Path, suffix: str) -> None:
+    """Of four images one is corrected, one decorative, one has a sidecar of a person, and one is decorative without."""
+    rows = rows_of(tmp_path, "corrected", "decorative", "changed", "bare")
+    sidecars = {row["path"]: tmp_path / f"{row['path']}{suffix}" for row in rows}
+    said = {"corrected": "Our ship", "decorative": "", "changed": "Ours too", "bare": ""}
+
+    def write(*, better: bool = False, corrected: bool = True) -> dict[str, int]:
+        model = {"caption": "a dog", "alt": "A dog."} if better else {}
+        chosen = [captioned(row["path"], root=str(tmp_path), **model) for row in (rows[:3] if better else rows)]
+        correct = (lambda row: row | {"caption": said[row["path"]], "alt": said[row["path"]]}) if corrected else None
+        return dict(write_sidecars(chosen, suffix=suffix, correct=correct).counts)
+
+    def read() -> list[list[str]]:
+        return [texts(path) if suffix == ".xmp" else path.read_text().split("\n")[:1] for path in sidecars.values()]
+
+    write_sidecars(rows[:3], suffix=suffix)
+    changed = sidecars["changed"].read_bytes()
+    sidecars["changed"].write_bytes(changed.replace(b"A cat.</rdf:li>", b"Mine</rdf:li>").replace(b"a cat", b"Mine"))
+    assert write() == {"written": 2, "kept": 1, DECORATIVE: 1}
+    assert not sidecars.pop("bare").exists()
+    copies = 2 if suffix == ".xmp" else 1
+    wanted = [["Our ship"] * copies, [] if suffix == ".xmp" else [""], ["Mine"] * copies]
+    assert read() == wanted
+    assert write() == {"kept": 3, DECORATIVE: 1}
+    assert write(better=True, corrected=False) == {"kept": 3}
+    assert read() == wanted
+
+
+def test_a_second_correction_replaces_the_first_in_xmp(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, "a.jpg")
+    for text in ("Our ship", "Our red ship"):
+        write_sidecars(rows, suffix=".xmp", correct=lambda row, text=text: row | {"alt": text})
+        assert texts(tmp_path / "a.jpg.xmp") == [text] * 2

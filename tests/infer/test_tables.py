@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from rows import captioned, failed
 
 from captioner.errors import UserError
 from captioner.files import storage
-from infer.corrections import DECORATIVE, Correction, Corrections
-from infer.main import write_tables
+from infer.corrections import DECORATIVE, Correction, Corrections, correct_row, roots_of
+from infer.main import write_extras
 from infer.results import Row, to_line
 from infer.settings import CaptionSettings
 from infer.tables import COLUMNS, check_table, coco_id, write_coco_results, write_csv
@@ -82,7 +83,9 @@ def test_a_table_has_what_a_person_wrote_instead_of_what_the_model_says(tmp_path
             Correction(path="shop/e.jpg", caption="unseen", images=common),
         ]
     )
-    table = table_of(tmp_path, rows, corrections=written, text=Template("{alt}").text)
+    roots = roots_of(write_rows(tmp_path, rows))
+    correct = partial(correct_row, written=written, roots=roots)
+    table = table_of(tmp_path, rows, correct=correct, text=Template("{alt}").text)
     keys = ("image", "caption", "alt", "text", "correction", "confidence", "review")
     assert [tuple(row[key] for key in keys) for row in table] == [
         ("img/a.jpg", "Our logo", "Our logo", "Our logo", "text", "", ""),
@@ -99,9 +102,8 @@ def test_the_command_takes_corrections_from_the_gallery_and_the_downloaded_file(
     gallery.mkdir()
     (gallery / "corrections.jsonl").write_text('{"path": "a.jpg", "captions": ["kept"], "images": "photos"}\n')
     downloaded.write_text('{"path": "b.jpg", "decorative": true, "images": "photos"}\n')
-    write_tables(
-        CaptionSettings(images=("photos",), output=output, csv=table, gallery=gallery, corrections=downloaded), None
-    )
+    choices = CaptionSettings(images=("photos",), output=output, csv=table, gallery=gallery, corrections=downloaded)
+    write_extras(choices)
     rows = csv.DictReader(io.StringIO(table.read_text(), newline=""))
     assert [(row["alt"], row["correction"]) for row in rows] == [("kept", "text"), ("", "decorative")]
 

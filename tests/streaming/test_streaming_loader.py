@@ -571,7 +571,7 @@ def unsendable(samples: list[Any]) -> Any:
 
 def test_a_batch_that_cannot_be_sent_is_an_error_not_a_hang(folder: Path) -> None:
     loader = make_loader(folder, collate=unsendable, num_workers=1)
-    with pytest.raises(Exception, match="pickle|local object"):
+    with pytest.raises(Exception, match=r"pickle|local object"):
         next(iter(loader))
     loader.close()
 

@@ -72,6 +72,8 @@ def owned(location: str, *, doing: str) -> Iterator[None]:
     was silent for a minute exits with code 75: two processes must not write the same files. Raises AlreadyOwnedError if
     another process is the owner, and NotWritableError.
     """
+    if location.startswith(storage.WEB):  # else the request would be retried for minutes
+        raise NotWritableError(location, "web servers are only read: write to the folder or bucket that they serve")
     claim = _Claim(location, doing)
     with ExitStack() as stack:
         try:

@@ -174,3 +174,9 @@ def test_each_beat_changes_what_the_file_says(path: Path) -> None:
             time.sleep(0.05)
     assert len({json.loads(text)["id"] for text in found}) == 1
     assert len(found) == 3
+
+
+def test_a_web_server_is_refused_without_a_request() -> None:
+    refused = pytest.raises(UserError, match=r"^cannot write to http://127\.0\.0\.1:1/x \(web servers")
+    with refused, owned("http://127.0.0.1:1/x", doing="is training"):
+        pass

@@ -21,6 +21,7 @@ from captioner.workers import WorkerPool, count_processors
 from infer.captioning import caption_files, load_captioner, row_settings, without_rows
 from infer.listing import Ahead, ImageFile, Listing
 from infer.metadata.described import Metadata, find_sidecar, read_metadata
+from infer.metadata.outcomes import SHOWN_NAMES
 from infer.peers import Peers
 from infer.reading import MAX_DEATHS, MAX_FILE_BYTES, MAX_SECONDS, blame, prepare
 from infer.results import WORKING_FOLDER, Row, RowWriter, check_settings, to_line
@@ -44,6 +45,7 @@ class Findings:
         self.num_files = self.num_wanted = 0
         self.described: Counter[str] = Counter()  # by where
         self.broken: Counter[str] = Counter()  # by reason
+        self.broken_names: list[str] = []  # of the first
         self.sample: list[ImageFile] = []
 
     def add(self, file: ImageFile, finding: Finding) -> None:
@@ -54,6 +56,7 @@ class Findings:
             self.described[where] += 1
         if reason:
             self.broken[reason] += 1
+            self.broken_names += [file.location][: SHOWN_NAMES - len(self.broken_names)]
         if reason or (where and self._missing_only):
             return
         self.num_wanted += 1
@@ -111,9 +114,12 @@ def report(findings: Findings, listing: Listing, failures: Counter[str], *, seco
     num_rows = listing.num_found - findings.num_files
     counts = (num_rows, findings.described.total(), findings.broken.total(), findings.num_wanted)
     cli.print_table("dry run: nothing was written", header, [(listing.num_found, *counts, duration(seconds))])
-    for what, counter in (("have a description", findings.described), ("are broken", findings.broken)):
-        if counter:
-            cli.console.print(f"{what}: {shown(counter)}", markup=False)
+    if findings.described:
+        cli.console.print(f"have a description: {shown(findings.described)}", markup=False)
+    if findings.broken:
+        more = ", ..." if findings.broken.total() > len(findings.broken_names) else ""
+        names = ", ".join(map(repr, findings.broken_names))
+        cli.console.print(f"are broken: {shown(findings.broken)}: {names}{more}", markup=False)
     for line in listing.lines_of_left_out():
         cli.console.print(line, markup=False)
     if failures:

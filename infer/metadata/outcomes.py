@@ -20,7 +20,7 @@ DECORATIVE = "left out, since they are decorative"
 UNREMARKABLE = frozenset(("written", "kept", "abstained", "not local", DECORATIVE))
 EMPTY = "left out, since all fields of the template are empty"
 UNREADABLE_XMP = "left alone, since their XMP cannot be read"
-SHOWN_NAMES = 5  # of each other outcome
+SHOWN_NAMES = 5  # of what a user should look at
 
 Text = Callable[[Row], str]  # what is written for a row
 Correct = Callable[[Row], Row]  # the row with a person's words, or the same row

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from random import Random
@@ -35,7 +36,9 @@ from scenes import main as draw_scenes
 from sharding.make_shards import main as make_shards
 from sharding.settings import ShardSettings
 from train.data.batches import caption_loader
+from train.run.job import how_to_continue
 from train.run.launch import start_accelerator
+from train.settings import TrainSettings
 from train.step.schedule import make_optimizer
 from train.step.step import CaptionLoss, distribute
 
@@ -305,6 +308,20 @@ def test_sigterm_saves_and_says_so(shards: Path, tmp_path: Path, undisturbed: Pa
             assert torch.equal(tensor, weights(undisturbed)[name]), name
 
 
+def test_ctrl_c_says_how_to_continue(shards: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    running = start_training(flags(shards, output, *EPOCHS, "--checkpoint-steps", 1), log=tmp_path / "run.log")
+    wait_for(lambda: checkpoints(output), running)
+    os.kill(running.ranks[0].pid, signal.SIGINT)
+    assert "with --resume continues from the newest checkpoint" in running.wait().output
+
+
+def test_without_a_checkpoint_only_feature_files_are_reused(tmp_path: Path) -> None:
+    settings = TrainSettings(output=str(tmp_path / "run"))
+    assert how_to_continue(settings).endswith("--resume begins at the first step")
+    assert "reuses the feature files that are complete" in how_to_continue(replace(settings, cache_features=True))
+
+
 def test_an_unfinished_run_is_resumed_only_when_asked(shards: Path, tmp_path: Path) -> None:
     output, log = tmp_path / "run", tmp_path / "run.log"
     running = start_training(flags(shards, output, *EPOCHS, "--checkpoint-steps", 1), log=log)
@@ -317,8 +334,10 @@ def test_an_unfinished_run_is_resumed_only_when_asked(shards: Path, tmp_path: Pa
 
 def test_checkpoints_hold_no_frozen_weights_and_are_few(shards: Path, tmp_path: Path, pretrained: Path) -> None:
     output, log = tmp_path / "run", tmp_path / "run.log"
-    more = ("--epochs", 40, "--weights", pretrained, "--finetune-encoder-from-step", "None", "--keep-checkpoints", 1)
-    running = start_training(flags(shards, output, *more), log=log)
+    encoder = ("--encoder", "small_cnn", "--weights", pretrained, "--crop", 32)
+    data = ("--shards", shards, "--output", output, "--workers", 0)
+    flags = [*data, *SMALL, *encoder, "--epochs", 40, "--keep-checkpoints", 1]
+    running = start_training(flags, log=log)
     wait_for(lambda: any(path.name.startswith("epoch-0003") for path in checkpoints(output)), running)
     running.kill()
     kept = checkpoints(output)
@@ -328,7 +347,7 @@ def test_checkpoints_hold_no_frozen_weights_and_are_few(shards: Path, tmp_path: 
     assert not {name for name in names if "encoder" in name}
     assert set(load_file(output / "encoder.safetensors")) == set(load_file(pretrained))
     pretrained.unlink()  # a resumed run does not need it
-    running = start_training(flags(shards, output, *more, "--resume"), log=log)
+    running = start_training([*flags, "--resume"], log=log)
     wait_for(lambda: any(path.name.startswith("epoch-0004") for path in checkpoints(output)), running)
     running.kill()
 

@@ -5,7 +5,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Thread
 from types import FrameType
@@ -107,10 +107,12 @@ class Preemption:
     """SIGTERM, which schedulers send before they take a machine: ends the run with exit code 75, resumable.
 
     Between steps the loop reads `requested`, saves and calls `leave`; elsewhere the signal ends the process at once.
+    `remedy` says how to continue.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, remedy: Callable[[], str] = str) -> None:
         self.requested = False
+        self._remedy = remedy
         self._deferred = False
         signal.signal(signal.SIGTERM, self._handle)
 
@@ -127,7 +129,7 @@ class Preemption:
 
     def leave(self) -> None:
         """Exit with code 75."""
-        print("stopped by SIGTERM: the same command with --resume continues from the last checkpoint", file=sys.stderr)
+        print(f"stopped by SIGTERM: {self._remedy()}", file=sys.stderr)
         raise SystemExit(EXIT_PREEMPTED)
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from captioner.errors import UserError
-from captioner.flags import Local, Number, flag_name
+from captioner.flags import OPTIONAL_FLAGS, Local, Number, flag_name
 from captioner.images import silence_pillow
 
 EXIT_USER_ERROR = 2
@@ -110,7 +110,7 @@ class Stream(io.FileIO):
 
 def parse(settings_class: type[Settings], *, description: str, args: Sequence[str] | None = None) -> Settings:
     """The settings in the command line (or `args`). Raises UserError for values that a flag does not accept."""
-    settings = tyro.cli(settings_class, description=description, args=args)
+    settings = tyro.cli(settings_class, description=description, args=args, registry=OPTIONAL_FLAGS)
     check_values(settings)
     return settings
 

@@ -147,3 +147,10 @@ def test_a_path_on_this_machine_is_no_url(settings_class: type) -> None:
             flag = flag_name(name)
             with pytest.raises(cli.UserError, match=f"{flag} s3:/.* is a URL"):
                 cli.parse(settings_class, description="", args=[*required(settings_class), flag, "s3://bucket/x"])
+
+
+@pytest.mark.parametrize("settings_class", settings_classes())
+def test_none_is_no_value_of_a_flag(settings_class: type, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(settings_class, description="", args=["--help"])
+    assert "{None" not in capsys.readouterr().out

@@ -201,7 +201,7 @@ def load_bundle(folder: str | Path, *, device: torch.device | str = "cpu") -> Bu
     if Path(folder).is_file():
         raise UserError(f"{folder} is a file: give the model folder that holds it")
     config_file = storage.join(folder, "config.json")
-    config = storage.read_json(config_file, remedy=f"give a folder that train/main.py wrote; or {COPY_AGAIN}")
+    config = storage.read_json(config_file, remedy=_other_folder(folder))
     found = config.get("format_version") if isinstance(config, dict) else None
     if found != FORMAT_VERSION:
         raise UserError(f"{folder} has model format {found}, this version reads {FORMAT_VERSION}: train it again")
@@ -209,6 +209,15 @@ def load_bundle(folder: str | Path, *, device: torch.device | str = "cpu") -> Bu
         return _assemble(folder, config, device)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{config_file} is not as it was written ({error!r}): {COPY_AGAIN}") from error
+
+
+def _other_folder(folder: str) -> str:
+    """What to do where a model folder has no readable config.json."""
+    if not storage.is_remote(folder) and not Path(folder).exists():
+        return "check the path: there is no such folder"
+    if not storage.is_remote(folder) and Path(folder, "model", "config.json").exists():
+        return f"give the model folder {Path(folder, 'model')}"
+    return f"give a model folder, which train/main.py writes; or {COPY_AGAIN}"
 
 
 def _assemble(folder: str, config: dict[str, Any], device: torch.device | str) -> Bundle:

@@ -77,6 +77,11 @@ def test_a_file_of_the_model_folder_is_refused_with_the_folder_to_give(folder: P
     assert "is a file: give the model folder" in refusal(folder / "model.safetensors")
 
 
+def test_a_mistyped_folder_and_the_folder_of_a_run_are_refused_with_what_to_give(folder: Path) -> None:
+    assert "check the path" in refusal(folder.with_name("modle"))
+    assert f"give the model folder {folder}" in refusal(folder.parent)
+
+
 def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())

@@ -26,7 +26,7 @@ from captioner.errors import UserError
 from captioner.files import storage
 from captioner.images.loading import ImageError
 from captioner.samples import image_spans
-from captioner.shards.format import SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
+from captioner.shards.format import Manifest, ShardIndex, complete_splits, read_manifest
 from infer.results import PARTIAL_SUFFIX, write_all
 from infer.row_index import LocationSet, hash_location, real_root
 
@@ -393,7 +393,7 @@ def _split_line(line: str) -> tuple[str, str]:
 def _read_manifests(folder: str) -> list[Manifest]:
     """The manifests of a dataset folder's splits. Raises UserError and OSError."""
     remedy = "give --shards a folder that sharding/make_shards.py made"
-    splits = [split for split in SPLITS if storage.exists(manifest_location(folder, split))]
+    splits = complete_splits(folder)
     if not splits:
         raise UserError(f"there is no manifest of a split in {folder}: {remedy}")
     return [read_manifest(folder, split, remedy=remedy) for split in splits]

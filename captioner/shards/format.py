@@ -307,10 +307,21 @@ def manifest_location(folder: str, split: str) -> str:
     return storage.join(folder, f"{split}.manifest.json")
 
 
+def complete_splits(folder: str) -> list[str]:
+    """The splits of which the folder has a manifest."""
+    return [split for split in SPLITS if storage.exists(manifest_location(folder, split))]
+
+
 def read_manifest(folder: str, split: str, *, remedy: str) -> Manifest:
     """The manifest of a complete split. Raises UserError, with `remedy`, if there is none."""
     origin = manifest_location(folder, split)
-    content = storage.read_json(origin, remedy=remedy)
+    try:
+        content = storage.read_json(origin, remedy=remedy)
+    except UserError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        there = ", ".join(complete_splits(folder)) or "none"
+        raise UserError(f"there is no {origin} (splits there: {there}): {remedy}") from error
     try:
         check_format(content.pop("format_version"), origin=origin)
         del content["totals"]

@@ -10,7 +10,7 @@ from captioner import cli
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.samples import read_content, split_pair
-from captioner.shards.format import PACK_FIRST, SPLITS, Manifest, ShardIndex, manifest_location, read_manifest
+from captioner.shards.format import PACK_FIRST, Manifest, ShardIndex, complete_splits, read_manifest
 from captioner.shards.indexing import is_any, is_foreign
 from captioner.vocabulary import read_vocabulary
 from sharding.packing.sources import failure_text
@@ -21,10 +21,9 @@ SHOWN_BYTES = 500
 
 def show_dataset(folder: str, *, split: str | None, key: str | None) -> None:
     """Print the splits, the vocabulary and the sample with this key, or the first. Raises UserError."""
-    there = [s for s in SPLITS if split in (None, s) and storage.exists(manifest_location(folder, s))]
+    there = [split] if split else complete_splits(folder)
     if not there:
-        what = f"{split}.manifest.json" if split else "manifest of a whole split"
-        raise UserError(f"there is no {what} in {folder}: {PACK_FIRST}")
+        raise UserError(f"there is no manifest of a whole split in {folder}: {PACK_FIRST}")
     manifests = [read_manifest(folder, name, remedy=PACK_FIRST) for name in there]
     _show_splits(folder, manifests)
     if not all(map(is_any, manifests)):

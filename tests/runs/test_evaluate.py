@@ -526,6 +526,6 @@ def test_pictures_of_another_size_are_refused(tmp_path: Path, model: Path) -> No
 
 def test_an_absent_split_and_an_image_of_two_folders_are_refused(tmp_path: Path, model: Path, shards: str) -> None:
     settings = EvaluateSettings(model=model, shards=(shards,), output=tmp_path / "r.json", batch_size=BATCH, workers=0)
-    assert "test.manifest.json" in refusal(replace(settings, split="test"))
+    assert "test.manifest.json (splits there: val)" in refusal(replace(settings, split="test"))
     again = write_shards(tmp_path / "again", [2], split="val", size=40, first=104)
     assert "has image 104 2 times" in refusal(replace(settings, shards=(shards, again)))

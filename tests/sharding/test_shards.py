@@ -349,7 +349,7 @@ def test_a_manifest_survives_its_file_and_sums_its_shards(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (None, "there is no .*val.manifest.json: do this"),
+        (None, r"there is no .*val.manifest.json \(splits there: none\): do this"),
         ("not JSON", "cannot read .*val.manifest.json"),
         ("{}", "is not a manifest"),
         ("[]", "is not a manifest"),

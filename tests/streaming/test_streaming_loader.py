@@ -410,7 +410,9 @@ def test_arguments_that_do_not_fit_are_refused(folder: Path, options: dict[str, 
 
 
 def test_a_missing_split_says_what_makes_one(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no .*manifest\.json: index its tars with index_shards"):
+    with pytest.raises(
+        UserError, match=r"there is no .*manifest\.json \(splits there: none\): index its tars with index_shards"
+    ):
         make_loader(tmp_path)
     with pytest.raises(UserError, match=r"there is no folder .*nowhere: check the path, or index"):
         make_loader(tmp_path / "nowhere")

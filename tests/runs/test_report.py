@@ -89,6 +89,11 @@ def test_the_headline_has_the_encoder_the_best_cider_and_the_speed(tmp_path: Pat
     }
 
 
+def test_a_short_training_time_is_in_minutes(tmp_path: Path) -> None:
+    page = report(tmp_path, report={"training_images": 1596, "training_seconds": 150.0})
+    assert "2.5 minutes the session that finished the run" in page.text("dd")
+
+
 def test_metrics_evaluations_and_settings_are_in_tables(tmp_path: Path) -> None:
     page = report(
         tmp_path,
@@ -104,7 +109,7 @@ def test_metrics_evaluations_and_settings_are_in_tables(tmp_path: Path) -> None:
     assert not [row for row in rows if "low" in row[0]]
     assert ["Perplexity", "1,234"] in rows
     assert ["BLEU-1", "not finite"] in rows
-    assert ["Own score", "1.000"] in rows
+    assert ["Own score", "1"] in rows
     assert ["Evaluation", "Loss", "BLEU-4", "CIDEr"] in rows
     assert ["epoch 2, step 20", "2.500", "0.300", "0.900"] in rows
     assert ["epoch 4, step 40", "", "", "not finite"] in rows

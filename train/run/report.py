@@ -120,7 +120,8 @@ def _facts(settings: HistoryRow, evaluations: Sequence[HistoryRow], report: Hist
     if report.get("training_seconds"):
         seconds, note = report["training_seconds"], "the session that finished the run"
         facts.append(("Training speed", f"{report['training_images'] / seconds:,.0f} images/s", note))
-        facts.append(("Training time", f"{seconds / 3600:,.2f} hours", note))
+        time = f"{seconds / 60:,.1f} minutes" if seconds < 3600 else f"{seconds / 3600:,.2f} hours"
+        facts.append(("Training time", time, note))
     return facts
 
 
@@ -138,6 +139,8 @@ def _metric_name(name: str) -> str:
 def _number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "not finite"
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:,.3f}" if abs(value) < 100 else f"{value:,.0f}"
 
 

@@ -109,7 +109,7 @@ class Calibration:
     def __str__(self) -> str:
         images = "images unlike the val split's will be flagged"
         if self.space is None:
-            images = f"fewer than {MIN_IMAGES} images, so others unlike them will not be flagged"
+            images = f"images unlike the val split's will not be flagged: it has fewer than {MIN_IMAGES}"
         if self.reliability is None:
             few = f"fewer than {MIN_IMAGES} captions with two references, or none good, or none bad"
             return f"no confidence ({few}), {images}"

@@ -500,3 +500,8 @@ def test_charts_and_text_are_unlike_photos() -> None:
     unlike = calibration.is_out_of_distribution(features(drawn))
     assert unlike is not None
     assert sum(unlike) >= 8
+
+
+def test_too_few_images_are_named_as_the_reason() -> None:
+    said = str(Calibration(decoding={}))
+    assert said.endswith("images unlike the val split's will not be flagged: it has fewer than 100")

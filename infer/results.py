@@ -38,7 +38,6 @@ class Row(TypedDict):
     columns), the `area` of the original that the view shows (left, top, right, bottom, as fractions of its sides), the
     `words`, which joined are the caption, and for each word `weights`: see `Attention.to_json`.
     `width` and `height` are the upright original's in pixels; `sha256` is the file's; `model` identifies the weights.
-    `correction`, never in the file, is what a person made of the row: see `infer.corrections.correct_row`.
     `error` is the kind of failure (captioner.images.loading.Reason), `message` what was found.
     """
 
@@ -58,7 +57,6 @@ class Row(TypedDict):
     width: NotRequired[int]
     height: NotRequired[int]
     sha256: NotRequired[str]
-    correction: NotRequired[str]
     error: NotRequired[str]
     message: NotRequired[str]
 

@@ -108,8 +108,10 @@ class Handler(BaseHTTPRequestHandler):
     def _body(self, mood: Mood, seen: Seen, body: bytes) -> None:
         body = body[: mood.cut_after]
         for start in range(0, len(body), PIECE_BYTES):
+            piece = body[start : start + PIECE_BYTES]
+            seen.num_bytes += len(piece)  # before it is sent: the client may end the test as soon as it has it
             try:
-                seen.num_bytes += self.connection.send(body[start : start + PIECE_BYTES])
+                self.connection.sendall(piece)
             except OSError:
                 return
             self.site.closing.wait(mood.piece_seconds)

@@ -21,7 +21,7 @@ from captioner.workers import WorkerPool, count_processors
 from infer.captioning import caption_files, load_captioner, row_settings, without_rows
 from infer.listing import Ahead, ImageFile, Listing
 from infer.metadata.described import Metadata, find_sidecar, read_metadata
-from infer.metadata.outcomes import SHOWN_NAMES
+from infer.metadata.outcomes import SHOWN_NAMES, first_names
 from infer.peers import Peers
 from infer.reading import MAX_DEATHS, MAX_FILE_BYTES, MAX_SECONDS, blame, prepare
 from infer.results import WORKING_FOLDER, Row, RowWriter, check_settings, to_line
@@ -117,9 +117,8 @@ def report(findings: Findings, listing: Listing, failures: Counter[str], *, seco
     if findings.described:
         cli.console.print(f"have a description: {shown(findings.described)}", markup=False)
     if findings.broken:
-        more = ", ..." if findings.broken.total() > len(findings.broken_names) else ""
-        names = ", ".join(map(repr, findings.broken_names))
-        cli.console.print(f"are broken: {shown(findings.broken)}: {names}{more}", markup=False)
+        names = first_names(findings.broken_names, total=findings.broken.total())
+        cli.console.print(f"are broken: {shown(findings.broken)}: {names}", markup=False)
     for line in listing.lines_of_left_out():
         cli.console.print(line, markup=False)
     if failures:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
@@ -17,7 +17,8 @@ from typing import BinaryIO, Literal
 from captioner.errors import UserError
 from captioner.files import storage
 from infer.corrections import roots_of
-from infer.results import NOT_UTF8, Row, as_utf8, read_rows, writing
+from infer.metadata.outcomes import Correct, Text
+from infer.results import NOT_UTF8, as_utf8, read_rows, writing
 from infer.row_index import LocationSet
 from infer.templates import clean
 
@@ -65,19 +66,19 @@ def write_csv(
     output: Path,
     table: Path,
     *,
-    text: Callable[[Row], str] | None = None,
+    text: Text | None = None,
     excel: Excel | None = None,
-    correct: Callable[[Row], Row] | None = None,
+    correct: Correct | None = None,
 ) -> int:
     """Write the rows of `output` as a table; returns the number of names that are not UTF-8, so shown with U+FFFD.
 
     `image` and `caption` are the columns that sharding/make_shards.py reads; a failure has an empty caption. `image`
     starts from the folder that all local roots have in common. The column `text` exists if `text` makes it. `correct`
-    gives a row a person's words; the column `correction` says "text" or "decorative".
-    Lines end and cells are quoted as RFC 4180 says; a name with the suffix .tsv has tabs. With `excel` there is a byte
-    order mark, and this separator; beside semicolons numbers have a decimal comma. Text that a spreadsheet would take
-    for a formula has an apostrophe before it, in `image` instead ./, so that it is a name of the same file. Raises
-    UserError if the disk is full, and OSError.
+    gives a row a person's words; the column `correction` says "text" or "decorative". Lines end and cells are quoted as
+    RFC 4180 says; a name with the suffix .tsv has tabs. With `excel` there is a byte order mark, and this separator;
+    beside semicolons numbers have a decimal comma. Text that a spreadsheet would take for a formula has an apostrophe
+    before it, in `image` instead ./, so that it is a name of the same file. Raises UserError if the disk is full, and
+    OSError.
     """
     roots = roots_of(output)
     separator = {"comma": ",", "semicolon": ";"}[excel] if excel else CSV_SUFFIXES[table.suffix.lower()]

@@ -4,7 +4,7 @@ import errno
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,8 +66,13 @@ class Outcomes:
         """A line for each outcome."""
         for outcome, count in self.counts.most_common():
             names = self.names.get(outcome, [])
-            shown = f": {', '.join(map(repr, names))}{', ...' if count > len(names) else ''}" if names else ""
+            shown = f": {first_names(names, total=count)}" if names else ""
             yield f"{self.what}: {count:,} {outcome}{shown}"
+
+
+def first_names(names: Sequence[str], *, total: int) -> str:
+    """The names, and three dots if there are more of them in all."""
+    return f"{', '.join(map(repr, names))}{', ...' if total > len(names) else ''}"
 
 
 def write_texts(
@@ -114,10 +119,10 @@ def write_texts(
 
 def _words(row: Row, said: Row, text: Text) -> Words:
     """The words of a row; `said` is the row with a person's words, or the same row."""
-    wanted, model_text = (found["alt"] and text(found) for found in (said, row))
-    return (
-        Words(text=wanted, model=row["model"]) if said is row else Words(text=wanted, model=PERSON, replaced=model_text)
-    )
+    model_text = row["alt"] and text(row)
+    if said is row:
+        return Words(text=model_text, model=row["model"])
+    return Words(text=said["alt"] and text(said), model=PERSON, replaced=model_text)
 
 
 def partial_beside(path: Path) -> Path:

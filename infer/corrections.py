@@ -98,13 +98,13 @@ class Corrections:
                 self._by_sha256[correction.sha256] = correction
 
     def find(self, *, images: str, path: str, sha256: str) -> str | None:
-        """What a person wrote of an image: by its name if its bytes are the same, by its bytes, or by its name alone.
+        """What a person wrote of an image: by name if its bytes are the same or unknown, by bytes, or by name alone.
 
         The correction found gets this name and these bytes from now on.
         """
         now = Correction(path=path, caption=None, images=images, sha256=sha256)
         named = self._by_key.get(now.key) or self._by_key.get((None, path))
-        found = named if named and named.sha256 == sha256 else self._by_sha256.get(sha256, named)
+        found = named if named and named.sha256 in (None, sha256) else self._by_sha256.get(sha256, named)
         if found is None:
             return None
         if named is not None:

@@ -148,3 +148,9 @@ def test_a_wrong_file_is_refused_before_anything_is_captioned(tmp_path: Path) ->
         check_corrections(tmp_path / "gallery", tmp_path / "missing.jsonl")
     with pytest.raises(UserError, match="--gallery: give that too"):
         check_flags(CaptionSettings(images=("photos",), corrections=bad))
+
+
+def test_copies_of_an_image_keep_their_own_words_where_no_bytes_are_known() -> None:
+    written = Corrections([Correction(path="a.jpg", caption="ours"), Correction(path="b.jpg", caption=DECORATIVE)])
+    assert [written.find(images="p", path=name, sha256="same") for name in ("a.jpg", "b.jpg")] == ["ours", DECORATIVE]
+    assert [line.get("captions") for line in written.lines()] == [["ours"], None]

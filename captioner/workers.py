@@ -1,23 +1,28 @@
 """A pool of worker processes that survives their deaths: if an item kills its worker, only that item is lost.
 
-Workers are forked from a server process that has already imported their code, because importing torch takes seconds.
+Workers are forked from a server process that has already imported their code, because importing torch takes seconds and
+300 MB.
 """
 
+import atexit
+import gc
 import math
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
-from multiprocessing import forkserver, resource_tracker
+from importlib import import_module
+from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 from captioner.errors import UserError
 from captioner.images import loading
@@ -28,21 +33,61 @@ POLL_SECONDS = 1.0
 MAX_SECONDS_TO_EXIT = 5.0  # a killed process that waits for a lost disk exits even later
 
 
-def start_server(module: str, *, with_torch: bool = True) -> ForkServerContext:
+def start_server(module: str, *, with_torch: bool = True, may_fork: bool = False) -> ForkServerContext:
     """The context of the server process from which workers are forked; starts it if necessary.
 
-    It imports `module` in the background, and torch if its workers resize with it.
+    It imports `module` in the background, and torch if its workers resize with it. A process that uses torch itself
+    says `may_fork` before it starts threads: the server is then forked from it, which keeps one copy of torch in memory
+    instead of two (Linux only).
     """
     context = multiprocessing.get_context("forkserver")
-    native = ["torch"] if with_torch and not loading.HAS_SIMD else []
-    context.set_forkserver_preload([module, *native])
+    modules = [module, "torch"] if with_torch and not loading.HAS_SIMD else [module]
+    context.set_forkserver_preload(modules)
     resource_tracker.ensure_running()  # as the server would, which unblocks SIGINT after it
+    may_fork = may_fork and sys.platform == "linux" and threading.active_count() == 1
+    for name in modules if may_fork else ():
+        import_module(name)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited: Ctrl-C is for this process alone
     try:
-        forkserver.ensure_running()
+        with _forking() if may_fork else nullcontext():
+            forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
+
+
+@contextmanager
+def _forking() -> Iterator[None]:
+    """Within it, multiprocessing forks its server instead of starting a new interpreter."""
+    spawn = util.spawnv_passfds
+
+    def fork(_path: Any, arguments: Any, inherited: Any) -> Any:
+        gc.freeze()  # else each collection would write to the pages of all objects, which unshares them
+        if pid := os.fork():
+            atexit.register(_end, pid)
+            return pid
+        try:
+            for file in set(map(int, os.listdir("/proc/self/fd"))) - {0, 1, 2, *inherited}:  # noqa: PTH208
+                with suppress(OSError):  # the list's own
+                    os.close(file)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            exec(arguments[-1], {})  # "from multiprocessing.forkserver import main; ..."
+        finally:
+            os._exit(0)
+
+    util.spawnv_passfds = cast(Any, fork)
+    try:
+        yield
+    finally:
+        util.spawnv_passfds = spawn
+
+
+def _end(pid: int) -> None:
+    """End a child process, if it still runs: as an interpreter ends, it writes to all pages that both have."""
+    with suppress(ChildProcessError):
+        if os.waitpid(pid, os.WNOHANG) == (0, 0):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 class WorkerPool:

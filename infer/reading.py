@@ -62,8 +62,8 @@ class Batch:
 
 
 def prepare(*, with_torch: bool = True) -> ForkServerContext:
-    """Start the server process of the workers, unless it runs; it imports the decoding code in the background."""
-    return start_server("infer.reading", with_torch=with_torch)
+    """Start the server process of the workers, unless it runs. Call it before starting threads: it may be forked."""
+    return start_server("infer.reading", with_torch=with_torch, may_fork=True)
 
 
 class Reader(Iterator[Batch]):

@@ -71,10 +71,10 @@ def main(settings: ServeSettings) -> None:
         raise UserError(
             f"--gallery {settings.gallery} holds no gallery: give a folder that infer/main.py --gallery wrote"
         )
+    prepare(with_torch=not is_onnx_folder(settings.model))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when it has ended
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # the client gets the reason
     listener = listen(settings.host, settings.port)
-    prepare(with_torch=not is_onnx_folder(settings.model))  # while this process loads the model
     from infer.captioning import load_captioner
     from infer.serving.app import make_app
     from infer.serving.service import Service

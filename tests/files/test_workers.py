@@ -1,9 +1,10 @@
-"""How many processors a process may use: by affinity, and by the quota of its control groups, of either version."""
+"""The server of worker processes; how many processors a process may use, by affinity and by control groups' quotas."""
 
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,71 @@ def test_ctrl_c_while_the_workers_server_imports_is_the_main_process_s_alone(tmp
     )
     assert done.stderr.count("Traceback") == 1, done.stderr  # the main process's own
     assert (tmp_path / "imported").exists()
+
+
+FORKED_START = """
+import os, signal, sys, threading, time
+from functools import partial
+from pathlib import Path
+from captioner import workers
+
+def work(task, excluded, set_index, report):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    return getattr(workers, "MARK", "other memory"), os.getppid(), handlers == [signal.SIG_DFL, signal.SIG_IGN]
+
+if __name__ == "__main__":
+    case = sys.argv[1]
+    workers.MARK = "the same memory"
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    start = partial(workers.start_server, "captioner.workers", with_torch=False)
+    if case == "thread":
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    context = start(may_fork=case != "never")
+    for _ in range(2):
+        with workers.WorkerPool(context, work, size=2, max_deaths=1) as pool:
+            found = set(pool.run((str(number), number) for number in range(4)))
+        (memory, server, has_usual_handlers), = found
+        print(memory, has_usual_handlers)
+        if case == "server dies":
+            os.kill(server, signal.SIGKILL)
+            while Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.01)
+        context = start(may_fork=True)
+    Path("server").write_text(str(server))
+    if case == "killed":
+        sys.stdout.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="servers are forked on Linux only")
+@pytest.mark.parametrize(
+    ("case", "memories"),
+    [
+        ("alone", ["the same memory"] * 2),
+        ("never", ["other memory"] * 2),
+        ("thread", ["other memory"] * 2),
+        ("server dies", ["the same memory"] * 2),
+        ("killed", ["the same memory"] * 2),
+    ],
+)
+def test_a_server_is_forked_from_a_process_that_allows_it_and_ends_with_it(
+    tmp_path: Path, case: str, memories: list[str]
+) -> None:
+    """Its workers have the usual signal handlers, not the process's."""
+    (tmp_path / "main.py").write_text(FORKED_START)
+    done = subprocess.run(
+        [sys.executable, "main.py", case],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [f"{memory} True" for memory in memories]
+    deadline = time.monotonic() + 10
+    while Path("/proc", (tmp_path / "server").read_text()).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -110,7 +110,12 @@ class Stream(io.FileIO):
 
 def parse(settings_class: type[Settings], *, description: str, args: Sequence[str] | None = None) -> Settings:
     """The settings in the command line (or `args`). Raises UserError for values that a flag does not accept."""
-    settings = tyro.cli(settings_class, description=description, args=args, registry=OPTIONAL_FLAGS)
+    options: dict[str, Any] = {"description": description, "args": args, "registry": OPTIONAL_FLAGS}
+    settings, unknown = tyro.cli(settings_class, return_unknown_args=True, **options)
+    if any(word.startswith("-") for word in unknown):
+        tyro.cli(settings_class, **options)  # ends with the flags that were probably meant
+    if unknown:
+        raise UserError(f"no flag takes {unknown[0]!r}: write its flag before it, and quote spaces (see --help)")
     check_values(settings)
     return settings
 

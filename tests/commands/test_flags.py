@@ -154,3 +154,19 @@ def test_none_is_no_value_of_a_flag(settings_class: type, capsys: pytest.Capture
     with pytest.raises(SystemExit):
         cli.parse(settings_class, description="", args=["--help"])
     assert "{None" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings_class", settings_classes())
+def test_a_word_without_a_flag_is_one_line(settings_class: type) -> None:
+    if not any("Positional" in str(hint) for hint in get_type_hints(settings_class, include_extras=True).values()):
+        with pytest.raises(cli.UserError, match=r"no flag takes 'my photos': write its flag before it") as caught:
+            cli.parse(settings_class, description="", args=["my photos", *required(settings_class)])
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("settings_class", settings_classes())
+def test_a_flag_that_does_not_exist_ends_with_code_2(settings_class: type, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.parse(settings_class, description="", args=[*required(settings_class), "--no-such-flag", "word"])
+    assert left.value.code == 2
+    assert "--no-such-flag" in capsys.readouterr().err

@@ -115,6 +115,10 @@ def write_gallery(
     _add_corrections(entries, written, roots=named_roots)
     if written:
         _write(folder / CORRECTIONS, written.to_jsonl())
+        num_here = sum("correction" in entry for entry in entries)
+        num_others = len(written) - num_here
+        others = f"; for files that are not here: {num_others:,}" if num_others else ""
+        console.print(f"gallery: a person corrected {num_here:,} of these captions{others}", markup=False)
     _write(folder / DATA, _data(entries, roots=named_roots, thumbnails=thumbnails))
     page = _page(entries, roots=list(roots), title=title, model=model)
     _write(folder / INDEX, as_utf8(page))

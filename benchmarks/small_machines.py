@@ -4,9 +4,9 @@
 
 Each row is a run of infer/main.py on the same files, with its processes pinned to the cores. files/s is what the
 command prints: without the start of Python and loading the model. Memory is the peak of the sum of all processes' PSS
-(pages that several share count once), sampled ten times a second. Without --models weights are random, of which speed
-does not depend; captions do not end by themselves then, and have 12 words: about COCO's mean. int8 is measured on the
-same photos.
+(pages that several share count once), sampled ten times a second. Run nothing else with the same libraries beside it,
+or these pages are shared with it. Without --models weights are random, which does not change the speed; captions do not
+end by themselves then, and have 12 words: about COCO's mean. int8 is measured on the same photos.
 
 Exit codes: 0 measured; 2 an error that you can fix, in one line.
 """
@@ -17,8 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +68,7 @@ def main(settings: SmallSettings) -> None:
         photos = write_different(scratch / "photos", originals, count=settings.pictures)[0].parent
         run = describe_run(("torch", "onnxruntime", "pillow", "numpy"), pictures=f"{settings.pictures}")
         print_run("small machines", run)
-        models = {str(path): path for path in settings.models} or {
-            name: make_model(name, scratch / str(number)) for number, name in enumerate(settings.encoders)
-        }
+        models = {str(path): path for path in settings.models} or make_models(settings.encoders, scratch)
         for name, model in models.items():
             for kind, folder in export(model, photos, scratch / f"exported {len(rows)}").items():
                 for cores in settings.cores:
@@ -76,6 +77,16 @@ def main(settings: SmallSettings) -> None:
                     cli.console.print(str(rows[-1]), markup=False)
     print_rows("small machines", rows)
     finish([], json=settings.json, run=run, rows=rows)
+
+
+def make_models(encoders: Sequence[str], scratch: Path) -> dict[str, Path]:
+    """Model folders with random weights, by encoder.
+
+    Another process makes them: this one must not import torch, whose pages would then count less in the measured ones.
+    """
+    folders = [scratch / str(number) for number in range(len(encoders))]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as maker:
+        return dict(zip(encoders, maker.map(make_model, encoders, folders), strict=True))
 
 
 def make_model(encoder: str, folder: Path) -> Path:

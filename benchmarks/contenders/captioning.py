@@ -282,9 +282,9 @@ def make_bars(job: Job, costs: Costs, *, kind: str) -> list[Bar]:
     """The bars of these images and this encoder."""
     what = f"{job.encoder}, {kind}"
     on_gpu = job.device.type == "cuda"
-    load = ALONE if on_gpu else BUSY
+    load = ALONE if on_gpu or NUM_CORES == 1 else BUSY
     name = our_name(NUM_CORES if on_gpu else 2)
-    bars = [at_least(f"{what}: {name} / ceiling, {load}", share_of_ceiling(job, costs, name, load=load), 0.9)]
+    bars = [at_least(f"{what}: {name} / ceiling, {load}", share_of_ceiling(job, costs, name), 0.9)]
     if kind == COCO and job.encoder == LIGHT:
         best = times_as_fast(costs[our_name(2)], costs[BOOK], clock="wall_ms")
         beam = times_as_fast(costs[our_name(2)], costs[our_name(2, beam_size=3)], clock="wall_ms")
@@ -302,9 +302,9 @@ def make_bars(job: Job, costs: Costs, *, kind: str) -> list[Bar]:
     return bars
 
 
-def share_of_ceiling(job: Job, costs: Costs, name: str, *, load: str) -> float | None:
+def share_of_ceiling(job: Job, costs: Costs, name: str) -> float | None:
     """Our speed relative to the ceiling: the median of the rounds' ratios."""
-    best = [best_form(costs, part, load=load) for part in (READ, ENCODER, CAPTION)]
+    best = [best_form(costs, part) for part in (READ, ENCODER, CAPTION)]
     shares = []
     for number, own in enumerate(costs[name]):
         parts = [turns[number].wall_ms for turns in best]  # type: ignore[union-attr]
@@ -313,7 +313,7 @@ def share_of_ceiling(job: Job, costs: Costs, name: str, *, load: str) -> float |
     return median(shares)
 
 
-def best_form(costs: Costs, part: str, *, load: str) -> Sequence[Cost | None]:
+def best_form(costs: Costs, part: str) -> Sequence[Cost | None]:
     """The turns of a part's fastest form."""
-    forms = [turns for name, turns in costs.items() if name.startswith(part) and name.endswith(load)]
+    forms = [turns for name, turns in costs.items() if name.startswith(part)]
     return min(forms, key=lambda turns: median_of(turns, figure="wall_ms") or 0.0)

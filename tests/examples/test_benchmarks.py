@@ -195,7 +195,9 @@ def test_captioning_quickly_measured_gives_rows_and_bars(tmp_path: Path) -> None
     done = benchmark("captioning", *flags, "--json", tmp_path / "captioning.json")
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "captioning.json").read_text())
-    assert {row["contender"] for row in content["rows"]} >= {"the book's way", "decode and resize, all cores busy"}
+    contenders = [row["contender"] for row in content["rows"]]
+    assert "the book's way" in contenders
+    assert any(name.startswith("decode and resize, ") for name in contenders)
     assert all(row["wall_ms_an_image"] > 0 for row in content["rows"])
     assert all(bar["value"] > 0 for bar in content["bars"])
     assert len(content["bars"]) == 6

@@ -71,7 +71,9 @@ def _forking() -> Iterator[None]:
                 with suppress(OSError):  # the list's own
                     os.close(file)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            exec(arguments[-1], {})  # "from multiprocessing.forkserver import main; ..."
+            option = arguments.index("-c")
+            sys.argv = [arguments[option], *arguments[option + 2 :]]
+            exec(arguments[option + 1], {})  # "from multiprocessing.forkserver import main; ..."
         finally:
             os._exit(0)
 

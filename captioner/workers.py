@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -61,7 +62,12 @@ def _forking() -> Iterator[None]:
     """Within it, multiprocessing forks its server instead of starting a new interpreter."""
     spawn = util.spawnv_passfds
 
-    def fork(_path: Any, arguments: Any, inherited: Any) -> Any:
+    def fork(path: Any, arguments: Any, inherited: Any) -> Any:
+        code = arguments.index("-c") + 1
+        if "forkserver" not in arguments[code]:  # the resource tracker, if it has died
+            return spawn(path, arguments, inherited)
+        sys.stdout.flush()
+        sys.stderr.flush()
         gc.freeze()  # else each collection would write to the pages of all objects, which unshares them
         if pid := os.fork():
             atexit.register(_end, pid)
@@ -71,9 +77,10 @@ def _forking() -> Iterator[None]:
                 with suppress(OSError):  # the list's own
                     os.close(file)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            option = arguments.index("-c")
-            sys.argv = [arguments[option], *arguments[option + 2 :]]
-            exec(arguments[option + 1], {})  # "from multiprocessing.forkserver import main; ..."
+            sys.argv = ["-c", *arguments[code + 1 :]]
+            exec(arguments[code], {})  # "from multiprocessing.forkserver import main; ..."
+        except Exception:
+            traceback.print_exc()
         finally:
             os._exit(0)
 
@@ -84,12 +91,19 @@ def _forking() -> Iterator[None]:
         util.spawnv_passfds = spawn
 
 
-def _end(pid: int) -> None:
-    """End a child process, if it still runs: as an interpreter ends, it writes to all pages that both have."""
+def _end(server: int) -> None:
+    """End a forked server and the workers, unless it is gone.
+
+    An interpreter writes to all its pages as it ends; they would be copied for the server.
+    """
+    workers = multiprocessing.active_children()  # once the server is gone, they seem to be gone too
     with suppress(ChildProcessError):
-        if os.waitpid(pid, os.WNOHANG) == (0, 0):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+        if os.waitpid(server, os.WNOHANG) == (0, 0):
+            for worker in workers:
+                worker.kill()
+            os.kill(server, signal.SIGKILL)
+            os.waitpid(server, 0)
+    gc.unfreeze()  # some libraries report frozen objects as leaks
 
 
 class WorkerPool:

@@ -68,7 +68,7 @@ class Findings:
 
 def dry_run(settings: CaptionSettings, *, num_processes: int) -> None:
     """Look at all files, caption a sample, and print what was found. Raises UserError as captioning would."""
-    prepare(with_torch=not is_onnx_folder(settings.model))
+    prepare(with_torch=not is_onnx_folder(settings.model), may_fork=True)
     captioner = load_captioner(settings)
     peers = Peers(settings.output)  # this process alone looks at the files of all
     listing = open_listing(settings, peers)

@@ -87,7 +87,7 @@ def caption(outputs: Outputs) -> None:
     """Caption the files without a row, merge the rows, and write sidecars, tables and gallery."""
     settings = replace(outputs.settings, output=resolve_output(outputs.settings.output))
     peers = find_peers(settings.output)
-    prepare(with_torch=not is_onnx_folder(settings.model))
+    prepare(with_torch=not is_onnx_folder(settings.model), may_fork=True)
     captioner = load_captioner(settings)
     listing = open_listing(settings, peers)
     noted: list[ImageFile] = []

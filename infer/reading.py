@@ -61,9 +61,9 @@ class Batch:
     buffer: int
 
 
-def prepare(*, with_torch: bool = True) -> ForkServerContext:
-    """Start the server process of the workers, unless it runs. Call it before starting threads: it may be forked."""
-    return start_server("infer.reading", with_torch=with_torch, may_fork=True)
+def prepare(*, with_torch: bool = True, may_fork: bool = False) -> ForkServerContext:
+    """Start the server process of the workers, unless it runs: see `start_server`."""
+    return start_server("infer.reading", with_torch=with_torch, may_fork=may_fork)
 
 
 class Reader(Iterator[Batch]):

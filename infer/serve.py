@@ -71,8 +71,8 @@ def main(settings: ServeSettings) -> None:
         raise UserError(
             f"--gallery {settings.gallery} holds no gallery: give a folder that infer/main.py --gallery wrote"
         )
-    prepare(with_torch=not is_onnx_folder(settings.model))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when it has ended
+    prepare(with_torch=not is_onnx_folder(settings.model), may_fork=True)
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # the client gets the reason
     listener = listen(settings.host, settings.port)
     from infer.captioning import load_captioner

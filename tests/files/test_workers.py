@@ -118,12 +118,16 @@ from pathlib import Path
 from captioner import workers
 
 def work(task, excluded, set_index, report):
+    if task == "busy":
+        Path("worker").write_text(str(os.getpid()))
+        time.sleep(600)
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     return getattr(workers, "MARK", "other memory"), os.getppid(), handlers == [signal.SIG_DFL, signal.SIG_IGN]
 
 if __name__ == "__main__":
     case = sys.argv[1]
     workers.MARK = "the same memory"
+    print("once")
     signal.signal(signal.SIGTERM, lambda *_: None)
     start = partial(workers.start_server, "captioner.workers", with_torch=False)
     if case == "thread":
@@ -140,6 +144,11 @@ if __name__ == "__main__":
                 time.sleep(0.01)
         context = start(may_fork=True)
     Path("server").write_text(str(server))
+    if case == "busy":
+        pool = workers.WorkerPool(context, work, size=1, max_deaths=1)  # never left
+        threading.Thread(target=lambda: next(pool.run(iter([("busy", "busy")]))), daemon=True).start()
+        while not (Path("worker").exists() and Path("worker").read_text()):
+            time.sleep(0.01)
     if case == "killed":
         sys.stdout.flush()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -155,25 +164,28 @@ if __name__ == "__main__":
         ("thread", ["other memory"] * 2),
         ("server dies", ["the same memory"] * 2),
         ("killed", ["the same memory"] * 2),
+        ("busy", ["the same memory"] * 2),
     ],
 )
 def test_a_server_is_forked_from_a_process_that_allows_it_and_ends_with_it(
     tmp_path: Path, case: str, memories: list[str]
 ) -> None:
-    """Its workers have the usual signal handlers, not the process's."""
+    """So do its workers, even busy ones. They have the usual signal handlers, and print nothing of the process's."""
     (tmp_path / "main.py").write_text(FORKED_START)
     done = subprocess.run(
         [sys.executable, "main.py", case],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    assert done.stderr == ""
-    assert done.stdout.splitlines() == [f"{memory} True" for memory in memories]
+    if case != "busy":  # a thread may report that its worker is gone
+        assert done.stderr == ""
+    assert done.stdout.splitlines() == ["once", *(f"{memory} True" for memory in memories)]
     deadline = time.monotonic() + 10
-    while Path("/proc", (tmp_path / "server").read_text()).exists():
+    ended = [(tmp_path / name).read_text() for name in ("server", *(["worker"] if case == "busy" else []))]
+    while any(Path("/proc", process).exists() for process in ended):
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -114,7 +114,9 @@ def write_gallery(
     written = read_corrections(folder, corrections)  # now: a server may have written it while thumbnails were made
     _add_corrections(entries, written, roots=named_roots)
     if written:
-        _write(folder / CORRECTIONS, written.to_jsonl())
+        kept, content = folder / CORRECTIONS, written.to_jsonl()
+        if not kept.exists() or kept.read_text("utf-8") != content:  # else what a server has just saved could be lost
+            _write(kept, content)
         num_here = sum("correction" in entry for entry in entries)
         num_others = len(written) - num_here
         others = f"; for files that are not here: {num_others:,}" if num_others else ""

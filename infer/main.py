@@ -158,6 +158,10 @@ def write_extras(settings: CaptionSettings) -> int:
     said = read_corrections(settings.gallery, settings.corrections) if settings.gallery else None
     correct = partial(correct_row, written=said, roots=roots_of(settings.output)) if said else None
     options: dict[str, Any] = {"existing": settings.existing, "text": text, "correct": correct}
+    page = None
+    if settings.gallery is not None:  # before images change: thumbnails are made of the bytes that were captioned
+        rows, files = read_rows(settings.output), settings.corrections
+        page = write_gallery(rows, settings.gallery, title="Captions", model=settings.model, corrections=files)
     if settings.sidecar is not None:
         written.append(write_sidecars(read_rows(settings.output), suffix=settings.sidecar, **options))
     if settings.embed:
@@ -165,9 +169,7 @@ def write_extras(settings: CaptionSettings) -> int:
     for line in chain.from_iterable(outcomes.lines() for outcomes in written):
         cli.console.print(line, markup=False)
     write_tables(settings, text, correct)
-    if settings.gallery is not None:
-        rows, files = read_rows(settings.output), settings.corrections
-        page = write_gallery(rows, settings.gallery, title="Captions", model=settings.model, corrections=files)
+    if page is not None:
         cli.console.print(f"look at {page}", markup=False)
         if settings.open:
             open_page(page)

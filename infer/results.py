@@ -145,7 +145,7 @@ def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         return dict(settings)
     remedy = f"give another --output, or delete {output} and its parts"
     earlier = storage.read_json(
-        str(settings_path(output)), remedy=f"it has the settings of the rows in {output}; {remedy}"
+        str(settings_path(output)), remedy=f"it has the settings of the rows in {output}: give another --output"
     )
     now = json.loads(json.dumps(settings))  # what reading it back would give
     for one, other in ((now, earlier), (earlier, now)):

@@ -123,9 +123,10 @@ def _check_tables(settings: CaptionSettings) -> None:
         raise UserError("--csv-excel is about a table: give --csv too")
     if settings.coco_results is not None:
         check_table(settings.coco_results, "--coco-results", [".json"])
+    own = set(map(os.path.realpath, own_files(settings.output, num_processes=1)))
     for table in (settings.csv, settings.coco_results):
-        if table is not None and os.path.realpath(table) == os.path.realpath(settings.output):
-            raise UserError(f"{table} is the file of the rows already: give the table another name")
+        if table is not None and os.path.realpath(table) in own:
+            raise UserError(f"{table} is a file of the rows already: give the table another name")
 
 
 def find_text(settings: CaptionSettings) -> Callable[[Row], str] | None:

@@ -5,6 +5,7 @@ have its name are kept.
 """
 
 import os
+import re
 import stat
 from collections.abc import Iterable
 from datetime import date
@@ -24,13 +25,14 @@ from infer.results import Row
 from infer.row_index import LocationSet
 
 SHARED = "left out, since another image of the same name has it"
+SUFFIX = re.compile(r"(\.[a-z0-9_-]+)+")
 NO_TEXT = "left alone, since they are no UTF-8 text"
 
 
 def check_suffix(suffix: str) -> None:
     """Raise UserError for a suffix that makes no file name beside the image's."""
-    if not suffix.startswith(".") or suffix == "." or "/" in suffix or suffix.lower() in Image.registered_extensions():
-        raise UserError(f"{suffix!r} is no suffix of sidecar files: give one such as .txt or .xmp")
+    if not SUFFIX.fullmatch(suffix) or suffix in Image.registered_extensions():
+        raise UserError(f"{suffix!r} is no suffix of sidecar files: give one in small letters such as .txt or .xmp")
 
 
 def write_sidecars(

@@ -121,10 +121,13 @@ def cells(output: str) -> list[int]:
     [
         (("--existing", "append"), "give --sidecar or --embed too"),
         (("--sidecar", ".jpg"), "is no suffix of sidecar files"),
+        (("--sidecar", ".XMP"), "in small letters"),
+        (("--sidecar", ".."), "is no suffix of sidecar files"),
+        (("--coco-results", "{}/c.jsonl.settings.json"), "is a file of the rows already"),
     ],
 )
 def test_flags_that_do_nothing_are_refused(model: Path, photos: Path, flags: tuple[str, ...], message: str) -> None:
-    done = caption(model, photos, *flags)
+    done = caption(model, photos, *(flag.format(photos.parent) for flag in flags))
     assert done.code == 2
     assert message in done.output
     assert not (photos.parent / "c.jsonl").exists()
@@ -140,3 +143,14 @@ def test_captions_are_embedded_and_found_again(model: Path, photos: Path) -> Non
     done = caption(model, photos, "--missing-only")
     assert set(rows(photos)) == set(BROKEN)
     assert f"{len(ALL_PLAIN) + 4} have a description already" in done.output
+
+
+@pytest.mark.external
+def test_a_gallery_beside_embedding_has_the_images(model: Path, photos: Path) -> None:
+    if shutil.which("exiftool") is None:
+        pytest.skip("exiftool is not installed")
+    gallery = photos.parent / "gallery"
+    for _ in range(2):
+        done = caption(model, photos, "--embed", "--gallery", gallery)
+        assert "changed since it was captioned" not in done.output
+        assert len(list((gallery / "thumbnails").iterdir())) >= len(ALL_PLAIN)

@@ -32,7 +32,7 @@ NO_TEXT = "left alone, since they are no UTF-8 text"
 def check_suffix(suffix: str) -> None:
     """Raise UserError for a suffix that makes no file name beside the image's."""
     if not SUFFIX.fullmatch(suffix) or suffix in Image.registered_extensions():
-        raise UserError(f"{suffix!r} is no suffix of sidecar files: give one in small letters such as .txt or .xmp")
+        raise UserError(f"{suffix!r} is no suffix of sidecar files: give one such as .txt or .xmp, in small letters")
 
 
 def write_sidecars(

@@ -270,7 +270,7 @@ def test_rows_are_kept_but_for_a_few_single_files(photos: Path, monkeypatch: pyt
         ({"csv": Path("table.xlsx")}, "--csv table.xlsx"),
         ({"csv_excel": "comma"}, "give --csv"),
         ({"coco_results": Path("r.csv")}, "--coco-results r.csv"),
-        ({"coco_results": Path("r.json"), "output": Path("./r.json")}, "r.json is the file of the rows"),
+        ({"coco_results": Path("r.json"), "output": Path("./r.json")}, "r.json is a file of the rows"),
     ],
 )
 def test_flags_that_cannot_be_used_are_refused_before_anything_else(flags: dict[str, Any], named: str) -> None:

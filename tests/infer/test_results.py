@@ -481,14 +481,14 @@ def test_rows_made_with_other_settings_are_refused_by_name_and_value(tmp_path: P
         check_settings(output, {"model": "n", "beam_size": 3, "abstain_below": 0.5})
     message = str(caught.value)
     assert 'abstain_below was null and is 0.5; model was "m" and is "n"; precision was "fp32" and is null' in message
-    assert f"give another --output, or delete {output} and its parts" in message
+    assert f"give another --output {output} and its parts" in message
     assert "beam_size" not in message
 
 
 def test_rows_of_unknown_settings_are_refused(tmp_path: Path) -> None:
     output = tmp_path / "captions.jsonl"
     append(output, 0, [captioned("a.jpg")])
-    with pytest.raises(UserError, match=r"captions\.jsonl\.settings\.json.*give another --output, or delete"):
+    with pytest.raises(UserError, match=r"captions\.jsonl\.settings\.json.*give another --output"):
         check_settings(output, {"model": "m"})
 
 

@@ -481,7 +481,7 @@ def test_rows_made_with_other_settings_are_refused_by_name_and_value(tmp_path: P
         check_settings(output, {"model": "n", "beam_size": 3, "abstain_below": 0.5})
     message = str(caught.value)
     assert 'abstain_below was null and is 0.5; model was "m" and is "n"; precision was "fp32" and is null' in message
-    assert f"give another --output {output} and its parts" in message
+    assert f"give another --output, or delete {output} and its parts" in message
     assert "beam_size" not in message
 
 

@@ -302,7 +302,9 @@ def test_a_silent_owner_that_lost_its_claim_leaves_it_to_the_other(
     monkeypatch.setattr(ownership, "_end_process", lambda _claim, owner: ended.append(owner["id"]))
     with claim(f"s3://{bucket.name}/shards", "train"):
         put_claim(bucket)
-        time.sleep(1.0)
+        deadline = time.monotonic() + 30
+        while not ended and time.monotonic() < deadline:
+            time.sleep(0.05)
     assert ended == ["other"]
     assert json.loads(bucket.read_all("shards")["train.packing"])["id"] == "other"
 

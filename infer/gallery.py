@@ -119,8 +119,8 @@ def write_gallery(
             _write(kept, content)
         num_here = sum("correction" in entry for entry in entries)
         num_others = len(written) - num_here
-        others = f"; for files that are not here: {num_others:,}" if num_others else ""
-        console.print(f"gallery: a person corrected {num_here:,} of these captions{others}", markup=False)
+        others = f"; corrections of other files: {num_others:,}" if num_others else ""
+        console.print(f"gallery: captions corrected by hand: {num_here:,}{others}", markup=False)
     _write(folder / DATA, _data(entries, roots=named_roots, thumbnails=thumbnails))
     page = _page(entries, roots=list(roots), title=title, model=model)
     _write(folder / INDEX, as_utf8(page))

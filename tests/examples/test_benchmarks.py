@@ -18,6 +18,7 @@ import streaming
 import training as command
 from captioner.errors import UserError
 from captioner.vocabulary import START
+from captioner.workers import count_processors
 from contenders import training
 from contenders.pictures import write_loose
 from measuring import commands
@@ -195,9 +196,8 @@ def test_captioning_quickly_measured_gives_rows_and_bars(tmp_path: Path) -> None
     done = benchmark("captioning", *flags, "--json", tmp_path / "captioning.json")
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "captioning.json").read_text())
-    contenders = [row["contender"] for row in content["rows"]]
-    assert "the book's way" in contenders
-    assert any(name.startswith("decode and resize, ") for name in contenders)
+    load = "alone" if count_processors() == 1 else "all cores busy"
+    assert {row["contender"] for row in content["rows"]} >= {"the book's way", f"decode and resize, {load}"}
     assert all(row["wall_ms_an_image"] > 0 for row in content["rows"])
     assert all(bar["value"] > 0 for bar in content["bars"])
     assert len(content["bars"]) == 6

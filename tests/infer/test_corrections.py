@@ -98,12 +98,12 @@ def test_captioning_again_with_another_model_keeps_what_a_person_wrote(
     )
     better = [success(photos, name, caption="a red cat", model="better") for name in ("a.png", "b.png", "c.png")]
     assert show(tmp_path, better) == {"a.png": "a cat", "b.png": DECORATIVE}
-    assert "a person corrected 2 of these captions\n" in capsys.readouterr().out
+    assert "gallery: captions corrected by hand: 2\n" in capsys.readouterr().out
     (photos / "a.png").rename(photos / "renamed.png")  # the same bytes, another name
     save(photos, "b.png", "black")  # other bytes, the same name: such as with metadata embedded
     moved = [success(photos, name, model="better") for name in ("b.png", "c.png", "renamed.png")]
     assert show(tmp_path, moved) == {"b.png": DECORATIVE, "renamed.png": "a cat"}
-    assert "a person corrected 2 of these captions; for files that are not here: 1\n" in capsys.readouterr().out
+    assert "gallery: captions corrected by hand: 2; corrections of other files: 1\n" in capsys.readouterr().out
     assert kept(tmp_path) == {"a.png": "a cat", "b.png": DECORATIVE, "renamed.png": "a cat"}
     assert show(tmp_path, moved) == {"b.png": DECORATIVE, "renamed.png": "a cat"}
 

@@ -488,7 +488,7 @@ def test_rows_made_with_other_settings_are_refused_by_name_and_value(tmp_path: P
 def test_rows_of_unknown_settings_are_refused(tmp_path: Path) -> None:
     output = tmp_path / "captions.jsonl"
     append(output, 0, [captioned("a.jpg")])
-    with pytest.raises(UserError, match=r"captions\.jsonl\.settings\.json.*give another --output"):
+    with pytest.raises(UserError, match=r"captions\.jsonl\.settings\.json.*: give another --output$"):
         check_settings(output, {"model": "m"})
 
 

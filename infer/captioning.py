@@ -23,7 +23,7 @@ from captioner.workers import count_processors
 from infer.listing import Ahead, ImageFile
 from infer.peers import Peers
 from infer.reading import Batch, DecodedImage, Reader
-from infer.results import FORMAT_VERSION, WORKING_FOLDER, Row, RowWriter, duplicate_row
+from infer.results import FORMAT_VERSION, STARTED, WORKING_FOLDER, Row, RowWriter, duplicate_row
 from infer.row_index import RowIndex
 from infer.settings import CaptionSettings, sidecar_suffixes
 
@@ -104,6 +104,7 @@ def row_settings(captioner: Captioner, settings: CaptionSettings) -> dict[str, A
         "precision": captioner.precision,
         **({"attention": True} if settings.attention else {}),
         WORKING_FOLDER: os.getcwd() if is_relative else None,  # noqa: PTH109
+        STARTED: time.time(),
     }
 
 

@@ -7,19 +7,21 @@
 
 import json
 import os
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from captioner.errors import UserError
-from captioner.files import storage
+from captioner.files import locks, storage
 from captioner.files.storage import WEB, is_remote
-from infer.results import Row, read_rows
+from infer.results import NOT_UTF8, Row, read_rows
 
 DECORATIVE = ""  # instead of a caption
+LOCK_SUFFIX = ".lock"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,8 @@ def parse_line(line: object) -> Correction:
     caption = captions[0] if isinstance(captions, list) and captions else captions
     if not isinstance(path, str) or not all(isinstance(value, str | None) for value in (images, sha256, caption)):
         raise ValueError("it needs a path, and captions or decorative")
+    if caption is not None and NOT_UTF8.search(caption):
+        raise ValueError("its caption is not valid Unicode")
     if decorative is True and not caption:
         caption = DECORATIVE
     elif caption is not None and not caption.strip():
@@ -73,7 +77,7 @@ def read_lines(file: Path) -> Iterator[Correction]:
                 if correction.caption is None:
                     raise ValueError("it has neither captions nor decorative")
                 yield correction
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"line {number} of {file} is no correction ({error}): repair or remove it") from error
 
 
@@ -81,7 +85,8 @@ class Corrections:
     """Corrections, of which a later one replaces an earlier one of the same image."""
 
     def __init__(self, corrections: Iterable[Correction] = ()) -> None:
-        self._by_key: dict[tuple[str | None, str], Correction] = {}
+        self._by_key: dict[tuple[str | None, str], tuple[int, Correction]] = {}  # with their numbers
+        self._num_added = 0
         self._by_sha256: dict[str, Correction] = {}
         for correction in corrections:
             self.add(correction)
@@ -93,22 +98,26 @@ class Corrections:
         """Add a correction, or take one back."""
         self._by_key.pop(correction.key, None)
         if correction.caption is not None:
-            self._by_key[correction.key] = correction
+            self._num_added += 1
+            self._by_key[correction.key] = self._num_added, correction
             if correction.sha256 is not None:
                 self._by_sha256[correction.sha256] = correction
 
     def find(self, *, images: str, path: str, sha256: str) -> str | None:
         """What a person wrote of an image: by name if its bytes are the same or unknown, by bytes, or by name alone.
 
-        The correction found gets this name and these bytes from now on.
+        A correction of this name in an unknown folder counts if it is later than that in `images`. The correction found
+        gets this name and these bytes from now on.
         """
         now = Correction(path=path, caption=None, images=images, sha256=sha256)
-        named = self._by_key.get(now.key) or self._by_key.get((None, path))
-        found = named if named and named.sha256 in (None, sha256) else self._by_sha256.get(sha256, named)
+        all_named = [self._by_key[key] for key in {now.key, (None, path)} if key in self._by_key]
+        same = [each for each in all_named if each[1].sha256 in (None, sha256)]
+        named = max(same or all_named, default=(0, None), key=itemgetter(0))[1]
+        found = named if same else self._by_sha256.get(sha256, named)
         if found is None:
             return None
-        if named is not None:
-            self._by_key.pop(named.key, None)
+        for _, other in all_named:
+            self._by_key.pop(other.key)
         self.add(replace(now, caption=found.caption))
         return found.caption
 
@@ -118,15 +127,14 @@ class Corrections:
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of their file."""
-        return [to_line(correction) for correction in self._by_key.values()]
+        return [to_line(correction) for _, correction in self._by_key.values()]
 
 
 class CorrectionFile:
-    """A file of corrections that several threads, and persons with an editor, may change."""
+    """A file of corrections that threads and processes change, such as a server, and captioning again."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._lock = threading.Lock()
 
     def read(self) -> Corrections:
         """The corrections as they are now. Raises UserError for a line that is none, and OSError."""
@@ -134,11 +142,22 @@ class CorrectionFile:
 
     def change(self, changes: Iterable[Correction]) -> None:
         """Write the file with more corrections, or without those that are taken back. Raises as `read` does."""
-        with self._lock:
-            corrections = self.read()
+        with self.changing() as corrections:
             for correction in changes:
                 corrections.add(correction)
-            storage.write_atomic(str(self._file), corrections.to_jsonl())
+
+    @contextmanager
+    def changing(self, read: Callable[[], Corrections] | None = None) -> Iterator[Corrections]:
+        """A block that changes the corrections, which are written at its end. Nobody else changes them meanwhile.
+
+        `read` gives them, by default those of the file. Raises as `read` does.
+        """
+        with locks.locked(self._file.with_name(f"{self._file.name}{LOCK_SUFFIX}")):
+            corrections = read() if read else self.read()
+            yield corrections
+            after = corrections.to_jsonl()
+            if after != (self._file.read_text("utf-8") if self._file.exists() else ""):
+                storage.write_atomic(str(self._file), after)
 
 
 # ---- rows -------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ folder/thumbnails/HASH.jpg         small upright copies of the images
 folder/corrections.jsonl           what persons wrote, once they did: see infer/corrections.py
 """
 
-import hashlib
 import io
 import json
 import os
@@ -28,11 +27,21 @@ from captioner.cli import console, progress_bar
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.files.storage import WEB, is_remote
+from captioner.files.tables import DELIMITERS
 from captioner.images.loading import ImageError, decode_rgb
 from captioner.pages import load_template
 from captioner.workers import count_processors
-from infer.corrections import Corrections, find_correction, name_roots, read_lines
+from infer import tables
+from infer.corrections import (
+    Correction,
+    CorrectionFile,
+    Corrections,
+    find_correction,
+    name_roots,
+    read_lines,
+)
 from infer.listing import ImageFile, locate
+from infer.metadata.described import is_same_image
 from infer.reading import MAX_FILE_BYTES
 from infer.results import Row, as_utf8
 
@@ -65,16 +74,28 @@ def check_folder(folder: Path, *, images: Sequence[str]) -> None:
         raise UserError(f"--gallery {folder} holds files that are no gallery: give a new or an empty folder")
 
 
-def check_corrections(folder: Path, file: Path | None) -> None:
+def check_corrections(folder: Path | None, file: Path | None) -> None:
     """Raise UserError if there is no such file, or a line of it, or of the folder's corrections, is none."""
     if file is not None and not file.is_file():
-        raise UserError(f"there is no file {file}: give --corrections the file that a gallery's button downloaded")
+        raise UserError(
+            f"there is no file {file}: give --corrections a table of --csv, or what a gallery's button downloaded"
+        )
     read_corrections(folder, file)
 
 
-def read_corrections(folder: Path, file: Path | None) -> Corrections:
-    """The folder's corrections, and those in the file."""
-    return Corrections(chain.from_iterable(map(read_lines, [folder / CORRECTIONS, *([file] if file else [])])))
+def read_corrections(folder: Path | None, file: Path | None) -> Corrections:
+    """The corrections in a gallery's folder and in a file, JSONL or a table of `write_csv`. The file's count more.
+
+    But those that a table was written with count less, since the gallery may have newer ones. Raises UserError for a
+    line that is none, and OSError.
+    """
+    earlier: Iterable[Correction] = ()
+    later: Iterable[Correction] = ()
+    if file is not None and file.suffix.lower() in DELIMITERS:
+        earlier, later = tables.read_corrections(file)
+    elif file is not None:
+        later = read_lines(file)
+    return Corrections(chain(earlier, read_lines(folder / CORRECTIONS) if folder else (), later))
 
 
 def is_gallery(folder: Path) -> bool:
@@ -111,12 +132,9 @@ def write_gallery(
         _write(folder / name, Path(__file__).with_name(name).read_bytes())
     thumbnails = _make_thumbnails(images, folder / THUMBNAILS)
     named_roots = name_roots(list(roots))
-    written = read_corrections(folder, corrections)  # now: a server may have written it while thumbnails were made
-    _add_corrections(entries, written, roots=named_roots)
+    with CorrectionFile(folder / CORRECTIONS).changing(lambda: read_corrections(folder, corrections)) as written:
+        _add_corrections(entries, written, roots=named_roots)
     if written:
-        kept, content = folder / CORRECTIONS, written.to_jsonl()
-        if not kept.exists() or kept.read_text("utf-8") != content:  # else what a server has just saved could be lost
-            _write(kept, content)
         num_here = sum("correction" in entry for entry in entries)
         num_others = len(written) - num_here
         others = f"; corrections of other files: {num_others:,}" if num_others else ""
@@ -223,7 +241,7 @@ def _make_thumbnail(sha256: str, file: ImageFile, folder: Path) -> str | None:
     side = THUMBNAIL_SIDE_PIXELS
     try:
         data = file.read(max_bytes=MAX_FILE_BYTES)
-        if hashlib.sha256(data).hexdigest() != sha256:
+        if not is_same_image(io.BytesIO(data), sha256):
             return "changed since it was captioned"
         small, _ = decode_rgb(data, at_least=2 * side)
     except ImageError as error:

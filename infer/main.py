@@ -19,10 +19,11 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from captioner import cli
-from captioner.errors import DeviceMemoryError, NoAttentionError, NotCalibratedError
+from captioner.errors import DeviceMemoryError, NoAttentionError, NotCalibratedError, UserError
 from captioner.model.onnx import is_onnx_folder
 from infer.answers import (
     MAX_ANSWERS,
@@ -43,6 +44,7 @@ from infer.metadata.outcomes import Correct, Text
 from infer.peers import find_peers
 from infer.reading import prepare
 from infer.results import (
+    STARTED,
     WORKING_FOLDER,
     check_settings,
     part_path,
@@ -53,8 +55,9 @@ from infer.results import (
 from infer.row_index import RowIndex, Summary, merge
 from infer.settings import CaptionSettings, check_files, check_flags, find_text, open_listing
 from infer.sidecars import write_sidecars
-from infer.tables import write_coco_results, write_csv
+from infer.tables import check_unedited, write_coco_results, write_csv
 from infer.watching import Stop, check_watch, not_growing, watch
+from infer.written import Written
 
 EXIT_SOME_FAILED = 3
 REMEDIES: cli.Remedies = {
@@ -126,11 +129,10 @@ def caption(outputs: Outputs) -> None:
             if outputs.printed is None and peers.world_size == 1 and len(noted) <= MAX_ANSWERS and not settings.watch:
                 print_answers(settings.output, noted, base=base, text=find_text(settings))
             report(summary, listing, rate=num_new / seconds, num_described=num_described, outputs=outputs)
-            num_failed = summary.failures.total() + write_extras(settings)
+            num_failed = summary.failures.total() + write_extras(settings, since=choices[STARTED])
             if settings.watch:
-                watch(
-                    captioner, settings, stop, base=base, on_merge=lambda: write_extras(replace(settings, open=False))
-                )
+                on_merge = partial(write_extras, replace(settings, open=False), since=choices[STARTED])
+                watch(captioner, settings, stop, base=base, on_merge=on_merge)
             elif num_failed:
                 raise SystemExit(EXIT_SOME_FAILED)
 
@@ -152,41 +154,65 @@ def report(summary: Summary, listing: Listing, *, rate: float, num_described: in
         cli.console.print(f"{num_described:,} have a description already, so they have no row")
 
 
-def write_extras(settings: CaptionSettings) -> int:
-    """Write sidecars, metadata and the gallery, if wanted. Returns the number of captions that could not be written."""
-    written, text = [], find_text(settings)
-    said = read_corrections(settings.gallery, settings.corrections) if settings.gallery else None
+def write_extras(settings: CaptionSettings, *, since: float | None = None) -> int:
+    """Write gallery, sidecars, metadata and tables, if wanted. Returns the number of files that could not be written.
+
+    `since` is a time before all rows.
+    """
+    text = find_text(settings)
+    said = read_corrections(settings.gallery, settings.corrections)
     correct = partial(correct_row, written=said, roots=roots_of(settings.output)) if said else None
-    options: dict[str, Any] = {"existing": settings.existing, "text": text, "correct": correct}
-    page = None
+    options: dict[str, Any] = {"text": text, "correct": correct}
+    texts: dict[str, Any] = {"existing": settings.existing, "since": since, **options}
+    outcomes, page = [], None
     if settings.gallery is not None:  # before images change: thumbnails are made of the bytes that were captioned
         rows, files = read_rows(settings.output), settings.corrections
         page = write_gallery(rows, settings.gallery, title="Captions", model=settings.model, corrections=files)
-    if settings.sidecar is not None:
-        written.append(write_sidecars(read_rows(settings.output), suffix=settings.sidecar, **options))
-    if settings.embed:
-        written.append(embed_all(read_rows(settings.output), settings.output, **options))
-    for line in chain.from_iterable(outcomes.lines() for outcomes in written):
-        cli.console.print(line, markup=False)
-    write_tables(settings, text, correct)
+    with closing(Written(settings.output)) as written:
+        if settings.sidecar is not None:
+            rows = read_rows(settings.output)
+            outcomes.append(write_sidecars(rows, suffix=settings.sidecar, written=written, **texts))
+        if settings.embed:
+            outcomes.append(embed_all(read_rows(settings.output), settings.output, **texts))
+        for line in chain.from_iterable(each.lines() for each in outcomes):
+            cli.console.print(line, markup=False)
+        num_failed = sum(each.num_failed for each in outcomes) + write_tables(settings, written, **options)
     if page is not None:
         cli.console.print(f"look at {page}", markup=False)
         if settings.open:
             open_page(page)
-    return sum(outcomes.num_failed for outcomes in written)
+    return num_failed
 
 
-def write_tables(settings: CaptionSettings, text: Text | None, correct: Correct | None) -> None:
-    """Write the CSV and the COCO results, if wanted, and print what they do not hold."""
-    if settings.csv is not None:
-        num_shown = write_csv(settings.output, settings.csv, text=text, excel=settings.csv_excel, correct=correct)
+def write_tables(settings: CaptionSettings, written: Written, *, text: Text | None, correct: Correct | None) -> int:
+    """Write the CSV and the COCO results, if wanted, and print what they do not hold.
+
+    Returns the number of tables that were left alone, because somebody has changed them.
+    """
+    tables = [table for table in (settings.csv, settings.coco_results) if table is not None]
+    ours = [table for table in tables if is_unedited(table, written, corrections=settings.corrections)]
+    if settings.csv in ours:
+        options: dict[str, Any] = {"text": text, "correct": correct, "written": written}
+        num_shown = write_csv(settings.output, settings.csv, excel=settings.csv_excel, **options)
         if num_shown:
             cli.console.print(
                 f"{settings.csv}: {num_shown:,} names are not UTF-8: some characters are replaced", markup=False
             )
-    if settings.coco_results is not None:
-        for reason, count in write_coco_results(settings.output, settings.coco_results).items():
+    if settings.coco_results in ours:
+        left_out = write_coco_results(settings.output, settings.coco_results, written=written)
+        for reason, count in left_out.items():
             cli.console.print(f"{settings.coco_results}: without {count:,} {reason}", markup=False)
+    return len(tables) - len(ours)
+
+
+def is_unedited(table: Path, written: Written, *, corrections: Path | None) -> bool:
+    """Whether a table may be written again; prints why not."""
+    try:
+        check_unedited(table, written, corrections=corrections)
+    except UserError as error:
+        cli.console.print(f"not written: {error}", markup=False)
+        return False
+    return True
 
 
 def run() -> None:

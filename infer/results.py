@@ -21,6 +21,7 @@ from captioner.files import locks, storage
 
 FORMAT_VERSION = 2
 WORKING_FOLDER = "working_folder"  # the base of relative roots
+STARTED = "started"  # when the first run began, in seconds since 1970: all rows are younger
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python writes such bytes of names
 PARTIAL_SUFFIX = ".captioner-partial"  # of images and sidecars that are being written
 
@@ -114,6 +115,11 @@ def merging_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.partial")
 
 
+def written_path(output: Path) -> Path:
+    """The file that says what was written into text sidecars and tables."""
+    return output.with_name(f"{output.name}.written")
+
+
 def embedding_folder(output: Path) -> Path:
     """The folder from which descriptions are written into images."""
     return output.with_name(f"{output.name}.embedding")
@@ -132,24 +138,27 @@ def find_process_files(output: Path) -> list[Path]:
 def own_files(output: Path, *, num_processes: int) -> list[Path]:
     """All files that a run of `num_processes` writes, and those that an earlier run left; not all exist."""
     own = [path(output, rank) for path in (part_path, process_path) for rank in range(num_processes)]
-    fixed = [output, settings_path(output), merging_path(output), embedding_folder(output)]
-    return [*fixed, *find_parts(output), *find_process_files(output), *own]
+    names = (settings_path, merging_path, written_path, embedding_folder)
+    return [output, *(name(output) for name in names), *find_parts(output), *find_process_files(output), *own]
 
 
 def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings to write beside the output. Raises UserError if existing rows were made with other settings.
 
-    A working folder of None (all names are absolute) is compatible with any; if one run has a folder, it is kept.
+    A working folder of None (all names are absolute) is compatible with any; if one run has a folder, it is kept. The
+    start of the first run is kept too, 0 if it is not known.
     """
     if not any(path.exists() and path.stat().st_size for path in (output, *find_parts(output))):
         return dict(settings)
     remedy = f"give another --output, or delete {output} and its parts"
-    earlier = storage.read_json(
+    earlier = storage.read_json_object(
         str(settings_path(output)), remedy=f"it has the settings of the rows in {output}: give another --output"
     )
     now = json.loads(json.dumps(settings))  # what reading it back would give
     for one, other in ((now, earlier), (earlier, now)):
         one[WORKING_FOLDER] = one.get(WORKING_FOLDER) or other.get(WORKING_FOLDER)
+    if STARTED in now:
+        now[STARTED] = earlier[STARTED] = earlier.get(STARTED, 0.0)
     changes = [
         f"{key} was {json.dumps(earlier.get(key))} and is {json.dumps(now.get(key))}"
         for key in sorted(earlier.keys() | now.keys())

@@ -31,7 +31,7 @@ def hash_location(location: str) -> bytes:
     return blake2b(location.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _open_database(table: str) -> sqlite3.Connection:
+def open_database(table: str) -> sqlite3.Connection:
     """A private database, in memory while it is small, then in an unnamed temporary file."""
     database = sqlite3.connect("", check_same_thread=False)  # another thread iterates over the listing
     database.execute("PRAGMA journal_mode = OFF")
@@ -40,7 +40,7 @@ def _open_database(table: str) -> sqlite3.Connection:
 
 
 @contextmanager
-def _database_errors() -> Iterator[None]:
+def database_errors() -> Iterator[None]:
     """Raise UserError if the database's temporary file cannot grow."""
     try:
         yield
@@ -54,11 +54,11 @@ class LocationSet:
     """A set of locations, stored as hashes."""
 
     def __init__(self) -> None:
-        self._database = _open_database("CREATE TABLE seen (hash BLOB PRIMARY KEY) WITHOUT ROWID")
+        self._database = open_database("CREATE TABLE seen (hash BLOB PRIMARY KEY) WITHOUT ROWID")
 
     def add(self, location: str) -> bool:
         """Add a location; returns whether it is new. Raises UserError if the temporary file cannot grow."""
-        with _database_errors():
+        with database_errors():
             insert = "INSERT OR IGNORE INTO seen VALUES (?)"
             return self._database.execute(insert, (hash_location(location),)).rowcount == 1
 
@@ -67,7 +67,7 @@ class StampTable:
     """For each location, stored as a hash, a file's size in bytes and time of modification in ns."""
 
     def __init__(self) -> None:
-        self._database = _open_database("CREATE TABLE stamps (hash BLOB PRIMARY KEY, size, time) WITHOUT ROWID")
+        self._database = open_database("CREATE TABLE stamps (hash BLOB PRIMARY KEY, size, time) WITHOUT ROWID")
 
     def get(self, location: str) -> tuple[int, int] | None:
         """The size and time of a location; None if none was set."""
@@ -76,7 +76,7 @@ class StampTable:
 
     def set(self, location: str, stamp: tuple[int, int]) -> None:
         """Set a location's size and time. Raises UserError if the temporary file cannot grow."""
-        with _database_errors():
+        with database_errors():
             self._database.execute("INSERT OR REPLACE INTO stamps VALUES (?, ?, ?)", (hash_location(location), *stamp))
 
 
@@ -113,8 +113,8 @@ class RowIndex:
     def __init__(self, output: Path, *, base: str = "", retry_errors: bool = False) -> None:
         self._base = base
         self._real_root = lru_cache(maxsize=1024)(real_root)
-        self._database = _open_database(TABLE)
-        with _database_errors():
+        self._database = open_database(TABLE)
+        with database_errors():
             for path in (output, *find_parts(output)):
                 entries = self._read(path, is_part=path != output) if path.exists() else ()
                 wanted = (entry for entry in entries if entry[3] is not None or not retry_errors)
@@ -135,7 +135,7 @@ class RowIndex:
 
     def add(self, row: Row, line: bytes) -> None:
         """Index a new row, which was written as `line`."""
-        with _database_errors():
+        with database_errors():
             self._database.execute(INSERT, self._entry(row, line))
 
     def merged(self) -> Iterator[tuple[Row, bytes]]:
@@ -216,7 +216,7 @@ def merge(output: Path, *, base: str = "") -> Summary:
             stack.enter_context(open_part(part))
         index = stack.enter_context(closing(RowIndex(output, base=base)))
         with (
-            _database_errors(),
+            database_errors(),
             writing(merging_path(output)),
             storage.replacing(output, partial=merging_path(output)) as file,
         ):

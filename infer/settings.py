@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Literal
 import tyro
 
 from captioner.errors import UserError
+from captioner.files.tables import DELIMITERS
 from captioner.flags import AnyNumber, Count, File, Fraction, Location, Workers
 from infer.gallery import check_corrections, check_folder
 from infer.listing import ImageFile, Listing
@@ -19,8 +21,9 @@ from infer.metadata.xmp import Existing
 from infer.peers import Peers
 from infer.results import Row, own_files
 from infer.sidecars import check_suffix
-from infer.tables import CSV_SUFFIXES, Excel, check_table
+from infer.tables import Excel, check_table, check_unedited
 from infer.templates import Template
+from infer.written import Written
 
 DEFAULT_OUTPUT = Path("captions.jsonl")
 STANDARD_OUTPUT = Path("-")
@@ -51,7 +54,8 @@ class CaptionSettings:
     open: bool = False
     """Open that page in the browser; without --gallery it is beside the output."""
     corrections: File | None = None
-    """File that was downloaded from a gallery: its captions are shown in the new one as a person's."""
+    """What a person wrote: a table of --csv that was changed, or a gallery's downloaded file. It counts in all that is
+    written beside the rows."""
     attention: bool = False
     """For each word of the caption, where in the image the model looked: in the key attention, and in the gallery."""
     sidecar: str | None = None
@@ -109,16 +113,18 @@ def check_flags(settings: CaptionSettings) -> None:
         raise UserError("--existing is about sidecars and images: give --sidecar or --embed too")
     if settings.gallery is not None:
         check_folder(settings.gallery, images=settings.images)
-        check_corrections(settings.gallery, settings.corrections)
-    elif settings.corrections is not None:
-        raise UserError("--corrections is for the page of --gallery: give that too")
+    elif settings.corrections is not None and not (settings.csv or settings.sidecar or settings.embed):
+        raise UserError(
+            "--corrections is about what is written beside the rows: give --gallery, --csv, --sidecar or --embed too"
+        )
+    check_corrections(settings.gallery, settings.corrections)
     find_text(settings)
     _check_tables(settings)
 
 
 def _check_tables(settings: CaptionSettings) -> None:
     if settings.csv is not None:
-        check_table(settings.csv, "--csv", CSV_SUFFIXES)
+        check_table(settings.csv, "--csv", DELIMITERS)
     elif settings.csv_excel is not None:
         raise UserError("--csv-excel is about a table: give --csv too")
     if settings.coco_results is not None:
@@ -127,6 +133,11 @@ def _check_tables(settings: CaptionSettings) -> None:
     for table in (settings.csv, settings.coco_results):
         if table is not None and os.path.realpath(table) in own:
             raise UserError(f"{table} is a file of the rows already: give the table another name")
+    tables = [table for table in (settings.csv, settings.coco_results) if table is not None and table.exists()]
+    if tables:
+        with closing(Written(Path(os.path.realpath(settings.output)))) as written:
+            for table in tables:
+                check_unedited(table, written, corrections=settings.corrections)
 
 
 def find_text(settings: CaptionSettings) -> Callable[[Row], str] | None:

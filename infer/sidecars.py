@@ -20,9 +20,19 @@ from captioner.errors import UserError
 from captioner.files import storage
 from infer.metadata import xmp
 from infer.metadata.described import XMP, text_sidecar, xmp_sidecars
-from infer.metadata.outcomes import DECORATIVE, Correct, Outcomes, Text, Words, replace_content, write_texts
+from infer.metadata.outcomes import (
+    DECORATIVE,
+    Correct,
+    Outcomes,
+    Text,
+    Words,
+    check_unchanged,
+    replace_content,
+    write_texts,
+)
 from infer.results import Row
 from infer.row_index import LocationSet
+from infer.written import Entry, Written
 
 SHARED = "left out, since another image of the same name has it"
 SUFFIX = re.compile(r"(\.[a-z0-9_-]+)+")
@@ -42,16 +52,26 @@ def write_sidecars(
     existing: xmp.Existing = "keep",
     text: Text | None = None,
     correct: Correct | None = None,
+    written: Written | None = None,
+    since: float | None = None,
 ) -> Outcomes:
     """Write `photo.txt`, or the XMP sidecar, of each captioned `photo.jpg`; failures have no sidecar.
 
     `text` gives what is written: by default the caption in text files, the sentence `alt` in XMP. Nothing is written
     where the model abstained. `correct` gives a row a person's words; they replace what the model's row had written. Of
-    images with the same name but for its suffix, which would have the same text file, the first one gets it.
+    images with the same name but for its suffix, which would have the same text file, the first one gets it, and keeps
+    it. `written` knows what earlier calls wrote into text files; `since` is a time before all rows.
     """
-    options: dict[str, Any] = {"used": LocationSet(), "existing": existing}
+    written = written or Written()
+    options: dict[str, Any] = {"used": LocationSet(), "written": written, "existing": existing}
     write = partial(_write_xmp, **options) if suffix == XMP else partial(_write_text, suffix=suffix, **options)
-    return write_texts(rows, write, text=text or itemgetter("alt" if suffix == XMP else "caption"), correct=correct)
+    text = text or itemgetter("alt" if suffix == XMP else "caption")
+    return write_texts(rows, write, text=text, correct=correct, since=since)
+
+
+def _is_of_other(entry: Entry | None, image: Path) -> bool:
+    """Whether a sidecar is that of another image, which still exists."""
+    return entry is not None and entry.image not in (None, image) and os.path.lexists(str(entry.image))
 
 
 def _regular_status(path: Path) -> os.stat_result:
@@ -65,32 +85,49 @@ def _regular_status(path: Path) -> os.stat_result:
 # ---- text -------------------------------------------------------------------------------------------------
 
 
-def _write_text(image: Path, words: Words, *, suffix: str, used: LocationSet, existing: xmp.Existing) -> str:
-    """Write a text file; returns the outcome. `used` has earlier rows' sidecars. Raises OSError."""
+def _write_text(
+    image: Path, words: Words, *, suffix: str, used: LocationSet, written: Written, existing: xmp.Existing
+) -> str:
+    """Write a text file; returns the outcome. `used` has earlier rows' sidecars. Raises OSError and ChangedError."""
     target = text_sidecar(image, suffix)
-    if not used.add(str(target)):
+    earlier = written.get(target)
+    if _is_of_other(earlier, image) or not used.add(str(target)):
         return SHARED
     if os.path.lexists(target):
-        return "kept" if existing == "keep" and not words.replaced else _change_text(target, words, existing)
-    if not words.text:
+        is_ours = earlier is not None and earlier.text != words.text
+        if existing == "keep" and not words.replaced and not is_ours:
+            return "kept"
+        outcome = _change_text(target, image, words, earlier=earlier, existing=existing)
+    elif not words.text:
         return DECORATIVE
-    storage.write_new(str(target), words.text + "\n")
-    return "written"
+    else:
+        check_unchanged(image, words)
+        storage.write_new(str(target), words.text + "\n")
+        outcome = "written"
+    if outcome == "written":
+        written.set(target, Entry(text=words.text, image=image, model=words.model))
+    return outcome
 
 
-def _change_text(path: Path, words: Words, existing: xmp.Existing) -> str:
-    """Change an existing text file; returns the outcome. One that has the line already stays. Raises OSError."""
+def _change_text(path: Path, image: Path, words: Words, *, earlier: Entry | None, existing: xmp.Existing) -> str:
+    """Change an existing text file; returns the outcome. Raises OSError and ChangedError.
+
+    What was written of a person's words is a person's, as in XMP. A file that has the lines already stays.
+    """
     status = _regular_status(path)
     content = path.read_bytes()
     try:
         before = content.decode("utf-8-sig").strip("\r\n")
     except UnicodeDecodeError:
         return NO_TEXT
+    is_corrected = earlier is not None and earlier.model == xmp.PERSON != words.model
+    ours = words.replaced if earlier is None else earlier.text
     after = before
-    if existing == "overwrite" or words.text not in before.splitlines():
-        after = xmp.combine(before, words.text, earlier=words.replaced, existing=existing)
+    if existing == "overwrite" or not xmp.has_lines(before, words.text):
+        after = xmp.combine(before, words.text, earlier="" if is_corrected else ours, existing=existing)
     if after == before:
         return "kept"
+    check_unchanged(image, words)
     mark = "\ufeff" if content.startswith(b"\xef\xbb\xbf") else ""
     replace_content(path, f"{mark}{after}\n".encode(), status)
     return "written"
@@ -99,26 +136,30 @@ def _change_text(path: Path, words: Words, existing: xmp.Existing) -> str:
 # ---- XMP --------------------------------------------------------------------------------------------------
 
 
-def _write_xmp(image: Path, words: Words, *, used: LocationSet, existing: xmp.Existing) -> str:
-    """Write or extend an XMP sidecar; returns the outcome. Raises OSError and XmpError.
+def _write_xmp(image: Path, words: Words, *, used: LocationSet, written: Written, existing: xmp.Existing) -> str:
+    """Write or extend an XMP sidecar; returns the outcome. Raises OSError, XmpError and ChangedError.
 
-    `a.jpg.xmp` if it is there, else `a.xmp` if it is there and no earlier image has used it, else a new `a.jpg.xmp`.
+    `a.jpg.xmp` if it is there, else `a.xmp` if it is there and no other image has used it, else a new `a.jpg.xmp`.
     """
     target, shared = xmp_sidecars(image)
-    if not os.path.lexists(target) and os.path.lexists(shared) and used.add(str(shared)):
+    is_alone = not os.path.lexists(target) and os.path.lexists(shared)
+    if is_alone and not _is_of_other(written.get(shared), image) and used.add(str(shared)):
         target = shared
-    today = date.today().isoformat()
-    extend = partial(xmp.extend, text=words.text, model=words.model, date=today, existing=existing)
+        written.set(shared, Entry(text="", image=image))
+    options = {"model": words.model, "date": date.today().isoformat(), "sha256": words.sha256}
+    extend = partial(xmp.extend, text=words.text, existing=existing, **options)
     try:
         status = _regular_status(target)
     except FileNotFoundError:
         if not words.text:
             return DECORATIVE
+        check_unchanged(image, words)
         storage.write_new(str(target), extend(None) or b"")
         return "written"
     with target.open("rb") as file:
         content = extend(file.read(xmp.MAX_BYTES + 1))
     if content is None:
         return "kept"
+    check_unchanged(image, words)
     replace_content(target, content, status)
     return "written"

@@ -4,26 +4,29 @@ Both are made from the merged rows, in constant memory, and replace their file a
 """
 
 import csv
+import hashlib
 import io
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
 
+from captioner.alt_text import alt_text
 from captioner.errors import UserError
 from captioner.files import storage
-from infer.corrections import roots_of
+from captioner.files.tables import DELIMITERS, read_table
+from infer.corrections import DECORATIVE, Correction, roots_of
 from infer.metadata.outcomes import Correct, Text
 from infer.results import NOT_UTF8, as_utf8, read_rows, writing
 from infer.row_index import LocationSet
 from infer.templates import clean
+from infer.written import Entry, Written
 
 Excel = Literal["comma", "semicolon"]
-CSV_SUFFIXES = {".csv": ",", ".tsv": "\t"}
 COLUMNS = (
     "alt",
     "confidence",
@@ -36,7 +39,10 @@ COLUMNS = (
     "error",
     "message",
     "root",
+    "sha256",
+    "caption_before",
 )
+REQUIRED = ("image", "caption", "caption_before", "correction")
 
 _FORMULA = re.compile(r"[=+\-@\t\r]")
 _COCO_NAME = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})")  # of 2014, of 2017
@@ -51,12 +57,40 @@ def check_table(path: Path, flag: str, suffixes: Iterable[str]) -> None:
         raise UserError(f"{flag} {path} cannot be written: give a file in a folder that this user may write to")
 
 
+def check_unedited(table: Path, written: Written, *, corrections: Path | None) -> None:
+    """Raise UserError for an existing file that is not what this program wrote there last, unless it is `corrections`.
+
+    So neither what somebody changed in a table is lost, nor a file of another program.
+    """
+    path = Path(os.path.realpath(table))
+    if not path.exists() or (corrections is not None and os.path.realpath(corrections) == str(path)):
+        return
+    entry = written.get(path)
+    if entry is None or _checksum(path) not in entry.text.split():
+        use = f"--corrections {table} takes what was corrected in it; or " if table.suffix.lower() in DELIMITERS else ""
+        raise UserError(
+            f"{table} was not written by this command, or has been changed since: {use}give another name, or delete it"
+        )
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def _replacing(path: Path, written: Written | None) -> Iterator[BinaryIO]:
+    """The new content of a table, whose checksum is noted before it replaces the old one: a kill may come between."""
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path), storage.replacing(path) as file:
         yield file
+        if written is not None:
+            file.flush()
+            new = _checksum(Path(file.name))
+            earlier = written.get(path)
+            is_ours = earlier is not None and path.exists() and (old := _checksum(path)) in earlier.text.split()
+            written.set(path, Entry(text=f"{new} {old}" if is_ours else new))
 
 
 # ---- CSV --------------------------------------------------------------------------------------------------
@@ -69,21 +103,23 @@ def write_csv(
     text: Text | None = None,
     excel: Excel | None = None,
     correct: Correct | None = None,
+    written: Written | None = None,
 ) -> int:
     """Write the rows of `output` as a table; returns the number of names that are not UTF-8, so shown with U+FFFD.
 
     `image` and `caption` are the columns that sharding/make_shards.py reads; a failure has an empty caption. `image`
     starts from the folder that all local roots have in common. The column `text` exists if `text` makes it. `correct`
-    gives a row a person's words; the column `correction` says "text" or "decorative". Lines end and cells are quoted as
+    gives a row a person's words; the column `correction` says "text" or "decorative", and `caption_before` repeats the
+    caption, so that `read_corrections` finds what somebody changed in the table. Lines end and cells are quoted as
     RFC 4180 says; a name with the suffix .tsv has tabs. With `excel` there is a byte order mark, and this separator;
     beside semicolons numbers have a decimal comma. Text that a spreadsheet would take for a formula has an apostrophe
     before it, in `image` instead ./, so that it is a name of the same file. Raises UserError if the disk is full, and
     OSError.
     """
     roots = roots_of(output)
-    separator = {"comma": ",", "semicolon": ";"}[excel] if excel else CSV_SUFFIXES[table.suffix.lower()]
+    separator = {"comma": ",", "semicolon": ";"}[excel] if excel else DELIMITERS[table.suffix.lower()]
     num_shown = 0
-    with _replacing(table) as file:
+    with _replacing(table, written) as file:
         lines = io.TextIOWrapper(file, "utf-8-sig" if excel else "utf-8", errors="strict", newline="")
         writer = csv.writer(lines, delimiter=separator)
         writer.writerow(["image", "caption", *(["text"] if text else []), *COLUMNS])
@@ -91,7 +127,8 @@ def write_csv(
             row = correct(model_row) if correct else model_row
             name = roots[row["root"]]["prefix"] + row["path"]
             num_shown += NOT_UTF8.search(name) is not None
-            cells = [row.get("caption"), *([text(row)] if text else []), *map(row.get, COLUMNS)]
+            values = row | {"caption_before": row.get("caption")}
+            cells = [row.get("caption"), *([text(row)] if text else []), *map(values.get, COLUMNS)]
             shown = (_cell(cell, decimal="," if separator == ";" else ".") for cell in cells)
             writer.writerow([_name_cell(name), *shown])
         lines.detach()
@@ -111,10 +148,64 @@ def _name_cell(name: str) -> str:
     return f"./{shown}" if _FORMULA.match(shown) else shown
 
 
+def read_corrections(table: Path) -> tuple[list[Correction], list[Correction]]:
+    """The corrections with which `write_csv` wrote a table, and those that somebody made in it since.
+
+    A caption or an alternative text that is not as it was written is a correction, and so is "decorative" in the column
+    `correction` where the caption is unchanged or empty; a caption that was deleted is none. The table may have been
+    sorted, and lack lines, and columns that are not REQUIRED. Raises UserError for another table, and OSError.
+    """
+    columns, rows = read_table(
+        table.read_bytes(), delimiter=DELIMITERS[table.suffix.lower()], required=REQUIRED, location=str(table)
+    )
+    written, made = [], []
+    for number, cells in rows:
+        problem = ""
+        if len(cells) != len(columns):
+            problem = f"has {len(cells)} cells, not {len(columns)}: repair it"
+        elif any(map(NOT_UTF8.search, cells)):
+            problem = "is not UTF-8: save the table as CSV UTF-8"
+        if problem:
+            raise UserError(f"line {number} of {table} {problem}")
+        row = dict(zip(columns, cells, strict=True))
+        texts = {name: _value(cell) for name, cell in row.items()}
+        caption, is_made = _find_correction(texts)
+        if caption is not None:
+            root, sha256 = texts.get("root", ""), texts.get("sha256") or None
+            images = root if storage.is_remote(root) else None
+            found = Correction(path=_name(row["image"]), caption=caption, images=images, sha256=sha256)
+            (made if is_made else written).append(found)
+    return written, made
+
+
+def _find_correction(row: Mapping[str, str]) -> tuple[str | None, bool]:
+    """What a row of a table says instead of the model, None for nothing, and whether it was not written so."""
+    caption, before, alt = row["caption"], row["caption_before"], row.get("alt", "")
+    kind = row["correction"].lower()
+    if kind == "decorative" and caption in ("", before):
+        return DECORATIVE, bool(before)
+    if caption not in ("", before):
+        return caption, True
+    if alt not in ("", before, alt_text(before)):
+        return alt, True
+    return (caption or None) if kind == "text" else None, False
+
+
+def _value(cell: str) -> str:
+    """The text in a cell, without the apostrophe that `_cell` added."""
+    text = cell.strip()
+    return text[1:] if text.startswith("'") and _FORMULA.match(text[1:]) else text
+
+
+def _name(cell: str) -> str:
+    """The name in a cell, without what `_name_cell` added."""
+    return cell[2:] if cell.startswith("./") and _FORMULA.match(cell[2:]) else cell
+
+
 # ---- COCO results -----------------------------------------------------------------------------------------
 
 
-def write_coco_results(output: Path, results: Path) -> Counter[str]:
+def write_coco_results(output: Path, results: Path, *, written: Written | None = None) -> Counter[str]:
     """Write the captions in `output` as COCO results, `[{"image_id": 391895, "caption": "a man"}]`.
 
     An image with COCO's name (COCO_val2014_000000391895.jpg, 000000391895.jpg) has its number as id, any other its
@@ -125,7 +216,7 @@ def write_coco_results(output: Path, results: Path) -> Counter[str]:
     left_out: Counter[str] = Counter()
     seen = LocationSet()
     separator = b"\n"
-    with _replacing(results) as file:
+    with _replacing(results, written) as file:
         file.write(b"[")
         for row in read_rows(output):
             if "error" in row:

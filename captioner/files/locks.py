@@ -3,12 +3,16 @@
 import errno
 import io
 import os
+import time
 import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
 from filelock import lock_descriptor
 
+POLL_SECONDS = 0.005
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of file systems without locks
 
 
@@ -28,6 +32,28 @@ def open_locked(path: Path) -> io.FileIO:
         raise
     os.register_at_fork(after_in_child=partial(_close, weakref.ref(file)))
     return file
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """A block in which one thread of one process is at a time; others wait. The file at `path` exists meanwhile.
+
+    It does not exclude others on a file system without locks. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(open_locked(path))
+                break
+            except BlockingIOError:
+                time.sleep(POLL_SECONDS)
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+                break
+        stack.callback(path.unlink, missing_ok=True)  # while it is locked
+        yield
 
 
 def _close(reference: "weakref.ref[io.FileIO]") -> None:

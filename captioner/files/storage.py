@@ -305,6 +305,14 @@ def read_json(location: str, *, remedy: str) -> Any:
         raise UserError(f"cannot read {location} ({error}): {remedy}") from error
 
 
+def read_json_object(location: str, *, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError, with `remedy`, when the file is missing or holds no JSON object."""
+    content = read_json(location, remedy=remedy)
+    if not isinstance(content, dict):
+        raise UserError(f"cannot read {location} (it is no JSON object): {remedy}")
+    return content
+
+
 def write_atomic(location: str, content: bytes | str, *, durable: bool = True) -> None:
     """Write a file atomically: it has either its old or its new content, never a part. Raises OSError.
 

@@ -144,8 +144,8 @@ def save_calibration(folder: Path, calibration: Calibration, *, model: str) -> N
     Raises OSError, and UserError where the folder's own files cannot be read; the old calibration is there still.
     """
     content, arrays = to_files(calibration, model=model)
-    config = storage.read_json(str(folder / "config.json"), remedy=COPY_AGAIN)
-    metrics = storage.read_json(str(folder / "metrics.json"), remedy=COPY_AGAIN)
+    config = storage.read_json_object(str(folder / "config.json"), remedy=COPY_AGAIN)
+    metrics = storage.read_json_object(str(folder / "metrics.json"), remedy=COPY_AGAIN)
     card = model_card(config, metrics, calibration).encode()
     files = {CALIBRATION_ARRAYS: arrays, "README.md": card, CALIBRATION: content}
     with TemporaryDirectory(prefix=".calibration-", dir=folder) as new:  # a full disk is noticed there

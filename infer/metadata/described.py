@@ -4,6 +4,7 @@ Embedded metadata is read from the image's header by Pillow, and from the chunks
 end. So exiftool is not needed to read it.
 """
 
+import hashlib
 import io
 import os
 import re
@@ -119,6 +120,19 @@ def read_metadata(source: OpenImage) -> Metadata | None:
             return Metadata(format=kind, size=image.size, packet=packet or None, description=description)
     except Exception:  # Pillow's plugins raise almost any type; captioning says what is wrong with the image
         return None
+
+
+def is_same_image(file: BinaryIO, sha256: str) -> bool:
+    """Whether an open file has this checksum, or had it before this program embedded a text. Raises OSError."""
+    found = read_metadata(file)
+    with suppress(xmp.XmpError):
+        if found is not None and found.packet is not None and xmp.read_source(found.packet) == sha256:
+            return True
+    file.seek(0)
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest() == sha256
 
 
 def open_header(file: BinaryIO, *, formats: tuple[str, ...] | None = None) -> ImageFile.ImageFile:

@@ -20,6 +20,7 @@ from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from subprocess import PIPE, STDOUT
+from typing import Any
 
 from captioner.errors import UserError
 from infer.metadata import xmp
@@ -29,6 +30,7 @@ from infer.metadata.outcomes import (
     Outcomes,
     Text,
     Words,
+    check_unchanged,
     check_writable,
     keep_owner,
     partial_beside,
@@ -66,15 +68,17 @@ def embed_all(
     existing: xmp.Existing,
     text: Text | None = None,
     correct: Correct | None = None,
+    since: float | None = None,
 ) -> Outcomes:
     """Write the description of each row's image into its XMP; returns the counts by outcome.
 
-    `output` is the file of the rows, beside which the working folder is. Raises UserError if another run has that.
+    `output` is the file of the rows, beside which the working folder is; `since` is a time before all rows. Raises
+    UserError if another run has that folder.
     """
     with _working_folder(output) as folder, ExifTool(folder) as tool:
         write = partial(_embed, tool=tool, existing=existing)
-        text = text or itemgetter("alt")
-        return write_texts(rows, write, text=text, correct=correct, what="embedded", follow_links=True)
+        options: dict[str, Any] = {"text": text or itemgetter("alt"), "correct": correct, "since": since}
+        return write_texts(rows, write, what="embedded", follow_links=True, **options)
 
 
 def remove_leftovers(output: Path) -> None:
@@ -100,7 +104,7 @@ def _working_folder(output: Path) -> Iterator[Path]:
 
 
 def _embed(image: Path, words: Words, *, tool: "ExifTool", existing: xmp.Existing) -> str:
-    """Write the text into an image; returns the outcome. Raises OSError, XmpError and ExifToolError."""
+    """Write the text into an image; returns the outcome. Raises OSError, XmpError, ChangedError and ExifToolError."""
     status = image.stat()
     found = None
     if stat.S_ISREG(status.st_mode):
@@ -111,10 +115,11 @@ def _embed(image: Path, words: Words, *, tool: "ExifTool", existing: xmp.Existin
     if found.packet and EXTENDED_XMP in found.packet:
         return TOO_MUCH_XMP
     today = date.today().isoformat()
-    options = {"model": words.model, "date": today, "elsewhere": found.description}
+    options = {"model": words.model, "date": today, "sha256": words.sha256, "elsewhere": found.description}
     packet = xmp.extend(found.packet, words.text, existing=existing, **options)
     if packet is None:
         return "kept"
+    check_unchanged(image, words)
     check_writable(image)
     new = partial_beside(image)
     try:

@@ -6,12 +6,12 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from uuid import uuid4
 
 from captioner.files import storage
-from infer.metadata.described import local_path
+from infer.metadata.described import is_same_image, local_path
 from infer.metadata.xmp import PERSON, XmpError
 from infer.results import PARTIAL_SUFFIX, Row
 from infer.row_index import LocationSet
@@ -19,6 +19,7 @@ from infer.row_index import LocationSet
 DECORATIVE = "left out, since they are decorative"
 UNREMARKABLE = frozenset(("written", "kept", "abstained", "not local", DECORATIVE))
 EMPTY = "left out, since all fields of the template are empty"
+CHANGED = "left alone, since they have changed since they were captioned: delete their rows to caption them again"
 UNREADABLE_XMP = "left alone, since their XMP cannot be read"
 SHOWN_NAMES = 5  # of what a user should look at
 
@@ -30,12 +31,27 @@ Correct = Callable[[Row], Row]  # the row with a person's words, or the same row
 class Words:
     """What is written of an image, "" if it is decorative, and by which model.
 
-    `model` is PERSON for a person's words; `replaced` is then the model's text.
+    `model` is PERSON for a person's words; `replaced` is then the model's text. `sha256` is that of the captioned file,
+    and `since` a time (seconds since 1970) before it was captioned; None if changes of the file do not matter.
     """
 
     text: str
     model: str
     replaced: str = ""
+    sha256: str = ""
+    since: float | None = None
+
+
+class ChangedError(Exception):
+    """An image is not the one that was captioned."""
+
+
+OUTCOMES: dict[type[Exception], str] = {
+    FileExistsError: "kept",
+    NotADirectoryError: "not local",  # the tar that holds the image
+    ChangedError: CHANGED,
+    XmpError: UNREADABLE_XMP,
+}
 
 
 @dataclass(kw_only=True)
@@ -81,13 +97,14 @@ def write_texts(
     *,
     text: Text,
     correct: Correct | None = None,
+    since: float | None = None,
     what: str = "sidecars",
     follow_links: bool = False,
 ) -> Outcomes:
     """Call `write` with each captioned image of this machine and its words; returns counts by outcome.
 
-    `write` returns the outcome, or raises OSError or XmpError. An image that several rows name, or with `follow_links`
-    several links, gets the first one's text.
+    `write` returns the outcome, or raises OSError or one of OUTCOMES. `since` is a time before all rows. An image that
+    several rows name, or with `follow_links` several links, gets the first one's text.
     """
     outcomes, seen = Outcomes(what=what), LocationSet()
     for row in rows:
@@ -95,7 +112,7 @@ def write_texts(
             continue
         try:
             image = local_path(row["root"], row["path"])
-            words = _words(row, correct(row) if correct else row, text)
+            words = _words(row, correct(row) if correct else row, text, since=since)
             if image is not None and follow_links:
                 image = Path(os.path.realpath(image))
             if not words.text and not words.replaced:
@@ -104,12 +121,8 @@ def write_texts(
                 outcome = "not local"
             else:
                 outcome = write(image, words) if seen.add(str(image)) else "kept"
-        except FileExistsError:
-            outcome = "kept"
-        except NotADirectoryError:  # the tar that holds the image
-            outcome = "not local"
-        except XmpError:
-            outcome = UNREADABLE_XMP
+        except tuple(OUTCOMES) as error:
+            outcome = OUTCOMES[type(error)]
         except OSError as error:
             outcomes.add_failure(error.strerror or error, row)
             continue
@@ -117,12 +130,31 @@ def write_texts(
     return outcomes
 
 
-def _words(row: Row, said: Row, text: Text) -> Words:
+def _words(row: Row, said: Row, text: Text, *, since: float | None) -> Words:
     """The words of a row; `said` is the row with a person's words, or the same row."""
     model_text = row["alt"] and text(row)
+    words = Words(text=model_text, model=row["model"], sha256=row["sha256"], since=since)
     if said is row:
-        return Words(text=model_text, model=row["model"])
-    return Words(text=said["alt"] and text(said), model=PERSON, replaced=model_text)
+        return words
+    return replace(words, text=said["alt"] and text(said), model=PERSON, replaced=model_text)
+
+
+def check_unchanged(image: Path, words: Words) -> None:
+    """Raise ChangedError if an image is not the one that was captioned, and OSError.
+
+    It is the same if only a text was embedded by this program since. Most images need no reading: their status has not
+    changed since a time before they were captioned.
+    """
+    if words.since is None:
+        return
+    status = image.stat()
+    if status.st_ctime < words.since:
+        return
+    if stat.S_ISREG(status.st_mode):
+        with image.open("rb") as file:
+            if is_same_image(file, words.sha256):
+                return
+    raise ChangedError
 
 
 def partial_beside(path: Path) -> Path:

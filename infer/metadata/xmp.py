@@ -4,9 +4,10 @@ A packet is never serialised again. Expat says at which byte each value is, and 
 replaced. So all other fields, namespaces, prefixes, comments and the encoding stay as they are.
 
 A caption goes into two fields: `dc:description`, and `Iptc4xmpCore:AltTextAccessibility`, the text for people who do
-not see the image. A third one, of our own namespace, says which text this program wrote (`captioner:Text`), with which
-model, and on which day. A field whose text is still that one is ours, and a newer caption replaces it. Any other text
-is a person's, and so is one that this program wrote for a person, who corrected the model's.
+not see the image. Others, of our own namespace, say which text this program wrote (`captioner:Text`), into which of the
+two fields, with which model, on which day, and of which file (its SHA-256 when it was captioned). A field whose text is
+still that one is ours, and a newer caption replaces it. Any other text is a person's, and so is one that this program
+wrote for a person, who corrected the model's.
 """
 
 import codecs
@@ -27,7 +28,8 @@ IPTC = "http://iptc.org/std/Iptc4xmpCore/1.0/xmlns/"
 PHOTOSHOP = "http://ns.adobe.com/photoshop/1.0/"
 OWN = "urn:captioner:xmp:1#"
 DESCRIPTION, ALT_TEXT = f"{DC} description", f"{IPTC} AltTextAccessibility"
-OWN_TEXT, OWN_MODEL, OWN_DATE = f"{OWN} Text", f"{OWN} Model", f"{OWN} Date"
+OWN_TEXT, OWN_FIELDS = f"{OWN} Text", f"{OWN} Fields"
+OWN_MODEL, OWN_DATE, OWN_SOURCE = f"{OWN} Model", f"{OWN} Date", f"{OWN} Source"
 FIELDS = (DESCRIPTION, ALT_TEXT)
 PLACE = (f"{PHOTOSHOP} City", f"{PHOTOSHOP} Country")
 PREFIXES = {DC: "dc", IPTC: "Iptc4xmpCore", OWN: "captioner"}
@@ -40,7 +42,7 @@ EMPTY = f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <?xpacket end="w"?>
 """.encode()
 
-_WANTED = frozenset((*FIELDS, *PLACE, OWN_TEXT, OWN_MODEL, OWN_DATE))
+_WANTED = frozenset((*FIELDS, *PLACE, OWN_TEXT, OWN_FIELDS, OWN_MODEL, OWN_DATE, OWN_SOURCE))
 _LANG = "http://www.w3.org/XML/1998/namespace lang"
 _TAG = re.compile(rb"""<(?:[^"'>]|"[^"]*"|'[^']*')*>""")
 _TAG_NAME = re.compile(rb"<[^\s/>]+")
@@ -92,20 +94,32 @@ def read_place(packet: bytes) -> list[str]:
     return _read(packet, PLACE)
 
 
+def read_source(packet: bytes) -> str:
+    """The SHA-256 of the file of which this program wrote the text; "" if it wrote none. Raises XmpError."""
+    return "".join(_read(packet, [OWN_SOURCE]))
+
+
 def _read(packet: bytes, names: Iterable[str]) -> list[str]:
     found = _parse(_to_utf8(packet)[0])
     return [text for name in names if (text := found.text(name))]
 
 
 def extend(
-    packet: bytes | None, text: str, *, model: str, date: str, existing: Existing = "keep", elsewhere: str = ""
+    packet: bytes | None,
+    text: str,
+    *,
+    model: str,
+    date: str,
+    sha256: str = "",
+    existing: Existing = "keep",
+    elsewhere: str = "",
 ) -> bytes | None:
     """The packet with `text` as the description and the alternative text; None if nothing is to change.
 
     Without a packet it is a new one. A person's text is kept, or `text` becomes a line after it, before it, or replaces
     it. With PERSON as the model `text` is a person's, which a later model's never replaces unless `existing` is
     "overwrite"; "" empties what a model wrote. `elsewhere` is the description that the image has outside of XMP; it
-    counts if the packet has none. Raises XmpError.
+    counts if the packet has none. `sha256` is that of the captioned file. Raises XmpError.
     """
     source, encoding, padding = _to_utf8(EMPTY if packet is None else packet)
     found = _parse(source)
@@ -113,16 +127,20 @@ def extend(
     is_corrected = found.text(OWN_MODEL) == PERSON and model != PERSON
     if is_corrected and existing == "keep":
         return None
-    earlier = "" if is_corrected else found.text(OWN_TEXT)
-    changed = {}
+    own_text = "" if is_corrected else found.text(OWN_TEXT)
+    own_fields = found.text(OWN_FIELDS).split(",")
+    changed, written = {}, []
     for name in FIELDS:
+        earlier = own_text if name.split()[1] in own_fields else ""
         before = found.text(name) or (elsewhere if name == DESCRIPTION and elsewhere != earlier else "")
         after = combine(before, text, earlier=earlier, existing=existing)
         if after not in (before, found.text(name)):
             changed[name] = after
+        if has_lines(after, text):
+            written.append(name.split()[1])
     if not changed:
         return None
-    changed |= {OWN_TEXT: text, OWN_MODEL: model, OWN_DATE: date}
+    changed |= {OWN_TEXT: text, OWN_FIELDS: ",".join(written), OWN_MODEL: model, OWN_DATE: date, OWN_SOURCE: sha256}
     edits = [found.edit(name, value, whole=existing == "overwrite") for name, value in changed.items() if name in found]
     new = {name: value for name, value in changed.items() if name not in found}
     if new:
@@ -140,9 +158,15 @@ def combine(before: str, text: str, *, earlier: str, existing: Existing) -> str:
         return (before.removesuffix(earlier) + text).strip("\n")
     if earlier and before.startswith(f"{earlier}\n"):
         return (text + before.removeprefix(earlier)).strip("\n")
-    if existing == "keep" or text in ("", earlier):  # a person has changed what this program wrote
+    if existing == "keep" or text in ("", earlier) or has_lines(before, text):  # or a person changed what was written
         return before
     return f"{before}\n{text}" if existing == "append" else f"{text}\n{before}"
+
+
+def has_lines(content: str, lines: str) -> bool:
+    """Whether a text has all these lines, one after the other."""
+    one, other = ("\n".join(text.splitlines()) for text in (content, lines))
+    return f"\n{other}\n" in f"\n{one}\n"
 
 
 # ---- parsing ----------------------------------------------------------------------------------------------

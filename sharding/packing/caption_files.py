@@ -5,7 +5,6 @@ A row that cannot be used is a Failure; a file that is not a caption file raises
 
 import codecs
 import contextlib
-import csv
 import io
 import json
 import re
@@ -17,11 +16,10 @@ from typing import Any
 from pycocotools.coco import COCO
 
 from captioner.errors import UserError
+from captioner.files.tables import DELIMITERS, read_table
 from captioner.samples import ImageId, ImageIds, as_image_id
 from captioner.shards.format import Failure
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
-DELIMITERS_OF_SPREADSHEETS = (",", ";", "\t")  # by region and program, whatever the file's suffix
 SUFFIXES = (".json", ".csv", ".tsv", ".jsonl")
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
@@ -232,21 +230,8 @@ def _merge(rows: Iterable[SourceImage | Failure]) -> Iterator[SourceImage | Fail
 
 
 def _table_rows(data: bytes, *, delimiter: str, location: str) -> Iterator[SourceImage | Failure]:
-    """The rows of a table. Its columns may also be separated as spreadsheets do where the comma is the decimal sign."""
-    text = data.decode("utf-8-sig", "surrogateescape")  # bad bytes become surrogates
-    headers: list[list[str]] = []
-    for each in (delimiter, *DELIMITERS_OF_SPREADSHEETS):
-        rows = _split_table(text, each)
-        columns = [cell.strip() for cell in next(rows, (1, []))[1]]
-        headers.append(columns)
-        if columns.count("image") == columns.count("caption") == 1:
-            break
-    else:
-        found = ", ".join(map(reprlib.repr, headers[0][:20])) or "none"
-        raise UserError(
-            f"the first line of {location} names the columns {found}: give it the columns 'image' and 'caption', "
-            f"each once, with {delimiter!r} between them, in UTF-8"
-        )
+    """The rows of a table, CSV or TSV."""
+    columns, rows = read_table(data, delimiter=delimiter, required=("image", "caption"), location=location)
     for number, cells in rows:
         row = dict(zip(columns, cells, strict=False))
         name, where = row.get("image", ""), f"line {number}"
@@ -256,24 +241,6 @@ def _table_rows(data: bytes, *, delimiter: str, location: str) -> Iterator[Sourc
             yield _failure("bad row", cells, where=where, name=name)
         else:
             yield from _image(name, [{"caption": row["caption"]}], where=where)
-
-
-def _split_table(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The number of each row's first line, and its cells. A line that cannot be parsed is one cell. Skips blank lines.
-
-    After such a line parsing continues with the next one, so that a quote that is never closed costs one row only.
-    """
-    lines = io.StringIO(text, newline="").readlines()
-    position = 0
-    while position < len(lines):
-        rows = csv.reader(map(lines.__getitem__, range(position, len(lines))), delimiter=delimiter, strict=True)
-        try:
-            cells, num_lines = next(rows), rows.line_num
-        except csv.Error:
-            cells, num_lines = [lines[position]], 1
-        if lines[position].strip("\r\n"):
-            yield position + 1, cells
-        position += num_lines
 
 
 def _jsonl_rows(data: bytes, *, location: str) -> Iterator[SourceImage | Failure]:

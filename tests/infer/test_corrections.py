@@ -1,7 +1,10 @@
 """What a person wrote of an image is found again, whatever the model, the name or the bytes are now."""
 
+import errno
 import json
+from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -11,7 +14,8 @@ from PIL import Image
 from rows import failure, success
 
 from captioner.errors import UserError
-from infer.corrections import DECORATIVE, Correction, Corrections, parse_line, read_lines, to_line
+from captioner.files import locks
+from infer.corrections import DECORATIVE, Correction, CorrectionFile, Corrections, parse_line, read_lines, to_line
 from infer.gallery import check_corrections, write_gallery
 from infer.settings import CaptionSettings, check_flags
 from sharding.packing.caption_files import SourceImage, parse_images
@@ -59,6 +63,8 @@ def test_a_line_has_all_of_a_correction(correction: Correction) -> None:
         ('{"path": "a.jpg", "captions": [" "]}', "its caption is empty"), ("{", "delimiter|property name"),
         ('{"path": "a.jpg", "captions": []}', "needs a path, and captions"),
         ('{"path": "a.jpg", "caption": "a cat", "model": "m"}', "a row of captions.jsonl"),
+        (r'{"path": "a.jpg", "caption": "a \ud800"}', "not valid Unicode"),
+        pytest.param("[" * 200_000, "recursion|nested", id="deep"),
     ],
 )  # fmt: skip
 def test_a_line_that_is_none_is_refused_with_its_number(tmp_path: Path, line: str, message: str) -> None:
@@ -150,7 +156,7 @@ def test_a_wrong_file_is_refused_before_anything_is_captioned(tmp_path: Path) ->
         check_corrections(tmp_path / "gallery", bad)
     with pytest.raises(UserError, match=r"no file .*missing\.jsonl"):
         check_corrections(tmp_path / "gallery", tmp_path / "missing.jsonl")
-    with pytest.raises(UserError, match="--gallery: give that too"):
+    with pytest.raises(UserError, match="give --gallery, --csv, --sidecar or --embed too"):
         check_flags(CaptionSettings(images=("photos",), corrections=bad))
 
 
@@ -158,3 +164,39 @@ def test_copies_of_an_image_keep_their_own_words_where_no_bytes_are_known() -> N
     written = Corrections([Correction(path="a.jpg", caption="ours"), Correction(path="b.jpg", caption=DECORATIVE)])
     assert [written.find(images="p", path=name, sha256="same") for name in ("a.jpg", "b.jpg")] == ["ours", DECORATIVE]
     assert [line.get("captions") for line in written.lines()] == [["ours"], None]
+
+
+# ---- several writers --------------------------------------------------------------------------------------
+
+
+def test_nothing_is_lost_while_a_gallery_is_written_and_others_save(tmp_path: Path) -> None:
+    """Two processes and two threads of this one save corrections while the gallery merges its own again and again."""
+    rows = [success("photos", f"{number}.jpg") for number in range(20)]
+    write_gallery(rows, tmp_path / "gallery", title="t", model="m")
+    file = CorrectionFile(tmp_path / "gallery" / "corrections.jsonl")
+
+    def save_all(name: str) -> None:
+        for number in range(25):
+            file.change([Correction(path=f"{name}-{number}.jpg", caption=name, images="photos")])
+
+    processes = [get_context("fork").Process(target=save_all, args=(f"process {number}",)) for number in range(2)]
+    threads = [Thread(target=save_all, args=(f"thread {number}",)) for number in range(2)]
+    for worker in (*processes, *threads):
+        worker.start()
+    while any(worker.is_alive() for worker in (*processes, *threads)):
+        correction = Correction(path=f"{len(rows)}.jpg", caption="of the gallery", images="photos")
+        with file.changing() as corrections:
+            corrections.add(correction)
+        write_gallery(rows, tmp_path / "gallery", title="t", model="m")
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert len(kept(tmp_path)) == 101
+    assert not (tmp_path / "gallery" / "corrections.jsonl.lock").exists()
+
+
+def test_a_disk_without_locks_takes_corrections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> bool:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(locks, "lock_descriptor", refuse)
+    CorrectionFile(tmp_path / "corrections.jsonl").change([Correction(path="a.jpg", caption="a cat")])
+    assert [path.name for path in tmp_path.iterdir()] == ["corrections.jsonl"]

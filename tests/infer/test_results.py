@@ -40,6 +40,7 @@ from infer.results import (
     settings_path,
     to_line,
     write_settings,
+    written_path,
 )
 from infer.row_index import RowIndex, Summary, merge
 
@@ -376,7 +377,7 @@ def test_own_files_are_those_of_this_run_and_of_earlier_ones(tmp_path: Path) -> 
     append(output, 7, [captioned("a.jpg")])
     process_path(output, 7).touch()
     of_ranks = {path(output, rank) for path in (part_path, process_path) for rank in (0, 1, 7)}
-    fixed = {output, settings_path(output), merging_path(output), embedding_folder(output)}
+    fixed = {output, settings_path(output), merging_path(output), embedding_folder(output), written_path(output)}
     assert set(own_files(output, num_processes=2)) == fixed | of_ranks
 
 

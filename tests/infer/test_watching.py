@@ -235,7 +235,7 @@ def test_files_are_captioned_as_they_arrive(model: Path, tmp_path: Path, number:
     assert rows_of(tmp_path)["d.png"]["duplicate_of"] == f"{photos}/a.png"
     end(running, number)
     assert list(rows_of(tmp_path)) == ["a.png", "b.png", "c.png", "d.png"]
-    names = {"photos", "c.jsonl", "c.jsonl.settings.json", "log", "gallery", "b.png"}
+    names = {"photos", "c.jsonl", "c.jsonl.settings.json", "c.jsonl.written", "log", "gallery", "b.png"}
     assert {path.name for path in tmp_path.iterdir()} == names
     assert sorted(path.name for path in photos.glob("*.txt")) == ["a.txt", "b.txt", "c.txt", "d.txt"]
     before = rows_of(tmp_path)

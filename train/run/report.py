@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from captioner.attention import Attention
-from captioner.files.storage import read_json, write_atomic
+from captioner.files.storage import read_json_object, write_atomic
 from captioner.pages import load_template
 from captioner.plots import NUM_TICKS, round_up, thin, value_ticks
 from train.evaluation.bootstrap import with_intervals
@@ -102,7 +102,7 @@ def write_report(run: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_json(str(path), remedy="delete it") if path.exists() else {}
+    return read_json_object(str(path), remedy="delete it") if path.exists() else {}
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------

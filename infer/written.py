@@ -1,0 +1,98 @@
+"""What this program last wrote into files that people change too: text sidecars and tables.
+
+It is in `captions.jsonl.written` beside the output, a line of JSON for each file. So a file that still has it is ours,
+and newer content replaces it; what somebody has changed is theirs.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from captioner.errors import UserError
+from captioner.files import storage
+from infer.results import RowWriter, written_path
+from infer.row_index import database_errors, hash_location, open_database
+
+MAX_STALE_LINES = 1000  # with more, and more of them than others, the file is written again without them
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """The last text in a file, or a table's checksum; the image that it is about, and the model of the text."""
+
+    text: str
+    image: Path | None = None
+    model: str = ""
+
+
+class Written:
+    """The entries of an output, by file; close it to save them. Without an output they are not kept.
+
+    Files are known by their paths relative to the output's folder, so that all may be moved together. Raises UserError
+    if the entries cannot be read.
+    """
+
+    def __init__(self, output: Path | None = None) -> None:
+        self._folder = Path("/") if output is None else output.absolute().parent
+        self._path = None if output is None else written_path(output)
+        self._writer: RowWriter | None = None
+        self._database = open_database("CREATE TABLE entries (hash BLOB PRIMARY KEY, line BLOB) WITHOUT ROWID")
+        if self._path is not None and self._path.exists():
+            self._read(self._path)
+
+    def get(self, file: Path) -> Entry | None:
+        """What was written into a file last; None if nothing was."""
+        query = "SELECT line FROM entries WHERE hash = ?"
+        found = self._database.execute(query, (hash_location(self._relative(file)),)).fetchone()
+        if found is None:
+            return None
+        line = json.loads(found[0])
+        image = Path(os.path.normpath(Path(self._folder, line["image"]))) if "image" in line else None
+        return Entry(text=line["text"], image=image, model=line.get("model", ""))
+
+    def set(self, file: Path, entry: Entry) -> None:
+        """Note what was written into a file. Raises UserError, such as if the disk is full."""
+        if self.get(file) == entry:
+            return
+        line: Any = {"path": self._relative(file), "text": entry.text}
+        if entry.image is not None:
+            line |= {"image": self._relative(entry.image), "model": entry.model}
+        self._insert(line)
+        if self._path is not None:
+            self._writer = self._writer or RowWriter(self._path)
+            self._writer.write([line])
+
+    def close(self) -> None:
+        """Save the entries."""
+        if self._writer is not None:
+            self._writer.close()
+        self._database.close()
+
+    def _relative(self, file: Path) -> str:
+        return os.path.relpath(file, self._folder)
+
+    def _read(self, path: Path) -> None:
+        """Read the file, and write it again if most of its lines are stale. Raises UserError."""
+        num_lines = 0
+        with path.open("rb") as file:
+            for content in file:
+                if not content.endswith(b"\n"):  # a kill cut it
+                    break
+                num_lines += 1
+                try:
+                    line = json.loads(content)
+                    line["text"]
+                    self._insert(line)
+                except (ValueError, LookupError, TypeError) as error:
+                    raise UserError(f"line {num_lines} of {path} is not as it was written: delete it") from error
+        (num_entries,) = self._database.execute("SELECT count(*) FROM entries").fetchone()
+        if num_lines > 2 * num_entries + MAX_STALE_LINES:
+            with storage.replacing(path) as file:
+                file.writelines(line + b"\n" for (line,) in self._database.execute("SELECT line FROM entries"))
+
+    def _insert(self, line: Any) -> None:
+        with database_errors():
+            values = hash_location(line["path"]), json.dumps(line).encode()
+            self._database.execute("INSERT OR REPLACE INTO entries VALUES (?, ?)", values)

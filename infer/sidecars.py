@@ -8,6 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from operator import itemgetter
@@ -89,6 +90,7 @@ def _write_text(
     image: Path, words: Words, *, suffix: str, used: LocationSet, written: Written, existing: xmp.Existing
 ) -> str:
     """Write a text file; returns the outcome. `used` has earlier rows' sidecars. Raises OSError and ChangedError."""
+    words = replace(words, text=words.text.strip("\r\n"), replaced=words.replaced.strip("\r\n"))
     target = text_sidecar(image, suffix)
     earlier = written.get(target)
     if _is_of_other(earlier, image) or not used.add(str(target)):

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
 
-from captioner.alt_text import alt_text
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.files.tables import DELIMITERS, read_table
@@ -41,6 +40,7 @@ COLUMNS = (
     "root",
     "sha256",
     "caption_before",
+    "alt_before",
 )
 REQUIRED = ("image", "caption", "caption_before", "correction")
 
@@ -109,12 +109,12 @@ def write_csv(
 
     `image` and `caption` are the columns that sharding/make_shards.py reads; a failure has an empty caption. `image`
     starts from the folder that all local roots have in common. The column `text` exists if `text` makes it. `correct`
-    gives a row a person's words; the column `correction` says "text" or "decorative", and `caption_before` repeats the
-    caption, so that `read_corrections` finds what somebody changed in the table. Lines end and cells are quoted as
-    RFC 4180 says; a name with the suffix .tsv has tabs. With `excel` there is a byte order mark, and this separator;
-    beside semicolons numbers have a decimal comma. Text that a spreadsheet would take for a formula has an apostrophe
-    before it, in `image` instead ./, so that it is a name of the same file. Raises UserError if the disk is full, and
-    OSError.
+    gives a row a person's words; the column `correction` says "text" or "decorative", and `caption_before` and
+    `alt_before` repeat the texts, so that `read_corrections` finds what somebody changed in the table. Lines end and
+    cells are quoted as RFC 4180 says; a name with the suffix .tsv has tabs. With `excel` there is a byte order mark,
+    and this separator; beside semicolons numbers have a decimal comma. Text that a spreadsheet would take for a formula
+    has an apostrophe before it, in `image` instead ./, so that it is a name of the same file. `written` notes what is
+    written, for `check_unedited`. Raises UserError if the disk is full, and OSError.
     """
     roots = roots_of(output)
     separator = {"comma": ",", "semicolon": ";"}[excel] if excel else DELIMITERS[table.suffix.lower()]
@@ -127,7 +127,7 @@ def write_csv(
             row = correct(model_row) if correct else model_row
             name = roots[row["root"]]["prefix"] + row["path"]
             num_shown += NOT_UTF8.search(name) is not None
-            values = row | {"caption_before": row.get("caption")}
+            values = row | {f"{name}_before": row.get(name) for name in ("caption", "alt")}
             cells = [row.get("caption"), *([text(row)] if text else []), *map(values.get, COLUMNS)]
             shown = (_cell(cell, decimal="," if separator == ";" else ".") for cell in cells)
             writer.writerow([_name_cell(name), *shown])
@@ -186,7 +186,7 @@ def _find_correction(row: Mapping[str, str]) -> tuple[str | None, bool]:
         return DECORATIVE, bool(before)
     if caption not in ("", before):
         return caption, True
-    if alt not in ("", before, alt_text(before)):
+    if alt not in ("", row.get("alt_before", alt)):
         return alt, True
     return (caption or None) if kind == "text" else None, False
 

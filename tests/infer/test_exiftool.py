@@ -16,15 +16,17 @@ from typing import Any
 import pytest
 from odd_pictures import READS_AVIF, READS_HEIC, READS_WEBP, picture
 from PIL import ExifTags, Image
-from rows import captioned, failed
+from rows import captioned, failed, success
 
 from captioner.errors import UserError
+from infer.gallery import write_gallery
 from infer.listing import Listing
 from infer.metadata import exiftool, xmp
 from infer.metadata.described import read_metadata
 from infer.metadata.exiftool import TOO_MUCH_XMP, check_exiftool, embed_all, remove_leftovers
-from infer.metadata.outcomes import UNREADABLE_XMP, Outcomes
+from infer.metadata.outcomes import CHANGED, UNREADABLE_XMP, Outcomes
 from infer.results import embedding_folder
+from infer.sidecars import write_sidecars
 
 pytestmark = [
     pytest.mark.external,
@@ -395,3 +397,29 @@ def test_the_new_file_has_the_permissions_before_it_has_the_name(photos: Path, m
     monkeypatch.setattr(Path, "replace", note)
     embed(photos, "a.jpg")
     assert modes == [0o600]
+
+
+def test_an_image_that_was_replaced_gets_no_text_of_the_old_one(photos: Path, tmp_path: Path) -> None:
+    """What this program embedded is no change, nor is an edit that keeps the metadata; another image is one."""
+    _, edited, replaced, copied = paths = [photos / f"{number}.jpg" for number in range(4)]
+    for number, path in enumerate(paths):
+        picture(number).save(path, exif=EXIF)
+    started = time.time() - 10
+    rows: list[Any] = [success(photos, path.name, alt="A cat.", model="m") for path in paths]
+
+    def embed_rows(alt: str) -> Outcomes:
+        better = (row | {"alt": alt} for row in rows)
+        return embed_all(better, tmp_path / "captions.jsonl", existing="keep", since=started)
+
+    assert embed_rows("A cat.").counts == {"written": 4}
+    image = open_image(edited)
+    image.crop((0, 0, 8, 8)).save(edited, exif=EXIF, xmp=image.info["xmp"])
+    shutil.copy(replaced, copied)  # with a text of this program, but of another image
+    picture(9).save(replaced, exif=EXIF)
+    outcomes = embed_rows("A dog.")
+    assert outcomes.counts == {"written": 2, CHANGED: 2}
+    assert outcomes.names == {CHANGED: [str(replaced), str(copied)]}
+    assert [texts(path) for path in paths] == [["A dog."] * 2, ["A dog."] * 2, [], ["A cat."] * 2]
+    assert write_sidecars(rows, suffix=".txt", since=started).counts == {"written": 2, CHANGED: 2}
+    page = write_gallery(rows, tmp_path / "gallery", title="t", model="m")
+    assert len(list((page.parent / "thumbnails").iterdir())) == 2

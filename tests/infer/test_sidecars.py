@@ -20,10 +20,11 @@ from rows import captioned, failed
 from captioner.errors import UserError
 from infer.listing import Listing
 from infer.metadata import xmp
-from infer.metadata.outcomes import DECORATIVE, EMPTY, SHOWN_NAMES, UNREADABLE_XMP, Outcomes
+from infer.metadata.outcomes import CHANGED, DECORATIVE, EMPTY, SHOWN_NAMES, UNREADABLE_XMP, Outcomes
 from infer.metadata.xmp import read_texts
 from infer.results import Row
 from infer.sidecars import NO_TEXT, SHARED, check_suffix, write_sidecars
+from infer.written import Written
 
 
 def rows_of(folder: Path, *paths: str, caption: str = "a cat") -> list[Row]:
@@ -247,6 +248,122 @@ def test_what_is_written_is_a_function_of_the_row(tmp_path: Path) -> None:
         assert outcomes.counts == {"written": 1, EMPTY: 1}
     assert (tmp_path / "a.txt").read_text() == "A CAT.\n"
     assert texts(tmp_path / "a.jpg.xmp") == ["A CAT."] * 2
+
+
+# ---- what this program wrote ------------------------------------------------------------------------------
+
+
+def test_a_text_file_follows_newer_captions_until_somebody_changes_it(tmp_path: Path) -> None:
+    """Of a person's words too: corrected, corrected again, and not taken for the model's without the corrections."""
+    written = Written()
+
+    def write(caption: str, corrected: str = "") -> tuple[dict[str, int], str]:
+        correct = (lambda row: row | {"caption": corrected, "alt": corrected}) if corrected else None
+        rows = rows_of(tmp_path, "a.jpg", caption=caption)
+        outcomes = write_sidecars(rows, suffix=".txt", correct=correct, written=written)
+        return dict(outcomes.counts), (tmp_path / "a.txt").read_text()
+
+    assert write("a cat") == ({"written": 1}, "a cat\n")
+    assert write("a cat") == ({"kept": 1}, "a cat\n")
+    assert write("a dog") == ({"written": 1}, "a dog\n")
+    assert write("a dog", "Our dgo") == ({"written": 1}, "Our dgo\n")
+    assert write("a dog", "Our dog") == ({"written": 1}, "Our dog\n")
+    assert write("a small dog") == ({"kept": 1}, "Our dog\n")
+    assert write("a small dog", "Our old dog") == ({"written": 1}, "Our old dog\n")
+    (tmp_path / "a.txt").write_text("Mine\n")
+    for caption, corrected in (("a bird", ""), ("a bird", "Our bird")):
+        assert write(caption, corrected) == ({"kept": 1}, "Mine\n")
+
+
+@pytest.mark.parametrize("existing", ["append", "prepend"])
+@pytest.mark.parametrize("is_kept_first", [False, True])
+@pytest.mark.parametrize("text", ["a cat", "a cat\n#tag", "two\r\nlines\n"])
+def test_lines_are_added_once_and_follow_newer_captions(
+    tmp_path: Path, existing: Any, is_kept_first: bool, text: str
+) -> None:
+    written = Written()
+    (tmp_path / "a.txt").write_bytes(b"Mine\r\n")
+    options: dict[str, Any] = {"suffix": ".txt", "written": written}
+    if is_kept_first:
+        assert write_sidecars(rows_of(tmp_path, "a.jpg"), text=lambda _: text, **options).counts == {"kept": 1}
+    for newer in (text, f"newer {text}"):
+        for outcome in ("written", "kept"):
+            rows = rows_of(tmp_path, "a.jpg")
+            outcomes = write_sidecars(rows, existing=existing, text=lambda _, newer=newer: newer, **options)
+            assert outcomes.counts == {outcome: 1}
+        lines = ["Mine", *newer.splitlines()] if existing == "append" else [*newer.splitlines(), "Mine"]
+        assert (tmp_path / "a.txt").read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize("existing", WITH_POLICY)
+def test_the_text_file_of_another_image_of_the_same_name_is_left_alone(tmp_path: Path, existing: Any) -> None:
+    """Whichever comes first by name, until the other image is gone."""
+    written = Written()
+    options: dict[str, Any] = {"suffix": ".txt", "existing": existing, "written": written}
+    (tmp_path / "a.png").touch()
+    write_sidecars(rows_of(tmp_path, "a.png", caption="of the png"), **options)
+    rows = [captioned(f"a.{kind}", root=str(tmp_path), caption=f"of the {kind}") for kind in ("jpg", "png", "webp")]
+    outcomes = write_sidecars(rows, **options)
+    assert outcomes.counts == {SHARED: 2, "kept": 1}
+    assert outcomes.names == {SHARED: [f"{tmp_path}/a.jpg", f"{tmp_path}/a.webp"]}
+    assert (tmp_path / "a.txt").read_text() == "of the png\n"
+    (tmp_path / "a.png").unlink()
+    assert write_sidecars(rows[:1], **options).counts == {"written": 1}
+    assert (tmp_path / "a.txt").read_text() == "of the jpg\n"
+
+
+def test_an_xmp_sidecar_that_is_another_images_is_left_alone(tmp_path: Path) -> None:
+    written = Written()
+    (tmp_path / "a.xmp").write_bytes(empty_packet())
+    (tmp_path / "a.png").touch()
+    for names in (["a.png"], ["a.jpg", "a.png"], ["a.jpg"]):
+        rows = [captioned(name, root=str(tmp_path), alt=name) for name in names]
+        write_sidecars(rows, suffix=".xmp", written=written)
+    assert texts(tmp_path / "a.xmp") == ["a.png"] * 2
+    assert texts(tmp_path / "a.jpg.xmp") == ["a.jpg"] * 2
+
+
+# ---- images that have changed -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".xmp"])
+@pytest.mark.parametrize("there", ["nothing", "ours", "another's"])
+def test_an_image_that_has_changed_gets_no_text_of_the_old_one(tmp_path: Path, suffix: str, there: str) -> None:
+    """Replaced by a younger or an older file, or by what is no file; an image that was only copied gets its text."""
+    started = time.time() - 10
+    names = ("younger.jpg", "older.jpg", "pipe.jpg", "copied.jpg")
+    for name in names:
+        (tmp_path / name).write_text(name)
+    rows = [captioned(name, root=str(tmp_path), caption="old", alt="old") for name in names]
+    written = Written()
+    options: dict[str, Any] = {"suffix": suffix, "written": written, "existing": "append"}
+    if there == "ours":
+        write_sidecars(rows, **options)
+    elif there == "another's":
+        for name in names:
+            path = tmp_path / name
+            path.with_suffix(suffix).write_bytes(b"Mine" if suffix == ".txt" else empty_packet())
+    for name in names[:2]:
+        (tmp_path / name).write_text("another image")
+    os.utime(tmp_path / "older.jpg", (0, 0))
+    (tmp_path / "pipe.jpg").unlink()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    before = {path.name: path.read_bytes() for path in tmp_path.glob(f"*{suffix}")}
+    better: list[Any] = [row | {"caption": "new", "alt": "new"} for row in rows]
+    outcomes = write_sidecars(better, since=started, **options)
+    assert outcomes.counts == {CHANGED: 3, "written": 1}
+    assert outcomes.names[CHANGED] == [f"{tmp_path}/{name}" for name in names[:3]]
+    after = {path.name: path.read_bytes() for path in tmp_path.glob(f"*{suffix}")}
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert len(changed) == 1
+    assert changed.pop().startswith("copied")
+
+
+def test_images_that_have_not_changed_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jpg").write_text("any")
+    monkeypatch.setattr("infer.metadata.outcomes.is_same_image", lambda *_: pytest.fail("it was read"))
+    outcomes = write_sidecars(rows_of(tmp_path, "a.jpg"), suffix=".txt", since=time.time() + 10)
+    assert outcomes.counts == {"written": 1}
 
 
 # ---- XMP --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from rows import captioned, failed
 
 from captioner.errors import UserError
 from captioner.files import storage
+from infer import gallery
 from infer.corrections import DECORATIVE, Correction, Corrections, correct_row, roots_of
 from infer.main import write_extras
 from infer.results import Row, to_line
-from infer.settings import CaptionSettings
+from infer.settings import CaptionSettings, check_flags
 from infer.tables import COLUMNS, check_table, coco_id, write_coco_results, write_csv
 from infer.templates import Template
 from sharding.packing.sources import Source, read_records
@@ -228,6 +230,180 @@ def test_tables_that_cannot_be_written_are_refused_before(tmp_path: Path) -> Non
         with pytest.raises(UserError, match="--csv"):
             check_table(tmp_path / name, "--csv", [".csv", ".tsv"])
     check_table(tmp_path / "new" / "folder" / "a.CSV", "--csv", [".csv", ".tsv"])
+
+
+# ---- corrections in a table -------------------------------------------------------------------------------
+
+EDITS = st.sampled_from(["none", "caption", "alt", "decorative", "cleared"])
+WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(
+    lambda text: " ".join(text.split()) == text != ""
+)
+
+
+def edit_table(table: Path, edits: dict[str, dict[str, str]], *, suffix: str = ".csv", delimiter: str = ",") -> Path:
+    """The table as a person saves it: cells changed by image, and rows in another order."""
+    rows = list(csv.DictReader(io.StringIO(table.read_bytes().decode("utf-8-sig"), newline="")))
+    for row in rows:
+        row.update(edits.get(row["image"], {}))
+    edited = table.with_name(f"edited{suffix}")
+    with edited.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(reversed(rows))
+    return edited
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(NAMES, st.tuples(WORDS, EDITS, WORDS), min_size=1),
+    st.sampled_from([(".csv", ","), (".csv", ";"), (".tsv", "\t")]),
+)
+def test_what_somebody_changed_in_a_table_is_theirs(
+    tmp_path_factory: pytest.TempPathFactory, edits: dict[str, tuple[str, str, str]], form: tuple[str, str]
+) -> None:
+    """A text that begins like a formula as well; nothing else is, and a second table says the same."""
+    folder = tmp_path_factory.mktemp("tables")
+    rows = [captioned(name, caption=caption, alt=f"{caption}.") for name, (caption, _, _) in edits.items()]
+    output = write_rows(folder, rows)
+    write_csv(output, folder / "t.csv")
+    cells, expected = {}, {}
+    for name, (caption, kind, text) in edits.items():
+        shown = f"./{name}" if name[0] in "=+-@" else name
+        changed = {"caption": {"caption": text}, "alt": {"alt": text}, "decorative": {"correction": "Decorative"}}
+        cells[shown] = changed.get(kind, {"caption": ""} if kind == "cleared" else {})
+        if kind == "decorative":
+            expected[name] = DECORATIVE
+        elif (kind == "caption" and text != caption) or (kind == "alt" and text != f"{caption}."):
+            expected[name] = text.removeprefix("'") if re.match("'[=+@-]", text) else text
+    edited = edit_table(folder / "t.csv", cells, suffix=form[0], delimiter=form[1])
+    for _ in range(2):
+        corrections = gallery.read_corrections(None, edited)
+        correct = partial(correct_row, written=corrections, roots=roots_of(output))
+        found = {row["path"]: said for row in rows if (said := correct(row)) is not row}
+        assert {name: said["alt"] for name, said in found.items()} == expected
+        write_csv(output, folder / "t.csv", correct=correct)
+        edited = edit_table(folder / "t.csv", {}, suffix=form[0], delimiter=form[1])
+
+
+def test_a_newer_correction_in_the_gallery_counts_more_than_what_a_table_was_written_with(tmp_path: Path) -> None:
+    rows = [captioned(name) for name in ("a.jpg", "b.jpg", "c.jpg")]
+    output = write_rows(tmp_path, rows)
+
+    def say(word: str) -> Corrections:
+        names = ("a.jpg", "b.jpg")
+        return Corrections(Correction(path=name, caption=f"{word} {name}", images="photos") for name in names)
+
+    first, newer = say("first"), say("newer")
+    write_csv(output, tmp_path / "t.csv", correct=partial(correct_row, written=first, roots=roots_of(output)))
+    (tmp_path / "gallery").mkdir()
+    (tmp_path / "gallery" / "corrections.jsonl").write_text(newer.to_jsonl())
+    edited = edit_table(tmp_path / "t.csv", {"b.jpg": {"caption": "of the table"}})
+    said = gallery.read_corrections(tmp_path / "gallery", edited)
+    found = [said.find(images="photos", path=row["path"], sha256=row["sha256"]) for row in rows]
+    assert found == ["newer a.jpg", "of the table", None]
+
+
+def test_names_that_a_table_cannot_show_are_found_by_their_bytes(tmp_path: Path) -> None:
+    names = [os.fsdecode(b"a\xff.jpg"), "two\nlines.jpg", "-x.jpg"]
+    rows = [captioned(name) for name in names]
+    output = write_rows(tmp_path, rows)
+    write_csv(output, tmp_path / "t.csv")
+    cells = list(csv.DictReader(io.StringIO((tmp_path / "t.csv").read_bytes().decode(), newline="")))
+    edited = edit_table(tmp_path / "t.csv", {row["image"]: {"caption": f"text {row['sha256']}"} for row in cells})
+    said = gallery.read_corrections(None, edited)
+    for row in rows:
+        assert correct_row(row, said, roots=roots_of(output)).get("caption") == f"text {row.get('sha256')}"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("image,caption\na.jpg,mine\n", "'caption', 'caption_before' and 'correction', each once"),
+        ("", "names the columns none"),
+        ("image,caption,caption_before,correction\na.jpg,mine\n", "line 2 of .* has 2 cells, not 4: repair it"),
+        ("image,caption,caption_before,correction\na,é,b,\n", "line 2 of .* is not UTF-8: save the table as CSV UTF-8"),
+    ],
+)
+def test_a_table_without_what_was_written_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "t.csv").write_bytes(content.encode("latin-1"))
+    choices = CaptionSettings(images=("photos",), corrections=tmp_path / "t.csv", csv=tmp_path / "new.csv")
+    with pytest.raises(UserError, match=message):
+        check_flags(choices)
+
+
+# ---- tables that are there already ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["csv", "coco"])
+def test_a_table_is_replaced_only_if_nobody_changed_it(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the job, and again where it is written, as that may be hours later."""
+    output = write_rows(tmp_path, [captioned("a.jpg")])
+    table = tmp_path / ("t.csv" if kind == "csv" else "r.json")
+    flag: Any = {"csv": table} if kind == "csv" else {"coco_results": table}
+    choices = CaptionSettings(images=("photos",), output=output, **flag)
+    for caption in ("a cat", "a dog", "a dog"):  # written by this command, so replaced
+        write_rows(tmp_path, [captioned("a.jpg", caption=caption)])
+        check_flags(choices)
+        assert write_extras(choices) == 0
+        assert caption in table.read_text()
+    for content in (table.read_text() + "\n", "of another program", ""):
+        table.write_text(content)
+        with pytest.raises(UserError, match="was not written by this command, or has been changed since"):
+            check_flags(choices)
+        assert write_extras(choices) == 1
+        assert table.read_text() == content
+        assert "not written: " in capsys.readouterr().out
+    table.unlink()
+    check_flags(choices)
+    assert write_extras(choices) == 0
+
+
+def test_a_changed_table_is_written_again_if_its_corrections_are_taken(tmp_path: Path) -> None:
+    output = write_rows(tmp_path, [captioned("a.jpg"), captioned("b.jpg")])
+    table = tmp_path / "t.csv"
+    choices = CaptionSettings(images=("photos",), output=output, csv=table)
+    write_extras(choices)
+    edit_table(table, {"b.jpg": {"caption": "Our ship"}}).replace(table)
+    both = replace(choices, corrections=table, sidecar=".txt")
+    for _ in range(2):
+        check_flags(both)
+        write_extras(both)
+        rows = csv.DictReader(io.StringIO(table.read_text(), newline=""))
+        assert [(row["caption"], row["correction"]) for row in rows] == [("a cat", ""), ("Our ship", "text")]
+    check_flags(choices)
+
+
+def test_a_table_of_rows_that_are_not_kept_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("earlier")
+    with pytest.raises(UserError, match=r"--corrections .* takes what was corrected in it"):
+        check_flags(CaptionSettings(images=("photos",), output=tmp_path / "new.jsonl", csv=tmp_path / "t.csv"))
+
+
+def test_a_kill_while_a_table_is_written_leaves_one_that_is_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Just before its rename, and just after."""
+    output = write_rows(tmp_path, [captioned("a.jpg")])
+    choices = CaptionSettings(images=("photos",), output=output, csv=tmp_path / "t.csv")
+    write_extras(choices)
+    real = Path.replace
+    for is_renamed in (False, True):
+        write_rows(tmp_path, [captioned("a.jpg", caption=f"a dog {is_renamed}")])
+
+        def die(path: Path, target: Path, is_renamed: bool = is_renamed) -> None:
+            if is_renamed:
+                real(path, target)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", die)
+            with pytest.raises(KeyboardInterrupt):
+                write_extras(choices)
+        assert ("a dog" in (tmp_path / "t.csv").read_text()) is is_renamed
+        check_flags(choices)
+    assert write_extras(choices) == 0
 
 
 # ---- COCO results -----------------------------------------------------------------------------------------

@@ -213,7 +213,8 @@ def end(running: Running, number: int) -> None:
 def test_files_are_captioned_as_they_arrive(model: Path, tmp_path: Path, number: int) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
-    running = start_watching(tmp_path, model, "--sidecar", ".txt", "--gallery", tmp_path / "gallery")
+    flags = ["--sidecar", ".txt", "--template", "{alt} {width}"]
+    running = start_watching(tmp_path, model, *flags, "--gallery", tmp_path / "gallery")
     wait_for(lambda: "watching" in running.log.read_text(), running)
     draw(photos / "a.png", 1)
     wait_for(lambda: set(rows_of(tmp_path)) == {"a.png"}, running)
@@ -230,6 +231,10 @@ def test_files_are_captioned_as_they_arrive(model: Path, tmp_path: Path, number:
     assert rows["c.png"]["error"] == "undecodable"
     draw(photos / "c.png", 3)  # replaced
     wait_for(lambda: "caption" in rows_of(tmp_path)["c.png"], running)
+    wait_for((photos / "c.txt").exists, running)
+    picture(4).resize((40, 30)).save(tmp_path / "other.png")
+    (tmp_path / "other.png").replace(photos / "c.png")  # and again: its text file is still ours
+    wait_for(lambda: (photos / "c.txt").read_text().endswith(" 40\n"), running)
     shutil.copy(photos / "a.png", photos / "d.png")
     wait_for(lambda: "d.png" in rows_of(tmp_path), running)
     assert rows_of(tmp_path)["d.png"]["duplicate_of"] == f"{photos}/a.png"
@@ -239,7 +244,7 @@ def test_files_are_captioned_as_they_arrive(model: Path, tmp_path: Path, number:
     assert {path.name for path in tmp_path.iterdir()} == names
     assert sorted(path.name for path in photos.glob("*.txt")) == ["a.txt", "b.txt", "c.txt", "d.txt"]
     before = rows_of(tmp_path)
-    running = start_watching(tmp_path, model, "--sidecar", ".txt")
+    running = start_watching(tmp_path, model, *flags)
     wait_for(lambda: running.log.read_text().count("watching") == 2, running)
     time.sleep(0.5)
     end(running, number)

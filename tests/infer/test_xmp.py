@@ -139,6 +139,18 @@ def test_what_a_person_made_of_our_text_is_theirs() -> None:
     assert read_texts(extended(changed, "A dog.", existing="append")) == ["My cat.\nA dog.", "A dog."]
 
 
+def test_lines_are_added_to_a_text_that_was_kept_before() -> None:
+    """As only the other field has the caption, so nobody has changed what was written into this one."""
+    packet = wrap(description("Mine")).encode()
+    kept = extended(packet)
+    assert read_texts(kept) == ["Mine", "A cat."]
+    for existing, text in (("append", "Mine\nA cat."), ("prepend", "A cat.\nMine")):
+        added = extended(kept, existing=existing)
+        assert read_texts(added) == [text, "A cat."]
+        assert extend(added, "A cat.", model="m", date="later", existing=existing) is None
+        assert read_texts(extended(added, "A dog.")) == [text.replace("A cat.", "A dog."), "A dog."]
+
+
 def test_a_description_outside_of_xmp_counts() -> None:
     assert read_texts(extended(None, elsewhere="Mine")) == ["A cat."]  # the alternative text
     assert read_texts(extended(None, elsewhere="Mine", existing="append")) == ["Mine\nA cat.", "A cat."]

@@ -8,19 +8,20 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import islice
 from random import Random
 from typing import BinaryIO
 
 from captioner import cli
+from captioner.files import storage
 from captioner.images import silence_pillow
 from captioner.images.loading import MAX_PIXELS, ImageError, decode_rgb
 from captioner.model.onnx import is_onnx_folder
 from captioner.workers import WorkerPool, count_processors
 from infer.captioning import caption_files, load_captioner, row_settings, without_rows
 from infer.listing import Ahead, ImageFile, Listing
-from infer.metadata.described import Metadata, find_sidecar, read_metadata
+from infer.metadata.described import Metadata, find_sidecar, is_described, read_metadata
 from infer.metadata.outcomes import SHOWN_NAMES, first_names
 from infer.peers import Peers
 from infer.reading import MAX_DEATHS, MAX_FILE_BYTES, MAX_SECONDS, blame, prepare
@@ -92,7 +93,25 @@ def dry_run(settings: CaptionSettings, *, num_processes: int) -> None:
         if findings.sample:
             caption_files(iter(findings.sample), index, writer, captioner, settings=settings, peers=peers)
         seconds = (time.monotonic() - started) / max(1, len(findings.sample)) * findings.num_wanted / num_processes
+        unwritten = count_unwritten((row for row, _ in index.merged()), settings)
     report(findings, listing, writer.failures, seconds=seconds)
+    if unwritten:
+        cli.console.print(f"of the files that have a row, {shown(unwritten)} yet: they get the row's", markup=False)
+
+
+def count_unwritten(rows: Iterable[Row], settings: CaptionSettings) -> Counter[str]:
+    """How many captioned images have no sidecar, and how many no embedded description, as far as these are wanted."""
+    counts: Counter[str] = Counter()
+    for row in rows if settings.sidecar or settings.embed else ():
+        file = ImageFile(row["root"], row["path"])
+        if not row.get("alt") or storage.is_remote(file.root) or not os.path.isfile(file.location):  # noqa: PTH113
+            continue
+        if settings.sidecar and not find_sidecar(file, suffixes=[settings.sidecar]):
+            counts[f"have no {settings.sidecar} sidecar"] += 1
+        if settings.embed:
+            with suppress(ImageError), file.open(max_bytes=MAX_FILE_BYTES) as opened:
+                counts["have no embedded description"] += not is_described(opened)
+    return +counts
 
 
 class NoWriter(RowWriter):

@@ -188,7 +188,8 @@ class Listing(Iterator[ImageFile]):
             if file.path.endswith(suffix):
                 self.left_out[f"{suffix} files are no images"] += 1
                 return False
-        if file.path.endswith(PARTIAL_SUFFIX):  # what a killed job was writing
+        if file.path.endswith(PARTIAL_SUFFIX):
+            self.left_out[f"{PARTIAL_SUFFIX} files are of a job that was killed (delete them), or still runs"] += 1
             return False
         if location in self._excluded:
             return False

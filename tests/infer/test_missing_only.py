@@ -103,6 +103,20 @@ def test_a_dry_run_counts_rows_that_are_there_and_all_files_without_missing_only
     assert snapshot(photos.parent) == before
 
 
+@pytest.mark.external
+@pytest.mark.skipif(shutil.which("exiftool") is None, reason="exiftool is not installed")
+def test_a_dry_run_says_which_rows_are_still_to_be_written(model: Path, photos: Path) -> None:
+    caption(model, photos, "--missing-only")
+    flags = ("--missing-only", "--sidecar", ".txt", "--embed")
+    done = caption(model, photos, *flags, "--dry-run")
+    num = len(ALL_PLAIN)
+    line = f"of the files that have a row, {num} have no .txt sidecar, {num} have no embedded description yet"
+    assert line in done.output
+    caption(model, photos, *flags)
+    done = caption(model, photos, *flags, "--dry-run")
+    assert done.output.count("of the files that have a row") == 1  # the log has the earlier runs too
+
+
 def test_a_dry_run_is_refused_as_captioning_would_be(model: Path, photos: Path) -> None:
     caption(model, photos)
     done = caption(model, photos, "--dry-run", "--beam-size", 1)

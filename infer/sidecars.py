@@ -72,7 +72,7 @@ def write_sidecars(
 
 def _is_of_other(entry: Entry | None, image: Path) -> bool:
     """Whether a sidecar is that of another image, which still exists."""
-    return entry is not None and entry.image not in (None, image) and os.path.lexists(str(entry.image))
+    return entry is not None and entry.image != image.name and os.path.lexists(image.with_name(entry.image))
 
 
 def _regular_status(path: Path) -> os.stat_result:
@@ -107,7 +107,7 @@ def _write_text(
         storage.write_new(str(target), words.text + "\n")
         outcome = "written"
     if outcome == "written":
-        written.set(target, Entry(text=words.text, image=image, model=words.model))
+        written.set(target, Entry(text=words.text, image=image.name, model=words.model))
     return outcome
 
 
@@ -147,7 +147,7 @@ def _write_xmp(image: Path, words: Words, *, used: LocationSet, written: Written
     is_alone = not os.path.lexists(target) and os.path.lexists(shared)
     if is_alone and not _is_of_other(written.get(shared), image) and used.add(str(shared)):
         target = shared
-        written.set(shared, Entry(text="", image=image))
+        written.set(shared, Entry(text="", image=image.name))
     options = {"model": words.model, "date": date.today().isoformat(), "sha256": words.sha256}
     extend = partial(xmp.extend, text=words.text, existing=existing, **options)
     try:

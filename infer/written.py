@@ -6,7 +6,7 @@ and newer content replaces it; what somebody has changed is theirs.
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ MAX_STALE_LINES = 1000  # with more, and more of them than others, the file is w
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """The last text in a file, or a table's checksum; the image that it is about, and the model of the text."""
+    """The last text in a file, or a table's checksum; the name of the image beside it, and the model of the text."""
 
     text: str
-    image: Path | None = None
+    image: str = ""
     model: str = ""
 
 
@@ -35,7 +35,7 @@ class Written:
     """
 
     def __init__(self, output: Path | None = None) -> None:
-        self._folder = Path("/") if output is None else output.absolute().parent
+        self._prefix = "/" if output is None else os.path.join(output.absolute().parent, "")  # noqa: PTH118
         self._path = None if output is None else written_path(output)
         self._writer: RowWriter | None = None
         self._database = open_database("CREATE TABLE entries (hash BLOB PRIMARY KEY, line BLOB) WITHOUT ROWID")
@@ -49,16 +49,13 @@ class Written:
         if found is None:
             return None
         line = json.loads(found[0])
-        image = Path(os.path.normpath(Path(self._folder, line["image"]))) if "image" in line else None
-        return Entry(text=line["text"], image=image, model=line.get("model", ""))
+        return Entry(text=line["text"], image=line["image"], model=line["model"])
 
     def set(self, file: Path, entry: Entry) -> None:
         """Note what was written into a file. Raises UserError, such as if the disk is full."""
         if self.get(file) == entry:
             return
-        line: Any = {"path": self._relative(file), "text": entry.text}
-        if entry.image is not None:
-            line |= {"image": self._relative(entry.image), "model": entry.model}
+        line: Any = {"path": self._relative(file), **asdict(entry)}
         self._insert(line)
         if self._path is not None:
             self._writer = self._writer or RowWriter(self._path)
@@ -71,7 +68,8 @@ class Written:
         self._database.close()
 
     def _relative(self, file: Path) -> str:
-        return os.path.relpath(file, self._folder)
+        path = str(file)
+        return path.removeprefix(self._prefix) if path.startswith(self._prefix) else os.path.relpath(path, self._prefix)
 
     def _read(self, path: Path) -> None:
         """Read the file, and write it again if most of its lines are stale. Raises UserError."""
@@ -83,7 +81,7 @@ class Written:
                 num_lines += 1
                 try:
                     line = json.loads(content)
-                    line["text"]
+                    Entry(text=line["text"], image=line["image"], model=line["model"])
                     self._insert(line)
                 except (ValueError, LookupError, TypeError) as error:
                     raise UserError(f"line {num_lines} of {path} is not as it was written: delete it") from error

@@ -15,15 +15,14 @@ from infer.written import Entry, Written
 def note(output: Path, **texts: str) -> None:
     with closing(Written(output)) as entries:
         for name, text in texts.items():
-            image = output.parent / f"{name}.jpg"
-            entries.set(output.parent / f"{name}.txt", Entry(text=text, image=image, model="m"))
+            entries.set(output.parent / f"{name}.txt", Entry(text=text, image=f"{name}.jpg", model="m"))
 
 
 def noted(output: Path, *names: str) -> list[str | None]:
     with closing(Written(output)) as entries:
         found = [entries.get(output.parent / f"{name}.txt") for name in names]
         for entry, name in zip(found, names, strict=True):
-            assert entry is None or entry.image == output.parent.absolute() / f"{name}.jpg"
+            assert entry is None or entry.image == f"{name}.jpg"
         return [entry and entry.text for entry in found]
 
 

@@ -131,7 +131,7 @@ def caption(outputs: Outputs) -> None:
             report(summary, listing, rate=num_new / seconds, num_described=num_described, outputs=outputs)
             num_failed = summary.failures.total() + write_extras(settings, since=choices[STARTED])
             if settings.watch:
-                on_merge = partial(write_extras, replace(settings, open=False), since=choices[STARTED])
+                on_merge = partial(write_again, replace(settings, open=False), since=choices[STARTED])
                 watch(captioner, settings, stop, base=base, on_merge=on_merge)
             elif num_failed:
                 raise SystemExit(EXIT_SOME_FAILED)
@@ -182,6 +182,14 @@ def write_extras(settings: CaptionSettings, *, since: float | None = None) -> in
         if settings.open:
             open_page(page)
     return num_failed
+
+
+def write_again(settings: CaptionSettings, *, since: float) -> None:
+    """Write what `write_extras` writes, or print why not: the next time may be better, such as for a full disk."""
+    try:
+        write_extras(settings, since=since)
+    except (OSError, UserError) as error:
+        cli.console.print(f"not written: {error}", markup=False)
 
 
 def write_tables(settings: CaptionSettings, written: Written, *, text: Text | None, correct: Correct | None) -> int:

@@ -23,7 +23,7 @@ from captioner.errors import UserError
 from captioner.files import storage
 from infer import gallery
 from infer.corrections import DECORATIVE, Correction, Corrections, correct_row, roots_of
-from infer.main import write_extras
+from infer.main import write_again, write_extras
 from infer.results import Row, to_line
 from infer.settings import CaptionSettings, check_flags
 from infer.tables import COLUMNS, check_table, coco_id, write_coco_results, write_csv
@@ -373,6 +373,16 @@ def test_a_changed_table_is_written_again_if_its_corrections_are_taken(tmp_path:
         rows = csv.DictReader(io.StringIO(table.read_text(), newline=""))
         assert [(row["caption"], row["correction"]) for row in rows] == [("a cat", ""), ("Our ship", "text")]
     check_flags(choices)
+
+
+def test_a_watch_survives_a_table_that_is_saved_wrongly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = write_rows(tmp_path, [captioned("a.jpg")])
+    table = tmp_path / "t.csv"
+    choices = CaptionSettings(images=("photos",), output=output, csv=table, corrections=table)
+    table.write_text("half of")
+    write_again(choices, since=0.0)
+    assert "not written: the first line of" in capsys.readouterr().out
+    assert table.read_text() == "half of"
 
 
 def test_a_table_of_rows_that_are_not_kept_is_never_replaced(tmp_path: Path) -> None:

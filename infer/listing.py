@@ -127,8 +127,8 @@ class Listing(Iterator[ImageFile]):
     `images` are files, globs, and folders with everything below them, on disk or behind URLs. A glob's `**` matches any
     number of folders, its `*` also names that begin with a dot; a matching folder counts with everything below it.
     `lists` are text files with one path or URL per line; `-` is standard input. `shards` are dataset folders.
-    `excluded` files and folders are left out, and names with one of `skip_suffixes`. Links to files are files; links to
-    folders are counted but not followed, because they may form loops.
+    `excluded` files and folders are left out, and names with one of `skip_suffixes`, also in capitals. Links to files
+    are files; links to folders are counted but not followed, because they may form loops.
 
     A file that several sources name belongs to the first one. To compare names only roots are resolved: with `..` in a
     list, or links below a root, a file has several names. A hash of root and path, as given, decides which process
@@ -185,7 +185,7 @@ class Listing(Iterator[ImageFile]):
     def _is_wanted(self, file: ImageFile) -> bool:
         location = _join(self._real_root(file.root), file.path)
         for suffix in self._skip_suffixes:
-            if file.path.endswith(suffix):
+            if file.path.endswith((suffix, suffix.upper())):
                 self.left_out[f"{suffix} files are no images"] += 1
                 return False
         if file.path.endswith(PARTIAL_SUFFIX):  # what a killed job was writing

@@ -52,13 +52,23 @@ class Metadata:
 
 
 def text_sidecar(image: Path, suffix: str) -> Path:
-    """The text file of an image: `a.txt` of `a.jpg`."""
-    return image.with_suffix(suffix)
+    """The text file of an image: `a.txt` of `a.jpg`, or `a.TXT` if only that is there."""
+    return _existing(image.with_suffix(suffix), suffix)
 
 
 def xmp_sidecars(image: Path) -> tuple[Path, Path]:
-    """The names that the XMP sidecar of an image may have: `a.jpg.xmp`, or `a.xmp`."""
-    return image.with_name(image.name + XMP), image.with_suffix(XMP)
+    """The names of an image's XMP sidecar: `a.jpg.xmp`, and `a.xmp`; with `.XMP` if only that is there."""
+    return _existing(image.with_name(image.name + XMP), XMP), _existing(image.with_suffix(XMP), XMP)
+
+
+def _existing(path: Path, suffix: str) -> Path:
+    """The path, or the one with its suffix in capitals if only that exists."""
+    capital = _in_capitals(path, suffix)
+    return capital if not os.path.lexists(path) and os.path.lexists(capital) else path
+
+
+def _in_capitals(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name.removesuffix(suffix) + suffix.upper())
 
 
 def local_path(root: str, path: str) -> Path | None:
@@ -78,12 +88,13 @@ def find_sidecar(file: File, *, suffixes: Iterable[str]) -> str:
     """The suffix of the sidecar in which a local image has a description; "" without one."""
     image = local_path(file.root, file.path) if file.size is None else None
     for suffix in suffixes:
-        if image is None or file.path.endswith(suffix):  # the file is a sidecar itself
+        if image is None or file.path.endswith((suffix, suffix.upper())):  # the file is a sidecar itself
             continue
-        if suffix == XMP:
-            if any(has_text(read_regular(path, max_bytes=xmp.MAX_BYTES + 1)) for path in xmp_sidecars(image)):
-                return XMP
-        elif (read_regular(text_sidecar(image, suffix), max_bytes=4096) or b"").strip():
+        names = [image.with_suffix(suffix), *([image.with_name(image.name + XMP)] if suffix == XMP else [])]
+        paths = (path for name in names for path in (name, _in_capitals(name, suffix)))
+        has_words = has_text if suffix == XMP else bytes.strip
+        max_bytes = xmp.MAX_BYTES + 1 if suffix == XMP else 4096
+        if any(has_words(read_regular(path, max_bytes=max_bytes) or b"") for path in paths):
             return suffix
     return ""
 

@@ -331,11 +331,24 @@ SUFFIXES = (".txt", ".xmp")
         ("a.jpg.xmp", xmp.EMPTY, ""),
         ("a.jpg.xmp", b"broken", ""),
         ("b.jpg.xmp", PACKET, ""),
+        ("a.TXT", b"mine", ".txt"),
+        ("a.XMP", PACKET, ".xmp"),
+        ("a.jpg.XMP", PACKET, ".xmp"),
+        ("a.XMP", xmp.EMPTY, ""),
+        ("a.Xmp", PACKET, ""),
     ],
 )
 def test_a_sidecar_with_a_text_is_a_description(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
     (tmp_path / name).write_bytes(content)
     assert find_sidecar(File(str(tmp_path), "a.jpg"), suffixes=SUFFIXES) == expected
+
+
+def test_a_text_counts_beside_an_empty_sidecar_in_the_other_letters(tmp_path: Path) -> None:
+    for suffix, empty, content in ((".txt", b"\n", b"mine"), (".xmp", xmp.EMPTY, PACKET)):
+        (tmp_path / f"a{suffix}").write_bytes(empty)
+        (tmp_path / f"a{suffix.upper()}").write_bytes(content)
+        assert find_sidecar(File(str(tmp_path), "a.jpg"), suffixes=[suffix]) == suffix
+        assert find_sidecar(File(str(tmp_path), f"a{suffix.upper()}"), suffixes=[suffix]) == ""
 
 
 def test_a_sidecar_that_never_ends_is_not_opened(tmp_path: Path) -> None:

@@ -143,6 +143,9 @@ def test_endings_that_are_left_out_are_counted(tmp_path: Path) -> None:
     assert counted(Listing([str(tmp_path)], skip_suffixes=[".txt"], world_size=3)).left_out == {
         ".txt files are no images": 2
     }
+    make(tmp_path, "a.TXT", "a.Txt")
+    assert paths(tmp_path, skip_suffixes=[".txt"]) == ["a.Txt", "a.jpg", "txt"]
+    assert counted(Listing([str(tmp_path)], skip_suffixes=[".txt"])).left_out == {".txt files are no images": 3}
 
 
 # ---- links and what is no file ----------------------------------------------------------------------------------

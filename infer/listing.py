@@ -157,7 +157,7 @@ class Listing(Iterator[ImageFile]):
         self._rank, self._world_size = rank, world_size
         self.num_found = 0
         self.left_out: Counter[str] = Counter()
-        roots = dict.fromkeys(map(_find_root, images))
+        self._roots = roots = list(dict.fromkeys(map(_find_root, images)))
         folders = dict.fromkeys(map(_without_slash, shards))
         splits = [(folder, manifest) for folder in folders for manifest in _read_manifests(folder)]
         open_lists = [_open_list(name, world_size=world_size) for name in dict.fromkeys(lists)]
@@ -177,6 +177,17 @@ class Listing(Iterator[ImageFile]):
                 if int.from_bytes(hash_location(file.location)) % self._world_size == self._rank:
                     return file
         raise StopIteration
+
+    def sort(self, files: Iterable[ImageFile]) -> list[ImageFile]:
+        """The files in the order of their sources; those of a folder or a glob are sorted by path."""
+
+        def order(file: ImageFile) -> tuple[int, str]:
+            for number, root in enumerate(self._roots):
+                if root.folder == file.root and _leads_to(root, file.path):
+                    return number, file.path
+            return len(self._roots), ""  # of a list, or in shards: as it was found
+
+        return sorted(files, key=order)
 
     def lines_of_left_out(self) -> list[str]:
         """One line per reason, with the number of files that were left out for it."""
@@ -312,6 +323,16 @@ def _remaining(name: str, patterns: Iterable[Pattern]) -> Iterator[Pattern]:
             yield from _remaining(name, [pattern[1:]]) if pattern[1:] else [()]
         elif fnmatchcase(name, pattern[0]):
             yield pattern[1:]
+
+
+def _leads_to(root: _Root, path: str) -> bool:
+    """Whether the root's file, glob or folder has this path below the root's folder."""
+    patterns = {root.pattern}
+    for part in path.split("/") if root.pattern else ():
+        patterns = set(_remaining(part, patterns))
+        if () in patterns:
+            return True
+    return not root.pattern and root.name in ("", path)
 
 
 # ---- folders ------------------------------------------------------------------------------------------------------

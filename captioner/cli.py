@@ -7,8 +7,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import is_dataclass
+from glob import iglob
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import tyro
@@ -110,7 +111,9 @@ class Stream(io.FileIO):
 
 def parse(settings_class: type[Settings], *, description: str, args: Sequence[str] | None = None) -> Settings:
     """The settings in the command line (or `args`). Raises UserError for values that a flag does not accept."""
+    words = sys.argv[1:] if args is None else args
     options: dict[str, Any] = {"description": description, "args": args, "registry": OPTIONAL_FLAGS}
+    _check_dashes(settings_class, words, options)
     settings, unknown = tyro.cli(settings_class, return_unknown_args=True, **options)
     if any(word.startswith("-") for word in unknown):
         tyro.cli(settings_class, **options)  # ends with the flags that were probably meant
@@ -118,6 +121,28 @@ def parse(settings_class: type[Settings], *, description: str, args: Sequence[st
         raise UserError(f"no flag takes {unknown[0]!r}: write its flag before it, and quote spaces (see --help)")
     check_values(settings)
     return settings
+
+
+def _check_dashes(settings_class: type, words: Sequence[str], options: dict[str, Any]) -> None:
+    """Raise UserError if the words can only be read once the names of files that begin with a dash are `./-name`."""
+    dashed = [word for word in words if word.startswith("-") and _is_file(word)]
+    if not dashed or _is_readable(settings_class, options):
+        return
+    for changed in (*([word] for word in dashed), dashed):  # a file may be named like a flag
+        args = [f"./{word}" if word in changed else word for word in words]
+        if _is_readable(settings_class, options | {"args": args}):
+            raise UserError(f"{changed[0]} begins with a dash, so it is taken for a flag: write ./{changed[0]}")
+
+
+def _is_file(name: str) -> bool:
+    return os.path.lexists(name) or any(iglob(name))  # noqa: PTH207 - as the shell finds it
+
+
+def _is_readable(settings_class: type, options: dict[str, Any]) -> bool:
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), suppress(SystemExit):
+        _, unknown = tyro.cli(settings_class, return_unknown_args=True, **options)
+        return not any(word.startswith("-") for word in unknown)
+    return False
 
 
 def check_values(settings: object) -> None:

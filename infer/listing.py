@@ -127,8 +127,8 @@ class Listing(Iterator[ImageFile]):
     `images` are files, globs, and folders with everything below them, on disk or behind URLs. A glob's `**` matches any
     number of folders, its `*` also names that begin with a dot; a matching folder counts with everything below it.
     `lists` are text files with one path or URL per line; `-` is standard input. `shards` are dataset folders.
-    `excluded` files and folders are left out, and names with one of `skip_suffixes`. Links to files are files; links to
-    folders are counted but not followed, because they may form loops.
+    `excluded` files and folders are left out, and names with one of `skip_suffixes`, also in capitals. Links to files
+    are files; links to folders are counted but not followed, because they may form loops.
 
     A file that several sources name belongs to the first one. To compare names only roots are resolved: with `..` in a
     list, or links below a root, a file has several names. A hash of root and path, as given, decides which process
@@ -157,7 +157,7 @@ class Listing(Iterator[ImageFile]):
         self._rank, self._world_size = rank, world_size
         self.num_found = 0
         self.left_out: Counter[str] = Counter()
-        roots = dict.fromkeys(map(_find_root, images))
+        self._roots = roots = list(dict.fromkeys(map(_find_root, images)))
         folders = dict.fromkeys(map(_without_slash, shards))
         splits = [(folder, manifest) for folder in folders for manifest in _read_manifests(folder)]
         open_lists = [_open_list(name, world_size=world_size) for name in dict.fromkeys(lists)]
@@ -178,6 +178,17 @@ class Listing(Iterator[ImageFile]):
                     return file
         raise StopIteration
 
+    def sort(self, files: Iterable[ImageFile]) -> list[ImageFile]:
+        """The files in the order of their sources; those of a folder or a glob are sorted by path."""
+
+        def order(file: ImageFile) -> tuple[int, str]:
+            for number, root in enumerate(self._roots):
+                if root.folder == file.root and _leads_to(root, file.path):
+                    return number, file.path
+            return len(self._roots), ""  # of a list, or in shards: as it was found
+
+        return sorted(files, key=order)
+
     def lines_of_left_out(self) -> list[str]:
         """One line per reason, with the number of files that were left out for it."""
         return [f"{count:,} {reason}" for reason, count in self.left_out.items()]
@@ -185,7 +196,7 @@ class Listing(Iterator[ImageFile]):
     def _is_wanted(self, file: ImageFile) -> bool:
         location = _join(self._real_root(file.root), file.path)
         for suffix in self._skip_suffixes:
-            if file.path.endswith(suffix):
+            if file.path.endswith((suffix, suffix.upper())):
                 self.left_out[f"{suffix} files are no images"] += 1
                 return False
         if file.path.endswith(PARTIAL_SUFFIX):
@@ -313,6 +324,16 @@ def _remaining(name: str, patterns: Iterable[Pattern]) -> Iterator[Pattern]:
             yield from _remaining(name, [pattern[1:]]) if pattern[1:] else [()]
         elif fnmatchcase(name, pattern[0]):
             yield pattern[1:]
+
+
+def _leads_to(root: _Root, path: str) -> bool:
+    """Whether the root's file, glob or folder has this path below the root's folder."""
+    patterns = {root.pattern}
+    for part in path.split("/") if root.pattern else ():
+        patterns = set(_remaining(part, patterns))
+        if () in patterns:
+            return True
+    return not root.pattern and root.name in ("", path)
 
 
 # ---- folders ------------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def caption(outputs: Outputs) -> None:
             peers.dismiss()
             cli.print_damaged(num_damaged)
             if outputs.printed is None and peers.world_size == 1 and len(noted) <= MAX_ANSWERS and not settings.watch:
-                print_answers(settings.output, noted, base=base, text=find_text(settings))
+                print_answers(settings.output, listing.sort(noted), base=base, text=find_text(settings))
             report(summary, listing, rate=num_new / seconds, num_described=num_described, outputs=outputs)
             num_failed = summary.failures.total() + write_extras(settings, since=choices[STARTED])
             if settings.watch:

@@ -1,15 +1,13 @@
 """The text for an image: a template whose fields come from its row, its name and its metadata.
 
 A template such as "{alt} {folder}, {date}" is literal text and fields; {{ and }} are braces. Beside an empty field,
-separators and brackets are left out: without a date it gives "A dog. beach".
+punctuation and symbols are left out: without a date it gives "A dog. beach".
 """
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
-from itertools import groupby
-from operator import itemgetter
 from pathlib import PurePosixPath
 from string import Formatter
 from urllib.parse import unquote
@@ -18,19 +16,12 @@ import regex
 
 from captioner.errors import UserError
 from captioner.files import storage
+from infer.empty_fields import join
 from infer.listing import ImageFile, locate
 from infer.photo_metadata import PhotoMetadata, read_metadata
 from infer.results import NOT_UTF8, Row, as_utf8
 
-MISSING = "\0"  # stands for an empty field between literals, which hold none
-_SEPARATORS = r"[\s,;:/|·•–—-]*"
-_GAP = rf"{_SEPARATORS}{MISSING}[\s,;:/|·•–—{MISSING}-]*"
-_EMPTY_BRACKETS = re.compile(rf"\({_GAP}\)|\[{_GAP}\]")
-_BEFORE_CLOSING = re.compile(rf"{_GAP}(?=[)\].!?])")
-_AFTER_OPENING = re.compile(rf"(?<=[(\[]){_GAP}")
-_BETWEEN = re.compile(_GAP)
 _UNPRINTABLE = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029]+")
-_SENTENCE_ENDS = re.compile(r"([.!?])[.!?]+")
 
 
 def clean(text: str) -> str:
@@ -101,7 +92,7 @@ class Template:
         if not row.get("alt"):
             return ""
         image = _Image(row)
-        text = _join([(is_literal, part if is_literal else image.value(part)) for is_literal, part in self._parts])
+        text = join([(is_literal, part if is_literal else image.value(part)) for is_literal, part in self._parts])
         if self._room is not None:
             text = shorten(text, room=self._room)
         return f"{self._prefix}{text}{self._suffix}" if text else ""
@@ -126,37 +117,6 @@ def _parse(template: str) -> list[tuple[bool, str]]:
     if all(is_literal for is_literal, _ in found):
         raise UserError(f"--template {template!r} has no field: use some of {', '.join(FIELDS)}, such as {{alt}}")
     return found
-
-
-def _join(parts: Iterable[tuple[bool, str]]) -> str:
-    """Literals (True) and values, joined, without separators and brackets around empty values. "" if all are empty."""
-    marked = [(is_literal or not text, text or MISSING) for is_literal, text in parts]
-    pieces = [(between, "".join(text for _, text in run)) for between, run in groupby(marked, key=itemgetter(0))]
-    if all(between for between, _ in pieces):
-        return ""
-    joined = ""
-    for number, (between, piece) in enumerate(pieces, start=1):
-        is_tidied = between and MISSING in piece
-        joined += _tidy(piece, before=joined, last=number == len(pieces)) if is_tidied else piece
-    return joined.strip()
-
-
-def _tidy(literal: str, *, before: str, last: bool) -> str:
-    """Literal text that is tidied where fields in it were empty (MISSING); `before` is the text before it.
-
-    Brackets around nothing go. Of the separators around an empty field those before it stay, if there is text on both
-    sides. A sentence has one full stop.
-    """
-    while literal != (shorter := _EMPTY_BRACKETS.sub(MISSING, literal)):
-        literal = shorter
-    literal = _AFTER_OPENING.sub("", _BEFORE_CLOSING.sub("", literal))
-    if not before:
-        literal = re.sub(rf"^{_GAP}", "", literal)
-    if last:
-        literal = re.sub(rf"{_GAP}$", "", literal)
-    literal = _BETWEEN.sub(lambda gap: next(filter(None, gap[0].split(MISSING)), ""), literal)
-    literal = _SENTENCE_ENDS.sub(r"\1", literal)
-    return literal.lstrip(".!?") if before.endswith((".", "!", "?")) else literal
 
 
 def shorten(text: str, *, room: int) -> str:

@@ -1,7 +1,7 @@
 """Finds the description that an image has already: in a sidecar, or in its own metadata. Decodes no pixel.
 
 Embedded metadata is read from the image's header by Pillow, and from the chunks of a PNG, whose texts may be at its
-end. So exiftool is not needed to read it.
+end. So exiftool is not needed to read it. A title is no description, but what Windows keeps as one in EXIF is.
 """
 
 import hashlib
@@ -9,11 +9,10 @@ import io
 import os
 import re
 import stat
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,13 +21,14 @@ from PIL import ExifTags, Image, ImageFile, IptcImagePlugin
 from captioner.files import storage
 from captioner.images.loading import HEIC_START
 from infer.listing import ImageFile as File
-from infer.metadata import xmp
+from infer.metadata import png, xmp
+from infer.metadata.automatic import is_automatic
 
 READ_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "AVIF")
-PNG_START = b"\x89PNG\r\n\x1a\n"
-PNG_XMP, PNG_DESCRIPTION = b"XML:com.adobe.xmp", b"Description"
 IPTC_CAPTION = (2, 120)
-CAMERA_TEXT = re.compile(r"(\w+ )*DIGITAL CAMERA|SONY DSC|DCIM\\.*|Exif_JPEG_PICTURE|default", re.IGNORECASE)
+IPTC_CAPTION_BYTES = re.compile(rb"\x1c\x02\x78([\0-\x7f].)", re.DOTALL)
+BINARY = re.compile(r"[\0-\x08\x0e-\x1f]")
+WINDOWS_TEXTS = (ExifTags.Base.XPComment, ExifTags.Base.XPSubject, ExifTags.Base.XPTitle)
 XMP = ".xmp"
 
 OpenImage = bytes | BinaryIO
@@ -53,13 +53,23 @@ class Metadata:
 
 
 def text_sidecar(image: Path, suffix: str) -> Path:
-    """The text file of an image: `a.txt` of `a.jpg`."""
-    return image.with_suffix(suffix)
+    """The text file of an image: `a.txt` of `a.jpg`, or `a.TXT` if only that is there."""
+    return _existing(image.with_suffix(suffix), suffix)
 
 
 def xmp_sidecars(image: Path) -> tuple[Path, Path]:
-    """The names that the XMP sidecar of an image may have: `a.jpg.xmp`, or `a.xmp`."""
-    return image.with_name(image.name + XMP), image.with_suffix(XMP)
+    """The names of an image's XMP sidecar: `a.jpg.xmp`, and `a.xmp`; with `.XMP` if only that is there."""
+    return _existing(image.with_name(image.name + XMP), XMP), _existing(image.with_suffix(XMP), XMP)
+
+
+def _existing(path: Path, suffix: str) -> Path:
+    """The path, or the one with its suffix in capitals if only that exists."""
+    capital = _in_capitals(path, suffix)
+    return capital if not os.path.lexists(path) and os.path.lexists(capital) else path
+
+
+def _in_capitals(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name.removesuffix(suffix) + suffix.upper())
 
 
 def local_path(root: str, path: str) -> Path | None:
@@ -79,12 +89,13 @@ def find_sidecar(file: File, *, suffixes: Iterable[str]) -> str:
     """The suffix of the sidecar in which a local image has a description; "" without one."""
     image = local_path(file.root, file.path) if file.size is None else None
     for suffix in suffixes:
-        if image is None or file.path.endswith(suffix):  # the file is a sidecar itself
+        if image is None or file.path.endswith((suffix, suffix.upper())):  # the file is a sidecar itself
             continue
-        if suffix == XMP:
-            if any(has_text(read_regular(path, max_bytes=xmp.MAX_BYTES + 1)) for path in xmp_sidecars(image)):
-                return XMP
-        elif (read_regular(text_sidecar(image, suffix), max_bytes=4096) or b"").strip():
+        names = [image.with_suffix(suffix), *([image.with_name(image.name + XMP)] if suffix == XMP else [])]
+        paths = (path for name in names for path in (name, _in_capitals(name, suffix)))
+        has_words = has_text if suffix == XMP else bytes.strip
+        max_bytes = xmp.MAX_BYTES + 1 if suffix == XMP else 4096
+        if any(has_words(read_regular(path, max_bytes=max_bytes) or b"") for path in paths):
             return suffix
     return ""
 
@@ -112,8 +123,8 @@ def read_metadata(source: OpenImage) -> Metadata | None:
         with open_header(file, formats=READ_FORMATS) as image:
             kind = "JPEG" if image.format == "MPO" else str(image.format)
             if kind == "PNG":
-                file.seek(0)
-                packet, description = _read_png(file)
+                texts = png.read_chunks(file)
+                packet, description = texts.get(png.XMP), _first(_png_descriptions(texts))
             else:
                 packet, description = image.info.get("xmp"), _first(_descriptions(image))
             packet = packet.encode() if isinstance(packet, str) else packet
@@ -156,13 +167,41 @@ def _first(readers: Iterable[Callable[[], Any]]) -> str:
 
 
 def _descriptions(image: ImageFile.ImageFile) -> Iterator[Callable[[], Any]]:
-    """What reads the caption in IPTC, and the description in EXIF."""
+    """What reads the caption in IPTC, and the descriptions in EXIF."""
     yield lambda: (IptcImagePlugin.getiptcinfo(image) or {}).get(IPTC_CAPTION)
-    yield lambda: image.getexif().get(ExifTags.Base.ImageDescription)
+    yield from _exif_descriptions(image.getexif)
+
+
+def _exif_descriptions(read: Callable[[], Image.Exif]) -> Iterator[Callable[[], Any]]:
+    """What reads the description, the user's comment, and the texts of Windows in EXIF."""
+    yield lambda: _stored(read()[ExifTags.Base.ImageDescription])
+    yield lambda: _user_comment(read())
+    for tag in WINDOWS_TEXTS:
+        yield lambda tag=tag: read()[tag].decode("utf-16-le")
+
+
+def _stored(text: str | bytes) -> bytes:
+    """The bytes of a text in EXIF, which Pillow takes for Latin-1; most programs write UTF-8."""
+    return text.encode("latin-1") if isinstance(text, str) else text
+
+
+def _user_comment(exif: Image.Exif) -> str:
+    """The text behind the 8 bytes that name its encoding; "" for what is no text."""
+    content = _stored(exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment])
+    encoding, text = content[:8].rstrip(b"\0 ").upper(), content[8:]
+    if encoding == b"UNICODE":
+        surplus = text[1::2].count(0) - text[::2].count(0)  # Latin letters show the order, which some programs mix up
+        is_little = surplus > 0 or (surplus == 0 and exif.endian == "<")
+        comment = text.decode("utf-16-le" if is_little else "utf-16-be")
+    elif encoding == b"JIS":
+        comment = text.decode("euc_jp")
+    else:
+        comment = _to_text(text if encoding in (b"ASCII", b"") else content)
+    return "" if BINARY.search(comment.strip("\0")) else comment
 
 
 def _to_text(value: Any) -> str:
-    """A field's text, without what cameras write into each photo."""
+    """A field's text, without what cameras and programs write into each image."""
     if isinstance(value, list | tuple):
         value = value[0]
     if isinstance(value, bytes):
@@ -171,32 +210,31 @@ def _to_text(value: Any) -> str:
         except UnicodeDecodeError:
             value = value.decode("latin-1")
     text = str(value or "").strip("\0 \t\r\n")
-    return "" if CAMERA_TEXT.fullmatch(text) else text
+    return "" if is_automatic(text) else text
 
 
 # ---- PNG --------------------------------------------------------------------------------------------------
 
 
-def _read_png(file: BinaryIO) -> tuple[bytes | None, str]:
-    """The XMP packet and the description in a PNG's texts. Raises struct.error if the file is cut off."""
-    texts: dict[bytes, bytes] = {}
-    file.seek(len(PNG_START))
-    while True:
-        length, kind = struct.unpack(">I4s", file.read(8))
-        if kind == b"IEND":
-            break
-        if kind in (b"iTXt", b"tEXt") and length <= xmp.MAX_BYTES:
-            keyword, _, content = file.read(length).partition(b"\0")
-            if keyword in (PNG_XMP, PNG_DESCRIPTION):
-                texts.setdefault(keyword, _text_of(kind, content))
-            length = 0
-        file.seek(length + 4, os.SEEK_CUR)
-    return texts.get(PNG_XMP), _to_text(texts.get(PNG_DESCRIPTION))
+def _png_descriptions(texts: dict[bytes, bytes]) -> Iterator[Callable[[], Any]]:
+    """What reads the descriptions in the texts, the EXIF and the profiles of a PNG."""
+    yield from (partial(texts.get, keyword) for keyword in png.TEXTS)
+    yield from _exif_descriptions(lambda: _load_exif(texts[png.EXIF]))
+    for name in png.PROFILES:
+        read = partial(png.read_profile, texts, name)
+        if name in (b"iptc", b"8bim"):
+            yield lambda read=read: _iptc_caption(read())
+        else:
+            yield from _exif_descriptions(lambda read=read: _load_exif(read()))
+            yield lambda read=read: xmp.read_texts(b"<" + read().partition(b"<")[2])[0]
 
 
-def _text_of(kind: bytes, content: bytes) -> bytes:
-    """The text of a chunk behind its keyword, decompressed; at most `xmp.MAX_BYTES`."""
-    if kind == b"tEXt":
-        return content
-    text = content[2:].split(b"\0", 2)[2]  # behind the language and the translated keyword
-    return zlib.decompressobj().decompress(text, xmp.MAX_BYTES + 1) if content[0] else text
+def _load_exif(content: bytes) -> Image.Exif:
+    exif = Image.Exif()
+    exif.load(content)
+    return exif
+
+
+def _iptc_caption(content: bytes) -> bytes:
+    found = IPTC_CAPTION_BYTES.search(content)
+    return content[found.end() :][: int.from_bytes(found[1])] if found else b""

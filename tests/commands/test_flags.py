@@ -140,6 +140,31 @@ def test_paths_begin_at_home_where_the_shell_leaves_the_tilde(settings_class: ty
 
 
 @pytest.mark.parametrize("settings_class", settings_classes())
+def test_a_file_whose_name_begins_with_a_dash_is_one_line_with_the_remedy(
+    settings_class: type, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a shell gives it for `*.jpg`. What begins with a dash and can be read stays what it is."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("-dash.jpg", "-1", "-", *map(flag_name, get_type_hints(settings_class))):
+        (tmp_path / name).touch()
+    for name, hint in get_type_hints(settings_class, include_extras=True).items():
+        if "PATH" not in str(hint) or "Positional" in str(hint):
+            continue
+        for word in ("-dash.jpg", "-d*.jpg"):
+            with pytest.raises(cli.UserError) as caught:
+                cli.parse(settings_class, description="", args=[*required(settings_class), flag_name(name), word])
+            line = f"{word} begins with a dash, so it is taken for a flag: write ./{word}"
+            assert str(caught.value) == line
+            args = [*required(settings_class), flag_name(name), f"./{word}"]
+            assert cli.parse(settings_class, description="", args=args)
+    assert cli.parse(settings_class, description="", args=required(settings_class))
+    with pytest.raises(SystemExit) as left:
+        cli.parse(settings_class, description="", args=[*required(settings_class), "--no-such-flag", "-dash.jpg"])
+    assert left.value.code == 2
+    assert "--no-such-flag" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings_class", settings_classes())
 def test_a_path_on_this_machine_is_no_url(settings_class: type) -> None:
     """`pathlib` would make a folder named `s3:` of it."""
     for name, hint in get_type_hints(settings_class, include_extras=True).items():

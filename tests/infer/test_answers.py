@@ -86,6 +86,22 @@ def test_a_folder_keeps_its_rows_and_an_answer_is_of_the_named_file(model: Path,
     assert "captions.jsonl" in done.stdout
 
 
+@pytest.mark.slow
+def test_answers_of_a_folder_are_sorted_and_named_files_keep_their_order(
+    model: Path, photos: Path, tmp_path: Path
+) -> None:
+    """Whatever order the file system has."""
+    names = ["b.jpg", "a.jpg", *(f"{number}.jpg" for number in (7, 3, 5, 1))]
+    for name in (*names, "dog.jpg"):
+        shutil.copy(photos / "same.jpg", photos / name)
+    done = caption("--model", model, "--images", photos, folder=tmp_path)
+    assert [line for line in done.stdout.splitlines() if line.endswith(".jpg")] == sorted(
+        [*names, "dog.jpg", "same.jpg"]
+    )
+    done = caption("--model", model, "--images", *(photos / name for name in names), folder=tmp_path)
+    assert [line for line in done.stdout.splitlines() if line.endswith(".jpg")] == names
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [

@@ -143,6 +143,36 @@ def test_endings_that_are_left_out_are_counted(tmp_path: Path) -> None:
     assert counted(Listing([str(tmp_path)], skip_suffixes=[".txt"], world_size=3)).left_out == {
         ".txt files are no images": 2
     }
+    make(tmp_path, "a.TXT", "a.Txt")
+    assert paths(tmp_path, skip_suffixes=[".txt"]) == ["a.Txt", "a.jpg", "txt"]
+    assert counted(Listing([str(tmp_path)], skip_suffixes=[".txt"])).left_out == {".txt files are no images": 3}
+
+
+def test_sorted_files_are_in_the_order_of_their_sources_and_of_paths_in_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, "b.jpg", "a.jpg", "y.png", "x.png", "sub/c.jpg", "sub/B.jpg", "sub/in/a.jpg")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list").write_text("y.png\nx.png\nsub/in/a.jpg\n")
+
+    def sorted_paths(*images: str, **more: Any) -> list[str]:
+        listing = Listing(images, **more)
+        files = list(listing)
+        turned = files if more else files[::-1]
+        return [file.location.removeprefix("./") for file in listing.sort(turned)]
+
+    assert sorted_paths("b.jpg", "a.jpg", "x.png") == ["b.jpg", "a.jpg", "x.png"]
+    assert sorted_paths("sub") == ["sub/B.jpg", "sub/c.jpg", "sub/in/a.jpg"]
+    assert sorted_paths("*.png", "sub/", "b.jpg") == [
+        "x.png",
+        "y.png",
+        "sub/B.jpg",
+        "sub/c.jpg",
+        "sub/in/a.jpg",
+        "b.jpg",
+    ]
+    assert sorted_paths("b.jpg", "sub", "sub/c.jpg") == ["b.jpg", "sub/B.jpg", "sub/c.jpg", "sub/in/a.jpg"]
+    assert sorted_paths(lists=["list"]) == ["y.png", "x.png", "sub/in/a.jpg"]
 
 
 # ---- links and what is no file ----------------------------------------------------------------------------------

@@ -224,6 +224,15 @@ def test_only_regular_files_are_changed(tmp_path: Path, suffix: str) -> None:
     assert contents(tmp_path) == {f"a.jpg{suffix}": "mine", "there": "mine"}
 
 
+def test_a_text_file_in_capitals_is_the_one_that_is_kept_or_changed(tmp_path: Path) -> None:
+    (tmp_path / "a.TXT").write_text("mine\n")
+    assert write_sidecars(rows_of(tmp_path, "a.jpg", "a.png"), suffix=".txt").counts == {"kept": 1, SHARED: 1}
+    write_sidecars(rows_of(tmp_path, "a.jpg"), suffix=".txt", existing="append")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.TXT"]
+    assert (tmp_path / "a.TXT").read_text().startswith("mine\n")
+    assert len((tmp_path / "a.TXT").read_text().splitlines()) == 2
+
+
 def test_a_text_file_that_is_no_utf8_is_left_alone(tmp_path: Path) -> None:
     content = "größer".encode("utf-16")
     (tmp_path / "a.txt").write_bytes(content)
@@ -396,6 +405,10 @@ def test_a_new_xmp_sidecar_is_named_after_the_whole_name_of_its_image(tmp_path: 
         (["a.xmp"], {"a.xmp", "a.png.xmp"}),
         (["a.jpg.xmp", "a.xmp"], {"a.jpg.xmp", "a.xmp"}),
         (["a.jpg.xmp", "a.png.xmp", "a.xmp"], {"a.jpg.xmp", "a.png.xmp"}),
+        (["a.jpg.XMP"], {"a.jpg.XMP", "a.png.xmp"}),
+        (["a.XMP"], {"a.XMP", "a.png.xmp"}),
+        (["a.jpg.XMP", "a.XMP"], {"a.jpg.XMP", "a.XMP"}),
+        (["a.xmp", "a.XMP"], {"a.xmp", "a.png.xmp"}),
     ],
 )
 def test_the_xmp_sidecar_that_is_there_is_extended(tmp_path: Path, there: list[str], extended: set[str]) -> None:

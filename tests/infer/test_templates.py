@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import regex
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from rows import captioned, failed
 from tiny import picture
 
 from captioner.errors import UserError
-from infer import photo_metadata, templates
+from infer import empty_fields, photo_metadata, templates
 from infer.listing import ImageFile
 from infer.photo_metadata import PhotoMetadata, read_metadata
 from infer.templates import FIELDS, Template, clean, shorten
@@ -63,8 +63,35 @@ def metadata_of(file: Path) -> PhotoMetadata:
         ("({date}) {place} - {alt}", ["(2024-05-17) Rome - A cat.", "Rome - A cat.", "(2024-05-17) A cat.", "A cat."]),
         ("{caption}. {place}. {date}.", ["a cat. Rome. 2024-05-17.", "a cat. Rome.", "a cat. 2024-05-17.", "a cat."]),
         ("{alt} {place}.", ["A cat. Rome.", "A cat. Rome.", "A cat.", "A cat."]),
-        ("{place} {{{date}}}", ["Rome {2024-05-17}", "Rome {}", "{2024-05-17}", ""]),
+        ("{place} {{{date}}}", ["Rome {2024-05-17}", "Rome", "{2024-05-17}", ""]),
         ("{place}, {date}", ["Rome, 2024-05-17", "Rome", "2024-05-17", ""]),
+        ("{alt} #{place} #{date}", ["A cat. #Rome #2024-05-17", "A cat. #Rome", "A cat. #2024-05-17", "A cat."]),
+        ("{alt} @ {place} & {date}", ["A cat. @ Rome & 2024-05-17", "A cat. @ Rome", "A cat. & 2024-05-17", "A cat."]),
+        ("{folder}_{place}_{date}", ["pets_Rome_2024-05-17", "pets_Rome", "pets_2024-05-17", "pets"]),
+        ('{alt} "{place}, {date}"', ['A cat. "Rome, 2024-05-17"', 'A cat. "Rome"', 'A cat. "2024-05-17"', "A cat."]),
+        ("{alt}; © {place}, {date}", ["A cat.; © Rome, 2024-05-17", "A cat.; © Rome", "A cat.; 2024-05-17", "A cat."]),
+        (
+            "{alt} 📍 {place} 📅 {date}",
+            ["A cat. 📍 Rome 📅 2024-05-17", "A cat. 📍 Rome", "A cat. 📅 2024-05-17", "A cat."],
+        ),
+        ("{confidence}% {place}°, {date}", ["0.90% Rome°, 2024-05-17", "0.90% Rome°", "0.90% 2024-05-17", "0.90%"]),
+        ("{place}! {caption}? {date}", ["Rome! a cat? 2024-05-17", "Rome! a cat?", "a cat? 2024-05-17", "a cat?"]),
+        ("{caption}, {place}. {date}", ["a cat, Rome. 2024-05-17", "a cat, Rome.", "a cat. 2024-05-17", "a cat."]),
+        ("{folder}.{place}.{date}", ["pets.Rome.2024-05-17", "pets.Rome", "pets.2024-05-17", "pets"]),
+        ("|{folder}|{place}|{date}|", ["|pets|Rome|2024-05-17|", "|pets|Rome|", "|pets|2024-05-17|", "|pets|"]),
+        (
+            "{alt} *{place}* **{date}**",
+            ["A cat. *Rome* **2024-05-17**", "A cat. *Rome*", "A cat. **2024-05-17**", "A cat."],
+        ),
+        (
+            "{caption}, the dogs' {place} (about {date})",
+            [
+                "a cat, the dogs' Rome (about 2024-05-17)",
+                "a cat, the dogs' Rome (about)",
+                "a cat, the dogs' (about 2024-05-17)",
+                "a cat, the dogs' (about)",
+            ],
+        ),
     ],
 )
 def test_separators_and_brackets_around_empty_fields_are_left_out(
@@ -75,8 +102,36 @@ def test_separators_and_brackets_around_empty_fields_are_left_out(
     for place, date in (("Rome", "2024-05-17"), ("Rome", ""), ("", "2024-05-17"), ("", "")):
         found = PhotoMetadata(place=place, date=date)
         monkeypatch.setattr(templates, "read_metadata", lambda _, found=found: found)
-        texts.append(Template(template).text(captioned("pets/tom.jpg")))
+        texts.append(Template(template).text(captioned("pets/tom.jpg", confidence=0.9)))
     assert texts == expected
+
+
+WRAPPINGS = [("", ""), *empty_fields.PAIRS, ("**", "**"), ('("', '")'), ("[<", ">]")]
+PREFIXES = [("#", ""), ("@", ""), ("$", ""), ("📍", ""), ("", "%"), ("", "°")]  # with spaces between
+CLOSE = ["_", "/", "|", "、", ":", "-", "+", "=", "→", "&"]
+APART = [" ", ", ", "; ", ": ", *(f" {mark} " for mark in "-–—·•|/@&+=→>~#©®§*\\^📍"), "; © ", " -> ", " // "]
+UNITS = st.tuples(st.sampled_from(CLOSE), st.sampled_from(WRAPPINGS)) | st.tuples(
+    st.sampled_from(APART), st.sampled_from(WRAPPINGS + PREFIXES)
+)
+
+
+@given(UNITS, st.lists(st.booleans(), min_size=1, max_size=5))
+def test_an_empty_field_leaves_no_trace(unit: tuple[str, tuple[str, str]], filled: list[bool]) -> None:
+    """Whatever is around and between the fields: what remains is as if the template had no more fields."""
+    separator, (before, behind) = unit
+    assume(separator.strip() not in (before, behind) or separator == " ")  # "__" is no separator and a quote
+    values = [f"Value {number}" if is_filled else "" for number, is_filled in enumerate(filled)]
+    parts = []
+    for number, value in enumerate(values):
+        parts += [(True, (separator if number else "") + before), (False, value), (True, behind)]
+    expected = separator.join(f"{before}{value}{behind}" for value in values if value)
+    assert empty_fields.join(parts) == expected.strip()
+
+
+@given(st.text(st.characters(categories=["P", "S", "Zs"]), max_size=5), st.booleans())
+def test_no_mark_that_touches_an_empty_field_at_the_start_or_the_end_stays(marks: str, is_first: bool) -> None:
+    parts = [(False, ""), (True, f"{marks} "), (False, "A cat.")] if is_first else None
+    assert empty_fields.join(parts or [(False, "A cat."), (True, f" {marks}"), (False, ""), (True, marks)]) == "A cat."
 
 
 def test_all_documented_fields_have_values(tmp_path: Path) -> None:
@@ -145,7 +200,33 @@ def test_whatever_is_no_bare_known_field_is_refused(template: str) -> None:
 
 
 PIECES = st.sampled_from(
-    ["{alt}", "{caption}", "{model}", "{{", "}}", "{", "}", "{alt!r}", "{alt.x}", ", ", "(", ")", "\0"]
+    [
+        "{alt}",
+        "{caption}",
+        "{model}",
+        "{{",
+        "}}",
+        "{",
+        "}",
+        "{alt!r}",
+        "{alt.x}",
+        ", ",
+        "(",
+        ")",
+        "\0",
+        '"',
+        "'",
+        "«",
+        "»",
+        "<",
+        ">",
+        "#",
+        "_",
+        " @ ",
+        "; ©",
+        ". ",
+        "**",
+    ]
 )
 
 

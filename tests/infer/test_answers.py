@@ -341,7 +341,7 @@ def test_the_lines_of_the_page_run(model: Path, photos: Path, tmp_path: Path) ->
     environment = browser(tmp_path)
     page = (REPOSITORY / PAGE).read_text(encoding="utf-8")
     lines = "".join(re.findall(r"^```sh\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)).splitlines()
-    assert len(lines) == 11
+    assert len(lines) == 12
     printed = []
     for line in lines:
         command, _, reader = line.partition(" | ")

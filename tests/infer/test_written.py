@@ -23,7 +23,7 @@ def noted(output: Path, *names: str) -> list[str | None]:
         found = [entries.get(output.parent / f"{name}.txt") for name in names]
         for entry, name in zip(found, names, strict=True):
             assert entry is None or entry.image == f"{name}.jpg"
-        return [entry and entry.text for entry in found]
+        return [entry.text if entry else None for entry in found]
 
 
 def test_the_last_text_of_each_file_is_known_after_a_move(tmp_path: Path) -> None:

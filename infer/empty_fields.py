@@ -108,5 +108,5 @@ def _tidy(literal: str, *, before: str, opens: bool, closes: bool) -> str:
     if _SYMBOLS.search(last):
         return kept + last
     pieces = [last] if end else [first[len(own) :], *others[:-1], last]
-    plain = (re.sub(r"\s+", " ", _SYMBOLS.sub("", piece)) for piece in pieces)
+    plain = (re.sub(r"(?<=\s)\s+", "", _SYMBOLS.sub("", piece)) for piece in pieces)
     return kept + (next(filter(None, plain), "") or next(filter(None, pieces), ""))

@@ -77,6 +77,7 @@ def metadata_of(file: Path) -> PhotoMetadata:
         ("{confidence}% {place}°, {date}", ["0.90% Rome°, 2024-05-17", "0.90% Rome°", "0.90% 2024-05-17", "0.90%"]),
         ("{place}! {caption}? {date}", ["Rome! a cat? 2024-05-17", "Rome! a cat?", "a cat? 2024-05-17", "a cat?"]),
         ("{caption}, {place}. {date}", ["a cat, Rome. 2024-05-17", "a cat, Rome.", "a cat. 2024-05-17", "a cat."]),
+        ("{caption}\n{place}\n{date}", ["a cat\nRome\n2024-05-17", "a cat\nRome", "a cat\n2024-05-17", "a cat"]),
         ("{folder}.{place}.{date}", ["pets.Rome.2024-05-17", "pets.Rome", "pets.2024-05-17", "pets"]),
         ("|{folder}|{place}|{date}|", ["|pets|Rome|2024-05-17|", "|pets|Rome|", "|pets|2024-05-17|", "|pets|"]),
         (

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 CPU_BATCH_SIZE, GPU_BATCH_SIZE = 8, 128
 DECIMALS = 4  # of scores
+CLOCK_SECONDS = 600.0  # by which the starts of processes, and the clocks of file servers, may differ
 DESCRIBED_AT_ONCE = 256  # images: for each word the decoder reads all its weights, however many captions there are
 MAX_SECONDS_UNTIL_DESCRIBED = 10.0  # limits how long the progress bar stands still, and what a kill costs
 
@@ -104,7 +105,7 @@ def row_settings(captioner: Captioner, settings: CaptionSettings) -> dict[str, A
         "precision": captioner.precision,
         **({"attention": True} if settings.attention else {}),
         WORKING_FOLDER: os.getcwd() if is_relative else None,  # noqa: PTH109
-        STARTED: time.time(),
+        STARTED: time.time() - CLOCK_SECONDS,
     }
 
 

@@ -106,11 +106,13 @@ class Corrections:
     def find(self, *, images: str, path: str, sha256: str) -> str | None:
         """What a person wrote of an image: by name if its bytes are the same or unknown, by bytes, or by name alone.
 
-        A correction of this name in an unknown folder counts if it is later than that in `images`. The correction found
-        gets this name and these bytes from now on.
+        A correction of this name in an unknown folder counts if it is later than that in `images`; for a URL only if
+        the bytes are the same. This changes the corrections: the one found gets this name and these bytes.
         """
         now = Correction(path=path, caption=None, images=images, sha256=sha256)
         all_named = [self._by_key[key] for key in {now.key, (None, path)} if key in self._by_key]
+        if is_remote(images):
+            all_named = [each for each in all_named if each[1].images or each[1].sha256 in (None, sha256)]
         same = [each for each in all_named if each[1].sha256 in (None, sha256)]
         named = max(same or all_named, default=(0, None), key=itemgetter(0))[1]
         found = named if same else self._by_sha256.get(sha256, named)
@@ -188,8 +190,12 @@ def roots_of(output: Path) -> dict[str, dict[str, str]]:
 
 def find_correction(row: Mapping[str, Any], written: Corrections, *, root: Mapping[str, str]) -> str | None:
     """What a person wrote of the image of a row that is no failure; `root` is its root, as `name_roots` names it."""
-    name = unquote(row["path"]) if root["root"].startswith(WEB) else row["path"]
-    return written.find(images=root["images"], path=root["prefix"] + name, sha256=row["sha256"])
+    return written.find(images=root["images"], path=name_in_images(row, root), sha256=row["sha256"])
+
+
+def name_in_images(row: Mapping[str, Any], root: Mapping[str, str]) -> str:
+    """The image's name in the folder `images` of its named root, as make_shards.py reads it."""
+    return root["prefix"] + (unquote(row["path"]) if root["root"].startswith(WEB) else row["path"])
 
 
 def correct_row(row: Row, written: Corrections, *, roots: Mapping[str, Mapping[str, str]]) -> Row:

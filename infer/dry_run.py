@@ -77,6 +77,7 @@ def dry_run(settings: CaptionSettings, *, num_processes: int) -> None:
     base = check_settings(settings.output, row_settings(captioner, settings))[WORKING_FOLDER] or ""
     findings = Findings(missing_only=settings.missing_only)
     with closing(RowIndex(settings.output, base=base, retry_errors=settings.retry_errors)) as index:
+        unwritten = count_unwritten((row for row, _ in index.merged()), settings)
         with cli.progress_bar("looking", total=None, unit="files") as bar:
             new = without_rows(Ahead(files, on_end=bar.set_total), index, bar)
             found = look(
@@ -93,16 +94,19 @@ def dry_run(settings: CaptionSettings, *, num_processes: int) -> None:
         if findings.sample:
             caption_files(iter(findings.sample), index, writer, captioner, settings=settings, peers=peers)
         seconds = (time.monotonic() - started) / max(1, len(findings.sample)) * findings.num_wanted / num_processes
-        unwritten = count_unwritten((row for row, _ in index.merged()), settings)
     report(findings, listing, writer.failures, seconds=seconds)
     if unwritten:
-        cli.console.print(f"of the files that have a row, {shown(unwritten)} yet: they get the row's", markup=False)
+        cli.console.print(
+            f"of the files that have a row, {shown(unwritten)} yet; the job would write them", markup=False
+        )
 
 
 def count_unwritten(rows: Iterable[Row], settings: CaptionSettings) -> Counter[str]:
     """How many captioned images have no sidecar, and how many no embedded description, as far as these are wanted."""
     counts: Counter[str] = Counter()
-    for row in rows if settings.sidecar or settings.embed else ():
+    if not (settings.sidecar or settings.embed):
+        return counts
+    for row in rows:
         file = ImageFile(row["root"], row["path"])
         if not row.get("alt") or storage.is_remote(file.root) or not os.path.isfile(file.location):  # noqa: PTH113
             continue

@@ -33,6 +33,7 @@ from captioner.pages import load_template
 from captioner.workers import count_processors
 from infer import tables
 from infer.corrections import (
+    LOCK_SUFFIX,
     Correction,
     CorrectionFile,
     Corrections,
@@ -50,6 +51,7 @@ DATA = "data.js"
 STATIC = ("gallery.css", "gallery.js")
 THUMBNAILS = "thumbnails"
 CORRECTIONS = "corrections.jsonl"
+KEPT = (CORRECTIONS, CORRECTIONS + LOCK_SUFFIX)  # in a folder whose page was deleted
 THUMBNAIL_SIDE_PIXELS = 320
 THUMBNAIL_QUALITY = 82
 MAX_THREADS = 2  # of this process, in which large images take much memory
@@ -70,7 +72,7 @@ def check_folder(folder: Path, *, images: Sequence[str]) -> None:
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise UserError(f"--gallery {folder} cannot be written, as {above} is no folder that can: give another folder")
-    if folder.is_dir() and not is_gallery(folder) and any(path.name != CORRECTIONS for path in folder.iterdir()):
+    if folder.is_dir() and not is_gallery(folder) and any(path.name not in KEPT for path in folder.iterdir()):
         raise UserError(f"--gallery {folder} holds files that are no gallery: give a new or an empty folder")
 
 
@@ -84,15 +86,15 @@ def check_corrections(folder: Path | None, file: Path | None) -> None:
 
 
 def read_corrections(folder: Path | None, file: Path | None) -> Corrections:
-    """The corrections in a gallery's folder and in a file, JSONL or a table of `write_csv`. The file's count more.
+    """The corrections in a gallery's folder and in a file, JSONL or a table of `write_csv`. Later ones win.
 
-    But those that a table was written with count less, since the gallery may have newer ones. Raises UserError for a
-    line that is none, and OSError.
+    First those that a table was written with, then the gallery's, then those that were made in the file. Raises
+    UserError for a line that is none, and OSError.
     """
     earlier: Iterable[Correction] = ()
     later: Iterable[Correction] = ()
     if file is not None and file.suffix.lower() in DELIMITERS:
-        earlier, later = tables.read_corrections(file)
+        earlier, later = tables.read_edited(file)
     elif file is not None:
         later = read_lines(file)
     return Corrections(chain(earlier, read_lines(folder / CORRECTIONS) if folder else (), later))

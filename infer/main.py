@@ -55,7 +55,7 @@ from infer.results import (
 from infer.row_index import RowIndex, Summary, merge
 from infer.settings import CaptionSettings, check_files, check_flags, find_text, open_listing
 from infer.sidecars import write_sidecars
-from infer.tables import check_unedited, write_coco_results, write_csv
+from infer.tables import TableChangedError, checksum_of_table, write_coco_results, write_csv
 from infer.watching import Stop, check_watch, not_growing, watch
 from infer.written import Written
 
@@ -160,6 +160,7 @@ def write_extras(settings: CaptionSettings, *, since: float | None = None) -> in
     `since` is a time before all rows.
     """
     text = find_text(settings)
+    taken = checksum_of_table(settings.corrections)  # before it is read: what is saved later is not taken
     said = read_corrections(settings.gallery, settings.corrections)
     correct = partial(correct_row, written=said, roots=roots_of(settings.output)) if said else None
     options: dict[str, Any] = {"text": text, "correct": correct}
@@ -168,7 +169,8 @@ def write_extras(settings: CaptionSettings, *, since: float | None = None) -> in
     if settings.gallery is not None:  # before images change: thumbnails are made of the bytes that were captioned
         rows, files = read_rows(settings.output), settings.corrections
         page = write_gallery(rows, settings.gallery, title="Captions", model=settings.model, corrections=files)
-    with closing(Written(settings.output)) as written:
+    needs_written = settings.sidecar or settings.csv or settings.coco_results
+    with closing(Written(settings.output if needs_written else None)) as written:
         if settings.sidecar is not None:
             rows = read_rows(settings.output)
             outcomes.append(write_sidecars(rows, suffix=settings.sidecar, written=written, **texts))
@@ -176,7 +178,8 @@ def write_extras(settings: CaptionSettings, *, since: float | None = None) -> in
             outcomes.append(embed_all(read_rows(settings.output), settings.output, **texts))
         for line in chain.from_iterable(each.lines() for each in outcomes):
             cli.console.print(line, markup=False)
-        num_failed = sum(each.num_failed for each in outcomes) + write_tables(settings, written, **options)
+        num_failed = sum(each.num_failed for each in outcomes)
+        num_failed += write_tables(settings, written, taken=taken, **options)
     if page is not None:
         cli.console.print(f"look at {page}", markup=False)
         if settings.open:
@@ -192,35 +195,34 @@ def write_again(settings: CaptionSettings, *, since: float) -> None:
         cli.console.print(f"not written: {error}", markup=False)
 
 
-def write_tables(settings: CaptionSettings, written: Written, *, text: Text | None, correct: Correct | None) -> int:
+def write_tables(
+    settings: CaptionSettings, written: Written, *, text: Text | None, correct: Correct | None, taken: str
+) -> int:
     """Write the CSV and the COCO results, if wanted, and print what they do not hold.
 
-    Returns the number of tables that were left alone, because somebody has changed them.
+    Returns the number of tables that were left alone, because somebody has changed them; the reason is printed.
     """
-    tables = [table for table in (settings.csv, settings.coco_results) if table is not None]
-    ours = [table for table in tables if is_unedited(table, written, corrections=settings.corrections)]
-    if settings.csv in ours:
-        options: dict[str, Any] = {"text": text, "correct": correct, "written": written}
-        num_shown = write_csv(settings.output, settings.csv, excel=settings.csv_excel, **options)
-        if num_shown:
-            cli.console.print(
-                f"{settings.csv}: {num_shown:,} names are not UTF-8: some characters are replaced", markup=False
-            )
-    if settings.coco_results in ours:
-        left_out = write_coco_results(settings.output, settings.coco_results, written=written)
-        for reason, count in left_out.items():
-            cli.console.print(f"{settings.coco_results}: without {count:,} {reason}", markup=False)
-    return len(tables) - len(ours)
 
+    def csv_lines(table: Path) -> list[str]:
+        options: dict[str, Any] = {"text": text, "correct": correct, "written": written, "taken": taken}
+        num_shown = write_csv(settings.output, table, excel=settings.csv_excel, **options)
+        return [f"{num_shown:,} names are not UTF-8: some characters are replaced"] if num_shown else []
 
-def is_unedited(table: Path, written: Written, *, corrections: Path | None) -> bool:
-    """Whether a table may be written again; prints why not."""
-    try:
-        check_unedited(table, written, corrections=corrections)
-    except UserError as error:
-        cli.console.print(f"not written: {error}", markup=False)
-        return False
-    return True
+    def coco_lines(table: Path) -> list[str]:
+        left_out = write_coco_results(settings.output, table, written=written)
+        return [f"without {count:,} {reason}" for reason, count in left_out.items()]
+
+    num_changed = 0
+    for table, write in ((settings.csv, csv_lines), (settings.coco_results, coco_lines)):
+        if table is not None:
+            try:
+                lines = [f"{table}: {line}" for line in write(table)]
+            except TableChangedError as error:
+                lines = [f"not written: {error}"]
+                num_changed += 1
+            for line in lines:
+                cli.console.print(line, markup=False)
+    return num_changed
 
 
 def run() -> None:

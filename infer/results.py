@@ -21,7 +21,7 @@ from captioner.files import locks, storage
 
 FORMAT_VERSION = 2
 WORKING_FOLDER = "working_folder"  # the base of relative roots
-STARTED = "started"  # when the first run began, in seconds since 1970: all rows are younger
+STARTED = "started"  # a time before the first run, in seconds since 1970: all rows are younger
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python writes such bytes of names
 PARTIAL_SUFFIX = ".captioner-partial"  # of images and sidecars that are being written
 
@@ -146,7 +146,7 @@ def check_settings(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings to write beside the output. Raises UserError if existing rows were made with other settings.
 
     A working folder of None (all names are absolute) is compatible with any; if one run has a folder, it is kept. The
-    start of the first run is kept too, 0 if it is not known.
+    time before the first run is kept too, 0 if it is not known.
     """
     if not any(path.exists() and path.stat().st_size for path in (output, *find_parts(output))):
         return dict(settings)

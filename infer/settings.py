@@ -21,7 +21,7 @@ from infer.metadata.xmp import Existing
 from infer.peers import Peers
 from infer.results import Row, own_files
 from infer.sidecars import check_suffix
-from infer.tables import Excel, check_table, check_unedited
+from infer.tables import Excel, check_table, check_unedited, checksum_of_table, edited_path
 from infer.templates import Template
 from infer.written import Written
 
@@ -137,7 +137,7 @@ def _check_tables(settings: CaptionSettings) -> None:
     if tables:
         with closing(Written(Path(os.path.realpath(settings.output)))) as written:
             for table in tables:
-                check_unedited(table, written, corrections=settings.corrections)
+                check_unedited(table, written, taken=checksum_of_table(settings.corrections))
 
 
 def find_text(settings: CaptionSettings) -> Callable[[Row], str] | None:
@@ -167,6 +167,7 @@ def open_listing(settings: CaptionSettings, peers: Peers) -> Listing:
     """The listing of this process's files, without those that this command writes."""
     excluded = own_files(settings.output, num_processes=peers.world_size)
     excluded += [path for path in (settings.gallery, settings.csv, settings.coco_results) if path]
+    excluded += [edited_path(settings.csv)] if settings.csv else []
     return Listing(
         settings.images,
         lists=settings.list,

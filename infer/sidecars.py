@@ -72,7 +72,9 @@ def write_sidecars(
 
 def _is_of_other(entry: Entry | None, image: Path) -> bool:
     """Whether a sidecar is that of another image, which still exists."""
-    return entry is not None and entry.image != image.name and os.path.lexists(image.with_name(entry.image))
+    if entry is None or entry.image in ("", image.name):
+        return False
+    return os.path.lexists(image.with_name(entry.image))
 
 
 def _regular_status(path: Path) -> os.stat_result:

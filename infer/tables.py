@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import BinaryIO, Literal
 from captioner.errors import UserError
 from captioner.files import storage
 from captioner.files.tables import DELIMITERS, read_table
-from infer.corrections import DECORATIVE, Correction, roots_of
+from infer.corrections import DECORATIVE, Correction, name_in_images, roots_of
 from infer.metadata.outcomes import Correct, Text
 from infer.results import NOT_UTF8, as_utf8, read_rows, writing
 from infer.row_index import LocationSet
@@ -57,20 +58,36 @@ def check_table(path: Path, flag: str, suffixes: Iterable[str]) -> None:
         raise UserError(f"{flag} {path} cannot be written: give a file in a folder that this user may write to")
 
 
-def check_unedited(table: Path, written: Written, *, corrections: Path | None) -> None:
-    """Raise UserError for an existing file that is not what this program wrote there last, unless it is `corrections`.
+class TableChangedError(UserError):
+    """A table is not what this program wrote there last."""
 
-    So neither what somebody changed in a table is lost, nor a file of another program.
+
+def checksum_of_table(file: Path | None) -> str:
+    """The checksum of a file of corrections that is a table; "" for any other file, and without one. Raises OSError."""
+    is_table = file is not None and file.suffix.lower() in DELIMITERS and file.is_file()
+    return _checksum(file) if is_table else ""  # type: ignore[arg-type]
+
+
+def check_unedited(table: Path, written: Written, *, taken: str) -> None:
+    """Raise TableChangedError for an existing file that is not what this program wrote there last.
+
+    So neither what somebody changed in a table is lost, nor a file of another program. `taken` is the checksum of a
+    table whose corrections are taken, which may be replaced.
     """
     path = Path(os.path.realpath(table))
-    if not path.exists() or (corrections is not None and os.path.realpath(corrections) == str(path)):
+    if not path.exists() or (checksum := _checksum(path)) == taken:
         return
     entry = written.get(path)
-    if entry is None or _checksum(path) not in entry.text.split():
-        use = f"--corrections {table} takes what was corrected in it; or " if table.suffix.lower() in DELIMITERS else ""
-        raise UserError(
-            f"{table} was not written by this command, or has been changed since: {use}give another name, or delete it"
-        )
+    if entry is not None and checksum in entry.text.split():
+        return
+    problem = "has been changed since this command wrote it" if entry else "is there, and not of this --output"
+    use = f"--corrections {table} takes what was corrected in it; or " if table.suffix.lower() in DELIMITERS else ""
+    raise TableChangedError(f"{table} {problem}: {use}give another name, or delete it")
+
+
+def edited_path(table: Path) -> Path:
+    """Where a table is kept that somebody changed, and whose corrections were taken."""
+    return table.with_name(f"{table.name}.edited")
 
 
 def _checksum(path: Path) -> str:
@@ -79,18 +96,31 @@ def _checksum(path: Path) -> str:
 
 
 @contextmanager
-def _replacing(path: Path, written: Written | None) -> Iterator[BinaryIO]:
-    """The new content of a table, whose checksum is noted before it replaces the old one: a kill may come between."""
-    path = Path(os.path.realpath(path))
+def _replacing(table: Path, written: Written | None, taken: str) -> Iterator[BinaryIO]:
+    """The new content of a table; without `written` it replaces any file. Raises TableChangedError."""
+    path = Path(os.path.realpath(table))
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path), storage.replacing(path) as file:
         yield file
         if written is not None:
             file.flush()
-            new = _checksum(Path(file.name))
-            earlier = written.get(path)
-            is_ours = earlier is not None and path.exists() and (old := _checksum(path)) in earlier.text.split()
-            written.set(path, Entry(text=f"{new} {old}" if is_ours else new))
+            check_unedited(table, written, taken=taken)  # again: it may have been changed meanwhile
+            _note(path, Path(file.name), written)
+
+
+def _note(path: Path, new: Path, written: Written) -> None:
+    """Note the checksum of the new table before it replaces the old one, beside the old one's: a kill may come between.
+
+    An old one that somebody changed is kept beside it, as only its corrections were taken.
+    """
+    checksums = [_checksum(new)]
+    entry = written.get(path)
+    if path.exists():
+        if entry is not None and (old := _checksum(path)) in entry.text.split():
+            checksums.append(old)
+        else:
+            shutil.copy2(path, edited_path(path))
+    written.set(path, Entry(text=" ".join(checksums)))
 
 
 # ---- CSV --------------------------------------------------------------------------------------------------
@@ -104,28 +134,29 @@ def write_csv(
     excel: Excel | None = None,
     correct: Correct | None = None,
     written: Written | None = None,
+    taken: str = "",
 ) -> int:
     """Write the rows of `output` as a table; returns the number of names that are not UTF-8, so shown with U+FFFD.
 
     `image` and `caption` are the columns that sharding/make_shards.py reads; a failure has an empty caption. `image`
     starts from the folder that all local roots have in common. The column `text` exists if `text` makes it. `correct`
     gives a row a person's words; the column `correction` says "text" or "decorative", and `caption_before` and
-    `alt_before` repeat the texts, so that `read_corrections` finds what somebody changed in the table. Lines end and
+    `alt_before` repeat the texts, so that `read_edited` finds what somebody changed in the table. Lines end and
     cells are quoted as RFC 4180 says; a name with the suffix .tsv has tabs. With `excel` there is a byte order mark,
     and this separator; beside semicolons numbers have a decimal comma. Text that a spreadsheet would take for a formula
     has an apostrophe before it, in `image` instead ./, so that it is a name of the same file. `written` notes what is
-    written, for `check_unedited`. Raises UserError if the disk is full, and OSError.
+    written; without it any file is replaced. Raises UserError as `check_unedited` does, with the checksum `taken`, and if the disk is full; and OSError.
     """
     roots = roots_of(output)
     separator = {"comma": ",", "semicolon": ";"}[excel] if excel else DELIMITERS[table.suffix.lower()]
     num_shown = 0
-    with _replacing(table, written) as file:
+    with _replacing(table, written, taken) as file:
         lines = io.TextIOWrapper(file, "utf-8-sig" if excel else "utf-8", errors="strict", newline="")
         writer = csv.writer(lines, delimiter=separator)
         writer.writerow(["image", "caption", *(["text"] if text else []), *COLUMNS])
         for model_row in read_rows(output):
             row = correct(model_row) if correct else model_row
-            name = roots[row["root"]]["prefix"] + row["path"]
+            name = name_in_images(row, roots[row["root"]])
             num_shown += NOT_UTF8.search(name) is not None
             values = row | {f"{name}_before": row.get(name) for name in ("caption", "alt")}
             cells = [row.get("caption"), *([text(row)] if text else []), *map(values.get, COLUMNS)]
@@ -148,7 +179,7 @@ def _name_cell(name: str) -> str:
     return f"./{shown}" if _FORMULA.match(shown) else shown
 
 
-def read_corrections(table: Path) -> tuple[list[Correction], list[Correction]]:
+def read_edited(table: Path) -> tuple[list[Correction], list[Correction]]:
     """The corrections with which `write_csv` wrote a table, and those that somebody made in it since.
 
     A caption or an alternative text that is not as it was written is a correction, and so is "decorative" in the column
@@ -169,7 +200,7 @@ def read_corrections(table: Path) -> tuple[list[Correction], list[Correction]]:
             raise UserError(f"line {number} of {table} {problem}")
         row = dict(zip(columns, cells, strict=True))
         texts = {name: _value(cell) for name, cell in row.items()}
-        caption, is_made = _find_correction(texts)
+        caption, is_made = _correction_in(texts)
         if caption is not None:
             root, sha256 = texts.get("root", ""), texts.get("sha256") or None
             images = root if storage.is_remote(root) else None
@@ -178,7 +209,7 @@ def read_corrections(table: Path) -> tuple[list[Correction], list[Correction]]:
     return written, made
 
 
-def _find_correction(row: Mapping[str, str]) -> tuple[str | None, bool]:
+def _correction_in(row: Mapping[str, str]) -> tuple[str | None, bool]:
     """What a row of a table says instead of the model, None for nothing, and whether it was not written so."""
     caption, before, alt = row["caption"], row["caption_before"], row.get("alt", "")
     kind = row["correction"].lower()
@@ -210,13 +241,13 @@ def write_coco_results(output: Path, results: Path, *, written: Written | None =
 
     An image with COCO's name (COCO_val2014_000000391895.jpg, 000000391895.jpg) has its number as id, any other its
     path, which train/evaluate.py finds among the file names of the references. Files without a caption, and images with
-    the same id as an earlier one, are left out; returns their counts by reason. Raises UserError if the disk is full,
-    and OSError.
+    the same id as an earlier one, are left out; returns their counts by reason. Raises UserError as `check_unedited`
+    does, and if the disk is full; and OSError.
     """
     left_out: Counter[str] = Counter()
     seen = LocationSet()
     separator = b"\n"
-    with _replacing(results, written) as file:
+    with _replacing(results, written, "") as file:
         file.write(b"[")
         for row in read_rows(output):
             if "error" in row:

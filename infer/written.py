@@ -1,7 +1,7 @@
 """What this program last wrote into files that people change too: text sidecars and tables.
 
-It is in `captions.jsonl.written` beside the output, a line of JSON for each file. So a file that still has it is ours,
-and newer content replaces it; what somebody has changed is theirs.
+The file `captions.jsonl.written` beside the output has one JSON line for each of them. A file that still has the noted
+content is ours and may be replaced; a changed file is a person's.
 """
 
 import json
@@ -39,6 +39,7 @@ class Written:
         self._path = None if output is None else written_path(output)
         self._writer: RowWriter | None = None
         self._database = open_database("CREATE TABLE entries (hash BLOB PRIMARY KEY, line BLOB) WITHOUT ROWID")
+        self._num_lines = 0
         if self._path is not None and self._path.exists():
             self._read(self._path)
 
@@ -56,14 +57,19 @@ class Written:
         if self.get(file) == entry:
             return
         line: Any = {"path": self._relative(file), **asdict(entry)}
-        self._insert(line)
+        self._insert(line["path"], json.dumps(line).encode())
         if self._path is not None:
             self._writer = self._writer or RowWriter(self._path)
             self._writer.write([line])
+            self._num_lines += 1
 
     def close(self) -> None:
-        """Save the entries."""
+        """Save the entries; if most lines of the file are stale, without these."""
         if self._writer is not None:
+            (num_entries,) = self._database.execute("SELECT count(*) FROM entries").fetchone()
+            if self._num_lines > 2 * num_entries + MAX_STALE_LINES:
+                with storage.replacing(self._writer.path) as file:  # which this process has locked
+                    file.writelines(line + b"\n" for (line,) in self._database.execute("SELECT line FROM entries"))
             self._writer.close()
         self._database.close()
 
@@ -72,25 +78,23 @@ class Written:
         return path.removeprefix(self._prefix) if path.startswith(self._prefix) else os.path.relpath(path, self._prefix)
 
     def _read(self, path: Path) -> None:
-        """Read the file, and write it again if most of its lines are stale. Raises UserError."""
-        num_lines = 0
+        """Read the file. Raises UserError."""
         with path.open("rb") as file:
             for content in file:
                 if not content.endswith(b"\n"):  # a kill cut it
                     break
-                num_lines += 1
+                self._num_lines += 1
                 try:
                     line = json.loads(content)
-                    Entry(text=line["text"], image=line["image"], model=line["model"])
-                    self._insert(line)
-                except (ValueError, LookupError, TypeError) as error:
-                    raise UserError(f"line {num_lines} of {path} is not as it was written: delete it") from error
-        (num_entries,) = self._database.execute("SELECT count(*) FROM entries").fetchone()
-        if num_lines > 2 * num_entries + MAX_STALE_LINES:
-            with storage.replacing(path) as file:
-                file.writelines(line + b"\n" for (line,) in self._database.execute("SELECT line FROM entries"))
+                    if not all(isinstance(line[key], str) for key in ("path", "text", "image", "model")):
+                        raise TypeError("not text")
+                except (ValueError, LookupError, TypeError, RecursionError) as error:
+                    raise UserError(
+                        f"line {self._num_lines} of {path} is damaged: delete that line; its file then counts as a "
+                        "person's"
+                    ) from error
+                self._insert(line["path"], content.rstrip())
 
-    def _insert(self, line: Any) -> None:
+    def _insert(self, path: str, line: bytes) -> None:
         with database_errors():
-            values = hash_location(line["path"]), json.dumps(line).encode()
-            self._database.execute("INSERT OR REPLACE INTO entries VALUES (?, ?)", values)
+            self._database.execute("INSERT OR REPLACE INTO entries VALUES (?, ?)", (hash_location(path), line))

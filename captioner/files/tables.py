@@ -42,6 +42,7 @@ def _split(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     After such a line parsing continues with the next one, so that a quote that is never closed costs one row only.
     """
     lines = io.StringIO(text, newline="").readlines()
+    del text
     position = 0
     while position < len(lines):
         rows = csv.reader(map(lines.__getitem__, range(position, len(lines))), delimiter=delimiter, strict=True)

@@ -17,10 +17,13 @@ from infer.results import PARTIAL_SUFFIX, Row
 from infer.row_index import LocationSet
 
 DECORATIVE = "left out, since they are decorative"
-UNREMARKABLE = frozenset(("written", "kept", "abstained", "not local", DECORATIVE))
 EMPTY = "left out, since all fields of the template are empty"
-CHANGED = "left alone, since they have changed since they were captioned: delete their rows to caption them again"
+GONE = "left out, since the image is gone"
+CHANGED = (
+    "left alone, since the image has been replaced or edited since it was captioned: delete its row to caption it again"
+)
 UNREADABLE_XMP = "left alone, since their XMP cannot be read"
+UNREMARKABLE = frozenset(("written", "kept", "abstained", "not local", DECORATIVE, GONE))
 SHOWN_NAMES = 5  # of what a user should look at
 
 Text = Callable[[Row], str]  # what is written for a row
@@ -119,10 +122,12 @@ def write_texts(
                 outcome = EMPTY if row["alt"] else "abstained"
             elif image is None:
                 outcome = "not local"
+            elif since is not None and _is_gone(image):
+                outcome = GONE
             else:
                 outcome = write(image, words) if seen.add(str(image)) else "kept"
         except tuple(OUTCOMES) as error:
-            outcome = OUTCOMES[type(error)]
+            outcome = next(outcome for kind, outcome in OUTCOMES.items() if isinstance(error, kind))
         except OSError as error:
             outcomes.add_failure(error.strerror or error, row)
             continue
@@ -137,6 +142,15 @@ def _words(row: Row, said: Row, text: Text, *, since: float | None) -> Words:
     if said is row:
         return words
     return replace(words, text=said["alt"] and text(said), model=PERSON, replaced=model_text)
+
+
+def _is_gone(image: Path) -> bool:
+    """Whether there is no image. Raises OSError, such as NotADirectoryError for one in a shard."""
+    try:
+        image.lstat()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def check_unchanged(image: Path, words: Words) -> None:

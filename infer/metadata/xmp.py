@@ -136,7 +136,7 @@ def extend(
         after = combine(before, text, earlier=earlier, existing=existing)
         if after not in (before, found.text(name)):
             changed[name] = after
-        if has_lines(after, text):
+        if name in changed or (earlier and has_lines(after, text)):
             written.append(name.split()[1])
     if not changed:
         return None

@@ -52,9 +52,15 @@ def test_a_line_that_a_kill_cut_is_forgotten_and_a_damaged_one_refused(tmp_path:
     assert noted(output, "a", "b") == ["a cat", None]
     note(output, c="a bird")
     assert noted(output, "a", "b", "c") == ["a cat", None, "a bird"]
-    for damaged in (b"[]\n", b"{}\n", b"no JSON\n"):
+    for damaged in (
+        b"[]\n",
+        b"{}\n",
+        b"no JSON\n",
+        b'{"path": 1, "text": null, "image": "", "model": ""}\n',
+        b"[" * 200_000 + b"\n",
+    ):
         path.write_bytes(content + damaged)
-        with pytest.raises(UserError, match=r"line 3 of .*captions\.jsonl\.written is not as it was written: delete"):
+        with pytest.raises(UserError, match=r"line 3 of .*captions\.jsonl\.written is damaged: delete that line"):
             Written(output)
 
 

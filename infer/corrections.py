@@ -87,6 +87,8 @@ class Corrections:
     def __init__(self, corrections: Iterable[Correction] = ()) -> None:
         self._by_key: dict[tuple[str | None, str], tuple[int, Correction]] = {}  # with their numbers
         self._num_added = 0
+        self._found: set[tuple[str | None, str]] = set()
+        self.num_by_name = 0  # found by name, while the bytes are others
         self._by_sha256: dict[str, Correction] = {}
         for correction in corrections:
             self.add(correction)
@@ -118,10 +120,16 @@ class Corrections:
         found = named if same else self._by_sha256.get(sha256, named)
         if found is None:
             return None
+        self.num_by_name += found is named and not same
+        self._found.add(now.key)
         for _, other in all_named:
             self._by_key.pop(other.key)
         self.add(replace(now, caption=found.caption))
         return found.caption
+
+    def not_found(self) -> list[Correction]:
+        """The corrections that `find` has not found yet, such as of images without a row."""
+        return [correction for key, (_, correction) in self._by_key.items() if key not in self._found]
 
     def to_jsonl(self) -> str:
         """The content of their file."""

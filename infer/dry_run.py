@@ -96,9 +96,7 @@ def dry_run(settings: CaptionSettings, *, num_processes: int) -> None:
         seconds = (time.monotonic() - started) / max(1, len(findings.sample)) * findings.num_wanted / num_processes
     report(findings, listing, writer.failures, seconds=seconds)
     if unwritten:
-        cli.console.print(
-            f"of the files that have a row, {shown(unwritten)} yet; the job would write them", markup=False
-        )
+        cli.console.print(f"of the files that have a row, {shown(unwritten)}: the job would write them", markup=False)
 
 
 def count_unwritten(rows: Iterable[Row], settings: CaptionSettings) -> Counter[str]:

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 from PIL import Image
@@ -76,27 +76,41 @@ def check_folder(folder: Path, *, images: Sequence[str]) -> None:
         raise UserError(f"--gallery {folder} holds files that are no gallery: give a new or an empty folder")
 
 
-def check_corrections(folder: Path | None, file: Path | None) -> None:
-    """Raise UserError if there is no such file, or a line of it, or of the folder's corrections, is none."""
-    if file is not None and not file.is_file():
+class Source(NamedTuple):
+    """A file of corrections, JSONL or a table of `write_csv`; `is_known` if an earlier run has taken them."""
+
+    file: Path
+    is_known: bool = False
+
+
+def check_corrections(file: Path) -> None:
+    """Raise UserError if there is no such file of corrections, or one of another kind."""
+    if not file.is_file():
         raise UserError(
             f"there is no file {file}: give --corrections a table of --csv, or what a gallery's button downloaded"
         )
-    read_corrections(folder, file)
+    if file.suffix.lower() not in (*DELIMITERS, ".jsonl", ".json"):
+        raise UserError(
+            f"--corrections {file} is neither a table nor JSONL: save it as CSV UTF-8, with the suffix .csv"
+        )
 
 
-def read_corrections(folder: Path | None, file: Path | None) -> Corrections:
-    """The corrections in a gallery's folder and in a file, JSONL or a table of `write_csv`. Later ones win.
+def read_corrections(folder: Path | None, sources: Iterable[Source] = ()) -> Corrections:
+    """The corrections in a gallery's folder and in other files. Later ones win.
 
-    First those that a table was written with, then the gallery's, then those that were made in the file. Raises
-    UserError for a line that is none, and OSError.
+    First those that tables were written with, and those in files that are known; then the gallery's; then the others.
+    Raises UserError for a line that is none, and OSError.
     """
-    earlier: Iterable[Correction] = ()
-    later: Iterable[Correction] = ()
-    if file is not None and file.suffix.lower() in DELIMITERS:
-        earlier, later = tables.read_edited(file)
-    elif file is not None:
-        later = read_lines(file)
+    earlier: list[Correction] = []
+    later: list[Correction] = []
+    for file, is_known in sources:
+        written: Iterable[Correction] = ()
+        if file.suffix.lower() in DELIMITERS:
+            written, made = tables.read_edited(file)
+        else:
+            made = list(read_lines(file))
+        earlier += written
+        (earlier if is_known else later).extend(made)
     return Corrections(chain(earlier, read_lines(folder / CORRECTIONS) if folder else (), later))
 
 
@@ -110,13 +124,11 @@ def is_thumbnail(name: str) -> bool:
     return _THUMBNAIL_NAME.fullmatch(name) is not None
 
 
-def write_gallery(
-    rows: Iterable[Row], folder: Path, *, title: str, model: str, corrections: Path | None = None
-) -> Path:
+def write_gallery(rows: Iterable[Row], folder: Path, *, title: str, model: str, sources: Sequence[Source] = ()) -> Path:
     """Write the page and thumbnails of `rows` (one for every file) into `folder`; return its index.html.
 
-    What persons wrote of these images, in the folder's corrections.jsonl and in the file `corrections`, which counts
-    more, is shown as theirs, and kept in the folder's file.
+    What persons wrote of these images, in the folder's corrections.jsonl and in the `sources`, is shown as theirs, and
+    kept in the folder's file.
 
     Images with the same bytes share a thumbnail. index.html is written last; only then are the thumbnails removed
     that an earlier gallery left. Relative roots are taken from the current folder. Raises OSError, and UserError for a
@@ -134,13 +146,18 @@ def write_gallery(
         _write(folder / name, Path(__file__).with_name(name).read_bytes())
     thumbnails = _make_thumbnails(images, folder / THUMBNAILS)
     named_roots = name_roots(list(roots))
-    with CorrectionFile(folder / CORRECTIONS).changing(lambda: read_corrections(folder, corrections)) as written:
+    with CorrectionFile(folder / CORRECTIONS).changing(lambda: read_corrections(folder, sources)) as written:
         _add_corrections(entries, written, roots=named_roots)
     if written:
         num_here = sum("correction" in entry for entry in entries)
         num_others = len(written) - num_here
         others = f"; corrections of other files: {num_others:,}" if num_others else ""
         console.print(f"gallery: captions corrected by hand: {num_here:,}{others}", markup=False)
+        if written.num_by_name:
+            console.print(
+                f"gallery: {written.num_by_name:,} of them by name alone, as the files have changed: look at them",
+                markup=False,
+            )
     _write(folder / DATA, _data(entries, roots=named_roots, thumbnails=thumbnails))
     page = _page(entries, roots=list(roots), title=title, model=model)
     _write(folder / INDEX, as_utf8(page))

@@ -200,9 +200,7 @@ class Listing(Iterator[ImageFile]):
                 self.left_out[f"{suffix} files are no images"] += 1
                 return False
         if file.path.endswith(PARTIAL_SUFFIX):
-            self.left_out[
-                f"{PARTIAL_SUFFIX} files are unfinished: a job is still running, or was killed (then delete them)"
-            ] += 1
+            self.left_out[f"{PARTIAL_SUFFIX} files are unfinished: a job still runs, or was killed (delete them)"] += 1
             return False
         if location in self._excluded:
             return False

@@ -13,9 +13,10 @@ was no file to caption, or another error to fix, printed in one line; 75: stoppe
 of the job was lost: start it again. With --watch SIGTERM and Ctrl-C are its end, with exit code 0; all rows are merged.
 """
 
+import os
 import signal
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, chdir, closing
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -40,7 +41,7 @@ from infer.corrections import correct_row, roots_of
 from infer.gallery import read_corrections, write_gallery
 from infer.listing import ImageFile, Listing
 from infer.metadata.exiftool import embed_all, remove_leftovers
-from infer.metadata.outcomes import Correct, Text
+from infer.metadata.outcomes import SHOWN_NAMES, Correct, Text, first_names
 from infer.peers import find_peers
 from infer.reading import prepare
 from infer.results import (
@@ -53,11 +54,11 @@ from infer.results import (
     write_settings,
 )
 from infer.row_index import RowIndex, Summary, merge
-from infer.settings import CaptionSettings, check_files, check_flags, find_text, open_listing
+from infer.settings import CaptionSettings, absolute, check_files, check_flags, find_sources, find_text, open_listing
 from infer.sidecars import write_sidecars
-from infer.tables import TableChangedError, checksum_of_table, write_coco_results, write_csv
+from infer.tables import TableChangedError, checksum, edited_path, is_changed, write_coco_results, write_csv
 from infer.watching import Stop, check_watch, not_growing, watch
-from infer.written import Written
+from infer.written import Entry, Written
 
 EXIT_SOME_FAILED = 3
 REMEDIES: cli.Remedies = {
@@ -129,9 +130,9 @@ def caption(outputs: Outputs) -> None:
             if outputs.printed is None and peers.world_size == 1 and len(noted) <= MAX_ANSWERS and not settings.watch:
                 print_answers(settings.output, listing.sort(noted), base=base, text=find_text(settings))
             report(summary, listing, rate=num_new / seconds, num_described=num_described, outputs=outputs)
-            num_failed = summary.failures.total() + write_extras(settings, since=choices[STARTED])
+            num_failed = summary.failures.total() + write_extras(settings, base=base, since=choices[STARTED])
             if settings.watch:
-                on_merge = partial(write_again, replace(settings, open=False), since=choices[STARTED])
+                on_merge = partial(write_again, replace(settings, open=False), base=base, since=choices[STARTED])
                 watch(captioner, settings, stop, base=base, on_merge=on_merge)
             elif num_failed:
                 raise SystemExit(EXIT_SOME_FAILED)
@@ -154,23 +155,27 @@ def report(summary: Summary, listing: Listing, *, rate: float, num_described: in
         cli.console.print(f"{num_described:,} have a description already, so they have no row")
 
 
-def write_extras(settings: CaptionSettings, *, since: float | None = None) -> int:
+def write_extras(settings: CaptionSettings, *, base: str = "", since: float | None = None) -> int:
     """Write gallery, sidecars, metadata and tables, if wanted. Returns the number of files that could not be written.
 
-    `since` is a time before all rows.
+    Relative roots start from the folder `base`; `since` is a time before all rows.
     """
+    if base and base != os.getcwd():  # noqa: PTH109
+        with chdir(base):
+            return write_extras(absolute(settings), since=since)
     text = find_text(settings)
-    taken = checksum_of_table(settings.corrections)  # before it is read: what is saved later is not taken
-    said = read_corrections(settings.gallery, settings.corrections)
-    correct = partial(correct_row, written=said, roots=roots_of(settings.output)) if said else None
-    options: dict[str, Any] = {"text": text, "correct": correct}
-    texts: dict[str, Any] = {"existing": settings.existing, "since": since, **options}
+    needs_written = settings.sidecar or settings.csv or settings.coco_results or settings.corrections
     outcomes, page = [], None
-    if settings.gallery is not None:  # before images change: thumbnails are made of the bytes that were captioned
-        rows, files = read_rows(settings.output), settings.corrections
-        page = write_gallery(rows, settings.gallery, title="Captions", model=settings.model, corrections=files)
-    needs_written = settings.sidecar or settings.csv or settings.coco_results
     with closing(Written(settings.output if needs_written else None)) as written:
+        sources, taken = find_sources(settings, written)
+        said = read_corrections(settings.gallery, sources)
+        correct = partial(correct_row, written=said, roots=roots_of(settings.output)) if said else None
+        texts: dict[str, Any] = {"existing": settings.existing, "since": since, "text": text, "correct": correct}
+        if settings.gallery is not None:  # before images change: thumbnails are made of the bytes that were captioned
+            rows = read_rows(settings.output)
+            page = write_gallery(rows, settings.gallery, title="Captions", model=settings.model, sources=sources)
+            for file in (source.file for source in sources if source.file != settings.csv):
+                written.set(Path(os.path.realpath(file)), Entry(text=checksum(file)))
         if settings.sidecar is not None:
             rows = read_rows(settings.output)
             outcomes.append(write_sidecars(rows, suffix=settings.sidecar, written=written, **texts))
@@ -179,7 +184,11 @@ def write_extras(settings: CaptionSettings, *, since: float | None = None) -> in
         for line in chain.from_iterable(each.lines() for each in outcomes):
             cli.console.print(line, markup=False)
         num_failed = sum(each.num_failed for each in outcomes)
-        num_failed += write_tables(settings, written, taken=taken, **options)
+        num_failed += write_tables(settings, written, text=text, correct=correct, taken=taken)
+        if said and settings.csv is not None and settings.gallery is None and (lost := said.not_found()):
+            names = first_names([correction.path for correction in lost[:SHOWN_NAMES]], total=len(lost))
+            line = f"texts that were left out, since their images have no caption here: {len(lost):,}: {names}"
+            cli.console.print(f"{settings.csv}: {line}", markup=False)
     if page is not None:
         cli.console.print(f"look at {page}", markup=False)
         if settings.open:
@@ -187,10 +196,10 @@ def write_extras(settings: CaptionSettings, *, since: float | None = None) -> in
     return num_failed
 
 
-def write_again(settings: CaptionSettings, *, since: float) -> None:
+def write_again(settings: CaptionSettings, *, base: str = "", since: float) -> None:
     """Write what `write_extras` writes, or print why not: the next time may be better, such as for a full disk."""
     try:
-        write_extras(settings, since=since)
+        write_extras(settings, base=base, since=since)
     except (OSError, UserError) as error:
         cli.console.print(f"not written: {error}", markup=False)
 
@@ -205,8 +214,12 @@ def write_tables(
 
     def csv_lines(table: Path) -> list[str]:
         options: dict[str, Any] = {"text": text, "correct": correct, "written": written, "taken": taken}
+        was_changed = is_changed(table, written)
         num_shown = write_csv(settings.output, table, excel=settings.csv_excel, **options)
-        return [f"{num_shown:,} names are not UTF-8: some characters are replaced"] if num_shown else []
+        lines = [f"{num_shown:,} names are not UTF-8: some characters are replaced"] if num_shown else []
+        if was_changed:
+            lines.append(f"the corrections are taken; {edited_path(table)} is the table as it was changed")
+        return lines
 
     def coco_lines(table: Path) -> list[str]:
         left_out = write_coco_results(settings.output, table, written=written)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ import tyro
 from captioner.errors import UserError
 from captioner.files.tables import DELIMITERS
 from captioner.flags import AnyNumber, Count, File, Fraction, Location, Workers
-from infer.gallery import check_corrections, check_folder
+from infer.gallery import Source, check_corrections, check_folder, read_corrections
 from infer.listing import ImageFile, Listing
 from infer.metadata.described import XMP
 from infer.metadata.exiftool import check_exiftool
@@ -21,7 +21,7 @@ from infer.metadata.xmp import Existing
 from infer.peers import Peers
 from infer.results import Row, own_files
 from infer.sidecars import check_suffix
-from infer.tables import Excel, check_table, check_unedited, checksum_of_table, edited_path
+from infer.tables import Excel, check_table, check_unedited, checksum, edited_path, is_own
 from infer.templates import Template
 from infer.written import Written
 
@@ -117,7 +117,8 @@ def check_flags(settings: CaptionSettings) -> None:
         raise UserError(
             "--corrections is about what is written beside the rows: give --gallery, --csv, --sidecar or --embed too"
         )
-    check_corrections(settings.gallery, settings.corrections)
+    if settings.corrections is not None:
+        check_corrections(settings.corrections)
     find_text(settings)
     _check_tables(settings)
 
@@ -133,11 +134,29 @@ def _check_tables(settings: CaptionSettings) -> None:
     for table in (settings.csv, settings.coco_results):
         if table is not None and os.path.realpath(table) in own:
             raise UserError(f"{table} is a file of the rows already: give the table another name")
-    tables = [table for table in (settings.csv, settings.coco_results) if table is not None and table.exists()]
-    if tables:
-        with closing(Written(Path(os.path.realpath(settings.output)))) as written:
-            for table in tables:
-                check_unedited(table, written, taken=checksum_of_table(settings.corrections))
+    with closing(Written(Path(os.path.realpath(settings.output)))) as written:
+        sources, taken = find_sources(settings, written)
+        if settings.csv is not None:
+            check_unedited(settings.csv, written, taken=taken)
+        if settings.coco_results is not None:
+            check_unedited(settings.coco_results, written)
+    read_corrections(settings.gallery, sources)
+
+
+def find_sources(settings: CaptionSettings, written: Written) -> tuple[list[Source], str]:
+    """The files of corrections: --corrections, and the table of an earlier run; and the checksum of that table.
+
+    Raises OSError.
+    """
+    sources, taken, table, file = [], "", settings.csv, settings.corrections
+    is_one_file = table is not None and file is not None and os.path.realpath(table) == os.path.realpath(file)
+    if table is not None and table.exists() and (is_one_file or is_own(table, written)):
+        taken = checksum(table)  # before it is read: what is saved later is not taken
+        sources.append(Source(table))
+    if file is not None and not is_one_file:
+        entry = written.get(Path(os.path.realpath(file)))
+        sources.append(Source(file, is_known=entry is not None and entry.text == checksum(file)))
+    return sources, taken
 
 
 def find_text(settings: CaptionSettings) -> Callable[[Row], str] | None:
@@ -147,6 +166,13 @@ def find_text(settings: CaptionSettings) -> Callable[[Row], str] | None:
         return None
     template = "{caption}" if template is None else template
     return Template(template, prefix=settings.prefix, suffix=settings.suffix, max_length=settings.max_length).text
+
+
+def absolute(settings: CaptionSettings) -> CaptionSettings:
+    """The settings with absolute paths of what is written beside the rows."""
+    names = ("output", "gallery", "corrections", "csv", "coco_results")
+    paths = {name: getattr(settings, name) for name in names}
+    return replace(settings, **{name: path.absolute() for name, path in paths.items() if path is not None})
 
 
 def sidecar_suffixes(settings: CaptionSettings) -> tuple[str, ...]:

@@ -97,44 +97,57 @@ def _write_text(
     earlier = written.get(target)
     if _is_of_other(earlier, image) or not used.add(str(target)):
         return SHARED
+    entry = Entry(text=words.text, image=image.name, model=words.model, before=earlier.text if earlier else "")
     if os.path.lexists(target):
-        is_ours = earlier is not None and earlier.text != words.text
-        if existing == "keep" and not words.replaced and not is_ours:
-            return "kept"
-        outcome = _change_text(target, image, words, earlier=earlier, existing=existing)
+        after = _changed_text(target, words, earlier=earlier, existing=existing)
+        if isinstance(after, str):
+            return after
     elif not words.text:
         return DECORATIVE
     else:
-        check_unchanged(image, words)
-        storage.write_new(str(target), words.text + "\n")
-        outcome = "written"
-    if outcome == "written":
-        written.set(target, Entry(text=words.text, image=image.name, model=words.model))
-    return outcome
+        after = f"{words.text}\n".encode()
+    check_unchanged(image, words)
+    written.set(target, entry)
+    if os.path.lexists(target):
+        replace_content(target, after, _regular_status(target))
+    else:
+        storage.write_new(str(target), after)
+    return "written"
 
 
-def _change_text(path: Path, image: Path, words: Words, *, earlier: Entry | None, existing: xmp.Existing) -> str:
-    """Change an existing text file; returns the outcome. Raises OSError and ChangedError.
-
-    What was written of a person's words is a person's, as in XMP. A file that has the lines already stays.
-    """
-    status = _regular_status(path)
+def _changed_text(path: Path, words: Words, *, earlier: Entry | None, existing: xmp.Existing) -> bytes | str:
+    """The new content of an existing text file, or why it stays. Raises OSError."""
+    is_settled = earlier is None or (earlier.text == words.text and not earlier.before)
+    if existing == "keep" and not words.replaced and is_settled:
+        return "kept"
+    _regular_status(path)
     content = path.read_bytes()
     try:
         before = content.decode("utf-8-sig").strip("\r\n")
     except UnicodeDecodeError:
         return NO_TEXT
-    is_corrected = earlier is not None and earlier.model == xmp.PERSON != words.model
-    ours = words.replaced if earlier is None else earlier.text
-    after = before
-    if existing == "overwrite" or not xmp.has_lines(before, words.text):
-        after = xmp.combine(before, words.text, earlier="" if is_corrected else ours, existing=existing)
+    after = _combine(before, words, earlier, existing)
     if after == before:
         return "kept"
-    check_unchanged(image, words)
     mark = "\ufeff" if content.startswith(b"\xef\xbb\xbf") else ""
-    replace_content(path, f"{mark}{after}\n".encode(), status)
-    return "written"
+    return f"{mark}{after}\n".encode()
+
+
+def _combine(before: str, words: Words, earlier: Entry | None, existing: xmp.Existing) -> str:
+    """The new text of a file that has the text `before`: the same if it has the lines already.
+
+    What was written of a person's words is a person's, as in XMP.
+    """
+    if existing != "overwrite" and xmp.has_lines(before, words.text):
+        return before
+    ours = words.replaced
+    if earlier is not None:
+        is_corrected = earlier.model == xmp.PERSON != words.model
+        ours = earlier.text
+        if earlier.before and xmp.has_lines(before, earlier.before) and not xmp.has_lines(before, earlier.text):
+            ours = earlier.before  # a kill came before the newer text
+        ours = "" if is_corrected else ours
+    return xmp.combine(before, words.text, earlier=ours, existing=existing)
 
 
 # ---- XMP --------------------------------------------------------------------------------------------------

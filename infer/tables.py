@@ -43,6 +43,7 @@ COLUMNS = (
     "caption_before",
     "alt_before",
 )
+KINDS = ("", "text", "decorative")  # of corrections
 REQUIRED = ("image", "caption", "caption_before", "correction")
 
 _FORMULA = re.compile(r"[=+\-@\t\r]")
@@ -62,27 +63,32 @@ class TableChangedError(UserError):
     """A table is not what this program wrote there last."""
 
 
-def checksum_of_table(file: Path | None) -> str:
-    """The checksum of a file of corrections that is a table; "" for any other file, and without one. Raises OSError."""
-    is_table = file is not None and file.suffix.lower() in DELIMITERS and file.is_file()
-    return _checksum(file) if is_table else ""  # type: ignore[arg-type]
+def is_changed(table: Path, written: Written) -> bool:
+    """Whether an existing file is not what this program wrote there last. Raises OSError."""
+    path = Path(os.path.realpath(table))
+    entry = written.get(path)
+    return path.exists() and (entry is None or checksum(path) not in entry.text.split())
 
 
-def check_unedited(table: Path, written: Written, *, taken: str) -> None:
+def is_own(table: Path, written: Written) -> bool:
+    """Whether this program has written a table, which somebody may have changed since."""
+    return written.get(Path(os.path.realpath(table))) is not None
+
+
+def check_unedited(table: Path, written: Written, *, taken: str = "") -> None:
     """Raise TableChangedError for an existing file that is not what this program wrote there last.
 
     So neither what somebody changed in a table is lost, nor a file of another program. `taken` is the checksum of a
     table whose corrections are taken, which may be replaced.
     """
-    path = Path(os.path.realpath(table))
-    if not path.exists() or (checksum := _checksum(path)) == taken:
+    if not is_changed(table, written) or checksum(table) == taken:
         return
-    entry = written.get(path)
-    if entry is not None and checksum in entry.text.split():
-        return
-    problem = "has been changed since this command wrote it" if entry else "is there, and not of this --output"
-    use = f"--corrections {table} takes what was corrected in it; or " if table.suffix.lower() in DELIMITERS else ""
-    raise TableChangedError(f"{table} {problem}: {use}give another name, or delete it")
+    is_csv = table.suffix.lower() in DELIMITERS
+    if not is_own(table, written):
+        use = f"--corrections {table} takes what was corrected in it; or " if is_csv else ""
+        raise TableChangedError(f"{table} is there, and not of this --output: {use}give another name, or delete it")
+    remedy = "the same command takes what was corrected in it" if is_csv else "give another name, or delete it"
+    raise TableChangedError(f"{table} has been changed since this command read or wrote it: {remedy}")
 
 
 def edited_path(table: Path) -> Path:
@@ -90,7 +96,8 @@ def edited_path(table: Path) -> Path:
     return table.with_name(f"{table.name}.edited")
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """The SHA-256 of a file. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -113,13 +120,11 @@ def _note(path: Path, new: Path, written: Written) -> None:
 
     An old one that somebody changed is kept beside it, as only its corrections were taken.
     """
-    checksums = [_checksum(new)]
-    entry = written.get(path)
-    if path.exists():
-        if entry is not None and (old := _checksum(path)) in entry.text.split():
-            checksums.append(old)
-        else:
-            shutil.copy2(path, edited_path(path))
+    checksums = [checksum(new)]
+    if is_changed(path, written):
+        shutil.copy2(path, edited_path(path))
+    elif path.exists():
+        checksums.append(checksum(path))
     written.set(path, Entry(text=" ".join(checksums)))
 
 
@@ -145,7 +150,8 @@ def write_csv(
     cells are quoted as RFC 4180 says; a name with the suffix .tsv has tabs. With `excel` there is a byte order mark,
     and this separator; beside semicolons numbers have a decimal comma. Text that a spreadsheet would take for a formula
     has an apostrophe before it, in `image` instead ./, so that it is a name of the same file. `written` notes what is
-    written; without it any file is replaced. Raises UserError as `check_unedited` does, with the checksum `taken`, and if the disk is full; and OSError.
+    written; without it any file is replaced. Raises TableChangedError as `check_unedited`, with the checksum `taken`,
+    UserError if the disk is full, and OSError.
     """
     roots = roots_of(output)
     separator = {"comma": ",", "semicolon": ";"}[excel] if excel else DELIMITERS[table.suffix.lower()]
@@ -168,7 +174,7 @@ def write_csv(
 
 def _cell(value: object, *, decimal: str) -> str:
     if isinstance(value, str):
-        text = clean(value)
+        text = "\n".join(map(clean, value.splitlines())).strip()
         return f"'{text}" if _FORMULA.match(text) else text
     return "" if value is None else str(value).replace(".", decimal)
 
@@ -186,9 +192,10 @@ def read_edited(table: Path) -> tuple[list[Correction], list[Correction]]:
     `correction` where the caption is unchanged or empty; a caption that was deleted is none. The table may have been
     sorted, and lack lines, and columns that are not REQUIRED. Raises UserError for another table, and OSError.
     """
-    columns, rows = read_table(
-        table.read_bytes(), delimiter=DELIMITERS[table.suffix.lower()], required=REQUIRED, location=str(table)
-    )
+    delimiter = DELIMITERS[table.suffix.lower()]
+    columns, rows = read_table(table.read_bytes(), delimiter=delimiter, required=REQUIRED, location=str(table))
+    if "alt" in columns and "alt_before" not in columns:
+        raise UserError(f"{table} has a column alt, but no alt_before: delete alt, or take the table as it was written")
     written, made = [], []
     for number, cells in rows:
         problem = ""
@@ -200,6 +207,11 @@ def read_edited(table: Path) -> tuple[list[Correction], list[Correction]]:
             raise UserError(f"line {number} of {table} {problem}")
         row = dict(zip(columns, cells, strict=True))
         texts = {name: _value(cell) for name, cell in row.items()}
+        if texts["correction"].lower() not in KINDS:
+            raise UserError(
+                f"line {number} of {table} has the correction {texts['correction']!r}: write decorative, or type the "
+                "text into the column caption"
+            )
         caption, is_made = _correction_in(texts)
         if caption is not None:
             root, sha256 = texts.get("root", ""), texts.get("sha256") or None

@@ -15,16 +15,21 @@ from captioner.files import storage
 from infer.results import RowWriter, written_path
 from infer.row_index import database_errors, hash_location, open_database
 
+KEYS = ("text", "image", "model", "before")
 MAX_STALE_LINES = 1000  # with more, and more of them than others, the file is written again without them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """The last text in a file, or a table's checksum; the name of the image beside it, and the model of the text."""
+    """The last text in a file, or a table's checksum; the name of the image beside it, and the model of the text.
+
+    An entry is set before its file is written: if a kill came between, the file still has the text `before`.
+    """
 
     text: str
     image: str = ""
     model: str = ""
+    before: str = ""
 
 
 class Written:
@@ -50,7 +55,7 @@ class Written:
         if found is None:
             return None
         line = json.loads(found[0])
-        return Entry(text=line["text"], image=line["image"], model=line["model"])
+        return Entry(**{key: line[key] for key in KEYS})
 
     def set(self, file: Path, entry: Entry) -> None:
         """Note what was written into a file. Raises UserError, such as if the disk is full."""
@@ -86,7 +91,7 @@ class Written:
                 self._num_lines += 1
                 try:
                     line = json.loads(content)
-                    if not all(isinstance(line[key], str) for key in ("path", "text", "image", "model")):
+                    if not all(isinstance(line[key], str) for key in ("path", *KEYS)):
                         raise TypeError("not text")
                 except (ValueError, LookupError, TypeError, RecursionError) as error:
                     raise UserError(

@@ -1,5 +1,6 @@
 """Reads tables as spreadsheets save them: CSV and TSV, with the separator of the computer's region."""
 
+import codecs
 import csv
 import io
 import reprlib
@@ -20,6 +21,8 @@ def read_table(
     fewer cells than there are columns; one that cannot be parsed is one cell. Bytes that are not UTF-8 are surrogates.
     Raises UserError, with `location`, unless each of the `required` columns exists once.
     """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{location} is UTF-16: save it as CSV UTF-8")
     text = data.decode("utf-8-sig", "surrogateescape")
     headers: list[list[str]] = []
     for each in (delimiter, *DELIMITERS_OF_SPREADSHEETS):

@@ -137,7 +137,7 @@ def is_same_image(file: BinaryIO, sha256: str) -> bool:
     """Whether an open file has this checksum, or had it before this program embedded a text. Raises OSError."""
     found = read_metadata(file)
     with suppress(xmp.XmpError):
-        if found is not None and found.packet is not None and xmp.read_source(found.packet) == sha256:
+        if found is not None and found.packet is not None and sha256 in xmp.read_sources(found.packet):
             return True
     file.seek(0)
     digest = hashlib.sha256()

@@ -21,6 +21,7 @@ from xml.sax.saxutils import escape
 Existing = Literal["keep", "append", "prepend", "overwrite"]  # what happens to a person's text
 
 PERSON = "a person"  # in place of a model's id
+MAX_SOURCES = 8  # files of which a text was written: as a text is embedded, the file becomes another one
 MAX_BYTES = 1 << 24  # of a packet; the largest ones are of darktable, with drawn masks
 RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 DC = "http://purl.org/dc/elements/1.1/"
@@ -94,9 +95,9 @@ def read_place(packet: bytes) -> list[str]:
     return _read(packet, PLACE)
 
 
-def read_source(packet: bytes) -> str:
-    """The SHA-256 of the file of which this program wrote the text; "" if it wrote none. Raises XmpError."""
-    return "".join(_read(packet, [OWN_SOURCE]))
+def read_sources(packet: bytes) -> list[str]:
+    """The SHA-256 of the file of which this program wrote the text, last, and of earlier ones. Raises XmpError."""
+    return "".join(_read(packet, [OWN_SOURCE])).split()
 
 
 def _read(packet: bytes, names: Iterable[str]) -> list[str]:
@@ -140,7 +141,13 @@ def extend(
             written.append(name.split()[1])
     if not changed:
         return None
-    changed |= {OWN_TEXT: text, OWN_FIELDS: ",".join(written), OWN_MODEL: model, OWN_DATE: date, OWN_SOURCE: sha256}
+    changed |= {
+        OWN_TEXT: text,
+        OWN_FIELDS: ",".join(written),
+        OWN_MODEL: model,
+        OWN_DATE: date,
+        OWN_SOURCE: _sources(found, sha256),
+    }
     edits = [found.edit(name, value, whole=existing == "overwrite") for name, value in changed.items() if name in found]
     new = {name: value for name, value in changed.items() if name not in found}
     if new:
@@ -148,6 +155,11 @@ def extend(
     for start, end, replacement in sorted(edits, reverse=True):
         source = source[:start] + replacement + source[end:]
     return source.decode().encode(encoding, errors="xmlcharrefreplace") + padding
+
+
+def _sources(found: "_Packet", sha256: str) -> str:
+    """The last sources of a packet, with this one."""
+    return " ".join([*dict.fromkeys([*found.text(OWN_SOURCE).split(), sha256])][-MAX_SOURCES:])
 
 
 def combine(before: str, text: str, *, earlier: str, existing: Existing) -> str:

@@ -16,7 +16,7 @@ from rows import failure, success
 from captioner.errors import UserError
 from captioner.files import locks
 from infer.corrections import DECORATIVE, Correction, CorrectionFile, Corrections, parse_line, read_lines, to_line
-from infer.gallery import check_corrections, write_gallery
+from infer.gallery import Source, check_corrections, write_gallery
 from infer.settings import CaptionSettings, check_flags
 from sharding.packing.caption_files import SourceImage, parse_images
 
@@ -139,7 +139,7 @@ def test_a_downloaded_file_counts_more_and_joins_the_gallerys_own(tmp_path: Path
         {"path": "b.jpg", "captions": ["new"], "images": "photos"},
         {"path": "c.jpg", "caption": "by hand"},  # as make_shards.py reads it too
     )
-    assert show(tmp_path, rows, corrections=downloaded) == {"a.jpg": "old", "b.jpg": "new", "c.jpg": "by hand"}
+    assert show(tmp_path, rows, sources=[Source(downloaded)]) == {"a.jpg": "old", "b.jpg": "new", "c.jpg": "by hand"}
     assert kept(tmp_path) == {"a.jpg": "old", "b.jpg": "new", "c.jpg": "by hand", "elsewhere.jpg": "old"}
 
 
@@ -153,9 +153,12 @@ def test_failures_and_images_in_shards_get_none_and_lose_none(tmp_path: Path) ->
 def test_a_wrong_file_is_refused_before_anything_is_captioned(tmp_path: Path) -> None:
     bad = write_lines(tmp_path / "bad.jsonl", {"no": "path"})
     with pytest.raises(UserError, match=r"line 1 of .*bad\.jsonl"):
-        check_corrections(tmp_path / "gallery", bad)
+        check_flags(CaptionSettings(images=("photos",), gallery=tmp_path / "gallery", corrections=bad))
     with pytest.raises(UserError, match=r"no file .*missing\.jsonl"):
-        check_corrections(tmp_path / "gallery", tmp_path / "missing.jsonl")
+        check_corrections(tmp_path / "missing.jsonl")
+    (tmp_path / "table.xlsx").touch()
+    with pytest.raises(UserError, match=r"neither a table nor JSONL: save it as CSV UTF-8"):
+        check_corrections(tmp_path / "table.xlsx")
     with pytest.raises(UserError, match="give --gallery, --csv, --sidecar or --embed too"):
         check_flags(CaptionSettings(images=("photos",), corrections=bad))
 

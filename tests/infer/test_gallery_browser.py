@@ -12,7 +12,7 @@ from PIL import Image
 from rows import failure, success
 
 from captioner.attention import Attention
-from infer.gallery import write_gallery
+from infer.gallery import Source, write_gallery
 from infer.listing import ImageFile
 from sharding.packing.caption_files import SourceImage, parse_images
 
@@ -425,7 +425,7 @@ def test_what_a_person_wrote_is_theirs_after_captioning_again(browser: Browser, 
               for row in mixed_rows("photos")]  # fmt: skip
     corrections = tmp_path / "downloaded.jsonl"
     folder = tmp_path / "gallery"
-    browser.open(write_gallery(better, folder, title="t", model="better", corrections=corrections))
+    browser.open(write_gallery(better, folder, title="t", model="better", sources=[Source(corrections)]))
     assert browser.texts("#grid textarea")[:3] == ["a kitten", "a better caption", "a better caption"]
     assert browser.texts("#grid figcaption .quiet")[0].startswith("was: a better caption")
     assert browser.run(f"document.querySelector('{BOX}').checked")

@@ -110,7 +110,7 @@ def test_a_dry_run_says_which_rows_are_still_to_be_written(model: Path, photos: 
     flags = ("--missing-only", "--sidecar", ".txt", "--embed")
     done = caption(model, photos, *flags, "--dry-run")
     num = len(ALL_PLAIN)
-    line = f"of the files that have a row, {num} have no .txt sidecar, {num} have no embedded description yet"
+    line = f"of the files that have a row, {num} have no .txt sidecar, {num} have no embedded description: the job"
     assert line in done.output
     caption(model, photos, *flags)
     done = caption(model, photos, *flags, "--dry-run")

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -277,7 +276,7 @@ def test_what_somebody_changed_in_a_table_is_theirs(
             expected[name] = text.removeprefix("'") if re.match("'[=+@-]", text) else text
     edited = edit_table(folder / "t.csv", cells, suffix=form[0], delimiter=form[1])
     for _ in range(2):
-        corrections = gallery.read_corrections(None, edited)
+        corrections = gallery.read_corrections(None, [gallery.Source(edited)])
         correct = partial(correct_row, written=corrections, roots=roots_of(output))
         found = {row["path"]: said for row in rows if (said := correct(row)) is not row}
         assert {name: said["alt"] for name, said in found.items()} == expected
@@ -298,7 +297,7 @@ def test_a_newer_correction_in_the_gallery_counts_more_than_what_a_table_was_wri
     (tmp_path / "gallery").mkdir()
     (tmp_path / "gallery" / "corrections.jsonl").write_text(newer.to_jsonl())
     edited = edit_table(tmp_path / "t.csv", {"b.jpg": {"caption": "of the table"}})
-    said = gallery.read_corrections(tmp_path / "gallery", edited)
+    said = gallery.read_corrections(tmp_path / "gallery", [gallery.Source(edited)])
     found = [said.find(images="photos", path=row["path"], sha256=row["sha256"]) for row in rows]
     assert found == ["newer a.jpg", "of the table", None]
 
@@ -310,7 +309,7 @@ def test_names_that_a_table_cannot_show_are_found_by_their_bytes(tmp_path: Path)
     write_csv(output, tmp_path / "t.csv")
     cells = list(csv.DictReader(io.StringIO((tmp_path / "t.csv").read_bytes().decode(), newline="")))
     edited = edit_table(tmp_path / "t.csv", {row["image"]: {"caption": f"text {row['sha256']}"} for row in cells})
-    said = gallery.read_corrections(None, edited)
+    said = gallery.read_corrections(None, [gallery.Source(edited)])
     for row in rows:
         assert correct_row(row, said, roots=roots_of(output)).get("caption") == f"text {row.get('sha256')}"
 
@@ -321,6 +320,11 @@ def test_names_that_a_table_cannot_show_are_found_by_their_bytes(tmp_path: Path)
         ("image,caption\na.jpg,mine\n", "'caption', 'caption_before' and 'correction', each once"),
         ("", "names the columns none"),
         ("image,caption,caption_before,correction\na.jpg,mine\n", "line 2 of .* has 2 cells, not 4: repair it"),
+        (
+            "image,caption,caption_before,correction\na.jpg,a,a,decor\n",
+            "has the correction 'decor': write",
+        ),
+        ("image,caption,caption_before,correction,alt\na,a,a,,b\n", "has a column alt, but no alt_before"),
         ("image,caption,caption_before,correction\na,é,b,\n", "line 2 of .* is not UTF-8: save the table as CSV UTF-8"),
     ],
 )
@@ -335,44 +339,113 @@ def test_a_table_without_what_was_written_is_refused(tmp_path: Path, content: st
 
 
 @pytest.mark.parametrize("kind", ["csv", "coco"])
-def test_a_table_is_replaced_only_if_nobody_changed_it(
+def test_a_file_of_another_program_is_never_replaced(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before the job, and again where it is written, as that may be hours later."""
+    """Neither before the job, nor where a table is written, as that may be hours later."""
     output = write_rows(tmp_path, [captioned("a.jpg")])
     table = tmp_path / ("t.csv" if kind == "csv" else "r.json")
     flag: Any = {"csv": table} if kind == "csv" else {"coco_results": table}
     choices = CaptionSettings(images=("photos",), output=output, **flag)
+    table.write_text("of another program")
+    with pytest.raises(UserError, match="is there, and not of this --output"):
+        check_flags(choices)
+    assert write_extras(choices) == 1
+    assert table.read_text() == "of another program"
+    assert "not written: " in capsys.readouterr().out
+    table.unlink()
     for caption in ("a cat", "a dog", "a dog"):  # written by this command, so replaced
         write_rows(tmp_path, [captioned("a.jpg", caption=caption)])
         check_flags(choices)
         assert write_extras(choices) == 0
         assert caption in table.read_text()
-    for content in (table.read_text() + "\n", "of another program", ""):
-        table.write_text(content)
-        with pytest.raises(UserError, match="was not written by this command, or has been changed since"):
+    assert not (tmp_path / "t.csv.edited").exists()
+    if kind == "coco":
+        table.write_text(table.read_text() + "\n")
+        with pytest.raises(UserError, match=r"has been changed since .*: give another name, or delete it"):
             check_flags(choices)
-        assert write_extras(choices) == 1
-        assert table.read_text() == content
-        assert "not written: " in capsys.readouterr().out
-    table.unlink()
-    check_flags(choices)
-    assert write_extras(choices) == 0
 
 
-def test_a_changed_table_is_written_again_if_its_corrections_are_taken(tmp_path: Path) -> None:
+def test_the_texts_in_a_table_stay_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once typed, in each later run of the same command; the table as it was changed is kept beside it."""
+    output = write_rows(tmp_path, [captioned("a.jpg"), captioned("b.jpg"), failed("c.jpg")])
+    table = tmp_path / "t.csv"
+    choices = CaptionSettings(images=("photos",), output=output, csv=table, sidecar=".txt")
+    write_extras(choices)
+    edit_table(table, {"b.jpg": {"caption": "Our\nship"}, "c.jpg": {"caption": "broken"}}).replace(table)
+    edited = table.read_bytes()
+    for number in range(3):
+        check_flags(choices)
+        write_extras(choices)
+        rows = list(csv.DictReader(io.StringIO(table.read_bytes().decode(), newline="")))
+        assert [(row["caption"], row["correction"]) for row in rows] == [
+            ("a cat", ""),
+            ("Our\nship", "text"),
+            ("", ""),
+        ]
+        said = capsys.readouterr().out
+        assert ("since their images have no caption here: 1: 'c.jpg'" in said) is (number == 0)
+        assert ("t.csv.edited is the table as it was changed" in said) is (number == 0)
+    assert (tmp_path / "t.csv.edited").read_bytes() == edited
+
+
+@pytest.mark.parametrize("is_given", [False, True])
+def test_a_table_of_another_output_is_replaced_if_its_corrections_are_taken(tmp_path: Path, is_given: bool) -> None:
     output = write_rows(tmp_path, [captioned("a.jpg"), captioned("b.jpg")])
     table = tmp_path / "t.csv"
-    choices = CaptionSettings(images=("photos",), output=output, csv=table)
-    write_extras(choices)
+    write_csv(output, table)
     edit_table(table, {"b.jpg": {"caption": "Our ship"}}).replace(table)
-    both = replace(choices, corrections=table, sidecar=".txt")
-    for _ in range(2):
-        check_flags(both)
-        write_extras(both)
-        rows = csv.DictReader(io.StringIO(table.read_text(), newline=""))
-        assert [(row["caption"], row["correction"]) for row in rows] == [("a cat", ""), ("Our ship", "text")]
+    choices = CaptionSettings(images=("photos",), output=output, csv=table, corrections=table if is_given else None)
+    if not is_given:
+        with pytest.raises(UserError, match=r"--corrections .*t\.csv takes what was corrected in it"):
+            check_flags(choices)
+        return
     check_flags(choices)
+    assert write_extras(choices) == 0
+    rows = csv.DictReader(io.StringIO(table.read_text(), newline=""))
+    assert [row["caption"] for row in rows] == ["a cat", "Our ship"]
+
+
+def test_what_is_saved_while_the_job_runs_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After the corrections were read, just before the table is replaced."""
+    output = write_rows(tmp_path, [captioned("a.jpg")])
+    table = tmp_path / "t.csv"
+    choices = CaptionSettings(images=("photos",), output=output, csv=table, corrections=table)
+    write_csv(output, table)
+    edited = edit_table(table, {"a.jpg": {"caption": "saved late"}}).read_bytes()
+    real = gallery.read_corrections
+
+    def read_then_save(*args: Any) -> Corrections:
+        said = real(*args)
+        table.write_bytes(edited)
+        return said
+
+    with monkeypatch.context() as patch:
+        patch.setattr("infer.main.read_corrections", read_then_save)
+        assert write_extras(choices) == 1
+    assert table.read_bytes() == edited
+    assert "not written: " in capsys.readouterr().out
+    assert write_extras(choices) == 0
+    assert "saved late" in table.read_text()
+
+
+def test_a_file_of_corrections_is_newer_than_the_gallery_only_once(tmp_path: Path) -> None:
+    """What is written in the gallery afterwards counts more, in each merge of a watch."""
+    output = write_rows(tmp_path, [captioned("a.jpg")])
+    file, folder = tmp_path / "mine.jsonl", tmp_path / "gallery"
+    file.write_text('{"path": "a.jpg", "captions": ["of the file"], "images": "photos"}\n')
+    choices = CaptionSettings(images=("photos",), output=output, gallery=folder, corrections=file)
+    write_extras(choices)
+    assert "of the file" in (folder / "corrections.jsonl").read_text()
+    newer = (folder / "corrections.jsonl").read_text().replace("of the file", "newer")
+    (folder / "corrections.jsonl").write_text(newer)
+    write_extras(choices)
+    assert (folder / "corrections.jsonl").read_text() == newer
+    file.write_text(file.read_text().replace("of the file", "changed"))
+    write_extras(choices)
+    assert "changed" in (folder / "corrections.jsonl").read_text()
 
 
 def test_a_watch_survives_a_table_that_is_saved_wrongly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -383,12 +456,6 @@ def test_a_watch_survives_a_table_that_is_saved_wrongly(tmp_path: Path, capsys: 
     write_again(choices, since=0.0)
     assert "not written: the first line of" in capsys.readouterr().out
     assert table.read_text() == "half of"
-
-
-def test_a_table_of_rows_that_are_not_kept_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text("earlier")
-    with pytest.raises(UserError, match=r"--corrections .* takes what was corrected in it"):
-        check_flags(CaptionSettings(images=("photos",), output=tmp_path / "new.jsonl", csv=tmp_path / "t.csv"))
 
 
 def test_a_kill_while_a_table_is_written_leaves_one_that_is_ours(

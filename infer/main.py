@@ -161,8 +161,9 @@ def write_extras(settings: CaptionSettings, *, base: str = "", since: float | No
     Relative roots start from the folder `base`; `since` is a time before all rows.
     """
     if base and base != os.getcwd():  # noqa: PTH109
+        settings = absolute(settings)
         with chdir(base):
-            return write_extras(absolute(settings), since=since)
+            return write_extras(settings, since=since)
     text = find_text(settings)
     needs_written = settings.sidecar or settings.csv or settings.coco_results or settings.corrections
     outcomes, page = [], None

@@ -201,5 +201,29 @@ def test_a_disk_without_locks_takes_corrections(tmp_path: Path, monkeypatch: pyt
         raise OSError(errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr(locks, "lock_descriptor", refuse)
-    CorrectionFile(tmp_path / "corrections.jsonl").change([Correction(path="a.jpg", caption="a cat")])
+    file = CorrectionFile(tmp_path / "corrections.jsonl")
+
+    def save_all(name: str) -> None:
+        for number in range(10):
+            file.change([Correction(path=f"{name}-{number}.jpg", caption=name)])
+
+    threads = [Thread(target=save_all, args=(str(number),)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(file.read()) == 40
     assert [path.name for path in tmp_path.iterdir()] == ["corrections.jsonl"]
+
+
+def test_a_correction_of_this_machine_is_not_taken_for_an_image_behind_a_url() -> None:
+    lines = [Correction(path="a.jpg", caption="ours", sha256="1")]
+    assert Corrections(lines).find(images="http://host/photos", path="a.jpg", sha256="2") is None
+    assert Corrections(lines).find(images="http://host/photos", path="a.jpg", sha256="1") == "ours"
+    assert Corrections(lines).find(images="photos", path="a.jpg", sha256="2") == "ours"
+
+
+def test_corrections_without_an_image_are_known() -> None:
+    written = Corrections([Correction(path=name, caption=name) for name in ("a.jpg", "b.jpg")])
+    written.find(images="photos", path="a.jpg", sha256="1")
+    assert [correction.path for correction in written.not_found()] == ["b.jpg"]

@@ -421,5 +421,8 @@ def test_an_image_that_was_replaced_gets_no_text_of_the_old_one(photos: Path, tm
     assert outcomes.names == {CHANGED: [str(replaced), str(copied)]}
     assert [texts(path) for path in paths] == [["A dog."] * 2, ["A dog."] * 2, [], ["A cat."] * 2]
     assert write_sidecars(rows, suffix=".txt", since=started).counts == {"written": 2, CHANGED: 2}
+    again: list[Any] = [success(photos, path.name, alt="A bird.", model="n") for path in paths]  # another output
+    assert embed_all(iter(again), tmp_path / "b.jsonl", existing="keep", since=started).counts == {"written": 4}
+    assert embed_rows("A cow.").counts == {"written": 2, CHANGED: 2}
     page = write_gallery(rows, tmp_path / "gallery", title="t", model="m")
     assert len(list((page.parent / "thumbnails").iterdir())) == 2

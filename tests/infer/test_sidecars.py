@@ -10,6 +10,7 @@ import stat
 import subprocess
 import time
 from collections import Counter
+from contextlib import closing, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ import pytest
 from rows import captioned, failed
 
 from captioner.errors import UserError
+from infer import sidecars
 from infer.listing import Listing
 from infer.metadata import xmp
-from infer.metadata.outcomes import CHANGED, DECORATIVE, EMPTY, SHOWN_NAMES, UNREADABLE_XMP, Outcomes
+from infer.metadata.outcomes import CHANGED, DECORATIVE, EMPTY, GONE, SHOWN_NAMES, UNREADABLE_XMP, Outcomes
 from infer.metadata.xmp import read_texts
 from infer.results import Row
 from infer.sidecars import NO_TEXT, SHARED, check_suffix, write_sidecars
@@ -330,6 +332,57 @@ def test_an_xmp_sidecar_that_is_another_images_is_left_alone(tmp_path: Path) -> 
         write_sidecars(rows, suffix=".xmp", written=written)
     assert texts(tmp_path / "a.xmp") == ["a.png"] * 2
     assert texts(tmp_path / "a.jpg.xmp") == ["a.jpg"] * 2
+
+
+def test_an_image_that_is_gone_gives_up_its_text_file_and_is_no_failure(tmp_path: Path) -> None:
+    written = Written()
+    rows = [captioned(f"a.{kind}", root=str(tmp_path), caption=f"of the {kind}") for kind in ("jpg", "png")]
+    options: dict[str, Any] = {"suffix": ".txt", "written": written, "since": time.time() + 10}
+    for name in ("a.jpg", "a.png"):
+        (tmp_path / name).touch()
+    assert write_sidecars(rows, **options).counts == {"written": 1, SHARED: 1}
+    (tmp_path / "a.jpg").unlink()
+    outcomes = write_sidecars(rows, **options)
+    assert outcomes.counts == {"written": 1, GONE: 1}
+    assert (outcomes.num_failed, outcomes.names) == (0, {})
+    assert (tmp_path / "a.txt").read_text() == "of the png\n"
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+@pytest.mark.parametrize("there", ["", "mine\n", "a cat\n", "mine\na cat\n"])
+@pytest.mark.parametrize("existing", ["keep", "append"])
+def test_a_text_file_is_ours_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: Any, there: str, is_written: bool
+) -> None:
+    """Just before and just after it was written: in the end it is as if there was no kill."""
+
+    def write(folder: Path, caption: str) -> None:
+        with closing(Written(folder / "captions.jsonl")) as written:
+            rows = rows_of(folder, "a.jpg", caption=caption)
+            write_sidecars(rows, suffix=".txt", existing=existing, written=written)
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    for folder in (killed, whole):
+        folder.mkdir()
+        if there.startswith("mine"):
+            (folder / "a.txt").write_text("mine\n")
+        if "a cat" in there:
+            write(folder, "a cat")
+    for caption in ("a dog", "a bird"):
+        write(whole, caption)
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        for module, name in ((sidecars, "replace_content"), (sidecars.storage, "write_new")):
+            real = getattr(module, name)
+
+            def die(*args: Any, real: Any = real) -> None:
+                if is_written:
+                    real(*args)
+                raise KeyboardInterrupt
+
+            patch.setattr(module, name, die)
+        write(killed, "a dog")
+    write(killed, "a bird")
+    assert (killed / "a.txt").read_text() == (whole / "a.txt").read_text()
 
 
 # ---- images that have changed -----------------------------------------------------------------------------

@@ -448,6 +448,31 @@ def test_a_file_of_corrections_is_newer_than_the_gallery_only_once(tmp_path: Pat
     assert "changed" in (folder / "corrections.jsonl").read_text()
 
 
+def test_names_behind_a_url_come_back(tmp_path: Path) -> None:
+    """Without the columns that are not needed, too."""
+    output = write_rows(tmp_path, [captioned("a%20b.jpg", root="http://host/photos")])
+    write_csv(output, tmp_path / "t.csv")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "t.csv").read_text(), newline="")))
+    assert rows[0]["image"] == "a b.jpg"  # as make_shards.py reads it
+    edited = edit_table(tmp_path / "t.csv", {"a b.jpg": {"caption": "Our ship", "sha256": ""}})
+    said = gallery.read_corrections(None, [gallery.Source(edited)])
+    assert said.find(images="http://host/photos", path="a b.jpg", sha256="1") == "Our ship"
+
+
+def test_relative_roots_start_from_the_folder_of_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if another folder has images of these names."""
+    for folder in ("one", "two"):
+        (tmp_path / folder / "photos").mkdir(parents=True)
+        (tmp_path / folder / "photos" / "a.jpg").touch()
+    output = write_rows(tmp_path / "one", [captioned("a.jpg")])
+    monkeypatch.chdir(tmp_path / "two")
+    choices = CaptionSettings(images=("photos",), output=output, csv=Path("t.csv"), sidecar=".txt", gallery=Path("g"))
+    assert write_extras(choices, base=str(tmp_path / "one")) == 0
+    assert (tmp_path / "one" / "photos" / "a.txt").read_text() == "a cat\n"
+    assert [path.name for path in (tmp_path / "two" / "photos").iterdir()] == ["a.jpg"]
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {"photos", "t.csv", "g"}
+
+
 def test_a_watch_survives_a_table_that_is_saved_wrongly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = write_rows(tmp_path, [captioned("a.jpg")])
     table = tmp_path / "t.csv"

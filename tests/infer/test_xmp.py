@@ -151,6 +151,14 @@ def test_lines_are_added_to_a_text_that_was_kept_before() -> None:
         assert read_texts(extended(added, "A dog.")) == [text.replace("A cat.", "A dog."), "A dog."]
 
 
+@pytest.mark.parametrize("persons", ["A cat.", "Our Tom\nA cat."])
+def test_a_persons_text_that_says_the_same_stays_theirs(persons: str) -> None:
+    packet = wrap(description(persons)).encode()
+    first = extended(packet)
+    assert read_texts(first) == [persons, "A cat."]
+    assert read_texts(extended(first, "A dog.")) == [persons, "A dog."]
+
+
 def test_a_description_outside_of_xmp_counts() -> None:
     assert read_texts(extended(None, elsewhere="Mine")) == ["A cat."]  # the alternative text
     assert read_texts(extended(None, elsewhere="Mine", existing="append")) == ["Mine\nA cat.", "A cat."]

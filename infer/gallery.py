@@ -77,9 +77,10 @@ def check_folder(folder: Path, *, images: Sequence[str]) -> None:
 
 
 class Source(NamedTuple):
-    """A file of corrections, JSONL or a table of `write_csv`; `is_known` if an earlier run has taken them."""
+    """A file of corrections, JSONL or a table of `write_csv`, its SHA-256, and whether a gallery has them already."""
 
     file: Path
+    checksum: str = ""
     is_known: bool = False
 
 
@@ -103,7 +104,7 @@ def read_corrections(folder: Path | None, sources: Iterable[Source] = ()) -> Cor
     """
     earlier: list[Correction] = []
     later: list[Correction] = []
-    for file, is_known in sources:
+    for file, _, is_known in sources:
         written: Iterable[Correction] = ()
         if file.suffix.lower() in DELIMITERS:
             written, made = tables.read_edited(file)

@@ -54,8 +54,8 @@ class CaptionSettings:
     open: bool = False
     """Open that page in the browser; without --gallery it is beside the output."""
     corrections: File | None = None
-    """What a person wrote: a table of --csv that was changed, or a gallery's downloaded file. It counts in all that is
-    written beside the rows."""
+    """What a person wrote: a gallery's downloaded file, or another table than that of --csv, whose texts always count.
+    It goes into all that is written beside the rows."""
     attention: bool = False
     """For each word of the caption, where in the image the model looked: in the key attention, and in the gallery."""
     sidecar: str | None = None
@@ -69,7 +69,8 @@ class CaptionSettings:
     dry_run: bool = False
     """Caption and write nothing: count what would be captioned, and measure how long that would take."""
     csv: File | None = None
-    """Table (.csv, or .tsv with tabs) of all rows, with the columns image and caption that make_shards.py reads."""
+    """Table (.csv, or .tsv with tabs) of all rows, to correct in a spreadsheet: the next run takes what was changed.
+    make_shards.py reads its columns image and caption."""
     csv_excel: Excel | None = None
     """Write the table for Excel: with a byte order mark, and separated as the region of the computer wants it."""
     coco_results: File | None = None
@@ -152,10 +153,10 @@ def find_sources(settings: CaptionSettings, written: Written) -> tuple[list[Sour
     is_one_file = table is not None and file is not None and os.path.realpath(table) == os.path.realpath(file)
     if table is not None and table.exists() and (is_one_file or is_own(table, written)):
         taken = checksum(table)  # before it is read: what is saved later is not taken
-        sources.append(Source(table))
+        sources.append(Source(table, taken))
     if file is not None and not is_one_file:
-        entry = written.get(Path(os.path.realpath(file)))
-        sources.append(Source(file, is_known=entry is not None and entry.text == checksum(file)))
+        entry, now = written.get(Path(os.path.realpath(file))), checksum(file)
+        sources.append(Source(file, now, is_known=entry is not None and entry.text == now))
     return sources, taken
 
 

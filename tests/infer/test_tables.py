@@ -22,7 +22,7 @@ from captioner.errors import UserError
 from captioner.files import storage
 from infer import gallery
 from infer.corrections import DECORATIVE, Correction, Corrections, correct_row, roots_of
-from infer.main import write_again, write_extras
+from infer.extras import write_again, write_extras
 from infer.results import Row, to_line
 from infer.settings import CaptionSettings, check_flags
 from infer.tables import COLUMNS, check_table, coco_id, write_coco_results, write_csv
@@ -423,7 +423,7 @@ def test_what_is_saved_while_the_job_runs_is_not_overwritten(
         return said
 
     with monkeypatch.context() as patch:
-        patch.setattr("infer.main.read_corrections", read_then_save)
+        patch.setattr("infer.extras.read_corrections", read_then_save)
         assert write_extras(choices) == 1
     assert table.read_bytes() == edited
     assert "not written: " in capsys.readouterr().out

@@ -10,7 +10,7 @@ from typing import Any
 from captioner import cli
 from captioner.errors import UserError
 from infer.answers import open_page
-from infer.corrections import correct_row, roots_of
+from infer.corrections import Corrections, correct_row, roots_of
 from infer.gallery import read_corrections, write_gallery
 from infer.metadata.exiftool import embed_all
 from infer.metadata.outcomes import SHOWN_NAMES, Correct, Text, first_names
@@ -53,15 +53,22 @@ def write_extras(settings: CaptionSettings, *, base: str = "", since: float | No
             cli.console.print(line, markup=False)
         num_failed = sum(each.num_failed for each in outcomes)
         num_failed += write_tables(settings, written, text=text, correct=correct, taken=taken)
-        if said and settings.csv is not None and settings.gallery is None and (lost := said.not_found()):
-            names = first_names([correction.path for correction in lost[:SHOWN_NAMES]], total=len(lost))
-            line = f"texts that were left out, since their images have no caption here: {len(lost):,}: {names}"
-            cli.console.print(f"{settings.csv}: {line}", markup=False)
+        if settings.csv is not None and settings.gallery is None:
+            _print_left_out(settings.csv, said)
     if page is not None:
         cli.console.print(f"look at {page}", markup=False)
         if settings.open:
             open_page(page)
     return num_failed
+
+
+def _print_left_out(table: Path, said: Corrections) -> None:
+    """Print which texts are not in a table: no gallery keeps them either."""
+    left_out = said.not_found()
+    if left_out:
+        names = first_names([correction.path for correction in left_out[:SHOWN_NAMES]], total=len(left_out))
+        line = f"texts that were left out, since their images have no caption here: {len(left_out):,}: {names}"
+        cli.console.print(f"{table}: {line}", markup=False)
 
 
 def write_again(settings: CaptionSettings, *, base: str = "", since: float) -> None:

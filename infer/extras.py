@@ -1,6 +1,7 @@
 """Writes what is wanted beside the rows, with corrections: gallery, sidecars, metadata of the images, tables."""
 
 import os
+from collections.abc import Sequence
 from contextlib import chdir, closing
 from functools import partial
 from itertools import chain
@@ -11,7 +12,7 @@ from captioner import cli
 from captioner.errors import UserError
 from infer.answers import open_page
 from infer.corrections import Corrections, correct_row, roots_of
-from infer.gallery import read_corrections, write_gallery
+from infer.gallery import Source, read_corrections, write_gallery
 from infer.metadata.exiftool import embed_all
 from infer.metadata.outcomes import SHOWN_NAMES, Correct, Text, first_names
 from infer.results import read_rows
@@ -39,11 +40,7 @@ def write_extras(settings: CaptionSettings, *, base: str = "", since: float | No
         correct = partial(correct_row, written=said, roots=roots_of(settings.output)) if said else None
         texts: dict[str, Any] = {"existing": settings.existing, "since": since, "text": text, "correct": correct}
         if settings.gallery is not None:  # before images change: thumbnails are made of the bytes that were captioned
-            rows = read_rows(settings.output)
-            page = write_gallery(rows, settings.gallery, title="Captions", model=settings.model, sources=sources)
-            for source in sources:
-                if source.file != settings.csv:
-                    written.set(Path(os.path.realpath(source.file)), Entry(text=source.checksum))
+            page = _write_gallery(settings, settings.gallery, sources, written)
         if settings.sidecar is not None:
             rows = read_rows(settings.output)
             outcomes.append(write_sidecars(rows, suffix=settings.sidecar, written=written, **texts))
@@ -60,6 +57,16 @@ def write_extras(settings: CaptionSettings, *, base: str = "", since: float | No
         if settings.open:
             open_page(page)
     return num_failed
+
+
+def _write_gallery(settings: CaptionSettings, folder: Path, sources: Sequence[Source], written: Written) -> Path:
+    """Write the gallery, and note the files of corrections that it has now; returns the page."""
+    rows = read_rows(settings.output)
+    page = write_gallery(rows, folder, title="Captions", model=settings.model, sources=sources)
+    for source in sources:
+        if source.file != settings.csv:
+            written.set(Path(os.path.realpath(source.file)), Entry(text=source.checksum))
+    return page
 
 
 def _print_left_out(table: Path, said: Corrections) -> None:

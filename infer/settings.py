@@ -8,8 +8,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from captioner.errors import UserError
 from captioner.files.tables import DELIMITERS
 from captioner.flags import AnyNumber, Count, File, Fraction, Location, Workers
@@ -27,7 +25,6 @@ from infer.written import Written
 
 DEFAULT_OUTPUT = Path("captions.jsonl")
 STANDARD_OUTPUT = Path("-")
-Several = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)

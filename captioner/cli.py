@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import is_dataclass
 from glob import iglob
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import tyro
 from rich.console import Console
@@ -114,7 +114,6 @@ def parse(settings_class: type[Settings], *, description: str, args: Sequence[st
     words = sys.argv[1:] if args is None else args
     options: dict[str, Any] = {"description": description, "args": args, "registry": OPTIONAL_FLAGS}
     _check_dashes(settings_class, words, options)
-    _check_repeated(settings_class, words)
     settings, unknown = tyro.cli(settings_class, return_unknown_args=True, **options)
     if any(word.startswith("-") for word in unknown):
         tyro.cli(settings_class, **options)  # ends with the flags that were probably meant
@@ -133,15 +132,6 @@ def _check_dashes(settings_class: type, words: Sequence[str], options: dict[str,
         args = [f"./{word}" if word in changed else word for word in words]
         if _is_readable(settings_class, options | {"args": args}):
             raise UserError(f"{changed[0]} begins with a dash, so it is taken for a flag: write ./{changed[0]}")
-
-
-def _check_repeated(settings_class: type, words: Sequence[str]) -> None:
-    """Raise UserError for a flag of several values that is given twice: the first ones would be forgotten."""
-    for name, hint in get_type_hints(settings_class).items():
-        flag = f"--{name.replace('_', '-')}"
-        given = [word for word in words if word.partition("=")[0].replace("_", "-") == flag]
-        if get_origin(hint) is tuple and len(given) > 1:
-            raise UserError(f"{flag} is given {len(given)} times: write all its values after one {flag}")
 
 
 def _is_file(name: str) -> bool:

@@ -11,7 +11,6 @@ import pytest
 
 from captioner import cli
 from captioner.flags import Number, flag_name
-from infer.settings import CaptionSettings
 
 RANGE = re.compile(r"(?:(\d+) <= |finite )?(INT|FLOAT)(?: (>=?|<=?) (\d+))?")
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,15 +187,6 @@ def test_a_word_without_a_flag_is_one_line(settings_class: type) -> None:
         with pytest.raises(cli.UserError, match=r"no flag takes 'my photos': write its flag before it") as caught:
             cli.parse(settings_class, description="", args=["my photos", *required(settings_class)])
         assert "\n" not in str(caught.value)
-
-
-def test_a_flag_of_several_values_is_given_once() -> None:
-    """Of one value the last one counts, as everywhere."""
-    for args in (["--images", "a", "--images", "b"], ["--images=a", "--model", "m", "--images", "b"]):
-        with pytest.raises(cli.UserError, match="--images is given 2 times: write all its values after one --images"):
-            cli.parse(CaptionSettings, description="", args=args)
-    settings = cli.parse(CaptionSettings, description="", args=["--images", "a", "b", "--model", "m", "--model", "n"])
-    assert (settings.images, settings.model) == (("a", "b"), "n")
 
 
 @pytest.mark.parametrize("settings_class", settings_classes())

@@ -7,6 +7,7 @@ folder/thumbnails/HASH.jpg         small upright copies of the images
 folder/corrections.jsonl           what persons wrote, once they did: see infer/corrections.py
 """
 
+import hashlib
 import io
 import json
 import os
@@ -261,7 +262,7 @@ def _make_thumbnail(sha256: str, file: ImageFile, folder: Path) -> str | None:
     side = THUMBNAIL_SIDE_PIXELS
     try:
         data = file.read(max_bytes=MAX_FILE_BYTES)
-        if not is_same_image(io.BytesIO(data), sha256):
+        if hashlib.sha256(data).hexdigest() != sha256 and not is_same_image(io.BytesIO(data), sha256):
             return "changed since it was captioned"
         small, _ = decode_rgb(data, at_least=2 * side)
     except ImageError as error:

@@ -11,7 +11,7 @@ from itertools import groupby
 
 import regex
 
-MISSING = "\0"  # stands for an empty field; no literal holds it
+MISSING = "\0"  # stands for an empty field; no literal contains it
 TEXT, OPENING, CLOSING, BETWEEN = "text", "opening", "closing", "between"
 Token = tuple[str, str]  # its role, and its text
 

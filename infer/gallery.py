@@ -43,7 +43,7 @@ from infer.corrections import (
     read_lines,
 )
 from infer.listing import ImageFile, locate
-from infer.metadata.described import is_same_image
+from infer.metadata.described import had_checksum
 from infer.reading import MAX_FILE_BYTES
 from infer.results import Row, as_utf8
 
@@ -129,7 +129,7 @@ def is_thumbnail(name: str) -> bool:
 def write_gallery(rows: Iterable[Row], folder: Path, *, title: str, model: str, sources: Sequence[Source] = ()) -> Path:
     """Write the page and thumbnails of `rows` (one for every file) into `folder`; return its index.html.
 
-    What persons wrote of these images, in the folder's corrections.jsonl and in the `sources`, is shown as theirs, and
+    Corrections of these images, from the folder's corrections.jsonl and the `sources`, are shown as a person's, and
     kept in the folder's file.
 
     Images with the same bytes share a thumbnail. index.html is written last; only then are the thumbnails removed
@@ -262,7 +262,7 @@ def _make_thumbnail(sha256: str, file: ImageFile, folder: Path) -> str | None:
     side = THUMBNAIL_SIDE_PIXELS
     try:
         data = file.read(max_bytes=MAX_FILE_BYTES)
-        if hashlib.sha256(data).hexdigest() != sha256 and not is_same_image(io.BytesIO(data), sha256):
+        if hashlib.sha256(data).hexdigest() != sha256 and not had_checksum(data, sha256):
             return "changed since it was captioned"
         small, _ = decode_rgb(data, at_least=2 * side)
     except ImageError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from captioner.errors import UserError
+from captioner.files import storage
 from captioner.files.tables import DELIMITERS
 from captioner.flags import AnyNumber, Count, File, Fraction, Location, Workers
 from infer.gallery import Source, check_corrections, check_folder, read_corrections
@@ -19,7 +20,7 @@ from infer.metadata.xmp import Existing
 from infer.peers import Peers
 from infer.results import Row, own_files
 from infer.sidecars import check_suffix
-from infer.tables import Excel, check_table, check_unedited, checksum, edited_path, is_own
+from infer.tables import Excel, check_table, check_unedited, edited_path, is_own
 from infer.templates import Template
 from infer.written import Written
 
@@ -149,10 +150,10 @@ def find_sources(settings: CaptionSettings, written: Written) -> tuple[list[Sour
     sources, taken, table, file = [], "", settings.csv, settings.corrections
     is_one_file = table is not None and file is not None and os.path.realpath(table) == os.path.realpath(file)
     if table is not None and table.exists() and (is_one_file or is_own(table, written)):
-        taken = checksum(table)  # before it is read: what is saved later is not taken
+        taken = storage.file_sha256(table)  # before it is read: what is saved later is not taken
         sources.append(Source(table, taken))
     if file is not None and not is_one_file:
-        entry, now = written.get(Path(os.path.realpath(file))), checksum(file)
+        entry, now = written.get(Path(os.path.realpath(file))), storage.file_sha256(file)
         sources.append(Source(file, now, is_known=entry is not None and entry.text == now))
     return sources, taken
 

@@ -4,7 +4,6 @@ Both are made from the merged rows, in constant memory, and replace their file a
 """
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -67,7 +66,7 @@ def is_changed(table: Path, written: Written) -> bool:
     """Whether an existing file is not what this program wrote there last. Raises OSError."""
     path = Path(os.path.realpath(table))
     entry = written.get(path)
-    return path.exists() and (entry is None or checksum(path) not in entry.text.split())
+    return path.exists() and (entry is None or storage.file_sha256(path) not in entry.text.split())
 
 
 def is_own(table: Path, written: Written) -> bool:
@@ -81,7 +80,7 @@ def check_unedited(table: Path, written: Written, *, taken: str = "") -> None:
     So neither what somebody changed in a table is lost, nor a file of another program. `taken` is the checksum of a
     table whose corrections are taken, which may be replaced.
     """
-    if not is_changed(table, written) or checksum(table) == taken:
+    if not is_changed(table, written) or storage.file_sha256(table) == taken:
         return
     is_csv = table.suffix.lower() in DELIMITERS
     if not is_own(table, written):
@@ -94,12 +93,6 @@ def check_unedited(table: Path, written: Written, *, taken: str = "") -> None:
 def edited_path(table: Path) -> Path:
     """Where a table is kept that somebody changed, and whose corrections were taken."""
     return table.with_name(f"{table.name}.edited")
-
-
-def checksum(path: Path) -> str:
-    """The SHA-256 of a file. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -120,11 +113,11 @@ def _note(path: Path, new: Path, written: Written) -> None:
 
     An old one that somebody changed is kept beside it, as only its corrections were taken.
     """
-    checksums = [checksum(new)]
+    checksums = [storage.file_sha256(new)]
     if is_changed(path, written):
         shutil.copy2(path, edited_path(path))
     elif path.exists():
-        checksums.append(checksum(path))
+        checksums.append(storage.file_sha256(path))
     written.set(path, Entry(text=" ".join(checksums)))
 
 

@@ -6,6 +6,7 @@ failure is an OSError: FileNotFoundError for a missing file, StorageError for a 
 """
 
 import errno
+import hashlib
 import json
 import os
 import socket
@@ -311,6 +312,12 @@ def read_json_object(location: str, *, remedy: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"cannot read {location} (it is no JSON object): {remedy}")
     return content
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a local file, in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomic(location: str, content: bytes | str, *, durable: bool = True) -> None:

@@ -4,7 +4,6 @@ Embedded metadata is read from the image's header by Pillow, and from the chunks
 end. So exiftool is not needed to read it. A title is no description, but what Windows keeps as one in EXIF is.
 """
 
-import hashlib
 import io
 import os
 import re
@@ -133,17 +132,12 @@ def read_metadata(source: OpenImage) -> Metadata | None:
         return None
 
 
-def is_same_image(file: BinaryIO, sha256: str) -> bool:
-    """Whether an open file has this checksum, or had it before this program embedded a text. Raises OSError."""
-    found = read_metadata(file)
+def had_checksum(source: OpenImage, sha256: str) -> bool:
+    """Whether an image had this checksum when this program wrote the text that it has."""
+    found = read_metadata(source)
     with suppress(xmp.XmpError):
-        if found is not None and found.packet is not None and sha256 in xmp.read_sources(found.packet):
-            return True
-    file.seek(0)
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest() == sha256
+        return found is not None and found.packet is not None and sha256 in xmp.read_sources(found.packet)
+    return False
 
 
 def open_header(file: BinaryIO, *, formats: tuple[str, ...] | None = None) -> ImageFile.ImageFile:

@@ -11,7 +11,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from captioner.files import storage
-from infer.metadata.described import is_same_image, local_path
+from infer.metadata.described import had_checksum, local_path
 from infer.metadata.xmp import PERSON, XmpError
 from infer.results import PARTIAL_SUFFIX, Row
 from infer.row_index import LocationSet
@@ -165,9 +165,10 @@ def check_unchanged(image: Path, words: Words) -> None:
     if status.st_ctime < words.since:
         return
     if stat.S_ISREG(status.st_mode):
-        with image.open("rb") as file:
-            if is_same_image(file, words.sha256):
-                return
+        with image.open("rb") as file:  # its header, before all of it
+            is_same = had_checksum(file, words.sha256)
+        if is_same or storage.file_sha256(image) == words.sha256:
+            return
     raise ChangedError
 
 

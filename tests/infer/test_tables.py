@@ -460,7 +460,7 @@ def test_names_behind_a_url_come_back(tmp_path: Path) -> None:
 
 
 def test_relative_roots_start_from_the_folder_of_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if another folder has images of these names."""
+    """Even if the current folder has images with the same names."""
     for folder in ("one", "two"):
         (tmp_path / folder / "photos").mkdir(parents=True)
         (tmp_path / folder / "photos" / "a.jpg").touch()

@@ -7,7 +7,6 @@ It is created after all checks of the start have passed, see docs/decisions/0019
 `report.html` · `model/` (last)
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from captioner.errors import UserError
-from captioner.files.storage import read_json, write_atomic
+from captioner.files.storage import file_sha256, read_json, write_atomic
 from captioner.model.bundle import Bundle, save_bundle
 from captioner.streaming import Ledger
 from captioner.vocabulary import Vocabulary
@@ -68,8 +67,7 @@ def _weights_fingerprint(weights: str | None) -> str | None:
         return weights
     if not Path(weights).is_file():
         return None
-    with Path(weights).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(Path(weights))
 
 
 # ---- the start ----------------------------------------------------------------------------------------------
